@@ -1,0 +1,528 @@
+"""Sums over time -> console, ``train.log``, ``metrics.jsonl``, trackers.
+
+Comes in: what each step did, as device tensors and host numbers; evaluations, events, samples, notes. Goes
+out: what a person sees (:mod:`lmcore.console`), the record of the run (:mod:`lmcore.metrics`) and what
+trackers get. What always holds: the logged loss is the exact mean over all tokens of all ranks since the
+last line; the device is asked for numbers only when a line is due; the time of evaluating and saving is not
+step time; only rank 0 speaks, other ranks write into ``logs/rank-*.log``.
+
+    >>> with Report("runs/demo", every=100) as report:
+    ...     report.begin(step=0, total_steps=4000)
+    ...     report.step(step=1, epoch=0.0, tokens=8192, position=8, loss_sum=loss_sum, count=count, lr=3e-4)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from lmcore.console import Console, duration, one_line, short
+from lmcore.meters import Sums, Timer, Totals
+from lmcore.metrics import MetricsFile, read_metrics
+
+if TYPE_CHECKING:  # torch costs seconds to import, and this room only calls methods of tensors it is handed
+    from torch import Tensor
+
+__all__ = ["Report", "read_metrics", "silence_other_bars"]
+
+DISPLAY_SECONDS = 0.25
+SMOOTHING = 0.9
+"""Weight of the past in the smoothed loss of the display; the record holds the exact means."""
+
+
+def silence_other_bars() -> None:
+    """Switch off the progress bars of other libraries: only one display can live on a terminal.
+
+    Call it before transformers, datasets and huggingface_hub are imported; those already imported are told
+    too.
+    """
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
+    # Each library reads its variable at import; one that is here already has a switch of its own.
+    for module, switch in (
+        ("transformers.utils.logging", "disable_progress_bar"),
+        ("datasets.utils.logging", "disable_progress_bar"),
+        ("huggingface_hub.utils", "disable_progress_bars"),
+    ):
+        if module in sys.modules:
+            getattr(sys.modules[module], switch, lambda: None)()
+
+
+class Report:
+    """The voice of a run. Every rank builds one and calls the same methods; each says who speaks."""
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        every: int | Callable[[int], bool] | None = 100,
+        interactive: bool | None = None,
+        stream: TextIO | None = None,
+    ) -> None:
+        """
+        Args:
+            run_dir: the run folder; created if missing.
+            every: a line and a record every so many steps, or a function of the step; ``None``: never. The
+                first step of a run and the last one are always logged.
+            interactive: ``None`` finds out whether a person sits before the stream (``is_interactive``).
+            stream: standard output by default.
+        """
+        self.run_dir = Path(run_dir)
+        self.rank = rank
+        self.world_size = world_size
+        self.every = every
+        self.is_main = rank == 0
+        self._said: set[str] = set()
+        self._handler: logging.Handler | None = None
+        if self.is_main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._log_path = self.run_dir / "train.log"
+            self._log: TextIO | None = open(self._log_path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
+            self._console: Console | None = Console(interactive=interactive, stream=stream)
+            self._write: Callable[[dict[str, Any]], None] = MetricsFile(self.run_dir / "metrics.jsonl")
+        else:
+            self._log_path = self.run_dir / "logs" / f"rank-{rank:05d}.log"
+            self._log = None  # opened by the first word: most ranks never say one
+            self._console = None
+            self._write = lambda record: None
+        self._bar: int | None = None
+        self._trackers: Any = None
+        self._reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        self._device: Any = None
+        self._flops_per_token: float | None = None
+        self._peak_flops: float | None = None
+        self._total_steps: int | None = None
+        self._interval, self._epoch = Sums(), Sums()
+        self._timer = Timer()
+        self._tokens_logged = 0
+        self._smoothed = 0.0
+        self._smoothing_weight = 0.0
+        self._drawn = 0.0
+        self._cells: dict[str, str] = {}
+        self._rates: list[float] = []
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ---- words
+
+    def note(self, text: str) -> None:
+        """One line for the person and for ``train.log``; on other ranks into their own file only."""
+        if self._console is not None:
+            self._console.line(text)
+        self._log_line(text)
+
+    def warn_once(self, text: str) -> None:
+        """A warning, said once however often it is true."""
+        if text in self._said:
+            return
+        self._said.add(text)
+        if self._console is not None:
+            self._console.line(f"warning: {text}", style="yellow")
+        self._log_line(f"warning: {text}")
+
+    def error(self, text: str) -> None:
+        """A fault: every rank says it on standard error too."""
+        self._log_line(f"error: {text}")
+        if self._console is not None and self._console.interactive:
+            self._console.line(f"error: {text}", style="bold red")
+        else:
+            who = "" if self.is_main else f"[rank {self.rank}] "
+            sys.stderr.write(f"{who}error: {one_line(text)}\n")
+            sys.stderr.flush()
+
+    def start(self, rows: Sequence[tuple[str, str]], *, title: str = "lmcore") -> None:
+        """The table of what is about to happen."""
+        if self._console is None:
+            return
+        self._console.table(title, rows)
+        for name, value in rows:
+            self._log_line(f"{name}: {value}")
+
+    def end(
+        self,
+        title: str,
+        rows: Sequence[tuple[str, str]],
+        *,
+        commands: Sequence[tuple[str, str]] = (),
+        good: bool = True,
+    ) -> None:
+        """The last panel: results, where the model is, and the commands to go on with."""
+        if self._console is None:
+            return
+        self._console.close()
+        self._bar = None
+        self._console.panel(title, [*rows, *commands], good=good)
+        self._log_line(title)
+        for name, value in [*rows, *commands]:
+            self._log_line(f"{name}: {value}")
+
+    def capture_logging(self, level: int = logging.WARNING) -> None:
+        """Send what other libraries log, and Python's warnings, through :meth:`warn_once`."""
+        report = self
+
+        class Handler(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                report.warn_once(f"{record.name}: {record.getMessage().strip()}")
+
+        self._handler = Handler(level)
+        logging.getLogger().addHandler(self._handler)
+        logging.captureWarnings(True)
+
+    def _log_line(self, text: str) -> None:
+        if self._log is None:
+            self._log_path.parent.mkdir(parents=True, exist_ok=True)
+            self._log = open(self._log_path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
+        self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {one_line(text)}\n")
+        self._log.flush()
+
+    # ---- time
+
+    def pause(self) -> AbstractContextManager[None]:
+        """What runs inside is not step time. Pauses may lie inside each other."""
+        return self._timer.pause()
+
+    @contextmanager
+    def task(
+        self, description: str, total: float | None = None, unit: str = ""
+    ) -> Iterator[Callable[..., None]]:
+        """A bar of its own in the same display; yields ``advance(n=1)`` (adds) or ``advance(done=n)``
+        (sets).
+        """
+        key = self._console.add(description, total, unit) if self._console is not None else -1
+        position = 0.0
+
+        def advance(n: float = 1, *, done: float | None = None) -> None:
+            nonlocal position
+            position = position + n if done is None else done
+            if self._console is not None:
+                self._console.update(key, position)
+
+        try:
+            with self.pause():
+                yield advance
+        finally:
+            if self._console is not None:
+                self._console.remove(key)
+
+    # ---- steps
+
+    def begin(
+        self,
+        *,
+        step: int = 0,
+        total_steps: int | None = None,
+        tokens: int = 0,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        trackers: Any = None,
+        flops_per_token: float | None = None,
+        peak_flops_per_device: float | None = None,
+        device: Any = None,
+    ) -> None:
+        """Right before the loop: the timers start.
+
+        Args:
+            step, tokens: what is already done (resume).
+            reduce: sums a tensor over ranks; collective, called on every rank when a line is due.
+            trackers: :class:`lmcore.trackers.Trackers` on rank 0, or ``None``.
+            flops_per_token, peak_flops_per_device: for the share of the device's peak (MFU); unknown: left
+                out.
+        """
+        self._total_steps = total_steps
+        self._tokens_logged = tokens
+        self._trackers = trackers
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops_per_device
+        self._device = device
+        if reduce is not None:
+            self._reduce = reduce
+        self._timer.start()
+        if self._console is not None and self._bar is None:
+            self._bar = self._console.add("train", total_steps, "steps")
+            self._console.update(self._bar, step, quiet=True)
+
+    def step(
+        self,
+        *,
+        step: int,
+        epoch: float,
+        tokens: int,
+        position: int,
+        loss_sum: Tensor,
+        count: Tensor | int,
+        lr: float,
+        norm: Tensor | float | None = None,
+        applied: Tensor | bool | None = None,
+        wait_seconds: float = 0.0,
+        due: bool | None = None,
+    ) -> dict[str, Any] | None:
+        """Add a step; every rank, every step. Collective when a line is due.
+
+        Args:
+            step: updates done, this one included (the first is 1); ``tokens`` and ``position`` likewise.
+            loss_sum, count: sums of this rank's micro-batches; tensors stay on the device.
+            norm: gradient norm of the update. applied: whether the update reached the weights.
+            wait_seconds: how long the step waited for its data.
+            due: write a line now, whatever ``every`` says; must be equal on all ranks.
+
+        Returns:
+            The record that was written, on rank 0 and when one was due.
+        """
+        self._interval.add(loss_sum, count, applied)
+        self._epoch.add(loss_sum, count, applied)
+        self._timer.step(wait_seconds)
+        if due is None:
+            due = step in (1, self._total_steps) or self._is_due(step)
+        record = self._record(step, epoch, tokens, position, lr, norm) if due else None
+        self._draw(step, epoch, tokens, force=due)
+        return record
+
+    def _is_due(self, step: int) -> bool:
+        if callable(self.every):
+            return self.every(step)
+        return bool(self.every) and step % int(self.every or 1) == 0
+
+    def _record(
+        self, step: int, epoch: float, tokens: int, position: int, lr: float, norm: Tensor | float | None
+    ) -> dict[str, Any] | None:
+        totals = self._interval.total(self._reduce, is_main=self.is_main)
+        self._interval.zero()
+        # Reading the sums has waited for the device: only now is the time of the interval known.
+        seconds, waited, steps = self._timer.interval()
+        rate = (tokens - self._tokens_logged) / seconds if seconds > 0 else math.nan
+        self._tokens_logged = tokens
+        if not self.is_main:
+            return None
+        loss = totals.loss
+        record: dict[str, Any] = {
+            "kind": "train",
+            "step": step,
+            "epoch": epoch,
+            "tokens": tokens,
+            "position": position,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": None if norm is None else float(norm),
+            "tokens_per_second": rate,
+            "data_wait": waited / seconds if seconds > 0 else 0.0,
+            "step_seconds": seconds / steps,
+            "memory_bytes": self.peak_memory_bytes,
+            "train_seconds": self.train_seconds,
+            "time": time.time(),
+        }
+        if self._flops_per_token and self._peak_flops:
+            record["mfu"] = rate * self._flops_per_token / (self._peak_flops * self.world_size)
+        if totals.nonfinite:
+            # Counted per rank: a step in which one of eight ranks saw NaN counts once.
+            record["nonfinite_losses"] = int(totals.nonfinite)
+        if totals.skipped:
+            record["skipped_steps"] = round(totals.skipped / self.world_size)
+        if math.isfinite(loss):
+            self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss
+            self._smoothing_weight = SMOOTHING * self._smoothing_weight + (1 - SMOOTHING)
+        if math.isfinite(rate):
+            self._rates.append(rate)
+        self._write(record)
+        if self._trackers is not None:
+            self._trackers.log(
+                "train", {k: v for k, v in record.items() if k not in ("kind", "step", "time")}, step
+            )
+        self._say_step(record)
+        return record
+
+    def _say_step(self, record: dict[str, Any]) -> None:
+        smoothed = self._smoothed / self._smoothing_weight if self._smoothing_weight else math.nan
+        norm, step = record["grad_norm"], record["step"]
+        cells = {
+            "loss": f"{record['loss']:.4f}",
+            "smoothed": f"{smoothed:.4f}",
+            "lr": f"{record['lr']:.2e}",
+            "norm": "-" if norm is None else f"{norm:.3g}",
+            "tok/s": short(record["tokens_per_second"]),
+            "per device": short(record["tokens_per_second"] / self.world_size),
+            "MFU": f"{100 * record['mfu']:.1f}%" if "mfu" in record else "",
+            "memory": f"{record['memory_bytes'] / 2**30:.2f} GiB",
+            "wait": f"{100 * record['data_wait']:.1f}%",
+            "skipped": str(record.get("skipped_steps", "")),
+            "non-finite": str(record.get("nonfinite_losses", "")),
+        }
+        if self.world_size == 1:
+            cells["per device"] = ""
+        self._cells.update(cells)
+        share = f"/{self._total_steps} {100 * step / self._total_steps:.1f}%" if self._total_steps else ""
+        words = " ".join(f"{name} {value}" for name, value in cells.items() if value)
+        where = f"step {step}{share} epoch {record['epoch']:.3f} tokens {short(record['tokens'])}"
+        text = f"{where} {words} eta {self._eta(step)}"
+        self._log_line(text)
+        if self._console is not None and not self._console.interactive:
+            self._console.line(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}")
+
+    def _draw(self, step: int, epoch: float, tokens: int, *, force: bool) -> None:
+        if self._console is None or self._bar is None or not self._console.interactive:
+            return
+        now = time.monotonic()
+        if not force and now - self._drawn < DISPLAY_SECONDS:
+            return
+        self._drawn = now
+        cells = {"epoch": f"{epoch:.3f}", "tokens": short(tokens), **self._cells}
+        self._console.cells = [(name, value) for name, value in cells.items() if value]
+        share = f"/{self._total_steps:,} {100 * step / self._total_steps:.0f}%" if self._total_steps else ""
+        text = f"{step:,}{share} {duration(self.train_seconds)} left {self._eta(step)}"
+        self._console.update(self._bar, step, text, quiet=True)
+
+    def _eta(self, step: int) -> str:
+        per_step = self._timer.seconds_per_step
+        if per_step is None or self._total_steps is None:
+            return "?"
+        return duration(per_step * (self._total_steps - step))
+
+    # ---- numbers of the run so far
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds spent in steps, over all restarts; evaluating and saving not included."""
+        return self._timer.total_seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Median over the logged intervals of this process."""
+        return statistics.median(self._rates) if self._rates else None
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Of this rank: the device's peak of reserved memory, or the process's resident peak on a CPU."""
+        if self._device is not None and getattr(self._device, "type", "") == "cuda":
+            import torch
+
+            return int(torch.cuda.max_memory_reserved(self._device))
+        import resource  # not on Windows, where lmcore does not run
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    # ---- other records
+
+    def evaluation(
+        self,
+        *,
+        set: str,
+        step: int,
+        epoch: float,
+        tokens: int,
+        loss: float,
+        perplexity: float,
+        bits_per_byte: float | None,
+        **more: Any,
+    ) -> None:
+        """The result on one held-out set; ``set`` is ``valid``, ``valid/name`` or ``test``."""
+        if not self.is_main:
+            return
+        record = {
+            "kind": "eval",
+            "set": set,
+            "step": step,
+            "epoch": epoch,
+            "tokens": tokens,
+            "loss": loss,
+            "perplexity": perplexity,
+            "bits_per_byte": bits_per_byte,
+            "time": time.time(),
+            **more,
+        }
+        self._write(record)
+        if self._trackers is not None:
+            values = {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
+            self._trackers.log(set, values, step)
+        self._cells[set] = f"{loss:.4f}"
+        bits = "" if bits_per_byte is None else f" bits/byte {bits_per_byte:.4f}"
+        self.note(f"step {step} {set} loss {loss:.4f} perplexity {perplexity:.4g}{bits}")
+
+    def epoch(self, *, epoch: int, step: int, valid_loss: float | None = None) -> float | None:
+        """At the end of an epoch; collective. Returns the exact mean training loss of the epoch (rank 0)."""
+        totals = self._epoch.total(self._reduce, is_main=self.is_main)
+        self._epoch.zero()
+        if not self.is_main:
+            return None
+        loss = totals.loss
+        record = {"kind": "epoch", "epoch": epoch, "step": step, "train_loss": loss, "valid_loss": valid_loss}
+        self._write({**record, "time": time.time()})
+        if self._trackers is not None:
+            values = {"train_loss": loss} | ({} if valid_loss is None else {"valid_loss": valid_loss})
+            self._trackers.log("epoch", values, epoch)
+        valid = "" if valid_loss is None else f" valid loss {valid_loss:.4f}"
+        self.note(f"epoch {epoch} ended at step {step}: train loss {loss:.4f}{valid}")
+        return loss
+
+    def event(self, event: str, *, step: int | None = None, **fields: Any) -> None:
+        """Something happened: start, resume, checkpoint, skip, rewind, signal, end. Recorded, not said."""
+        if not self.is_main:
+            return
+        record = {"kind": "event", "event": event, **({} if step is None else {"step": step}), **fields}
+        self._write({**record, "time": time.time()})
+        if event == "checkpoint" and step is not None:
+            self._cells["checkpoint"] = f"{step:,}"
+
+    def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """What the model writes; (prompt, continuation) pairs."""
+        if not self.is_main:
+            return
+        for prompt, text in samples:
+            self._write(
+                {
+                    "kind": "sample",
+                    "step": step,
+                    "set": prompt,
+                    "prompt": prompt,
+                    "text": text,
+                    "time": time.time(),
+                }
+            )
+            self.note(f"sample at step {step}: {prompt}{text}")
+        if self._trackers is not None:
+            self._trackers.text("samples", "\n\n".join(f"{p}{t}" for p, t in samples), step)
+
+    # ---- resume
+
+    def state(self) -> dict[str, Any]:
+        """Collective: what :meth:`load_state` needs to go on with the same means. JSON."""
+        return {
+            "interval": asdict(self._interval.total(self._reduce, is_main=self.is_main)),
+            "epoch": asdict(self._epoch.total(self._reduce, is_main=self.is_main)),
+            "smoothed": [self._smoothed, self._smoothing_weight],
+            "train_seconds": self.train_seconds,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`; before the first step."""
+        for sums, name in ((self._interval, "interval"), (self._epoch, "epoch")):
+            sums.load(Totals(**state[name]) if self.is_main else None)
+        self._smoothed, self._smoothing_weight = state["smoothed"]
+        self._timer.total_seconds = state["train_seconds"]
+
+    def close(self) -> None:
+        """Take the display down and close the files."""
+        if self._handler is not None:
+            logging.getLogger().removeHandler(self._handler)
+            logging.captureWarnings(False)
+            self._handler = None
+        if self._console is not None:
+            self._console.close()
+            self._bar = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        if isinstance(self._write, MetricsFile):
+            self._write.close()
