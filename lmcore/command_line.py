@@ -1,0 +1,416 @@
+"""YAML files and the command line -> one frozen, checked :class:`~lmcore.config.RunConfig`.
+
+Comes in: ``argv``. Goes out: the configuration. What always holds: defaults < files in their order < command line,
+wherever on the line the files stand; a key that does not exist is an error with the nearest name (and the file's name),
+never ignored; names are never abbreviated; every error is one line. jsonargparse checks the types and prints the help.
+
+    python train_lm.py --config recipes/gpt2_small.yaml --config mine.yaml --data.train a.txt b.txt --optim.lr 3e-4
+
+* Lists: ``--data.train a.txt b.txt``, ``--data.train a.txt --data.train b.txt`` and ``--data.train '[a.txt, b.txt]'`` are
+  the same, and replace the list of the files. ``--data.train '{path: a.txt, weight: 2}'`` is a source with a weight.
+* Switches: ``--dry_run`` is ``--dry_run true``.
+* ``--model.config.n_layer 8`` adds to the free-form ``model.config`` of the files.
+* Where two keys exclude each other (``train.global_batch_blocks`` and ``_tokens``), the one of the later layer wins.
+* Without any ``--config``, the demo recipe stands in, and that is said.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+import lmcore.config as schema
+from lmcore.config import Key, RunConfig, keys
+from lmcore.duration import Duration, Durations
+from lmcore.errors import RequestError
+
+if typing.TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+DEMO = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"
+
+EXCLUSIVE = (
+    ("train.global_batch_blocks", "train.global_batch_tokens"),
+    ("tokenizer.path", "tokenizer.vocab_size"),
+    ("data.valid", "data.valid_fraction"),
+    ("model.type", "model.from_pretrained", "model.factory"),
+)
+"""Of each group one key counts: the one that the latest layer sets."""
+
+Layer = dict[str, Any]
+"""Dotted name -> value, as one file or the command line gives it."""
+
+
+def parse(
+    argv: list[str] | None = None,
+    *,
+    say: Callable[[str], object] = lambda text: None,
+    default_recipe: Path | None = DEMO,
+) -> RunConfig:
+    """Read a command line (default: ``sys.argv[1:]``).
+
+    ``--help`` and ``--print_config`` print and raise ``SystemExit(0)``. ``say`` gets a line for each choice that the
+    user did not make. Raises :class:`RequestError`, one line, for everything else that is wrong.
+    """
+    request = _split(sys.argv[1:] if argv is None else argv)
+    files = request.files
+    if not files and default_recipe is not None and default_recipe.exists():
+        files = [str(default_recipe)]
+        say(f"no --config given: the demo recipe {default_recipe.name} stands in")
+    merged: Layer = {name: key.default for name, key in keys().items()}
+    for file in files:
+        _merge(merged, _typed(_read(file), where=f"{file}: "), file, say)
+    _merge(merged, _typed(request.layer, where=""), "the command line", say)
+    if merged["run_dir"] is None:
+        recipe = Path(files[-1]).stem if files else "demo"
+        # A rehearsal must not leave its checkpoints where the real run will look for them.
+        merged["run_dir"] = f"runs/{recipe}" + ("-fast_dev_run" if merged["fast_dev_run"] else "")
+    if request.help:
+        _print_help(merged)
+        raise SystemExit(0)
+    config: RunConfig = schema.build(_nested(merged))
+    if request.print_config:
+        print(_commented(schema.to_yaml(config)), end="")
+        raise SystemExit(0)
+    schema.check(config)
+    return config
+
+
+class _Request(typing.NamedTuple):
+    files: list[str]
+    layer: Layer
+    help: bool
+    print_config: bool
+
+
+def _split(argv: Iterable[str]) -> _Request:
+    """The command line into files and a layer of strings (lists of them where the key is a list)."""
+    files: list[str] = []
+    layer: Layer = {}
+    flags = {"help": False, "print_config": False}
+    waiting = list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        if word == "-h":
+            word = "--help"
+        if not word.startswith("--") or word == "--":
+            raise RequestError(
+                f"{word!r} stands alone: options are written --name value, such as --data.train {word}"
+            )
+        name, equals, value = word[2:].partition("=")
+        key = None if name in ("config", *flags) else _find(name, "--")
+        many = name == "config" or (key is not None and (key.is_list or key.type is Durations))
+        values = [value] if equals else []
+        while not equals and waiting and not waiting[0].startswith("--") and (many or not values):
+            if name in flags or (
+                key is not None and key.type is bool and waiting[0].lower() not in ("true", "false")
+            ):
+                break
+            values.append(waiting.pop(0))
+        if name in flags:
+            flags[name] = True
+            continue
+        if key is not None and key.type is bool and not values:
+            values = ["true"]
+        if not values:
+            raise RequestError(f"--{name} needs a value")
+        if name == "config":
+            files += values
+        elif key is not None and key.is_free_form:
+            _put(layer, name, _yaml(values[0], f"--{name}"))
+        elif key is not None and key.is_list:
+            layer.setdefault(name, []).extend(item for text in values for item in _items(text, name))
+        else:
+            layer[name] = ", ".join(values) if many else values[0]
+    return _Request(files, layer, flags["help"], flags["print_config"])
+
+
+def _items(text: str, name: str) -> list[Any]:
+    """One word of a list: ``[a, b]`` is several, ``{path: a}`` is a source, all else is itself."""
+    if text[:1] + text[-1:] == "[]":
+        return list(_yaml(text, f"--{name}"))
+    return [_yaml(text, f"--{name}")] if text[:1] + text[-1:] == "{}" else [text]
+
+
+def _find(name: str, dashes: str = "", where: str = "") -> Key:
+    """The key of a dotted name, free-form ones included; else an error with the nearest name."""
+    known = keys()
+    if name in known:
+        return known[name]
+    for form in (key for key in known.values() if key.is_free_form):
+        if name.startswith(form.name + ".") and not name.endswith("."):
+            return form
+    inside = [key for key in known if key.startswith(name + ".")]
+    if inside:
+        raise RequestError(
+            f"{where}{dashes}{name} is a section; set its keys: {', '.join(dashes + key for key in inside)}"
+        )
+    last = name.rpartition(".")[2]
+    near = difflib.get_close_matches(name, [*known, "config", "help", "print_config"], 3, 0.75)
+    by_last = {key.rpartition(".")[2]: key for key in reversed(list(known))}
+    near += [by_last[match] for match in difflib.get_close_matches(last, by_last, 2, 0.75)]
+    near = list(dict.fromkeys(near))[:3]
+    hint = f"did you mean {' or '.join(dashes + key for key in near)}?" if near else "--help lists all"
+    raise RequestError(f"{where}there is no option {dashes}{name}; {hint}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: ``1e-3`` is a number, ``off`` and ``no`` are words, ``1:20`` is text; twice a key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key_node.value!r} twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in pairs
+        if tag.rpartition(":")[2] not in ("bool", "int", "float", "timestamp")
+    ]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOAT = r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    ("float", _FLOAT, "-+0123456789."),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RequestError(
+            f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from error
+
+
+def _read(file: str) -> Layer:
+    """A YAML file as a layer; every key is known, or it is an error that names the file."""
+    path = Path(file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        recipes = sorted(str(recipe) for recipe in Path("recipes").glob("*.yaml"))
+        near = [recipe for recipe in recipes if Path(recipe).stem == path.stem]
+        near = near or difflib.get_close_matches(file, recipes, 1)
+        hint = f"; did you mean {near[0]}?" if near and near[0] != file else ""
+        raise RequestError(f"--config {file}: {reason}{hint}") from error
+    values = _yaml(text, file)
+    if not isinstance(values, dict) and values is not None:
+        raise RequestError(f"--config {file}: {type(values).__name__} at the top, not sections with keys")
+    layer: Layer = {}
+    _collect(values or {}, "", f"{file}: ", layer)
+    return layer
+
+
+def _collect(values: dict[Any, Any], prefix: str, where: str, layer: Layer) -> None:
+    for name, value in values.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(value, dict) and any(key.startswith(dotted + ".") for key in keys()):
+            _collect(value, dotted + ".", where, layer)
+        elif value is None and any(key.startswith(dotted + ".") for key in keys()):
+            continue  # a section whose lines are all commented out
+        else:
+            key = _find(dotted, where=where)
+            if key.is_free_form and key.name == dotted and not isinstance(value, dict):
+                raise RequestError(f"{where}{dotted} must be keys with values, not {value!r}")
+            _put(layer, dotted, value) if key.is_free_form else layer.update({dotted: value})
+
+
+def _put(layer: Layer, name: str, value: Any) -> None:
+    """Set ``model.config.rope_parameters.rope_theta`` inside the dictionary of ``model.config``."""
+    form = _find(name)
+    inside = layer.setdefault(form.name, {})
+    if name == form.name:
+        inside.update(value)
+        return
+    *path, last = name[len(form.name) + 1 :].split(".")
+    for part in path:
+        inside = inside.setdefault(part, {})
+    inside[last] = value
+
+
+def _typed(layer: Layer, where: str) -> Layer:
+    """Check and convert the types of a layer by jsonargparse."""
+    ready = {
+        name: _normalized(value, keys()[name])
+        for name, value in layer.items()
+        if not keys()[name].is_free_form
+    }
+    dashes = "" if where else "--"
+    checked: Layer = {}
+    for name, value in ready.items():
+        key = keys()[name]
+        try:
+            parsed = _parser().parse_object(_nested({name: value}), defaults=False)
+        except RequestError as error:
+            raise RequestError(f"{where}{dashes}{name}: {error}") from error
+        except TypeError as error:
+            reason = f"{value!r} is not {schema.type_name(key.type)}"
+            choices = typing.get_args(key.type) if typing.get_origin(key.type) is Literal else ()
+            near = difflib.get_close_matches(str(value), choices, 1)
+            raise RequestError(
+                f"{where}{dashes}{name}: {reason}" + (f"; did you mean {near[0]}?" if near else "")
+            ) from error
+        checked[name] = parsed[name]
+    return checked | {name: value for name, value in layer.items() if keys()[name].is_free_form}
+
+
+def _normalized(value: Any, key: Key) -> Any:
+    """Forms that people write and jsonargparse does not take: one value for a list, ``5e5`` for an int."""
+    if key.type in (Duration, Durations):
+        return key.type.parse(value)
+    if key.is_list:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        wanted = (typing.get_args(key.type) or (str,))[0]
+        return [_scalar(item, wanted) for item in values if item is not None]
+    return _scalar(value, key.type)
+
+
+def _scalar(value: Any, wanted: Any) -> Any:
+    allowed = typing.get_args(wanted) or (wanted,)
+    if (
+        (isinstance(value, str)
+        and (str not in allowed or value in ("null", "None"))
+        and type(None) in allowed)
+        or (isinstance(value, str) and {int, float, bool} & set(allowed))
+    ):
+        value = _yaml(value, value)
+    if isinstance(value, float) and int in allowed and float not in allowed and value.is_integer():
+        return int(value)
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and str in allowed
+        and int not in allowed
+    ):
+        return str(value)  # a run that is named 2026, a skipped position
+    return value
+
+
+def _merge(merged: Layer, layer: Layer, source: str, say: Callable[[str], object]) -> None:
+    """Lay ``layer`` over ``merged``; keys that exclude each other give way to the later layer."""
+    for group in EXCLUSIVE:
+        for name in (name for name in group if layer.get(name)):
+            for other in (other for other in group if other not in layer and merged[other]):
+                if merged[other] != keys()[other].default:
+                    say(f"{name} of {source} takes the place of {other} {merged[other]}")
+                merged[other] = [] if keys()[other].is_list else None
+    kind = [(name, layer[name]) for name in EXCLUSIVE[3] if layer.get(name)]
+    if kind and merged["model.config"] and any(merged[name] != value for name, value in kind):
+        say(f"{kind[0][0]} of {source} is another model: the earlier model.config is dropped")
+        merged["model.config"] = {}
+    for name, value in layer.items():
+        merged[name] = _deep(merged[name], value) if keys()[name].is_free_form else value
+
+
+def _deep(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(under)
+    for name, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(name), dict)
+        result[name] = _deep(result[name], value) if both else value
+    return result
+
+
+def _nested(flat: Layer) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        inside = values
+        for part in path:
+            inside = inside.setdefault(part, {})
+        inside[last] = value
+    return values
+
+
+@functools.cache
+def _parser() -> ArgumentParser:
+    """The types, as jsonargparse sees them."""
+    from jsonargparse import ArgumentParser  # 0.1 s that only a request with options pays
+    from jsonargparse.typing import register_type
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+            cause = ex
+            while cause is not None:
+                if isinstance(cause, RequestError):
+                    raise cause
+                cause = cause.__cause__ or cause.__context__
+            raise TypeError(message)
+
+    register_type(Duration, serializer=str, deserializer=Duration.parse, fail_already_registered=False)
+    register_type(
+        Durations, serializer=Durations.plain, deserializer=Durations.parse, fail_already_registered=False
+    )
+    parser = Parser(prog="train_lm.py", allow_abbrev=False, add_help=False)
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+@functools.cache
+def docs() -> dict[str, str]:
+    """Dotted name -> the line under its field."""
+    tree = ast.parse(inspect.getsource(schema))
+    lines: dict[tuple[str, str], str] = {}
+    for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for line, after in zip(node.body, node.body[1:]):
+            if (
+                isinstance(line, ast.AnnAssign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                assert isinstance(line.target, ast.Name)
+                lines[node.name, line.target.id] = str(after.value.value)
+    found: dict[str, str] = {}
+
+    def walk(kind: type, prefix: str) -> None:
+        for name, wanted in typing.get_type_hints(kind).items():
+            if (kind.__name__, name) in lines:
+                found[prefix + name] = lines[kind.__name__, name]
+            else:
+                walk(wanted, f"{prefix}{name}.")
+
+    walk(RunConfig, "")
+    return found
+
+
+def _print_help(merged: Layer) -> None:
+    print("usage: accelerate launch train_lm.py [--config FILE ...] [--name value ...]\n")
+    print("Pretrain a causal language model. Defaults < files in order < command line.\n")
+    print("  --config FILE (repeatable)\n  --print_config  print the merged configuration and stop\n  --help")
+    section = ""
+    for name, key in keys().items():
+        if "." in name and name.split(".")[0] != section:
+            section = name.split(".")[0]
+            print(f"\n{section}")
+        value = merged[name]
+        shown = value if isinstance(value, (Duration, Durations)) else "null" if value is None else value
+        print(f"  --{name} <{schema.type_name(key.type)}> [{shown}]\n        {docs()[name]}")
+
+
+def _commented(text: str) -> str:
+    """YAML with the help beside each key."""
+    return text

@@ -1,0 +1,166 @@
+"""How long, and how often: one type for horizons, warm-ups and intervals.
+
+Comes in: what a person writes (``500``, ``"1e9 tokens"``, ``"2 epochs"``, ``"10%"``, ``"30 min"``, ``"never"``). Goes
+out: steps. What always holds: the arithmetic is exact (fractions, no floats), so that ``10%`` of 1,000 steps is 100
+and not 101; minutes never become steps, because a schedule must be a pure function of the step.
+
+>>> Duration.parse("1e9 tokens").to_steps(tokens_per_step=524_288)
+1908
+>>> [step for step in range(1, 11) if is_due(step, Durations.parse("25%"), total_steps=10)]
+[3, 5, 8, 10]
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from lmcore.errors import RequestError
+
+_UNITS = {
+    "step": "steps", "steps": "steps",
+    "token": "tokens", "tokens": "tokens",
+    "epoch": "epochs", "epochs": "epochs",
+    "%": "percent", "percent": "percent",
+    "min": "minutes", "minute": "minutes", "minutes": "minutes",
+}  # fmt: skip
+_IN_MINUTES = {"h": 60, "hour": 60, "hours": 60, "s": Fraction(1, 60), "second": Fraction(1, 60), "seconds": Fraction(1, 60)}  # fmt: skip
+_SUFFIX = {"": 1, "K": 10**3, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+_PATTERN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([KkMBGT]?)(?:\s*([a-z]+|%))?")
+EXAMPLES = "500, '500 steps', '1e9 tokens', '2 epochs', '10%', '30 min' or 'never'"
+
+
+class Duration(NamedTuple):
+    """A length of training. ``unit`` is never, steps, tokens, epochs, percent (of the run) or minutes."""
+
+    value: float
+    unit: str = "steps"
+
+    @classmethod
+    def parse(cls, text: Any) -> Duration:
+        """Read what a person wrote; a bare number means steps. Raises :class:`RequestError`."""
+        if isinstance(text, Duration):
+            return text
+        if text is None or text is False or str(text).strip().lower() in ("never", "off", "none"):
+            return NEVER
+        match = None if isinstance(text, bool) else _PATTERN.fullmatch(str(text).strip())
+        if match is None:
+            raise RequestError(f"{text!r} is not a duration: write {EXAMPLES}")
+        number, suffix, unit = match.groups()
+        value = Fraction(number.replace("_", "")) * _SUFFIX[suffix]
+        if unit in _IN_MINUTES:
+            value, unit = value * _IN_MINUTES[unit], "minutes"
+        if unit is not None and unit not in _UNITS:
+            raise RequestError(f"{text!r} is not a duration, its unit {unit!r} is unknown: write {EXAMPLES}")
+        unit = _UNITS[unit or "steps"]
+        if value <= 0:
+            raise RequestError(f"{text!r} is not a duration above zero: write 'never' to switch it off")
+        if unit in ("steps", "tokens") and value.denominator != 1:
+            raise RequestError(f"{text!r} is not a whole number of {unit}: write {EXAMPLES}")
+        whole = value.denominator == 1 and abs(value) < 2**53
+        return cls(int(value) if whole else float(value), unit)
+
+    def __str__(self) -> str:
+        if self.unit == "never":
+            return "never"
+        number = f"{int(self.value)}" if self.value == int(self.value) else repr(self.value)
+        if self.unit == "percent":
+            return f"{number}%"
+        return f"{number} {'min' if self.unit == 'minutes' else self.unit}"
+
+    def exact(self) -> Fraction:
+        """The value as the decimal number that was written: 0.1 is one tenth, not its nearest double."""
+        return Fraction(repr(self.value))
+
+    def to_steps(
+        self,
+        *,
+        tokens_per_step: int | None = None,
+        steps_per_epoch: float | Fraction | None = None,
+        total_steps: int | None = None,
+    ) -> int | None:
+        """The number of steps, rounded up, or ``None`` for never and for minutes.
+
+        ``steps_per_epoch`` = blocks of an epoch / blocks of a global batch; give a :class:`Fraction` for exactness.
+        Raises :class:`RequestError` where the number that the unit needs is not known.
+        """
+        if self.unit in ("never", "minutes"):
+            return None
+        rate = _steps_per_unit(self.unit, tokens_per_step, steps_per_epoch, total_steps)
+        if rate is None:
+            raise RequestError(f"{self} cannot be turned into steps here: give it in steps")
+        return max(1, math.ceil(self.exact() * rate))
+
+
+NEVER = Duration(0, "never")
+
+
+class Durations(tuple[Duration, ...]):
+    """What an ``every`` takes: one duration, or several of which each counts. ``never`` alone is the empty tuple."""
+
+    @classmethod
+    def parse(cls, value: Any) -> Durations:
+        """From a number, a string (commas separate), or a list of them."""
+        if isinstance(value, Durations):
+            return value
+        if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+            value = value[1:-1]
+        if isinstance(value, str):
+            value = [part.strip(" '\"") for part in value.split(",")]
+        if isinstance(value, Duration) or not isinstance(value, (list, tuple)):
+            value = [value]
+        parsed = dict.fromkeys(Duration.parse(item) for item in value)
+        return cls(duration for duration in parsed if duration != NEVER)
+
+    def __str__(self) -> str:
+        return ", ".join(str(duration) for duration in self) or "never"
+
+    def plain(self) -> str | list[str]:
+        """As it is written to YAML: a string, or a list of several."""
+        return [str(duration) for duration in self] if len(self) > 1 else str(self)
+
+
+def is_due(
+    step: int,
+    every: Iterable[Duration],
+    *,
+    tokens_per_step: int | None = None,
+    steps_per_epoch: float | Fraction | None = None,
+    total_steps: int | None = None,
+    minutes_since_last: float | None = None,
+) -> bool:
+    """Is something that happens ``every`` so often due after ``step`` updates (1 = after the first)?
+
+    Intervals that are not whole steps are due at the first step that reaches each multiple, so that none is lost and
+    none comes twice. ``minutes_since_last`` is a clock of one process: agree on the answer over ranks.
+    """
+    for duration in every:
+        if duration.unit == "never":
+            continue
+        if duration.unit == "minutes":
+            if minutes_since_last is not None and minutes_since_last >= duration.value:
+                return True
+            continue
+        rate = _steps_per_unit(duration.unit, tokens_per_step, steps_per_epoch, total_steps)
+        if rate is None:
+            raise RequestError(f"every {duration} cannot be turned into steps here: give it in steps")
+        interval = duration.exact() * rate
+        if step // interval > (step - 1) // interval:
+            return True
+    return False
+
+
+def _steps_per_unit(
+    unit: str, tokens_per_step: int | None, steps_per_epoch: float | Fraction | None, total_steps: int | None
+) -> Fraction | None:
+    if unit == "steps":
+        return Fraction(1)
+    if unit == "tokens":
+        return Fraction(1, tokens_per_step) if tokens_per_step else None
+    if unit == "epochs":
+        # repr of a float is the decimal that was meant; a Fraction is exact already.
+        return None if not steps_per_epoch else Fraction(str(steps_per_epoch))
+    return None if not total_steps else Fraction(total_steps, 100)
