@@ -1,0 +1,196 @@
+"""The one seam through which a run's state reaches the disk.
+
+Comes in: paths and bytes. Goes out: files that are whole or do not exist. What always holds: every call that
+changes the disk (create, write, fsync, rename, unlink, link, mkdir, rmdir) passes :class:`Disk`, and
+announces itself to ``before`` first. A test hangs a hook there and kills the process, fails the call or
+writes down what a power cut would leave, at every single call; nothing else in lmcore needs to know that
+such tests exist.
+
+Example::
+
+    disk = Disk()
+    disk.write_json(Path("runs/a/status.json"), {"state": "running"})    # whole, durable, or not there
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple, final
+
+CHUNK_BYTES: Final = 4 << 20
+"""The largest single write: long enough to be fast, short enough that other threads get their turn."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One change of the disk that is about to happen.
+
+    ``operation`` is one of create, write, fsync, fsync_dir, rename, unlink, link, mkdir, rmdir; ``target``
+    is the new path of a rename or the value of a link; ``fd`` and ``data`` are there for a write.
+    """
+
+    operation: str
+    path: str
+    target: str = ""
+    fd: int = -1
+    data: memoryview | None = None
+
+
+class Opened(NamedTuple):
+    """A file open for writing."""
+
+    path: str
+    fd: int
+
+
+@final
+class Disk:
+    """Every change of the disk, one method each. ``before`` is called ahead of each and may raise."""
+
+    def __init__(self, before: Callable[[Call], None] | None = None) -> None:
+        self.before = before
+
+    def _announce(self, call: Call) -> None:
+        if self.before is not None:
+            self.before(call)
+
+    # ---- one system call each ------------------------------------------------------------------------------
+
+    def create(self, path: Path | str, *, exclusive: bool = False) -> Opened:
+        """A new, empty file; what was there is cut to nothing, or with ``exclusive`` refused."""
+        self._announce(Call(operation="create", path=str(path)))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if exclusive else os.O_TRUNC)
+        return Opened(str(path), os.open(path, flags, 0o666))
+
+    def write(self, file: Opened, data: bytes | memoryview) -> None:
+        """All of ``data``, in pieces of at most :data:`CHUNK_BYTES`; a short write is continued."""
+        view = memoryview(data).cast("B")
+        while len(view):
+            piece = view[:CHUNK_BYTES]
+            self._announce(Call(operation="write", path=file.path, fd=file.fd, data=piece))
+            view = view[os.write(file.fd, piece) :]
+
+    def fsync(self, file: Opened) -> None:
+        """Make the content of a file durable."""
+        self._announce(Call(operation="fsync", path=file.path, fd=file.fd))
+        os.fsync(file.fd)
+
+    def close(self, file: Opened) -> None:
+        """Close it; on a network file system this is where a full disk may first be reported."""
+        os.close(file.fd)
+
+    def fsync_dir(self, path: Path | str) -> None:
+        """Make the names inside a folder durable."""
+        self._announce(Call(operation="fsync_dir", path=str(path)))
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            # Some network and user-space file systems know no fsync of a folder; they order renames
+            # themselves.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+                raise
+        finally:
+            os.close(fd)
+
+    def rename(self, path: Path | str, target: Path | str) -> None:
+        """Atomic; a file at ``target`` is replaced."""
+        self._announce(Call(operation="rename", path=str(path), target=str(target)))
+        os.replace(path, target)
+
+    def unlink(self, path: Path | str) -> None:
+        self._announce(Call(operation="unlink", path=str(path)))
+        os.unlink(path)
+
+    def link(self, path: Path | str, value: str) -> None:
+        """A symbolic link at ``path`` that says ``value``."""
+        self._announce(Call(operation="link", path=str(path), target=value))
+        os.symlink(value, path)
+
+    def mkdir(self, path: Path | str, *, mode: int = 0o777) -> None:
+        self._announce(Call(operation="mkdir", path=str(path)))
+        os.mkdir(path, mode)
+
+    def rmdir(self, path: Path | str) -> None:
+        self._announce(Call(operation="rmdir", path=str(path)))
+        os.rmdir(path)
+
+    # ---- what is made of them ------------------------------------------------------------------------------
+
+    def makedirs(self, path: Path, *, mode: int = 0o777) -> None:
+        """``path`` and its missing parents, each durable in its parent; fine if it is there already."""
+        if path.is_dir():
+            return
+        if path.parent != path:
+            self.makedirs(path.parent)
+        try:
+            self.mkdir(path, mode=mode)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+        self.fsync_dir(path.parent)
+
+    def write_file(self, path: Path | str, data: bytes | memoryview, *, durable: bool = True) -> None:
+        """A new file with this content, in place (not atomic), and durable on request."""
+        file = self.create(path)
+        try:
+            self.write(file, data)
+            if durable:
+                self.fsync(file)
+        finally:
+            self.close(file)
+
+    def write_bytes(self, path: Path, data: bytes, *, durable: bool = True) -> None:
+        """Replace ``path`` as a whole: a reader sees the old content or the new one, never a mixture.
+
+        Without ``durable`` a power cut may bring back the old content; a killed process never does.
+        """
+        aside = path.with_name(f".{path.name}.tmp")
+        try:
+            self.write_file(aside, data, durable=durable)
+            self.rename(aside, path)
+        except OSError:
+            self.remove_quietly(aside)
+            raise
+        if durable:
+            self.fsync_dir(path.parent)
+
+    def write_text(self, path: Path, text: str, *, durable: bool = True) -> None:
+        self.write_bytes(path, text.encode(), durable=durable)
+
+    def write_json(self, path: Path, value: Any, *, durable: bool = True) -> None:
+        """Indented JSON with a final newline, replaced as a whole."""
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        self.write_text(path, text, durable=durable)
+
+    def remove_tree(self, path: Path) -> None:
+        """A folder and all below it. Links are removed, never followed."""
+        if path.is_symlink() or not path.is_dir():
+            self.unlink(path)
+            return
+        for entry in sorted(path.iterdir()):
+            self.remove_tree(entry)
+        self.rmdir(path)
+
+    def remove_quietly(self, path: Path) -> bool:
+        """Remove what a failed write left behind, as far as the disk lets us; says whether it is gone.
+
+        Never hides the first failure with a second one: on a disk that has become read-only nothing can be
+        removed, and leftovers are recognized by their name and cleared by the next save.
+        """
+        try:
+            if path.is_symlink() or path.exists():
+                self.remove_tree(path)
+        except OSError:
+            return False
+        return True
+
+
+DISK: Final = Disk()
+"""The disk that everybody uses who was not given another one."""
