@@ -1,0 +1,362 @@
+"""Lines -> texts: what a document is in each format, and which records are bad.
+
+Comes in: numbered lines of :mod:`lmcore._text_bytes` (or the open file, for parquet). Goes out: (offset or row, text)
+in order, with a :class:`Damage` in the place of each bad record. What always holds: a bad record never costs its
+neighbours; nothing is raised for content.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+from lmcore._text_bytes import MAX_DOCUMENT_BYTES, SURROGATE, Damage, lines, stream
+
+Numbered = Iterator[tuple[int, bytes | Damage]]
+Texts = Iterator[tuple[int, str | Damage]]
+
+_MAX_CSV_LINES = 10_000
+_PARQUET_ROWS = 1024
+
+
+def _checked(text: str) -> str | Damage:
+    if "\0" in text:
+        return Damage("NUL byte: binary data, or a hole that a crash left")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return Damage("lone surrogate: not a character")
+    return text.removeprefix("\ufeff")
+
+
+def _decoded(raw: bytes, encoding: str) -> str | Damage:
+    try:
+        text = raw.decode(encoding)
+    except UnicodeError as error:
+        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        hint = "this looks like utf-16; " if wide else ""
+        where = f" at its byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
+        return Damage(
+            f"not {encoding}{where}: {hint}set data.encoding (cp932 for Shift-JIS, euc_jp, utf-16, ...)"
+        )
+    return _checked(text)
+
+
+def plain_lines(numbered: Numbered, stop: int, encoding: str) -> Texts:
+    """``unit: line``. The lines that begin before ``stop``."""
+    for offset, line in numbered:
+        if offset >= stop:
+            return
+        yield offset, line if isinstance(line, Damage) else _decoded(line.removesuffix(b"\r"), encoding)
+
+
+def paragraphs(numbered: Numbered, stop: int, encoding: str, inside: bool) -> Texts:
+    """``unit: paragraph``. The paragraphs that begin before ``stop``; ``inside``: first skip the rest of one."""
+    begin, held, held_bytes = 0, [], 0
+    skip = inside
+    for offset, line in numbered:
+        if not held and offset >= stop:
+            return
+        if isinstance(line, Damage):
+            yield (begin if held else offset), line
+            held, skip = [], False
+        elif not line.strip():
+            if held:
+                yield begin, _decoded(b"\n".join(held).removesuffix(b"\r"), encoding)
+            held, skip = [], False
+        elif not skip:
+            if not held:
+                begin, held_bytes = offset, 0
+            held.append(line)
+            held_bytes += len(line) + 1
+            if held_bytes > MAX_DOCUMENT_BYTES:
+                yield begin, Damage(f"a paragraph of more than {MAX_DOCUMENT_BYTES:,} bytes")
+                held, skip = [], True
+    if held:
+        yield begin, _decoded(b"\n".join(held).removesuffix(b"\r"), encoding)
+
+
+def whole(stream: Iterable[bytes | Damage], encoding: str) -> Texts:
+    """``unit: file``."""
+    held: list[bytes] = []
+    held_bytes = 0
+    for piece in stream:
+        if isinstance(piece, Damage):
+            yield 0, piece
+            return
+        held_bytes += len(piece)
+        if held_bytes > MAX_DOCUMENT_BYTES:
+            yield (
+                0,
+                Damage(
+                    f"a file of more than {MAX_DOCUMENT_BYTES:,} bytes: set data.unit to line or paragraph"
+                ),
+            )
+            return
+        held.append(piece)
+    yield 0, _decoded(b"".join(held), encoding)
+
+
+def fields(values: Iterable[tuple[int, Any]], field: str) -> Texts:
+    """The text of each record."""
+    for offset, value in values:
+        yield offset, value if isinstance(value, Damage) else _field(value, field)
+
+
+def _field(record: Any, field: str) -> str | Damage:
+    if not isinstance(record, dict):
+        return Damage(f"a record must be an object, not {type(record).__name__}")
+    if field not in record:
+        return Damage(f"no field {field!r} (it has {', '.join(map(repr, list(record)[:8])) or 'none'})")
+    text = record[field]
+    if not isinstance(text, str):
+        return Damage(f"field {field!r} must be a string, not {type(text).__name__}")
+    return _checked(text)
+
+
+def field_names(path: str, kind: str, compression: str | None, encoding: str) -> list[str]:
+    """The names that the first 100 records of a file have, in order; empty if none of them can be read."""
+    if kind == "parquet":
+        import pyarrow as arrow
+        import pyarrow.parquet
+
+        try:
+            return list(arrow.parquet.read_schema(path).names)
+        except (arrow.ArrowException, OSError, ValueError):
+            return []
+    with open(path, "rb") as file:
+        pieces, encoding = stream(file, compression, encoding)
+        if kind in ("csv", "tsv"):
+            for _, raw in _csv_records(lines(pieces)):
+                header = _decoded(raw, encoding) if isinstance(raw, bytes) else raw
+                row = _row(header, kind) if isinstance(header, str) else header
+                return row if isinstance(row, list) else []
+            return []
+        read = (
+            json_file(lines(pieces), encoding)
+            if kind == "json"
+            else json_lines(lines(pieces), 2**63, encoding)
+        )
+        records = [value for _, value in itertools.islice(read, 100) if isinstance(value, dict)]
+    return list(dict.fromkeys(name for record in records for name in record))
+
+
+def _json(line: bytes, encoding: str) -> Any:
+    text = _decoded(line, encoding)
+    if isinstance(text, Damage):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Damage(f"not JSON: {error}")
+
+
+def json_lines(numbered: Numbered, stop: int, encoding: str) -> Iterator[tuple[int, Any]]:
+    """One value a line; blank lines are nothing."""
+    for offset, line in numbered:
+        if offset >= stop:
+            return
+        if isinstance(line, Damage):
+            # The file may be cut exactly behind a record whose line end is missing: that record is good.
+            rest = _json(line.rest, encoding)
+            if isinstance(rest, dict):
+                yield offset, rest
+            yield offset, line
+        elif line.strip():
+            yield offset, _json(line, encoding)
+
+
+def json_file(numbered: Numbered, encoding: str) -> Iterator[tuple[int, Any]]:
+    """A ``.json`` file: lines of records as some corpora name them, or an array, or objects over several lines."""
+    for offset, line in numbered:
+        if isinstance(line, bytes) and not line.strip():
+            continue
+        first = _json(line, encoding) if isinstance(line, bytes) else None
+        if isinstance(first, dict):
+            yield offset, first
+            yield from json_lines(numbered, 2**63, encoding)
+        else:
+            yield from _json_values(itertools.chain([(offset, line)], numbered), encoding)
+        return
+
+
+def _json_values(numbered: Numbered, encoding: str) -> Iterator[tuple[int, Any]]:
+    """The values of a file whose records are not its lines; it is held in memory up to each damage."""
+    held: list[bytes] = []
+    begin = 0
+    for offset, line in numbered:
+        if not held:
+            begin = offset
+        if isinstance(line, Damage):
+            yield from _scan(b"\n".join([*held, line.rest]), begin, encoding)
+            yield offset, line
+            held = []
+        else:
+            held.append(line)
+    yield from _scan(b"\n".join(held), begin, encoding)
+
+
+_NEXT_OBJECT = re.compile(r"[,\[\n]\s*(?=\{)")
+_BETWEEN = re.compile(r"[\s,\[\]\ufeff]*")
+
+
+def _scan(raw: bytes, begin: int, encoding: str) -> Iterator[tuple[int, Any]]:
+    """Value after value; behind a broken one, on with the next that begins like an object of an array."""
+    text = raw.decode(encoding, SURROGATE)
+    decoder = json.JSONDecoder()
+    at = 0
+    while True:
+        at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string
+        if at == len(text):
+            return
+        offset = begin + (at if text.isascii() else len(text[:at].encode("utf-8", "surrogatepass")))
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            yield offset, Damage(f"not JSON: {error}")
+            found = _NEXT_OBJECT.search(text, at + 1)
+            if not found:
+                return
+            at = found.end()
+            continue
+        yield offset, value
+        at = end
+
+
+def csv_rows(numbered: Numbered, encoding: str, field: str, kind: str) -> Texts:
+    """Rows of a CSV file with a header; a row may span lines inside quotes.
+
+    Weaker than the other formats: behind an unbalanced quote the rows up to the next one may be lost with it, and are
+    reported.
+    """
+    header: list[str] | None = None
+    for offset, raw in _csv_records(numbered):
+        if isinstance(raw, Damage):
+            yield offset, raw
+            continue
+        text = _decoded(raw, encoding)
+        if isinstance(text, Damage):
+            yield offset, text
+            continue
+        row = _row(text, kind)
+        if isinstance(row, Damage):
+            yield offset, row
+        elif header is None:
+            header = row
+        elif field not in header:
+            yield offset, Damage(f"no column {field!r} in the header")
+        elif len(row) != len(header):
+            yield offset, Damage(f"{len(row)} columns where the header has {len(header)}")
+        else:
+            yield offset, _checked(row[header.index(field)])
+
+
+def _row(text: str, kind: str) -> list[str] | Damage:
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    try:
+        rows = list(
+            csv.reader(io.StringIO(text, newline=""), delimiter="\t" if kind == "tsv" else ",", strict=True)
+        )
+    except csv.Error as error:
+        return Damage(f"not CSV: {error}")
+    return rows[0] if len(rows) == 1 else Damage(f"not CSV: {len(rows)} rows where one was expected")
+
+
+def _csv_records(numbered: Numbered) -> Numbered:
+    """Lines joined while a quote is open (a doubled quote keeps the count even)."""
+    held: list[tuple[int, bytes]] = []
+    quotes = 0
+    for offset, line in numbered:
+        if isinstance(line, Damage):
+            if held:
+                yield held[0][0], Damage("a quote that is not closed before the damage")
+            held, quotes = [], 0
+            yield offset, line
+            continue
+        if not held and not line.strip():
+            continue
+        held.append((offset, line))
+        quotes += line.count(b'"')
+        if quotes % 2 == 0:
+            yield held[0][0], b"\n".join(one for _, one in held)
+            held, quotes = [], 0
+        elif len(held) > _MAX_CSV_LINES:
+            yield held[0][0], Damage(f"a quote that is not closed within {_MAX_CSV_LINES:,} lines")
+            held, quotes = [], 0
+    if held:
+        yield held[0][0], Damage("a quote that is not closed")
+        # The quote was one too many: the lines behind it are rows of their own.
+        yield from ((offset, line) for offset, line in held[1:] if line.count(b'"') % 2 == 0 and line.strip())
+
+
+def parquet_ranges(path: str, part_bytes: int) -> list[tuple[int, int, int]] | None:
+    """Runs of row groups (start, stop, compressed bytes) of about ``part_bytes``; ``None`` if there is no footer."""
+    import pyarrow as arrow  # 0.2 s, and only where a parquet file is read
+    import pyarrow.parquet
+
+    try:
+        metadata = arrow.parquet.read_metadata(path)
+    except (arrow.ArrowException, OSError, ValueError):
+        return None
+    result = []
+    start = n_bytes = 0
+    for group in range(metadata.num_row_groups):
+        n_bytes += metadata.row_group(group).total_byte_size
+        if n_bytes >= part_bytes or group == metadata.num_row_groups - 1:
+            result.append((start, group + 1, n_bytes))
+            start, n_bytes = group + 1, 0
+    return result
+
+
+def parquet(file: IO[bytes], field: str, start: int, stop: int) -> Texts:
+    """The rows of row groups ``[start, stop)``; a damaged row group costs its rows from the damage on."""
+    import pyarrow as arrow
+    import pyarrow.parquet
+
+    # OSError is what pyarrow raises for damaged pages, but also what the disk raises: both are a bad record here.
+    errors = (arrow.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError)
+    try:
+        opened = arrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        metadata = opened.metadata
+        groups = range(start, stop if stop >= 0 else metadata.num_row_groups)
+        row = sum(metadata.row_group(group).num_rows for group in range(start))
+        names = opened.schema_arrow.names
+    except errors as error:
+        yield 0, Damage(f"not a parquet file, or its footer is damaged: {error}")
+        return
+    if field not in names:
+        yield 0, Damage(f"no column {field!r} (it has {', '.join(map(repr, names[:8]))})")
+        return
+    for group in groups:
+        rows = metadata.row_group(group).num_rows
+        done = 0
+        try:
+            for batch in opened.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[field]):
+                column = batch.column(0)
+                kind = column.type
+                if arrow.types.is_dictionary(kind):
+                    column = column.dictionary_decode()
+                    kind = column.type
+                if arrow.types.is_string(kind) or arrow.types.is_large_string(kind):
+                    # As bytes: one invalid string must not cost the batch.
+                    column = column.cast(
+                        arrow.large_binary() if arrow.types.is_large_string(kind) else arrow.binary()
+                    )
+                elif not (arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)):
+                    yield row, Damage(f"column {field!r} must hold strings, not {kind}")
+                    return
+                for value in column.to_pylist():
+                    if value is None:
+                        yield row + done, Damage(f"column {field!r} is null")
+                    else:
+                        yield row + done, _decoded(value, "utf-8")
+                    done += 1
+        except errors as error:
+            yield row + done, Damage(f"row group {group} is damaged, {rows - done} rows are lost: {error}")
+        row += rows
