@@ -1,12 +1,14 @@
 """The one door to accelerate: DDP, FSDP2, ZeRO-1/2/3 and mixed precision behind one small face.
 
-Comes in: the launcher's environment, a module that returns ``(loss_sum, count)``, a way to make its optimizer.
-Goes out: the same training for every strategy, and the state by parameter name, whole tensors on the host.
+Comes in: the launcher's environment, a module that returns ``(loss_sum, count)``, a way to make its
+optimizer. Goes out: the same training for every strategy, and the state by parameter name, whole tensors on
+the host.
 
 What always holds:
 
-- the process group, strategy and precision are those that were asked for; what accelerate would silently replace
-  (one process instead of two, DDP instead of FSDP2, fp32 instead of fp16) is refused with the right command;
+- the process group, strategy and precision are those that were asked for; what accelerate would silently
+  replace (one process instead of two, DDP instead of FSDP2, fp32 instead of fp16) is refused with the right
+  command;
 - the gradient is that of the global token mean, whatever the accumulation and the number of ranks (law 8);
 - dropout depends on (seed, micro-batch key) only (law 10); the learning rate is set before the step (law 11);
 - a non-finite loss or gradient never reaches the weights (law 12);
@@ -51,7 +53,8 @@ MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer
 
 
 class Entry(NamedTuple):
-    """One tensor of the state: ``kind`` is "model" or "optim"; ``slot`` is "" for weights, else e.g. "exp_avg"."""
+    """One tensor of the state: ``kind`` is "model" or "optim"; ``slot`` is "" for weights, else e.g.
+    "exp_avg"."""
 
     kind: str
     name: str
@@ -69,8 +72,8 @@ class Engine:
     """One per process. Constructing it joins the process group; :meth:`close` leaves it.
 
     Args:
-        precision: "fp32", "bf16", "fp16" (with loss scaling, CUDA only), "fp8" (handed to accelerate), or "auto":
-            bf16 on a CUDA device that has it, else fp32. ``engine.precision`` is the resolved one.
+        precision: "fp32", "bf16", "fp16" (with loss scaling, CUDA only), "fp8" (handed to accelerate), or
+            "auto": bf16 on a CUDA device that has it, else fp32. ``engine.precision`` is the resolved one.
         param_dtype: dtype of the weights that the optimizer updates: "fp32", or "bf16" to save memory.
         deepspeed: a file of ``ds_configs/``; ``None`` takes what the launcher says.
         timeout_seconds: how long a collective waits for a rank before the run ends with an error.
@@ -130,7 +133,7 @@ class Engine:
         self.optimizer: torch.optim.Optimizer
         self._micro_batch = 0
 
-    # ---- preparing --------------------------------------------------------------------------------------------
+    # ---- preparing -----------------------------------------------------------------------------------------
 
     def prepare(
         self,
@@ -144,9 +147,10 @@ class Engine:
         """Place, wrap and shard the module and its optimizer.
 
         Args:
-            module: ``module(**batch) -> (loss_sum, count)``; the user's model is ``module.model``. Every rank must
-                have built it with the same weights.
-            make_optimizer: gets ``(name, parameter)`` pairs and returns a ``torch.optim`` optimizer over them.
+            module: ``module(**batch) -> (loss_sum, count)``; the user's model is ``module.model``. Every rank
+                must have built it with the same weights.
+            make_optimizer: gets ``(name, parameter)`` pairs and returns a ``torch.optim`` optimizer over
+                them.
             gradient_accumulation: micro-batches of one step on this rank.
             micro_batch_blocks: blocks of one micro-batch (DeepSpeed keeps its books by it).
             clip_norm: largest norm of the global gradient; 0 does not clip.
@@ -166,7 +170,7 @@ class Engine:
         self._gate_on_device = all(group.get("fused") for group in self.optimizer.param_groups)
         self._micro_batch = 0
 
-    # ---- one step ---------------------------------------------------------------------------------------------
+    # ---- one step ------------------------------------------------------------------------------------------
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the rate of the coming update; a group's ``lr_scale`` multiplies it."""
@@ -176,7 +180,8 @@ class Engine:
     def forward(self, batch: dict[str, Tensor], key: int | None = None) -> tuple[Tensor, Tensor]:
         """``(loss_sum, count)`` of one micro-batch of this rank, two 0-dim tensors (fp32, int64).
 
-        In training ``key`` is the micro-batch's global index: it alone, with the seed, decides the dropout masks.
+        In training ``key`` is the micro-batch's global index: it alone, with the seed, decides the dropout
+        masks.
         """
         if key is not None:
             torch.manual_seed(keyed_seed(self.seed, "dropout", key))
@@ -196,7 +201,8 @@ class Engine:
             )
         # Every strategy averages gradients over the ranks, hence the world size.
         count = torch.as_tensor(label_count, device=loss_sum.device).clamp(min=1)
-        # A non-finite loss poisons its own gradient, so that the one gate on the gradient's norm sees it on all ranks.
+        # A non-finite loss poisons its own gradient, so that the one gate on the gradient's norm sees it on
+        # all ranks.
         scale = torch.where(torch.isfinite(loss_sum), self.world_size / count, torch.nan)
         loss = loss_sum * scale
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
@@ -206,8 +212,8 @@ class Engine:
         """Clip, gate, step, clear the gradients.
 
         Returns:
-            The global gradient norm before clipping (fp32) and whether the update was applied (bool), both 0-dim on
-            the device; nothing waits for the device unless the optimizer has no fused form.
+            The global gradient norm before clipping (fp32) and whether the update was applied (bool), both
+            0-dim on the device; nothing waits for the device unless the optimizer has no fused form.
         """
         if self._micro_batch != self._accumulation:
             raise ValueError(f"update after {self._micro_batch} of {self._accumulation} micro-batches")
@@ -240,7 +246,7 @@ class Engine:
         finally:
             self.module.train(training)
 
-    # ---- between ranks ----------------------------------------------------------------------------------------
+    # ---- between ranks -------------------------------------------------------------------------------------
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """A new tensor: the sum of every rank's ``tensor``."""
@@ -250,7 +256,8 @@ class Engine:
         return total
 
     def agree(self, flags: int) -> int:
-        """The bitwise OR of every rank's ``flags`` (below 2**63); on the host, the device is not waited for."""
+        """The bitwise OR of every rank's ``flags`` (below 2**63); on the host, the device is not waited
+        for."""
         if not self._grouped:
             return flags
         shared = torch.tensor([flags], dtype=torch.int64)
@@ -280,7 +287,7 @@ class Engine:
             self._collective("gather", lambda: dist.all_gather_object(values, value, group=self._host_group))
         return values
 
-    # ---- state ------------------------------------------------------------------------------------------------
+    # ---- state ---------------------------------------------------------------------------------------------
 
     def state_layout(self) -> list[Entry]:
         """What :meth:`state` will yield, on every rank, without any communication."""
@@ -307,8 +314,8 @@ class Engine:
     def load_state(self, read: Callable[[str, str, str], Tensor | None]) -> None:
         """Take over weights and optimizer slots; ``read(kind, name, slot)`` is called on every rank.
 
-        It returns the whole tensor on the host, or ``None`` where the checkpoint has none: a weight must be there,
-        an optimizer slot may be missing (then it starts afresh).
+        It returns the whole tensor on the host, or ``None`` where the checkpoint has none: a weight must be
+        there, an optimizer slot may be missing (then it starts afresh).
         """
         with torch.no_grad():
             for name, target in self._weights():
@@ -352,7 +359,8 @@ class Engine:
 
     @contextlib.contextmanager
     def full_model(self) -> Iterator[nn.Module | None]:
-        """The user's model with whole weights in evaluation mode on rank 0, ``None`` elsewhere. Collective."""
+        """The user's model with whole weights in evaluation mode on rank 0, ``None`` elsewhere.
+        Collective."""
         try:
             with self.evaluation():
                 yield self._module.model if self.is_main else None
@@ -376,7 +384,7 @@ class Engine:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
-    # ---- private ----------------------------------------------------------------------------------------------
+    # ---- private -------------------------------------------------------------------------------------------
 
     @property
     def _grouped(self) -> bool:
@@ -436,7 +444,8 @@ class Engine:
         return value
 
     def _prime_optimizer(self) -> None:
-        """Create the optimizer's slots by a step that changes nothing (its slots do not exist before the first)."""
+        """Create the optimizer's slots by a step that changes nothing (its slots do not exist before the
+        first)."""
         saved = [p.detach().clone() for p in self._named.values()]
         rates = [(group["lr"], group.get("weight_decay")) for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
