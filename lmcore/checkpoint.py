@@ -208,7 +208,7 @@ def abandon_after(
     for path in _committed(Path(folder)):
         if _step_of(path) > step:
             say(
-                f"checkpoint {path.name} belongs to a past that is not gone on with; {_set_aside(path, 'abandoned', disk)}"
+                f"checkpoint {path.name} is of an abandoned past; {_set_aside(path, 'abandoned', disk)}"
             )
 
 
