@@ -1,38 +1,41 @@
 """YAML files and the command line -> one frozen, checked :class:`~lmcore.config.RunConfig`.
 
-Comes in: ``argv``. Goes out: the configuration. What always holds: defaults < files in their order < command line,
-wherever on the line the files stand; a key that does not exist is an error with the nearest name (and the file's name),
-never ignored; names are never abbreviated; every error is one line. jsonargparse checks the types and prints the help.
+Comes in: ``argv``. Goes out: the configuration. What always holds: defaults < files in their order < command
+line, wherever on the line the files stand; a key that does not exist is an error with the nearest name (and
+the file's name), never ignored; names are never abbreviated; every error is one line. jsonargparse checks the
+types.
 
-    python train_lm.py --config recipes/gpt2_small.yaml --config mine.yaml --data.train a.txt b.txt --optim.lr 3e-4
+    python train_lm.py --config recipes/gpt2_small.yaml --config mine.yaml --data.train a.txt b.txt --seed 2
 
-* Lists: ``--data.train a.txt b.txt``, ``--data.train a.txt --data.train b.txt`` and ``--data.train '[a.txt, b.txt]'`` are
-  the same, and replace the list of the files. ``--data.train '{path: a.txt, weight: 2}'`` is a source with a weight.
+* Lists: ``--data.train a b``, ``--data.train a --data.train b`` and ``--data.train '[a, b]'`` are the same,
+  and replace the list of the files. ``--data.train '{path: a.txt, weight: 2}'`` is a weighted source.
 * Switches: ``--dry_run`` is ``--dry_run true``.
 * ``--model.config.n_layer 8`` adds to the free-form ``model.config`` of the files.
-* Where two keys exclude each other (``train.global_batch_blocks`` and ``_tokens``), the one of the later layer wins.
+* Where two keys exclude each other (``train.global_batch_blocks`` and ``_tokens``), that of the later layer
+  wins.
 * Without any ``--config``, the demo recipe stands in, and that is said.
 """
 
 from __future__ import annotations
 
-import ast
 import difflib
 import functools
-import inspect
 import re
 import sys
 import typing
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-import lmcore.config as schema
+from lmcore import config as schema
+from lmcore import option_help
 from lmcore.config import Key, RunConfig, keys
 from lmcore.duration import Duration, Durations
 from lmcore.errors import RequestError
+from lmcore.relations import check
 
 if typing.TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -47,6 +50,8 @@ EXCLUSIVE = (
 )
 """Of each group one key counts: the one that the latest layer sets."""
 
+_WITHOUT_KEY = ("config", "help", "print_config")
+
 Layer = dict[str, Any]
 """Dotted name -> value, as one file or the command line gives it."""
 
@@ -59,8 +64,10 @@ def parse(
 ) -> RunConfig:
     """Read a command line (default: ``sys.argv[1:]``).
 
-    ``--help`` and ``--print_config`` print and raise ``SystemExit(0)``. ``say`` gets a line for each choice that the
-    user did not make. Raises :class:`RequestError`, one line, for everything else that is wrong.
+    ``--help [SECTION]`` and ``--print_config`` print and raise ``SystemExit(0)``. ``say`` gets a line for each
+    choice that the user did not make.
+
+    Raises :class:`RequestError`, one line, for all that is wrong.
     """
     request = _split(sys.argv[1:] if argv is None else argv)
     files = request.files
@@ -75,21 +82,22 @@ def parse(
         recipe = Path(files[-1]).stem if files else "demo"
         # A rehearsal must not leave its checkpoints where the real run will look for them.
         merged["run_dir"] = f"runs/{recipe}" + ("-fast_dev_run" if merged["fast_dev_run"] else "")
-    if request.help:
-        _print_help(merged)
+    if request.help is not None:
+        print(option_help.help_text(merged, request.help))
         raise SystemExit(0)
     config: RunConfig = schema.build(_nested(merged))
     if request.print_config:
-        print(_commented(schema.to_yaml(config)), end="")
+        print(option_help.commented_yaml(config), end="")
         raise SystemExit(0)
-    schema.check(config)
+    check(config)
     return config
 
 
 class _Request(typing.NamedTuple):
     files: list[str]
     layer: Layer
-    help: bool
+    help: str | None
+    """The section whose help is asked for; empty: all."""
     print_config: bool
 
 
@@ -97,42 +105,37 @@ def _split(argv: Iterable[str]) -> _Request:
     """The command line into files and a layer of strings (lists of them where the key is a list)."""
     files: list[str] = []
     layer: Layer = {}
-    flags = {"help": False, "print_config": False}
-    waiting = list(argv)
+    help_section, print_config = None, False
+    waiting = deque(argv)
     while waiting:
-        word = waiting.pop(0)
-        if word == "-h":
-            word = "--help"
-        if not word.startswith("--") or word == "--":
+        word = waiting.popleft()
+        name, equals, value = word[2:].partition("=") if word != "-h" else ("help", "", "")
+        if not (word.startswith("--") and name) and word != "-h":
             raise RequestError(
-                f"{word!r} stands alone: options are written --name value, such as --data.train {word}"
+                f"{word!r} stands alone: options are written --name value (--data.train {word})"
             )
-        name, equals, value = word[2:].partition("=")
-        key = None if name in ("config", *flags) else _find(name, "--")
-        many = name == "config" or (key is not None and (key.is_list or key.type is Durations))
+        key = None if name in _WITHOUT_KEY else _find(name, "--")
+        several = name == "config" or (key is not None and (key.is_list or key.type is Durations))
         values = [value] if equals else []
-        while not equals and waiting and not waiting[0].startswith("--") and (many or not values):
-            if name in flags or (
-                key is not None and key.type is bool and waiting[0].lower() not in ("true", "false")
-            ):
-                break
-            values.append(waiting.pop(0))
-        if name in flags:
-            flags[name] = True
+        while waiting and not equals and not waiting[0].startswith("--") and (several or not values):
+            values.append(waiting.popleft())
+        if key is None and name != "config":
+            help_section = "".join(values) if name == "help" else help_section
+            print_config |= name == "print_config"
             continue
-        if key is not None and key.type is bool and not values:
+        if not values and key is not None and key.type is bool:
             values = ["true"]
         if not values:
             raise RequestError(f"--{name} needs a value")
-        if name == "config":
+        if key is None:
             files += values
-        elif key is not None and key.is_free_form:
-            _put(layer, name, _yaml(values[0], f"--{name}"))
-        elif key is not None and key.is_list:
+        elif key.is_free_form:
+            _put(layer, name, _yaml(values[0], f"--{name}"), f"--{name}")
+        elif key.is_list:
             layer.setdefault(name, []).extend(item for text in values for item in _items(text, name))
         else:
-            layer[name] = ", ".join(values) if many else values[0]
-    return _Request(files, layer, flags["help"], flags["print_config"])
+            layer[name] = ", ".join(values) if several else values[0]
+    return _Request(files, layer, help_section, print_config)
 
 
 def _items(text: str, name: str) -> list[Any]:
@@ -156,7 +159,7 @@ def _find(name: str, dashes: str = "", where: str = "") -> Key:
             f"{where}{dashes}{name} is a section; set its keys: {', '.join(dashes + key for key in inside)}"
         )
     last = name.rpartition(".")[2]
-    near = difflib.get_close_matches(name, [*known, "config", "help", "print_config"], 3, 0.75)
+    near = difflib.get_close_matches(name, [*known, *_WITHOUT_KEY], 3, 0.75)
     by_last = {key.rpartition(".")[2]: key for key in reversed(list(known))}
     near += [by_last[match] for match in difflib.get_close_matches(last, by_last, 2, 0.75)]
     near = list(dict.fromkeys(near))[:3]
@@ -165,16 +168,16 @@ def _find(name: str, dashes: str = "", where: str = "") -> Key:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: ``1e-3`` is a number, ``off`` and ``no`` are words, ``1:20`` is text; twice a key is an error."""
+    """YAML 1.2 scalars: ``1e-3`` is a number, ``off`` a word, ``1:20`` text; a key twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
+            if str(key_node.value) in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key_node.value!r} twice", key_node.start_mark
                 )
-            seen.add(key_node.value)
+            seen.add(str(key_node.value))
         return super().construct_mapping(node, deep)
 
 
@@ -186,7 +189,10 @@ _Loader.yaml_implicit_resolvers = {
     ]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_FLOAT = r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+_FLOAT = (
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
@@ -235,22 +241,22 @@ def _collect(values: dict[Any, Any], prefix: str, where: str, layer: Layer) -> N
             continue  # a section whose lines are all commented out
         else:
             key = _find(dotted, where=where)
-            if key.is_free_form and key.name == dotted and not isinstance(value, dict):
-                raise RequestError(f"{where}{dotted} must be keys with values, not {value!r}")
-            _put(layer, dotted, value) if key.is_free_form else layer.update({dotted: value})
+            if key.is_free_form:
+                _put(layer, dotted, value, f"{where}{dotted}")
+            else:
+                layer[dotted] = value
 
 
-def _put(layer: Layer, name: str, value: Any) -> None:
+def _put(layer: Layer, name: str, value: Any, where: str) -> None:
     """Set ``model.config.rope_parameters.rope_theta`` inside the dictionary of ``model.config``."""
     form = _find(name)
     inside = layer.setdefault(form.name, {})
-    if name == form.name:
-        inside.update(value)
-        return
-    *path, last = name[len(form.name) + 1 :].split(".")
-    for part in path:
-        inside = inside.setdefault(part, {})
-    inside[last] = value
+    path = name[len(form.name) + 1 :].split(".") if name != form.name else []
+    for part in reversed(path):
+        value = {part: value}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise RequestError(f"{where} must be names with values, not {value!r}")
+    layer[form.name] = _deep(inside, value)
 
 
 def _typed(layer: Layer, where: str) -> Layer:
@@ -269,7 +275,7 @@ def _typed(layer: Layer, where: str) -> Layer:
         except RequestError as error:
             raise RequestError(f"{where}{dashes}{name}: {error}") from error
         except TypeError as error:
-            reason = f"{value!r} is not {schema.type_name(key.type)}"
+            reason = f"{value!r} is not of the type {schema.type_name(key.type)}"
             choices = typing.get_args(key.type) if typing.get_origin(key.type) is Literal else ()
             near = difflib.get_close_matches(str(value), choices, 1)
             raise RequestError(
@@ -291,23 +297,17 @@ def _normalized(value: Any, key: Key) -> Any:
 
 
 def _scalar(value: Any, wanted: Any) -> Any:
-    allowed = typing.get_args(wanted) or (wanted,)
-    if (
-        (isinstance(value, str)
-        and (str not in allowed or value in ("null", "None"))
-        and type(None) in allowed)
-        or (isinstance(value, str) and {int, float, bool} & set(allowed))
-    ):
-        value = _yaml(value, value)
+    allowed = set(typing.get_args(wanted) or (wanted,))
+    if isinstance(value, str):
+        if value in ("null", "None") and type(None) in allowed:
+            return None
+        if allowed & {int, float, bool}:
+            number = _yaml(value, value)
+            value = number if isinstance(number, (int, float)) else value
     if isinstance(value, float) and int in allowed and float not in allowed and value.is_integer():
         return int(value)
-    if (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and str in allowed
-        and int not in allowed
-    ):
-        return str(value)  # a run that is named 2026, a skipped position
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not allowed & {int, float}:
+        return str(value) if str in allowed else value  # a run that is named 2026, a skipped position
     return value
 
 
@@ -354,7 +354,7 @@ def _parser() -> ArgumentParser:
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
-            cause = ex
+            cause: BaseException | None = ex
             while cause is not None:
                 if isinstance(cause, RequestError):
                     raise cause
@@ -368,49 +368,3 @@ def _parser() -> ArgumentParser:
     parser = Parser(prog="train_lm.py", allow_abbrev=False, add_help=False)
     parser.add_class_arguments(RunConfig)
     return parser
-
-
-@functools.cache
-def docs() -> dict[str, str]:
-    """Dotted name -> the line under its field."""
-    tree = ast.parse(inspect.getsource(schema))
-    lines: dict[tuple[str, str], str] = {}
-    for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        for line, after in zip(node.body, node.body[1:]):
-            if (
-                isinstance(line, ast.AnnAssign)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                assert isinstance(line.target, ast.Name)
-                lines[node.name, line.target.id] = str(after.value.value)
-    found: dict[str, str] = {}
-
-    def walk(kind: type, prefix: str) -> None:
-        for name, wanted in typing.get_type_hints(kind).items():
-            if (kind.__name__, name) in lines:
-                found[prefix + name] = lines[kind.__name__, name]
-            else:
-                walk(wanted, f"{prefix}{name}.")
-
-    walk(RunConfig, "")
-    return found
-
-
-def _print_help(merged: Layer) -> None:
-    print("usage: accelerate launch train_lm.py [--config FILE ...] [--name value ...]\n")
-    print("Pretrain a causal language model. Defaults < files in order < command line.\n")
-    print("  --config FILE (repeatable)\n  --print_config  print the merged configuration and stop\n  --help")
-    section = ""
-    for name, key in keys().items():
-        if "." in name and name.split(".")[0] != section:
-            section = name.split(".")[0]
-            print(f"\n{section}")
-        value = merged[name]
-        shown = value if isinstance(value, (Duration, Durations)) else "null" if value is None else value
-        print(f"  --{name} <{schema.type_name(key.type)}> [{shown}]\n        {docs()[name]}")
-
-
-def _commented(text: str) -> str:
-    """YAML with the help beside each key."""
-    return text

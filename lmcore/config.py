@@ -1,15 +1,18 @@
-"""The schema: every name that a user may set, its default, its help, its limits, and what a change means on resume.
+# ruff: noqa: RUF009 -- option() gives an immutable dataclasses.field, which is what the rule cannot see.
+"""The schema: every name that a user may set, its default, its help, its limits, its class for resume.
 
-Comes in: plain values (a nested dictionary, as YAML gives it). Goes out: one frozen :class:`RunConfig`, flat views of
-it, and its YAML. What always holds: nothing here imports torch (``--help`` must be quick) or any other room; no room
-imports this one; ``build(to_dict(config)) == config``; every field has a class for resume:
+Comes in: plain values (a nested dictionary, as YAML gives it). Goes out: one frozen :class:`RunConfig`, flat
+views of it, and its YAML. What always holds: nothing here imports torch (``--help`` must be quick) or any
+other room; no room imports this one; ``build(to_dict(config)) == config``; every field has a class for
+resume:
 
 * ``free``: may change at a resume, unseen.
 * ``warn``: may change; the run says both values and what it does.
 * ``refuse``: a changed past (law 6): refused with both values, unless ``allow_changes`` names the key.
 
-The line under a field is its help. Units are in the names; a duration is ``500`` (steps), ``1e9 tokens``, ``2 epochs``,
-``10%``, ``30 min`` or ``never``. :mod:`lmcore.command_line` reads files and the command line into this.
+The line under a field is its help. Units are in the names; a duration is ``500`` (steps), ``1e9 tokens``, ``2
+epochs``, ``10%``, ``30 min`` or ``never``. :mod:`lmcore.command_line` reads files and the command line into
+this, :mod:`lmcore.relations` checks what no single field can know.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from lmcore.duration import NEVER, Duration, Durations
+from lmcore.duration import Duration, Durations
 from lmcore.errors import RequestError
 
 Resume = Literal["free", "warn", "refuse"]
@@ -56,7 +59,7 @@ def section(kind: type) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: Entries = option([], "refuse")
-    """Training text: files, folders, globs, hf://..., or sources {path, weight, name, ...}; none: Python's own library."""
+    """Training text: files, folders, globs, hf://..., sources {path, weight}; none: Python's library."""
     valid: Entries = option([], "warn")
     """Held-out text, evaluated during training; sources with a name are separate sets."""
     test: Entries = option([], "free")
@@ -86,7 +89,7 @@ class DataConfig:
     pin_memory: bool | None = option(None, "free")
     """Pinned host memory for the copies to the device; default: on a GPU."""
     shuffle: Literal["full", "blocks", "none"] = option("full", "refuse")
-    """full: a keyed permutation of all blocks; blocks: of long runs of blocks (slow disks); none: as they lie."""
+    """full: a keyed permutation of all blocks; blocks: of runs of blocks (slow disks); none: as they lie."""
     shuffle_window: int = option(1_024, "refuse", at_least=1)
     """Blocks of the window in which a stream is shuffled."""
     stream_lanes: int | None = option(None, "refuse", at_least=1)
@@ -112,7 +115,7 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     path: str | None = option(None, "refuse")
-    """A tokenizer to use: a folder, a SentencePiece .model file, or a Hub id; default: one is trained on data.train."""
+    """A tokenizer to use: a folder, a SentencePiece .model file, a Hub id; default: one is trained."""
     revision: str | None = option(None, "refuse")
     """Commit of a Hub tokenizer."""
     vocab_size: int | None = option(32_000, "refuse", at_least=1)
@@ -148,7 +151,7 @@ class ModelConfig:
     factory: str | None = option(None, "refuse")
     """Your own nn.Module: package.module:function; it is called with model.config."""
     attention: str | None = option(None, "free")
-    """Attention kernel of transformers: sdpa, eager, flash_attention_2, ...; default: the best that there is."""
+    """Attention kernel of transformers: sdpa, eager, flash_attention_2, ...; default: the best there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +227,7 @@ class TrainConfig:
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option("default", "free")
     """Mode of torch.compile."""
     activation_checkpointing: bool = option(False, "free")
-    """Recompute the layers' activations in the backward pass: less memory, about a third more arithmetic."""
+    """Recompute the layers in the backward pass: less memory, about a third more arithmetic."""
     deterministic: bool = option(False, "warn")
     """Deterministic kernels, and an error where there is none."""
     max_minutes: float | None = option(None, "free", above=0)
@@ -236,7 +239,7 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     deepspeed: str | None = option(None, "warn")
-    """A DeepSpeed configuration, such as ds_configs/zero3.json; an accelerate configuration can bring one too."""
+    """A DeepSpeed configuration (ds_configs/zero3.json); an accelerate configuration can bring one too."""
     timeout_seconds: int = option(1_800, "free", at_least=1)
     """How long a rank waits for the others in a collective operation."""
     reduce_dtype: Literal["fp32", "bf16"] = option("fp32", "warn")
@@ -324,7 +327,7 @@ class ReportConfig:
     save_code: bool = option(False, "free")
     """Let the tracker keep a copy of the code."""
     webhook: str | None = option(None, "free", secret=True)
-    """Address that gets a Slack-compatible message at the end, on failure and on rewind; or LMCORE_WEBHOOK."""
+    """Address for a Slack-compatible message at the end, on failure, on rewind; or LMCORE_WEBHOOK."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,7 +440,7 @@ def _plain(value: Any) -> Any:
 
 
 def build(values: dict[str, Any], kind: type = RunConfig) -> Any:
-    """The inverse of :func:`to_dict`; missing keys take their defaults. Types are the parser's affair, not this one's."""
+    """The inverse of :func:`to_dict`; missing keys take their defaults. The parser has checked the types."""
     arguments: dict[str, Any] = {}
     types_by_name = typing.get_type_hints(kind)
     for name, value in values.items():
@@ -452,6 +455,11 @@ def build(values: dict[str, Any], kind: type = RunConfig) -> Any:
     return kind(**arguments)
 
 
+def dump(values: dict[str, Any]) -> str:
+    """Plain values as YAML that reads back the same, also by readers of YAML 1.1."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True  # anchors would only puzzle a reader
@@ -459,12 +467,11 @@ class _Dumper(yaml.SafeDumper):
 
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as asked; ``--config`` of this text repeats the run. Secrets are left out."""
-    values = to_dict(config, secrets=False)
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return dump(to_dict(config, secrets=False))
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
-    """Dotted name -> scalar, or a list of plain values; free-form dictionaries become ``model.config.n_layer``.
+    """Dotted name -> scalar, or a list of plain values; free-form ones become ``model.config.n_layer``.
 
     This is what checkpoints record and trackers get; secrets are ``None``.
     """
@@ -489,7 +496,7 @@ class Change(NamedTuple):
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """What differs between two :func:`flatten` views, refusals first; keys that this version does not know are free."""
+    """What differs between two :func:`flatten` views, refusals first; keys of another version are free."""
     found = []
     for name in dict.fromkeys([*old, *new]):
         before, after = old.get(name), new.get(name)
@@ -500,7 +507,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
 
 def refuse_changes(found: list[Change], allowed: list[str]) -> list[Change]:
-    """Raise :class:`RequestError` on a changed past that was not ``allowed``; else give the changes to be said."""
+    """Raise :class:`RequestError` on a changed past that is not ``allowed``; else give those to be said."""
     refused = [change for change in found if change.cls == "refuse" and change.key not in allowed]
     if refused:
         listed = "; ".join(f"{change.key}: {change.old!r} then, {change.new!r} now" for change in refused)
@@ -537,160 +544,9 @@ def global_batch_blocks(config: RunConfig, block_size: int) -> int:
         below = tokens // block_size * block_size
         near = f"{below} or {below + block_size}" if below else f"{block_size}"
         raise RequestError(
-            f"train.global_batch_tokens {tokens} is not a multiple of the block size {block_size}: take {near}"
+            f"train.global_batch_tokens {tokens} is no multiple of the block size {block_size}: take {near}"
         )
     return tokens // block_size
-
-
-SOURCE_KEYS = ("path", "paths", "weight", "name", "text_field", "unit", "encoding")
-
-
-def check(config: RunConfig) -> None:
-    """Every relation that needs no data, no model and no device. Raises :class:`RequestError`."""
-    flat = to_dict(config)
-    for key in keys().values():
-        value: Any = flat
-        for part in key.name.split("."):
-            value = value[part]
-        for number in value if isinstance(value, list) else [value]:
-            _check_limits(key, number)
-    data, train, optim = config.data, config.train, config.optim
-    for name in ("train", "valid", "test"):
-        _check_sources(f"data.{name}", getattr(data, name))
-    ranges(data.skip_positions, "data.skip_positions")
-    if train.profile is not None:
-        ranges([train.profile], "train.profile")
-
-    _one_of(
-        "train.global_batch_blocks",
-        train.global_batch_blocks,
-        "train.global_batch_tokens",
-        train.global_batch_tokens,
-    )
-    if train.global_batch_tokens is not None and data.block_size is not None:
-        global_batch_blocks(config, data.block_size)
-    blocks, micro = train.global_batch_blocks, train.micro_batch_blocks
-    if blocks is not None and isinstance(micro, int) and blocks % micro:
-        raise RequestError(
-            f"train.global_batch_blocks {blocks} is not a multiple of train.micro_batch_blocks {micro}: "
-            f"take {blocks // micro * micro or micro} or {(blocks // micro + 1) * micro} blocks"
-        )
-    if train.duration.unit not in ("steps", "tokens", "epochs"):
-        raise RequestError(
-            f"train.duration {train.duration} is not a horizon: give steps, tokens or epochs "
-            "(schedules are functions of the step; train.max_minutes limits the time)"
-        )
-    for name in ("warmup", "decay"):
-        length = getattr(optim, name)
-        if length.unit == "minutes" or (length.unit == "percent" and length.value > 100):
-            raise RequestError(
-                f"optim.{name} {length} is no part of the run: give steps, tokens, epochs or 0-100%"
-            )
-    if optim.schedule == "wsd":
-        if optim.decay == NEVER:
-            raise RequestError("optim.schedule wsd needs optim.decay, such as 20%")
-        both = sum(d.value for d in (optim.warmup, optim.decay) if d.unit == "percent")
-        if both > 100:
-            raise RequestError(
-                f"optim.warmup {optim.warmup} and optim.decay {optim.decay} are more than the run"
-            )
-    if optim.train_only and optim.freeze:
-        raise RequestError("optim.train_only and optim.freeze exclude each other: keep one of them")
-    if train.deterministic and train.compile_mode == "max-autotune":
-        raise RequestError("train.deterministic and train.compile_mode max-autotune exclude each other")
-
-    starts = {
-        "type": config.model.type,
-        "from_pretrained": config.model.from_pretrained,
-        "factory": config.model.factory,
-    }
-    given = [f"model.{name} {value}" for name, value in starts.items() if value is not None]
-    if len(given) != 1:
-        raise RequestError(
-            f"give one of model.type, model.from_pretrained and model.factory, not {' and '.join(given) or 'none'}"
-        )
-    for name in ("data", "model", "loss"):
-        factory = getattr(config, name).factory
-        if (
-            (factory is not None
-            and not all(_is_dotted(part) for part in factory.split(":")))
-            or (factory
-            and factory.count(":") != 1)
-        ):
-            raise RequestError(
-                f"{name}.factory {factory!r} is not an import path: write package.module:function"
-            )
-        if name != "model" and factory is None and getattr(config, name).config:
-            raise RequestError(f"{name}.config is for {name}.factory, which is not given")
-    if data.factory is None and config.tokenizer.path is None and config.tokenizer.vocab_size is None:
-        raise RequestError("give tokenizer.path (one to use) or tokenizer.vocab_size (one to train)")
-    if config.tokenizer.path is not None and config.tokenizer.vocab_size is not None:
-        raise RequestError(
-            f"tokenizer.path {config.tokenizer.path} brings its own size: leave out tokenizer.vocab_size "
-            f"{config.tokenizer.vocab_size} (or set it to null)"
-        )
-    if data.valid and data.valid_fraction:
-        raise RequestError(
-            f"data.valid and data.valid_fraction {data.valid_fraction} exclude each other: keep one"
-        )
-    if data.phases and data.mode == "stream":
-        raise RequestError("data.phases needs data.mode store: a stream's mixture is fixed")
-    for phase in data.phases:
-        if set(phase) != {"position", "weights"} or not isinstance(phase["weights"], dict):
-            raise RequestError(
-                f"data.phases: {phase} is not of the form {{position: 1000, weights: {{name: 1.0}}}}"
-            )
-
-
-def _check_limits(key: Key, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return
-    tests = {
-        "above": lambda limit: value > limit, "at_least": lambda limit: value >= limit,
-        "at_most": lambda limit: value <= limit, "below": lambda limit: value < limit,
-    }  # fmt: skip
-    for name, limit in key.limits.items():
-        if limit is not None and not tests[name](
-            limit
-        ):  # a comparison with NaN is false, so NaN is refused too
-            raise RequestError(f"{key.name} {value} must be {name.replace('_', ' ')} {limit:g}")
-
-
-def _check_sources(key: str, entries: Entries) -> None:
-    from difflib import get_close_matches  # here: 5 ms that only an error needs
-
-    for entry in entries:
-        if isinstance(entry, str):
-            if not entry.strip():
-                raise RequestError(f"{key}: an empty path")
-            continue
-        for name in entry:
-            if name not in SOURCE_KEYS:
-                near = get_close_matches(str(name), SOURCE_KEYS, 1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(SOURCE_KEYS)}"
-                raise RequestError(f"{key}: a source has no {name!r}; {hint}")
-        if ("path" in entry) == ("paths" in entry):
-            raise RequestError(f"{key}: the source {entry} needs path (one) or paths (a list)")
-        weight = entry.get("weight")
-        if weight is not None and not (isinstance(weight, (int, float)) and 0 < weight < float("inf")):
-            raise RequestError(
-                f"{key}: weight {weight!r} of {entry.get('path', entry.get('paths'))} must be above 0"
-            )
-    weighted = [isinstance(entry, dict) and entry.get("weight") is not None for entry in entries]
-    if any(weighted) and not all(weighted):
-        raise RequestError(
-            f"{key}: {sum(weighted)} of {len(entries)} sources have a weight: give it to all or to none"
-        )
-
-
-def _one_of(name: str, value: Any, other: str, other_value: Any) -> None:
-    if (value is None) == (other_value is None):
-        state = "both are given" if value is not None else "neither is given"
-        raise RequestError(f"{name} and {other}: {state}, give one")
-
-
-def _is_dotted(text: str) -> bool:
-    return bool(text) and all(part.isidentifier() for part in text.split("."))
 
 
 def type_name(kind: Any) -> str:
@@ -698,6 +554,8 @@ def type_name(kind: Any) -> str:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         parts = [type_name(part) for part in typing.get_args(kind)]
         return " | ".join("null" if part == "NoneType" else part for part in parts)
+    if typing.get_origin(kind) is tuple:
+        return ", ".join(type_name(part) for part in typing.get_args(kind))
     if typing.get_origin(kind) is Literal:
         return " | ".join(str(value) for value in typing.get_args(kind))
     origin = typing.get_origin(kind) or kind

@@ -1,8 +1,9 @@
 """How long, and how often: one type for horizons, warm-ups and intervals.
 
-Comes in: what a person writes (``500``, ``"1e9 tokens"``, ``"2 epochs"``, ``"10%"``, ``"30 min"``, ``"never"``). Goes
-out: steps. What always holds: the arithmetic is exact (fractions, no floats), so that ``10%`` of 1,000 steps is 100
-and not 101; minutes never become steps, because a schedule must be a pure function of the step.
+Comes in: what a person writes (``500``, ``"1e9 tokens"``, ``"2 epochs"``, ``"10%"``, ``"30 min"``,
+``"never"``). Goes out: steps. What always holds: the arithmetic is exact (fractions, no floats), so that
+``10%`` of 1,000 steps is 100 and not 101; minutes never become steps, because a schedule must be a pure
+function of the step.
 
 >>> Duration.parse("1e9 tokens").to_steps(tokens_per_step=524_288)
 1908
@@ -27,7 +28,11 @@ _UNITS = {
     "%": "percent", "percent": "percent",
     "min": "minutes", "minute": "minutes", "minutes": "minutes",
 }  # fmt: skip
-_IN_MINUTES = {"h": 60, "hour": 60, "hours": 60, "s": Fraction(1, 60), "second": Fraction(1, 60), "seconds": Fraction(1, 60)}  # fmt: skip
+_SECOND = Fraction(1, 60)
+_IN_MINUTES: dict[str, int | Fraction] = {
+    "h": 60, "hour": 60, "hours": 60,
+    "s": _SECOND, "sec": _SECOND, "second": _SECOND, "seconds": _SECOND,
+}  # fmt: skip
 _SUFFIX = {"": 1, "K": 10**3, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _PATTERN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([KkMBGT]?)(?:\s*([a-z]+|%))?")
 EXAMPLES = "500, '500 steps', '1e9 tokens', '2 epochs', '10%', '30 min' or 'never'"
@@ -84,7 +89,7 @@ class Duration(NamedTuple):
     ) -> int | None:
         """The number of steps, rounded up, or ``None`` for never and for minutes.
 
-        ``steps_per_epoch`` = blocks of an epoch / blocks of a global batch; give a :class:`Fraction` for exactness.
+        ``steps_per_epoch`` = blocks of an epoch / blocks of a global batch; a :class:`Fraction` is exact.
         Raises :class:`RequestError` where the number that the unit needs is not known.
         """
         if self.unit in ("never", "minutes"):
@@ -99,7 +104,7 @@ NEVER = Duration(0, "never")
 
 
 class Durations(tuple[Duration, ...]):
-    """What an ``every`` takes: one duration, or several of which each counts. ``never`` alone is the empty tuple."""
+    """What an ``every`` takes: one duration, or several that all count; ``never`` is the empty tuple."""
 
     @classmethod
     def parse(cls, value: Any) -> Durations:
@@ -134,8 +139,9 @@ def is_due(
 ) -> bool:
     """Is something that happens ``every`` so often due after ``step`` updates (1 = after the first)?
 
-    Intervals that are not whole steps are due at the first step that reaches each multiple, so that none is lost and
-    none comes twice. ``minutes_since_last`` is a clock of one process: agree on the answer over ranks.
+    Intervals that are not whole steps are due at the first step that reaches each multiple, so that none is
+    lost and none comes twice. ``minutes_since_last`` is a clock of one process: agree on the answer over
+    ranks.
     """
     for duration in every:
         if duration.unit == "never":

@@ -1,0 +1,180 @@
+"""The relations between options that need no data, no model and no device: :func:`check`.
+
+Comes in: a :class:`~lmcore.config.RunConfig` whose types are right. Goes out: nothing, or a
+:class:`~lmcore.errors.RequestError` of one line with the numbers and the remedy. Limits of single fields
+stand at the fields (``option(..., above=0)``) and are checked here too.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+from lmcore.config import Entries, Key, RunConfig, global_batch_blocks, keys, ranges, to_dict
+from lmcore.duration import NEVER
+from lmcore.errors import RequestError
+
+SOURCE_KEYS = ("path", "paths", "weight", "name", "text_field", "unit", "encoding")
+
+
+def check(config: RunConfig) -> None:
+    """Every relation that needs no data, no model and no device. Raises :class:`RequestError`."""
+    flat = to_dict(config)
+    for key in keys().values():
+        value: Any = flat
+        for part in key.name.split("."):
+            value = value[part]
+        for number in value if isinstance(value, list) else [value]:
+            _check_limits(key, number)
+    data, train, optim = config.data, config.train, config.optim
+    for name in ("train", "valid", "test"):
+        _check_sources(f"data.{name}", getattr(data, name))
+    ranges(data.skip_positions, "data.skip_positions")
+    if train.profile is not None:
+        ranges([train.profile], "train.profile")
+
+    _one_of(
+        "train.global_batch_blocks",
+        train.global_batch_blocks,
+        "train.global_batch_tokens",
+        train.global_batch_tokens,
+    )
+    if train.global_batch_tokens is not None and data.block_size is not None:
+        global_batch_blocks(config, data.block_size)
+    blocks, micro = train.global_batch_blocks, train.micro_batch_blocks
+    if blocks is not None and isinstance(micro, int) and blocks % micro:
+        raise RequestError(
+            f"train.global_batch_blocks {blocks} is not a multiple of train.micro_batch_blocks {micro}: "
+            f"take {blocks // micro * micro or micro} or {(blocks // micro + 1) * micro} blocks"
+        )
+    if train.duration.unit not in ("steps", "tokens", "epochs"):
+        raise RequestError(
+            f"train.duration {train.duration} is not a horizon: give steps, tokens or epochs "
+            "(schedules are functions of the step; train.max_minutes limits the time)"
+        )
+    for name in ("warmup", "decay"):
+        length = getattr(optim, name)
+        if length.unit == "minutes" or (length.unit == "percent" and length.value > 100):
+            raise RequestError(
+                f"optim.{name} {length} is no part of the run: give steps, tokens, epochs or 0-100%"
+            )
+    if optim.schedule == "wsd":
+        if optim.decay == NEVER:
+            raise RequestError("optim.schedule wsd needs optim.decay, such as 20%")
+        both = sum(d.value for d in (optim.warmup, optim.decay) if d.unit == "percent")
+        if both > 100:
+            raise RequestError(
+                f"optim.warmup {optim.warmup} and optim.decay {optim.decay} are more than the run"
+            )
+    if optim.train_only and optim.freeze:
+        raise RequestError("optim.train_only and optim.freeze exclude each other: keep one of them")
+    if train.deterministic and train.compile_mode == "max-autotune":
+        raise RequestError("train.deterministic and train.compile_mode max-autotune exclude each other")
+
+    starts = {
+        "type": config.model.type,
+        "from_pretrained": config.model.from_pretrained,
+        "factory": config.model.factory,
+    }
+    given = [f"model.{name} {value}" for name, value in starts.items() if value is not None]
+    if len(given) != 1:
+        raise RequestError(
+            "give one of model.type, model.from_pretrained and model.factory, not "
+            f"{' and '.join(given) or 'none'}"
+        )
+    for name in ("data", "model", "loss"):
+        factory = getattr(config, name).factory
+        if (factory is not None and not all(_is_dotted(part) for part in factory.split(":"))) or (
+            factory and factory.count(":") != 1
+        ):
+            raise RequestError(
+                f"{name}.factory {factory!r} is not an import path: write package.module:function"
+            )
+        if name != "model" and factory is None and getattr(config, name).config:
+            raise RequestError(f"{name}.config is for {name}.factory, which is not given")
+    if data.factory is None and config.tokenizer.path is None and config.tokenizer.vocab_size is None:
+        raise RequestError("give tokenizer.path (one to use) or tokenizer.vocab_size (one to train)")
+    if config.tokenizer.path is not None and config.tokenizer.vocab_size is not None:
+        raise RequestError(
+            f"tokenizer.path {config.tokenizer.path} brings its own size: leave out tokenizer.vocab_size "
+            f"{config.tokenizer.vocab_size} (or set it to null)"
+        )
+    if data.valid and data.valid_fraction:
+        raise RequestError(
+            f"data.valid and data.valid_fraction {data.valid_fraction} exclude each other: keep one"
+        )
+    _check_evaluation(config)
+    if data.phases and data.mode == "stream":
+        raise RequestError("data.phases needs data.mode store: a stream's mixture is fixed")
+    for phase in data.phases:
+        if set(phase) != {"position", "weights"} or not isinstance(phase["weights"], dict):
+            raise RequestError(
+                f"data.phases: {phase} is not of the form {{position: 1000, weights: {{name: 1.0}}}}"
+            )
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    evaluate, best = config.evaluate, config.checkpoint.keep_best
+    stopping = evaluate.early_stopping
+    wanted = {
+        "checkpoint.keep_best.k": best.k,
+        "evaluate.early_stopping.patience": stopping.patience,
+        "evaluate.early_stopping.target": stopping.target,
+        "evaluate.early_stopping.divergence": stopping.divergence,
+    }
+    needs = next((f"{name} {value}" for name, value in wanted.items() if value), None)
+    if needs and not (config.data.valid or config.data.valid_fraction or config.data.factory):
+        raise RequestError(f"{needs} needs held-out text: give data.valid or data.valid_fraction")
+    if needs and not evaluate.every:
+        raise RequestError(f"{needs} needs evaluations during the run: give evaluate.every, such as 10%")
+    if config.checkpoint.export == "best" and not best.k:
+        raise RequestError("checkpoint.export best needs checkpoint.keep_best.k of at least 1")
+
+
+def _check_limits(key: Key, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    tests = {
+        "above": lambda limit: value > limit, "at_least": lambda limit: value >= limit,
+        "at_most": lambda limit: value <= limit, "below": lambda limit: value < limit,
+    }  # fmt: skip
+    for name, limit in key.limits.items():
+        if limit is not None and not tests[name](
+            limit
+        ):  # a comparison with NaN is false, so NaN is refused too
+            raise RequestError(f"{key.name} {value} must be {name.replace('_', ' ')} {limit:g}")
+
+
+def _check_sources(key: str, entries: Entries) -> None:
+    for entry in entries:
+        if isinstance(entry, str):
+            if not entry.strip():
+                raise RequestError(f"{key}: an empty path")
+            continue
+        for name in entry:
+            if name not in SOURCE_KEYS:
+                near = get_close_matches(str(name), SOURCE_KEYS, 1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(SOURCE_KEYS)}"
+                raise RequestError(f"{key}: a source has no {name!r}; {hint}")
+        if ("path" in entry) == ("paths" in entry):
+            raise RequestError(f"{key}: the source {entry} needs path (one) or paths (a list)")
+        weight = entry.get("weight")
+        if weight is not None and not (isinstance(weight, (int, float)) and 0 < weight < float("inf")):
+            raise RequestError(
+                f"{key}: weight {weight!r} of {entry.get('path', entry.get('paths'))} must be above 0"
+            )
+    weighted = [isinstance(entry, dict) and entry.get("weight") is not None for entry in entries]
+    if any(weighted) and not all(weighted):
+        raise RequestError(
+            f"{key}: {sum(weighted)} of {len(entries)} sources have a weight: give it to all or to none"
+        )
+
+
+def _one_of(name: str, value: Any, other: str, other_value: Any) -> None:
+    if (value is None) == (other_value is None):
+        state = "both are given" if value is not None else "neither is given"
+        raise RequestError(f"{name} and {other}: {state}, give one")
+
+
+def _is_dotted(text: str) -> bool:
+    return bool(text) and all(part.isidentifier() for part in text.split("."))
