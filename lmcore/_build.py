@@ -1,12 +1,13 @@
-"""Building the model: a model type and its settings in, an ``nn.Module`` on the CPU out. Part of the room ``model``.
+"""Building the model, a part of the room ``model``: a type and its settings in, a module out.
 
-Three ways to a model: any causal language model of transformers from scratch (``type`` and config fields), the same
-from pretrained weights, or the user's own factory ``package.module:function``, which may return any ``nn.Module``.
+Three ways to a model: any causal language model of transformers from scratch (``type`` and config fields),
+the same from pretrained weights, or the user's own factory ``package.module:function``, which may return any
+``nn.Module``.
 
-What always holds for a transformers model: float32 parameters; ``use_cache`` off; the vocabulary padded to a multiple
-of 64 (``model.real_vocab_size`` keeps the true one); from scratch, every module is initialized by its family's own
-rule from a generator keyed by (seed, module name), so that the weights have the same bits whatever the strategy, the
-world size and the order of construction.
+What always holds for a transformers model: float32 parameters; ``use_cache`` off; the vocabulary padded to a
+multiple of 64 (``model.real_vocab_size`` keeps the true one); from scratch, every module is initialized by
+its family's own rule from a generator keyed by (seed, module name), so that the weights have the same bits
+whatever the strategy, the world size and the order of construction.
 
 Example::
 
@@ -31,7 +32,7 @@ from torch import nn
 from lmcore.errors import RequestError
 
 VOCAB_MULTIPLE = 64
-"""GPU matrix units want multiples of 64 columns: 50,257 -> 50,304 gave +13.7 % tokens/s (LLMs-from-scratch, A100)."""
+"""Matrix units want multiples of 64 columns: 50,304 instead of 50,257 gave +13.7 % (LLMs-from-scratch, A100)."""
 SPECIAL_IDS = ("bos_token_id", "pad_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "unk_token_id")
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -59,7 +60,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-# ---------------------------------------------------------------------------------------------------- configurations
+# --------------------------------------------------------------------------------------------- configurations
 
 
 def known_types() -> list[str]:
@@ -73,7 +74,7 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
     """A transformers config of this type; ``owned`` are fields that lmcore sets.
 
     Raises:
-        RequestError: unknown type or field (with the nearest name), a field that lmcore sets, a value of a wrong type.
+        RequestError: unknown type or field (with the nearest name), a field that lmcore sets, a wrong value.
     """
     from transformers import CONFIG_MAPPING
 
@@ -103,7 +104,7 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
 
 
 def context_length(type: str, overrides: Mapping[str, Any]) -> int | None:
-    """Tokens that the model can see at once, by its config; ``None`` where positions have no end (ALiBi, recurrent)."""
+    """Tokens that the model sees at once, by its config; ``None`` where positions have no end."""
     return _context(make_config(type, overrides))
 
 
@@ -119,7 +120,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-# ------------------------------------------------------------------------------------------------------------- build
+# ------------------------------------------------------------------------------------------------------ build
 
 
 def build(
@@ -138,18 +139,18 @@ def build(
 ) -> nn.Module:
     """Build the model on the CPU, with float32 parameters.
 
-    The result carries ``real_vocab_size``, the columns of its head that count (a factory's model: as it set it, if so).
+    The result carries ``real_vocab_size``, the columns of its head that count.
 
     Args:
-        type: transformers model type (``"gpt2"``, ``"llama"``, ...); ignored with ``from_pretrained`` or ``factory``.
-        config_overrides: fields of that type's config; with a factory, further keyword arguments of the factory.
+        type: transformers model type (``"gpt2"``, ``"llama"``, ...), unless ``from_pretrained`` or ``factory``.
+        config_overrides: fields of that type's config; with a factory, further arguments of it.
         vocab_size: V, ids that the tokenizer has. The model gets ``pad_vocab(V)`` rows.
         special_ids: the tokenizer's ``bos_token_id`` and so on; what it does not define becomes ``None``.
         block_size: T; refused if the model cannot see as far.
         from_pretrained: folder or Hub id (safetensors only; no code of the repository is ever run).
         revision: commit, tag or branch of the Hub id; the commit that it stands for is noted.
-        factory: ``package.module:function``, called with those of ``vocab_size, block_size, special_ids, seed`` that
-            it names, and with ``config_overrides``.
+        factory: ``package.module:function``, called with those of ``vocab_size``, ``block_size``,
+            ``special_ids`` and ``seed`` that it names, and with ``config_overrides``.
         attention: one of ``ATTENTION``; default: the model's own choice (sdpa nearly always).
         seed: of the initialization.
         note: called with one line for each thing that should be said (padding, fallbacks).
@@ -165,9 +166,7 @@ def build(
     if attention is not None and attention not in ATTENTION:
         raise RequestError(f"model.attention {attention!r} is not one of {', '.join(ATTENTION)}")
     if factory is not None:
-        note(
-            "model.factory: initialization is the factory's own (only the global seed is set, not one per parameter)"
-        )
+        note("model.factory: initialization is the factory's own, under one seed and not one per parameter")
         return _from_factory(factory, overrides, vocab_size, block_size, ids, seed)
     if from_pretrained is not None:
         model = _pretrained(from_pretrained, revision, overrides, vocab_size, ids, attention, note)
@@ -181,8 +180,8 @@ def build(
     context = _context(model.config)
     if context is not None and block_size > context:
         raise RequestError(
-            f"data.block_size {block_size} is more than the model's context of {context} tokens: give a smaller "
-            "data.block_size or a larger context in model.config"
+            f"data.block_size {block_size} is more than the model's context of {context} tokens: give a "
+            "smaller data.block_size or a larger context in model.config"
         )
     return model
 
@@ -250,16 +249,16 @@ def _key(seed: int, name: str) -> int:
 def _initialize(model: Any, seed: int, *, poison: bool) -> list[str]:
     """Run the family's own ``_init_weights`` on each module under a generator keyed by the module's name.
 
-    Children come before their parents, as in transformers: GPT-2's attention block re-draws its own output projection
-    with the depth-scaled deviation after the projection itself was drawn. Returns the parameters that no rule touched
-    (known because they were poisoned with NaN before).
+    Children come before their parents, as in transformers: GPT-2's attention block re-draws its own output
+    projection with the depth-scaled deviation after the projection itself was drawn. Returns the parameters
+    that no rule touched (known because they were poisoned with NaN before).
     """
     from transformers import PreTrainedModel
 
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
-        # A padding row is never trained and starts at zero; labels are ignored by position here, and where the
-        # tokenizer has pad = EOS that row is EOS, which must learn like any other.
+        # A padding row is never trained and starts at zero; labels are ignored by position here, and where
+        # the tokenizer has pad = EOS that row is EOS, which must learn like any other.
         embedding.padding_idx = None
     if poison:
         with torch.no_grad():
@@ -307,7 +306,7 @@ def _from_factory(
 
 
 def import_path(path: str, option: str) -> Callable[..., Any]:
-    """The callable that ``package.module:name`` stands for; the working directory counts as a place to look."""
+    """The callable that ``package.module:name`` stands for; the working directory counts."""
     module_name, colon, name = path.partition(":")
     if not colon or not module_name or not name:
         raise RequestError(f"{option} {path!r} is not of the form package.module:name")
@@ -325,14 +324,15 @@ def import_path(path: str, option: str) -> Callable[..., Any]:
     return target
 
 
-# -------------------------------------------------------------------------------------------------------- pretrained
+# ------------------------------------------------------------------------------------------------- pretrained
 
 
 def refuse_unsafe_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse a config.json with keys through which a loader could be made to fetch or run code.
 
-    ``_attn_implementation_internal`` (CVE-2026-4372), ``trust_remote_code`` in a nested config (CVE-2026-5241), a
-    kernel repository as attention implementation, and every other private key: none belongs into a saved config.
+    ``_attn_implementation_internal`` (CVE-2026-4372), ``trust_remote_code`` in a nested config
+    (CVE-2026-5241), a kernel repository as attention implementation, and every other private key: none
+    belongs into a saved config.
     """
     for key, value in config.items():
         text = str(key)

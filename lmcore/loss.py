@@ -1,21 +1,22 @@
 """Loss: hidden states and labels in, (sum of losses, count of labels) out.
 
-What always holds: ``labels`` are already shifted (label ``t`` is the token that follows input ``t``) and are never
-shifted again; a label of -100 is ignored; what comes out is a *sum* and a *count*, so that the one division, by the
-number of labels of the whole step over all ranks, happens elsewhere and once. Sums are float32 (float64 for float64
-input), whatever the precision of the matrix products.
+What always holds: ``labels`` are already shifted (label ``t`` is the token that follows input ``t``) and are
+never shifted again; a label of -100 is ignored; what comes out is a *sum* and a *count*, so that the one
+division, by the number of labels of the whole step over all ranks, happens elsewhere and once. Sums are
+float32 (float64 for float64 input), whatever the precision of the matrix products.
 
-The vocabulary head is the largest activation of a language model: N tokens times V logits, several times over. The
-chunked head computes a few hundred rows of logits at a time and *their gradients at once, in the forward pass*: the
-gradient of a sum does not depend on anything that comes later but one scalar factor, which backward multiplies in.
-So nothing is recomputed, nothing of size N x V is ever held, and backward is one multiplication.
+The vocabulary head is the largest activation of a language model: N tokens times V logits, several times
+over. The chunked head computes a few hundred rows of logits at a time and *their gradients at once, in the
+forward pass*: the gradient of a sum does not depend on anything that comes later but one scalar factor, which
+backward multiplies in. So nothing is recomputed, nothing of size N x V is ever held, and backward is one
+multiplication.
 
 Example::
 
     loss_sum, count = causal_lm_loss(hidden, head.weight, head.bias, labels, chunk=512)
     (loss_sum / count_of_the_step).backward()
 
-Letters: B blocks, T tokens of a block, N = B*T, D width, V vocabulary (P: with its padding to a multiple of 64).
+Letters: B blocks, T tokens of a block, N = B*T, D width, V vocabulary, P the same with its padding.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CUDA_CHUNK_BYTES = 2**30
 
 
 def count_labels(labels: Tensor) -> Tensor:
-    """Number of labels that are not ignored, a scalar int64 tensor on the labels' device (no synchronization)."""
+    """Number of labels that are not ignored: a 0-dim int64 tensor on their device."""
     return (labels != IGNORED_LABEL).sum()
 
 
@@ -52,12 +53,12 @@ def token_losses(
 ) -> Tensor:
     """The loss of every token, (N,) float32, zero where the label is ignored. The slow, obvious reference.
 
-    With ``lse = log sum_v exp(l_v)`` over the V real tokens, ``y`` the label, ``s`` the smoothing and ``z`` the z-loss::
+    With ``lse = log sum_v exp(l_v)`` over the V real tokens, label ``y``, smoothing ``s``, z-loss ``z``::
 
         (1 - s) * (lse - l_y)  +  s * (lse - mean_v l_v)  +  z * lse**2
 
-    Smoothing as in ``torch.nn.CrossEntropyLoss`` (Szegedy et al. 2016, the label's own token included in the mean),
-    z-loss as in PaLM (Chowdhery et al. 2022, section 5: ``z = 1e-4``), which keeps lse near zero.
+    Smoothing as in ``torch.nn.CrossEntropyLoss`` (Szegedy et al. 2016, the label's own token included in the
+    mean), z-loss as in PaLM (Chowdhery et al. 2022, section 5: ``z = 1e-4``), which keeps lse near zero.
 
     Args:
         logits: (N, P), any float dtype; computed in float32, or float64 if they are.
@@ -85,15 +86,15 @@ def cross_entropy_sum(
     z_loss: float = 0.0,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of :func:`token_losses` and the count of labels, from full logits ``(..., P)`` and labels ``(...)``."""
+    """Sum of :func:`token_losses` and the count, from full logits (..., P) and labels (...)."""
     if labels.is_floating_point():
         raise RequestError(
-            f"labels are {labels.dtype}: the built-in loss is a cross-entropy over integer labels; give loss.factory"
+            f"labels are {labels.dtype}: the built-in loss is a cross-entropy; give loss.factory"
         )
     if logits.shape[:-1] != labels.shape:
         raise RequestError(
-            f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}: expected one more dimension, the "
-            "classes, at the end; give loss.factory for any other loss"
+            f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}: expected one more "
+            "dimension, the classes, at the end; give loss.factory for any other loss"
         )
     losses = token_losses(
         logits.reshape(-1, logits.shape[-1]),
@@ -108,8 +109,9 @@ def cross_entropy_sum(
 def choose_chunk(chunk: int | str | None, *, tokens: int, vocab_size: int, device_type: str = "cpu") -> int:
     """Tokens per chunk of the vocabulary head; 0 = the plain head.
 
-    ``"auto"``: as many rows as keep one chunk's float32 logits within ``CHUNK_BYTES`` (CPU) or ``CUDA_CHUNK_BYTES``
-    (GPU), a multiple of 128, at least 128, at most all of them. Measured in ``benchmarks/head.py``.
+    ``"auto"``: as many rows as keep one chunk's float32 logits within ``CHUNK_BYTES`` (CPU) or
+    ``CUDA_CHUNK_BYTES`` (GPU), a multiple of 128, at least 128, at most all of them. Measured in
+    ``benchmarks/head.py``.
     """
     if chunk is None or chunk == "auto":
         budget = CUDA_CHUNK_BYTES if device_type == "cuda" else CHUNK_BYTES
@@ -142,8 +144,8 @@ def causal_lm_loss(
         chunk: tokens per chunk, 0 for the plain head, ``"auto"`` for :func:`choose_chunk`.
         label_smoothing, z_loss, vocab_size: see :func:`token_losses`.
 
-    The products run in the autocast dtype where autocast is on, else in ``hidden``'s dtype. The first derivative is
-    exact; a second derivative is refused (by torch) under the chunked head.
+    The products run in the autocast dtype where autocast is on, else in ``hidden``'s dtype. The first
+    derivative is exact; a second derivative is refused (by torch) under the chunked head.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     target = labels.reshape(-1)
@@ -169,8 +171,9 @@ def causal_lm_loss(
     return loss, count_labels(labels)
 
 
-# float16 has no room below 6e-5: probabilities of rare tokens would be rounded away before the loss scale, which
-# arrives in backward, could lift them. Eight is safe from overflow in the sum over a chunk (8 * 1,024 rows * 8 < 65,504).
+# float16 has no room below 6e-5: probabilities of rare tokens would be rounded away before the loss scale,
+# which arrives in backward, could lift them. Eight is far from overflow in the
+# sum over a chunk.
 _FP16_LIFT = 8.0
 
 
@@ -207,7 +210,8 @@ class _ChunkedHead(torch.autograd.Function):
                 torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if need_weight else None
             )
             grad_bias = torch.zeros(padded, dtype=accumulate, device=weight.device) if need_bias else None
-            # Allocated once: on a virtual machine the page faults of fresh large buffers cost more than the arithmetic.
+            # Allocated once: on a virtual machine the page faults of fresh large buffers cost more than
+            # the arithmetic.
             buffer = torch.empty(min(rows, n), padded, dtype=compute, device=hidden.device)
             wide = buffer if compute == accumulate else torch.empty_like(buffer, dtype=accumulate)
 
@@ -234,7 +238,7 @@ class _ChunkedHead(torch.autograd.Function):
                 if not (need_hidden or need_weight or need_bias):
                     continue
 
-                # d loss / d logits = p * (1 + 2 z lse) - (1 - s) [v == y] - s / V, and zero for ignored tokens.
+                # d loss / d logits = p * (1 + 2 z lse) - (1 - s) [v == y] - s / V; zero where ignored.
                 g = x.sub_(lse.unsqueeze(1)).exp_()
                 kept = valid.to(accumulate)
                 if z_loss:
@@ -255,7 +259,7 @@ class _ChunkedHead(torch.autograd.Function):
                 if grad_weight is not None:
                     if compute == accumulate:
                         grad_weight.addmm_(logits.t(), h)
-                    else:  # the product sums in float32 inside and is rounded once per chunk, as the plain head's is
+                    else:  # sums in float32 inside, rounded once per chunk, as the plain head's product
                         grad_weight += torch.mm(logits.t(), h)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -271,7 +275,7 @@ class _ChunkedHead(torch.autograd.Function):
             )
         grads, ctx.grads = ctx.grads, None
         factor = grad_loss / ctx.lift
-        # In place, on buffers that nobody else holds; rounding to the parameter's dtype comes after the scaling.
+        # In place, on buffers that nobody else holds; rounding comes after the scaling.
         scaled = tuple(
             None if grad is None else grad.mul_(factor).to(dtype) for grad, dtype in zip(grads, ctx.dtypes)
         )

@@ -1,13 +1,13 @@
 """Model: a causal language model (or the user's own module) with its loss, as one ``nn.Module``.
 
-Comes in: a batch by keyword, ``input_ids`` (B, T) and ``labels`` (B, T), optionally ``position_ids`` and the like.
-Goes out: the sum of the losses (float32) and the count of labels (int64), both 0-dim on the device.
+Comes in: a batch by keyword, ``input_ids`` (B, T) and ``labels`` (B, T), optionally ``position_ids`` and the
+like. Goes out: the sum of the losses (float32) and the count of labels (int64), both 0-dim on the device.
 
-What always holds: labels are already shifted and never reach a transformers model, which would shift them again; no
-attention mask of our own is passed, because packing by ``position_ids`` is silently ignored otherwise; columns that
-pad the vocabulary take no probability and get no gradient; the head runs inside its own module's call, so that the
-hooks by which sharded strategies show a weight only during forward see it. The model does not know that it is
-distributed.
+What always holds: labels are already shifted and never reach a transformers model, which would shift them
+again; no attention mask of our own is passed, because packing by ``position_ids`` is silently ignored
+otherwise; columns that pad the vocabulary take no probability and get no gradient; the head runs inside its
+own module's call, so that the hooks by which sharded strategies show a weight only during forward see it. The
+model does not know that it is distributed.
 
 Example::
 
@@ -75,12 +75,12 @@ class ModelWithLoss(nn.Module):
 
     ``head_path`` says how the loss is made:
 
-    - ``"chunked"``: transformers model with a plain linear head, recognized by a numeric probe: :func:`causal_lm_loss`.
-    - ``"logits"``: any other model: full logits, then cross-entropy (softcapped or scaled heads, the user's modules).
+    - ``"chunked"``: a transformers model with a plain linear head, known by a probe: :func:`causal_lm_loss`.
+    - ``"logits"``: any other (softcapped or scaled heads, the user's modules): full logits, cross-entropy.
     - ``"factory"``: ``loss_factory(outputs, batch) -> (sum, count)`` on whatever the model returns.
 
     Args:
-        model: from :func:`build`, or any module whose forward takes the batch's keys (``labels`` only if it names them).
+        model: from :func:`build`, or any module that takes the batch's keys (``labels`` only if it names them).
         chunk: tokens per chunk of the head, 0 = plain, ``"auto"``.
         label_smoothing, z_loss: in training mode only; evaluation is the plain cross-entropy.
         loss_factory: a callable, or ``package.module:function``.
@@ -164,7 +164,7 @@ class ModelWithLoss(nn.Module):
         """(loss_sum float32, count int64), both 0-dim.
 
         Raises:
-            RequestError: a key that the model does not take, missing labels, outputs that do not fit the labels.
+            RequestError: a key that the model does not take, no labels, outputs that do not fit them.
         """
         self._check(batch)
         smoothing = self.label_smoothing if self.training else 0.0
@@ -211,8 +211,8 @@ class ModelWithLoss(nn.Module):
         unknown = [] if self._takes_any else sorted(keys - self._arguments - {"labels"})
         if unknown:
             raise RequestError(
-                f"the batch's keys {', '.join(unknown)} are no arguments of {self.model.__class__.__name__}.forward"
-                f"{nearest(unknown[0], self._arguments)}"
+                f"the batch's keys {', '.join(unknown)} are no arguments of "
+                f"{self.model.__class__.__name__}.forward{nearest(unknown[0], self._arguments)}"
             )
         if "labels" not in keys and self.loss_factory is None:
             raise RequestError("the batch has no 'labels': let data.factory give them, or give loss.factory")
@@ -233,18 +233,18 @@ def _field(outputs: Any, name: str) -> Any:
     return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
 
 
-# -------------------------------------------------------------------------------------------------- the linear head
+# -------------------------------------------------------------------------------------------- the linear head
 
 
 def _head_forward(head: nn.Linear, hidden: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
-    """``nn.Linear.forward`` that, given labels, goes on to the loss. Bound to the head, so that its hooks run."""
+    """``nn.Linear.forward`` that, given labels, goes on to the loss. Bound to it, so that its hooks run."""
     if labels is None:
         return nn.functional.linear(hidden, head.weight, head.bias)
     return causal_lm_loss(hidden, head.weight, head.bias, labels, **options)
 
 
 class _ProbeOutput(dict[str, Any]):
-    """Stands for whatever the body returns: field 0 and ``last_hidden_state`` are ours, any other is absent."""
+    """Stands for whatever the body returns: field 0 and ``last_hidden_state`` are ours, others absent."""
 
     def __getattr__(self, name: str) -> Any:
         return self.get(name)
@@ -256,8 +256,8 @@ class _ProbeOutput(dict[str, Any]):
 def why_not_linear(model: nn.Module) -> str | None:
     """``None`` if the logits are exactly ``head(body(...)[0])``, else the reason.
 
-    A numeric probe, not a list of names: the body's forward is replaced by large random hidden states, so that a
-    softcap, a scale, a norm after the body or any other step shows in the logits.
+    A numeric probe, not a list of names: the body's forward is replaced by large random hidden states, so
+    that a softcap, a scale, a norm after the body or any other step shows in the logits.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     body: Any = model.base_model
@@ -286,11 +286,11 @@ def why_not_linear(model: nn.Module) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------- regions
+# ---------------------------------------------------------------------------------------------------- regions
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks: those that the family names, else the longest ``ModuleList`` of one class; maybe none."""
+    """The repeated blocks: those that the family names, else the longest ``ModuleList`` of one class."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     named = set(getattr(model, "_no_split_modules", None) or ())
     found = [layer for group in lists for layer in group if layer.__class__.__name__ in named]
@@ -303,18 +303,19 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def compile_regions(model: nn.Module, mode: str | None = None, **options: Any) -> int:
     """Compile each decoder layer's forward; the number of layers.
 
-    Per layer, not the whole model: one graph serves all layers of a kind (a shorter cold start), the layers get no
-    materialized attention mask (transformers #48925), and the hooks of FSDP2 and DDP stay outside of the graphs.
-    Call before :func:`enable_activation_checkpointing`.
+    Per layer, not the whole model: one graph serves all layers of a kind (a shorter cold start), the layers
+    get no materialized attention mask (transformers #48925), and the hooks of FSDP2 and DDP stay outside of
+    the graphs. Call before :func:`enable_activation_checkpointing`.
     """
     layers = decoder_layers(model)
     for layer in layers:
-        layer.forward = torch.compile(layer.forward, mode=mode, dynamic=False, **options)  # type: ignore[method-assign]
+        compiled = torch.compile(layer.forward, mode=mode, dynamic=False, **options)
+        layer.forward = compiled  # type: ignore[method-assign]
     return len(layers)
 
 
 def enable_activation_checkpointing(model: nn.Module, *, every: int = 1) -> int:
-    """Recompute every ``every``-th decoder layer in backward instead of keeping its activations; how many they are.
+    """Recompute every ``every``-th decoder layer in backward instead of keeping its activations; their number.
 
     Non-reentrant, and the random state is kept, so that the recomputation drops the same units.
 
@@ -335,11 +336,11 @@ def _recomputed(forward: Callable[..., Any], layer: nn.Module, *args: Any, **kwa
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
 
 
-# ----------------------------------------------------------------------------------------------- counting and export
+# ---------------------------------------------------------------------------------------- counting and export
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """``total``, ``trained``, ``embedding`` (input embeddings, positions included) and ``body`` (total - embedding).
+    """``total``, ``trained``, ``embedding`` (positions included) and ``body`` (total - embedding).
 
     Tied weights count once.
     """
@@ -353,7 +354,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
 
 def vocabulary_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters whose first dimension is the vocabulary: the token embedding, the head and its bias."""
+    """Names of the parameters whose first dimension is the vocabulary: token embedding, head, its bias."""
     if not hasattr(model, "get_output_embeddings"):
         return set()
     parts = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
@@ -362,7 +363,7 @@ def vocabulary_parameters(model: nn.Module) -> set[str]:
 
 
 def export_state(tensors: Iterable[tuple[str, Tensor]], model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Cut the padding of the vocabulary from named tensors (names of :func:`vocabulary_parameters`), one at a time."""
+    """Cut the padding of the vocabulary from named tensors (:func:`vocabulary_parameters`)."""
     names = vocabulary_parameters(model)
     real = getattr(model, "real_vocab_size", None)
     for name, tensor in tensors:
@@ -370,7 +371,7 @@ def export_state(tensors: Iterable[tuple[str, Tensor]], model: nn.Module) -> Ite
 
 
 def export_config(model: nn.Module) -> Any:
-    """The transformers config to save beside the exported weights: the real vocabulary, the cache on again."""
+    """The transformers config to save beside the exported weights: the real vocabulary, the cache on."""
     config = copy.deepcopy(model.config)
     real = getattr(model, "real_vocab_size", None)
     if real is not None:
