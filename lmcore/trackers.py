@@ -23,6 +23,7 @@ import math
 import os
 import queue
 import secrets
+import signal
 import subprocess
 import threading
 import time
@@ -180,6 +181,8 @@ class Trackers:
         for worker in self._workers:
             if not worker.join(deadline):
                 self._note(f"warning: {worker.name} did not finish within {seconds:.0f} s and is left behind")
+                if worker.name == "wandb":
+                    _kill_children(b"wandb-core")
         for post in self._posts:
             post.join(max(0.0, deadline - time.monotonic()))
         self._workers, self._posts = [], []
@@ -320,6 +323,18 @@ class _Other:
 
     def finish(self) -> None:
         self._tracker.finish()
+
+
+def _kill_children(command: bytes) -> None:
+    """End our own child processes of this name: at exit, wandb waits for its helper however long that hangs.
+
+    What the helper had not sent yet is in its file, for ``wandb sync``.
+    """
+    for entry in Path("/proc").glob("[0-9]*"):  # no /proc (macOS): the exit may then wait for a minute
+        with contextlib.suppress(OSError):  # gone meanwhile
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == os.getpid() and command in (entry / "cmdline").read_bytes():
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def _need(module: str) -> None:
