@@ -1,0 +1,415 @@
+"""Who builds which part of a token store, and how one part is built.
+
+Comes in: a :class:`Job` that every process and rank has alike. Goes out: the parts' files, all of them.
+What always holds: a part is whole or does not exist; a claim is only a courtesy (two processes at one part
+write the same bytes); a dead owner's claim is taken over; a failure is written where everybody sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Protocol, final
+
+import numpy as np
+
+from lmcore import text
+from lmcore.errors import FaultError, RequestError
+from lmcore.files import DISK
+
+HEARTBEAT_SECONDS = 2.0
+STALE_SECONDS = 120.0
+"""A claim without a heartbeat for so long is dead; far above what a network file system delays a time
+stamp."""
+BATCH_CHARACTERS = 1 << 20
+"""Text that is encoded in one call: enough for the tokenizer's own threads, little enough to stay flat in
+memory."""
+KEPT_BAD_RECORDS = 100
+"""Bad records of one part that are written down with their place; all are counted."""
+
+
+class EncodesBatches(Protocol):
+    """What is needed of a tokenizer (:class:`lmcore.tokenizer.Tokenizer`)."""
+
+    vocab_size: int
+    eos_id: int
+    fingerprint: str
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]: ...
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far the parts of one store are, over all processes and ranks."""
+
+    read_bytes: int
+    total_bytes: int
+    documents: int
+    tokens: int
+    bad: int
+    parts: int
+    total_parts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a process needs in order to build any part of a store."""
+
+    source: text.Source
+    tokenizer: EncodesBatches
+    folder: Path
+    parts: tuple[text.Part, ...]
+    eos: bool
+    side: str
+    fraction: float
+    on_error: str
+    dtype: str
+    keys: tuple[str, ...]
+
+
+def part_file(index: int) -> str:
+    return f"part-{index:06d}"
+
+
+def is_done(job: Job, index: int) -> bool:
+    return (job.folder / f"{part_file(index)}.json").exists()
+
+
+# ---- who builds which part ----
+
+
+def build_all(job: Job, processes: int, worker: int, progress: Callable[[Progress], None] | None) -> None:
+    """Return when every part is there, whoever built it."""
+    pending = [part.index for part in job.parts if not is_done(job, part.index)]
+    processes = min(processes, len(pending))
+    started = _now_of(job.folder)
+    if processes <= 1:
+        _build_pending(job, started, worker, progress)
+        return
+    # Not fork: this process may run threads of torch or of a tokenizer that a fork would cut off.
+    context = multiprocessing.get_context("spawn")
+    children = [
+        context.Process(target=_child, args=(job, started, worker * processes + i), daemon=True)
+        for i in range(processes)
+    ]
+    for child in children:
+        child.start()
+    try:
+        alive = children
+        while alive:
+            wait([child.sentinel for child in alive], timeout=0.5)
+            _report(job, progress)
+            alive = [child for child in children if child.exitcode is None]
+            for child in children:
+                if child.exitcode:
+                    _raise_failure(job, started)
+                    raise FaultError(
+                        f"a tokenizing process ended with code {child.exitcode}"
+                        f"{' (out of memory?): lower data.processes' if child.exitcode == -9 else ''}; "
+                        f"the finished parts are kept"
+                    )
+    finally:
+        for child in children:
+            child.terminate()
+            child.join()
+    _build_pending(job, started, worker, progress)
+
+
+def _child(job: Job, started: float, number: int) -> None:
+    """A tokenizing process; it ends when its parent does, and leaves signals to it."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # processes are the parallelism here
+    try:
+        _build_pending(job, started, number, None)
+    except (RequestError, FaultError):
+        os._exit(3)  # written down already, the parent tells it
+
+
+def _build_pending(
+    job: Job, started: float, number: int, progress: Callable[[Progress], None] | None
+) -> None:
+    """Build one part after another, from a place of one's own on, until all are there."""
+    count = len(job.parts)
+    first = (
+        number * 7919 % max(count, 1)
+    )  # a prime stride spreads the processes without their knowing each other
+    while True:
+        waiting = False
+        for step in range(count):
+            index = (first + step) % count
+            if is_done(job, index):
+                continue
+            _raise_failure(job, started)
+            with _claimed(job, index) as mine:
+                if mine and not is_done(job, index):
+                    try:
+                        _build(job, index, mine, progress)
+                    except (FaultError, RequestError, OSError) as error:
+                        _write_failure(job, error)
+                        raise
+                else:
+                    waiting = True
+        _report(job, progress)
+        if not waiting and all(is_done(job, part.index) for part in job.parts):
+            return
+        time.sleep(0.2)
+
+
+def _now_of(folder: Path) -> float:
+    """The time as the file system tells it, which may not be the time of this machine."""
+    path = folder / f".now.{socket.gethostname()}.{os.getpid()}"
+    path.touch()
+    try:
+        return path.stat().st_mtime
+    finally:
+        path.unlink()
+
+
+class _Claim:
+    """The file that says who works on a part, and how far it is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "bytes": 0,
+            "documents": 0,
+            "tokens": 0,
+        }
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(HEARTBEAT_SECONDS / 4):
+            with contextlib.suppress(OSError):
+                if self.path.exists():  # not after somebody took it over
+                    self.path.write_text(json.dumps(self.state))
+
+    def __enter__(self) -> _Claim:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _claimed(job: Job, index: int) -> Iterator[_Claim | None]:
+    """The claim on a part, or ``None`` if somebody who lives has it. Two owners at once would do no harm:
+    they write the same bytes."""
+    path = job.folder / f"{part_file(index)}.claim"
+    for _ in range(2):
+        try:
+            with open(path, "x") as file:
+                json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+        except FileExistsError:
+            if not _is_stale(job, path):
+                break
+            path.unlink(missing_ok=True)
+        else:
+            with _Claim(path) as claim:
+                yield claim
+            return
+    yield None
+
+
+def _is_stale(job: Job, path: Path) -> bool:
+    try:
+        age = _now_of(job.folder) - path.stat().st_mtime
+        owner = json.loads(path.read_text() or "{}")
+    except (FileNotFoundError, ValueError):
+        return False  # just being made or removed
+    if owner.get("host") == socket.gethostname() and not _lives(owner.get("pid", 0)):
+        return True
+    return age > STALE_SECONDS
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _write_failure(job: Job, error: Exception) -> None:
+    with contextlib.suppress(OSError):  # the disk may be the very failure
+        DISK.write_json(job.folder / "failure.json", {"kind": type(error).__name__, "message": str(error)})
+
+
+def _raise_failure(job: Job, started: float) -> None:
+    """Raise what another process wrote down since this one started."""
+    path = job.folder / "failure.json"
+    try:
+        if path.stat().st_mtime < started:
+            return  # of an earlier attempt
+        failure = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return
+    kind = FaultError if failure["kind"] == "FaultError" else RequestError
+    raise kind(failure["message"])
+
+
+def _report(job: Job, progress: Callable[[Progress], None] | None) -> None:
+    if progress is None:
+        return
+    sums = {"bytes": 0, "documents": 0, "tokens": 0, "bad": 0}
+    done = 0
+    for part in job.parts:
+        state: dict[str, Any] = {}
+        for suffix in ("json", "claim"):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                state = json.loads((job.folder / f"{part_file(part.index)}.{suffix}").read_text())
+                break
+        finished = "key" in state
+        done += finished
+        sums["bytes"] += part.n_bytes if finished else int(state.get("bytes", 0))
+        for key in ("documents", "tokens", "bad"):
+            sums[key] += int(state.get(key, 0))
+    progress(
+        Progress(
+            read_bytes=sums["bytes"],
+            total_bytes=sum(part.n_bytes for part in job.parts),
+            documents=sums["documents"],
+            tokens=sums["tokens"],
+            bad=sums["bad"],
+            parts=done,
+            total_parts=len(job.parts),
+        )
+    )
+
+
+# ---- one part ----
+
+
+def _build(job: Job, index: int, claim: _Claim, progress: Callable[[Progress], None] | None) -> None:
+    """Tokenize one part; on return it is durable, under its final name."""
+    part, name = job.parts[index], part_file(index)
+    relative = {piece.path: piece.relative_path for piece in part.pieces}
+    bad: list[text.BadRecord] = []
+    counts = {"tokens": 0, "documents": 0, "bytes": 0, "bad": 0, "empty": 0, "records": 0}
+
+    def on_bad(record: text.BadRecord) -> None:
+        if job.on_error == "raise":
+            raise FaultError(f"{record}: mend it, or leave such records out with data.on_error skip")
+        counts["bad"] += 1
+        if len(bad) < KEPT_BAD_RECORDS:
+            bad.append(record)
+
+    def on_empty(where: str) -> None:
+        counts["empty"] += 1
+
+    aside = job.folder / f".{name}.{socket.gethostname()}.{os.getpid()}.tmp"
+    digest = hashlib.blake2b(digest_size=16)
+    lengths: list[np.ndarray] = []
+    last_report = time.monotonic()
+    file = DISK.create(aside)
+    try:
+        for texts in _batches(job, part, on_bad, on_empty, counts):
+            ids = job.tokenizer.encode_batch(texts)
+            tokens = _joined(job, ids, part)
+            DISK.write(file, tokens.data)
+            digest.update(tokens.data)
+            lengths.append(np.array([len(one) + job.eos for one in ids], dtype=np.uint64))
+            counts["tokens"] += len(tokens)
+            counts["documents"] += len(ids)
+            done = min(counts["bytes"] / max(part.n_bytes, 1), 0.99)  # the text's bytes stand for the file's
+            claim.state |= {
+                "bytes": int(part.n_bytes * done),
+                "documents": counts["documents"],
+                "tokens": counts["tokens"],
+            }
+            if progress is not None and time.monotonic() - last_report > 0.5:
+                claim.path.write_text(json.dumps(claim.state))
+                _report(job, progress)
+                last_report = time.monotonic()
+        DISK.fsync(file)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    finally:
+        DISK.close(file)
+    ends_dtype = "<u4" if counts["tokens"] < 2**32 else "<u8"
+    ends = np.cumsum(np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.uint64)).astype(ends_dtype)
+    description = {
+        "file": name,
+        "key": job.keys[index],
+        **counts,
+        "ends_dtype": ends_dtype,
+        "bin_hash": digest.hexdigest(),
+        "ends_hash": hashlib.blake2b(ends.data, digest_size=16).hexdigest(),
+        "bad_records": [{**asdict(record), "path": relative.get(record.path, record.path)} for record in bad],
+    }
+    with contextlib.suppress(
+        FileNotFoundError
+    ):  # somebody took the part over and finished it, and cleaned up
+        DISK.rename(aside, job.folder / f"{name}.bin")
+        DISK.write_bytes(job.folder / f"{name}.ends", ends.tobytes())
+        DISK.write_json(job.folder / f"{name}.json", description)
+
+
+def _batches(
+    job: Job,
+    part: text.Part,
+    on_bad: Callable[[text.BadRecord], None],
+    on_empty: Callable[[str], None],
+    counts: dict[str, int],
+) -> Iterator[list[str]]:
+    """The texts of the wanted side, about :data:`BATCH_CHARACTERS` at a time."""
+    texts: list[str] = []
+    size = 0
+    for document in text.read(job.source, part, bad=on_bad, empty=on_empty):
+        counts["records"] += 1
+        if job.side != "all" and text.side(document.text, job.fraction) != job.side:
+            continue
+        texts.append(document.text)
+        size += len(document.text)
+        counts["bytes"] += _utf8_length(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
+
+
+def _utf8_length(value: str) -> int:
+    return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+
+
+def _joined(job: Job, ids: list[np.ndarray], part: text.Part) -> np.ndarray:
+    """All documents of a batch, each with its end, as they stand in the file."""
+    end = [np.array([job.tokenizer.eos_id], dtype=np.int64)] if job.eos else []
+    runs = [run for one in ids for run in (one, *end)]
+    tokens = np.concatenate(runs) if runs else np.zeros(0, dtype=np.int64)
+    if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < job.tokenizer.vocab_size:
+        raise FaultError(
+            f"the tokenizer gave the id {int(tokens.max())} for text of {part.path}, but says that it has "
+            f"{job.tokenizer.vocab_size} ids"
+        )
+    return np.ascontiguousarray(tokens, dtype=job.dtype)
