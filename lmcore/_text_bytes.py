@@ -1,9 +1,9 @@
 """The bytes of a text file, and its lines, whatever happened to the file.
 
-Comes in: an open file, plain or compressed (gzip, zstandard, bzip2, xz; several frames one after another are one
-stream). Goes out: pieces of its content in order, and a :class:`Damage` where the stream is broken. What always
-holds: every byte that the format lets one recover before a damage is given out before the ``Damage``, and reading
-goes on at the next frame after it; memory does not grow with the file.
+Comes in: an open file, plain or compressed (gzip, zstandard, bzip2, xz; several frames one after another are
+one stream). Goes out: pieces of its content in order, and a :class:`Damage` where the stream is broken. What
+always holds: every byte that the format lets one recover before a damage is given out before the ``Damage``,
+and reading goes on at the next frame after it; memory does not grow with the file.
 
     for offset, line in lines(chunks(file, "gzip")): ...
 """
@@ -14,7 +14,7 @@ import bz2
 import codecs
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -23,8 +23,8 @@ CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 MAX_DOCUMENT_BYTES = 256 * 2**20
 """A document above this is a bad record: it is a file without line ends, not a text."""
 SURROGATE = "lmcore.surrogate"
-"""Error handler of decoders: what cannot be decoded becomes one lone surrogate, so that exactly the document around it
-is found bad afterwards."""
+"""Error handler of decoders: what cannot be decoded becomes one lone surrogate, so that exactly the document
+around it is found bad afterwards."""
 codecs.register_error(SURROGATE, lambda error: ("\udc80", error.end))  # type: ignore[attr-defined]  # a UnicodeError
 
 _READ_BYTES = 2**20
@@ -71,7 +71,8 @@ def _codec(name: str) -> _Codec:
 
 
 def chunks(file: IO[bytes], compression: str | None) -> Iterator[bytes | Damage]:
-    """The content of ``file`` from where it stands; ``compression`` is a value of :data:`CODECS` or ``None``."""
+    """The content of ``file`` from where it stands; ``compression`` is a value of :data:`CODECS` or
+    ``None``."""
     if compression is None:
         while data := file.read(_READ_BYTES):
             yield data
@@ -109,7 +110,9 @@ def _skip_padding(file: IO[bytes], start: int) -> int | None:
     return None
 
 
-def _frame(file: IO[bytes], codec: _Codec, name: str, start: int) -> Iterator[bytes | Damage]:
+def _frame(
+    file: IO[bytes], codec: _Codec, name: str, start: int
+) -> Generator[bytes | Damage, None, int | None]:
     """One frame; returns the compressed offset at which the next one may begin, or ``None``."""
     decoder = codec.new()
     offset = start
@@ -138,7 +141,8 @@ def _frame(file: IO[bytes], codec: _Codec, name: str, start: int) -> Iterator[by
 
 
 def _replay(file: IO[bytes], codec: _Codec, start: int, offset: int) -> tuple[bytes, int]:
-    """The decoder threw away what it had decoded of the failing piece: decode again, the last piece byte by byte."""
+    """The decoder threw away what it had decoded of the failing piece: decode again, the last piece byte by
+    byte."""
     decoder = codec.new()
     file.seek(start)
     left = offset - start
@@ -169,7 +173,8 @@ def _find(file: IO[bytes], magic: bytes, start: int) -> int | None:
 
 
 def stream(file: IO[bytes], compression: str | None, encoding: str) -> tuple[Iterator[bytes | Damage], str]:
-    """The content from where ``file`` stands, in an encoding whose line end is the byte 0x0A; and that encoding."""
+    """The content from where ``file`` stands, in an encoding whose line end is the byte 0x0A; and that
+    encoding."""
     pieces = chunks(file, compression)
     if encoding_is_wide(encoding):
         return _to_utf8(pieces, codecs.getincrementaldecoder(encoding)(SURROGATE)), "utf-8"
@@ -177,7 +182,8 @@ def stream(file: IO[bytes], compression: str | None, encoding: str) -> tuple[Ite
 
 
 def encoding_is_wide(encoding: str) -> bool:
-    """Is a line end something else than the byte 0x0A (UTF-16, UTF-32, EBCDIC)? Then files are not cut into parts."""
+    """Is a line end something else than the byte 0x0A (UTF-16, UTF-32, EBCDIC)? Then files are not cut into
+    parts."""
     return "\n".encode(encoding) != b"\n"
 
 
@@ -199,8 +205,8 @@ def lines(
 ) -> Iterator[tuple[int, bytes | Damage]]:
     """(offset of its first byte, line without its end) one by one; a line above the limit is a ``Damage``.
 
-    The rest of a line before a damage comes as the ``Damage`` itself (offset of the line), because nobody knows how
-    it went on; after it the lines of the next frame follow.
+    The rest of a line before a damage comes as the ``Damage`` itself (offset of the line), because nobody
+    knows how it went on; after it the lines of the next frame follow.
     """
     pending: list[bytes] = []  # the beginning of a line that has not ended yet
     pending_bytes = 0

@@ -1,8 +1,8 @@
 """What the user wrote under ``data.train`` -> the files of each source.
 
-Comes in: paths, globs, folders, ``stdlib``, ``hf://...``, ``-`` or mappings. Goes out: one :class:`Source` for each,
-its files sorted by relative path. What always holds: no file is in two places (also not by a link); every refusal names
-the value and the remedy.
+Comes in: paths, globs, folders, ``stdlib``, ``hf://...``, ``-`` or mappings. Goes out: one :class:`Source`
+for each, its files sorted by relative path. What always holds: no file is in two places (also not by a link);
+every refusal names the value and the remedy.
 """
 
 from __future__ import annotations
@@ -36,15 +36,21 @@ _KINDS = {
     ".csv": "csv",
     ".tsv": "tsv",
 }
-_PROSE = frozenset(".txt .text .log .tex .srt .eml".split())
+_PROSE = frozenset([".txt", ".text", ".log", ".tex", ".srt", ".eml"])
 _CODE = frozenset(
-    ".py .pyi .c .h .cc .cpp .cxx .hh .hpp .cu .cs .java .kt .scala .go .rs .rb .php .pl .pm .lua .jl .r .m .swift .js"
-    " .jsx .mjs .ts .tsx .vue .sh .bash .zsh .ps1 .sql .hs .ml .mli .ex .exs .erl .clj .el .lisp .scm .f90 .f .asm .s"
-    " .v .vhd .dart .nim .zig .css .scss .html .htm .xml .md .markdown .rst .adoc .org .yaml .yml .toml .ini .cfg .cmake".split()
+    re.findall(
+        r"\S+",
+        """
+        .py .pyi .c .h .cc .cpp .cxx .hh .hpp .cu .cs .java .kt .scala .go .rs .rb .php .pl .pm .lua .jl .r .m
+        .swift .js .jsx .mjs .ts .tsx .vue .sh .bash .zsh .ps1 .sql .hs .ml .mli .ex .exs .erl .clj .el .lisp
+        .scm .f90 .f .asm .s .v .vhd .dart .nim .zig .css .scss .html .htm .xml .md .markdown .rst .adoc .org
+        .yaml .yml .toml .ini .cfg .cmake
+        """,
+    )
 )
 _SMALL_FILE_BYTES = 2**20
 _STDLIB_WITHOUT = frozenset(
-    "test tests site-packages dist-packages lib2to3 idlelib turtledemo __pycache__".split()
+    ["test", "tests", "site-packages", "dist-packages", "lib2to3", "idlelib", "turtledemo", "__pycache__"]
 )
 
 
@@ -52,10 +58,10 @@ _STDLIB_WITHOUT = frozenset(
 class Source:
     """One entry of the corpus.
 
-    ``paths`` are absolute (or ``hf://...``, or ``-`` for standard input); ``relative_paths`` are the same files as the
-    user sees them, below the folder that was named: they do not change when the corpus is moved. ``unit`` is never
-    ``auto`` here; ``unit_reason`` says how it was decided. ``ignored`` counts the files of named folders that are of
-    no known kind.
+    ``paths`` are absolute (or ``hf://...``, or ``-`` for standard input); ``relative_paths`` are the same
+    files as the user sees them, below the folder that was named: they do not change when the corpus is moved.
+    ``unit`` is never ``auto`` here; ``unit_reason`` says how it was decided. ``ignored`` counts the files of
+    named folders that are of no known kind.
     """
 
     name: str
@@ -88,13 +94,14 @@ def resolve(
 ) -> list[Source]:
     """One :class:`Source` for each entry; the keyword arguments are the defaults of entries that do not say.
 
-    An entry is a path, a folder (all files of known kinds in it, hidden ones aside), a glob (``**`` for any depth; all
-    files that match), ``stdlib`` (the Python standard library's own source), ``hf://name`` or ``-`` (passed on), or a
-    mapping with ``path`` or ``paths`` and ``weight``, ``name``, ``text_field``, ``unit``, ``encoding``.
+    An entry is a path, a folder (all files of known kinds in it, hidden ones aside), a glob (``**`` for any
+    depth; all files that match), ``stdlib`` (the Python standard library's own source), ``hf://name`` or
+    ``-`` (passed on), or a mapping with ``path`` or ``paths`` and ``weight``, ``name``, ``text_field``,
+    ``unit``, ``encoding``.
 
     Raises:
-        RequestError: no such file, a glob or folder without files, the same file twice, an unknown encoding or unit,
-            a text field that the first records do not have.
+        RequestError: no such file, a glob or folder without files, the same file twice, an unknown encoding
+            or unit, a text field that the first records do not have.
     """
     sources: list[Source] = []
     owners: dict[str, str] = {}
@@ -103,9 +110,7 @@ def resolve(
         for path in source.paths:
             real = os.path.realpath(path)
             if path != STDIN and not path.startswith(HUB) and owners.setdefault(real, path) is not path:
-                raise RequestError(
-                    f"{path} is in the corpus twice (also as {owners[real]}): give it once, or weights instead"
-                )
+                raise RequestError(f"{path} is in the corpus twice (also as {owners[real]}): give it once")
         taken = [other.name for other in sources]
         if source.name in taken:
             if isinstance(entry, Mapping) and entry.get("name"):
@@ -179,7 +184,7 @@ def _checked_encoding(encoding: str) -> str:
         encoding_is_wide(encoding)
     except (LookupError, UnicodeError, TypeError):
         raise RequestError(
-            f"encoding {encoding!r} is not known to Python: utf-8, cp932 (Shift-JIS), euc_jp, utf-16, latin-1, ..."
+            f"encoding {encoding!r} is not known: utf-8, cp932 (Shift-JIS), euc_jp, utf-16, latin-1, ..."
         ) from None
     # A byte order mark is removed anyway, and only plain utf-8 can be cut into parts.
     return "utf-8" if encoding.lower().replace("_", "-") in ("utf-8-sig", "utf8") else encoding
@@ -193,8 +198,8 @@ def _expand(pattern: str) -> tuple[list[tuple[str, str]], int]:
         return [(pattern, pattern)], 0
     if re.match(r"[a-z0-9]+://", pattern):
         raise RequestError(
-            f"{pattern}: remote files are not read, because a run must be repeatable without the network: copy or mount"
-            " them, or give a Hub data set as hf://name"
+            f"{pattern}: remote files are not read, because a run must be repeatable without the network:"
+            " copy or mount them, or give a Hub data set as hf://name"
         )
     path = os.path.abspath(os.path.expanduser(pattern))
     if os.path.isdir(path):
@@ -207,8 +212,8 @@ def _expand(pattern: str) -> tuple[list[tuple[str, str]], int]:
                 else ""
             )
             raise RequestError(
-                f"folder {pattern} has no file of a known kind (.txt, .jsonl, .parquet, ...){example}: a glob such as"
-                f" '{pattern.rstrip('/')}/**' takes every file"
+                f"folder {pattern} has no file of a known kind (.txt, .jsonl, .parquet, ...){example}: a glob"
+                f" such as '{pattern.rstrip('/')}/**' takes every file"
             )
         return [(_readable(p), os.path.relpath(p, path)) for p in found], len(everything) - len(found)
     if os.path.isfile(path):
@@ -312,6 +317,7 @@ def _check_field(source: Source) -> None:
     names = records.field_names(path, file_kind(path) or "", compression, source.encoding)
     if names and source.text_field not in names:
         raise RequestError(
-            f"{path}: the records have no field {source.text_field!r}{_nearest(source.text_field, names)}; they have"
-            f" {', '.join(map(repr, names[:12]))}: set data.text_field"
+            f"{path}: the records have no field {source.text_field!r}"
+            f"{_nearest(source.text_field, names)}; it has {', '.join(map(repr, names[:12]))}: set"
+            " data.text_field"
         )

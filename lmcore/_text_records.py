@@ -1,8 +1,8 @@
 """Lines -> texts: what a document is in each format, and which records are bad.
 
-Comes in: numbered lines of :mod:`lmcore._text_bytes` (or the open file, for parquet). Goes out: (offset or row, text)
-in order, with a :class:`Damage` in the place of each bad record. What always holds: a bad record never costs its
-neighbours; nothing is raised for content.
+Comes in: numbered lines of :mod:`lmcore._text_bytes` (or the open file, for parquet). Goes out: (offset or
+row, text) in order, with a :class:`Damage` in the place of each bad record. What always holds: a bad record
+never costs its neighbours; nothing is raised for content.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ def plain_lines(numbered: Numbered, stop: int, encoding: str) -> Texts:
 
 
 def paragraphs(numbered: Numbered, stop: int, encoding: str, inside: bool) -> Texts:
-    """``unit: paragraph``. The paragraphs that begin before ``stop``; ``inside``: first skip the rest of one."""
-    begin, held, held_bytes = 0, [], 0
+    """``unit: paragraph``. The paragraphs that begin before ``stop``; ``inside``: first skip the rest of
+    one."""
+    held: list[bytes] = []
+    begin = held_bytes = 0
     skip = inside
     for offset, line in numbered:
         if not held and offset >= stop:
@@ -173,7 +175,8 @@ def json_lines(numbered: Numbered, stop: int, encoding: str) -> Iterator[tuple[i
 
 
 def json_file(numbered: Numbered, encoding: str) -> Iterator[tuple[int, Any]]:
-    """A ``.json`` file: lines of records as some corpora name them, or an array, or objects over several lines."""
+    """A ``.json`` file: lines of records as some corpora name them, or an array, or objects over several
+    lines."""
     for offset, line in numbered:
         if isinstance(line, bytes) and not line.strip():
             continue
@@ -232,8 +235,8 @@ def _scan(raw: bytes, begin: int, encoding: str) -> Iterator[tuple[int, Any]]:
 def csv_rows(numbered: Numbered, encoding: str, field: str, kind: str) -> Texts:
     """Rows of a CSV file with a header; a row may span lines inside quotes.
 
-    Weaker than the other formats: behind an unbalanced quote the rows up to the next one may be lost with it, and are
-    reported.
+    Weaker than the other formats: behind an unbalanced quote the rows up to the next one may be lost with it,
+    and are reported.
     """
     header: list[str] | None = None
     for offset, raw in _csv_records(numbered):
@@ -296,7 +299,8 @@ def _csv_records(numbered: Numbered) -> Numbered:
 
 
 def parquet_ranges(path: str, part_bytes: int) -> list[tuple[int, int, int]] | None:
-    """Runs of row groups (start, stop, compressed bytes) of about ``part_bytes``; ``None`` if there is no footer."""
+    """Runs of row groups (start, stop, compressed bytes) of about ``part_bytes``; ``None`` if there is no
+    footer."""
     import pyarrow as arrow  # 0.2 s, and only where a parquet file is read
     import pyarrow.parquet
 
@@ -319,7 +323,7 @@ def parquet(file: IO[bytes], field: str, start: int, stop: int) -> Texts:
     import pyarrow as arrow
     import pyarrow.parquet
 
-    # OSError is what pyarrow raises for damaged pages, but also what the disk raises: both are a bad record here.
+    # OSError: pyarrow raises it for damaged pages, and so does the disk; both are a bad record here.
     errors = (arrow.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError)
     try:
         opened = arrow.parquet.ParquetFile(file, page_checksum_verification=True)

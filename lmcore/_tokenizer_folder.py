@@ -1,8 +1,9 @@
-"""A SentencePiece model -> the files that ``transformers.AutoTokenizer`` (version 4 and 5) opens with the same ids.
+"""A SentencePiece model -> the files that ``transformers.AutoTokenizer`` (version 4 and 5) opens with the
+same ids.
 
-Comes in: the bytes of a ``.model``. Goes out: ``tokenizer.json`` and ``tokenizer_config.json``. What always holds: the
-folder is built from the model's own normalizer settings (transformers' own conversion ignores the dummy prefix and the
-removal of spaces), and :func:`difference` proves it on text before anyone uses it.
+Comes in: the bytes of a ``.model``. Goes out: ``tokenizer.json`` and ``tokenizer_config.json``. What always
+holds: the folder is built from the model's own normalizer settings (transformers' own conversion ignores the
+dummy prefix and the removal of spaces), and :func:`difference` proves it on text before anyone uses it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ HARD_TEXTS = (
 
 def parse(model: bytes) -> Any:
     """The protocol buffer of a model; raises ValueError if it is none."""
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import time
     try:
         proto.ParseFromString(model)
     except Exception as error:  # protobuf's DecodeError has moved between its versions
@@ -53,7 +54,8 @@ def parse(model: bytes) -> Any:
 
 
 def is_exact(proto: Any) -> bool:
-    """Does ``decode(encode(text)) == text`` hold for any text (but for a literal ``▁``, which decodes to a space)?"""
+    """Does ``decode(encode(text)) == text`` hold for any text (but for a literal ``▁``, which decodes to a
+    space)?"""
     normalizer = proto.normalizer_spec
     return bool(
         not normalizer.precompiled_charsmap
@@ -70,7 +72,7 @@ def convert(proto: Any) -> Tokenizer:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     pieces = [piece.piece for piece in proto.pieces]
     if trainer.model_type == _UNIGRAM:
-        model = Unigram(
+        model: Any = Unigram(
             [(piece.piece, piece.score) for piece in proto.pieces], trainer.unk_id, trainer.byte_fallback
         )
     elif trainer.model_type in (_BPE, _CHAR):
@@ -109,7 +111,8 @@ def convert(proto: Any) -> Tokenizer:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Every way to make a piece out of two others, best score first: what SentencePiece's BPE does by score."""
+    """Every way to make a piece out of two others, best score first: what SentencePiece's BPE does by
+    score."""
     usable = {p.piece: p.score for p in proto.pieces if p.type == NORMAL}
     found = []
     for piece, score in usable.items():
@@ -124,7 +127,8 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 def difference(
     native: sentencepiece.SentencePieceProcessor, wrapped: Tokenizer, texts: Iterable[str]
 ) -> str | None:
-    """The first text on which the two disagree in ids or in decoded text, described; ``None`` if there is none."""
+    """The first text on which the two disagree in ids or in decoded text, described; ``None`` if there is
+    none."""
     wrapped.encode_special_tokens = True  # like the native one, a literal "<s>" in a text is text
     for text in texts:
         ids = native.encode(text)
@@ -133,15 +137,16 @@ def difference(
             return f"{text[:200]!r} is {ids[:40]} natively and {other[:40]} in transformers"
         decoded, back = native.decode(ids), wrapped.decode(ids, skip_special_tokens=False)
         if decoded != back:
-            return f"{text[:200]!r} comes back as {decoded[:200]!r} natively and as {back[:200]!r} in transformers"
+            return f"{text[:200]!r} comes back as {decoded[:200]!r} and, in transformers, {back[:200]!r}"
     return None
 
 
 def config(special_tokens: dict[str, str], *, model_max_length: int | None, add_prefix_space: bool) -> str:
     """``tokenizer_config.json``.
 
-    ``PreTrainedTokenizerFast`` is the one class that both major versions load unchanged; ``split_special_tokens`` keeps
-    a literal ``<s>`` in a text what it is; ``add_prefix_space`` is read by llama.cpp's converter.
+    ``PreTrainedTokenizerFast`` is the one class that both major versions load unchanged;
+    ``split_special_tokens`` keeps a literal ``<s>`` in a text what it is; ``add_prefix_space`` is read by
+    llama.cpp's converter.
     """
     fields: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

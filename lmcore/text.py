@@ -1,27 +1,28 @@
 """Sources -> seekable parts -> documents.
 
-Comes in: what the user wrote under ``data.train`` (paths, globs, folders, ``stdlib``, or mappings with a weight).
-Goes out: :class:`Source` -> :func:`parts` -> :func:`read` -> :class:`Document`, always in the same order. What always
-holds: the documents and their order depend only on the files, the options and nothing else (not on ``part_bytes``, the
-number of processes, the order in which a folder is listed); a broken line, record, file or encoding costs itself and no
-good document before or after it, and is reported with file and offset.
+Comes in: what the user wrote under ``data.train`` (paths, globs, folders, ``stdlib``, or mappings with a
+weight). Goes out: :class:`Source` -> :func:`parts` -> :func:`read` -> :class:`Document`, always in the same
+order. What always holds: the documents and their order depend only on the files, the options and nothing else
+(not on ``part_bytes``, the number of processes, the order in which a folder is listed); a broken line,
+record, file or encoding costs itself and no good document before or after it, and is reported with file and
+offset.
 
 What a document is:
 
-========================  =====================================================================================
+========================  ====================================================================================
 ``.jsonl .ndjson .json``  one record; the text is its ``text_field`` (``.json``: lines, an array, or objects)
 ``.parquet .csv .tsv``    one row; the text is its column ``text_field``
 anything else             plain text, by ``unit``: ``line``, ``paragraph`` (between blank lines) or ``file``
-========================  =====================================================================================
+========================  ====================================================================================
 
-``unit: auto`` is decided once per source, by this rule, and shown: mostly source code or markup -> file; several files
-of at most 1 MiB (median) -> file; a blank line between two others in the first MiB of the first file -> paragraph; else
-line. All of them may be compressed (``.gz .zst .bz2 .xz``).
+``unit: auto`` is decided once per source, by this rule, and shown: mostly source code or markup -> file;
+several files of at most 1 MiB (median) -> file; a blank line between two others in the first MiB of the first
+file -> paragraph; else line. All of them may be compressed (``.gz .zst .bz2 .xz``).
 
-What is done to the text, and nothing else: a byte order mark is removed, CRLF becomes LF, the line end of a unit is not
-part of it. A document without any visible character is dropped and counted as empty. Bad records are: bytes that the
-encoding does not know, NUL, lone surrogates, records without the field or with another type in it, documents above
-256 MiB, broken compression, files that vanish or change while they are read.
+What is done to the text, and nothing else: a byte order mark is removed, CRLF becomes LF, the line end of a
+unit is not part of it. A document without any visible character is dropped and counted as empty. Bad records
+are: bytes that the encoding does not know, NUL, lone surrogates, records without the field or with another
+type in it, documents above 256 MiB, broken compression, files that vanish or change while they are read.
 
     [source] = resolve(["corpus/*.jsonl.zst"])
     for part in parts(source):
@@ -50,8 +51,9 @@ __all__ = ["BadRecord", "Document", "Part", "Piece", "Source", "parts", "read", 
 class Piece:
     """A run of documents in one file: bytes ``[start, stop)``, or row groups of a parquet file.
 
-    A document belongs to the piece in which it begins. ``n_bytes`` is what reading it costs, for progress bars;
-    ``size_bytes`` and ``mtime_ns`` are those of the file when it was listed, so that a change is noticed.
+    A document belongs to the piece in which it begins. ``n_bytes`` is what reading it costs, for progress
+    bars; ``size_bytes`` and ``mtime_ns`` are those of the file when it was listed, so that a change is
+    noticed.
     """
 
     path: str
@@ -116,8 +118,8 @@ class BadRecord:
 
 
 def parts(source: Source, *, part_bytes: int = 64 * 2**20) -> list[Part]:
-    """Cut a source into parts of about ``part_bytes``: arithmetic over the file sizes, nothing is read but the footers
-    of parquet files. Compressed files and whole-file units are not cut."""
+    """Cut a source into parts of about ``part_bytes``: arithmetic over the file sizes, nothing is read but
+    the footers of parquet files. Compressed files and whole-file units are not cut."""
     result: list[Part] = []
     group: list[Piece] = []
     group_bytes = 0
@@ -191,8 +193,9 @@ def read(
     """The documents of a part, in order. Never raises for what the files contain.
 
     Args:
-        bad: called for each broken record, in its place between the documents; what it raises ends the reading.
-        empty: called with the place of each document without any visible character, which is dropped.
+        bad: called for each broken record, in its place between the documents; what it raises ends the
+        reading. empty: called with the place of each document without any visible character, which is
+        dropped.
     """
     for piece in part.pieces:
         row = piece.kind == "parquet"
@@ -280,7 +283,7 @@ def _blank_line_before(piece: Piece) -> bool:
 
 
 def side(text: str, fraction: float) -> Literal["train", "valid"]:
-    """Where a document belongs when ``fraction`` of the corpus is held out: decided by its content alone, so that the
-    same text is always on the same side, whatever stands around it."""
+    """Where a document belongs when ``fraction`` of the corpus is held out: decided by its content alone, so
+    that the same text is always on the same side, whatever stands around it."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "valid" if int.from_bytes(digest, "little") < fraction * 2**64 else "train"

@@ -1,13 +1,14 @@
 """Documents -> a trained SentencePiece model; text -> ids; -> the tokenizer folder for transformers.
 
-Comes in: text to train on, or a ``.model``, a transformers folder, or a Hub id. Goes out: a :class:`Tokenizer`. What
-always holds: no special tokens are added to a text and none is found in it (a literal ``<s>`` is text); a tokenizer
-trained here gives back every text exactly (but ``▁``, U+2581, which comes back as a space, as in every SentencePiece
-model), and its folder gives the same ids in transformers 4 and 5, which is tested each time it is built; a tokenizer
-that was brought along keeps its own behaviour. Code of a stranger (``trust_remote_code``) is never run.
+Comes in: text to train on, or a ``.model``, a transformers folder, or a Hub id. Goes out: a
+:class:`Tokenizer`. What always holds: no special tokens are added to a text and none is found in it (a
+literal ``<s>`` is text); a tokenizer trained here gives back every text exactly (but ``▁``, U+2581, which
+comes back as a space, as in every SentencePiece model), and its folder gives the same ids in transformers 4
+and 5, which is tested each time it is built; a tokenizer that was brought along keeps its own behaviour. Code
+of a stranger (``trust_remote_code``) is never run.
 
-The recipe: byte-pair merges with byte fallback, no normalization, no space put in front, all white space kept, digits
-one by one. It is trained on single lines, so that a line end is always its own token.
+The recipe: byte-pair merges with byte fallback, no normalization, no space put in front, all white space
+kept, digits one by one. It is trained on single lines, so that a line end is always its own token.
 
     tokenizer = train(texts, vocab_size=8000, folder="tokenizer")
     tokenizer.decode(tokenizer.encode("吾輩は猫である。")) == "吾輩は猫である。"
@@ -16,13 +17,10 @@ one by one. It is trained on single lines, so that a line end is always its own 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import random
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -30,33 +28,23 @@ import numpy as np
 import sentencepiece
 
 from lmcore import _tokenizer_folder as folders
-from lmcore import text as text_room
+from lmcore import _tokenizer_hub as hub
+from lmcore._tokenizer_training import sample_texts, train_model
 from lmcore.errors import FaultError, RequestError
+
+__all__ = ["Tokenizer", "load", "sample_texts", "train"]
 
 MODEL_FILE = "tokenizer.model"
 RECORD_FILE = "lmcore_tokenizer.json"
 """In a folder of ours: how the tokenizer came to be, and the hash of its model."""
-_TRANSFORMERS_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
-    MODEL_FILE,
-    "chat_template.jinja",
-)
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls")
 _SEP_CLS = {"[SEP]": "sep", "<sep>": "sep", "[CLS]": "cls", "<cls>": "cls"}
 
 _CUT_CHARACTERS = 4096
-"""Long documents are encoded in pieces of about this size, where the ids are provably the same: twice as fast."""
+"""Long documents are encoded in pieces of about this size, where the ids are provably the same: twice as
+fast."""
 _LONGEST_CHARACTERS = 2**20
 """Without a provable cut for this long, a document is cut anyway: its time and memory must stay bounded."""
-_LINE_BYTES = 16_384
-"""A longer line is cut into several for training; the trainer would drop it silently."""
 
 
 @final
@@ -64,10 +52,9 @@ class Tokenizer:
     """Text <-> ids.
 
     Attributes:
-        vocab_size: V; every id is below it.
-        eos_id: ends a document.
-        bos_id, pad_id, unk_id: or ``None``.
-        special_ids: the ids a model's config wants, by its names (``bos_token_id``, ``pad_token_id``, ...), as far as
+        vocab_size: V; every id is below it. eos_id: ends a document. bos_id, pad_id, unk_id: or ``None``.
+        special_ids: the ids a model's config wants, by its names (``bos_token_id``, ``pad_token_id``, ...),
+        as far as
             the tokenizer defines them.
         fingerprint: SHA-256 over what decides the ids; equal fingerprints mean equal tokens.
         notes: what a user should know about how it was made or loaded, one line each.
@@ -96,12 +83,12 @@ class Tokenizer:
             self.vocab_size = self._model.get_piece_size()
             parts = {MODEL_FILE: files[MODEL_FILE]}
         else:
-            self._hub = _open_transformers(files)
-            self._fast = _as_plain_text(self._hub)
+            self._hub = hub.open_transformers(files)
+            self._fast = hub.as_plain_text(self._hub)
             tokens = {r: str(t) for r in _ROLES if (t := getattr(self._hub, f"{r}_token", None)) is not None}
             ids = {role: getattr(self._hub, f"{role}_token_id") for role in tokens}
             self.vocab_size = max(len(self._hub), max(self._hub.get_vocab().values()) + 1)
-            parts = {name: _without_length(name, data) for name, data in files.items()}
+            parts = {name: hub.without_length(name, data) for name, data in files.items()}
         self.special_tokens = {f"{role}_token": token for role, token in tokens.items()}
         self.special_ids = {f"{role}_token_id": number for role, number in ids.items()}
         self.bos_id, self.pad_id, self.unk_id = ids.get("bos"), ids.get("pad"), ids.get("unk")
@@ -165,9 +152,9 @@ class Tokenizer:
     def _cut(self, text: str) -> Iterator[str]:
         """Pieces of a text whose ids, one after another, are the ids of the whole.
 
-        A merge across a cut would make a vocabulary piece that contains the two characters beside it. So between two
-        characters that stand beside one another in no piece, nothing is ever merged, and the cut changes nothing. (For
-        byte-pair and character models without normalization; others are not cut.)
+        A merge across a cut would make a vocabulary piece that contains the two characters beside it. So
+        between two characters that stand beside one another in no piece, nothing is ever merged, and the cut
+        changes nothing. (For byte-pair and character models without normalization; others are not cut.)
         """
         if len(text) <= _CUT_CHARACTERS or not self._exact or self._proto.trainer_spec.model_type == 1:
             yield text
@@ -187,17 +174,18 @@ class Tokenizer:
             yield text[start:]
 
     def byte_lengths(self) -> np.ndarray | None:
-        """(V,) int32: how many UTF-8 bytes of text each id stands for, special tokens 0; ``None`` where that is not
-        exact (a tokenizer that normalizes text or puts a space in front)."""
+        """(V,) int32: how many UTF-8 bytes of text each id stands for, special tokens 0; ``None`` where that
+        is not exact (a tokenizer that normalizes text or puts a space in front)."""
         if self._is_native:
             if not self._exact:
                 return None
             pieces = ((p.type, p.piece) for p in self._proto.pieces)
             return np.array([_native_length(kind, piece) for kind, piece in pieces], dtype=np.int32)
-        return _byte_level_lengths(self._hub, self._fast, self.vocab_size)
+        return hub.byte_level_lengths(self._hub, self._fast, self.vocab_size)
 
     def save(self, folder: str | os.PathLike[str], *, model_max_length: int | None = None) -> None:
-        """Write the folder that ``AutoTokenizer.from_pretrained`` opens, in transformers 4 and 5, with these ids.
+        """Write the folder that ``AutoTokenizer.from_pretrained`` opens, in transformers 4 and 5, with these
+        ids.
 
         Raises:
             FaultError: the folder would not give the same ids (nothing is written then).
@@ -254,62 +242,6 @@ def _adjacent_characters(proto: Any) -> frozenset[str]:
     return frozenset(piece[at : at + 2] for piece in texts for at in range(len(piece) - 1))
 
 
-def _open_transformers(files: dict[str, bytes]) -> Any:
-    import transformers  # 1 s, and only where a transformers tokenizer is used
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            Path(folder, name).write_bytes(data)
-        try:
-            return transformers.AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RequestError(f"transformers cannot open this tokenizer: {reason}") from error
-
-
-def _as_plain_text(hub: Any) -> Any:
-    """A copy of the fast backend that takes a special token in a text for text; ``None`` for a slow tokenizer."""
-    from tokenizers import Tokenizer as Fast
-
-    backend = getattr(hub, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    copy = Fast.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    copy.encode_special_tokens = True
-    return copy
-
-
-def _without_length(name: str, data: bytes) -> bytes:
-    """The length limit does not change any id: it must not change the fingerprint."""
-    if name != "tokenizer_config.json":
-        return data
-    fields = json.loads(data)
-    fields.pop("model_max_length", None)
-    fields.pop("tokenizer_class", None)
-    return json.dumps(fields, sort_keys=True).encode()
-
-
-def _byte_level_lengths(hub: Any, fast: Any, vocab_size: int) -> np.ndarray | None:
-    """Byte-level tokenizers (GPT-2 and its kin) write each byte as one character."""
-    if fast is None:
-        return None
-    description = json.loads(fast.to_str())
-    if description.get("normalizer") or '"ByteLevel"' not in json.dumps(description.get("decoder")):
-        return None
-    if '"add_prefix_space": true' in json.dumps(description.get("pre_tokenizer")):
-        return None
-    lengths = np.zeros(vocab_size, dtype=np.int32)
-    added = {token["id"]: token for token in description["added_tokens"]}
-    for piece, number in hub.get_vocab().items():
-        token = added.get(number)
-        lengths[number] = len(piece) if token is None else 0 if token["special"] else len(piece.encode())
-    return lengths
-
-
 def load(path: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
     """Open a SentencePiece ``.model``, a folder (ours or any transformers one), or a Hub id.
 
@@ -326,7 +258,7 @@ def load(path: str | os.PathLike[str], *, revision: str | None = None) -> Tokeni
     if place.is_dir():
         files = {
             n: (place / n).read_bytes()
-            for n in (*_TRANSFORMERS_FILES, "config.json")
+            for n in (*hub.TOKENIZER_FILES, "config.json")
             if (place / n).is_file()
         }
         record = place / RECORD_FILE
@@ -350,7 +282,7 @@ def load(path: str | os.PathLike[str], *, revision: str | None = None) -> Tokeni
         raise RequestError(
             f"no such tokenizer: {path} (a .model file, a folder, or a Hub id like owner/name)"
         )
-    return Tokenizer(_from_hub(name, revision or inline or None), native=False)
+    return Tokenizer(hub.from_hub(name, revision or inline or None), native=False)
 
 
 def _native(model: bytes, path: str) -> Tokenizer:
@@ -358,49 +290,6 @@ def _native(model: bytes, path: str) -> Tokenizer:
         return Tokenizer({MODEL_FILE: model}, native=True)
     except (ValueError, RuntimeError) as error:
         raise RequestError(f"{path}: {error}") from error
-
-
-def _from_hub(name: str, revision: str | None) -> dict[str, bytes]:
-    import huggingface_hub  # only where the Hub is asked
-
-    try:
-        folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=[*_TRANSFORMERS_FILES, "config.json"]
-        )
-    except (
-        Exception
-    ) as error:  # the client raises its own, requests', httpx' and OS errors, which differ by version
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RequestError(f"no tokenizer {name!r} here, and none from the Hub: {reason}") from error
-    files = {
-        n: Path(folder, n).read_bytes()
-        for n in (*_TRANSFORMERS_FILES, "config.json")
-        if Path(folder, n).is_file()
-    }
-    if not files.keys() - {"config.json"}:
-        raise RequestError(f"{name} on the Hub has no tokenizer files")
-    return files
-
-
-def sample_texts(
-    sources: Sequence[text_room.Source],
-    *,
-    max_bytes: int = 256 * 2**20,
-    seed: int = 0,
-    bad: Callable[[text_room.BadRecord], None],
-) -> Iterator[str]:
-    """Texts to train on: all of a small corpus in its order; of a larger one, 1 MiB parts in seeded random order until
-    ``max_bytes`` are reached. (A compressed file is one part: of a single huge one this is its head.)"""
-    total = 0
-    work = [(source, part) for source in sources for part in text_room.parts(source, part_bytes=2**20)]
-    if sum(part.n_bytes for _, part in work) > max_bytes:
-        random.Random(f"{seed} tokenizer").shuffle(work)
-    for source, part in work:
-        for document in text_room.read(source, part, bad=bad):
-            total += len(document.text.encode())
-            yield document.text
-            if total >= max_bytes:
-                return
 
 
 def train(
@@ -415,17 +304,18 @@ def train(
     model_max_length: int | None = None,
     **options: Any,
 ) -> Tokenizer:
-    """Train a SentencePiece model on ``texts`` and, with ``folder``, save it. The same texts give the same bytes.
+    """Train a SentencePiece model on ``texts`` and, with ``folder``, save it. The same texts give the same
+    bytes.
 
     Args:
         texts: documents; all of them are used, line by line (bound them with :func:`sample_texts`).
-        vocab_size: V, with 256 bytes, 4 special tokens and the characters among it. A corpus that does not hold so many
+        vocab_size: V, with 256 bytes, 4 special tokens and the characters among it. A corpus that does not
+        hold so many
             pieces gives fewer, and ``notes`` says so.
-        seed: kept in the record; training itself draws nothing.
-        model_type: ``bpe``, ``char`` or ``unigram`` (slow, and its ids may differ between the libraries in ties).
-        character_coverage: share of all characters that get a token of their own; the rest is spelt in bytes.
-        split_digits: each digit its own token.
-        options: further options of SentencePiece's trainer.
+        seed: kept in the record; training itself draws nothing. model_type: ``bpe``, ``char`` or ``unigram``
+        (slow, and its ids may differ between the libraries in ties). character_coverage: share of all
+        characters that get a token of their own; the rest is spelt in bytes. split_digits: each digit its own
+        token. options: further options of SentencePiece's trainer.
 
     Raises:
         RequestError: no text, a vocabulary too small for the characters, an unknown option.
@@ -449,101 +339,20 @@ def train(
         "num_threads": 4,
         **options,
     }
-    lines = _TrainingLines(texts)
-    out = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=out,
-            max_sentence_length=2 * _LINE_BYTES,
-            minloglevel=2,
-            **recipe,
-        )
-    except (RuntimeError, OSError, ValueError) as error:
-        if lines.error is not None:
-            raise lines.error from None
-        raise RequestError(_training_error(str(error), lines, vocab_size)) from error
-    if lines.error is not None:
-        raise lines.error
+    model, lines = train_model(texts, recipe)
     record = {"recipe": recipe, "seed": seed, "sentencepiece": sentencepiece.__version__, **lines.counts()}
     notes = lines.notes()
-    files = {MODEL_FILE: out.getvalue(), RECORD_FILE: json.dumps(record).encode()}
+    files = {MODEL_FILE: model, RECORD_FILE: json.dumps(record).encode()}
     tokenizer = Tokenizer(files, native=True)
     if tokenizer.vocab_size < vocab_size:
         notes.append(
-            f"the corpus holds only {tokenizer.vocab_size:,} pieces: the vocabulary is that, not {vocab_size:,}"
+            f"the corpus holds only {tokenizer.vocab_size:,} pieces: the vocabulary is not {vocab_size:,}"
         )
     tokenizer.notes = tuple(notes)
     _self_test(tokenizer, lines.sample)
     if folder is not None:
         tokenizer.save(folder, model_max_length=model_max_length)
     return tokenizer
-
-
-@final
-class _TrainingLines:
-    """Lines for the trainer: none longer than it takes, none with its reserved character, all counted."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.texts = texts
-        self.error: BaseException | None = None
-        self.sample: list[str] = []
-        self.documents = self.lines = self.bytes = self.cut = self.reserved = 0
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            for text in self.texts:
-                self.documents += 1
-                for line in text.split("\n"):
-                    if line:
-                        yield from self._line(line)
-        except BaseException as error:  # it would come out of C++ as a RuntimeError without its type
-            self.error = error
-            return
-
-    def _line(self, line: str) -> Iterator[str]:
-        length = len(line.encode())
-        self.lines += 1
-        self.bytes += length
-        # A stride that doubles keeps about 250 to 500 lines from the whole corpus.
-        if self.lines % (1 + self.lines // 250) == 0 and len(self.sample) < 2000:
-            self.sample.append(line[:1000])
-        if "▅" in line:
-            self.reserved += 1
-            line = line.replace("▅", " ")
-        if length <= _LINE_BYTES:
-            yield line
-            return
-        self.cut += 1
-        step = _LINE_BYTES // 4  # no character has more than 4 bytes
-        for start in range(0, len(line), step):
-            yield line[start : start + step]
-
-    def counts(self) -> dict[str, int]:
-        return {"documents": self.documents, "lines": self.lines, "bytes": self.bytes, "cut_lines": self.cut}
-
-    def notes(self) -> list[str]:
-        notes = [f"trained on {self.documents:,} documents, {self.lines:,} lines, {self.bytes:,} bytes"]
-        if self.cut:
-            notes.append(
-                f"{self.cut:,} lines of more than {_LINE_BYTES:,} bytes were cut for training (nothing was left out)"
-            )
-        if self.reserved:
-            notes.append(
-                f"{self.reserved:,} lines hold ▅ (U+2585), which SentencePiece reserves: spelt in bytes"
-            )
-        return notes
-
-
-def _training_error(message: str, lines: _TrainingLines, vocab_size: int) -> str:
-    if not lines.lines:
-        return "there is no text to train a tokenizer on"
-    if found := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message):
-        return (
-            f"vocab_size {vocab_size} is too small: 256 bytes, the special tokens and the characters of this text"
-            f" need {found[2]}: set tokenizer.vocab_size above that"
-        )
-    return f"SentencePiece cannot train this: {message.strip().splitlines()[0]}"
 
 
 def _self_test(tokenizer: Tokenizer, lines: Sequence[str]) -> None:
