@@ -1,19 +1,21 @@
 """A real Slurm on one machine: one controller and several nodes, for tests.
 
-Comes in: how many nodes and what each pretends to have. Goes out: a :class:`Cluster` that submits, watches and ends
-jobs through Slurm's own commands, and that can say which processes of its jobs are alive. What always holds: nothing
-of the machine's own Slurm or munge is used; every daemon is ended by its pid; after :meth:`Cluster.stop` neither a
-process, nor a network interface, nor a file is left.
+Comes in: how many nodes and what each pretends to have. Goes out: a :class:`Cluster` that submits, watches
+and ends jobs through Slurm's own commands, and that can say which processes of its jobs are alive. What
+always holds: nothing of the machine's own Slurm or munge is used; every daemon is ended by its pid; after
+:meth:`Cluster.stop` neither a process, nor a network interface, nor a file is left.
 
 Two ways, chosen by what the machine allows (:attr:`Cluster.isolated` says which):
 
-* *isolated* (root with the right to make namespaces): the whole cluster lives in one PID, mount, UTS and network
-  namespace. The namespace's first process waits on a pipe that this process holds: when the tests end, however they
-  end, the kernel ends everything inside and the network goes with it. Each node has its own network namespace, host
-  name, address and ``/etc/hosts`` in there, so that ports, name resolution and "am I the head node" are real.
-* *flat*: several slurmds on different ports of one host. All nodes share name and ports; jobs meet at 127.0.0.1.
+* *isolated* (root with the right to make namespaces): the whole cluster lives in one PID, mount, UTS and
+  network namespace. The namespace's first process waits on a pipe that this process holds: when the tests
+  end, however they end, the kernel ends everything inside and the network goes with it. Each node has its own
+  network namespace, host name, address and ``/etc/hosts`` in there, so that ports, name resolution and "am I
+  the head node" are real.
+* *flat*: several slurmds on different ports of one host. All nodes share name and ports; jobs meet at
+  127.0.0.1.
 
-Both count fake GPUs (copies of ``/dev/null``), so ``--gpus-per-node`` is honoured and ``CUDA_VISIBLE_DEVICES`` set.
+Both count fake GPUs (copies of ``/dev/null``): ``--gpus-per-node`` is honoured, ``CUDA_VISIBLE_DEVICES`` set.
 
     with Cluster(nodes=2) as cluster:
         job = cluster.sbatch("slurm/train.sbatch", "--nodes=2", environment={"CPU": "1"})
@@ -38,9 +40,7 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 NEEDED = (*DAEMONS, "sbatch", "scontrol", "scancel", "squeue", "sinfo")
 SUBNET = "10.231.7"
 """Only ever exists inside the isolated network namespace."""
-ENDED = frozenset(
-    "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL PREEMPTED BOOT_FAIL DEADLINE OUT_OF_MEMORY".split()
-)
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE"}
 os.environ["PATH"] = "/usr/sbin:/sbin:" + os.environ.get(
     "PATH", "/usr/bin:/bin"
 )  # Debian's daemons live there
@@ -67,9 +67,10 @@ def can_isolate() -> bool:
 class Cluster:
     """A controller, ``nodes`` compute nodes named ``node1`` ..., partitions ``debug`` (default) and ``high``.
 
-    ``high`` preempts ``debug`` by requeueing, after ``grace_seconds``. Each node claims ``cpus`` cores, 64 GB and
-    ``gpus`` GPUs, whatever the machine has. ``kill_wait_seconds`` lie between SIGTERM and SIGKILL;
-    ``requeue_seconds`` is the least time that a requeued job waits (the lifetime of its credential).
+    ``high`` preempts ``debug`` by requeueing, after ``grace_seconds``. Each node claims ``cpus`` cores, 64 GB
+    and ``gpus`` GPUs, whatever the machine has. ``kill_wait_seconds`` lie between SIGTERM and SIGKILL;
+    ``requeue_seconds`` is the least time that a requeued job waits (the lifetime of its credential; Slurm
+    takes less than 5 for its own value, 120).
     """
 
     def __init__(
@@ -101,10 +102,10 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    # --- start and stop -----------------------------------------------------------------------------------------
+    # --- start and stop ------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the daemons and wait until every node is idle; raises ``RuntimeError`` with the daemons' logs."""
+        """Start the daemons, wait until every node is idle; ``RuntimeError`` with their logs if not."""
         try:
             if self.isolated:
                 self._make_namespace()
@@ -172,7 +173,7 @@ class Cluster:
         self._networks[node] = _link(f"/proc/{self._daemon(f'slurmd.{node}')}/ns/net")
 
     def kill_node(self, node: str) -> None:
-        """Power off one node: its slurmd and everything that runs there, without a word (isolated mode only)."""
+        """Power off one node: its slurmd and all that runs there, without a word (isolated mode only)."""
         slurmd = self._daemon(f"slurmd.{node}")
         for pid in [*([] if slurmd is None else [slurmd]), *self.processes(node)]:
             _signal(pid, signal.SIGKILL)
@@ -189,7 +190,7 @@ class Cluster:
                 f"ip -n {node} link set lo up",
                 f"ip -n {node} link set eth0 up",
             ]
-        # bash as first process: it collects orphans, and ends (and the kernel with it everything) at end of file.
+        # bash as first process: it collects orphans, and ends at end of file (the kernel then ends the rest).
         lines += ["echo ready", "read -r _ || true"]
         flags = ["--net", "--mount", "--pid", "--uts", "--fork", "--kill-child=KILL", "--mount-proc"]
         self._holder = subprocess.Popen(
@@ -278,8 +279,8 @@ MessageTimeout=20
 SlurmdParameters=config_overrides
 GresTypes=gpu
 {nodes}
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=UP PriorityTier=1 GraceTime={grace}
-PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 PriorityTier=1 GraceTime={grace}
+PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=30 PriorityTier=10 PreemptMode=OFF
 """
         )
         etc = self.folder / "etc"
@@ -295,7 +296,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP PriorityTi
         hosts = [f"{SUBNET}.{i + 1} {node}" for i, node in enumerate(self.nodes)]
         (etc / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, f"{SUBNET}.254 {host}", ""]))
 
-    # --- jobs ---------------------------------------------------------------------------------------------------
+    # --- jobs ----------------------------------------------------------------------------------------------
 
     def sbatch(
         self, script: str | Path, *options: str, arguments: Sequence[str] = (), environment: Mapping[str, str]
@@ -322,7 +323,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP PriorityTi
         return int(self.show(job)["Restarts"])
 
     def wait(self, job: int | str, *states: str, seconds: float) -> str:
-        """Wait until the job is in one of ``states``; ``AssertionError`` if it ends otherwise or time is over."""
+        """Wait until the job is in one of ``states``; ``AssertionError`` if it ends otherwise or too late."""
         deadline = time.monotonic() + seconds
         while (state := self.state(job)) not in states:
             if state in ENDED or time.monotonic() > deadline:
@@ -353,7 +354,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP PriorityTi
         in_place = network is None or _link(f"/proc/{pid}/ns/net") == network
         return in_place and (is_step or "SLURM_JOB_ID" in environment)
 
-    # --- below --------------------------------------------------------------------------------------------------
+    # --- below ---------------------------------------------------------------------------------------------
 
     def _inside(
         self, *command: str, check: bool = True, environment: Mapping[str, str] | None = None
@@ -378,7 +379,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP PriorityTi
         return len(self._inside("sinfo", "-h", "-p", "debug", "-N", "-t", "idle", "-o", "%N").stdout.split())
 
     def _daemon(self, name: str) -> int | None:
-        """The pid, seen from here, of a daemon of this cluster; its pid file holds the one seen from inside."""
+        """A daemon's pid, seen from here; its pid file may hold the one that is seen from inside."""
         program, _, node = name.partition(".")
         start = f"{program} -N {node} " if node else f"{program} "
         for pid in _pids():
