@@ -32,7 +32,7 @@ from torch import nn
 from lmcore.errors import RequestError
 
 VOCAB_MULTIPLE = 64
-"""Matrix units want multiples of 64 columns: 50,304 instead of 50,257 gave +13.7 % (LLMs-from-scratch, A100)."""
+"""Matrix units want such columns: 50,304 instead of 50,257 gave +13.7 % (LLMs-from-scratch, A100)."""
 SPECIAL_IDS = ("bos_token_id", "pad_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "unk_token_id")
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -142,7 +142,7 @@ def build(
     The result carries ``real_vocab_size``, the columns of its head that count.
 
     Args:
-        type: transformers model type (``"gpt2"``, ``"llama"``, ...), unless ``from_pretrained`` or ``factory``.
+        type: transformers model type (``"gpt2"``, ``"llama"``), for a model from scratch.
         config_overrides: fields of that type's config; with a factory, further arguments of it.
         vocab_size: V, ids that the tokenizer has. The model gets ``pad_vocab(V)`` rows.
         special_ids: the tokenizer's ``bos_token_id`` and so on; what it does not define becomes ``None``.
@@ -289,7 +289,10 @@ def _from_factory(
 ) -> nn.Module:
     function = import_path(path, "model.factory")
     offered = {"vocab_size": vocab_size, "block_size": block_size, "special_ids": dict(ids), "seed": seed}
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
+    except ValueError:  # written in C
+        parameters = {}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in overrides:
         if name not in parameters and not takes_any:

@@ -75,12 +75,12 @@ class ModelWithLoss(nn.Module):
 
     ``head_path`` says how the loss is made:
 
-    - ``"chunked"``: a transformers model with a plain linear head, known by a probe: :func:`causal_lm_loss`.
+    - ``"chunked"``: a transformers model with a plain linear head, by a probe: :func:`causal_lm_loss`.
     - ``"logits"``: any other (softcapped or scaled heads, the user's modules): full logits, cross-entropy.
     - ``"factory"``: ``loss_factory(outputs, batch) -> (sum, count)`` on whatever the model returns.
 
     Args:
-        model: from :func:`build`, or any module that takes the batch's keys (``labels`` only if it names them).
+        model: from :func:`build`, or any module that takes the batch's keys (labels if it names them).
         chunk: tokens per chunk of the head, 0 = plain, ``"auto"``.
         label_smoothing, z_loss: in training mode only; evaluation is the plain cross-entropy.
         loss_factory: a callable, or ``package.module:function``.
@@ -124,7 +124,7 @@ class ModelWithLoss(nn.Module):
             reason = why_not_linear(model)
             if reason is None:
                 self.head_path = "chunked"
-                head = self.get_output_embeddings()
+                head: Any = self.get_output_embeddings()
                 head.forward = types.MethodType(_head_forward, head)
             else:
                 note(f"loss: full logits, not the chunked head: {reason}")
@@ -132,9 +132,9 @@ class ModelWithLoss(nn.Module):
     # What accelerate looks for on the model that it wraps.
 
     @property
-    def body(self) -> nn.Module:
+    def body(self) -> Any:
         """The model without its head (a transformers ``base_model``), else the model."""
-        return self.model.base_model if self._is_transformers else self.model  # type: ignore[return-value]
+        return self.model.base_model if self._is_transformers else self.model
 
     base_model_prefix = "body"
 
@@ -291,13 +291,13 @@ def why_not_linear(model: nn.Module) -> str | None:
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks: those that the family names, else the longest ``ModuleList`` of one class."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     named = set(getattr(model, "_no_split_modules", None) or ())
     found = [layer for group in lists for layer in group if layer.__class__.__name__ in named]
     if found:
         return found
     uniform = [group for group in lists if len({layer.__class__ for layer in group}) == 1]
-    return list(max(uniform, key=len)) if uniform else []
+    return max(uniform, key=len) if uniform else []
 
 
 def compile_regions(model: nn.Module, mode: str | None = None, **options: Any) -> int:
@@ -310,12 +310,12 @@ def compile_regions(model: nn.Module, mode: str | None = None, **options: Any) -
     layers = decoder_layers(model)
     for layer in layers:
         compiled = torch.compile(layer.forward, mode=mode, dynamic=False, **options)
-        layer.forward = compiled  # type: ignore[method-assign]
+        layer.forward = compiled
     return len(layers)
 
 
 def enable_activation_checkpointing(model: nn.Module, *, every: int = 1) -> int:
-    """Recompute every ``every``-th decoder layer in backward instead of keeping its activations; their number.
+    """Recompute every ``every``-th decoder layer in backward, not keep its activations; their number.
 
     Non-reentrant, and the random state is kept, so that the recomputation drops the same units.
 
@@ -326,7 +326,7 @@ def enable_activation_checkpointing(model: nn.Module, *, every: int = 1) -> int:
     if not layers:
         raise RequestError("train.activation_checkpointing: this model has no repeated layers to recompute")
     for layer in layers:
-        layer.forward = functools.partial(_recomputed, layer.forward, layer)  # type: ignore[method-assign]
+        layer.forward = functools.partial(_recomputed, layer.forward, layer)
     return len(layers)
 
 
@@ -372,7 +372,7 @@ def export_state(tensors: Iterable[tuple[str, Tensor]], model: nn.Module) -> Ite
 
 def export_config(model: nn.Module) -> Any:
     """The transformers config to save beside the exported weights: the real vocabulary, the cache on."""
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     real = getattr(model, "real_vocab_size", None)
     if real is not None:
         config.get_text_config().vocab_size = real

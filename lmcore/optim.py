@@ -209,7 +209,10 @@ def _by_path(path: str, groups: list[dict[str, Any]], offered: Mapping[str, Any]
         factory: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise RequestError(f"optim.name {path!r}: {error}") from error
-    known = inspect.signature(factory).parameters
+    try:
+        known: Collection[str] = inspect.signature(factory).parameters
+    except ValueError:  # written in C
+        known = ()
     arguments = {k: v for k, v in offered.items() if v is not None and (k == "lr" or k in known)}
     optimizer = factory(groups, **arguments)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -259,7 +262,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of both halves."""
         loss = None
         if closure is not None:
@@ -292,7 +295,7 @@ class SmallAdamW(torch.optim.Optimizer):
         self._state_dtype = state_dtype
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update (Loshchilov & Hutter 2019, algorithm 2)."""
         loss = None
         if closure is not None:
