@@ -18,7 +18,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
@@ -52,8 +52,8 @@ Layout = Sequence[tuple[str, str, str | None, Sequence[int], torch.dtype]]
 
 
 def key_of(name: str, slot: str | None) -> str:
-    """The tensor's name in a file: ``transformer.wte.weight`` or ``transformer.wte.weight/exp_avg``."""
-    return name if slot is None else f"{name}/{slot}"
+    """The tensor's name in a file: ``wte.weight``, or with a slot ``wte.weight/exp_avg``."""
+    return f"{name}/{slot}" if slot else name
 
 
 @final
@@ -175,6 +175,22 @@ class HashedFile:
         self._disk.close(self._file)
 
 
+def in_order(
+    planned: Plan, tensors: Iterator[tuple[str, str, str | None, Tensor | None]]
+) -> Iterator[Tensor]:
+    """The tensors alone, each compared with what was announced. ``ValueError`` for a layout that lied."""
+    expected = iter(planned.entries)
+    for kind, name, slot, tensor in tensors:
+        entry = next(expected, None)
+        if entry is None or (entry.kind, entry.key) != (kind, key_of(name, slot)):
+            raise ValueError(f"{kind} {key_of(name, slot)} came where the layout has {entry and entry.key}")
+        if tensor is None or tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+            raise ValueError(f"{entry.key}: the layout says {entry.dtype} {entry.shape}, another tensor came")
+        yield tensor
+    if (rest := next(expected, None)) is not None:
+        raise ValueError(f"{rest.key} did not come")
+
+
 def write_planned(
     disk: Disk, folder: Path, plan: Plan, tensors: Iterable[Tensor]
 ) -> dict[str, dict[str, Any]]:
@@ -212,7 +228,7 @@ class TensorFile:
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._entries)
 
     def get(self, key: str) -> Tensor:

@@ -232,7 +232,7 @@ class Guard:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a forked data worker has inherited this handler: it lives as long as its trainer needs it
+            return  # inherited by a forked data worker, which must serve until its trainer lets it go
         if number == signal.SIGINT:
             now = time.monotonic()
             if now - self._first_sigint > _SECOND_SIGINT_SECONDS:

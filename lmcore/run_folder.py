@@ -152,9 +152,7 @@ class RunFolder:
         give_up = time.monotonic() + wait_seconds
         while not (carried := _record_lock(fd)):
             if carried is None:
-                say(
-                    f"{self.path}: this file system carries no locks between processes; watching the lock file"
-                )
+                say(f"{self.path}: this file system carries no locks; watching the lock file instead")
                 break
             if time.monotonic() >= give_up:
                 raise self._refusal(_read_holder(fd))
@@ -166,9 +164,7 @@ class RunFolder:
         same_kernel = holder.get("host") == mine["host"] and holder.get("boot") == mine["boot"]
         same_job = mine["job_id"] is not None and holder.get("job_id") == mine["job_id"]
         if not (same_kernel and carried) and not same_job:
-            say(
-                f"{self.path}: the lock is of {_describe(holder)}; watching for {2 * beat_seconds:.0f} s if it lives"
-            )
+            say(f"{self.path}: locked by {_describe(holder)}; watching {2 * beat_seconds:.0f} s if it lives")
             _record_unlock(fd)  # on NFS, locking again is what brings fresh content
             time.sleep(2 * beat_seconds)
             if _record_lock(fd) is False or _read_holder(fd) not in (holder, None):
@@ -318,8 +314,8 @@ def safe_name(name: str) -> str:
     if not fine:
         shown = repr(name)[:80]
         raise RequestError(
-            f"{shown} cannot be a name: letters, digits, '.', '_', '-', '+', '=' only, beginning with a letter "
-            f"or digit, at most {MAX_NAME_BYTES} bytes"
+            f"{shown} cannot be a name: letters, digits, '.', '_', '-', '+', '=' only, beginning with a "
+            f"letter or digit, at most {MAX_NAME_BYTES} bytes"
         )
     return name
 
