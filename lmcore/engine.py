@@ -1,8 +1,8 @@
 """The one door to accelerate: DDP, FSDP2, ZeRO-1/2/3 and mixed precision behind one small face.
 
 Comes in: the launcher's environment, a module that returns ``(loss_sum, count)``, a way to make its
-optimizer. Goes out: the same training for every strategy, and the state by parameter name, whole tensors on
-the host.
+optimizer. Goes
+out: the same training for every strategy, and the state by parameter name, whole tensors on the host.
 
 What always holds:
 
@@ -28,6 +28,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -46,10 +47,17 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
+from lmcore import _strategy_fsdp as fsdp
 from lmcore import _strategy_launch as launch
+from lmcore import _strategy_zero as zero
+from lmcore import optim
+from lmcore._strategy_state import TensorState, whole
+from lmcore._strategy_zero_state import ZeroState
 from lmcore.errors import RequestError
+from lmcore.model import compile_regions, decoder_layers, enable_activation_checkpointing
 
 MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+Read = Callable[[str, str, str], Tensor | None]
 
 
 class Entry(NamedTuple):
@@ -75,9 +83,12 @@ class Engine:
         precision: "fp32", "bf16", "fp16" (with loss scaling, CUDA only), "fp8" (handed to accelerate), or
             "auto": bf16 on a CUDA device that has it, else fp32. ``engine.precision`` is the resolved one.
         param_dtype: dtype of the weights that the optimizer updates: "fp32", or "bf16" to save memory.
+        reduce_dtype: dtype in which gradients travel between ranks under FSDP2 and ZeRO.
         deepspeed: a file of ``ds_configs/``; ``None`` takes what the launcher says.
         timeout_seconds: how long a collective waits for a rank before the run ends with an error.
-        compile: "none", "regional" (each repeated block by itself: starts faster, same speed) or "full".
+        compile: "none", or "regional": each layer by itself.
+        compile_mode: torch.compile's mode.
+        activation_checkpointing: recompute each layer in backward instead of keeping its activations.
         seed: the run's seed; dropout is derived from it.
         deterministic: bit-identical reruns on CUDA too, at the cost of speed.
         tf32: allow TF32 for fp32 matrix products on CUDA.
@@ -91,43 +102,66 @@ class Engine:
         *,
         precision: str = "auto",
         param_dtype: str = "fp32",
+        reduce_dtype: str = "fp32",
         deepspeed: str | None = None,
         timeout_seconds: float = 1800.0,
         compile: str = "none",
+        compile_mode: str | None = None,
+        activation_checkpointing: bool = False,
         seed: int = 0,
         deterministic: bool = False,
         tf32: bool = True,
     ) -> None:
         request = launch.request(os.environ, deepspeed)
+        launch.check_compile(os.environ)
         cuda = torch.cuda.is_available() and not launch.forced_to_cpu(os.environ)
         self.precision = launch.resolve_precision(precision, os.environ, cuda=cuda)
-        self.strategy = request.strategy
-        self.seed = seed
-        self._compile = launch.resolve_compile(compile, os.environ)
-        self._param_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[param_dtype]
-        handlers: list[Any] = [
-            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
-            # The bucket view saves one copy of the gradients.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ]
+        self._with_zero = request.deepspeed is not None
+        self._layers = {"compile": compile != "none", "checkpoint": activation_checkpointing}
+        self._compile_mode = compile_mode
+        self._param_dtype = fsdp.DTYPES[param_dtype]
+        if param_dtype != "fp32" and (self._with_zero or request.strategy == "fsdp2"):
+            raise RequestError(
+                f"train.param_dtype {param_dtype} has no meaning under {request.strategy}, which keeps fp32 "
+                "weights for the optimizer and computes in a copy: leave it out"
+            )
+        self._timeout = timedelta(seconds=timeout_seconds)
+        backend = None
+        plugins: dict[str, Any] = {}
+        if request.deepspeed is not None:
+            zero.check_compiler(request.deepspeed)
+            zero.quiet_deepspeed(device_is_cpu=not cuda)
+            zero.alone_environment(os.environ)
+            config = zero.base_config(request.deepspeed, precision=self.precision, reduce_dtype=reduce_dtype)
+            plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+            backend = None if cuda else "gloo"  # without it every rank would silently train alone on a CPU
+        elif request.strategy == "fsdp2":
+            plugins["fsdp_plugin"] = fsdp.plugin(precision=self.precision, reduce_dtype=reduce_dtype)
         self.accelerator = Accelerator(
             mixed_precision="no" if self.precision == "fp32" else self.precision,
-            cpu=not cuda,
+            cpu=not cuda and not self._with_zero,
             # A plugin object, not a number: a number would give way to the launcher's environment.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-            # compile is done here, in place; the launcher's dynamo flags reach only some of the strategies.
-            dynamo_plugin=TorchDynamoPlugin(backend="no"),
-            kwargs_handlers=handlers,
+            dynamo_plugin=TorchDynamoPlugin(
+                backend="no"
+            ),  # layers are compiled here, for every strategy alike
+            kwargs_handlers=[
+                InitProcessGroupKwargs(backend=backend, timeout=self._timeout),
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True
+                ),  # saves one copy of the gradients
+            ],
+            **plugins,
         )
-        launch.check(self.accelerator, request, os.environ, self.precision)
+        self.strategy = launch.check(self.accelerator, request, self.precision)
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.local_rank: int = max(0, self.accelerator.local_process_index)
         self.world_size: int = self.accelerator.num_processes
         self.is_main = self.rank == 0
         self.is_local_main = self.local_rank == 0
-        self._timeout = timedelta(seconds=timeout_seconds)
         self._host_group = dist.new_group(backend="gloo", timeout=self._timeout) if self._grouped else None
+        self.seed = seed
         self._seed_everything(deterministic=deterministic, tf32=tf32)
         self.module: nn.Module
         self.optimizer: torch.optim.Optimizer
@@ -158,24 +192,59 @@ class Engine:
         launch.check_accumulation(os.environ, gradient_accumulation)
         self._accumulation = gradient_accumulation
         self._clip_norm = clip_norm
-        self._module = module
-        if self._param_dtype is torch.bfloat16:
-            module.to(torch.bfloat16)
-        self._compile_in_place(module)
+        self._inner = module
+        self._skeleton = copy_without_weights(module.model) if self._sharded and self.is_main else None
+        if self._param_dtype is not torch.float32:
+            for (
+                parameter
+            ) in module.parameters():  # not Module.to: buffers (rotary frequencies) stay as they are
+                parameter.data = parameter.data.to(self._param_dtype)
+        if self._layers["compile"]:  # before checkpointing: the recomputation is of the compiled layer
+            compile_regions(module.model, self._compile_mode)
+        if self._layers["checkpoint"]:
+            enable_activation_checkpointing(module.model)
         optimizer = make_optimizer([(clean_name(name), p) for name, p in module.named_parameters()])
-        self.module, wrapped = self.accelerator.prepare(module, optimizer)
-        self.optimizer = wrapped.optimizer
-        self._named = {clean_name(name): p for name, p in self._module.named_parameters()}
+        buffers = persistent_buffers(module)
+        if self._with_zero:
+            self._prepare_zero(module, optimizer, micro_batch_blocks)
+        else:
+            if self.strategy == "fsdp2":
+                fsdp.name_layers(self.accelerator.state.fsdp_plugin, decoder_layers(module.model))
+            # Only a buffer that is trained on (batch statistics) must be kept equal, and that costs every
+            # forward.
+            self.accelerator.ddp_handler.broadcast_buffers = bool(buffers)
+            self.module, wrapped = self.accelerator.prepare(module, optimizer)
+            self.optimizer = wrapped.optimizer
+            self._state = TensorState(self._named_parameters(), persistent_buffers(module), self.optimizer)
         self._scaler = self.accelerator.scaler
-        self._gate_on_device = all(group.get("fused") for group in self.optimizer.param_groups)
+        self._trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._gate_on_device = gates_on_device(self.optimizer)
         self._micro_batch = 0
+
+    def _prepare_zero(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, micro_batch_blocks: int
+    ) -> None:
+        zero.check_optimizer(optimizer)
+        zero.batch_config(
+            self.accelerator.deepspeed_plugin.deepspeed_config,
+            micro_batch_blocks=micro_batch_blocks,
+            accumulation=self._accumulation,
+            world_size=self.world_size,
+            clip_norm=self._clip_norm,
+        )
+        self.accelerator.gradient_accumulation_steps = self._accumulation
+        floats = zero.float_buffers(module)
+        self.module, wrapped = self.accelerator.prepare(module, optimizer)
+        zero.restore_buffers(module, floats, self.device)
+        self.optimizer = wrapped.optimizer
+        stage = int(self.strategy[-1])
+        self._state = ZeroState(self._named_parameters(), persistent_buffers(module), self.optimizer, stage)
 
     # ---- one step ------------------------------------------------------------------------------------------
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Set the rate of the coming update; a group's ``lr_scale`` multiplies it."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        """Set the rate of the coming update."""
+        optim.set_learning_rate(self.optimizer, learning_rate)
 
     def forward(self, batch: dict[str, Tensor], key: int | None = None) -> tuple[Tensor, Tensor]:
         """``(loss_sum, count)`` of one micro-batch of this rank, two 0-dim tensors (fp32, int64).
@@ -185,8 +254,10 @@ class Engine:
         """
         if key is not None:
             torch.manual_seed(keyed_seed(self.seed, "dropout", key))
+        if not torch.is_grad_enabled() and self.strategy == "ddp":
+            return self._inner(**batch)  # the wrapper has nothing to do without a backward
         if self.module.training and torch.is_grad_enabled():
-            self._sync_gradients(self._micro_batch == self._accumulation - 1)
+            self._announce(is_last=self._micro_batch == self._accumulation - 1)
         return self.module(**batch)
 
     def backward(self, loss_sum: Tensor, label_count: int | Tensor, last: bool | None = None) -> None:
@@ -201,11 +272,13 @@ class Engine:
             )
         # Every strategy averages gradients over the ranks, hence the world size.
         count = torch.as_tensor(label_count, device=loss_sum.device).clamp(min=1)
-        # A non-finite loss poisons its own gradient, so that the one gate on the gradient's norm sees it on
-        # all ranks.
-        scale = torch.where(torch.isfinite(loss_sum), self.world_size / count, torch.nan)
-        loss = loss_sum * scale
-        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+        # A non-finite loss poisons its own gradient: the one gate, on the gradient's norm, sees it on all
+        # ranks.
+        loss = loss_sum * torch.where(torch.isfinite(loss_sum), self.world_size / count, torch.nan)
+        if self._with_zero:
+            self.module.backward(loss, scale_wrt_gas=False)
+        else:
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
         self._micro_batch += 1
 
     def update(self) -> tuple[Tensor, Tensor]:
@@ -213,21 +286,24 @@ class Engine:
 
         Returns:
             The global gradient norm before clipping (fp32) and whether the update was applied (bool), both
-            0-dim on the device; nothing waits for the device unless the optimizer has no fused form.
+            0-dim on the device. Nothing waits for the device, except under DeepSpeed, which does so itself,
+            and with an optimizer that has no fused form.
         """
         if self._micro_batch != self._accumulation:
             raise ValueError(f"update after {self._micro_batch} of {self._accumulation} micro-batches")
         self._micro_batch = 0
+        if self._with_zero:
+            return self._update_zero()
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
-        parameters = [p for p in self._named.values() if p.grad is not None]
-        norm = self._whole(nn.utils.get_total_norm([p.grad for p in parameters]))
+        parameters = [p for p in self._trained if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters])).float()
         applied = torch.isfinite(norm)
         if self._clip_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
         if self._gate_on_device:
-            self.optimizer.found_inf = (~applied).float()  # fused kernels return at once where this is 1
-            self.optimizer.grad_scale = None
+            self.optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]  # fused kernels obey it
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
             self.optimizer.step()
         elif bool(applied):
             self.optimizer.step()
@@ -235,6 +311,12 @@ class Engine:
             self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, applied
+
+    def _update_zero(self) -> tuple[Tensor, Tensor]:
+        # DeepSpeed itself clips, gates (norm of the reduced gradient) and clears; tests hold it to that.
+        self.module.step()
+        norm = torch.as_tensor(self.module.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+        return norm, torch.tensor(not self.optimizer.overflow, device=self.device)  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -260,16 +342,15 @@ class Engine:
         for."""
         if not self._grouped:
             return flags
-        shared = torch.tensor([flags], dtype=torch.int64)
-        # gloo knows no bitwise operation on every version: one byte a bit, and the largest wins.
-        bits = (shared >> torch.arange(63)) & 1
+        # One number a bit, and the largest wins: not every gloo has bitwise operations.
+        bits = (torch.tensor([flags]) >> torch.arange(63)) & 1
         self._collective("agree", lambda: dist.all_reduce(bits, op=dist.ReduceOp.MAX, group=self._host_group))
         return int((bits << torch.arange(63)).sum())
 
-    def barrier(self, name: str = "") -> None:
+    def barrier(self, name: str = "barrier") -> None:
         """Wait for every rank, on the host; the error after the timeout names the ranks that are missing."""
         if self._grouped:
-            self._collective(name or "barrier", lambda: dist.barrier(group=self._host_group))
+            self._collective(name, lambda: dist.barrier(group=self._host_group))
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's ``value`` on every rank."""
@@ -291,79 +372,76 @@ class Engine:
 
     def state_layout(self) -> list[Entry]:
         """What :meth:`state` will yield, on every rank, without any communication."""
-        layout = [Entry("model", name, "", tuple(t.shape), t.dtype) for name, t in self._weights()]
-        for name, parameter in self._named.items():
-            slots = self.optimizer.state.get(parameter, {})
-            for slot in sorted(slots):
-                value = slots[slot]
-                if isinstance(value, Tensor) and value.ndim > 0:
-                    layout.append(Entry("optim", name, slot, tuple(value.shape), value.dtype))
-        return layout
+        weights = [Entry("model", name, "", shape, dtype) for name, shape, dtype in self._state.weights()]
+        return weights + [Entry("optim", *slot) for slot in self._state.slots()]
 
     def state(self) -> Iterator[tuple[str, str, str, Tensor | None]]:
         """``(kind, name, slot, tensor)``, one at a time, in the order of the layout. Collective.
 
         The tensor is whole, contiguous and on the host on rank 0, ``None`` on the other ranks.
         """
-        weights = dict(self._weights())
         for entry in self.state_layout():
-            source = weights[entry.name] if entry.kind == "model" else self._slot(entry.name, entry.slot)
-            whole = self._whole(source.detach())
-            yield entry.kind, entry.name, entry.slot, whole.cpu().contiguous() if self.is_main else None
+            tensor = self._state.gather(entry.name, entry.slot)
+            yield entry.kind, entry.name, entry.slot, tensor.cpu().contiguous() if self.is_main else None
 
-    def load_state(self, read: Callable[[str, str, str], Tensor | None]) -> None:
+    def load_state(self, read: Read) -> None:
         """Take over weights and optimizer slots; ``read(kind, name, slot)`` is called on every rank.
 
-        It returns the whole tensor on the host, or ``None`` where the checkpoint has none: a weight must be
-        there, an optimizer slot may be missing (then it starts afresh).
+        It returns the whole tensor on the host, or ``None`` where the checkpoint has none. Every weight must
+        be there; an optimizer slot that is missing starts afresh.
+
+        Raises:
+            RequestError: a weight is missing or of another shape.
         """
         with torch.no_grad():
-            for name, target in self._weights():
-                self._take(target, self._required(read, name, target))
-            self._prime_optimizer()
+            self._state.prime()  # first: a step, even an empty one, may touch the weights
+            found = 0
             for entry in self.state_layout():
-                if entry.kind == "optim":
-                    value = read("optim", entry.name, entry.slot)
-                    target = self._slot(entry.name, entry.slot)
-                    if value is None:
-                        target.zero_()
-                    else:
-                        self._take(target, value)
+                value = read(entry.kind, entry.name, entry.slot)
+                if value is not None and tuple(value.shape) != entry.shape:
+                    raise RequestError(
+                        f"{entry.name} {entry.slot} is {tuple(value.shape)} in the checkpoint but {entry.shape} "
+                        "in this model: the checkpoint is of another model"
+                    )
+                if value is not None:
+                    self._state.put(entry.name, entry.slot, value)
+                    found += entry.kind == "optim"
+                elif entry.kind == "model":
+                    raise RequestError(f"the checkpoint has no tensor {entry.name}: it is of another model")
+            if not found:
+                self._state.forget()
 
     def optimizer_scalars(self) -> dict[str, Any]:
         """The optimizer's numbers (Adam's step count, the fp16 loss scale), as JSON."""
-        scalars: dict[str, dict[str, float]] = {}
-        for name, parameter in self._named.items():
-            for slot, value in self.optimizer.state.get(parameter, {}).items():
-                if not (isinstance(value, Tensor) and value.ndim > 0):
-                    scalars.setdefault(slot, {})[name] = float(value)
-        result: dict[str, Any] = {"slots": {slot: compress(values) for slot, values in scalars.items()}}
+        slots = {slot: compress(values) for slot, values in self._state.scalars().items()}
+        scalars: dict[str, Any] = {"slots": slots}
         if self._scaler is not None:
-            result["scaler"] = self._scaler.state_dict()
-        return result
+            scalars["scaler"] = self._scaler.state_dict()
+        elif self._with_zero and self.precision == "fp16":
+            scalars["scaler"] = {"scale": float(self.optimizer.loss_scaler.cur_scale)}  # type: ignore[attr-defined]
+        return scalars
 
     def load_optimizer_scalars(self, scalars: dict[str, Any]) -> None:
         """The inverse of :meth:`optimizer_scalars`; call it after :meth:`load_state`."""
         for slot, stored in scalars.get("slots", {}).items():
-            for name, parameter in self._named.items():
-                state = self.optimizer.state.get(parameter)
+            for name, _, _ in self._state.weights():
                 value = stored.get(name) if isinstance(stored, dict) else stored
-                if state is None or value is None or slot not in state:
-                    continue
-                if isinstance(state[slot], Tensor):
-                    state[slot].fill_(value)
-                else:
-                    state[slot] = type(state[slot])(value)
-        if self._scaler is not None and "scaler" in scalars:
-            self._scaler.load_state_dict(scalars["scaler"])
+                if value is not None:
+                    self._state.put_scalar(name, slot, value)
+        scaler = scalars.get("scaler")
+        if scaler and self._scaler is not None:
+            self._scaler.load_state_dict({**self._scaler.state_dict(), **scaler})
+        elif scaler and self._with_zero and self.precision == "fp16":
+            self.optimizer.loss_scaler.cur_scale = scaler["scale"]  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
     def full_model(self) -> Iterator[nn.Module | None]:
         """The user's model with whole weights in evaluation mode on rank 0, ``None`` elsewhere.
         Collective."""
         try:
-            with self.evaluation():
-                yield self._module.model if self.is_main else None
+            with self.evaluation(), torch.no_grad():
+                model = self._assemble() if self._sharded else self._inner.model
+                yield model if self.is_main else None
         finally:
             self.barrier("full_model")
 
@@ -388,7 +466,22 @@ class Engine:
 
     @property
     def _grouped(self) -> bool:
-        return self.world_size > 1 or dist.is_initialized()
+        return dist.is_initialized()
+
+    @property
+    def _sharded(self) -> bool:
+        return self.strategy in ("fsdp2", "zero3")
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        return {clean_name(name): p for name, p in self._inner.named_parameters()}
+
+    def _announce(self, *, is_last: bool) -> None:
+        """Tell the wrapper, before the forward, whether this backward ends the step."""
+        if self.strategy == "ddp":
+            self.module.require_backward_grad_sync = is_last  # type: ignore[assignment]  # what no_sync() sets
+        elif self._with_zero:
+            self.module.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
+        # FSDP2 reduces every micro-batch: holding back would keep whole gradients on every rank.
 
     def _seed_everything(self, *, deterministic: bool, tf32: bool) -> None:
         torch.manual_seed(keyed_seed(self.seed, "engine", 0))
@@ -398,66 +491,20 @@ class Engine:
             torch.backends.cudnn.benchmark = False
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-            torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+            torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
 
-    def _compile_in_place(self, module: nn.Module) -> None:
-        # Module.compile() changes no name and no object, so no strategy and no checkpoint sees it.
-        targets = (
-            [module]
-            if self._compile == "full"
-            else repeated_blocks(module)
-            if self._compile == "regional"
-            else []
-        )
-        for target in targets:
-            target.compile()
-
-    def _sync_gradients(self, sync: bool) -> None:
-        if self.strategy == "ddp":
-            self.module.require_backward_grad_sync = sync
-
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._named.items()
-        kept = set(self._module.state_dict(keep_vars=True))
-        for name, buffer in self._module.named_buffers():
-            if name in kept:
-                yield clean_name(name), buffer
-
-    def _slot(self, name: str, slot: str) -> Tensor:
-        return self.optimizer.state[self._named[name]][slot]
-
-    def _whole(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def _take(self, target: Tensor, value: Tensor) -> None:
-        target.copy_(value)
-
-    def _required(self, read: Callable[[str, str, str], Tensor | None], name: str, target: Tensor) -> Tensor:
-        value = read("model", name, "")
-        if value is None:
-            raise RequestError(f"the checkpoint has no tensor {name!r}: it is of another model")
-        if tuple(value.shape) != tuple(target.shape):
-            found, wanted = tuple(value.shape), tuple(target.shape)
-            raise RequestError(
-                f"{name} is {found} in the checkpoint but {wanted} in this model: they do not fit"
-            )
-        return value
-
-    def _prime_optimizer(self) -> None:
-        """Create the optimizer's slots by a step that changes nothing (its slots do not exist before the
-        first)."""
-        saved = [p.detach().clone() for p in self._named.values()]
-        rates = [(group["lr"], group.get("weight_decay")) for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"] * 0.0
-            for p in group["params"]:
-                p.grad = torch.zeros_like(p)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for group, (rate, _) in zip(self.optimizer.param_groups, rates):
-            group["lr"] = rate
-        for p, old in zip(self._named.values(), saved):
-            p.copy_(old)
+    def _assemble(self) -> nn.Module | None:
+        """A copy of the model with weights, on rank 0's host; the other ranks only take part in the
+        gathering."""
+        tensors = {}
+        for name, _, _ in self._state.weights():
+            tensor = self._state.gather(name, "")
+            if self.is_main:
+                tensors[name] = tensor.cpu()
+        if self._skeleton is None:
+            return None
+        self._skeleton.load_state_dict(tensors, strict=False, assign=True)
+        return self._skeleton.eval()
 
     def _collective(self, what: str, run: Callable[[], Any]) -> None:
         try:
@@ -468,7 +515,9 @@ class Engine:
     def _absent(self) -> str:
         """Which ranks did not come, as well as it can be found out after the fact."""
         try:
-            dist.monitored_barrier(group=self._host_group, timeout=timedelta(seconds=15), wait_all_ranks=True)
+            dist.monitored_barrier(
+                group=self._host_group, timeout=min(self._timeout, timedelta(seconds=15)), wait_all_ranks=True
+            )
         except (RuntimeError, dist.DistError) as error:
             return f"a rank is dead or stuck: {error}"
         return "a rank was too slow"
@@ -481,19 +530,32 @@ def clean_name(name: str) -> str:
     return name.removeprefix("module.").removeprefix("model.")
 
 
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a checkpoint must hold, by name."""
+    kept = set(module.state_dict(keep_vars=True))
+    return {clean_name(name): b for name, b in module.named_buffers() if name in kept}
+
+
 def keyed_seed(seed: int, purpose: str, key: int) -> int:
     """63 bits that depend on all three and on nothing else."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The members of the outermost lists of modules of one class: a transformer's layers."""
-    found: list[nn.Module] = []
-    for child in module.children():
-        same = isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(m) for m in child}) == 1
-        found.extend(child if same else repeated_blocks(child))  # type: ignore[arg-type]  # a ModuleList iterates
-    return found
+def gates_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer skips a step by ``found_inf``, a number on the device: torch's fused kernels
+    do."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return fused and type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+
+
+def copy_without_weights(model: nn.Module) -> nn.Module:
+    """The same structure, buffers included, with parameters that take no memory."""
+    empty = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, empty)  # type: ignore[arg-type]  # the memo maps a parameter to its stand-in
 
 
 def compress(values: dict[str, float]) -> float | dict[str, float]:

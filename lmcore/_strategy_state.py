@@ -1,0 +1,125 @@
+"""A model's and an optimizer's state by parameter name, for strategies whose parameters are tensors.
+
+One process, DDP (plain tensors, whole on every rank) and FSDP2 (DTensors, a shard on every rank). ZeRO keeps
+its state in flat buffers of its own: ``_strategy_zero_state`` has the same methods for it.
+
+What always holds: one parameter at a time is whole, on the device that asks for it, and only until the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class TensorState:
+    """``named`` are the parameters by name, after wrapping; ``buffers`` the persistent ones."""
+
+    def __init__(
+        self, named: dict[str, nn.Parameter], buffers: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._named = named
+        self._tensors: dict[str, Tensor] = {**named, **buffers}
+        self._optimizer = optimizer
+
+    def weights(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name, whole shape and dtype of every weight and persistent buffer."""
+        for name, tensor in self._tensors.items():
+            yield name, tuple(tensor.shape), tensor.dtype
+
+    def slots(self) -> Iterator[tuple[str, str, tuple[int, ...], torch.dtype]]:
+        """Name, slot, whole shape and dtype of every tensor of the optimizer."""
+        for name, parameter in self._named.items():
+            state = self._optimizer.state.get(parameter, {})
+            for slot in sorted(state):
+                if is_slot(state[slot]):
+                    yield name, slot, tuple(state[slot].shape), state[slot].dtype
+
+    def gather(self, name: str, slot: str) -> Tensor:
+        """The whole tensor. Collective; the result is good on rank 0."""
+        return whole(self._find(name, slot).detach())
+
+    def put(self, name: str, slot: str, value: Tensor) -> None:
+        """Take this rank's part of a whole tensor. No communication."""
+        target = self._find(name, slot)
+        if isinstance(target, DTensor):
+            value = value.to(device=target.device, dtype=target.dtype)
+            # src_data_rank None: every rank holds the whole value and cuts its own part.
+            shard = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+            target.to_local().copy_(shard.to_local())
+        else:
+            target.copy_(value)
+
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        """slot -> parameter name -> number."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, parameter in self._named.items():
+            for slot, value in self._optimizer.state.get(parameter, {}).items():
+                if is_scalar(value):
+                    found.setdefault(slot, {})[name] = float(value)
+        return found
+
+    def put_scalar(self, name: str, slot: str, value: float) -> None:
+        """Set one number of the optimizer's state."""
+        put_scalar(self._optimizer.state.get(self._named[name], {}), slot, value)
+
+    def prime(self) -> None:
+        """Make the optimizer's slots exist, all zero, by a step with zero gradients and a zero rate.
+
+        The step may still change the weights (Muon's decay, say): load them afterwards.
+        """
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["lr"] * 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(self._optimizer.param_groups, rates):
+            group["lr"] = rate
+        for state in self._optimizer.state.values():
+            zero_state(state)
+
+    def forget(self) -> None:
+        """Drop the optimizer's state: as before its first step."""
+        self._optimizer.state.clear()
+
+    def _find(self, name: str, slot: str) -> Tensor:
+        return self._optimizer.state[self._named[name]][slot] if slot else self._tensors[name]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all shards of a DTensor put together (collective)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_slot(value: Any) -> bool:
+    """Whether an entry of an optimizer's state is a tensor to be stored as one."""
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether an entry of an optimizer's state is a number (Adam's step is a 0-dim tensor)."""
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def put_scalar(state: dict[str, Any], slot: str, value: float) -> None:
+    """Set a number where the state has one of this name."""
+    if slot in state:
+        if isinstance(state[slot], Tensor):
+            state[slot].fill_(value)
+        else:
+            state[slot] = type(state[slot])(value)
+
+
+def zero_state(state: dict[str, Any]) -> None:
+    """As if no step had been taken."""
+    for slot, value in state.items():
+        if isinstance(value, Tensor):
+            value.zero_()
+        elif isinstance(value, int | float):
+            state[slot] = type(value)(0)
