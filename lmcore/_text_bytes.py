@@ -13,6 +13,7 @@ from __future__ import annotations
 import bz2
 import codecs
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ codecs.register_error(SURROGATE, lambda error: ("\udc80", error.end))  # type: i
 _READ_BYTES = 2**20
 # Small, because a highly compressed input can become a thousand times larger in one call.
 _FEED_BYTES = 2**14
+_MAGIC_BYTES = 10
+"""The longest sign of a frame's beginning."""
+_OVERRUN_BYTES = 2**20
+"""A damaged frame may be decoded beyond its end before the damage shows: the next one is looked for from
+there."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Damage:
 class _Codec:
     new: Callable[[], Any]
     errors: tuple[type[Exception], ...]
-    magic: bytes
+    magic: re.Pattern[bytes]
 
 
 def _zstd() -> _Codec:
@@ -55,17 +61,25 @@ def _zstd() -> _Codec:
 
     # Frames written with --long=31 need the large window; it is allocated only for them.
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    return _Codec(decompressor.decompressobj, (zstandard.ZstdError,), b"\x28\xb5\x2f\xfd")
+    return _Codec(decompressor.decompressobj, (zstandard.ZstdError,), re.compile(rb"\x28\xb5\x2f\xfd"))
 
 
 def _codec(name: str) -> _Codec:
     if name == "gzip":
-        return _Codec(lambda: zlib.decompressobj(wbits=31), (zlib.error,), b"\x1f\x8b\x08")
+        return _Codec(
+            lambda: zlib.decompressobj(wbits=31), (zlib.error,), re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")
+        )
     if name == "bzip2":
-        return _Codec(bz2.BZ2Decompressor, (OSError, ValueError, EOFError), b"BZh")
+        return _Codec(
+            bz2.BZ2Decompressor,
+            (OSError, ValueError, EOFError),
+            re.compile(rb"BZh[1-9](1AY&SY|\x17\x72\x45\x38)"),
+        )
     if name == "xz":
         return _Codec(
-            lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), (lzma.LZMAError, EOFError), b"\xfd7zXZ\x00"
+            lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
+            (lzma.LZMAError, EOFError),
+            re.compile(rb"\xfd7zXZ\x00\x00"),
         )
     return _zstd()
 
@@ -125,12 +139,10 @@ def _frame(
             if content:
                 yield content
             what = (
-                "data is damaged near"
-                if good > start + len(codec.magic)
-                else "data expected, but not found at"
+                "data is damaged near" if good > start + _MAGIC_BYTES else "data expected, but not found at"
             )
             yield Damage(f"{name} {what} compressed byte {good}")
-            return _find(file, codec.magic, max(start + 1, good - len(codec.magic)))
+            return _find(file, codec.magic, max(start + 1, good - _OVERRUN_BYTES))
         if content:
             yield content
         offset += len(data)
@@ -159,15 +171,14 @@ def _replay(file: IO[bytes], codec: _Codec, start: int, offset: int) -> tuple[by
     return b"".join(content), offset + _FEED_BYTES
 
 
-def _find(file: IO[bytes], magic: bytes, start: int) -> int | None:
+def _find(file: IO[bytes], magic: re.Pattern[bytes], start: int) -> int | None:
     file.seek(start)
     tail = b""
     while data := file.read(_READ_BYTES):
         window = tail + data
-        at = window.find(magic)
-        if at >= 0:
-            return start - len(tail) + at
-        tail = window[-len(magic) + 1 :]
+        if found := magic.search(window):
+            return start - len(tail) + found.start()
+        tail = window[-_MAGIC_BYTES:]
         start += len(data)
     return None
 

@@ -205,15 +205,17 @@ def _json_values(numbered: Numbered, encoding: str) -> Iterator[tuple[int, Any]]
     yield from _scan(b"\n".join(held), begin, encoding)
 
 
-_NEXT_OBJECT = re.compile(r"[,\[\n]\s*(?=\{)")
+_OBJECT = re.compile(r'\{\s*"')
 _BETWEEN = re.compile(r"[\s,\[\]\ufeff]*")
 
 
 def _scan(raw: bytes, begin: int, encoding: str) -> Iterator[tuple[int, Any]]:
-    """Value after value; behind a broken one, on with the next that begins like an object of an array."""
+    """Value after value; behind a broken one, on with the next object that can be read (in a JSON string
+    every quote is escaped, so that text cannot look like the beginning of an object)."""
     text = raw.decode(encoding, SURROGATE)
     decoder = json.JSONDecoder()
     at = 0
+    healthy = True  # what is tried and fails behind a broken value is not a second broken value
     while True:
         at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string
         if at == len(text):
@@ -222,12 +224,15 @@ def _scan(raw: bytes, begin: int, encoding: str) -> Iterator[tuple[int, Any]]:
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            yield offset, Damage(f"not JSON: {error}")
-            found = _NEXT_OBJECT.search(text, at + 1)
+            if healthy:
+                yield offset, Damage(f"not JSON: {error}")
+            healthy = False
+            found = _OBJECT.search(text, at + 1)
             if not found:
                 return
-            at = found.end()
+            at = found.start()
             continue
+        healthy = True
         yield offset, value
         at = end
 

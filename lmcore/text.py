@@ -175,7 +175,7 @@ def _pieces(source: Source, path: str, relative_path: str, part_bytes: int) -> I
             yield piece(start, stop, stop - start)
         if not stat:
             yield piece(0, sys.maxsize, 0)
-    elif size or not stat:
+    elif size or kind == "file" or not stat:  # an empty file is an empty document
         yield piece(0, sys.maxsize, size)
 
 
