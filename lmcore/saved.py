@@ -83,7 +83,14 @@ def resolve(path: str | os.PathLike[str], which: str = "auto", *, quiet: bool = 
     if which.isdigit():
         which = checkpoints.step_name(int(which))
     say = (lambda text: None) if quiet else print
-    found = checkpoints.find(folder / "checkpoints", which, repair=False, say=say)
+    try:
+        found = checkpoints.find(folder / "checkpoints", which, repair=False, say=say)
+    except RequestError:
+        if which != "best":
+            raise
+        # The run kept no best by a metric of its own: the held-out loss of its checkpoints decides.
+        places = folder / "checkpoints"
+        found = checkpoints.find(places, which, metric="loss", mode="min", repair=False, say=say)
     if found is not None:
         found.close()
         return "checkpoint", found.path
