@@ -368,12 +368,16 @@ class Checkpoints:
             stay |= set(best[-int(self.keep_best["k"]) :])
             if best:
                 self._link_best(best[-1].name, words)
+        going = []
         for path in [*regular, *rolling]:
             if path not in stay and not (self.keep_every and step_of(path) % self.keep_every == 0):
                 # Renamed first: a kill in the middle must not leave half a folder under a good name.
-                going = path.with_name(f".old-{path.name}")
-                self._disk.rename(path, going)
-                self._disk.remove_tree(going)
+                going.append(path.with_name(f".old-{path.name}"))
+                self._disk.rename(path, going[-1])
+        if going:
+            self._disk.fsync_dir(self.folder)
+        for old in going:
+            self._disk.remove_tree(old)
 
     def _link_best(self, name: str, words: list[str]) -> None:
         link, aside = self.folder / "best", self.folder / ".best.tmp"
