@@ -11,17 +11,37 @@ twice a second, and permanent lines are printed above it.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TextIO
 
 REFRESHES_PER_SECOND = 2
 PLAIN_TASK_SECONDS = 30.0
 """Without a terminal a long sub-task (tokenizing, evaluating) says how far it is this often."""
+
+STEP_CELLS = frozenset(
+    (
+        "loss",
+        "smoothed",
+        "lr",
+        "norm",
+        "tok/s",
+        "per device",
+        "MFU",
+        "memory",
+        "wait",
+        "skipped",
+        "non-finite",
+    )
+)
+"""The names that :func:`step_cells` may give."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\u2028\u2029]")
 
@@ -67,6 +87,25 @@ def short(number: float) -> str:
         if abs(number) >= size:
             return f"{number / (1e3 if letter == 'k' else size):.3g}{letter}"
     return f"{number:,.0f}"
+
+
+def step_cells(record: dict[str, Any], smoothed: float, world_size: int) -> dict[str, str]:
+    """What a person wants to know of a train record, in words; what is not known is left out."""
+    rate, norm = record["tokens_per_second"], record["grad_norm"]
+    cells = {
+        "loss": f"{record['loss']:.4f}",
+        "smoothed": f"{smoothed:.4f}",
+        "lr": f"{record['lr']:.2e}",
+        "norm": None if norm is None else f"{norm:.3g}",
+        "tok/s": short(rate),
+        "per device": None if world_size == 1 else short(rate / world_size),
+        "MFU": f"{100 * record['mfu']:.1f}%" if "mfu" in record else None,
+        "memory": f"{record['memory_bytes'] / 2**30:.2f} GiB",
+        "wait": f"{100 * record['data_wait']:.1f}%",
+        "skipped": str(record["skipped_steps"]) if "skipped_steps" in record else None,
+        "non-finite": str(record["nonfinite_losses"]) if "nonfinite_losses" in record else None,
+    }
+    return {name: value for name, value in cells.items() if value is not None}
 
 
 @dataclass
@@ -219,3 +258,102 @@ def _progress(task: _Task) -> str:
     if not task.total:
         return f"{short(task.done)}{unit}"
     return f"{short(task.done)}/{short(task.total)}{unit} {100 * task.done / task.total:.0f}%"
+
+
+class Voice:
+    """Words of one rank: rank 0 to the person and into ``train.log``, others into ``logs/rank-*.log``
+    only.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, *, interactive: bool | None, stream: TextIO | None) -> None:
+        self.rank = rank
+        self.console = Console(interactive=interactive, stream=stream) if rank == 0 else None
+        self._path = run_dir / "train.log" if rank == 0 else run_dir / "logs" / f"rank-{rank:05d}.log"
+        self._log: TextIO | None = None  # opened by the first word: most ranks never say one
+        self._said: set[str] = set()
+        self._handler: logging.Handler | None = None
+        # Trackers and other threads speak too.
+        self._lock = threading.RLock()
+
+    def note(self, text: str) -> None:
+        """One line."""
+        with self._lock:
+            if self.console is not None:
+                self.console.line(text)
+            self.log(text)
+
+    def warn_once(self, text: str) -> None:
+        """A warning, said once however often it is true."""
+        with self._lock:
+            if text in self._said:
+                return
+            self._said.add(text)
+            if self.console is not None:
+                self.console.line(f"warning: {text}", style="yellow")
+            self.log(f"warning: {text}")
+
+    def error(self, text: str) -> None:
+        """A fault: every rank says it on standard error too."""
+        self.log(f"error: {text}")
+        if self.console is not None and self.console.interactive:
+            self.console.line(f"error: {text}", style="bold red")
+        else:
+            who = "" if self.rank == 0 else f"[rank {self.rank}] "
+            sys.stderr.write(f"{who}error: {one_line(text)}\n")
+            sys.stderr.flush()
+
+    def log(self, text: str) -> None:
+        """One line for the file only."""
+        with self._lock:
+            if self._log is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._log = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+            self._log.write(f"{now()} {one_line(text)}\n")
+            self._log.flush()
+
+    def capture_logging(self, level: int = logging.WARNING) -> None:
+        """Send what other libraries log, and Python's warnings, through :meth:`warn_once`."""
+        voice = self
+
+        class Handler(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                voice.warn_once(f"{record.name}: {record.getMessage().strip()}")
+
+        self._handler = Handler(level)
+        logging.getLogger().addHandler(self._handler)
+        logging.captureWarnings(True)
+
+    def close(self) -> None:
+        """Let go of the log, the logging of others and the display."""
+        if self._handler is not None:
+            logging.getLogger().removeHandler(self._handler)
+            logging.captureWarnings(False)
+            self._handler = None
+        if self.console is not None:
+            self.console.close()
+        with self._lock:
+            if self._log is not None:
+                self._log.close()
+                self._log = None
+
+
+def now() -> str:
+    """Local time, as it stands in logs."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def silence_other_bars() -> None:
+    """Switch off the progress bars of other libraries: only one display can live on a terminal.
+
+    Call it before transformers, datasets and huggingface_hub are imported; those already here are told too.
+    """
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
+    # Each library reads its variable at import; one that is here already has a switch of its own.
+    for module, switch in (
+        ("transformers.utils.logging", "disable_progress_bar"),
+        ("datasets.utils.logging", "disable_progress_bar"),
+        ("huggingface_hub.utils", "disable_progress_bars"),
+    ):
+        if module in sys.modules:
+            getattr(sys.modules[module], switch, lambda: None)()

@@ -20,7 +20,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-ABANDONING_EVENTS = frozenset({"resume", "rewind"})
+ABANDONING_EVENTS = frozenset({"resume", "rewound"})
 """Events after which the records of later steps belong to a past that was given up."""
 
 
@@ -67,7 +67,7 @@ def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[
         path: ``metrics.jsonl`` or the run folder that holds it.
         kind: only ``train``, ``eval``, ``epoch``, ``event`` or ``sample`` records.
 
-    Of two records of one kind, set and step the last is kept; a ``resume`` or ``rewind`` event at step S
+    Of two records of one kind, set and step the last is kept; a ``resume`` or ``rewound`` event at step S
     drops earlier records of steps beyond S (events themselves always stay). Torn lines are skipped.
     """
     path = Path(path)

@@ -13,19 +13,20 @@ step time; only rank 0 speaks, other ranks write into ``logs/rank-*.log``.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
+import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lmcore.console import Console, duration, one_line, short
+from lmcore.console import STEP_CELLS, Voice, duration, now, short, silence_other_bars, step_cells
 from lmcore.meters import Sums, Timer, Totals
 from lmcore.metrics import MetricsFile, read_metrics
 
@@ -37,24 +38,6 @@ __all__ = ["Report", "read_metrics", "silence_other_bars"]
 DISPLAY_SECONDS = 0.25
 SMOOTHING = 0.9
 """Weight of the past in the smoothed loss of the display; the record holds the exact means."""
-
-
-def silence_other_bars() -> None:
-    """Switch off the progress bars of other libraries: only one display can live on a terminal.
-
-    Call it before transformers, datasets and huggingface_hub are imported; those already imported are told
-    too.
-    """
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
-        os.environ.setdefault(name, "1")
-    # Each library reads its variable at import; one that is here already has a switch of its own.
-    for module, switch in (
-        ("transformers.utils.logging", "disable_progress_bar"),
-        ("datasets.utils.logging", "disable_progress_bar"),
-        ("huggingface_hub.utils", "disable_progress_bars"),
-    ):
-        if module in sys.modules:
-            getattr(sys.modules[module], switch, lambda: None)()
 
 
 class Report:
@@ -83,19 +66,17 @@ class Report:
         self.world_size = world_size
         self.every = every
         self.is_main = rank == 0
-        self._said: set[str] = set()
-        self._handler: logging.Handler | None = None
         if self.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._log_path = self.run_dir / "train.log"
-            self._log: TextIO | None = open(self._log_path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
-            self._console: Console | None = Console(interactive=interactive, stream=stream)
-            self._write: Callable[[dict[str, Any]], None] = MetricsFile(self.run_dir / "metrics.jsonl")
-        else:
-            self._log_path = self.run_dir / "logs" / f"rank-{rank:05d}.log"
-            self._log = None  # opened by the first word: most ranks never say one
-            self._console = None
-            self._write = lambda record: None
+        self._voice = Voice(self.run_dir, rank, interactive=interactive, stream=stream)
+        self._console = self._voice.console
+        self.note = self._voice.note
+        """One line for the person and for ``train.log``; on other ranks into their own file only."""
+        self.warn_once = self._voice.warn_once
+        self.error = self._voice.error
+        self.capture_logging = self._voice.capture_logging
+        self._file = MetricsFile(self.run_dir / "metrics.jsonl") if self.is_main else None
+        self._start_rows: dict[str, str] = {}
         self._bar: int | None = None
         self._trackers: Any = None
         self._reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
@@ -120,38 +101,14 @@ class Report:
 
     # ---- words
 
-    def note(self, text: str) -> None:
-        """One line for the person and for ``train.log``; on other ranks into their own file only."""
-        if self._console is not None:
-            self._console.line(text)
-        self._log_line(text)
-
-    def warn_once(self, text: str) -> None:
-        """A warning, said once however often it is true."""
-        if text in self._said:
-            return
-        self._said.add(text)
-        if self._console is not None:
-            self._console.line(f"warning: {text}", style="yellow")
-        self._log_line(f"warning: {text}")
-
-    def error(self, text: str) -> None:
-        """A fault: every rank says it on standard error too."""
-        self._log_line(f"error: {text}")
-        if self._console is not None and self._console.interactive:
-            self._console.line(f"error: {text}", style="bold red")
-        else:
-            who = "" if self.is_main else f"[rank {self.rank}] "
-            sys.stderr.write(f"{who}error: {one_line(text)}\n")
-            sys.stderr.flush()
-
     def start(self, rows: Sequence[tuple[str, str]], *, title: str = "lmcore") -> None:
-        """The table of what is about to happen."""
+        """The table of what is about to happen; it is also kept with the ``start`` or ``resume`` event."""
+        self._start_rows = dict(rows)
         if self._console is None:
             return
         self._console.table(title, rows)
         for name, value in rows:
-            self._log_line(f"{name}: {value}")
+            self._voice.log(f"{name}: {value}")
 
     def end(
         self,
@@ -167,28 +124,13 @@ class Report:
         self._console.close()
         self._bar = None
         self._console.panel(title, [*rows, *commands], good=good)
-        self._log_line(title)
+        self._voice.log(title)
         for name, value in [*rows, *commands]:
-            self._log_line(f"{name}: {value}")
+            self._voice.log(f"{name}: {value}")
 
-    def capture_logging(self, level: int = logging.WARNING) -> None:
-        """Send what other libraries log, and Python's warnings, through :meth:`warn_once`."""
-        report = self
-
-        class Handler(logging.Handler):
-            def emit(self, record: logging.LogRecord) -> None:
-                report.warn_once(f"{record.name}: {record.getMessage().strip()}")
-
-        self._handler = Handler(level)
-        logging.getLogger().addHandler(self._handler)
-        logging.captureWarnings(True)
-
-    def _log_line(self, text: str) -> None:
-        if self._log is None:
-            self._log_path.parent.mkdir(parents=True, exist_ok=True)
-            self._log = open(self._log_path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
-        self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {one_line(text)}\n")
-        self._log.flush()
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file({**record, "time": time.time()})
 
     # ---- time
 
@@ -276,7 +218,8 @@ class Report:
             loss_sum, count: sums of this rank's micro-batches; tensors stay on the device.
             norm: gradient norm of the update. applied: whether the update reached the weights.
             wait_seconds: how long the step waited for its data.
-            due: write a line now, whatever ``every`` says; must be equal on all ranks.
+            due: instead of what ``every`` says; must be equal on all ranks. The first and the last step of
+                a run are always logged.
 
         Returns:
             The record that was written, on rank 0 and when one was due.
@@ -285,7 +228,8 @@ class Report:
         self._epoch.add(loss_sum, count, applied)
         self._timer.step(wait_seconds)
         if due is None:
-            due = step in (1, self._total_steps) or self._is_due(step)
+            due = self._is_due(step)
+        due = due or step in (1, self._total_steps)
         record = self._record(step, epoch, tokens, position, lr, norm) if due else None
         self._draw(step, epoch, tokens, force=due)
         return record
@@ -321,7 +265,6 @@ class Report:
             "step_seconds": seconds / steps,
             "memory_bytes": self.peak_memory_bytes,
             "train_seconds": self.train_seconds,
-            "time": time.time(),
         }
         if self._flops_per_token and self._peak_flops:
             record["mfu"] = rate * self._flops_per_token / (self._peak_flops * self.world_size)
@@ -337,38 +280,23 @@ class Report:
             self._rates.append(rate)
         self._write(record)
         if self._trackers is not None:
-            self._trackers.log(
-                "train", {k: v for k, v in record.items() if k not in ("kind", "step", "time")}, step
-            )
+            self._trackers.log("train", {k: v for k, v in record.items() if k not in ("kind", "step")}, step)
         self._say_step(record)
         return record
 
     def _say_step(self, record: dict[str, Any]) -> None:
         smoothed = self._smoothed / self._smoothing_weight if self._smoothing_weight else math.nan
-        norm, step = record["grad_norm"], record["step"]
-        cells = {
-            "loss": f"{record['loss']:.4f}",
-            "smoothed": f"{smoothed:.4f}",
-            "lr": f"{record['lr']:.2e}",
-            "norm": "-" if norm is None else f"{norm:.3g}",
-            "tok/s": short(record["tokens_per_second"]),
-            "per device": short(record["tokens_per_second"] / self.world_size),
-            "MFU": f"{100 * record['mfu']:.1f}%" if "mfu" in record else "",
-            "memory": f"{record['memory_bytes'] / 2**30:.2f} GiB",
-            "wait": f"{100 * record['data_wait']:.1f}%",
-            "skipped": str(record.get("skipped_steps", "")),
-            "non-finite": str(record.get("nonfinite_losses", "")),
-        }
-        if self.world_size == 1:
-            cells["per device"] = ""
-        self._cells.update(cells)
+        step = record["step"]
+        cells = step_cells(record, smoothed, self.world_size)
+        held = {name: value for name, value in self._cells.items() if name not in STEP_CELLS}
+        self._cells = {**cells, **held}
         share = f"/{self._total_steps} {100 * step / self._total_steps:.1f}%" if self._total_steps else ""
-        words = " ".join(f"{name} {value}" for name, value in cells.items() if value)
+        words = " ".join(f"{name} {value}" for name, value in cells.items())
         where = f"step {step}{share} epoch {record['epoch']:.3f} tokens {short(record['tokens'])}"
         text = f"{where} {words} eta {self._eta(step)}"
-        self._log_line(text)
+        self._voice.log(text)
         if self._console is not None and not self._console.interactive:
-            self._console.line(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}")
+            self._console.line(f"{now()} {text}")
 
     def _draw(self, step: int, epoch: float, tokens: int, *, force: bool) -> None:
         if self._console is None or self._bar is None or not self._console.interactive:
@@ -430,21 +358,10 @@ class Report:
         """The result on one held-out set; ``set`` is ``valid``, ``valid/name`` or ``test``."""
         if not self.is_main:
             return
-        record = {
-            "kind": "eval",
-            "set": set,
-            "step": step,
-            "epoch": epoch,
-            "tokens": tokens,
-            "loss": loss,
-            "perplexity": perplexity,
-            "bits_per_byte": bits_per_byte,
-            "time": time.time(),
-            **more,
-        }
-        self._write(record)
+        values = {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
+        where = {"set": set, "step": step, "epoch": epoch, "tokens": tokens}
+        self._write({"kind": "eval", **where, **values, **more})
         if self._trackers is not None:
-            values = {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
             self._trackers.log(set, values, step)
         self._cells[set] = f"{loss:.4f}"
         bits = "" if bits_per_byte is None else f" bits/byte {bits_per_byte:.4f}"
@@ -458,7 +375,7 @@ class Report:
             return None
         loss = totals.loss
         record = {"kind": "epoch", "epoch": epoch, "step": step, "train_loss": loss, "valid_loss": valid_loss}
-        self._write({**record, "time": time.time()})
+        self._write(record)
         if self._trackers is not None:
             values = {"train_loss": loss} | ({} if valid_loss is None else {"valid_loss": valid_loss})
             self._trackers.log("epoch", values, epoch)
@@ -470,8 +387,11 @@ class Report:
         """Something happened: start, resume, checkpoint, skip, rewind, signal, end. Recorded, not said."""
         if not self.is_main:
             return
-        record = {"kind": "event", "event": event, **({} if step is None else {"step": step}), **fields}
-        self._write({**record, "time": time.time()})
+        record = {"kind": "event", "event": event, **({} if step is None else {"step": step})}
+        if event in ("start", "resume"):
+            record |= {"rows": self._start_rows, "command": sys.argv, "versions": versions()}
+        record |= fields
+        self._write(record)
         if event == "checkpoint" and step is not None:
             self._cells["checkpoint"] = f"{step:,}"
 
@@ -480,17 +400,10 @@ class Report:
         if not self.is_main:
             return
         for prompt, text in samples:
-            self._write(
-                {
-                    "kind": "sample",
-                    "step": step,
-                    "set": prompt,
-                    "prompt": prompt,
-                    "text": text,
-                    "time": time.time(),
-                }
-            )
-            self.note(f"sample at step {step}: {prompt}{text}")
+            self._write({"kind": "sample", "step": step, "set": prompt, "prompt": prompt, "text": text})
+            self.note(f"sample at step {step}:")
+            for line in f"{prompt}{text}".split("\n"):
+                self.note(f"  | {line}")
         if self._trackers is not None:
             self._trackers.text("samples", "\n\n".join(f"{p}{t}" for p, t in samples), step)
 
@@ -512,17 +425,29 @@ class Report:
         self._smoothed, self._smoothing_weight = state["smoothed"]
         self._timer.total_seconds = state["train_seconds"]
 
+    def rewind(self, *, step: int, state: dict[str, Any]) -> None:
+        """Training goes on from an earlier checkpoint, whose :meth:`state` this is; the time spent stays
+        spent.
+        """
+        spent = self.train_seconds
+        self.load_state({**state, "train_seconds": spent})
+        self.event("rewound", step=step)
+        self._timer.start()
+
     def close(self) -> None:
         """Take the display down and close the files."""
-        if self._handler is not None:
-            logging.getLogger().removeHandler(self._handler)
-            logging.captureWarnings(False)
-            self._handler = None
-        if self._console is not None:
-            self._console.close()
-            self._bar = None
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-        if isinstance(self._write, MetricsFile):
-            self._write.close()
+        self._voice.close()
+        self._bar = None
+        if self._file is not None:
+            self._file.close()
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide what a run computes; those that are not installed are left
+    out.
+    """
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", "deepspeed", "sentencepiece", "tokenizers"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
