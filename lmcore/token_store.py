@@ -183,7 +183,8 @@ class TokenStore:
             row = int(np.argmax(out.max(axis=1)))
             raise FaultError(
                 f"token {int(out.max())} in {self.name}, between tokens {starts[row]} and "
-                f"{starts[row] + count}, but the tokenizer knows only {self._vocab_size}: these files were made with another tokenizer"
+                f"{starts[row] + count}, but the tokenizer has only {self._vocab_size} ids: these files were "
+                f"made with another tokenizer"
             )
 
     def document_ends(self, start: int, stop: int) -> np.ndarray:
