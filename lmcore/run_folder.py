@@ -338,8 +338,8 @@ HIDDEN: Final = "<hidden>"
 _SECRET_NAME: Final = re.compile(
     r"(?:^|[_.\-])(?:api|access|secret|private|ssh|auth|account|license|encryption|signing)[_\-]?key$"
     r"|(?:^|[_.\-])key$|(?:^|[_.\-])(?:hf|hub|api|auth|access|bearer|refresh|github|gitlab|wandb|id|session)[_\-]?token$"
-    r"|^token$|secret|passw(?:or)?d|passphrase|credential|^wandb_(?!mode$|project$|entity$|dir$|disabled$|silent$)"
-    r"|^authorization$|^webhook$|webhook_url$",
+    r"|(?:^|\.)token$|secret|passw(?:or)?d|passphrase|credential|^wandb_(?!mode$|project$|entity$|dir$|disabled$|silent$)"
+    r"|^authorization$|(?:^|\.)webhook$|webhook_url$",
     re.IGNORECASE,
 )
 _SECRET_VARIABLE: Final = re.compile(r"(?:^|_)(?:KEY|TOKEN)$|^KEY_|^TOKEN_")
