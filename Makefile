@@ -1,0 +1,40 @@
+# The commands of the house. Each works on a fresh machine: Linux, Python 3.11 or newer, pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-all check format clean docker-build docker-shell
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+$(BIN)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' requirements.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(BIN)/.installed-dev: $(BIN)/.installed requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: $(BIN)/.installed  ## install, train the demo recipe end to end, sample, report
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train_lm.py
+
+test: $(BIN)/.installed-dev  ## install, the core tests: every law, one pairing of every mode
+	$(BIN)/python -m pytest -q
+
+test-all: $(BIN)/.installed-dev  ## the rest: whole matrices, Slurm, faults, the commands of the docs
+	$(BIN)/python -m pytest -q -m 'slow or slurm'
+
+check: $(BIN)/.installed-dev  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(BIN)/.installed-dev  ## write the format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what was built here (runs/ and token_stores/ stay)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,0 +1,147 @@
+"""Corpus: what the user named -> the token stores of the training, validation and test sets.
+
+Comes in: the entries of ``data.train``, ``data.valid`` and ``data.test``, and a tokenizer. Goes out: one store for
+each source. What always holds: with ``valid_fraction`` a document is held out by a hash of its content, so that its
+copies stay on its side, whatever file they stand in; training text never meets the held-out side; a source that is
+token files already (``.bin``, ``.idx``) is opened as it is.
+
+All ranks call :func:`open_corpus` together; they share the work through the file system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lmcore import text, tokenizer, tokens
+from lmcore.errors import RequestError
+from lmcore.token_store import TokenStore
+
+Entries = Sequence[str | dict[str, Any]]
+
+STDLIB = "stdlib"
+"""The builtin corpus: the Python standard library's own source code, on every machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Stores by set. ``weights`` are those of the training sources, or ``None``: each block once per epoch."""
+
+    train: tuple[TokenStore, ...]
+    weights: tuple[float, ...] | None
+    valid: dict[str, TokenStore]
+    test: dict[str, TokenStore]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How text is read where an entry does not say it itself."""
+
+    text_field: str = "text"
+    unit: str = "auto"
+    encoding: str = "utf-8"
+
+    def sources(self, entries: Entries) -> list[text.Source]:
+        """The entries as sources. Raises ``RequestError``, see :func:`lmcore.text.resolve`."""
+        return text.resolve(list(entries), text_field=self.text_field, unit=self.unit, encoding=self.encoding)
+
+
+def mixture_weights(sources: Sequence[text.Source]) -> tuple[float, ...] | None:
+    """The weights of the sources, or ``None`` if none has one.
+
+    Raises:
+        RequestError: some have a weight and some have not: the share of the others would be a guess.
+    """
+    weights = [source.weight for source in sources]
+    if all(weight is None for weight in weights):
+        return None
+    missing = [source.name for source in sources if source.weight is None]
+    if missing:
+        raise RequestError(
+            f"data.train: {', '.join(missing)} has no weight, but other sources have: give all or none"
+        )
+    return tuple(float(weight) for weight in weights if weight is not None)
+
+
+def training_texts(
+    entries: Entries,
+    *,
+    reading: Reading,
+    valid_fraction: float,
+    max_bytes: int,
+    seed: int,
+    bad: Callable[[text.BadRecord], None],
+) -> Iterator[str]:
+    """Texts to train a tokenizer on: of the training side only, at most about ``max_bytes`` of them."""
+    sources = [s for s in reading.sources(entries or [STDLIB]) if not _is_token_file(s)]
+    if not sources:
+        raise RequestError("data.train holds token files only: give their tokenizer with tokenizer.path")
+    for document in tokenizer.sample_texts(sources, max_bytes=max_bytes, seed=seed, bad=bad):
+        if text.side(document, valid_fraction) == "train":
+            yield document
+
+
+def open_corpus(
+    encoder: tokenizer.Tokenizer,
+    *,
+    train: Entries,
+    valid: Entries,
+    test: Entries,
+    valid_fraction: float,
+    reading: Reading,
+    store_dir: str,
+    eos: bool,
+    processes: int,
+    worker: int,
+    on_error: str,
+    max_bad_fraction: float,
+    progress: Callable[[tokens.Progress], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Corpus:
+    """Build or open every store. ``processes`` tokenize on this rank; ``worker`` is the rank.
+
+    Raises:
+        RequestError, FaultError: see :func:`lmcore.text.resolve` and :func:`lmcore.tokens.prepare`.
+    """
+
+    def store(source: text.Source, split: tuple[str, float]) -> TokenStore:
+        return tokens.prepare(
+            source,
+            encoder,
+            store_dir=store_dir,
+            split=split,
+            eos=eos,
+            processes=processes,
+            worker=worker,
+            on_error=on_error,
+            max_bad_fraction=max_bad_fraction,
+            progress=progress,
+            note=note,
+        )
+
+    sources = reading.sources(train or [STDLIB])
+    fraction = 0.0 if valid else valid_fraction
+    split = ("train", fraction) if fraction else ("all", 0.0)
+    training = tuple(store(source, split) for source in sources)
+    if valid:
+        held_out = {source.name: store(source, ("all", 0.0)) for source in reading.sources(valid)}
+    elif fraction:
+        # One source: its held-out side is simply "valid"; of several, each is a set under its own name.
+        held_out = {
+            "valid" if len(sources) == 1 else source.name: store(source, ("valid", fraction))
+            for source in sources
+            if not _is_token_file(source)
+        }
+    else:
+        held_out = {}
+    return Corpus(
+        train=training,
+        weights=mixture_weights(sources),
+        valid=held_out,
+        test={source.name: store(source, ("all", 0.0)) for source in reading.sources(test)},
+    )
+
+
+def _is_token_file(source: text.Source) -> bool:
+    return any(path.endswith((".bin", ".idx")) for path in source.paths)
