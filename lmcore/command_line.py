@@ -18,9 +18,9 @@ types.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
-import re
 import sys
 import typing
 from collections import deque
@@ -28,10 +28,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from lmcore import config as schema
-from lmcore import option_help
+from lmcore import option_help, yaml_text
 from lmcore.config import Key, RunConfig, keys
 from lmcore.duration import Duration, Durations
 from lmcore.errors import RequestError
@@ -64,8 +62,8 @@ def parse(
 ) -> RunConfig:
     """Read a command line (default: ``sys.argv[1:]``).
 
-    ``--help [SECTION]`` and ``--print_config`` print and raise ``SystemExit(0)``. ``say`` gets a line for each
-    choice that the user did not make.
+    ``--help [SECTION]`` and ``--print_config`` print and raise ``SystemExit(0)``. ``say`` gets a line for
+    each choice that the user did not make.
 
     Raises :class:`RequestError`, one line, for all that is wrong.
     """
@@ -76,8 +74,8 @@ def parse(
         say(f"no --config given: the demo recipe {default_recipe.name} stands in")
     merged: Layer = {name: key.default for name, key in keys().items()}
     for file in files:
-        _merge(merged, _typed(_read(file), where=f"{file}: "), file, say)
-    _merge(merged, _typed(request.layer, where=""), "the command line", say)
+        _merge(merged, _typed(_read(file), file), file, say)
+    _merge(merged, _typed(request.layer, None), "the command line", say)
     if merged["run_dir"] is None:
         recipe = Path(files[-1]).stem if files else "demo"
         # A rehearsal must not leave its checkpoints where the real run will look for them.
@@ -130,7 +128,7 @@ def _split(argv: Iterable[str]) -> _Request:
         if key is None:
             files += values
         elif key.is_free_form:
-            _put(layer, name, _yaml(values[0], f"--{name}"), f"--{name}")
+            _put(layer, name, yaml_text.load(values[0], f"--{name}"), f"--{name}")
         elif key.is_list:
             layer.setdefault(name, []).extend(item for text in values for item in _items(text, name))
         else:
@@ -141,8 +139,8 @@ def _split(argv: Iterable[str]) -> _Request:
 def _items(text: str, name: str) -> list[Any]:
     """One word of a list: ``[a, b]`` is several, ``{path: a}`` is a source, all else is itself."""
     if text[:1] + text[-1:] == "[]":
-        return list(_yaml(text, f"--{name}"))
-    return [_yaml(text, f"--{name}")] if text[:1] + text[-1:] == "{}" else [text]
+        return list(yaml_text.load(text, f"--{name}"))
+    return [yaml_text.load(text, f"--{name}")] if text[:1] + text[-1:] == "{}" else [text]
 
 
 def _find(name: str, dashes: str = "", where: str = "") -> Key:
@@ -159,57 +157,12 @@ def _find(name: str, dashes: str = "", where: str = "") -> Key:
             f"{where}{dashes}{name} is a section; set its keys: {', '.join(dashes + key for key in inside)}"
         )
     last = name.rpartition(".")[2]
-    near = difflib.get_close_matches(name, [*known, *_WITHOUT_KEY], 3, 0.75)
+    near = difflib.get_close_matches(name, [*known, *_WITHOUT_KEY], 3, 0.6)
     by_last = {key.rpartition(".")[2]: key for key in reversed(list(known))}
-    near += [by_last[match] for match in difflib.get_close_matches(last, by_last, 2, 0.75)]
+    near += [by_last[match] for match in difflib.get_close_matches(last, by_last, 2, 0.6)]
     near = list(dict.fromkeys(near))[:3]
     hint = f"did you mean {' or '.join(dashes + key for key in near)}?" if near else "--help lists all"
     raise RequestError(f"{where}there is no option {dashes}{name}; {hint}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: ``1e-3`` is a number, ``off`` a word, ``1:20`` text; a key twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if str(key_node.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key_node.value!r} twice", key_node.start_mark
-                )
-            seen.add(str(key_node.value))
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in pairs
-        if tag.rpartition(":")[2] not in ("bool", "int", "float", "timestamp")
-    ]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_FLOAT = (
-    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
-    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-)
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
-    ("float", _FLOAT, "-+0123456789."),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RequestError(
-            f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"
-        ) from error
 
 
 def _read(file: str) -> Layer:
@@ -224,7 +177,7 @@ def _read(file: str) -> Layer:
         near = near or difflib.get_close_matches(file, recipes, 1)
         hint = f"; did you mean {near[0]}?" if near and near[0] != file else ""
         raise RequestError(f"--config {file}: {reason}{hint}") from error
-    values = _yaml(text, file)
+    values = yaml_text.load(text, file)
     if not isinstance(values, dict) and values is not None:
         raise RequestError(f"--config {file}: {type(values).__name__} at the top, not sections with keys")
     layer: Layer = {}
@@ -259,55 +212,70 @@ def _put(layer: Layer, name: str, value: Any, where: str) -> None:
     layer[form.name] = _deep(inside, value)
 
 
-def _typed(layer: Layer, where: str) -> Layer:
-    """Check and convert the types of a layer by jsonargparse."""
-    ready = {
-        name: _normalized(value, keys()[name])
-        for name, value in layer.items()
-        if not keys()[name].is_free_form
-    }
-    dashes = "" if where else "--"
-    checked: Layer = {}
-    for name, value in ready.items():
-        key = keys()[name]
+def _typed(layer: Layer, source: str | None) -> Layer:
+    """Check and convert the types by jsonargparse; ``source`` is a file, or ``None``: typed by hand."""
+    free = {name: value for name, value in layer.items() if keys()[name].is_free_form}
+    ready: Layer = {}
+    for name in (name for name in layer if name not in free):
         try:
-            parsed = _parser().parse_object(_nested({name: value}), defaults=False)
+            ready[name] = _normalized(layer[name], keys()[name], typed_by_hand=source is None)
         except RequestError as error:
-            raise RequestError(f"{where}{dashes}{name}: {error}") from error
-        except TypeError as error:
-            reason = f"{value!r} is not of the type {schema.type_name(key.type)}"
-            choices = typing.get_args(key.type) if typing.get_origin(key.type) is Literal else ()
-            near = difflib.get_close_matches(str(value), choices, 1)
-            raise RequestError(
-                f"{where}{dashes}{name}: {reason}" + (f"; did you mean {near[0]}?" if near else "")
-            ) from error
-        checked[name] = parsed[name]
-    return checked | {name: value for name, value in layer.items() if keys()[name].is_free_form}
+            raise RequestError(f"{_where(name, source)}: {error}") from error
+    try:
+        checked = _checked(ready)
+    except TypeError:
+        checked = {}
+        for name, value in ready.items():  # again, one by one, to find the culprit
+            try:
+                checked |= _checked({name: value})
+            except TypeError as error:
+                kind = keys()[name].type
+                choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+                near = difflib.get_close_matches(str(value), choices, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                reason = f"{value!r} is not of the type {schema.type_name(kind)}{hint}"
+                raise RequestError(f"{_where(name, source)}: {reason}") from error
+    return checked | free
 
 
-def _normalized(value: Any, key: Key) -> Any:
+def _where(name: str, source: str | None) -> str:
+    return f"{source}: {name}" if source else f"--{name}"
+
+
+def _checked(layer: Layer) -> Layer:
+    parsed = _parser().parse_object(_nested(copy.deepcopy(layer)), defaults=False) if layer else {}
+    # jsonargparse reads text again as YAML where other types are allowed too: a run named 'Null' would
+    # have no name. So it checks text, in a copy (it converts in place too), and does not convert it.
+    return {name: value if _is_text(keys()[name].type) else parsed[name] for name, value in layer.items()}
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or typing.get_origin(kind) is list or str in typing.get_args(kind)
+
+
+def _normalized(value: Any, key: Key, typed_by_hand: bool) -> Any:
     """Forms that people write and jsonargparse does not take: one value for a list, ``5e5`` for an int."""
     if key.type in (Duration, Durations):
         return key.type.parse(value)
-    if key.is_list:
-        values = value if isinstance(value, (list, tuple)) else [value]
-        wanted = (typing.get_args(key.type) or (str,))[0]
-        return [_scalar(item, wanted) for item in values if item is not None]
-    return _scalar(value, key.type)
+    if not key.is_list:
+        return _scalar(value, key.type, typed_by_hand)
+    values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    wanted = typing.get_args(key.type)[0]
+    return [_scalar(item, wanted, typed_by_hand) for item in values]
 
 
-def _scalar(value: Any, wanted: Any) -> Any:
+def _scalar(value: Any, wanted: Any, typed_by_hand: bool) -> Any:
     allowed = set(typing.get_args(wanted) or (wanted,))
-    if isinstance(value, str):
+    if isinstance(value, str) and typed_by_hand:
         if value in ("null", "None") and type(None) in allowed:
             return None
-        if allowed & {int, float, bool}:
-            number = _yaml(value, value)
-            value = number if isinstance(number, (int, float)) else value
+        number = yaml_text.load(value, value) if allowed & {int, float, bool} else None
+        value = number if isinstance(number, (int, float)) else value
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(value, float) and int in allowed and float not in allowed and value.is_integer():
         return int(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not allowed & {int, float}:
-        return str(value) if str in allowed else value  # a run that is named 2026, a skipped position
+    if is_number and str in allowed and not allowed & {int, float}:
+        return str(value)  # a run that is named 2026, a skipped position
     return value
 
 
@@ -354,12 +322,7 @@ def _parser() -> ArgumentParser:
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
-            cause: BaseException | None = ex
-            while cause is not None:
-                if isinstance(cause, RequestError):
-                    raise cause
-                cause = cause.__cause__ or cause.__context__
-            raise TypeError(message)
+            raise TypeError(message)  # jsonargparse would print its usage and exit
 
     register_type(Duration, serializer=str, deserializer=Duration.parse, fail_already_registered=False)
     register_type(

@@ -25,8 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
+from lmcore import yaml_text
 from lmcore.duration import Duration, Durations
 from lmcore.errors import RequestError
 
@@ -455,19 +454,9 @@ def build(values: dict[str, Any], kind: type = RunConfig) -> Any:
     return kind(**arguments)
 
 
-def dump(values: dict[str, Any]) -> str:
-    """Plain values as YAML that reads back the same, also by readers of YAML 1.1."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-
-
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return True  # anchors would only puzzle a reader
-
-
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as asked; ``--config`` of this text repeats the run. Secrets are left out."""
-    return dump(to_dict(config, secrets=False))
+    return yaml_text.dump(to_dict(config, secrets=False))
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import typing
 from typing import Any
 
 from lmcore import config as schema
+from lmcore import yaml_text
 from lmcore.config import RunConfig, keys
 from lmcore.errors import RequestError
 
@@ -82,7 +83,7 @@ def commented_yaml(config: RunConfig) -> str:
         for name, value in values.items():
             if prefix + name in docs():
                 lines.append(f"{indent}# {docs()[prefix + name]}")
-                lines += [indent + line for line in schema.dump({name: value}).splitlines()]
+                lines += [indent + line for line in yaml_text.dump({name: value}).splitlines()]
             else:
                 lines += ["", f"{indent}{name}:"] if not prefix else [f"{indent}{name}:"]
                 lines += walk(value, f"{prefix}{name}.", indent + "  ")

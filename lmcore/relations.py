@@ -107,7 +107,8 @@ def check(config: RunConfig) -> None:
     if data.phases and data.mode == "stream":
         raise RequestError("data.phases needs data.mode store: a stream's mixture is fixed")
     for phase in data.phases:
-        if set(phase) != {"position", "weights"} or not isinstance(phase["weights"], dict):
+        fields = set(phase) if isinstance(phase, dict) else set()
+        if fields != {"position", "weights"} or not isinstance(phase["weights"], dict):
             raise RequestError(
                 f"data.phases: {phase} is not of the form {{position: 1000, weights: {{name: 1.0}}}}"
             )
