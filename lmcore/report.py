@@ -123,7 +123,10 @@ class Report:
             return
         self._console.close()
         self._bar = None
-        self._console.panel(title, [*rows, *commands], good=good)
+        self._console.panel(title, rows, good=good)
+        width = max((len(name) for name, _ in commands), default=0)
+        for name, command in commands:  # outside of the frame: a broken line could not be copied
+            self._console.line(f"  {name:<{width}}  {command}")
         self._voice.log(title)
         for name, value in [*rows, *commands]:
             self._voice.log(f"{name}: {value}")
