@@ -29,6 +29,14 @@ def plugin(*, precision: str, reduce_dtype: str) -> Any:
     )
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Take fused kernels back that have no form for sharded tensors (torch 2.13: all but Adam's)."""
+    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one of them
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                group["fused"] = False
+
+
 def name_layers(fsdp_plugin: Any, layers: list[nn.Module]) -> None:
     """Wrap these layers, unless the launcher's file names other classes."""
     if not fsdp_plugin.transformer_cls_names_to_wrap:

@@ -209,6 +209,7 @@ class Engine:
             self._prepare_zero(module, optimizer, micro_batch_blocks)
         else:
             if self.strategy == "fsdp2":
+                fsdp.check_optimizer(optimizer)
                 fsdp.name_layers(self.accelerator.state.fsdp_plugin, decoder_layers(module.model))
             # Only a buffer that is trained on (batch statistics) must be kept equal, and that costs every
             # forward.

@@ -6,6 +6,7 @@ A *mode* is (strategy, world size): one of ``MODES``.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -112,24 +113,46 @@ def make_optimizer(name: str) -> Any:
 
 
 def reference(job: Job) -> Trace:
-    """Plain PyTorch, one process, the whole batch at once."""
-    torch.manual_seed(0)
+    """Plain PyTorch, one process, no accelerate.
+
+    fp32: the whole batch at once. bf16 rounds, so that the reference must round at the same places: it takes the same
+    slices of the batch, and computes by autocast as DDP does, or in a bf16 copy of fp32 weights as FSDP2 and ZeRO do.
+    """
+    strategy, world_size = MODES[job.mode]
     module = make_model(job.model)
     named = [(n.removeprefix("model."), p) for n, p in module.named_parameters()]
     initial = {n: p.detach().clone() for n, p in named}
     optimizer = make_optimizer(job.optimizer)(named)
+    in_bf16 = job.precision == "bf16"
+    with_copy = in_bf16 and strategy not in ("single", "ddp")
+    worker = copy.deepcopy(module) if with_copy else module
+    for p in worker.parameters():
+        p.data = p.data.to(torch.bfloat16 if with_copy else torch.float32)
+    slices = world_size * job.accumulation if in_bf16 else 1
     losses, norms, rates = [], [], []
     for step in range(job.first_step, job.first_step + job.steps):
+        batch, total = batch_of(step), 0.0
+        count = (batch["labels"] != -100).sum()
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         rates.append(rate(step))
-        with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bf16"):
-            loss_sum, count = module(**batch_of(step))
-        (loss_sum / count).backward()
+        for part in range(slices):
+            rows = slice(part * BLOCKS // slices, (part + 1) * BLOCKS // slices)
+            with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16 and not with_copy):
+                loss_sum, _ = worker(**{k: v[rows] for k, v in batch.items()})
+            (loss_sum / count).backward()
+            total += float(loss_sum.detach())
+            if with_copy:
+                for mine, theirs in zip(module.parameters(), worker.parameters()):
+                    mine.grad = theirs.grad.float() + (0 if mine.grad is None else mine.grad)
+                    theirs.grad = None
         norm = nn.utils.clip_grad_norm_(module.parameters(), job.clip_norm or torch.inf)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss_sum / count))
+        if with_copy:
+            for mine, theirs in zip(module.parameters(), worker.parameters()):
+                theirs.data.copy_(mine.detach())
+        losses.append(total / int(count))
         norms.append(float(norm))
     weights = {n: p.detach().clone() for n, p in named}
     slots = {
