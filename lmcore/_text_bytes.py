@@ -31,8 +31,8 @@ codecs.register_error(SURROGATE, lambda error: ("\udc80", error.end))  # type: i
 _READ_BYTES = 2**20
 # Small, because a highly compressed input can become a thousand times larger in one call.
 _FEED_BYTES = 2**14
-_MAGIC_BYTES = 10
-"""The longest sign of a frame's beginning."""
+_MAGIC_BYTES = 12
+"""The longest header of a frame."""
 _OVERRUN_BYTES = 2**20
 """A damaged frame may be decoded beyond its end before the damage shows: the next one is looked for from
 there."""
@@ -149,7 +149,7 @@ def _frame(
         if decoder.eof:
             return offset - len(decoder.unused_data)
     yield Damage(f"{name} data is cut off at compressed byte {offset}")
-    return None
+    return _find(file, codec.magic, max(start + 1, offset - _OVERRUN_BYTES))
 
 
 def _replay(file: IO[bytes], codec: _Codec, start: int, offset: int) -> tuple[bytes, int]:
@@ -181,6 +181,11 @@ def _find(file: IO[bytes], magic: re.Pattern[bytes], start: int) -> int | None:
         tail = window[-_MAGIC_BYTES:]
         start += len(data)
     return None
+
+
+def is_blank(line: bytes) -> bool:
+    """Nothing but white space, and perhaps a byte order mark."""
+    return not line.removeprefix(codecs.BOM_UTF8).strip()
 
 
 def stream(file: IO[bytes], compression: str | None, encoding: str) -> tuple[Iterator[bytes | Damage], str]:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
-from lmcore._text_bytes import MAX_DOCUMENT_BYTES, SURROGATE, Damage, lines, stream
+from lmcore._text_bytes import MAX_DOCUMENT_BYTES, SURROGATE, Damage, is_blank, lines, stream
 
 Numbered = Iterator[tuple[int, bytes | Damage]]
 Texts = Iterator[tuple[int, str | Damage]]
@@ -68,7 +68,7 @@ def paragraphs(numbered: Numbered, stop: int, encoding: str, inside: bool) -> Te
         if isinstance(line, Damage):
             yield (begin if held else offset), line
             held, skip = [], False
-        elif not line.strip():
+        elif is_blank(line):
             if held:
                 yield begin, _decoded(b"\n".join(held).removesuffix(b"\r"), encoding)
             held, skip = [], False
@@ -170,38 +170,38 @@ def json_lines(numbered: Numbered, stop: int, encoding: str) -> Iterator[tuple[i
             if isinstance(rest, dict):
                 yield offset, rest
             yield offset, line
-        elif line.strip():
+        elif not is_blank(line):
             yield offset, _json(line, encoding)
 
 
 def json_file(numbered: Numbered, encoding: str) -> Iterator[tuple[int, Any]]:
-    """A ``.json`` file: lines of records as some corpora name them, or an array, or objects over several
-    lines."""
-    for offset, line in numbered:
-        if isinstance(line, bytes) and not line.strip():
-            continue
-        first = _json(line, encoding) if isinstance(line, bytes) else None
-        if isinstance(first, dict):
-            yield offset, first
-            yield from json_lines(numbered, 2**63, encoding)
-        else:
-            yield from _json_values(itertools.chain([(offset, line)], numbered), encoding)
-        return
+    """A ``.json`` file: lines of records as some corpora name them, or an array, or objects over several lines."""
+    visible = (one for one in numbered if isinstance(one[1], Damage) or not is_blank(one[1]))
+    head = list(itertools.islice(visible, 2))
+    values = [None if isinstance(line, Damage) else _json(line, encoding) for _, line in head]
+    again = itertools.chain(head, visible)
+    if head and isinstance(values[0], dict) and (len(head) == 1 or isinstance(values[1], dict)):
+        yield from json_lines(again, 2**63, encoding)
+    else:
+        yield from _json_values(again, encoding)
 
 
 def _json_values(numbered: Numbered, encoding: str) -> Iterator[tuple[int, Any]]:
     """The values of a file whose records are not its lines; it is held in memory up to each damage."""
     held: list[bytes] = []
-    begin = 0
+    begin = end = 0
     for offset, line in numbered:
         if not held:
-            begin = offset
+            begin = end = offset
+        if offset > end:
+            held.append(b" " * (offset - end - 1))  # blank lines were left out: the offsets must stay true
         if isinstance(line, Damage):
             yield from _scan(b"\n".join([*held, line.rest]), begin, encoding)
             yield offset, line
             held = []
         else:
             held.append(line)
+            end = offset + len(line) + 1
     yield from _scan(b"\n".join(held), begin, encoding)
 
 
@@ -287,7 +287,7 @@ def _csv_records(numbered: Numbered) -> Numbered:
             held, quotes = [], 0
             yield offset, line
             continue
-        if not held and not line.strip():
+        if not held and is_blank(line):
             continue
         held.append((offset, line))
         quotes += line.count(b'"')
@@ -340,7 +340,8 @@ def parquet(file: IO[bytes], field: str, start: int, stop: int) -> Texts:
         yield 0, Damage(f"not a parquet file, or its footer is damaged: {error}")
         return
     if field not in names:
-        yield 0, Damage(f"no column {field!r} (it has {', '.join(map(repr, names[:8]))})")
+        if start == 0:  # said once for a file, however many pieces it is read in
+            yield 0, Damage(f"no column {field!r} (it has {', '.join(map(repr, names[:8]))})")
         return
     for group in groups:
         rows = metadata.row_group(group).num_rows
@@ -358,7 +359,8 @@ def parquet(file: IO[bytes], field: str, start: int, stop: int) -> Texts:
                         arrow.large_binary() if arrow.types.is_large_string(kind) else arrow.binary()
                     )
                 elif not (arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)):
-                    yield row, Damage(f"column {field!r} must hold strings, not {kind}")
+                    if start == group == 0:
+                        yield row, Damage(f"column {field!r} must hold strings, not {kind}")
                     return
                 for value in column.to_pylist():
                     if value is None:

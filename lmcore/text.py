@@ -32,6 +32,7 @@ type in it, documents above 256 MiB, broken compression, files that vanish or ch
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import sys
@@ -41,7 +42,7 @@ from dataclasses import dataclass
 from typing import IO, Literal, NamedTuple
 
 from lmcore import _text_records as records
-from lmcore._text_bytes import CODECS, Damage, encoding_is_wide, lines, stream
+from lmcore._text_bytes import CODECS, Damage, encoding_is_wide, is_blank, lines, stream
 from lmcore._text_files import FOREIGN_SUFFIXES, STDIN, Source, file_kind, resolve
 
 __all__ = ["BadRecord", "Document", "Part", "Piece", "Source", "parts", "read", "resolve", "side"]
@@ -260,26 +261,23 @@ def _texts(source: Source, piece: Piece, file: IO[bytes]) -> Iterator[tuple[int,
 
 def _blank_line_before(piece: Piece) -> bool:
     """Is the last line that begins before ``piece.start`` blank?"""
-    # Backwards from the end of that line, which may lie behind start, until something visible or a line end.
     with open(piece.path, "rb") as file:
-        file.seek(piece.start - 1)
-        rest = file.readline(2**16)
-        if rest.strip():
-            return False
-        if not rest.endswith(b"\n"):  # 64 KiB of blanks without a line end: count it as text
-            return False
-        end = piece.start - 1
-        while end > 0:
-            begin = max(end - 2**12, 0)
-            file.seek(begin)
-            before = file.read(end - begin)
-            line = before[before.rfind(b"\n") + 1 :]
-            if line.strip():
+        # From the beginning of that line, which is found backwards, to its end, which may lie behind start.
+        begin = end = piece.start - 1
+        while begin > 0:
+            step = max(begin - 2**12, 0)
+            file.seek(step)
+            before = file.read(begin - step)
+            line_end = before.rfind(b"\n") + 1
+            begin = step + line_end
+            if line_end:
+                break
+            if len(before.strip()) > len(codecs.BOM_UTF8):
                 return False
-            if len(line) < len(before):
-                return True
-            end = begin
-    return True
+        file.seek(begin)
+        # A line of white space that is longer than this counts as text.
+        line = file.readline(end - begin + 2**16)
+        return line.endswith(b"\n") and is_blank(line)
 
 
 def side(text: str, fraction: float) -> Literal["train", "valid"]:
