@@ -64,7 +64,7 @@ def texts_of(source: Source, *, part_bytes: int = 2**26) -> list[str]:
     return [document.text for document in documents]
 
 
-# --- the same documents, however the files are cut ---------------------------------------------------------------
+# --- the same documents, however the files are cut ---
 
 
 def plain_oracle(data: bytes, unit: str) -> list[str]:
@@ -163,7 +163,7 @@ def test_small_files_share_a_part_and_large_ones_are_cut(tmp_path: Path) -> None
     assert read_all(lines, part_bytes=16) == read_all(lines)
 
 
-# --- formats ------------------------------------------------------------------------------------------------------
+# --- formats ---
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -283,7 +283,7 @@ def test_text_is_otherwise_left_alone(tmp_path: Path) -> None:
     assert [d.where for d in documents] == [f"{path}@0", f"{path}@{len(kept.encode()) + 1}"]
 
 
-# --- bad records --------------------------------------------------------------------------------------------------
+# --- bad records ---
 
 
 def test_each_bad_record_is_located_and_costs_only_itself(tmp_path: Path) -> None:
@@ -440,7 +440,7 @@ def test_a_policy_that_raises_ends_the_reading(tmp_path: Path) -> None:
         next(documents)
 
 
-# --- damaged files by the thousand ---------------------------------------------------------------------------------
+# --- damaged files by the thousand ---
 
 DAMAGES = ["truncate", "flip", "nul", "overwrite", "insert", "delete", "bom", "bad line"]
 
@@ -595,7 +595,7 @@ def test_fuzz_50000_damaged_files(tmp_path: Path) -> None:
         fuzz_one(tmp_path, seed)
 
 
-# --- what the user named -------------------------------------------------------------------------------------------
+# --- what the user named ---
 
 
 def make(folder: Path, *names: str) -> None:
@@ -733,7 +733,7 @@ def test_standard_input(tmp_path: Path) -> None:
     assert done.stdout.decode().strip() == "['a', '二']"
 
 
-# --- splitting -----------------------------------------------------------------------------------------------------
+# --- splitting ---
 
 
 def test_the_held_out_side_is_decided_by_the_content_alone() -> None:
