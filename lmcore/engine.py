@@ -235,11 +235,14 @@ class Engine:
         )
         self.accelerator.gradient_accumulation_steps = self._accumulation
         floats = zero.float_buffers(module)
+        exact = {clean_name(n): p.detach() for n, p in module.named_parameters() if self.precision != "fp32"}
         self.module, wrapped = self.accelerator.prepare(module, optimizer)
         zero.restore_buffers(module, floats, self.device)
         self.optimizer = wrapped.optimizer
         stage = int(self.strategy[-1])
         self._state = ZeroState(self._named_parameters(), persistent_buffers(module), self.optimizer, stage)
+        for name, value in exact.items():  # DeepSpeed has made its fp32 weights from rounded ones
+            self._state.put(name, "", value)
 
     # ---- one step ------------------------------------------------------------------------------------------
 
