@@ -21,13 +21,10 @@ noise a spike.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Final, final
-
-import torch
-from torch import Tensor
 
 SPIKE_POLICIES: Final = ("off", "warn", "skip", "rewind")
 
@@ -108,8 +105,8 @@ class History:
 
 
 def limit(values: Sequence[float], sigma: float, *, window: int) -> float:
-    """Where a spike begins; infinity while the window is less than a quarter full (at least 8 values)."""
-    if len(values) < max(8, window // 4):
+    """Where a spike begins; infinity while the window is less than half full: a few values know no spread."""
+    if len(values) < max(8, window // 2):
         return math.inf
     middle = median(values)
     spread = 1.4826 * median(abs(value - middle) for value in values)
@@ -124,7 +121,8 @@ def norm_limit(history: History, policy: Policy, step: int) -> float:
     """
     if policy.spike != "skip":
         return math.inf
-    return limit([x for at, x in history.norms if at <= step - 2], policy.sigma, window=policy.window)
+    known = [x for at, x in history.norms if at <= step - 2][-policy.window :]
+    return limit(known, policy.sigma, window=policy.window)
 
 
 def decide(history: History, policy: Policy, report: Report) -> tuple[History, Action]:
@@ -151,7 +149,7 @@ def decide(history: History, policy: Policy, report: Report) -> tuple[History, A
     history = replace(
         history,
         losses=_appended(history.losses, step, report.loss, policy.window),
-        norms=_appended(history.norms, step, report.norm, policy.window),
+        norms=_appended(history.norms, step, report.norm, policy.window + 2),  # see norm_limit
         skipped=tuple(recent),
     )
     if policy.spike == "off" or report.loss <= threshold:
@@ -182,35 +180,3 @@ def _appended(
     values: tuple[tuple[int, float], ...], step: int, value: float, window: int
 ) -> tuple[tuple[int, float], ...]:
     return (*values, (step, value))[-window:]
-
-
-# ---- do all ranks hold the same weights? -------------------------------------------------------------------
-
-
-def parameter_hash(named: Iterable[tuple[str, Tensor]]) -> int:
-    """A 63-bit hash over every bit of the given tensors, summed on their device; one number comes to the
-    host.
-
-    Equal weights give equal hashes on every rank and device; any single flipped bit changes it, since each
-    word enters once plainly and once times its place. Only for weights that every rank holds in full (not
-    sharded ones).
-    """
-    total: Tensor | None = None
-    for number, (_, tensor) in enumerate(named, 1):
-        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        words = raw[: len(raw) // 4 * 4].view(torch.int32)
-        for start in range(0, len(words), 1 << 22):  # pieces bound the memory of the widening to 64 bits
-            piece = words[start : start + (1 << 22)].long()
-            place = torch.arange(start + 1, start + 1 + len(piece), device=piece.device)
-            part = (piece * (place * 2654435761 % 2147483647 * 2 + 1)).sum() * (2 * number + 1) + piece.sum()
-            total = part if total is None else total * 31 + part.to(total.device)
-        if tail := len(raw) % 4:
-            part = raw[-tail:].long().sum() * (2 * number + 1)
-            total = part if total is None else total * 31 + part.to(total.device)
-    return 0 if total is None else int(total.item()) & (2**63 - 1)
-
-
-def odd_ranks(hashes: Sequence[int]) -> list[int]:
-    """The ranks whose hash is not that of the majority (of the lowest rank, where there is none)."""
-    common = max(hashes, key=lambda value: (hashes.count(value), -hashes.index(value)))
-    return [rank for rank, value in enumerate(hashes) if value != common]

@@ -167,8 +167,8 @@ class Watchdog:
         well = [rank for rank in (*self._peers, self._rank) if rank not in ranks]
         if self._on_end is not None and self._rank == min(well, default=self._rank):
             self._on_end(line)
-        for rank in ranks:
-            if rank in self._peers and self._here(self._peers[rank]):
+        for rank in ranks if self._rank not in ranks else []:
+            if self._here(self._peers[rank]):
                 _signal(self._peers[rank], signal.SIGKILL)  # the run is over; do not let it hold the device
         sys.stdout.flush()
         sys.stderr.flush()
@@ -193,7 +193,7 @@ class Watchdog:
             if self._peers[rank]["beat_time"] == time_ and self._stale(rank)
         ]
         fewest = [rank for rank, count in counts.items() if count == min(counts.values())]
-        return sorted(silent or fewest)
+        return sorted(silent or fewest)  # all of them, if all stand at the same place
 
     def _stale(self, rank: int) -> bool:
         """Whether a peer that must by now have published its own alarm has not: its watchdog stands still."""

@@ -51,8 +51,6 @@ from lmcore._numerics import (
     Report,
     decide,
     norm_limit,
-    odd_ranks,
-    parameter_hash,
 )
 from lmcore._watchdog import EXIT_STUCK, Watchdog
 from lmcore.errors import EXIT_FAULT, EXIT_SAVED, RequestError
@@ -73,8 +71,6 @@ __all__ = [
     "Guard",
     "Verdict",
     "die_with_parent",
-    "odd_ranks",
-    "parameter_hash",
     "verdict",
 ]
 

@@ -1,0 +1,534 @@
+"""Signals only set flags, deadlines and files are seen, numerical decisions are pure, dead and stuck ranks
+are named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import final
+
+import pytest
+import torch
+
+from lmcore import guard as room
+from lmcore._numerics import Action, History, Policy, Report, decide, limit, norm_limit
+from lmcore._watchdog import EXIT_STUCK, Watchdog
+from lmcore.errors import RequestError
+from lmcore.guard import (
+    DEADLINE,
+    FAULT,
+    MAX_MINUTES,
+    REWIND,
+    SAVE_FILE,
+    SIGINT,
+    SIGTERM,
+    SIGUSR1,
+    STOP_FILE,
+    Guard,
+    verdict,
+)
+from lmcore.replicas import odd_ranks, parameter_hash
+from tests.disk_faults import forked
+
+ROOT = Path(room.__file__).parent.parent
+
+
+@pytest.fixture
+def guard(tmp_path: Path) -> Iterator[Guard]:
+    made = Guard(run_dir=tmp_path, environ={}, say=lambda _: None)
+    made.install()
+    yield made
+    made.close()
+
+
+# ---- signals, deadlines, files -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "flag"), [(signal.SIGTERM, SIGTERM), (signal.SIGUSR1, SIGUSR1), (signal.SIGINT, SIGINT)]
+)
+def test_a_signal_only_sets_a_flag(guard: Guard, number: int, flag: int) -> None:
+    assert guard.flags() == 0
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), number)  # again at once, as a launcher that forwards Ctrl-C does
+    assert guard.flags() == flag
+    assert guard.flags() == flag, "a signal stays set until the process has left"
+    assert guard.verdict(flag) == replace(verdict(flag), reason=signal.Signals(number).name)
+    assert (verdict(flag).save, verdict(flag).stop, verdict(flag).exit_code) == (True, True, 75)
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    def work() -> None:
+        made = Guard(run_dir=tmp_path, environ={})
+        made.install()
+        os.kill(os.getpid(), signal.SIGINT)
+        made._first_sigint -= 3
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    assert forked(work) == -signal.SIGINT
+
+
+def test_before_training_a_signal_leaves_at_once(tmp_path: Path) -> None:
+    made = Guard(run_dir=tmp_path, environ={})
+    made.install(training=False)
+    with pytest.raises(SystemExit) as left:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert left.value.code == 75
+    made.begin()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert made.flags() == SIGTERM
+    made.close()
+
+
+def test_a_forked_data_worker_is_deaf_to_the_signals(guard: Guard) -> None:
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(tell, b"x")
+        time.sleep(0.5)
+        os._exit(7 if guard.flags() == 0 else 8)
+    os.read(ready, 1)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(pid, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    os.close(ready)
+    os.close(tell)
+
+
+def test_close_gives_the_signals_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    made = Guard(run_dir=tmp_path, environ={})
+    made.install()
+    made.close()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
+def test_ignored_hangups_stay_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    made = Guard(run_dir=tmp_path, environ={})
+    made.install()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    made.close()
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_deadlines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: now[0] * 1e6)
+    slurm = {"SLURM_JOB_END_TIME": str(int(1e9 + 600))}
+    made = Guard(run_dir=tmp_path, stop_before_deadline_seconds=120, environ=slurm)
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # the clock on the wall jumps; the deadline does not
+    now[0] += 470
+    assert made.flags() == 0
+    assert made.flags(reserve_seconds=15) == DEADLINE, "a save that takes long must begin earlier"
+    now[0] += 11
+    assert made.flags() == DEADLINE
+    made = Guard(run_dir=tmp_path, max_minutes=2, environ={"SLURM_JOB_END_TIME": "soon"})
+    now[0] += 119
+    assert made.flags() == 0
+    now[0] += 1
+    assert made.flags() == MAX_MINUTES
+    assert verdict(MAX_MINUTES).checkpoint_reason == "deadline"
+
+
+def test_files_are_seen_on_rank_0_and_taken_away_when_done(tmp_path: Path) -> None:
+    made = Guard(run_dir=tmp_path, environ={})
+    other = Guard(run_dir=tmp_path, rank=1, world_size=2, environ={})
+    (tmp_path / "SAVE").touch()
+    assert made.flags() == SAVE_FILE
+    assert other.flags() == 0
+    made._next_look = 0
+    (tmp_path / "STOP").touch()
+    assert made.flags() == SAVE_FILE | STOP_FILE
+    assert made.flags() == 0, "the disk is asked once a second at most"
+    made.done(SAVE_FILE)
+    assert sorted(os.listdir(tmp_path)) == ["STOP"]
+    other.done(STOP_FILE)
+    assert sorted(os.listdir(tmp_path)) == ["STOP"]
+    made.done(STOP_FILE | SAVE_FILE)
+    assert os.listdir(tmp_path) == []
+
+
+def test_verdicts() -> None:
+    assert verdict(0) == room.Verdict()
+    save = verdict(SAVE_FILE)
+    assert (save.save, save.stop, save.checkpoint_reason) == (True, False, "save file")
+    stop = verdict(SAVE_FILE | STOP_FILE)
+    assert (stop.save, stop.stop, stop.exit_code, stop.checkpoint_reason) == (True, True, 75, "stop file")
+    both = verdict(SIGTERM | DEADLINE)
+    assert (both.checkpoint_reason, both.reason) == ("signal", "SIGTERM, the job's end time is near")
+    fault = verdict(FAULT | SIGTERM)
+    assert (fault.save, fault.stop, fault.exit_code) == (False, True, 70)
+    assert verdict(REWIND) == room.Verdict(rewind=True, reason="a rewind")
+
+
+def test_one_s_own_flags_are_said_once(guard: Guard) -> None:
+    guard.raise_flag(FAULT)
+    assert guard.flags() == FAULT
+    assert guard.flags() == 0
+
+
+LAUNCHER = """
+import subprocess, sys, os, time, pathlib
+child = subprocess.Popen([sys.executable, "-c", {child!r}])
+time.sleep(60)  # {name}
+"""
+CHILD = """
+import os, sys, time, pathlib; sys.path.insert(0, {root!r})
+from lmcore.guard import Guard, SIGTERM
+guard = Guard(run_dir={folder!r}); guard.install()
+path = pathlib.Path({folder!r}, "pid")
+path.write_text(str(os.getpid()))
+path.rename({folder!r} + "/ready")
+for _ in range(600):
+    if guard.flags() & SIGTERM:
+        pathlib.Path({folder!r}, "saved").touch(); raise SystemExit(75)
+    time.sleep(0.05)
+"""
+
+
+def wait_for(path: Path, seconds: float = 30.0) -> bool:
+    give_up = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@pytest.mark.parametrize(("name", "told"), [("accelerate launch", True), ("a shell with nohup", False)])
+def test_the_trainer_of_a_dead_launcher_is_told(tmp_path: Path, name: str, told: bool) -> None:
+    """The simple launcher of accelerate dies of SIGTERM without a word; a login shell may die at any time."""
+    child = CHILD.format(root=str(ROOT), folder=str(tmp_path))
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER.format(child=child, name=name)])
+    ready = wait_for(tmp_path / "ready")
+    launcher.terminate()
+    launcher.wait()
+    assert ready
+    assert wait_for(tmp_path / "saved", seconds=20 if told else 1) == told
+    with contextlib.suppress(ProcessLookupError):  # the one that was told has left already
+        os.kill(int((tmp_path / "ready").read_text()), signal.SIGKILL)
+
+
+# ---- numerical faults --------------------------------------------------------------------------------------
+
+POLICY = Policy(max_skips=2, max_rewinds=2, spike="warn", window=16, sigma=6.0)
+
+
+def report(step: int, loss: float = 3.0, norm: float = 1.0, applied: bool = True) -> Report:
+    return Report(step=step, loss=loss, norm=norm, applied=applied, positions=(step * 8, step * 8 + 8))
+
+
+def play(
+    reports: list[Report], policy: Policy = POLICY, history: History | None = None
+) -> tuple[History, list[Action]]:
+    history, actions = history or History(), []
+    for one in reports:
+        history, action = decide(history, policy, one)
+        actions.append(action)
+    return history, actions
+
+
+def calm(steps: int, seed: int = 0) -> list[Report]:
+    draw = random.Random(seed)
+    return [report(step, 3.0 + draw.gauss(0, 0.02), 1.0 + draw.gauss(0, 0.05)) for step in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (3.0, math.nan), (3.0, math.inf)]
+)
+def test_not_finite_is_skipped_then_rewound(loss: float, norm: float) -> None:
+    bad = [report(step, loss, norm, applied=False) for step in (20, 22, 25)]
+    _, actions = play([*calm(20), bad[0], report(21), bad[1], report(23), report(24), bad[2]])
+    assert [action.kind for action in actions[20:]] == ["skip", "go", "skip", "go", "go", "rewind"]
+    assert "step 20, positions 160..167" in actions[20].reason
+    assert "1 of at most 2" in actions[20].reason
+    assert actions[-1].positions == ((160, 168), (176, 184), (200, 208))
+    assert actions[-1].before_step == 20
+
+
+def test_skips_far_apart_are_borne() -> None:
+    reports = [
+        report(step, math.nan, applied=False) if step % 9 == 0 else report(step) for step in range(200)
+    ]
+    _, actions = play(reports)
+    assert {action.kind for action in actions} == {"go", "skip"}
+
+
+def test_rewinds_are_bounded_and_the_bound_forgets() -> None:
+    history, kinds = History(), []
+    for step in (30, 31, 32, 33, 34, 35, 36, 37, 38):
+        history, action = decide(history, POLICY, report(step, math.nan, applied=False))
+        kinds.append(action.kind)
+        if action.kind == "rewind":
+            history = replace(history, skipped=())
+    assert kinds == ["skip", "skip", "rewind", "skip", "skip", "rewind", "skip", "skip", "stop"]
+    later = replace(history, skipped=((1000, 0, 1), (1001, 1, 2)))
+    assert decide(later, POLICY, report(1002, math.nan, applied=False))[1].kind == "rewind"
+
+
+def test_a_spike_is_seen_and_noise_is_not() -> None:
+    for seed in range(20):
+        _, actions = play(calm(400, seed), replace(POLICY, window=128))
+        assert {action.kind for action in actions} == {"go"}
+    history, _ = play(calm(60))
+    assert decide(history, POLICY, report(60, 3.5))[1].kind == "warn"
+    assert decide(history, POLICY, report(60, 1.0))[1].kind == "go", "falling is no fault"
+    assert decide(history, replace(POLICY, spike="off"), report(60, 9.0))[1].kind == "go"
+    _, action = decide(history, replace(POLICY, spike="rewind"), report(60, 9.0))
+    assert (action.kind, action.positions, action.before_step) == ("rewind", ((480, 488),), 60)
+
+
+def test_outliers_in_the_window_do_not_hide_the_next_one() -> None:
+    history, actions = play([*calm(40), report(40, 8.0), report(41, 8.1), report(42, 8.0)])
+    assert [action.kind for action in actions[40:]] == ["warn"] * 3
+    _, actions = play([report(43 + i, 8.0) for i in range(16)], history=history)
+    assert actions[-1].kind == "go", "a level that stays is the new level, not a spike for ever"
+
+
+def test_no_judgement_before_there_is_something_to_compare_with() -> None:
+    assert limit([1.0] * 7, 6.0, window=8) == math.inf
+    assert limit([2.0] * 8, 6.0, window=16) == pytest.approx(2.0 + 6 * 0.002)
+    _, actions = play([report(step, 10.0 * (step + 1)) for step in range(7)])
+    assert {action.kind for action in actions} == {"go"}
+
+
+def test_the_norm_limit_does_not_depend_on_a_late_report() -> None:
+    policy = replace(POLICY, spike="skip")
+    reports = calm(40)
+    history, _ = play(reports[:39], policy)
+    later, _ = play(reports[39:], policy, history)
+    assert norm_limit(history, policy, 40) == norm_limit(later, policy, 40) < 2.0
+    assert norm_limit(history, POLICY, 40) == math.inf
+    _, action = decide(later, policy, report(40, norm=50.0, applied=False))
+    assert action.kind == "skip"
+    assert "above the spike limit" in action.reason
+
+
+def test_decisions_do_not_depend_on_being_killed_in_between() -> None:
+    draw = random.Random(2)
+    reports = [
+        report(step, math.nan, applied=False)
+        if draw.random() < 0.05
+        else report(step, 3 + draw.gauss(0, 0.3))
+        for step in range(300)
+    ]
+    _, undisturbed = play(reports)
+    for cut in (1, 50, 199):
+        history, first = play(reports[:cut])
+        restored = History.from_json(json.loads(json.dumps(history.to_json())))
+        assert restored == history
+        _, second = play(reports[cut:], history=restored)
+        assert first + second == undisturbed
+
+
+def test_the_guard_keeps_the_count_of_rewinds_over_a_rewind(tmp_path: Path) -> None:
+    made = Guard(run_dir=tmp_path, max_skips=0, max_rewinds=1, environ={})
+    saved = made.state_dict()
+    assert made.after_step(5, (0, 8), math.nan, 1.0, False).kind == "rewind"
+    made.rewound(saved)
+    assert made.history.skipped == ()
+    assert made.after_step(5, (8, 16), math.nan, 1.0, False).kind == "stop"
+    made.load_state_dict(saved)
+    assert made.after_step(5, (8, 16), 2.0, 1.0, True).kind == "go"
+    with pytest.raises(RequestError, match=r"guard.spike 'maybe'"):
+        Guard(run_dir=tmp_path, spike="maybe")
+
+
+# ---- equal weights? ----------------------------------------------------------------------------------------
+
+
+def test_one_flipped_bit_changes_the_hash() -> None:
+    generator = torch.Generator().manual_seed(0)
+    named = [
+        ("a", torch.randn(33, 17, generator=generator)),
+        ("b", torch.randn(7, generator=generator).bfloat16()),
+        ("c", torch.zeros(5, dtype=torch.bool)),
+    ]
+    first = parameter_hash(named)
+    assert 0 <= first < 2**63
+    assert parameter_hash([(name, tensor.clone()) for name, tensor in named]) == first
+    draw = random.Random(0)
+    for _ in range(300):
+        which = draw.randrange(2)
+        raw = named[which][1].view(torch.uint8).view(-1)
+        place, bit = draw.randrange(len(raw)), 1 << draw.randrange(8)
+        raw[place] ^= bit
+        assert parameter_hash(named) != first
+        raw[place] ^= bit
+    assert parameter_hash(named) == first
+    swapped = named[0][1].clone()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    assert parameter_hash([("a", swapped), *named[1:]]) != first, "a sum alone would not see this"
+    assert parameter_hash([]) == 0
+
+
+def test_the_odd_ranks_are_named() -> None:
+    assert odd_ranks([5, 5, 5]) == []
+    assert odd_ranks([5, 7, 5]) == [1]
+    assert odd_ranks([7, 5, 5, 5]) == [0]
+    assert odd_ranks([5, 7]) == [1]
+
+
+# ---- dead and stuck ranks ----------------------------------------------------------------------------------
+
+RANK = """
+import sys, time, os, signal; sys.path.insert(0, {root!r})
+from lmcore.guard import Guard
+rank, world_size, stuck, mode = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+def on_end(line): open({folder!r} + "/end", "w").write(str(rank) + " " + line)
+guard = Guard(run_dir={folder!r}, rank=rank, world_size=world_size, stuck_seconds=stuck, environ={{}})
+guard.install()
+guard.watch(session="s1", on_end=on_end)
+for step in range(10**6):
+    if step >= 10:
+        if mode == "sleep" and rank == 1: time.sleep(1000)
+        if mode == "spin" and rank == 1:
+            while True: pass
+        if mode == "leave" and rank == 1: guard.close(); raise SystemExit(0)
+        if mode == "all": time.sleep(1000)
+        if rank != 1 and mode not in ("die", "leave"):
+            guard.beat("backward", step)   # it has got further, and waits for rank 1 in a collective
+            time.sleep(1000)
+    if mode == "leave" and step > 80: break
+    guard.beat("step", step)
+    time.sleep(0.02)
+guard.close()
+"""
+
+
+@final
+class Ranks:
+    """The processes of one pretended run; their output goes to files."""
+
+    def __init__(self, folder: Path, mode: str, *, world_size: int = 2, stuck: float = 2.0) -> None:
+        script = RANK.format(root=str(ROOT), folder=str(folder))
+        self.folder = folder
+        self.processes = []
+        for rank in range(world_size):
+            with open(folder / f"out-{rank}", "w") as out:
+                command = [sys.executable, "-c", script, str(rank), str(world_size), str(stuck), mode]
+                self.processes.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
+
+    def started(self) -> None:
+        for rank in range(len(self.processes)):
+            assert wait_for(self.folder / "logs" / f".alive-rank-{rank:05d}.json")
+
+    def codes(self) -> list[int]:
+        return [process.wait(60) for process in self.processes]
+
+    def output(self, rank: int) -> str:
+        return (self.folder / f"out-{rank}").read_text()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def test_a_killed_rank_is_named_within_seconds(tmp_path: Path) -> None:
+    with Ranks(tmp_path, "die", world_size=3, stuck=60) as ranks:
+        ranks.started()
+        time.sleep(1.5)
+        ranks.processes[1].kill()
+        ranks.processes[1].wait()
+        begin = time.monotonic()
+        assert ranks.codes() == [EXIT_STUCK, -9, EXIT_STUCK]
+        assert time.monotonic() - begin < 10
+        for rank in (0, 2):
+            assert f"rank 1 (pid {ranks.processes[1].pid} on" in ranks.output(rank)
+            assert "is dead" in ranks.output(rank)
+        assert (tmp_path / "end").read_text().startswith("0 rank 1")
+
+
+@pytest.mark.parametrize("mode", ["stop", "sleep", "spin"])
+def test_a_stuck_rank_is_named_with_everybodys_stacks(tmp_path: Path, mode: str) -> None:
+    with Ranks(tmp_path, mode, stuck=1.5) as ranks:
+        ranks.started()
+        if mode == "stop":
+            time.sleep(0.1)
+            ranks.processes[1].send_signal(signal.SIGSTOP)
+        begin = time.monotonic()
+        assert ranks.processes[0].wait(60) == EXIT_STUCK
+        assert time.monotonic() - begin < 1.5 + 10
+        assert f"rank 1 (pid {ranks.processes[1].pid} on" in ranks.output(0)
+        assert "is stuck: no progress for 1.5 s" in ranks.output(0)
+        assert ranks.processes[1].wait(20) in (-9, EXIT_STUCK), "a stuck rank does not keep the device"
+        for rank in (0, 1):
+            stacks = (tmp_path / "logs" / f"stacks-rank-{rank:05d}.txt").read_text()
+            assert 'File "<string>", line' in stacks
+
+
+def test_leaving_in_good_order_is_no_death(tmp_path: Path) -> None:
+    with Ranks(tmp_path, "leave", stuck=30) as ranks:
+        assert ranks.codes() == [0, 0]
+        assert ranks.output(0) == ranks.output(1) == ""
+    assert not list((tmp_path / "logs").glob("stacks-*")), "what is empty is cleared away"
+
+
+def test_signs_of_an_earlier_start_are_ignored(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    stale = {
+        "session": "old",
+        "host": os.uname().nodename,
+        "pid": 999999,
+        "start": "1",
+        "count": 5,
+        "done": False,
+    }
+    (logs / ".alive-rank-00001.json").write_text(json.dumps(stale))
+    left: list[int] = []
+    dog = Watchdog(
+        logs=logs,
+        rank=0,
+        world_size=2,
+        session="new",
+        stuck_seconds=60,
+        say=lambda _: None,
+        leave=left.append,
+    )
+    dog.start()
+    assert dog.dead_peers() == []
+    (logs / ".alive-rank-00001.json").write_text(
+        json.dumps(stale | {"session": "new", "what": "backward", "step": 3, "beat_time": 0})
+    )
+    assert "rank 1 (pid 999999" in dog.dead_peers()[0]
+    assert "backward, step 3" in dog.dead_peers()[0]
+    dog.close()
+    dog.close()
+    assert left == []
+
+
+def test_a_long_phase_may_ask_for_more_time(tmp_path: Path) -> None:
+    left: list[int] = []
+    dog = Watchdog(
+        logs=tmp_path,
+        rank=0,
+        world_size=1,
+        session="s",
+        stuck_seconds=0.3,
+        say=lambda _: None,
+        leave=left.append,
+    )
+    dog.start()
+    dog.beat("compile", 0, allow_seconds=30)
+    time.sleep(1.2)
+    assert left == []
+    dog.close()
