@@ -1,0 +1,260 @@
+"""``python -m lmcore VERB``: everything around a training run.
+
+Comes in: a command line. Goes out: what the verb says, and an exit code: 0, or 2 for a wrong request (one
+line, no traceback unless ``--debug``). What always holds: a verb imports only what it needs, so that
+``--help`` is there at once; the work is done by the rooms, which take plain arguments; ``prepare``,
+``inspect``, ``tokenizer``, ``plan`` and ``order`` take the options of ``train_lm.py``, so that they speak
+about exactly that run.
+
+    python -m lmcore generate runs/demo --prompt 'def '
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmcore._verbs_saved import Parser, checkpoints, evaluate, export, generate, report, tasks
+from lmcore.errors import EXIT_FINISHED, FaultError, RequestError
+
+if TYPE_CHECKING:
+    from lmcore.config import RunConfig
+
+EXIT_COMPLAINTS = 1
+"""``doctor`` has found something that will not work."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return EXIT_FINISHED
+    try:
+        verb = VERBS.get(words[0])
+        if verb is None:
+            import difflib  # lazily: only a typo needs it
+
+            near = difflib.get_close_matches(words[0], VERBS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+            raise RequestError(f"there is no verb {words[0]!r}: {hint}")
+        return verb(words[1:]) or EXIT_FINISHED
+    except (RequestError, FaultError) as error:
+        if debug:
+            raise
+        print(f"lmcore: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at exit
+        return EXIT_FINISHED
+
+
+def overview() -> str:
+    """The verbs, one line each."""
+    lines = ["usage: python -m lmcore VERB ... [--debug]", ""]
+    for name, verb in VERBS.items():
+        lines.append(f"  {name:<12} {(verb.__doc__ or '').splitlines()[0]}")
+    return "\n".join([*lines, "", "VERB --help says more; training itself: accelerate launch train_lm.py"])
+
+
+# ---- before: verbs that take the options of train_lm.py
+
+
+def _config(words: list[str], prog: str, summary: str) -> RunConfig:
+    from lmcore import command_line
+
+    if words and words[0] in ("-h", "--help") and len(words) == 1:
+        print(f"usage: python -m lmcore {prog} [options of train_lm.py]\n\n{summary}\n")
+    return command_line.parse(words, say=lambda line: print(line, file=sys.stderr))
+
+
+def _taken(words: list[str], name: str, default: str | None = None) -> str | None:
+    """Take ``--name VALUE`` (or ``--name=VALUE``) out of the words; what is left belongs to the
+    configuration.
+    """
+    for index, word in enumerate(words):
+        if word == f"--{name}":
+            if index + 1 >= len(words):
+                raise RequestError(f"--{name} needs a value")
+            value = words[index + 1]
+            del words[index : index + 2]
+            return value
+        if word.startswith(f"--{name}="):
+            del words[index]
+            return word.partition("=")[2]
+    return default
+
+
+def prepare(words: list[str]) -> None:
+    """Build the tokenizer and the token stores of a configuration, without training."""
+    config = _config(words, "prepare", "Run it on a machine without GPUs; the run then begins at once.")
+    from lmcore import assemble
+
+    display = tasks()
+    data = assemble.open_data(
+        config, Path(config.run_dir) / "tokenizer", note=display.note, task=display.task
+    )
+    display.close()
+    for name, value in data.rows:
+        print(f"{name}: {value}")
+    print(f"blocks in an epoch: {data.train.epoch_blocks:,} of {data.block_size:,} tokens")
+
+
+def inspect(words: list[str]) -> None:
+    """What the corpus is: documents, bytes, tokens, broken records, three decoded samples."""
+    config = _config(words, "inspect", "Tokens are counted if tokenizer.path is given or the run has one.")
+    from lmcore import inspect as room
+    from lmcore import tokenizer
+
+    home = Path(config.run_dir) / "tokenizer"
+    path = config.tokenizer.path or (str(home) if (home / "tokenizer.json").exists() else None)
+    encoder = tokenizer.load(path, revision=config.tokenizer.revision) if path else None
+    display = tasks()
+    with display.task("reading", unit="bytes") as advance:
+        found = room.run(
+            config.data.train or ["stdlib"],
+            encoder,
+            text_field=config.data.text_field,
+            unit=config.data.unit,
+            encoding=config.data.encoding,
+            seed=config.seed,
+            progress=advance,
+        )
+    display.close()
+    print("\n".join(room.lines(found)))
+    if encoder is None:
+        print(
+            "tokens: not counted; give --tokenizer.path, or train one: python -m lmcore tokenizer train ..."
+        )
+
+
+def tokenizer(words: list[str]) -> None:
+    """`tokenizer train [--out FOLDER] ...`: train a tokenizer on data.train; the run's own by default."""
+    if words[:1] != ["train"]:
+        if words[:1] in (["-h"], ["--help"]):
+            print("usage: python -m lmcore tokenizer train [--out FOLDER] [options of train_lm.py]")
+            return
+        raise RequestError(
+            "tokenizer takes one word: train (python -m lmcore tokenizer train --data.train ...)"
+        )
+    words = words[1:]
+    out = _taken(words, "out")
+    config = _config(words, "tokenizer train [--out FOLDER]", "The text side that is held out is not used.")
+    from lmcore import assemble
+    from lmcore import tokenizer as room
+
+    folder = Path(out) if out else Path(config.run_dir) / "tokenizer"
+    if (folder / "tokenizer.json").exists():
+        raise RequestError(f"{folder} holds a tokenizer already: give another --out, or remove it")
+    display = tasks()
+    assemble.train_tokenizer(config, folder, note=display.note, task=display.task)
+    display.close()
+    made = room.load(folder)
+    print(
+        f"{folder}: {made.vocab_size:,} pieces, {made.fingerprint[:12]}; use it by --tokenizer.path {folder}"
+    )
+
+
+def plan(words: list[str]) -> None:
+    """Parameters, steps, memory, time and cost of a configuration, before anything runs."""
+    from lmcore import plan as room
+
+    room.verb(words)
+
+
+def order(words: list[str]) -> None:
+    """`order RUN --position 0-7` or `--step N`: which blocks stand there, and what they say."""
+    parser = Parser(prog="python -m lmcore order")
+    parser.add_argument("run", help="a run folder")
+    parser.add_argument("--position", default=None, help="one position or FIRST-LAST, both included")
+    parser.add_argument("--step", type=int, default=None, help="all positions of this step (the first is 1)")
+    parser.add_argument("--text", type=int, default=80, help="characters of each block to show; 0: none")
+    asked = parser.parse_args(words)
+    from lmcore import assemble, command_line
+    from lmcore.config import global_batch_blocks
+
+    run = Path(asked.run)
+    if not (run / "config.yaml").is_file():
+        raise RequestError(f"{run}: no config.yaml there; give the folder of a run")
+    config = command_line.parse(["--config", str(run / "config.yaml")])
+    display = tasks()
+    data = assemble.open_data(config, run / "tokenizer", note=display.note, task=display.task)
+    display.close()
+    positions = _positions(asked, run, global_batch_blocks(config, data.block_size))
+    sources, epochs, blocks = data.train.order.locate(positions)
+    rows = data.train.read(positions).input_ids if asked.text else [None] * len(positions)
+    names = [store.name for store in data.train.stores]
+    for position, source, epoch, block, ids in zip(positions, sources, epochs, blocks, rows):
+        shown = ""
+        if ids is not None and data.encoder:
+            shown = "  " + repr(data.encoder.decode([int(one) for one in ids])[: asked.text])
+        print(f"position {position}: {names[source]}, epoch {epoch}, block {block}{shown}")
+
+
+def _positions(asked: argparse.Namespace, run: Path, batch: int) -> Any:
+    import numpy as np
+
+    from lmcore import saved
+    from lmcore.order import next_positions
+
+    if (asked.position is None) == (asked.step is None):
+        raise RequestError("give --position or --step")
+    if asked.position is not None:
+        first, _, last = asked.position.partition("-")
+        if not (first.isdigit() and (last or first).isdigit()) or int(last or first) < int(first):
+            raise RequestError(f"--position {asked.position}: give 1200 or 1200-1263")
+        return np.arange(int(first), int(last or first) + 1)
+    skips: list[Any] = []
+    try:
+        kind, path = saved.resolve(run, quiet=True)
+        if kind == "checkpoint":
+            skips = json.loads((path / "state.json").read_text(encoding="utf-8"))["cursor"].get("skips", [])
+    except RequestError:  # a run that has not saved yet has skipped nothing
+        skips = []
+    position = 0
+    for _ in range(asked.step - 1):
+        _, position = next_positions(position, batch, skips)
+    return next_positions(position, batch, skips)[0]
+
+
+def doctor(words: list[str]) -> int:
+    """Look at this machine and say what is missing, with the remedy."""
+    parser = Parser(prog="python -m lmcore doctor")
+    parser.add_argument("folder", nargs="?", default=".", help="where runs will be written")
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args(words)
+    from lmcore.doctor import examine
+
+    found = examine(asked.folder)
+    if asked.json:
+        print(json.dumps([vars(one) for one in found], indent=2))
+    else:
+        print("\n".join(one.line() for one in found))
+    return EXIT_COMPLAINTS if any(one.state == "bad" for one in found) else EXIT_FINISHED
+
+
+VERBS: dict[str, Callable[[list[str]], int | None]] = {
+    "inspect": inspect,
+    "tokenizer": tokenizer,
+    "prepare": prepare,
+    "plan": plan,
+    "generate": generate,
+    "evaluate": evaluate,
+    "export": export,
+    "report": report,
+    "checkpoints": checkpoints,
+    "order": order,
+    "doctor": doctor,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
