@@ -52,6 +52,7 @@ class Data:
     encoder: Tokenizer | None
     block_size: int
     weights: tuple[float, ...] | None = None
+    phases: tuple[Phase, ...] = (Phase(),)
     rows: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -174,6 +175,7 @@ def open_data(
         encoder=encoder,
         block_size=block_size,
         weights=sets.weights,
+        phases=phases,
         rows=[
             ("tokenizer", f"{encoder.vocab_size:,} pieces, {encoder.fingerprint[:12]}"),
             *((f"text ({store.name})", describe_store(store)) for store in sets.train),
@@ -193,6 +195,11 @@ def describe_store(store: Any) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- model
+
+
+def model_name(config: RunConfig) -> str:
+    """What the user called the model."""
+    return config.model.factory or config.model.from_pretrained or config.model.type or ""
 
 
 def open_model(config: RunConfig, data: Data, *, note: Note = print) -> ModelWithLoss:
@@ -266,6 +273,26 @@ class Sizes:
     def tokens_per_step(self) -> int:
         """Labels of a full step."""
         return self.global_batch_blocks * self.block_size
+
+    def rows(self, config: RunConfig, world_size: int) -> list[tuple[str, str]]:
+        """The arithmetic, for the start table."""
+        epochs = float(self.total_steps / self.steps_per_epoch)
+        return [
+            (
+                "epoch",
+                f"{int(self.steps_per_epoch * self.global_batch_blocks):,} blocks of {self.block_size:,} tokens",
+            ),
+            (
+                "global batch",
+                f"{world_size} x {self.accumulation} x {self.micro_batch_blocks} (processes x accumulation x "
+                f"micro-batch) = {self.global_batch_blocks} blocks = {self.tokens_per_step:,} tokens",
+            ),
+            (
+                "budget",
+                f"{config.train.duration} = {self.total_steps:,} steps = "
+                f"{self.total_steps * self.tokens_per_step:,} tokens = {epochs:.2f} epochs",
+            ),
+        ]
 
     def steps_of(self, duration: Duration) -> int:
         """A duration of the configuration in whole steps; 0 for never."""

@@ -123,7 +123,7 @@ def open_corpus(
     sources = reading.sources(train or [STDLIB])
     fraction = 0.0 if valid else valid_fraction
     split = ("train", fraction) if fraction else ("all", 0.0)
-    training = tuple(store(source, split) for source in sources)
+    training = tuple(store(source, ("all", 0.0) if _is_token_file(source) else split) for source in sources)
     if valid:
         held_out = {source.name: store(source, ("all", 0.0)) for source in reading.sources(valid)}
     elif fraction:
@@ -144,4 +144,4 @@ def open_corpus(
 
 
 def _is_token_file(source: text.Source) -> bool:
-    return any(path.endswith((".bin", ".idx")) for path in source.paths)
+    return any(path.endswith((".bin", ".idx", ".npy", ".ds")) for path in source.paths)

@@ -1,0 +1,399 @@
+"""What happens between the steps of a run: restore, read on, save, evaluate, judge, rewind, finish.
+
+Comes in: the parts of a run (engine, data, sizes, report, guard) and its configuration. Goes out: a :class:`Session`,
+whose methods ``train_lm.py`` calls at step boundaries. What always holds: all ranks call the same methods in the same
+order; what changes from step to step stands in one :class:`State`, and all of it is in every checkpoint; a save comes
+before the evaluation of its step; every step is judged before it is saved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lmcore import checkpoint, generate
+from lmcore.assemble import Data, Sizes
+from lmcore.batches import Batches, EvalBatches, StepBatch, merge_cursors
+from lmcore.config import RunConfig, changes, flatten, ranges, refuse_changes
+from lmcore.duration import is_due
+from lmcore.engine import Engine
+from lmcore.errors import FaultError, RequestError
+from lmcore.evaluate import EarlyStopping, evaluate
+from lmcore.export import export
+from lmcore.guard import Action, Guard
+from lmcore.html import read_run, write_report
+from lmcore.model import ModelWithLoss
+from lmcore.order import Cursor, merge_skips
+from lmcore.report import Report
+from lmcore.run_folder import RunFolder
+from lmcore.saved import describe
+from lmcore.trackers import Trackers
+
+# Bits beside those of lmcore.guard that the ranks combine at a step boundary, because their clocks differ.
+LOG_DUE, EVALUATE_DUE, SAVE_DUE = 1 << 16, 1 << 17, 1 << 18
+
+
+def on_main(engine: Engine, work: Callable[[], Any]) -> Any:
+    """Rank 0 does the work; every rank gets its result, or the same refusal."""
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if engine.is_main:
+        try:
+            outcome = (work(), None)
+        except (RequestError, FaultError) as error:
+            outcome = (None, error)
+    result, error = engine.broadcast_object(outcome)
+    if error is not None:
+        raise error
+    return result
+
+
+def find_checkpoint(
+    config: RunConfig, folder: RunFolder, report: Report
+) -> tuple[str, dict[str, Any]] | None:
+    """Rank 0: the checkpoint to go on from and its state, verified; the past that it holds must not have changed.
+
+    Raises:
+        RequestError: no good checkpoint although there should be one, or a changed past.
+    """
+    if config.resume == "never":
+        checkpoint.abandon_after(folder.checkpoints, -1, say=report.note)
+        return None
+    best = config.checkpoint.keep_best if config.resume == "best" else None
+    found = checkpoint.find(
+        folder.checkpoints,
+        config.resume,
+        metric=best.metric if best else None,
+        mode=best.mode if best else None,
+        say=report.note,
+    )
+    if found is None:
+        return None
+    with found:
+        changed = refuse_changes(changes(found.state["config"], flatten(config)), config.allow_changes)
+        for change in changed:
+            report.warn_once(f"{change.key} was {change.old} up to step {found.step}, is {change.new} now")
+        checkpoint.abandon_after(folder.checkpoints, found.step, say=report.note)
+        return str(found.path), found.state
+
+
+@dataclass(kw_only=True)
+class State:
+    """What changes from step to step, beside the weights and the optimizer: all of it is in a checkpoint."""
+
+    cursor: Cursor
+    step: int = 0
+    tokens: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    stop_values: list[float] = field(default_factory=list)
+
+
+@final
+class Session:
+    """One run between its steps. Made on every rank, after ``engine.prepare``."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        engine: Engine,
+        folder: RunFolder,
+        report: Report,
+        guard: Guard,
+        data: Data,
+        sizes: Sizes,
+        module: ModelWithLoss,
+    ) -> None:
+        self.config, self.engine, self.folder, self.report = config, engine, folder, report
+        self.guard, self.data, self.sizes = guard, data, sizes
+        self.trackers: Trackers | None = None
+        self.saves = checkpoint.Checkpoints(
+            folder.checkpoints,
+            keep=config.checkpoint.keep,
+            keep_best=asdict(config.checkpoint.keep_best) if config.checkpoint.keep_best.k else None,
+            keep_every=sizes.steps_of(config.checkpoint.keep_every[0])
+            if config.checkpoint.keep_every
+            else None,
+            background=config.checkpoint.background,
+            on_full_disk=config.checkpoint.on_full_disk,
+            is_main=engine.is_main,
+            say=report.note,
+        )
+        self._skips = merge_skips(ranges(config.data.skip_positions, "data.skip_positions"))
+        self.state = State(
+            cursor=Cursor(
+                fingerprint=data.train.fingerprint,
+                seed=config.seed,
+                phases=data.phases,
+                skips=self._skips,
+            )
+        )
+        self._model = describe(module.model, factory=config.model.factory, arguments=config.model.config)
+        self._byte_lengths = data.encoder.byte_lengths() if data.encoder else None
+        self._stopper = EarlyStopping(**asdict(config.evaluate.early_stopping))
+        self._intervals = {
+            LOG_DUE: config.report.every,
+            EVALUATE_DUE: config.evaluate.every,
+            SAVE_DUE: config.checkpoint.every,
+        }
+        self._clock = dict.fromkeys(self._intervals, time.monotonic())
+        self._unjudged: list[tuple[int, tuple[int, int], Tensor]] = []
+
+    @property
+    def epoch(self) -> float:
+        """Epochs behind the cursor."""
+        return self.data.train.epoch_of(self.state.cursor)
+
+    # ---- restore and read
+
+    def restore(self, path: str) -> dict[str, Any]:
+        """Weights, optimizer and state of a checkpoint that is known to be good. Returns what was kept."""
+        with checkpoint.open_checkpoint(path) as saved:
+            self.engine.load_state(saved.read)
+            self.saves.resumed(saved)
+            kept = saved.state
+        self.engine.load_optimizer_scalars(kept["optimizer_scalars"])
+        cursor = Cursor.from_json(kept["cursor"]).check(
+            fingerprint=self.data.train.fingerprint,
+            seed=self.config.seed,
+            accept="data.train" in self.config.allow_changes,
+        )
+        self.state = State(
+            cursor=cursor.with_skips(self._skips).with_weights(self.data.weights),
+            **{name: kept[name] for name in ("step", "tokens", "metrics", "stop_values")},
+        )
+        return kept
+
+    def read(self) -> Iterator[StepBatch]:
+        """The batches of this rank from the cursor on."""
+        return iter(
+            Batches(
+                self.data.train,
+                cursor=self.state.cursor,
+                global_batch_blocks=self.sizes.global_batch_blocks,
+                micro_batch_blocks=self.sizes.micro_batch_blocks,
+                rank=self.engine.rank,
+                world_size=self.engine.world_size,
+                end_position=self.sizes.end_position,
+                workers=self.config.data.workers,
+                prefetch=self.config.data.prefetch,
+                pin_memory=self.config.data.pin_memory,
+                device=self.engine.device,
+            )
+        )
+
+    def label_count(self, batch: StepBatch) -> int | Tensor:
+        """Labels of the whole step over all ranks: by arithmetic, or, for the user's own data, by counting."""
+        if batch.label_count is not None:
+            return batch.label_count
+        counts = [(micro_batch["labels"] != -100).sum() for micro_batch in batch.micro_batches]
+        return self.engine.sum_over_ranks(torch.stack(counts).sum().to(self.engine.device))
+
+    # ---- a step boundary
+
+    def advance(self, batch: StepBatch, sums: Tensor, norm: Tensor, applied: Tensor) -> None:
+        """One more step is done. ``sums`` (2,) float64: this rank's loss sum and label count; nothing waits."""
+        state = self.state
+        state.step, state.cursor = state.step + 1, batch.cursor
+        state.tokens += self.sizes.tokens_per_step
+        first, last = batch.positions
+        numbers = torch.stack([*self.engine.sum_over_ranks(sums), norm.double(), applied.double()])
+        self._unjudged.append((state.step, (first, last + 1), numbers))
+        self.guard.beat("step", state.step)
+
+    def due(self) -> int:
+        """The bits of what is due after this step, by this rank's clock."""
+        now, flags = time.monotonic(), 0
+        for bit, every in self._intervals.items():
+            if is_due(
+                self.state.step,
+                every,
+                tokens_per_step=self.sizes.tokens_per_step,
+                steps_per_epoch=self.sizes.steps_per_epoch,
+                total_steps=self.sizes.total_steps,
+                minutes_since_last=(now - self._clock[bit]) / 60,
+            ):
+                flags |= bit
+                self._clock[bit] = now
+        return flags
+
+    def judge(self, *, lag_steps: int) -> Action:
+        """Hand the guard the steps whose numbers are ``lag_steps`` old, so that nothing waits for the device."""
+        action = Action()
+        while self._unjudged and self._unjudged[0][0] <= self.state.step - lag_steps:
+            step, positions, numbers = self._unjudged.pop(0)
+            loss_sum, labels, norm, applied = numbers.tolist()
+            action = self.guard.after_step(step, positions, loss_sum / max(labels, 1), norm, bool(applied))
+            if action.kind != "go":
+                self.report.note(f"{action.kind}: {action.reason}")
+                self.report.event(action.kind, step=step, reason=action.reason, positions=action.positions)
+            if action.kind in ("rewind", "stop"):
+                break
+        return action
+
+    def rewind(self, action: Action) -> None:
+        """Back to the newest checkpoint before the fault, never to see its positions again.
+
+        Raises:
+            FaultError: there is none.
+        """
+
+        def find() -> str:
+            found = checkpoint.find(
+                self.folder.checkpoints, before_step=action.before_step, say=self.report.note
+            )
+            if found is None:
+                raise FaultError(
+                    f"{action.reason}: no checkpoint before step {action.before_step} to rewind to"
+                )
+            with found:
+                checkpoint.abandon_after(self.folder.checkpoints, found.step, say=self.report.note)
+                return str(found.path)
+
+        self.saves.wait()
+        kept = self.restore(on_main(self.engine, find))
+        self.guard.rewound(kept["guard"])
+        self.state.cursor = self.state.cursor.with_skips(action.positions)
+        self._unjudged.clear()
+        self.report.rewind(step=self.state.step, state=kept["report"])
+        self.notify(f"rewound to step {self.state.step}: {action.reason}")
+
+    # ---- save and evaluate
+
+    def save(self, reason: str) -> None:
+        """Gathered on all ranks, written in the background; its evaluation comes after it."""
+        state, engine = self.state, self.engine
+        self.guard.beat("save", state.step, allow_seconds=self.config.guard.stuck_seconds)
+        with self.report.pause():
+            cursor = merge_cursors(engine.gather_object(state.cursor))
+            self.saves.save(
+                state.step,
+                layout=engine.state_layout(),
+                tensors=engine.state(),
+                state={
+                    **asdict(replace(state, cursor=cursor)),
+                    "cursor": cursor.to_json(),
+                    "version": 1,
+                    "config": flatten(self.config),
+                    "optimizer_scalars": engine.optimizer_scalars(),
+                    "micro_batch_blocks": self.sizes.micro_batch_blocks,
+                    "guard": self.guard.state_dict(),
+                    "model": self._model,
+                    "report": self.report.state(),
+                    "topology": topology(engine),
+                    "trackers": self.trackers.state() if self.trackers else {},
+                },
+                metrics=state.metrics,
+                reason=reason,
+                epoch=self.epoch,
+                tokens=state.tokens,
+            )
+        self.report.event("checkpoint", step=state.step, reason=reason)
+
+    def look(self) -> str | None:
+        """Evaluate and write samples. Why to stop early, or ``None``."""
+        if self.data.valid:
+            self.state.metrics = self.score(self.data.valid, self.config.evaluate.blocks)
+            self.saves.record(self.state.step, self.state.metrics)
+            self.state.stop_values.append(self.state.metrics[self._stopper.metric])
+        prompts, encoder = self.config.evaluate.prompts, self.data.encoder
+        if prompts and encoder:
+            with self.report.pause(), self.engine.full_model() as whole:
+                if whole is not None and self.engine.is_main:
+                    count, seed = self.config.evaluate.sample_tokens, self.config.seed
+                    texts = generate.sample(whole, encoder, prompts, count, seed=seed)
+                    self.report.samples(self.state.step, list(zip(prompts, texts)))
+        return self._stopper.reason(self.state.stop_values)
+
+    def score(self, sets: dict[str, Any], blocks: int | None = None) -> dict[str, float]:
+        """The loss on every held-out set; "loss" and the like are those of the first."""
+        metrics: dict[str, float] = {}
+        for name, held_out in sets.items():
+            batches = EvalBatches(
+                held_out,
+                micro_batch_blocks=self.config.evaluate.micro_batch_blocks or self.sizes.micro_batch_blocks,
+                rank=self.engine.rank,
+                world_size=self.engine.world_size,
+                limit=blocks,
+                device=self.engine.device,
+            )
+            self.guard.beat("evaluate", self.state.step, allow_seconds=self.config.guard.stuck_seconds)
+            with self.report.task(f"evaluating {name}", total=len(batches)) as advance:
+                result = evaluate(
+                    self.engine, batches, byte_lengths=self._byte_lengths, on_micro_batch=advance
+                )
+            values = {
+                "loss": result.loss,
+                "perplexity": result.perplexity,
+                "bits_per_byte": result.bits_per_byte,
+            }
+            where = {"step": self.state.step, "epoch": self.epoch, "tokens": self.state.tokens}
+            self.report.evaluation(set=name, **where, **values)
+            known = {key: value for key, value in values.items() if value is not None}
+            metrics = {**known, **metrics, **{f"{name}/{key}": value for key, value in known.items()}}
+        return metrics
+
+    # ---- the end
+
+    def notify(self, text: str) -> None:
+        """To the webhook, if there is one."""
+        if self.trackers:
+            self.trackers.notify(f"{self.folder.path.name}: {text}")
+
+    def close(self) -> None:
+        """Let go of signals, then of trackers: one that hangs must not look like a dead rank."""
+        self.guard.close()
+        if self.trackers:
+            self.trackers.close()
+
+    def finish(self, tests: dict[str, float]) -> None:
+        """The export, the report, and the panel that says how to go on; rank 0 works."""
+        on_main(self.engine, partial(self._finish, tests))
+
+    def _finish(self, tests: dict[str, float]) -> None:
+        config, path, report = self.config, self.folder.path, self.report
+        best = "best" if config.checkpoint.export == "best" else "auto"
+        chosen = checkpoint.find(self.folder.checkpoints, best, say=report.note)
+        if chosen is None:
+            raise FaultError(f"{self.folder.checkpoints} has no checkpoint to export")
+        with chosen:
+            place = chosen.path
+            if config.model.factory is None:
+                place = export(
+                    chosen,
+                    path / "export",
+                    run_dir=path,
+                    dtype=config.checkpoint.export_dtype,
+                    note=report.note,
+                )
+        page = write_report([read_run(path)], path / "report.html")
+        results = [(f"held out, {k}", f"{v:.4f}") for k, v in self.state.metrics.items() if "/" not in k]
+        results += [(f"test, {key}", f"{value:.4f}") for key, value in tests.items() if "/" in key]
+        commands = [
+            ("go on", f"accelerate launch train_lm.py --config {path}/config.yaml --train.duration N")
+        ]
+        if config.model.factory is None:
+            prompt = (config.evaluate.prompts or ["..."])[0]
+            commands = [
+                ("generate", f"python -m lmcore generate {path} --prompt {prompt!r}"),
+                ("load", f'AutoModelForCausalLM.from_pretrained("{place}")'),
+                *commands,
+            ]
+        report.end("finished", [("model", str(place)), *results, ("report", str(page))], commands=commands)
+
+
+def topology(engine: Engine) -> dict[str, Any]:
+    """What has to be the same for a bit-exact continuation (law 13)."""
+    return {
+        "world_size": engine.world_size,
+        "strategy": engine.strategy,
+        "precision": engine.precision,
+        "device": engine.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
