@@ -328,7 +328,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=30 PriorityTier=10 Pre
         while (state := self.state(job)) not in states:
             if state in ENDED or time.monotonic() > deadline:
                 raise AssertionError(f"job {job} is {state}, wanted {' or '.join(states)}: {self.show(job)}")
-            time.sleep(0.2)
+            time.sleep(0.4)
         return state
 
     def wait_for(self, condition: Callable[[], object], what: str, *, seconds: float) -> None:

@@ -1,0 +1,402 @@
+"""The templates of ``slurm/``, unmodified but for their variables, on a real Slurm with two nodes.
+
+The slow ones (real time limits) are submitted first and looked at last, so that they overlap with the others.
+All runs train the same small model on the CPU; runs of the same world size must agree to the last digit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from lmcore.metrics import read_metrics
+
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))  # cluster.py: the helper of these tests only
+
+from cluster import ENDED, Cluster, missing  # noqa: E402 - after the path
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(bool(missing()), reason=f"not installed: {', '.join(missing())}"),
+]
+
+STEPS = 200
+WORDS = (
+    "slow",
+    "brown",
+    "tide",
+    "seven",
+    "quiet",
+    "boats",
+    "past",
+    "old",
+    "stones",
+    "rain",
+    "rings",
+    "dark",
+    "water",
+)
+
+
+class Lab:
+    """The cluster, a folder for all runs, and what the tests ask about a run by its name."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster = cluster
+        self.folder = folder
+        self.jobs: dict[str, int] = {}
+        random = Random(1)
+        text = "\n".join(" ".join(random.choices(WORDS, k=20)) for _ in range(800))
+        (folder / "text.txt").write_text(text)
+        recipe = {
+            "data": {
+                "train": [str(folder / "text.txt")],
+                "store_dir": str(folder / "stores"),
+                "valid_fraction": 0.02,
+                "block_size": 16,
+                "processes": 1,
+            },
+            "tokenizer": {"vocab_size": 300},
+            "model": {"factory": "paced:build"},
+            "optim": {"lr": 0.01},
+            "train": {"duration": f"{STEPS} steps", "global_batch_blocks": 8, "micro_batch_blocks": 2},
+            "checkpoint": {"every": "50 steps"},
+            "evaluate": {"every": "never", "at_end": False},
+            "report": {"every": "1 steps", "trackers": []},
+        }
+        (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+
+    def submit(
+        self,
+        name: str,
+        *options: str,
+        script: str = "train.sbatch",
+        run: str = "",
+        seconds: float = 0.0,
+        arguments: tuple[str, ...] = (),
+        **environment: str,
+    ) -> int:
+        """Submit; ``seconds``: the length of a micro-batch. ``run``: its folder, if not ``name``."""
+        settings = {
+            "CPU": "1",
+            "CONFIG": str(self.folder / "recipe.yaml"),
+            "RUN_DIR": str(self.folder / (run or name)),
+            "VENV": sys.prefix,
+            "PYTHONPATH": str(Path(__file__).parent),
+            "OMP_NUM_THREADS": "1",
+        }
+        if not self.cluster.isolated:
+            settings["MASTER_ADDR"] = "127.0.0.1"  # the nodes' names mean nothing on one host
+        if script.startswith("train"):
+            arguments = ("--model.config.seconds", str(seconds), *arguments)
+        self.jobs[name] = self.cluster.sbatch(
+            PROJECT / "slurm" / script,
+            "--cpus-per-task=2",
+            f"--output={self.folder / name}.out",
+            *options,
+            arguments=arguments,
+            environment=settings | environment,
+        )
+        return self.jobs[name]
+
+    def said(self, name: str) -> str:
+        """What the job's script has written; shown when a test fails."""
+        log = self.folder / f"{name}.out"
+        return log.read_text(errors="replace") if log.exists() else ""
+
+    def step(self, name: str) -> int:
+        """The last step that the run has logged; 0 before the first."""
+        metrics = self.folder / name / "metrics.jsonl"
+        records = read_metrics(metrics, kind="train") if metrics.exists() else []
+        return records[-1]["step"] if records else 0
+
+    def reach(self, name: str, step: int, seconds: float = 90) -> None:
+        """Wait until the run has logged ``step``."""
+        deadline = time.monotonic() + seconds
+        while self.step(name) < step:
+            state = self.cluster.state(self.jobs[name])
+            if state in ENDED or time.monotonic() > deadline:
+                raise AssertionError(
+                    f"{name} is {state} at step {self.step(name)}, wanted step {step}\n"
+                    f"{self.said(name)}\n{self.node_logs(name)}"
+                )
+            time.sleep(0.4)
+
+    def finish(self, name: str, *states: str, seconds: float = 120) -> None:
+        """Wait for the end of the job."""
+        try:
+            self.cluster.wait(self.jobs[name], *(states or ("COMPLETED",)), seconds=seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.said(name)}\n{self.node_logs(name)}") from None
+
+    def requeued(self, name: str, times: int, seconds: float = 60) -> None:
+        """Wait until the job has been requeued so many times."""
+        job = self.jobs[name]
+        what = f"requeue {times} of {name}\n{self.said(name)}"
+        self.cluster.wait_for(lambda: self.cluster.restarts(job) >= times, what, seconds=seconds)
+        assert self.cluster.restarts(job) == times
+
+    def node_logs(self, name: str) -> str:
+        return "\n".join(
+            f"--- {log.name}\n{log.read_text(errors='replace')[-6000:]}"
+            for log in sorted((self.folder / name / "logs").glob("slurm-*.log"))
+        )
+
+    def losses(self, name: str) -> dict[int, float]:
+        """The loss of every step, as the run went on with it."""
+        records = read_metrics(self.folder / name / "metrics.jsonl", kind="train")
+        assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+        return {record["step"]: record["loss"] for record in records}
+
+    def events(self, name: str, event: str) -> list[dict[str, Any]]:
+        """All events of this kind, also of pieces whose steps were thrown away."""
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record.get("event") == event]
+
+    def status(self, name: str) -> dict[str, Any]:
+        return json.loads((self.folder / name / "status.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with Cluster(nodes=2) as cluster:
+        folder = cluster.folder / "runs"  # seen by all nodes, short, and removed with the cluster
+        folder.mkdir()
+        lab = Lab(cluster, folder)
+        # The text is tokenized once, by two jobs that share the work; every run below opens the result.
+        if (PROJECT / "lmcore" / "__main__.py").exists():  # XXX
+            lab.submit("prepare", "--array=0-1", script="prepare.sbatch", run="prepared")
+            lab.finish("prepare")
+        # The slow ones: most of their time they wait, so they go along with everything else.
+        one = ("--nodes=1", "--gpus-per-node=1")
+        lab.submit("limit", *one, "--time=2", "--signal=B:USR1@60", seconds=0.1)
+        deadline = ("--guard.stop_before_deadline_seconds", "85")
+        lab.submit("deadline", *one, "--time=2", seconds=0.06, arguments=deadline)
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lab: Lab) -> dict[int, float]:
+    """The losses of a run on two nodes, one process on each, to which nothing happens."""
+    lab.submit("undisturbed", "--nodes=2", "--gpus-per-node=1")
+    lab.finish("undisturbed")
+    return lab.losses("undisturbed")
+
+
+@pytest.fixture(scope="module")
+def alone(lab: Lab) -> dict[int, float]:
+    """The losses of one process to which nothing happens."""
+    lab.submit("alone", "--nodes=1", "--gpus-per-node=1")
+    lab.finish("alone")
+    return lab.losses("alone")
+
+
+def test_two_nodes_train_like_one_node_with_as_many_processes(lab: Lab) -> None:
+    lab.submit("two_nodes", "--nodes=2", "--gpus-per-node=2")
+    lab.submit("one_node", "--nodes=1", "--gpus-per-node=4")
+    lab.finish("two_nodes")
+    lab.finish("one_node")
+    two, one = lab.losses("two_nodes"), lab.losses("one_node")
+    assert len(two) == STEPS
+    assert two == one
+    assert two[STEPS] < two[1] - 1, "it learns"
+
+
+def test_whatever_happens_in_a_night_the_losses_are_those_of_a_quiet_one(
+    lab: Lab, undisturbed: dict[int, float]
+) -> None:
+    """Signals to ranks and script, a requeue, preemption, and a node that fails during preemption."""
+    command = lab.cluster.command
+    job = lab.submit("night", "--nodes=2", "--gpus-per-node=1", seconds=0.03)
+
+    lab.reach("night", 15)
+    command("scancel", "--signal=USR1", str(job))  # to the ranks only
+    lab.requeued("night", 1)
+    first = lab.step("night")
+    assert "back into the queue" in lab.said("night")
+
+    lab.reach("night", first + 10)
+    command("scancel", "--batch", "--signal=USR1", str(job))  # to the script only, like --signal=B:USR1@...
+    lab.requeued("night", 2)
+    assert "early signal: asking the ranks to save" in lab.said("night")
+
+    lab.reach("night", lab.step("night") + 10)
+    command("scontrol", "requeue", str(job))
+    lab.requeued("night", 3)
+
+    lab.reach("night", lab.step("night") + 10)
+    guest = lab.cluster.sbatch(
+        _sleeper(lab.folder), "--partition=high", "--nodes=2", "--exclusive", environment={}
+    )
+    lab.requeued("night", 4)
+    lab.cluster.wait(guest, "COMPLETED", seconds=60)
+
+    lab.reach("night", lab.step("night") + 10)
+    guest = lab.cluster.sbatch(
+        _sleeper(lab.folder),
+        "--partition=high",
+        "--nodes=1",
+        "--nodelist=node1",
+        "--exclusive",
+        environment={},
+    )
+    command("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    lab.requeued("night", 5)
+    command("scontrol", "update", "nodename=node2", "state=resume", check=False)  # it may be back already
+
+    lab.finish("night", seconds=150)
+    assert lab.losses("night") == undisturbed
+    assert lab.status("night")["state"] == "finished"
+    # The run knows where it was: the job, and how often it was restarted.
+    starts = lab.events("night", "start") + lab.events("night", "resume")
+    assert {str(job)} <= {str(record.get("job_id")) for record in starts}
+    assert max(int(record.get("restart_count", 0)) for record in starts) == 5
+
+
+def test_a_failing_rank_ends_the_job_within_seconds(lab: Lab) -> None:
+    arguments = (
+        "--model.config.exit_code",
+        "7",
+        "--model.config.exit_rank",
+        "3",
+        "--model.config.after",
+        "20",
+    )
+    job = lab.submit("failing", "--nodes=2", "--gpus-per-node=2", seconds=0.02, arguments=arguments)
+    lab.reach("failing", 15)
+    begin = time.monotonic()
+    lab.finish("failing", "FAILED")
+    assert time.monotonic() - begin < 20
+    said = lab.said("failing")
+    assert "the cause of it all" in said
+    assert "NOT REQUEUED" in said
+    assert lab.cluster.restarts(job) == 0
+    assert _processes_of(lab, job) == []
+
+
+def test_scancel_ends_at_once_and_leaves_a_run_that_goes_on(lab: Lab, undisturbed: dict[int, float]) -> None:
+    two = ("--nodes=2", "--gpus-per-node=1")
+    job = lab.submit("cancelled", *two, seconds=0.05)
+    lab.reach("cancelled", 10)
+    begin = time.monotonic()
+    lab.cluster.command("scancel", str(job))
+    lab.finish("cancelled", "CANCELLED")
+    lab.cluster.wait_for(lambda: not _processes_of(lab, job), "the processes to be gone", seconds=15)
+    assert time.monotonic() - begin < 20
+    again = lab.submit("cancelled", *two)
+    assert again != job
+    lab.finish("cancelled")
+    assert lab.losses("cancelled") == undisturbed
+
+
+def test_a_chain_finishes_in_three_pieces_and_the_fourth_ends_at_once(
+    lab: Lab, alone: dict[int, float]
+) -> None:
+    job = lab.submit(
+        "chain", "--array=1-4%1", "--nodes=1", "--gpus-per-node=1", script="train_chain.sbatch", seconds=0.02
+    )
+    for piece in (1, 2):
+        lab.cluster.wait_for(lambda: lab.cluster.state(f"{job}_{piece}") == "RUNNING", "a piece", seconds=60)  # noqa: B023
+        lab.reach("chain", lab.step("chain") + 20)
+        lab.cluster.command("scancel", "--batch", "--signal=USR1", f"{job}_{piece}")
+        lab.cluster.wait(f"{job}_{piece}", "COMPLETED", seconds=60)
+    lab.cluster.wait(f"{job}_3", "COMPLETED", seconds=90)
+    assert lab.status("chain")["state"] == "finished"
+    lab.cluster.wait(f"{job}_4", "COMPLETED", seconds=60)
+    assert "piece 4 of 4: the run is finished: nothing to do" in lab.said("chain")
+    assert lab.losses("chain") == alone
+
+
+def test_two_jobs_on_one_node_and_two_jobs_on_one_run(lab: Lab) -> None:
+    two = ("--nodes=1", "--nodelist=node1", "--gpus-per-node=2")
+    lab.submit("left", *two, seconds=0.1)
+    lab.submit("right", *two, seconds=0.1)
+    lab.reach("left", 1)
+    lab.reach("right", 1)  # both train at the same time: their ports differ
+    holder = lab.status("left")
+    intruder = lab.submit("intruder", "--nodes=1", "--gpus-per-node=1", run="left")
+    lab.finish("intruder", "FAILED")
+    assert "is in use by" in lab.said("intruder")
+    assert lab.cluster.restarts(intruder) == 0
+    assert lab.status("left")["job_id"] == holder["job_id"], (
+        "the second job must not touch the first one's run"
+    )
+    for name in ("left", "right"):
+        lab.cluster.command("scancel", str(lab.jobs[name]))
+        lab.finish(name, "CANCELLED")
+
+
+def test_evaluate(lab: Lab, alone: dict[int, float]) -> None:
+    lab.submit("evaluate", "--gpus-per-node=0", script="evaluate.sbatch", run="alone")
+    lab.finish("evaluate")
+    assert "loss" in lab.said("evaluate")
+
+
+@pytest.mark.parametrize(
+    "template", ["train.sbatch", "train_chain.sbatch", "prepare.sbatch", "evaluate.sbatch"]
+)
+def test_slurm_accepts_every_template(lab: Lab, template: str) -> None:
+    options = [] if template == "prepare.sbatch" else ["--cpus-per-task=16"]  # what these nodes have
+    if template == "prepare.sbatch":
+        options = ["--cpus-per-task=8"]
+    result = lab.cluster.command(
+        "sbatch", "--test-only", *options, str(PROJECT / "slurm" / template), check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_time_limit_costs_nothing(lab: Lab, alone: dict[int, float]) -> None:
+    """Submitted first of all; its early signal came from Slurm itself, by the clock."""
+    lab.finish("limit", seconds=240)
+    assert lab.cluster.restarts(lab.jobs["limit"]) >= 1
+    assert "early signal: asking the ranks to save" in lab.said("limit")
+    assert lab.losses("limit") == alone
+
+
+def test_the_trainer_itself_stops_before_the_end_of_the_job(lab: Lab, alone: dict[int, float]) -> None:
+    lab.finish("deadline", seconds=240)
+    assert lab.cluster.restarts(lab.jobs["deadline"]) >= 1
+    assert "the job's end time is near" in lab.said("deadline")
+    assert "early signal" not in lab.said("deadline")
+    assert lab.losses("deadline") == alone
+
+
+def test_nothing_is_left_running(lab: Lab) -> None:
+    """Last of all: no job, no process of a job, no node that is down."""
+    assert lab.cluster.command("squeue", "-h").stdout == ""
+    assert lab.cluster.processes() == []
+    assert "down" not in lab.cluster.command("sinfo", "-h", "-o", "%T").stdout
+
+
+def test_the_cluster_leaves_nothing_behind() -> None:
+    cluster = Cluster(nodes=1)
+    with cluster:
+        job = cluster.sbatch(_sleeper(cluster.folder), environment={})
+        cluster.wait(job, "RUNNING", seconds=30)
+        assert cluster.processes()
+    assert not cluster.folder.exists()
+    assert cluster.processes() == []
+    shutil.rmtree(cluster.folder, ignore_errors=True)
+
+
+def _sleeper(folder: Path) -> Path:
+    script = folder / "sleep.sh"
+    script.write_text("#!/bin/bash\n#SBATCH --output=/dev/null\nsleep 2\n")
+    return script
+
+
+def _processes_of(lab: Lab, job: int) -> list[int]:
+    mark = f"SLURM_JOB_ID={job}\0".encode()
+    return [
+        pid for pid in lab.cluster.processes() if mark in Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
+    ]
