@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 
 from lmcore.blocks import IGNORED_LABEL, BlockDataset, Blocks
 from lmcore.errors import RequestError
-from lmcore.order import Cursor, count_positions, next_positions, permute, rank_slice
+from lmcore.order import Cursor, count_positions, next_positions, permute
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
 
@@ -62,14 +62,17 @@ class Readable(Protocol):
     def count_labels(self, positions: np.ndarray) -> int | None:
         """The labels in them, if it is known without reading."""
 
-    def epoch_at(self, position: int) -> float:
-        """Epochs before ``position``."""
+    def epoch_of(self, cursor: Cursor) -> float:
+        """Epochs before the cursor."""
 
     def resumed(self, cursor: Cursor) -> Readable:
         """This data, ready to be read from a cursor on."""
 
-    def rows_of_worker(self, n_rows: int, worker: int, workers: int) -> np.ndarray:
-        """Which rows of every step one worker reads."""
+    def rank_slice(self, positions: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+        """The positions of a step that one rank reads, rising."""
+
+    def rows_of_worker(self, positions: np.ndarray, worker: int, workers: int) -> np.ndarray:
+        """Which of a rank's rows of a step one worker reads."""
 
 
 @final
@@ -80,8 +83,8 @@ class StepBatch:
     Attributes:
         micro_batches: on the device; keys ``input_ids`` (B, T) and ``labels`` (B, T) int64 (-100 is
             ignored), with a document mask also ``position_ids`` (B, T).
-        keys: for each micro-batch a number that is its own in the whole run, whatever the topology at equal
-            ``micro_batch_blocks``: the seed of its dropout.
+        keys: the first position of each micro-batch: its own in the whole run, whatever the topology at equal
+            ``micro_batch_blocks``; the seed of its dropout.
         label_count: labels of the whole step over all ranks; ``None`` if only the labels themselves can tell.
         positions: the first and the last position of the whole step.
         epoch: epochs after this step.
@@ -102,9 +105,11 @@ class StepBatch:
 @final
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """One step, before anything is read: ``wanted`` are this rank's positions, -1 where there is no label."""
+    """One step, before anything is read: ``wanted`` are this rank's positions, -1 where there is no label;
+    ``rows_of_workers`` which of them each worker reads."""
 
     wanted: np.ndarray
+    rows_of_workers: list[np.ndarray]
     keys: list[int]
     label_count: int | None
     positions: tuple[int, int]
@@ -215,14 +220,10 @@ class Batches:
 
     def _steps(self) -> Iterator[StepBatch]:
         read = self._read_here() if self._workers == 0 else self._read_by_workers()
-        cursor = self.cursor
         for plan in self._plans():
             rows = next(read)
-            lanes = getattr(rows, "state", None)
-            if lanes is not None:
-                cursor = replace(plan.cursor, stream={**cursor.stream, **lanes})
-            else:
-                cursor = plan.cursor
+            state = getattr(rows, "state", None)
+            cursor = plan.cursor if state is None else replace(plan.cursor, stream=state)
             size = self._micro_batch_blocks
             yield StepBatch(
                 micro_batches=[
@@ -231,7 +232,7 @@ class Batches:
                 keys=plan.keys,
                 label_count=plan.label_count,
                 positions=plan.positions,
-                epoch=self._dataset.epoch_at(cursor.position),
+                epoch=self._dataset.epoch_of(cursor),
                 cursor=cursor,
             )
 
@@ -240,21 +241,23 @@ class Batches:
         cursor = self.cursor
         while self._end is None or count_positions(cursor.position, self._end, cursor.skips) > 0:
             positions, after = next_positions(cursor.position, self._global_batch_blocks, cursor.skips)
-            wanted, last = positions, int(positions[-1])
+            mine = wanted = self._dataset.rank_slice(positions, self._rank, self._world_size)
             if self._end is not None and self._dataset.can_pad:
                 # The cursor stops at the end itself: a later, longer run misses no block.
-                real = positions < self._end
-                wanted, after = np.where(real, positions, -1), min(after, self._end)
-                last = int(positions[real][-1])
+                wanted, after = np.where(mine < self._end, mine, -1), min(after, self._end)
+                positions = positions[positions < self._end]
             cursor = replace(cursor, position=after)
-            mine = rank_slice(positions, self._rank, self._world_size)
             yield _Plan(
-                wanted=rank_slice(wanted, self._rank, self._world_size),
-                keys=(mine[:: self._micro_batch_blocks] // self._micro_batch_blocks).tolist(),
-                label_count=self._dataset.count_labels(wanted[wanted >= 0]),
-                positions=(int(positions[0]), last),
+                wanted=wanted,
+                keys=mine[:: self._micro_batch_blocks].tolist(),
+                label_count=self._dataset.count_labels(positions),
+                positions=(int(positions[0]), int(positions[-1])),
                 cursor=cursor,
+                rows_of_workers=self._rows_of_workers(mine),
             )
+
+    def _rows_of_workers(self, mine: np.ndarray) -> list[np.ndarray]:
+        return [self._dataset.rows_of_worker(mine, number, self._workers) for number in range(self._workers)]
 
     def _read_here(self) -> Iterator[Blocks | list[Any]]:
         for plan in self._plans():
@@ -279,9 +282,7 @@ class Batches:
             for plan in self._plans():
                 # torch takes the workers strictly in turn, so that each round is one step.
                 parts = [next(items) for _ in range(self._workers)]
-                n_rows = len(plan.wanted)
-                owned = [self._dataset.rows_of_worker(n_rows, i, self._workers) for i in range(self._workers)]
-                yield _joined(parts, owned, n_rows)
+                yield _joined(parts, plan.rows_of_workers, len(plan.wanted))
         finally:
             closing.set()
             atexit.unregister(closing.set)
@@ -300,8 +301,7 @@ class _WorkerShare(IterableDataset):
         assert info is not None
         dataset = self._batches._dataset
         for plan in self._batches._plans():
-            rows = dataset.rows_of_worker(len(plan.wanted), info.id, info.num_workers)
-            yield dataset.read(plan.wanted[rows])
+            yield dataset.read(plan.wanted[plan.rows_of_workers[info.id]])
 
 
 def _ignore_signals(closing: Any, worker: int) -> None:
@@ -452,7 +452,7 @@ class EvalBatches:
         self._dataset = dataset
         self._micro_batch_blocks = micro_batch_blocks
         self._rank, self._world_size = rank, world_size
-        self._total = dataset.n_blocks_with_tails
+        self._total = dataset.n_in_order
         self.n_blocks = min(self._total, limit) if limit is not None else self._total
         self._to_device = _ToDevice(torch.device(device), pin_memory, cu_seq_lens, None)
 

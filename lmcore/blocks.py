@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lmcore.errors import RequestError
-from lmcore.order import ORDER_VERSION, Cursor, Order, Phase
+from lmcore.order import ORDER_VERSION, Cursor, Order, Phase, rank_slice
 from lmcore.token_store import TokenStore
 
 IGNORED_LABEL = -100
@@ -195,17 +195,21 @@ class BlockDataset(IterableDataset):
         """Labels in the blocks at ``positions``, without reading them."""
         return len(positions) * self.block_size
 
-    def epoch_at(self, position: int) -> float:
-        """Epochs before ``position``."""
-        return self.order.epoch_at(position)
+    def epoch_of(self, cursor: Cursor) -> float:
+        """Epochs before the cursor."""
+        return self.order.epoch_at(cursor.position)
 
     def resumed(self, cursor: Cursor) -> BlockDataset:
         """These blocks under the cursor's mixtures."""
         return self if cursor.phases == self.order.phases else self.with_phases(cursor.phases)
 
-    def rows_of_worker(self, n_rows: int, worker: int, workers: int) -> np.ndarray:
-        """Which rows of a step one worker reads."""
-        return np.arange(worker, n_rows, workers)
+    def rank_slice(self, positions: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+        """The positions of one rank."""
+        return rank_slice(positions, rank, world_size)
+
+    def rows_of_worker(self, positions: np.ndarray, worker: int, workers: int) -> np.ndarray:
+        """Which of a rank's rows one worker reads."""
+        return np.arange(worker, len(positions), workers)
 
     def read(self, positions: np.ndarray) -> Blocks:
         """The blocks at ``positions`` (B,); a negative position gives a block without labels."""
@@ -215,7 +219,7 @@ class BlockDataset(IterableDataset):
         return self._read(rows, source, block * self.block_size, len(positions))
 
     @property
-    def n_blocks_with_tails(self) -> int:
+    def n_in_order(self) -> int:
         """Blocks of all stores, the last, partial one of each store included."""
         return sum(self._counts_with_tails())
 
@@ -224,7 +228,7 @@ class BlockDataset(IterableDataset):
 
     def read_in_order(self, numbers: np.ndarray) -> Blocks:
         """Blocks by their number as they lie in the stores, each store's tail after its blocks, for
-        evaluation; there are :attr:`n_blocks_with_tails`. A negative number gives a
+        evaluation; there are :attr:`n_in_order`. A negative number gives a
         block without labels."""
         counts = np.array(self._counts_with_tails())
         ends = np.cumsum(counts)
@@ -260,7 +264,7 @@ class BlockDataset(IterableDataset):
             if position_ids is not None:
                 for at, start in zip(row.tolist(), first.tolist()):
                     ends = store.document_ends(start, min(start + self.block_size, store.n_tokens))
-                    position_ids[at] = _position_ids(ends - start, self.block_size)
+                    position_ids[at] = position_ids_of(ends - start, self.block_size)
         return Blocks(ids=ids, n_labels=n_labels, position_ids=position_ids)
 
     # ---- one by one: a plain DataLoader ----
@@ -317,7 +321,7 @@ class BlockDataset(IterableDataset):
     def _block(self, ids: np.ndarray, ends: np.ndarray) -> dict[str, Tensor]:
         padded = np.full((1, self.block_size + 1), self.pad_id, dtype=np.int64)
         padded[0, : len(ids)] = ids
-        position_ids = _position_ids(ends, self.block_size)[None] if self.document_mask else None
+        position_ids = position_ids_of(ends, self.block_size)[None] if self.document_mask else None
         return _tensors(Blocks(ids=padded, n_labels=np.array([len(ids) - 1]), position_ids=position_ids))
 
 
@@ -340,7 +344,7 @@ def _tensors(blocks: Blocks) -> dict[str, Tensor]:
     return out
 
 
-def _position_ids(ends: np.ndarray, size: int) -> np.ndarray:
+def position_ids_of(ends: np.ndarray, size: int) -> np.ndarray:
     """(T,) places in their documents; ``ends`` are document ends, counted from the start of the block. A
     document that began before the block counts from the start of the block."""
     starts = np.zeros(size, dtype=np.int32)

@@ -59,7 +59,7 @@ _32 = np.uint64(32)
 
 
 @lru_cache(maxsize=4096)
-def _keys(seed: int, purpose: str, *numbers: int) -> np.ndarray:
+def keys(seed: int, purpose: str, *numbers: int) -> np.ndarray:
     """The (_ROUNDS,) round keys of one permutation. blake2b, because its output is fixed by its
     specification."""
     text = f"lmcore order {ORDER_VERSION}\0{seed}\0{purpose}\0" + "\0".join(map(str, numbers))
@@ -71,10 +71,10 @@ def _keys_of_each(seed: int, purpose: str, *columns: np.ndarray) -> np.ndarray:
     """(_ROUNDS, n) round keys, one permutation per row of ``columns`` (each (n,) integers)."""
     table = np.stack(columns, axis=1)
     if (table == table[0]).all():
-        return _keys(seed, purpose, *table[0].tolist())[:, None]
+        return keys(seed, purpose, *table[0].tolist())[:, None]
     unique, inverse = np.unique(table, axis=0, return_inverse=True)
-    keys = np.stack([_keys(seed, purpose, *row) for row in unique.tolist()], axis=1)
-    return keys[:, inverse.reshape(-1)]
+    columns_of = np.stack([keys(seed, purpose, *row) for row in unique.tolist()], axis=1)
+    return columns_of[:, inverse.reshape(-1)]
 
 
 def _feistel(
@@ -97,13 +97,14 @@ def _feistel(
     return (left << right_bits) | right
 
 
-def permute(index: np.ndarray, length: np.ndarray | int, keys: np.ndarray) -> np.ndarray:
+def permute(index: np.ndarray, length: np.ndarray | int, round_keys: np.ndarray) -> np.ndarray:
     """A keyed permutation of ``range(length)``, evaluated at ``index`` only.
 
     Args:
         index: (n,) int64, each in ``[0, length)``.
         length: the size of the domain, one for all or (n,) int64.
-        keys: (R,) or (R, n) uint64 round keys; elements with equal keys and length share one permutation.
+        round_keys: (R,) or (R, n) uint64 round keys; elements with equal keys and length share one
+            permutation.
 
     Returns:
         (n,) int64, in ``[0, length)``.
@@ -111,16 +112,16 @@ def permute(index: np.ndarray, length: np.ndarray | int, keys: np.ndarray) -> np
     lengths = np.broadcast_to(np.asarray(length, dtype=np.int64), index.shape)
     if index.size == 0:
         return np.zeros(0, dtype=np.int64)
-    keys = np.broadcast_to(keys.reshape(_ROUNDS, -1), (_ROUNDS, index.size))
+    each = np.broadcast_to(round_keys.reshape(_ROUNDS, -1), (_ROUNDS, index.size))
     # frexp of a double is exact up to 2^53, and no corpus has 2^53 blocks.
     bits = np.maximum(np.frexp((lengths - 1).astype(np.float64))[1], _SMALLEST_DOMAIN_BITS).astype(np.uint64)
     left_bits = bits >> np.uint64(1)
     right_bits = bits - left_bits
     limit = lengths.astype(np.uint64)
-    out = _feistel(index.astype(np.uint64), keys, left_bits, right_bits)
+    out = _feistel(index.astype(np.uint64), each, left_bits, right_bits)
     outside = np.flatnonzero(out >= limit)
     while outside.size:
-        out[outside] = _feistel(out[outside], keys[:, outside], left_bits[outside], right_bits[outside])
+        out[outside] = _feistel(out[outside], each[:, outside], left_bits[outside], right_bits[outside])
         outside = outside[out[outside] >= limit[outside]]
     return out.astype(np.int64)
 
@@ -161,14 +162,14 @@ def shares(weights: Sequence[float], slots: int = MIXTURE_SLOTS) -> tuple[int, .
     return tuple(counts.tolist())
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def _mixture_window(
     seed: int, start: int, counts: tuple[int, ...], window: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The sources (S,) of one window's slots, and (S,) how many earlier slots of the window have the same
     source."""
     slots = sum(counts)
-    shuffled = permute(np.arange(slots), slots, _keys(seed, "mixture", start, window))
+    shuffled = permute(np.arange(slots), slots, keys(seed, "mixture", start, window))
     source = np.repeat(np.arange(len(counts)), counts)[shuffled]
     by_source = np.argsort(source, kind="stable")
     rank = np.empty(slots, dtype=np.int64)
@@ -266,26 +267,35 @@ class Order:
 
     @cached_property
     def _drawn(self) -> list[tuple[int, ...]]:
-        """For each phase, the blocks drawn from each source before it.
+        """For each phase, the blocks drawn from each source before it."""
+        drawn: list[tuple[int, ...]] = [(0,) * len(self.lengths)]
+        for number, following in enumerate(self.phases[1:]):
+            drawn.append(self._drawn_after(number, drawn[-1], following.position))
+        return drawn
+
+    def drawn_before(self, position: int) -> tuple[int, ...]:
+        """The blocks drawn from each source before ``position``, which lies in a mixture."""
+        number = sum(phase.position <= position for phase in self.phases) - 1
+        return self._drawn_after(number, self._drawn[number], position)
+
+    def _drawn_after(self, number: int, drawn: tuple[int, ...], position: int) -> tuple[int, ...]:
+        """The blocks drawn from each source when phase ``number``, begun with ``drawn``, has come to
+        ``position``.
 
         Where the kind of order changes, the next phase starts every source with a fresh epoch: which blocks
         an unfinished one has left is not arithmetic.
         """
-        drawn, out = np.zeros(len(self.lengths), dtype=np.int64), []
-        lengths = np.maximum(np.asarray(self.lengths, dtype=np.int64), 1)
-        for number, phase in enumerate(self.phases):
-            out.append(tuple(drawn.tolist()))
-            if number + 1 == len(self.phases):
-                break
-            passed = self.phases[number + 1].position - phase.position
-            if phase.weights is None:
-                drawn = (max(-(-drawn // lengths)) + -(-passed // self.epoch_blocks)) * lengths
-            else:
-                counts = self._counts(number)
-                source, _ = _mixture_window(self.seed, phase.position, counts, passed // MIXTURE_SLOTS)
-                rest = np.bincount(source[: passed % MIXTURE_SLOTS], minlength=len(self.lengths))
-                drawn = drawn + (passed // MIXTURE_SLOTS) * np.asarray(counts) + rest
-        return out
+        phase = self.phases[number]
+        passed = position - phase.position
+        if phase.weights is None:
+            lengths = [max(length, 1) for length in self.lengths]
+            begun = max(-(-count // length) for count, length in zip(drawn, lengths))
+            return tuple((begun + -(-passed // self.epoch_blocks)) * length for length in lengths)
+        counts = self._counts(number)
+        windows, slots = divmod(passed, MIXTURE_SLOTS)
+        source, _ = _mixture_window(self.seed, phase.position, counts, windows)
+        rest = np.bincount(source[:slots], minlength=len(counts)).tolist()
+        return tuple(a + windows * b + c for a, b, c in zip(drawn, counts, rest))
 
     def _shuffled(
         self, index: np.ndarray, length: np.ndarray, source: np.ndarray, epoch: np.ndarray
@@ -306,8 +316,9 @@ class Order:
         group, groups = place // GROUP_BLOCKS, length // GROUP_BLOCKS
         whole = group < groups  # the last, partial group keeps its place; its window shuffles it among others
         if whole.any():
-            keys = _keys_of_each(self.seed, "group", source[whole], epoch[whole])
-            moved = permute(group[whole], groups[whole], keys)
+            moved = permute(
+                group[whole], groups[whole], _keys_of_each(self.seed, "group", source[whole], epoch[whole])
+            )
             place[whole] = moved * GROUP_BLOCKS + place[whole] % GROUP_BLOCKS
         return place
 

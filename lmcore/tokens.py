@@ -71,7 +71,7 @@ def prepare(
         RequestError: nothing to read, or nowhere to write.
     """
     note = note or (lambda line: None)
-    identity = _identity(source, tokenizer, split, eos)
+    identity = identity_of(source, tokenizer, split, eos)
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     side = "" if split[0] == "all" else f"-{split[0]}"
     folder = Path(store_dir) / f"{source.name}{side}-{fingerprint[:16]}"
@@ -95,7 +95,7 @@ def prepare(
 # ---- what a store is made of ----
 
 
-def _identity(
+def identity_of(
     source: text.Source, tokenizer: EncodesBatches, split: tuple[str, float], eos: bool
 ) -> dict[str, Any]:
     """All that the tokens depend on; its hash is the fingerprint."""
