@@ -175,7 +175,7 @@ def json_lines(numbered: Numbered, stop: int, encoding: str) -> Iterator[tuple[i
 
 
 def json_file(numbered: Numbered, encoding: str) -> Iterator[tuple[int, Any]]:
-    """A ``.json`` file: lines of records (as some corpora call them), an array, or objects over several lines."""
+    """A ``.json`` file: lines of records (as some corpora call them), an array, or objects over many lines."""
     visible = (one for one in numbered if isinstance(one[1], Damage) or not is_blank(one[1]))
     head = list(itertools.islice(visible, 2))
     values = [None if isinstance(line, Damage) else _json(line, encoding) for _, line in head]

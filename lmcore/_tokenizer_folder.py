@@ -20,7 +20,7 @@ from tokenizers.models import BPE, Unigram
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Piece types of sentencepiece_model.proto."""
-_UNIGRAM, _BPE, _CHAR = 1, 2, 4
+UNIGRAM, _BPE, _CHAR = 1, 2, 4
 """Model types of sentencepiece_model.proto."""
 
 HARD_TEXTS = (
@@ -64,6 +64,7 @@ def is_exact(proto: Any) -> bool:
         and normalizer.escape_whitespaces
         and proto.trainer_spec.byte_fallback
         and not proto.trainer_spec.treat_whitespace_as_suffix
+        and any(piece.piece == SPACE and piece.type == NORMAL for piece in proto.pieces)
     )
 
 
@@ -71,7 +72,7 @@ def convert(proto: Any) -> Tokenizer:
     """The same tokenizer in the ``tokenizers`` library. Raises ValueError for word models."""
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     pieces = [piece.piece for piece in proto.pieces]
-    if trainer.model_type == _UNIGRAM:
+    if trainer.model_type == UNIGRAM:
         model: Any = Unigram(
             [(piece.piece, piece.score) for piece in proto.pieces], trainer.unk_id, trainer.byte_fallback
         )

@@ -156,7 +156,11 @@ class Tokenizer:
         between two characters that stand beside one another in no piece, nothing is ever merged, and the cut
         changes nothing. (For byte-pair and character models without normalization; others are not cut.)
         """
-        if len(text) <= _CUT_CHARACTERS or not self._exact or self._proto.trainer_spec.model_type == 1:
+        if (
+            len(text) <= _CUT_CHARACTERS
+            or not self._exact
+            or self._proto.trainer_spec.model_type == folders.UNIGRAM
+        ):
             yield text
             return
         if self._bigrams is None:
@@ -193,9 +197,12 @@ class Tokenizer:
         files = dict(self.files)
         if self._is_native:
             wrapped = folders.convert(self._proto)
-            found = folders.difference(self._model, wrapped, folders.HARD_TEXTS if self._exact else ())
-            if found:
+            found = folders.difference(self._model, wrapped, folders.HARD_TEXTS)
+            if found and self._exact and self._proto.trainer_spec.model_type != folders.UNIGRAM:
                 raise FaultError(f"the tokenizer does not survive its conversion to transformers: {found}")
+            if found:
+                # Its normalization works on other units there, and unigram ties are broken otherwise: rare texts only.
+                self.notes += (f"in transformers some texts are not the same as here: {found}",)
             wrapped.encode_special_tokens = False
             files["tokenizer.json"] = wrapped.to_str(pretty=True).encode()
             prefix = self._proto.normalizer_spec.add_dummy_prefix
@@ -330,6 +337,8 @@ def train(
         "add_dummy_prefix": False,
         "remove_extra_whitespaces": False,
         "allow_whitespace_only_pieces": True,
+        # Japanese text may hold no space at all; without a piece for it, a space would come back as "▁".
+        "required_chars": folders.SPACE,
         "unk_id": 0,
         "bos_id": 1,
         "eos_id": 2,
@@ -358,7 +367,9 @@ def train(
 def _self_test(tokenizer: Tokenizer, lines: Sequence[str]) -> None:
     """Before anyone uses it: every sampled line comes back exactly, with the same ids in transformers."""
     texts = [*lines, "\n".join(lines[:50]), *folders.HARD_TEXTS]
-    if tokenizer._proto.trainer_spec.model_type != 1:  # unigram may choose differently between equal scores
+    if (
+        tokenizer._proto.trainer_spec.model_type != folders.UNIGRAM
+    ):  # unigram may choose differently between equal scores
         found = folders.difference(tokenizer._model, folders.convert(tokenizer._proto), texts)
         if found:
             raise FaultError(f"self-test of the tokenizer: {found}")
