@@ -6,7 +6,7 @@ division, by the number of labels of the whole step over all ranks, happens else
 float32 (float64 for float64 input), whatever the precision of the matrix products.
 
 The vocabulary head is the largest activation of a language model: N tokens times V logits, several times
-over. The chunked head computes a few hundred rows of logits at a time and *their gradients at once, in the
+over. The chunked head computes some rows of logits at a time and *their gradients at once, in the
 forward pass*: the gradient of a sum does not depend on anything that comes later but one scalar factor, which
 backward multiplies in. So nothing is recomputed, nothing of size N x V is ever held, and backward is one
 multiplication.
@@ -21,6 +21,8 @@ Letters: B blocks, T tokens of a block, N = B*T, D width, V vocabulary, P the sa
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,10 +34,15 @@ from lmcore.errors import RequestError
 IGNORED_LABEL = -100
 """torch's default ``ignore_index``; set by position, so that a pad id equal to EOS never hides a real EOS."""
 
-CHUNK_BYTES = 16 * 2**20
-"""Size of one chunk's float32 logits under ``chunk="auto"`` on a CPU."""
+CHUNK_BYTES = 256 * 2**20
+"""Size of one chunk's logits under ``chunk="auto"`` on a CPU: the chunked head keeps one such buffer."""
 CUDA_CHUNK_BYTES = 2**30
 """The same on a GPU, where small matrix products would leave most of the chip idle."""
+_FP16_LIFT = 8.0
+"""float16 has no room below 6e-5: the probabilities of rare tokens would be rounded away before the loss scale,
+which arrives in backward, could lift them. Eight is far from overflow in the sum over a chunk."""
+_TILE_ROWS = 64
+"""Rows whose softmax is taken at once on a CPU, in float32: 64 x 50,304 x 4 bytes stay in the outer cache."""
 
 
 def count_labels(labels: Tensor) -> Tensor:
@@ -106,17 +113,20 @@ def cross_entropy_sum(
     return losses.sum(), count_labels(labels)
 
 
-def choose_chunk(chunk: int | str | None, *, tokens: int, vocab_size: int, device_type: str = "cpu") -> int:
+def choose_chunk(
+    chunk: int | str | None, *, tokens: int, vocab_size: int, device_type: str = "cpu", element_bytes: int = 2
+) -> int:
     """Tokens per chunk of the vocabulary head; 0 = the plain head.
 
-    ``"auto"``: as many rows as keep one chunk's float32 logits within ``CHUNK_BYTES`` (CPU) or
-    ``CUDA_CHUNK_BYTES`` (GPU), a multiple of 128, at least 128, at most all of them. Measured in
-    ``benchmarks/head.py``.
+    ``"auto"``: the fewest equal chunks whose logits stay within ``CHUNK_BYTES`` (CPU) or ``CUDA_CHUNK_BYTES``
+    (GPU). Few, because each chunk adds a product of the weight's size to the weight's gradient; not one,
+    because the buffer is what the chunked head saves. Measured in ``benchmarks/head.py``.
     """
     if chunk is None or chunk == "auto":
         budget = CUDA_CHUNK_BYTES if device_type == "cuda" else CHUNK_BYTES
-        rows = max(128, budget // (4 * vocab_size) // 128 * 128)
-        return min(rows, tokens)
+        most = max(_TILE_ROWS, budget // (element_bytes * vocab_size))
+        rows = -(-tokens // -(-tokens // most))
+        return min(-(-rows // _TILE_ROWS) * _TILE_ROWS, tokens)
     rows = int(chunk)
     if rows < 0:
         raise RequestError(f"loss.chunk is {rows}: give tokens per chunk, 0 for the plain head, or auto")
@@ -133,6 +143,7 @@ def causal_lm_loss(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     vocab_size: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Loss of a linear vocabulary head: (sum, count) as 0-dim tensors.
 
@@ -143,38 +154,131 @@ def causal_lm_loss(
         labels: (B, T) or (N,) int64, already shifted, -100 = ignored.
         chunk: tokens per chunk, 0 for the plain head, ``"auto"`` for :func:`choose_chunk`.
         label_smoothing, z_loss, vocab_size: see :func:`token_losses`.
+        compiled: the softmax and its gradient as one compiled kernel (chunked head only).
 
     The products run in the autocast dtype where autocast is on, else in ``hidden``'s dtype. The first
-    derivative is exact; a second derivative is refused (by torch) under the chunked head.
+    derivative is exact; a second derivative is refused (by torch) under the chunked head, and backward runs
+    once per forward.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     target = labels.reshape(-1)
+    device = hidden.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     rows = choose_chunk(
-        chunk, tokens=flat.shape[0], vocab_size=head_weight.shape[0], device_type=hidden.device.type
+        chunk,
+        tokens=flat.shape[0],
+        vocab_size=head_weight.shape[0],
+        device_type=device,
+        element_bytes=compute.itemsize,
     )
     if rows == 0:
         logits = F.linear(flat, head_weight, head_bias)
         return cross_entropy_sum(
             logits, target, label_smoothing=label_smoothing, z_loss=z_loss, vocab_size=vocab_size
         )
+    real = head_weight.shape[0] if vocab_size is None else vocab_size
+    lift = _FP16_LIFT if compute == torch.float16 else 1.0
+    tile = functools.partial(
+        _compiled_tile() if compiled else _tile,
+        gradient=torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (flat, head_weight)),
+        real=real,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        lift=lift,
+    )
+    whole_chunks = compiled or device != "cpu"  # else the float32 copy of a few rows stays in the cache
     loss = _ChunkedHead.apply(
-        flat,
-        head_weight,
-        head_bias,
-        target,
-        rows,
-        label_smoothing,
-        z_loss,
-        vocab_size,
-        torch.is_grad_enabled(),
+        flat, head_weight, head_bias, target, rows, rows if whole_chunks else _TILE_ROWS, compute, tile, lift
     )
     return loss, count_labels(labels)
 
 
-# float16 has no room below 6e-5: probabilities of rare tokens would be rounded away before the loss scale,
-# which arrives in backward, could lift them. Eight is far from overflow in the
-# sum over a chunk.
-_FP16_LIFT = 8.0
+def _tile(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    gradient: bool,
+    real: int,
+    label_smoothing: float,
+    z_loss: float,
+    lift: float,
+) -> Tensor:
+    """Sum of the losses of some rows of logits (t, P); the logits are overwritten by the sum's gradient.
+
+    It is ``p_v (1 + 2 z lse) - (1 - s) [v == y] - s / V`` (see :func:`token_losses`), zero for padding and for
+    ignored labels, times ``lift``. Without ``gradient`` the logits are spoilt.
+    """
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    valid = labels != IGNORED_LABEL
+    kept = valid.to(x.dtype).unsqueeze(1)
+    index = labels.clamp_min(0).unsqueeze(1)
+    if real < x.shape[1]:
+        x[:, real:] = float("-inf")
+    picked = x.gather(1, index)
+    mean = x[:, :real].mean(dim=1, keepdim=True) if label_smoothing else picked
+    top, where = x.max(dim=1, keepdim=True)
+    p = torch.softmax(x, dim=1, out=x)
+    lse = top - p.gather(1, where).log()  # the largest p is at least 1/V: its logarithm is exact
+    loss = lse - (1 - label_smoothing) * picked - label_smoothing * mean
+    if z_loss:
+        loss += z_loss * lse.square()
+    if gradient:
+        if z_loss:
+            p.mul_(1 + 2 * z_loss * lse)
+        if label_smoothing:
+            p[:, :real] -= label_smoothing / real
+        p.scatter_add_(1, index, torch.full_like(kept, label_smoothing - 1))
+        # By selection, not by a product: an ignored row may hold anything, even what is not finite.
+        if p.is_cuda or not bool(valid.all()):  # on a GPU the question would cost more than the pass
+            p.masked_fill_(~valid.unsqueeze(1), 0.0)
+        if lift != 1.0:
+            p.mul_(lift)
+        if p is not logits:
+            logits.copy_(p)
+    return torch.where(valid, loss.squeeze(1), 0.0).sum()
+
+
+def _tile_to_compile(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    gradient: bool,
+    real: int,
+    label_smoothing: float,
+    z_loss: float,
+    lift: float,
+) -> Tensor:
+    """:func:`_tile` without any write but the last, so that a compiler fuses it: two reads, one write."""
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    valid = labels != IGNORED_LABEL
+    index = labels.clamp_min(0).unsqueeze(1)
+    column = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+    is_real = column < real
+    picked = x.gather(1, index)
+    mean = torch.where(is_real, x, 0.0).sum(dim=1, keepdim=True) / real if label_smoothing else picked
+    x = torch.where(is_real, x, float("-inf"))
+    top = x.amax(dim=1, keepdim=True)
+    exponential = (x - top).exp()
+    total = exponential.sum(dim=1, keepdim=True)
+    lse = top + total.log()
+    loss = lse - (1 - label_smoothing) * picked - label_smoothing * mean
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    if gradient:
+        g = exponential * ((1 + 2 * z_loss * lse) / total)
+        g = g - torch.where(column == index, 1 - label_smoothing, 0.0)
+        if label_smoothing:
+            g = g - torch.where(is_real, label_smoothing / real, 0.0)
+        if lift != 1.0:
+            g = g * lift
+        logits.copy_(torch.where(valid.unsqueeze(1), g, 0.0))
+    return torch.where(valid, loss.squeeze(1), 0.0).sum()
+
+
+@functools.cache
+def _compiled_tile() -> Callable[..., Tensor]:
+    return torch.compile(_tile_to_compile, dynamic=False)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -188,91 +292,56 @@ class _ChunkedHead(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         rows: int,
-        label_smoothing: float,
-        z_loss: float,
-        vocab_size: int | None,
-        grad_enabled: bool,
+        tile_rows: int,
+        compute: torch.dtype,
+        tile: functools.partial[Tensor],
+        lift: float,
     ) -> Tensor:
-        need_hidden, need_weight, need_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
-        device = hidden.device.type
-        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        # needs_input_grad does not know of no_grad; inside of here gradients are off in any case.
+        need_hidden, need_weight, need_bias = (
+            need and tile.keywords["gradient"] for need in ctx.needs_input_grad[:3]
+        )
         accumulate = torch.float64 if compute == torch.float64 else torch.float32
-        lift = _FP16_LIFT if compute == torch.float16 else 1.0
-        n, padded = hidden.shape[0], weight.shape[0]
-        real = padded if vocab_size is None else vocab_size
-
-        with torch.autocast(device, enabled=False):
+        n = hidden.shape[0]
+        total = torch.zeros((), dtype=accumulate, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight: Tensor | None = None
+        grad_bias: Tensor | None = None
+        with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(compute)
             b = None if bias is None else bias.to(compute)
-            total = torch.zeros((), dtype=accumulate, device=hidden.device)
-            grad_hidden = torch.empty_like(hidden) if need_hidden else None
-            grad_weight = (
-                torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if need_weight else None
-            )
-            grad_bias = torch.zeros(padded, dtype=accumulate, device=weight.device) if need_bias else None
-            # Allocated once: on a virtual machine the page faults of fresh large buffers cost more than
-            # the arithmetic.
-            buffer = torch.empty(min(rows, n), padded, dtype=compute, device=hidden.device)
-            wide = buffer if compute == accumulate else torch.empty_like(buffer, dtype=accumulate)
-
+            # Allocated once: on a virtual machine the page faults of fresh large buffers cost more than the
+            # arithmetic.
+            buffer = torch.empty(min(rows, n), weight.shape[0], dtype=compute, device=hidden.device)
             for start in range(0, n, rows):
                 h = hidden[start : start + rows].to(compute)
-                y = labels[start : start + rows]
-                valid = y != IGNORED_LABEL
-                index = y.clamp_min(0).unsqueeze(1)
-                logits, x = buffer[: h.shape[0]], wide[: h.shape[0]]
+                logits = buffer[: h.shape[0]]
                 torch.mm(h, w.t(), out=logits)
                 if b is not None:
                     logits.add_(b)
-                if x is not logits:
-                    x.copy_(logits)
-                if real < padded:
-                    x[:, real:] = float("-inf")
-                lse = torch.logsumexp(x, dim=-1)
-                loss = lse - (1 - label_smoothing) * x.gather(1, index).squeeze(1)
-                if label_smoothing:
-                    loss -= label_smoothing * x[:, :real].mean(dim=-1)
-                if z_loss:
-                    loss += z_loss * lse.square()
-                total += torch.where(valid, loss, 0.0).sum()
-                if not (need_hidden or need_weight or need_bias):
-                    continue
-
-                # d loss / d logits = p * (1 + 2 z lse) - (1 - s) [v == y] - s / V; zero where ignored.
-                g = x.sub_(lse.unsqueeze(1)).exp_()
-                kept = valid.to(accumulate)
-                if z_loss:
-                    g.mul_((kept * (1 + 2 * z_loss * lse)).unsqueeze(1))
-                else:
-                    g.mul_(kept.unsqueeze(1))
-                if label_smoothing:
-                    g[:, :real] -= (label_smoothing / real) * kept.unsqueeze(1)
-                g.scatter_add_(1, index, ((label_smoothing - 1) * kept).unsqueeze(1))
-                if lift != 1.0:
-                    g.mul_(lift)
-                if grad_bias is not None:
-                    grad_bias += g.sum(dim=0)
-                if g is not logits:
-                    logits.copy_(g)
+                for part, y in zip(
+                    logits.split(tile_rows), labels[start : start + rows].split(tile_rows), strict=True
+                ):
+                    total += tile(part, y)
                 if grad_hidden is not None:
                     grad_hidden[start : start + rows] = torch.mm(logits, w)
-                if grad_weight is not None:
-                    if compute == accumulate:
-                        grad_weight.addmm_(logits.t(), h)
-                    else:  # sums in float32 inside, rounded once per chunk, as the plain head's product
-                        grad_weight += torch.mm(logits.t(), h)
+                if need_weight:
+                    # Sums in float32 inside and is rounded once per chunk, as the plain head's product is.
+                    product = torch.mm(logits.t(), h)
+                    grad_weight = product.to(accumulate) if grad_weight is None else grad_weight.add_(product)
+                if need_bias:
+                    column_sums = logits.sum(dim=0, dtype=accumulate)
+                    grad_bias = column_sums if grad_bias is None else grad_bias.add_(column_sums)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.lift = lift
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
         if ctx.grads is None:
-            raise RuntimeError(
-                "the chunked head's gradients were already used: backward runs once per forward"
-            )
+            raise RuntimeError("the chunked head's gradients are used up: backward runs once per forward")
         grads, ctx.grads = ctx.grads, None
         factor = grad_loss / ctx.lift
         # In place, on buffers that nobody else holds; rounding comes after the scaling.
