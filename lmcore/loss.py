@@ -267,9 +267,9 @@ def _tile_to_compile(
         loss = loss + z_loss * lse.square()
     if gradient:
         g = exponential * ((1 + 2 * z_loss * lse) / total)
-        g = g - torch.where(column == index, 1 - label_smoothing, 0.0)
+        g = torch.where(column == index, g - (1 - label_smoothing), g)
         if label_smoothing:
-            g = g - torch.where(is_real, label_smoothing / real, 0.0)
+            g = torch.where(is_real, g - label_smoothing / real, g)
         if lift != 1.0:
             g = g * lift
         logits.copy_(torch.where(valid.unsqueeze(1), g, 0.0))
