@@ -15,7 +15,7 @@ import os
 import sys
 
 from lmcore import command_line
-from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, FaultError, RequestError
+from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED, FaultError, RequestError
 
 IS_RANK_0 = os.environ.get("RANK", "0") == "0"
 
@@ -39,7 +39,7 @@ from lmcore.engine import Engine
 from lmcore.guard import FAULT, Guard, Verdict
 from lmcore.model import parameter_counts
 from lmcore.report import Report, silence_other_bars
-from lmcore.run_folder import RunFolder
+from lmcore.run_folder import RunFolder, place
 from lmcore.session import EVALUATE_DUE, LOG_DUE, SAVE_DUE, Session, find_checkpoint, on_main
 from lmcore.trackers import Trackers
 
@@ -59,24 +59,30 @@ def run(config: RunConfig) -> int:
         tf32=config.train.tf32,
     )
     folder = RunFolder(config.run_dir, private=config.checkpoint.private)
+    ours = False  # until the lock is had, status.json may be another job's
     try:
         on_main(engine, folder.lock)
+        ours = engine.is_main
         with Report(folder.path, rank=engine.rank, world_size=engine.world_size) as report:
-            code, state, reason = train(config, engine, folder, report)
+            code, state, reason, step = train(config, engine, folder, report)
         if engine.is_main:
-            folder.write_status(state, exit_code=code, reason=reason)
+            folder.write_status(state, step=step, exit_code=code, reason=reason)
         return code
     except (RequestError, FaultError) as error:
-        if engine.is_main and (folder.path / "status.json").exists():
+        if ours and (folder.path / "status.json").exists():
             folder.write_status("failed", exit_code=error.exit_code, reason=str(error))
+        raise
+    except SystemExit as left:  # a signal while there was nothing to save yet: start me again
+        if ours and left.code == EXIT_SAVED:
+            folder.write_status("saved", exit_code=EXIT_SAVED, reason="a signal before the first step")
         raise
     finally:
         folder.unlock()
         engine.close()
 
 
-def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) -> tuple[int, str, str]:
-    """One training. Returns the exit code, the state for ``status.json``, and the reason in words."""
+def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) -> tuple[int, str, str, int]:
+    """One training. Returns the exit code; and the state, the reason and the step for ``status.json``."""
     guard = Guard(
         run_dir=folder.path,
         rank=engine.rank,
@@ -166,6 +172,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
     report.start(
         [
             ("run folder", str(folder.path)),
+            ("job", ", ".join(f"{name} {value}" for name, value in place().items())),
             ("model", f"{assemble.model_name(config)}, {counts['total']:,} parameters"),
             *data.rows,
             *sizes.rows(config, engine.world_size),
@@ -183,7 +190,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
     )
     if found:
         report.load_state(past["report"])
-    report.event("resume" if found else "start", step=begin.step, position=begin.cursor.position)
+    report.event("resume" if found else "start", step=begin.step, position=begin.cursor.position, **place())
     guard.begin()  # from here on a signal sets a flag: there is something to save
     guard.watch(session=engine.broadcast_object(str(time.time_ns())))
     if config.evaluate.at_start and not found:
@@ -261,7 +268,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
             raise FaultError(f"stopped at step {session.state.step}: {verdict.reason}")
         report.end(f"saved at step {session.state.step:,}: {verdict.reason}; the same command goes on", [])
         session.close()
-        return verdict.exit_code, "saved", verdict.reason
+        return verdict.exit_code, "saved", verdict.reason, session.state.step
     why = why or "the horizon is reached"
     session.save("end")
     session.saves.wait(final=True)  # code 0 only after the last checkpoint is committed and verified
@@ -270,15 +277,15 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
     session.finish(tests)
     session.notify(f"finished at step {session.state.step}: {why}")
     session.close()
-    return EXIT_FINISHED, "finished", why
+    return EXIT_FINISHED, "finished", why, session.state.step
 
 
-def main() -> int:
+def main(config: RunConfig) -> int:
     """Run, and turn what was refused into one line for a person and an exit code for a script."""
     try:
-        return run(CONFIG)
+        return run(config)
     except (RequestError, FaultError) as error:
-        if CONFIG.debug:
+        if config.debug:
             raise
         if IS_RANK_0:
             print(f"train_lm.py: {error}", file=sys.stderr)
@@ -286,4 +293,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(CONFIG))

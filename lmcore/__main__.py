@@ -12,10 +12,12 @@ about exactly that run.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,17 +98,40 @@ def _taken(words: list[str], name: str, default: str | None = None) -> str | Non
 
 def prepare(words: list[str]) -> None:
     """Build the tokenizer and the token stores of a configuration, without training."""
-    config = _config(words, "prepare", "Run it on a machine without GPUs; the run then begins at once.")
+    worker = _taken(words, "worker", "0") or "0"
+    if not worker.isdigit():
+        raise RequestError(
+            f"--worker {worker}: give a number, 0 for the first of several that share the work"
+        )
+    config = _config(
+        words,
+        "prepare [--worker N]",
+        "Run it on machines without GPUs; the run then begins at once. Several may share the work.",
+    )
     from lmcore import assemble
 
     display = tasks()
+    home = Path(config.run_dir) / "tokenizer"
     data = assemble.open_data(
-        config, Path(config.run_dir) / "tokenizer", note=display.note, task=display.task
+        config,
+        home,
+        rank=int(worker),
+        on_main=partial(_one_at_a_time, home.parent / ".prepare.lock"),
+        note=display.note,
+        task=display.task,
     )
     display.close()
     for name, value in data.rows:
         print(f"{name}: {value}")
     print(f"blocks in an epoch: {data.train.epoch_blocks:,} of {data.block_size:,} tokens")
+
+
+def _one_at_a_time(lock: Path, work: Callable[[], Any]) -> Any:
+    """What one process does for all: the second finds it done (a tokenizer is not trained twice)."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        return work()
 
 
 def inspect(words: list[str]) -> None:
@@ -189,9 +214,10 @@ def order(words: list[str]) -> None:
     display = tasks()
     data = assemble.open_data(config, run / "tokenizer", note=display.note, task=display.task)
     display.close()
-    positions = _positions(asked, run, global_batch_blocks(config, data.block_size))
+    skips = _past(run, data.train.fingerprint, config.seed)
+    positions = _positions(asked, global_batch_blocks(config, data.block_size), skips)
     sources, epochs, blocks = data.train.order.locate(positions)
-    rows = data.train.read(positions).input_ids if asked.text else [None] * len(positions)
+    rows = data.train.read(positions).ids if asked.text else [None] * len(positions)
     names = [store.name for store in data.train.stores]
     for position, source, epoch, block, ids in zip(positions, sources, epochs, blocks, rows):
         shown = ""
@@ -200,10 +226,25 @@ def order(words: list[str]) -> None:
         print(f"position {position}: {names[source]}, epoch {epoch}, block {block}{shown}")
 
 
-def _positions(asked: argparse.Namespace, run: Path, batch: int) -> Any:
+def _past(run: Path, fingerprint: str, seed: int) -> Any:
+    """The positions that the run jumped over. Refuses a corpus that is not the one it was trained on."""
+    from lmcore import saved
+    from lmcore.order import Cursor
+
+    try:
+        kind, path = saved.resolve(run, quiet=True)
+    except RequestError:  # a run that has not saved yet has skipped nothing
+        return ()
+    if kind != "checkpoint":
+        return ()
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    cursor = Cursor.from_json(state["cursor"])
+    return cursor.check(fingerprint=fingerprint, seed=seed, override="the text as it was").skips
+
+
+def _positions(asked: argparse.Namespace, batch: int, skips: Any) -> Any:
     import numpy as np
 
-    from lmcore import saved
     from lmcore.order import next_positions
 
     if (asked.position is None) == (asked.step is None):
@@ -213,16 +254,11 @@ def _positions(asked: argparse.Namespace, run: Path, batch: int) -> Any:
         if not (first.isdigit() and (last or first).isdigit()) or int(last or first) < int(first):
             raise RequestError(f"--position {asked.position}: give 1200 or 1200-1263")
         return np.arange(int(first), int(last or first) + 1)
-    skips: list[Any] = []
-    try:
-        kind, path = saved.resolve(run, quiet=True)
-        if kind == "checkpoint":
-            skips = json.loads((path / "state.json").read_text(encoding="utf-8"))["cursor"].get("skips", [])
-    except RequestError:  # a run that has not saved yet has skipped nothing
-        skips = []
-    position = 0
-    for _ in range(asked.step - 1):
-        _, position = next_positions(position, batch, skips)
+    if asked.step < 1:
+        raise RequestError(f"--step {asked.step}: the first step is 1")
+    position = (asked.step - 1) * batch
+    for start, stop in skips:  # sorted; what was jumped over before this step moves it on
+        position += stop - start if start <= position else 0
     return next_positions(position, batch, skips)[0]
 
 

@@ -59,6 +59,19 @@ def job_id() -> str | None:
     return None
 
 
+def place() -> dict[str, Any]:
+    """Where this run is now, as far as it is known: host, batch job, its nodes, how often it was requeued."""
+    found: dict[str, Any] = {"host": socket.gethostname()}
+    if job_id() is None:
+        return found
+    name, _, number = (job_id() or "").partition("=")
+    found["job_id"] = number.partition(".")[0]
+    if name == "SLURM_JOB_ID":
+        found["nodes"] = os.environ.get("SLURM_JOB_NODELIST", "")
+        found["restart_count"] = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return found
+
+
 @final
 class RunFolder:
     """The folder of one run. Making the object touches nothing; :meth:`lock` makes the folder.

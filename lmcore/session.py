@@ -294,6 +294,8 @@ class Session:
                 tokens=state.tokens,
             )
         self.report.event("checkpoint", step=state.step, reason=reason)
+        if engine.is_main:
+            self.folder.write_status("running", step=state.step)
 
     def look(self) -> str | None:
         """Evaluate and write samples. Why to stop early, or ``None``."""
