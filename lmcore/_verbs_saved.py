@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,15 +26,26 @@ class Parser(argparse.ArgumentParser):
         raise RequestError(f"{message}; {self.prog} --help shows the options")
 
 
+def quiet_libraries() -> None:
+    """No bars and no advice from other libraries between our lines; their errors still show."""
+    from lmcore.console import silence_other_bars
+
+    silence_other_bars()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # transformers imports DeepSpeed, which says what it chose
+
+
 def tasks() -> Report:
     """A display for bars outside of a run; what it writes goes to a folder that vanishes."""
     import atexit
     import tempfile
 
-    from lmcore.console import silence_other_bars
     from lmcore.report import Report
 
-    silence_other_bars()
+    quiet_libraries()
     folder = tempfile.TemporaryDirectory(prefix="lmcore-")
     report = Report(folder.name, stream=sys.stderr)
     atexit.register(folder.cleanup)
@@ -52,9 +64,7 @@ def _opened(parser: Parser, words: list[str]) -> tuple[argparse.Namespace, Any]:
     )
     parser.add_argument("--device", default=None, help="default: the first GPU, else the CPU")
     asked = parser.parse_args(words)
-    from lmcore.console import silence_other_bars
-
-    silence_other_bars()
+    quiet_libraries()
     from lmcore import saved
 
     opened = saved.open_saved(asked.path, asked.checkpoint, device=asked.device, weights=asked.weights)
@@ -171,9 +181,7 @@ def export(words: list[str]) -> None:
     parser.add_argument("--push", default=None, metavar="OWNER/NAME", help="upload to the Hub (private)")
     parser.add_argument("--public", action="store_true", help="with --push: for everybody to see")
     asked = parser.parse_args(words)
-    from lmcore.console import silence_other_bars
-
-    silence_other_bars()
+    quiet_libraries()
     from lmcore import checkpoint, saved
     from lmcore import export as room
 
@@ -268,7 +276,7 @@ def checkpoints(words: list[str]) -> None:
     folder = Path(asked.run) / "checkpoints"
     if not folder.is_dir():
         raise RequestError(f"{asked.run}: no checkpoints there")
-    rows = checkpoint.listing(folder, verify=asked.verify)
+    rows = checkpoint.listing(folder, verify_bytes=asked.verify)
     if asked.json:
         print(json.dumps(rows, indent=2, default=str))
         return
