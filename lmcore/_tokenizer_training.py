@@ -101,8 +101,8 @@ def _training_error(message: str, lines: TrainingLines, vocab_size: int) -> str:
         return "there is no text to train a tokenizer on"
     if found := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message):
         return (
-            f"vocab_size {vocab_size} is too small: 256 bytes, the special tokens and the characters of this text"
-            f" need {found[2]}: set tokenizer.vocab_size above that"
+            f"vocab_size {vocab_size} is too small: 256 bytes, the special tokens and the characters of this"
+            f" text need {found[2]}: set tokenizer.vocab_size above that"
         )
     return f"SentencePiece cannot train this: {message.strip().splitlines()[0]}"
 

@@ -214,30 +214,3 @@ def _lines(report: SourceReport, width: int) -> list[str]:
         shown = shown if len(shown) <= width else shown[: width - 3] + "..."
         result += [f"  sample {os.path.basename(where)}", f"    {shown}"]
     return result
-
-
-def train_tokenizer(
-    entries: Iterable[str | Mapping[str, Any]],
-    folder: str | os.PathLike[str],
-    *,
-    vocab_size: int = 8000,
-    text_field: str = "text",
-    unit: str = "auto",
-    encoding: str = "utf-8",
-    max_bytes: int = 256 * 2**20,
-    seed: int = 0,
-    **options: Any,
-) -> tokenizer.Tokenizer:
-    """The verb ``tokenizer train``: from files to a tokenizer folder; bad records are counted in its
-    ``notes``.
-
-    Raises:
-        RequestError: as :func:`lmcore.text.resolve` and :func:`lmcore.tokenizer.train`.
-    """
-    sources = text.resolve(entries, text_field=text_field, unit=unit, encoding=encoding)
-    bad: list[text.BadRecord] = []
-    texts = tokenizer.sample_texts(sources, max_bytes=max_bytes, seed=seed, bad=bad.append)
-    trained = tokenizer.train(texts, vocab_size=vocab_size, folder=folder, seed=seed, **options)
-    if bad:
-        trained.notes += (f"{len(bad):,} bad records were left out, the first: {bad[0]}",)
-    return trained

@@ -43,7 +43,8 @@ from typing import IO, Literal, NamedTuple
 
 from lmcore import _text_records as records
 from lmcore._text_bytes import CODECS, Damage, encoding_is_wide, is_blank, lines, stream
-from lmcore._text_files import FOREIGN_SUFFIXES, STDIN, Source, file_kind, resolve
+from lmcore._text_files import FOREIGN_SUFFIXES, HUB, STDIN, Source, file_kind, resolve
+from lmcore.errors import RequestError
 
 __all__ = ["BadRecord", "Document", "Part", "Piece", "Source", "parts", "read", "resolve", "side"]
 
@@ -144,7 +145,9 @@ def parts(source: Source, *, part_bytes: int = 64 * 2**20) -> list[Part]:
 def _pieces(source: Source, path: str, relative_path: str, part_bytes: int) -> Iterator[Piece]:
     kind = file_kind(path) or source.unit
     if path.endswith(FOREIGN_SUFFIXES):
-        raise ValueError(f"{path} is a file of tokens, not of text")
+        raise RequestError(f"{path} holds tokens, not text: it can be trained on, but not read as text")
+    if path.startswith(HUB):
+        raise RequestError(f"{path} is read with data.mode stream only, not from files")
     try:
         stat = os.stat(path) if path != STDIN else None
     except OSError:

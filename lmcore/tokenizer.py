@@ -367,16 +367,16 @@ def train(
 def _self_test(tokenizer: Tokenizer, lines: Sequence[str]) -> None:
     """Before anyone uses it: every sampled line comes back exactly, with the same ids in transformers."""
     texts = [*lines, "\n".join(lines[:50]), *folders.HARD_TEXTS]
-    if (
-        tokenizer._proto.trainer_spec.model_type != folders.UNIGRAM
-    ):  # unigram may choose differently between equal scores
+    # Unigram may choose differently between equal scores; a normalization that was asked for is not the same there.
+    if tokenizer._exact and tokenizer._proto.trainer_spec.model_type != folders.UNIGRAM:
         found = folders.difference(tokenizer._model, folders.convert(tokenizer._proto), texts)
         if found:
             raise FaultError(f"self-test of the tokenizer: {found}")
-    if not tokenizer._exact:
-        return
-    for text, ids in zip(texts, tokenizer.encode_batch(texts)):
-        if folders.SPACE not in text and tokenizer.decode(ids) != text:
-            raise FaultError(
-                f"self-test of the tokenizer: {text[:200]!r} comes back as {tokenizer.decode(ids)[:200]!r}"
-            )
+    lost = [t for t, ids in zip(texts, tokenizer.encode_batch(texts)) if tokenizer.decode(ids) != t]
+    lost = [text for text in lost if folders.SPACE not in text]
+    if lost and tokenizer._exact:
+        raise FaultError(f"self-test of the tokenizer: {lost[0][:200]!r} does not come back")
+    if lost:
+        tokenizer.notes += (
+            f"with these options {len(lost):,} of {len(texts):,} sampled texts do not come back exactly from their ids",
+        )

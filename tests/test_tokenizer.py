@@ -194,6 +194,16 @@ def test_japanese_without_a_single_space_keeps_spaces() -> None:
     assert trained._model.piece_to_id("▁") != trained.unk_id
 
 
+def test_options_that_lose_text_say_so() -> None:
+    trained = train(
+        CORPUS, vocab_size=900, normalization_rule_name="nmt_nfkc", user_defined_symbols=["<mark>"]
+    )
+    assert trained.encode("ＡＢＣ") == trained.encode("ABC")
+    assert any("do not come back exactly" in note for note in trained.notes)
+    assert trained.byte_lengths() is None
+    assert trained.encode("<mark>") == [trained._model.piece_to_id("<mark>")]
+
+
 def test_a_small_corpus_gives_a_small_vocabulary_and_says_so() -> None:
     trained = train(["ab ab ab"], vocab_size=5000)
     assert trained.vocab_size < 300
