@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
+import pickle
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -97,53 +99,68 @@ def build_all(job: Job, processes: int, worker: int, progress: Callable[[Progres
     if processes <= 1:
         _build_pending(job, started, worker, progress)
         return
-    # Not fork: this process may run threads of torch or of a tokenizer that a fork would cut off.
-    context = multiprocessing.get_context("spawn")
-    children = [
-        context.Process(target=_child, args=(job, started, worker * processes + i), daemon=True)
-        for i in range(processes)
-    ]
-    for child in children:
-        child.start()
+    payload = pickle.dumps((job, started))
+    children = [_start_child(payload, worker * processes + number) for number in range(processes)]
     try:
-        alive = children
-        while alive:
-            wait([child.sentinel for child in alive], timeout=0.5)
+        while any(child.poll() is None for child in children):
+            time.sleep(0.2)
             _report(job, progress)
-            alive = [child for child in children if child.exitcode is None]
             for child in children:
-                if child.exitcode:
+                if child.poll():
                     _raise_failure(job, started)
                     raise FaultError(
-                        f"a tokenizing process ended with code {child.exitcode}"
-                        f"{' (out of memory?): lower data.processes' if child.exitcode == -9 else ''}; "
+                        f"a tokenizing process ended with code {child.returncode}"
+                        f"{' (out of memory?): lower data.processes' if child.returncode == -9 else ''}; "
                         f"the finished parts are kept"
                     )
     finally:
         for child in children:
-            child.terminate()
-            child.join()
+            child.kill()  # a part is whole or does not exist, there is nothing to tidy up
+            child.wait()
+            assert child.stdin is not None
+            child.stdin.close()
     _build_pending(job, started, worker, progress)
 
 
-def _child(job: Job, started: float, number: int) -> None:
-    """A tokenizing process; it ends when its parent does, and leaves signals to it."""
-    import signal
+_CHILD = "import sys; from lmcore._token_parts import child_main; child_main()"
 
+
+def _start_child(payload: bytes, number: int) -> subprocess.Popen[bytes]:
+    """A tokenizing process. Not a fork: this process may run threads of torch or of a tokenizer that a fork
+    would cut off. Not multiprocessing's spawn: that imports the main script again, and with it torch, for
+    seconds."""
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    environment.setdefault("RAYON_NUM_THREADS", "1")  # processes are the parallelism here
+    child = subprocess.Popen(
+        [sys.executable, "-c", _CHILD, str(number), *sys.path], stdin=subprocess.PIPE, env=environment
+    )
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it died at once: its exit code tells
+        child.stdin.write(len(payload).to_bytes(8, "little") + payload)
+        child.stdin.flush()
+    return child
+
+
+def child_main() -> None:
+    """What a tokenizing process runs; it ends with its parent, and leaves signals to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+    size = int.from_bytes(sys.stdin.buffer.read(8), "little")
+    number, sys.path[:] = int(sys.argv[1]), sys.argv[2:]
+    job, started = pickle.loads(sys.stdin.buffer.read(size))
 
     def end_with_parent() -> None:
-        wait([parent.sentinel])
+        sys.stdin.buffer.read(1)  # returns when the parent is gone
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # processes are the parallelism here
+    code = 0
     try:
         _build_pending(job, started, number, None)
-    except (RequestError, FaultError):
-        os._exit(3)  # written down already, the parent tells it
+    except (RequestError, FaultError, OSError):
+        code = 3  # written down already, the parent tells it
+    os._exit(code)
 
 
 def _build_pending(

@@ -28,21 +28,21 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol, final
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lmcore.blocks import IGNORED_LABEL, BlockDataset, Blocks
+from lmcore._to_device import Collate, ToDevice
+from lmcore.blocks import BlockDataset, Blocks
 from lmcore.errors import RequestError
 from lmcore.order import Cursor, count_positions, next_positions, permute
-
-Collate = Callable[[list[Any]], dict[str, Tensor]]
+from lmcore.own_data import IterableData, MapData, can_ignore, ignored
 
 
 class Readable(Protocol):
@@ -169,7 +169,7 @@ class Batches:
         self._rank, self._world_size = rank, world_size
         self._end = end_position
         self._workers, self._prefetch = workers, prefetch
-        self._to_device = _ToDevice(torch.device(device), pin_memory, cu_seq_lens, collate)
+        self._to_device = ToDevice(torch.device(device), pin_memory, cu_seq_lens, collate)
 
     @property
     def steps_left(self) -> int | None:
@@ -341,85 +341,6 @@ def _joined(parts: list[Any], owned: list[np.ndarray], n_rows: int) -> Blocks | 
     )
 
 
-@final
-class _ToDevice:
-    """Rows -> one micro-batch on the device. On a GPU: narrow integers from pinned memory, on a stream of
-    its own."""
-
-    def __init__(
-        self, device: torch.device, pin_memory: bool | None, cu_seq_lens: bool, collate: Collate | None
-    ) -> None:
-        self._device = device
-        self._cuda = device.type == "cuda"
-        self._pin = self._cuda if pin_memory is None else pin_memory and torch.cuda.is_available()
-        self._cu_seq_lens = cu_seq_lens
-        self._collate = collate or default_collate
-        self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
-
-    def __call__(self, rows: Blocks | list[Any], start: int, stop: int) -> dict[str, Any]:
-        if not self._cuda:
-            return self._make(rows, start, stop)
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            batch = self._make(rows, start, stop)
-            batch[_COPIED] = self._stream.record_event()
-        return batch
-
-    def hand_over(self, micro_batches: list[dict[str, Any]]) -> None:
-        """Let the stream of the calling thread use what was copied on ours."""
-        for batch in micro_batches if self._cuda else []:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(batch.pop(_COPIED))
-            for value in batch.values():
-                if isinstance(value, Tensor):
-                    value.record_stream(stream)
-
-    def _make(self, rows: Blocks | list[Any], start: int, stop: int) -> dict[str, Any]:
-        if not isinstance(rows, Blocks):
-            batch = self._collate(rows[start:stop])
-            if not isinstance(batch, dict):
-                raise RequestError(
-                    f"data.factory: a batch must be a dict, whose keys are arguments of the model's forward, "
-                    f"not {type(batch).__name__}"
-                )
-            return {
-                key: self._send(value) if isinstance(value, Tensor) else value for key, value in batch.items()
-            }
-        ids = self._widened(rows.ids[start:stop])
-        n_labels = rows.n_labels[start:stop]
-        batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
-        size = batch["labels"].shape[1]
-        for row in np.flatnonzero(n_labels < size).tolist():
-            batch["labels"][row, int(n_labels[row]) :] = IGNORED_LABEL
-        if rows.position_ids is not None:
-            position_ids = rows.position_ids[start:stop]
-            batch["position_ids"] = self._widened(position_ids)
-            if self._cu_seq_lens:
-                starts = np.append(np.flatnonzero(position_ids == 0), position_ids.size).astype(np.int32)
-                lengths = self._send(torch.from_numpy(starts))
-                longest = int(np.diff(starts).max())
-                batch |= {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
-                batch |= {"max_length_q": longest, "max_length_k": longest}
-        return batch
-
-    def _widened(self, array: np.ndarray) -> Tensor:
-        """int64 on the device; what travels is narrow."""
-        if not self._cuda:
-            # numpy, because torch would start a second pool of threads from this one.
-            return self._send(torch.from_numpy(array.astype(np.int64)))
-        # torch has few operations for unsigned integers: travel as signed ones, widen, and cut the sign off.
-        bits = 8 * array.itemsize
-        sent = self._send(torch.from_numpy(np.ascontiguousarray(array).view(f"i{array.itemsize}")))
-        return sent.to(torch.int64).bitwise_and_((1 << bits) - 1)
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        if self._pin:
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
-
-
-_COPIED = "_copied"
-
-
 def merge_cursors(cursors: Sequence[Cursor]) -> Cursor:
     """The cursors of all ranks after the same step -> the one for the checkpoint. Only a stream has
     something to merge: each rank knows where its own lanes are."""
@@ -429,17 +350,22 @@ def merge_cursors(cursors: Sequence[Cursor]) -> Cursor:
 
 @final
 class EvalBatches:
-    """A held-out set, every block once, tails included, split over the ranks; the same number of
-    micro-batches on every rank, filled up with blocks without labels.
+    """A held-out set, every block once, tails included, split over the ranks; every rank gets the same
+    number of micro-batches. Where labels can be ignored they are filled up with blocks without labels;
+    elsewhere (own data with labels that are no integers) micro-batches are made smaller.
 
     Args:
-        dataset: :class:`lmcore.blocks.BlockDataset` over stores.
-        limit: at most so many blocks, always the same ones, spread over the set.
+        dataset: :class:`lmcore.blocks.BlockDataset` over stores, or own data (:func:`lmcore.own_data.wrap`).
+        limit: at most so many blocks, always the same ones, spread over the set (iterable data: the first
+            ones).
+
+    Raises:
+        RequestError: fewer items than processes, where nothing can be filled up.
     """
 
     def __init__(
         self,
-        dataset: BlockDataset,
+        dataset: BlockDataset | MapData | IterableData,
         *,
         micro_batch_blocks: int,
         rank: int = 0,
@@ -448,30 +374,57 @@ class EvalBatches:
         pin_memory: bool | None = None,
         device: torch.device | str = "cpu",
         cu_seq_lens: bool = False,
+        collate: Collate | None = None,
     ) -> None:
         self._dataset = dataset
         self._micro_batch_blocks = micro_batch_blocks
         self._rank, self._world_size = rank, world_size
-        self._total = dataset.n_in_order
-        self.n_blocks = min(self._total, limit) if limit is not None else self._total
-        self._to_device = _ToDevice(torch.device(device), pin_memory, cu_seq_lens, None)
+        self._items: list[Any] | None = None
+        if isinstance(dataset, IterableData):
+            self._items = list(islice(dataset.one_pass(), limit))
+            self._total = len(self._items)
+            self._can_pad = bool(self._items) and can_ignore(self._items[0])
+        else:
+            self._total = dataset.n_in_order
+            self._can_pad = dataset.can_pad
+        self.n_blocks = self._total if limit is None else min(self._total, limit)
+        if self.n_blocks < world_size and not self._can_pad:
+            raise RequestError(
+                f"a held-out set of {self.n_blocks} items cannot be split over {world_size} processes"
+            )
+        self._to_device = ToDevice(torch.device(device), pin_memory, cu_seq_lens, collate)
 
     def __len__(self) -> int:
         """Micro-batches of each rank."""
-        return -(-self.n_blocks // (self._micro_batch_blocks * self._world_size))
+        micro_batches = -(-self.n_blocks // (self._micro_batch_blocks * self._world_size))
+        # Nothing can be filled up: no more micro-batches than the rank with the fewest items has items.
+        return micro_batches if self._can_pad else min(micro_batches, self.n_blocks // self._world_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        size = self._micro_batch_blocks
-        for number in range(len(self)):
-            first = (number * self._world_size + self._rank) * size
-            places = np.arange(first, first + size)
+        for places in self._places():
             wanted = np.where(places < self.n_blocks, places, -1)
             if self.n_blocks < self._total:
                 inside = wanted >= 0
                 wanted[inside] = permute(wanted[inside], self._total, _EVAL_KEYS)
-            batch = self._to_device(self._dataset.read_in_order(wanted), 0, size)
+            batch = self._to_device(self._read(wanted), 0, len(wanted))
             self._to_device.hand_over([batch])
             yield batch
+
+    def _places(self) -> Iterator[np.ndarray]:
+        size, count = self._micro_batch_blocks, len(self)
+        if self._can_pad:
+            for number in range(count):
+                first = (number * self._world_size + self._rank) * size
+                yield np.arange(first, first + size)
+        else:
+            mine = np.array_split(np.arange(self.n_blocks), self._world_size)[self._rank]
+            yield from np.array_split(mine, count)
+
+    def _read(self, wanted: np.ndarray) -> Blocks | list[Any]:
+        if not isinstance(self._dataset, IterableData):
+            return self._dataset.read_in_order(wanted)
+        assert self._items is not None
+        return [self._items[one] if one >= 0 else ignored(self._items[0]) for one in wanted.tolist()]
 
 
 _EVAL_KEYS = np.arange(1, 9, dtype=np.uint64)  # any fixed permutation: the same blocks in every run

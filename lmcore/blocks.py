@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -266,6 +267,12 @@ class BlockDataset(IterableDataset):
                     ends = store.document_ends(start, min(start + self.block_size, store.n_tokens))
                     position_ids[at] = position_ids_of(ends - start, self.block_size)
         return Blocks(ids=ids, n_labels=n_labels, position_ids=position_ids)
+
+    def of_one_rank(self) -> BlockDataset:
+        """The same blocks, not shared out: for who does that himself."""
+        new = copy(self)
+        new._rank, new._world_size = 0, 1
+        return new
 
     # ---- one by one: a plain DataLoader ----
 
