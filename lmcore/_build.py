@@ -305,6 +305,8 @@ def _from_factory(
         raise RequestError(f"model.factory {path} returned {model.__class__.__name__}, not a torch.nn.Module")
     if hasattr(getattr(model, "config", None), "use_cache"):
         model.config.use_cache = False  # type: ignore[union-attr]  # hasattr above; packing relies on it
+    # What a checkpoint must hold to build this model again (lmcore.saved.describe); torch types attributes as tensors.
+    model.factory_arguments = arguments  # type: ignore[assignment]
     return model
 
 

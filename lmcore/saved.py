@@ -50,10 +50,12 @@ def describe(
 
     Args:
         model: what :func:`lmcore.model.build` gave.
-        factory, arguments: ``model.factory`` and what it was called with, for the user's own model.
+        factory, arguments: ``model.factory`` and its own arguments, for the user's own model; those that
+            :func:`lmcore.model.build` added (``vocab_size``, ...) are known to the model.
     """
     if factory is not None:
-        return {"kind": "factory", "factory": factory, "arguments": arguments or {}}
+        known: Any = getattr(model, "factory_arguments", {})
+        return {"kind": "factory", "factory": factory, "arguments": {**known, **(arguments or {})}}
     config = model.config
     return {
         "kind": "transformers",
