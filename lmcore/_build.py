@@ -127,7 +127,7 @@ def build(
     *,
     type: str = "gpt2",
     config_overrides: Mapping[str, Any] | None = None,
-    vocab_size: int,
+    vocab_size: int | None,
     special_ids: Mapping[str, int] | None = None,
     block_size: int,
     from_pretrained: str | None = None,
@@ -144,7 +144,8 @@ def build(
     Args:
         type: transformers model type (``"gpt2"``, ``"llama"``), for a model from scratch.
         config_overrides: fields of that type's config; with a factory, further arguments of it.
-        vocab_size: V, ids that the tokenizer has. The model gets ``pad_vocab(V)`` rows.
+        vocab_size: V, ids that the tokenizer has; the model gets ``pad_vocab(V)`` rows. ``None`` (own data, no
+            tokenizer) only with a factory.
         special_ids: the tokenizer's ``bos_token_id`` and so on; what it does not define becomes ``None``.
         block_size: T; refused if the model cannot see as far.
         from_pretrained: folder or Hub id (safetensors only; no code of the repository is ever run).
@@ -161,13 +162,15 @@ def build(
     overrides = dict(config_overrides or {})
     ids = {name: (special_ids or {}).get(name) for name in SPECIAL_IDS}
     for name, value in ids.items():
-        if value is not None and not 0 <= value < vocab_size:
+        if value is not None and vocab_size is not None and not 0 <= value < vocab_size:
             raise RequestError(f"the tokenizer's {name} {value} is outside of its vocabulary of {vocab_size}")
     if attention is not None and attention not in ATTENTION:
         raise RequestError(f"model.attention {attention!r} is not one of {', '.join(ATTENTION)}")
     if factory is not None:
         note("model.factory: initialization is the factory's own, under one seed and not one per parameter")
         return _from_factory(factory, overrides, vocab_size, block_size, ids, seed)
+    if vocab_size is None:
+        raise RequestError("a language model needs a vocabulary: give tokenizer.path, or model.factory")
     if from_pretrained is not None:
         model = _pretrained(from_pretrained, revision, overrides, vocab_size, ids, attention, note)
     else:
@@ -282,7 +285,7 @@ def _initialize(model: Any, seed: int, *, poison: bool) -> list[str]:
 def _from_factory(
     path: str,
     overrides: Mapping[str, Any],
-    vocab_size: int,
+    vocab_size: int | None,
     block_size: int,
     ids: Mapping[str, int | None],
     seed: int,

@@ -206,12 +206,11 @@ def _tile(
 ) -> Tensor:
     """Sum of the losses of some rows of logits (t, P); the logits are overwritten by the sum's gradient.
 
-    It is ``p_v (1 + 2 z lse) - (1 - s) [v == y] - s / V`` (see :func:`token_losses`), zero for padding and for
-    ignored labels, times ``lift``. Without ``gradient`` the logits are spoilt.
+    It is ``p_v (1 + 2 z lse) - (1 - s) [v == y] - s / V`` (see :func:`token_losses`), zero for padding, times
+    ``lift``; meaningless where the label is ignored. Without ``gradient`` the logits are spoilt.
     """
     x = logits if logits.dtype == torch.float64 else logits.float()
     valid = labels != IGNORED_LABEL
-    kept = valid.to(x.dtype).unsqueeze(1)
     index = labels.clamp_min(0).unsqueeze(1)
     if real < x.shape[1]:
         x[:, real:] = float("-inf")
@@ -228,10 +227,7 @@ def _tile(
             p.mul_(1 + 2 * z_loss * lse)
         if label_smoothing:
             p[:, :real] -= label_smoothing / real
-        p.scatter_add_(1, index, torch.full_like(kept, label_smoothing - 1))
-        # By selection, not by a product: an ignored row may hold anything, even what is not finite.
-        if p.is_cuda or not bool(valid.all()):  # on a GPU the question would cost more than the pass
-            p.masked_fill_(~valid.unsqueeze(1), 0.0)
+        p.scatter_add_(1, index, torch.full_like(picked, label_smoothing - 1))
         if lift != 1.0:
             p.mul_(lift)
         if p is not logits:
@@ -272,7 +268,7 @@ def _tile_to_compile(
             g = torch.where(is_real, g - label_smoothing / real, g)
         if lift != 1.0:
             g = g * lift
-        logits.copy_(torch.where(valid.unsqueeze(1), g, 0.0))
+        logits.copy_(g)
     return torch.where(valid, loss.squeeze(1), 0.0).sum()
 
 
@@ -319,18 +315,19 @@ class _ChunkedHead(torch.autograd.Function):
                 torch.mm(h, w.t(), out=logits)
                 if b is not None:
                     logits.add_(b)
-                for part, y in zip(
-                    logits.split(tile_rows), labels[start : start + rows].split(tile_rows), strict=True
-                ):
-                    total += tile(part, y)
+                y = labels[start : start + rows]
+                for part, part_labels in zip(logits.split(tile_rows), y.split(tile_rows)):
+                    total += tile(part, part_labels)
+                # Ignored rows are taken out on the narrow side of the products, D wide and not V.
+                ignored = (y == IGNORED_LABEL).unsqueeze(1)
                 if grad_hidden is not None:
-                    grad_hidden[start : start + rows] = torch.mm(logits, w)
+                    grad_hidden[start : start + rows] = torch.mm(logits, w).masked_fill_(ignored, 0.0)
                 if need_weight:
                     # Sums in float32 inside and is rounded once per chunk, as the plain head's product is.
-                    product = torch.mm(logits.t(), h)
+                    product = torch.mm(logits.t(), h.masked_fill(ignored, 0.0))
                     grad_weight = product.to(accumulate) if grad_weight is None else grad_weight.add_(product)
                 if need_bias:
-                    column_sums = logits.sum(dim=0, dtype=accumulate)
+                    column_sums = torch.mv(logits.t(), (~ignored[:, 0]).to(compute)).to(accumulate)
                     grad_bias = column_sums if grad_bias is None else grad_bias.add_(column_sums)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.lift = lift

@@ -107,6 +107,7 @@ class ModelWithLoss(nn.Module):
         self.model = model
         self.vocab_size: int | None = getattr(model, "real_vocab_size", None)
         self.chunk = chunk
+        self.compile_head = False
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
         self.loss_factory: LossFunction | None = (
@@ -179,6 +180,7 @@ class ModelWithLoss(nn.Module):
                 label_smoothing=smoothing,
                 z_loss=z_loss,
                 vocab_size=self.vocab_size,
+                compiled=self.compile_head,
             )
         inputs = {
             key: value for key, value in batch.items() if key != "labels" or "labels" in self._arguments
@@ -291,6 +293,7 @@ def why_not_linear(model: nn.Module) -> str | None:
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks: those that the family names, else the longest ``ModuleList`` of one class."""
+    model = model.model if isinstance(model, ModelWithLoss) else model
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     named = set(getattr(model, "_no_split_modules", None) or ())
     found = [layer for group in lists for layer in group if layer.__class__.__name__ in named]
@@ -301,12 +304,14 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_regions(model: nn.Module, mode: str | None = None, **options: Any) -> int:
-    """Compile each decoder layer's forward; the number of layers.
+    """Compile each decoder layer's forward, and the loss of a :class:`ModelWithLoss`; the number of layers.
 
     Per layer, not the whole model: one graph serves all layers of a kind (a shorter cold start), the layers
     get no materialized attention mask (transformers #48925), and the hooks of FSDP2 and DDP stay outside of
     the graphs. Call before :func:`enable_activation_checkpointing`.
     """
+    if isinstance(model, ModelWithLoss):
+        model.compile_head = True
     layers = decoder_layers(model)
     for layer in layers:
         compiled = torch.compile(layer.forward, mode=mode, dynamic=False, **options)

@@ -18,6 +18,7 @@ Example::
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import math
@@ -144,6 +145,7 @@ def build(
     momentum: float = 0.95,
     fused: bool | None = None,
     state_dtype: str | torch.dtype | None = None,
+    **config: Any,
 ) -> torch.optim.Optimizer:
     """Make the optimizer ``name``: one of ``OPTIMIZERS``, or an import path ``package.module:Class``.
 
@@ -157,36 +159,41 @@ def build(
             device-side gate ``optimizer.found_inf`` (see torch.amp), which skips an update without asking the
             host.
         state_dtype: ``"bfloat16"`` keeps AdamW's two moments in half the memory (adamw only).
+        config: further arguments of the optimizer's class (``amsgrad``, ``beta2_decay``, ...).
 
     Muon is torch's own for the ``hidden`` matrices, with the update scaled to AdamW's size
     (``match_rms_adamw``, Liu et al. 2025, arXiv 2502.16982), so that one learning rate serves both halves;
     AdamW for all the rest. A class by import path is called with ``groups``, ``lr`` and those of the others
     that it names.
     """
-    usual = True if fused is None else fused
+    usual: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "fused": fused is None or fused} | config
+    sgd: dict[str, Any] = {"lr": lr, "momentum": momentum, "fused": fused is None or fused} | config
+    makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "adamw": lambda: torch.optim.AdamW(groups, **usual),
+        "adam": lambda: torch.optim.Adam(groups, **usual),
+        "sgd": lambda: torch.optim.SGD(groups, **sgd),
+        "adafactor": lambda: torch.optim.Adafactor(groups, lr=lr, **config),
+        "muon": lambda: MuonWithAdamW(groups, momentum=momentum, **usual),
+    }
+    make = makers.get(name)
     if state_dtype is not None and _dtype(state_dtype) != torch.float32:
         if name != "adamw":
             raise RequestError(f"optim.state_dtype {state_dtype} is made for adamw, not for {name}")
-        return SmallAdamW(groups, lr=lr, betas=betas, eps=eps, state_dtype=_dtype(state_dtype))
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=usual)
-    if name == "adam":
-        return torch.optim.Adam(groups, lr=lr, betas=betas, eps=eps, fused=usual)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=usual)
-    if name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=lr)
-    if name == "muon":
-        return MuonWithAdamW(groups, lr=lr, betas=betas, eps=eps, momentum=momentum, fused=usual)
-    if ":" not in name:
+        make = functools.partial(
+            SmallAdamW, groups, lr=lr, betas=betas, eps=eps, state_dtype=_dtype(state_dtype), **config
+        )
+    if make is None and ":" in name:
+        offered = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": fused}
+        make = functools.partial(_by_path, name, groups, offered, config)
+    if make is None:
         found = difflib.get_close_matches(name, OPTIMIZERS, n=1)
         hint = f"; did you mean {found[0]!r}?" if found else ""
-        raise RequestError(
-            f"optim.name {name!r} is none of {', '.join(OPTIMIZERS)}, nor package.module:Class{hint}"
-        )
-    return _by_path(
-        name, groups, {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": fused}
-    )
+        known = ", ".join(OPTIMIZERS)
+        raise RequestError(f"optim.name {name!r} is none of {known}, nor package.module:Class{hint}")
+    try:
+        return make()
+    except TypeError as error:  # an argument that the class does not have
+        raise RequestError(f"optim.config: {error}") from error
 
 
 def _dtype(value: str | torch.dtype) -> torch.dtype:
@@ -203,7 +210,9 @@ def _dtype(value: str | torch.dtype) -> torch.dtype:
     return names[value]
 
 
-def _by_path(path: str, groups: list[dict[str, Any]], offered: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _by_path(
+    path: str, groups: list[dict[str, Any]], offered: Mapping[str, Any], config: Mapping[str, Any]
+) -> torch.optim.Optimizer:
     module_name, _, attribute = path.partition(":")
     try:
         factory: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
@@ -214,7 +223,7 @@ def _by_path(path: str, groups: list[dict[str, Any]], offered: Mapping[str, Any]
     except ValueError:  # written in C
         known = ()
     arguments = {k: v for k, v in offered.items() if v is not None and (k == "lr" or k in known)}
-    optimizer = factory(groups, **arguments)
+    optimizer = factory(groups, **(arguments | dict(config)))
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise RequestError(f"optim.name {path!r} made a {type(optimizer).__name__}, not a torch Optimizer")
     return optimizer
