@@ -25,7 +25,7 @@ from typing import Any, Protocol, final
 
 import numpy as np
 
-from lmcore import text
+from lmcore import hub, text
 from lmcore.errors import FaultError, RequestError
 from lmcore.files import DISK
 
@@ -401,7 +401,7 @@ def _batches(
     """The texts of the wanted side, about :data:`BATCH_CHARACTERS` at a time."""
     texts: list[str] = []
     size = 0
-    for document in text.read(job.source, part, bad=on_bad, empty=on_empty):
+    for document in hub.documents_of(job.source, part, bad=on_bad, empty=on_empty):
         counts["records"] += 1
         if job.side != "all" and text.side(document.text, job.fraction) != job.side:
             continue

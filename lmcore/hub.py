@@ -16,76 +16,101 @@ from lmcore import text
 from lmcore._text_files import HUB
 from lmcore.errors import RequestError
 
+PREFIX = HUB
+
 
 @lru_cache(maxsize=8)
-def load(path: str) -> Any:
-    """The streaming data set behind ``hf://...``.
+def _open(path: str) -> tuple[Any, str]:
+    """(the streaming data set, a hash of what it is made of).
 
     Raises:
-        RequestError: ``datasets`` is not installed, or the Hub does not have it.
+        RequestError: ``datasets`` is not installed, or there is no such data set.
     """
     try:
-        import datasets  # optional and slow to import: only who names hf:// pays
+        import datasets  # optional, and slow to import: only who names hf:// pays
     except ImportError:
         raise RequestError(f"{path} needs the package datasets: pip install datasets") from None
-    name, _, query = path.removeprefix(HUB).partition("?")
+    name, _, query = path.removeprefix(PREFIX).partition("?")
     name, _, revision = name.partition("@")
     options = {key: values[-1] for key, values in parse_qs(query).items()}
-    unknown = set(options) - {"config", "split"}
+    unknown = sorted(set(options) - {"config", "split"})
     if unknown:
-        raise RequestError(f"{path}: {sorted(unknown)} is not known; config= and split= are")
+        raise RequestError(f"{path}: {', '.join(unknown)} is not known; config= and split= are")
     try:
-        return datasets.load_dataset(
-            name,
-            options.get("config"),
-            split=options.get("split", "train"),
-            revision=revision or None,
-            streaming=True,
-        )
-    except (OSError, ValueError) as error:  # no network, no such data set, no such config or split
+        builder = datasets.load_dataset_builder(name, options.get("config"), revision=revision or None)
+        data = builder.as_streaming_dataset(split=options.get("split", "train"))
+    except (OSError, ValueError) as error:  # no network, no such data set, config or split
         raise RequestError(f"{path} cannot be opened: {error}") from error
+    return (
+        data,
+        f"{builder.dataset_name} {builder.config.name} {builder.hash} {options.get('split', 'train')}",
+    )
 
 
-def parts(source: text.Source) -> list[text.Part]:
-    """One part for each shard of the data set."""
+def fingerprint(path: str) -> str:
+    """Changes whenever the data set does."""
+    return _open(path)[1]
+
+
+def is_hub(source: text.Source) -> bool:
+    """Is it a data set of the Hub?
+
+    Raises:
+        RequestError: it is one among others.
+    """
+    found = [path.startswith(PREFIX) for path in source.paths]
+    if any(found) and len(found) > 1:
+        raise RequestError(f"{source.paths[found.index(True)]} must be a source of its own")
+    return any(found)
+
+
+def parts_of(source: text.Source, *, part_bytes: int) -> list[text.Part]:
+    """The parts of any source: :func:`lmcore.text.parts`, or one part for each shard of a data set."""
+    if not is_hub(source):
+        return text.parts(source, part_bytes=part_bytes)
     [path] = source.paths
+    fixed: dict[str, Any] = {
+        "path": path,
+        "relative_path": path,
+        "kind": "hub",
+        "n_bytes": 0,
+        "size_bytes": 0,
+        "mtime_ns": 0,
+    }
     return [
-        text.Part(
-            index=index,
-            pieces=(
-                text.Piece(
-                    path=path,
-                    relative_path=path,
-                    kind="hub",
-                    start=index,
-                    stop=index + 1,
-                    n_bytes=0,
-                    size_bytes=0,
-                    mtime_ns=0,
-                ),
-            ),
-        )
-        for index in range(load(path).num_shards)
+        text.Part(index=index, pieces=(text.Piece(**fixed, start=index, stop=index + 1),))
+        for index in range(_open(path)[0].num_shards)
     ]
 
 
-def read(
-    source: text.Source, part: text.Part, *, bad: Callable[[text.BadRecord], None]
+def documents_of(
+    source: text.Source,
+    part: text.Part,
+    *,
+    bad: Callable[[text.BadRecord], None],
+    empty: Callable[[str], None] | None = None,
 ) -> Iterator[text.Document]:
-    """The documents of a shard, in order; rows without a text are bad records."""
-    data = load(part.path)
+    """The documents of a part of any source; see :func:`lmcore.text.read`."""
+    if not is_hub(source):
+        return text.read(source, part, bad=bad, empty=empty)
+    return _rows(source, part, bad, empty)
+
+
+def _rows(
+    source: text.Source,
+    part: text.Part,
+    bad: Callable[[text.BadRecord], None],
+    empty: Callable[[str], None] | None,
+) -> Iterator[text.Document]:
+    data = _open(part.path)[0]
     shard = data.shard(num_shards=data.num_shards, index=part.start) if data.num_shards > 1 else data
     for row, record in enumerate(shard):
-        where = f"{part.path}#{part.start}:{row}"
+        where = f"shard {part.start}, row {row}"
         value = record.get(source.text_field)
         if not isinstance(value, str):
             names = ", ".join(sorted(map(str, record)))
-            bad(
-                text.BadRecord(
-                    part.path,
-                    f"shard {part.start}, row {row}",
-                    f"no text in the field {source.text_field!r}; there are {names}",
-                )
-            )
+            bad(text.BadRecord(part.path, where, f"no text in {source.text_field!r} (there are {names})"))
         elif value.strip():
-            yield text.Document(value, where)
+            yield text.Document(value, f"{part.path}#{where}")
+        elif empty is not None:
+            empty(where)

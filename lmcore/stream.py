@@ -33,7 +33,6 @@ from typing import Any, final
 import numpy as np
 
 from lmcore import hub, text
-from lmcore._text_files import HUB
 from lmcore._token_parts import EncodesBatches
 from lmcore.blocks import Blocks, position_ids_of
 from lmcore.errors import FaultError, RequestError
@@ -250,9 +249,7 @@ class StreamDataset:
     def documents(self, source: int, part: tuple[text.Part, int, int]) -> Iterator[str | None]:
         """The texts of a part; ``None`` stands for one of the other side of the split."""
         piece, stride, strides = part
-        of_hub = self._sources[source].paths[0].startswith(HUB)
-        read = hub.read if of_hub else text.read
-        for number, document in enumerate(read(self._sources[source], piece, bad=self._on_bad)):
+        for number, document in enumerate(hub.documents_of(self._sources[source], piece, bad=self._on_bad)):
             if number % strides == stride:
                 self._records += 1
                 wanted = self._split[0] in ("all", text.side(document.text, self._split[1]))
@@ -275,12 +272,9 @@ class StreamDataset:
 def _cut(source: text.Source, lanes: int) -> list[tuple[text.Part, int, int]]:
     """[(part, stride, strides)]: the parts of a source. What cannot be cut (compressed files, few Hub
     shards) is read by several lanes, each of which takes every strides-th document."""
-    if source.paths[0].startswith(HUB):
-        pieces = hub.parts(source)
-    else:
-        total = sum(part.n_bytes for part in text.parts(source, part_bytes=2**40))
-        part_bytes = min(max(total // (PARTS_PER_LANE * lanes), _MIN_PART_BYTES), _MAX_PART_BYTES)
-        pieces = text.parts(source, part_bytes=part_bytes)
+    total = sum(part.n_bytes for part in hub.parts_of(source, part_bytes=2**40))
+    part_bytes = min(max(total // (PARTS_PER_LANE * lanes), _MIN_PART_BYTES), _MAX_PART_BYTES)
+    pieces = hub.parts_of(source, part_bytes=part_bytes)
     strides = min(max(-(-lanes // max(len(pieces), 1)), 1), _MAX_STRIDES)
     return [(piece, stride, strides) for stride in range(strides) for piece in pieces]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,11 @@ _OPEN_FILES = 4096  # the kernel allows 65,530 mappings for each process
 @final
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A run of tokens in one file: ``n_tokens`` of the store's dtype from byte ``offset_bytes`` on.
+    """A run of whole documents in one file: ``n_tokens`` of the store's dtype from byte ``offset_bytes`` on.
 
-    ``ends`` holds the document ends, counted from the start of the piece (``ends_dtype``, ``n_ends`` of
-    them from byte ``ends_offset_bytes`` on); without it they are found by the end-of-document token.
+    ``ends`` holds the document ends, rising, counted from the start of the piece in units of ``1 /
+    ends_scale`` tokens (``ends_dtype``, ``n_ends`` of them from byte ``ends_offset_bytes`` on); the last
+    may be missing. Without it the ends are found by the end-of-document token.
     """
 
     path: str
@@ -43,6 +45,7 @@ class Piece:
     ends: str | None = None
     ends_dtype: str = "<u4"
     ends_offset_bytes: int = 0
+    ends_scale: int = 1
     n_ends: int = 0
 
 
@@ -199,18 +202,18 @@ class TokenStore:
             here = self._pieces[piece]
             if here.ends is not None:
                 ends = self._map(here.ends, here.ends_dtype, here.ends_offset_bytes, here.n_ends)
-                # Plain slices of the mapping: a comparison would read the whole file.
                 low, high = np.searchsorted(
-                    ends, np.array([start - first, stop - first]).clip(0), side="right"
+                    ends, here.ends_scale * np.array([start - first, stop - first]).clip(0), side="right"
                 )
-                found.append(ends[low:high].astype(np.int64) + first)
+                found.append(ends[low:high].astype(np.int64) // here.ends_scale + first)
             elif self._eos_id is not None:
                 low, high = max(start - first, 0), min(stop - first, here.n_tokens)
                 found.append(
                     np.flatnonzero(self._tokens(piece)[low:high] == self._eos_id) + (first + low + 1)
                 )
+            found.append(np.array([first + here.n_tokens]))
             piece += 1
-        ends = np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+        ends = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
         return ends[(ends > start) & (ends <= stop)]
 
     def verify(self) -> None:
@@ -251,3 +254,24 @@ class TokenStore:
     def __getstate__(self) -> dict[str, Any]:
         # Mappings cannot be sent to another process; it opens its own.
         return {**self.__dict__, "_arrays": OrderedDict()}
+
+
+def sample_of(path: str) -> tuple[int, str]:
+    """Size of a file, and a hash of its head, its tail and 14 places between; up to 1 MiB it is hashed whole.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.blake2b(digest_size=16)
+            if size <= 2**20:
+                digest.update(file.read())
+            else:
+                for number in range(16):
+                    file.seek((size - 2**16) * number // 15)
+                    digest.update(file.read(2**16))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
+    return size, digest.hexdigest()

@@ -24,16 +24,19 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lmcore import text
+from lmcore import foreign, hub, text
 from lmcore._token_parts import EncodesBatches, Job, Progress, build_all, is_done, part_file
 from lmcore.errors import FaultError, RequestError
 from lmcore.files import DISK
-from lmcore.token_store import MANIFEST, STORE_VERSION, TokenStore
+from lmcore.token_store import MANIFEST, STORE_VERSION, TokenStore, sample_of
 
 __all__ = ["Progress", "TokenStore", "prepare"]
 
@@ -71,6 +74,34 @@ def prepare(
         RequestError: nothing to read, or nowhere to write.
     """
     note = note or (lambda line: None)
+    if foreign.is_foreign(source.paths):
+        if split[0] != "all":
+            raise RequestError(
+                f"source {source.name!r} is tokens, not text: it cannot be split by its documents"
+            )
+        return foreign.open_files(
+            source.name,
+            source.paths,
+            source.relative_paths,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+        )
+    if text.STDIN in source.paths:
+        with _spooled(Path(store_dir)) as path:
+            source = replace(source, paths=(str(path),), relative_paths=("stdin",))
+            return prepare(
+                source,
+                tokenizer,
+                store_dir=store_dir,
+                split=split,
+                eos=eos,
+                processes=processes,
+                on_error=on_error,
+                max_bad_fraction=max_bad_fraction,
+                progress=progress,
+                note=note,
+            )
     identity = identity_of(source, tokenizer, split, eos)
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     side = "" if split[0] == "all" else f"-{split[0]}"
@@ -92,6 +123,23 @@ def prepare(
     return store
 
 
+@contextlib.contextmanager
+def _spooled(folder: Path) -> Iterator[Path]:
+    """Standard input as a file, for as long as it is needed: it can be read only once, and by one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RequestError(
+            "standard input cannot be read by several processes: `python -m lmcore prepare` it first"
+        )
+    DISK.makedirs(folder)
+    path = folder / f".stdin.{os.getpid()}.txt"
+    try:
+        with open(path, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
 # ---- what a store is made of ----
 
 
@@ -109,25 +157,11 @@ def identity_of(
         "text_field": source.text_field,
         "unit": source.unit,
         "encoding": source.encoding,
-        "files": [[name, *_sample(path)] for name, path in zip(relative, source.paths)],
+        "files": [
+            [name, 0, hub.fingerprint(path)] if path.startswith(hub.PREFIX) else [name, *sample_of(path)]
+            for name, path in zip(relative, source.paths)
+        ],
     }
-
-
-def _sample(path: str) -> tuple[int, str]:
-    """Size, and a hash of the head, the tail and 14 places between: files up to 1 MiB are hashed whole."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.blake2b(digest_size=16)
-            if size <= 2**20:
-                digest.update(file.read())
-            else:
-                for number in range(16):
-                    file.seek((size - 2**16) * number // 15)
-                    digest.update(file.read(2**16))
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
-    return size, digest.hexdigest()
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -185,7 +219,7 @@ def _job(
             os.link(aside, plan)  # the first rank decides
         DISK.unlink(aside)
     part_bytes = json.loads(plan.read_text())["part_bytes"]
-    parts = tuple(text.parts(source, part_bytes=part_bytes))
+    parts = tuple(hub.parts_of(source, part_bytes=part_bytes))
     options = [
         identity[key] for key in ("version", "tokenizer", "eos", "split", "text_field", "unit", "encoding")
     ]
