@@ -32,9 +32,22 @@ SCRIPT = ROOT / "train_lm.py"
 ROOMS = sorted(
     path.stem for path in (ROOT / "lmcore").glob("*.py") if path.stem not in ("__init__", "__main__")
 )
-WORDS = ["the", "of", "a", "and", "lion", "mouse", "runs", "under", "river", "quickly", "日本", "語", "42", "def"]
-    "the of a and lion mouse runs sleeps under over river stone quickly never 日本 語 42 def return".split()
-)
+WORDS = [
+    "the",
+    "of",
+    "a",
+    "and",
+    "lion",
+    "mouse",
+    "runs",
+    "under",
+    "river",
+    "quickly",
+    "日本",
+    "語",
+    "42",
+    "def",
+]
 
 
 def preload() -> None:
