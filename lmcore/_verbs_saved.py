@@ -224,7 +224,7 @@ def report(words: list[str]) -> None:
     runs = [
         html.read_run(path) for path in asked.runs if not asked.where or Path(path, "config.yaml").exists()
     ]
-    runs = [run for run in runs if all(_matches(run.config, wish) for wish in asked.where)]
+    runs = [run for run in runs if all(_matches(html.leaves(run.settings()), wish) for wish in asked.where)]
     if not runs:
         raise RequestError(
             f"--where {' '.join(asked.where)}: none of the {len(asked.runs)} runs is like that"
@@ -237,23 +237,15 @@ def report(words: list[str]) -> None:
     print(out)
 
 
-def _matches(config: str, wish: str) -> bool:
-    """Whether a configuration (YAML) has ``key=value``; a key may leave its sections out."""
-    import yaml
-
+def _matches(settings: list[tuple[str, Any]], wish: str) -> bool:
+    """Whether a configuration has ``key=value``; a key may leave its sections out."""
     key, equals, value = wish.partition("=")
     if not equals:
         raise RequestError(f"--where {wish}: write KEY=VALUE, such as optim.lr=1e-4")
-    found = [item for name, item in _leaves(yaml.safe_load(config) or {}) if f".{name}".endswith(f".{key}")]
+    found = [item for name, item in settings if f".{name}".endswith(f".{key}")]
     if not found:
         raise RequestError(f"--where {wish}: the configuration has no {key}")
     return any(_same(item, value) for item in found)
-
-
-def _leaves(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(values, dict):
-        return [(prefix, values)]
-    return [leaf for k, v in values.items() for leaf in _leaves(v, f"{prefix}.{k}" if prefix else str(k))]
 
 
 def _same(item: Any, value: str) -> bool:

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lmcore import html
+from lmcore import curves
 from lmcore.metrics import read_metrics
 
 LM_EVAL_TASK = """\
@@ -45,7 +45,7 @@ def write(folder: Path, run_dir: Path, *, record: dict[str, Any], tokenizer: Any
         shutil.copyfile(configuration, folder / "training_config.yaml")
     (folder / "lm_eval").mkdir()
     (folder / "lm_eval" / "own_text.yaml").write_text(LM_EVAL_TASK, encoding="utf-8")
-    curve = html.loss_png(records)
+    curve = curves.loss_png(records)
     if curve is not None:
         (folder / "loss.png").write_bytes(curve)
     text = markdown(

@@ -1,37 +1,30 @@
 """``report.html``: one or several runs in one file that opens offline.
 
-Comes in: run folders (``metrics.jsonl``, ``config.yaml``, ``status.json``). Goes out: HTML with SVG pictures
-inside, nothing loaded from anywhere. What always holds: whatever a run wrote (samples, names, configuration)
-is shown as text, never run as HTML; what was thrown away by a resume or a rewind is not drawn; a long run
-costs no more bytes than a short one, and its extremes stay visible.
+Comes in: runs (:class:`lmcore.curves.Run`). Goes out: HTML with SVG pictures inside, nothing loaded from
+anywhere. What always holds: whatever a run wrote (samples, names, configuration) is shown as text, never run
+as HTML.
 
-    >>> write_report([read_run("runs/a"), read_run("runs/b")], "runs/a/report.html")
+    >>> write_report([read_run("runs/a"), read_run("runs/b")], "comparison.html")
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
-from typing import Any, final
+from typing import Any
 
 from lmcore.console import duration, short
-from lmcore.errors import RequestError
-from lmcore.metrics import read_metrics
+from lmcore.curves import COLOURS, PICTURES, Run, loss_picture, read_run, series
 
-Points = list[tuple[float, float]]
+__all__ = ["facts", "leaves", "page", "read_run", "write_report"]
 
-POINTS = 600
-"""Points of a curve; a picture is not wider."""
-COLOURS = ("#1f6feb", "#d1570a", "#2da44e", "#8250df", "#bf3989", "#6e7781", "#9a6700", "#0a7ea4")
-MARKS = {"resume": "#6e7781", "rewind": "#cf222e", "skip": "#d1570a", "signal": "#9a6700"}
+SAMPLED_STEPS = 24
+"""Samples of so many steps are shown: a long run must not become a heavy page."""
 _STYLE = """
 body{font:15px/1.5 system-ui,"Noto Sans","Noto Sans CJK JP",sans-serif;color:#1f2328;background:#fff;
 max-width:1180px;margin:0 auto;padding:24px 20px 60px}
@@ -50,206 +43,6 @@ border-radius:3px;margin-right:6px}.wide{overflow-x:auto}
 """
 
 
-@final
-@dataclass(frozen=True)
-class Run:
-    """What one run folder says."""
-
-    name: str
-    path: Path
-    records: list[dict[str, Any]]
-    config: str = ""
-    status: dict[str, Any] = field(default_factory=dict)
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [record for record in self.records if record["kind"] == kind]
-
-    def events(self, *names: str) -> list[dict[str, Any]]:
-        return [record for record in self.of("event") if record.get("event") in names]
-
-
-def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read a run folder.
-
-    Raises:
-        RequestError: no metrics there.
-    """
-    folder = Path(path)
-    metrics = folder / "metrics.jsonl"
-    if not metrics.is_file():
-        raise RequestError(
-            f"{folder}: no metrics.jsonl there; give the folder of a run that has logged a step"
-        )
-    config, status = folder / "config.yaml", folder / "status.json"
-    try:
-        state = json.loads(status.read_text(encoding="utf-8")) if status.is_file() else {}
-    except ValueError:
-        state = {}
-    return Run(
-        name=folder.resolve().name,
-        path=folder,
-        records=read_metrics(metrics),
-        config=config.read_text(encoding="utf-8") if config.is_file() else "",
-        status=state,
-    )
-
-
-# ---- curves
-
-
-def series(records: Sequence[dict[str, Any]], value: str, by: str = "step", scale: float = 1.0) -> Points:
-    """(x, y) of the records that have both as numbers."""
-    return [
-        (float(record[by]), scale * float(record[value]))
-        for record in records
-        if isinstance(record.get(value), (int, float)) and isinstance(record.get(by), (int, float))
-    ]
-
-
-def thinned(points: Points, most: int = POINTS) -> Points:
-    """At most about ``most`` points: of each stretch the lowest and the highest, so that no spike is lost."""
-    if len(points) <= most:
-        return points
-    size = math.ceil(2 * len(points) / most)
-    kept: Points = []
-    for start in range(0, len(points), size):
-        part = points[start : start + size]
-        kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
-    return [*kept, points[-1]] if kept[-1] != points[-1] else kept
-
-
-def smoothed(points: Points) -> Points:
-    """An exponential mean over about 2% of the curve (debiased at its start)."""
-    decay = 1 - 1 / max(3.0, len(points) / 50)
-    mean = weight = 0.0
-    result: Points = []
-    for x, y in points:
-        mean, weight = decay * mean + (1 - decay) * y, decay * weight + (1 - decay)
-        result.append((x, mean / weight))
-    return result
-
-
-def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # lazily: matplotlib takes a second to import
-
-    figure = Figure(figsize=(6.0, 3.1), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=11, loc="left", fontweight="bold")
-    axes.set_xlabel(x_label, fontsize=9)
-    axes.set_ylabel(y_label, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_formatter(lambda value, _: short(value) if abs(value) >= 10_000 else f"{value:g}")
-    return figure, axes
-
-
-def _finish(figure: Any, axes: Any, name: str, *, format: str = "svg") -> bytes:
-    import matplotlib
-
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        axes.legend(handles, labels, fontsize=8, frameon=False)
-    out = io.BytesIO()
-    # Text stays text: smaller, searchable, and drawn in a font that has Japanese. The salt makes ids unique.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        metadata = {"Date": None} if format == "svg" else None
-        figure.savefig(out, format=format, metadata=metadata, dpi=150)
-    return out.getvalue()
-
-
-def _loss_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
-    """Where the losses are after the first fall, so that the first steps do not flatten the rest."""
-    values = [y for run in runs for _, y in series([*run.of("train"), *run.of("eval")], "loss")]
-    if len(values) < 8:
-        return None
-    ordered = sorted(values)
-    low, high = ordered[0], ordered[int(0.98 * (len(ordered) - 1))]
-    margin = 0.06 * (high - low) or 0.1
-    return low - margin, high + margin
-
-
-def _loss_picture(runs: Sequence[Run], by: str, *, format: str = "svg") -> bytes:
-    label = "steps" if by == "step" else by
-    figure, axes = _axes(f"Loss by {label}", label, "nats per token")
-    for index, run in enumerate(runs):
-        colour = COLOURS[index % len(COLOURS)]
-        prefix = f"{run.name}: " if len(runs) > 1 else ""
-        train = series(run.of("train"), "loss", by)
-        raw = thinned(train)
-        if len(train) > 12:
-            axes.plot(*zip(*raw), color=colour, alpha=0.28, linewidth=0.8)
-            axes.plot(*zip(*thinned(smoothed(train))), color=colour, linewidth=1.6, label=f"{prefix}train")
-        elif train:
-            axes.plot(*zip(*raw), color=colour, linewidth=1.6, label=f"{prefix}train")
-        sets = list(dict.fromkeys(r["set"] for r in run.of("eval")))
-        for number, name in enumerate(sets):
-            points = series([r for r in run.of("eval") if r["set"] == name], "loss", by)
-            shade = colour if len(runs) > 1 else COLOURS[(number + 1) % len(COLOURS)]
-            if points:
-                style = {"color": shade, "linestyle": "--", "marker": "o", "markersize": 3, "linewidth": 1.2}
-                axes.plot(*zip(*thinned(points)), label=f"{prefix}{name}", **style)
-        if by == "step" and len(runs) == 1:
-            _marks(axes, run)
-    limits = _loss_limits(runs)
-    if limits:
-        axes.set_ylim(*limits)
-    return _finish(figure, axes, f"loss-{by}", format=format)
-
-
-def _marks(axes: Any, run: Run) -> None:
-    saved = [event["step"] for event in run.events("checkpoint") if isinstance(event.get("step"), int)]
-    if saved:
-        bottom = axes.get_xaxis_transform()
-        axes.plot(
-            saved, [0.015] * len(saved), "^", color="#2da44e", ms=4, transform=bottom, label="checkpoint"
-        )
-    for name, colour in MARKS.items():
-        for index, event in enumerate(e for e in run.events(name) if isinstance(e.get("step"), int)):
-            label = name if index == 0 else None
-            axes.axvline(event["step"], color=colour, linewidth=0.9, linestyle=":", label=label)
-
-
-def _simple(
-    key: str, label: str, scale: float = 1.0, *, log: bool = False
-) -> Callable[[Sequence[Run], str], bytes]:
-    def draw(runs: Sequence[Run], title: str) -> bytes:
-        figure, axes = _axes(title, "steps", label)
-        for index, run in enumerate(runs):
-            points = thinned(series(run.of("train"), key, scale=scale))
-            if points:
-                name = run.name if len(runs) > 1 else None
-                axes.plot(*zip(*points), color=COLOURS[index % len(COLOURS)], linewidth=1.2, label=name)
-        if log and any(y > 0 for run in runs for _, y in series(run.of("train"), key)):
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
-        return _finish(figure, axes, key)
-
-    return draw
-
-
-PICTURES: dict[str, tuple[str, Callable[[Sequence[Run], str], bytes]]] = {
-    "lr": ("Learning rate", _simple("lr", "learning rate")),
-    "grad_norm": ("Gradient norm, before clipping", _simple("grad_norm", "norm", log=True)),
-    "tokens_per_second": ("Throughput", _simple("tokens_per_second", "tokens per second")),
-    "memory_bytes": ("Peak memory of the first rank", _simple("memory_bytes", "GiB", 2.0**-30)),
-    "data_wait": ("Waiting for data", _simple("data_wait", "% of the time", 100.0)),
-    "mfu": ("Use of the device's peak (MFU)", _simple("mfu", "%", 100.0)),
-}
-
-
-def loss_png(records: list[dict[str, Any]]) -> bytes | None:
-    """The loss curve of one run as PNG, for a model card; ``None`` without a logged loss."""
-    run = Run("", Path(), records)
-    if not series(run.of("train"), "loss"):
-        return None
-    return _loss_picture([run], "step", format="png")
-
-
-# ---- the page
-
-
 def write_report(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
     """Write the page; atomically, since someone may have it open."""
     target = Path(path)
@@ -263,8 +56,9 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
 def page(runs: Sequence[Run]) -> str:
     """The whole page as text."""
     names = ", ".join(run.name for run in runs)
-    body = [f"<h1>{escape(names)}</h1>", _subtitle(runs), _summary(runs), "<h2>Curves</h2><div class=grid>"]
-    body += [_figure(_loss_picture(runs, by)) for by in ("step", "tokens")]
+    body = [f"<h1>{escape(names)}</h1>", _subtitle(runs), _summary(runs), _differences(runs)]
+    body.append("<h2>Curves</h2><div class=grid>")
+    body += [_figure(loss_picture(runs, by)) for by in ("step", "tokens")]
     for key, (title, draw) in PICTURES.items():
         if any(series(run.of("train"), key) for run in runs):
             body.append(_figure(draw(runs, title)))
@@ -295,9 +89,11 @@ def _subtitle(runs: Sequence[Run]) -> str:
             for i, r in enumerate(runs)
         )
         return f"<p class=sub>{' &nbsp; '.join(keys)}</p>"
-    state = runs[0].status
-    reason = f": {state['reason']}" if state.get("reason") else ""
-    return f"<p class=sub>{escape(str(state.get('state', 'state unknown')) + reason)}</p>"
+    state, reason = runs[0].status.get("state", "state unknown"), runs[0].status.get("reason")
+    last = runs[0].events("end", "start", "resume")[-1:]
+    if last and last[0]["event"] == "end":  # the page is written before the status is
+        state, reason = "finished", last[0].get("reason")
+    return f"<p class=sub>{escape(str(state) + (f': {reason}' if reason else ''))}</p>"
 
 
 def facts(run: Run) -> dict[str, str]:
@@ -332,7 +128,30 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def _summary(runs: Sequence[Run]) -> str:
-    columns = [facts(run) for run in runs]
+    return _columns(runs, [facts(run) for run in runs])
+
+
+def _differences(runs: Sequence[Run]) -> str:
+    """Of several runs: the settings that are not the same in all."""
+    if len(runs) < 2 or not all(run.config for run in runs):
+        return ""
+    columns = [{name: str(value) for name, value in leaves(run.settings())} for run in runs]
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    differ = [key for key in keys if len({column.get(key) for column in columns}) > 1 and key != "run_dir"]
+    if not differ:
+        return "<p class=sub>Same configuration.</p>"
+    chosen = [{key: column.get(key, "-") for key in differ} for column in columns]
+    return f"<h2>What differs</h2>{_columns(runs, chosen)}"
+
+
+def leaves(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """A nested configuration as (dotted name, value)."""
+    if not isinstance(values, dict):
+        return [(prefix, values)]
+    return [leaf for k, v in values.items() for leaf in leaves(v, f"{prefix}.{k}" if prefix else str(k))]
+
+
+def _columns(runs: Sequence[Run], columns: Sequence[dict[str, str]]) -> str:
     keys = list(dict.fromkeys(key for column in columns for key in column))
     head = "".join(f"<th class=n>{escape(run.name)}</th>" for run in runs) if len(runs) > 1 else ""
     rows = "".join(
@@ -350,7 +169,11 @@ def _samples(run: Run, several: bool) -> str:
     for record in run.of("sample"):
         by_step.setdefault(record["step"], []).append(record)
     parts = [f"<h3>{escape(run.name)}</h3>"] if several else []
-    for index, step in enumerate(sorted(by_step, reverse=True)):
+    steps = sorted(by_step, reverse=True)
+    if len(steps) > SAMPLED_STEPS:  # evenly, the newest and the oldest among them
+        steps = [steps[round(i * (len(steps) - 1) / (SAMPLED_STEPS - 1))] for i in range(SAMPLED_STEPS)]
+        parts.append(f"<p class=sub>{SAMPLED_STEPS} of {len(by_step)} times; all are in metrics.jsonl.</p>")
+    for index, step in enumerate(steps):
         texts = "".join(
             f"<pre><span class=prompt>{escape(r['prompt'])}</span>{escape(r['text'])}</pre>"
             for r in by_step[step]
