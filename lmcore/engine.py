@@ -166,6 +166,7 @@ class Engine:
         self.module: nn.Module
         self.optimizer: torch.optim.Optimizer
         self._micro_batch = 0
+        self._rehearse = False
 
     # ---- preparing -----------------------------------------------------------------------------------------
 
@@ -200,7 +201,7 @@ class Engine:
             ) in module.parameters():  # not Module.to: buffers (rotary frequencies) stay as they are
                 parameter.data = parameter.data.to(self._param_dtype)
         if self._layers["compile"]:  # before checkpointing: the recomputation is of the compiled layer
-            compile_regions(module.model, self._compile_mode)
+            compile_regions(module, self._compile_mode)
         if self._layers["checkpoint"]:
             enable_activation_checkpointing(module.model)
         optimizer = make_optimizer([(clean_name(name), p) for name, p in module.named_parameters()])
@@ -217,6 +218,7 @@ class Engine:
             self.module, wrapped = self.accelerator.prepare(module, optimizer)
             self.optimizer = wrapped.optimizer
             self._state = TensorState(self._named_parameters(), persistent_buffers(module), self.optimizer)
+        self._rehearse = self.strategy == "ddp" and self.world_size > 2
         self._scaler = self.accelerator.scaler
         self._trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._gate_on_device = gates_on_device(self.optimizer)
@@ -256,6 +258,8 @@ class Engine:
         In training ``key`` is the micro-batch's global index: it alone, with the seed, decides the dropout
         masks.
         """
+        if self._rehearse and self.module.training and torch.is_grad_enabled():
+            self._rehearse_backward(batch)
         if key is not None:
             torch.manual_seed(keyed_seed(self.seed, "dropout", key))
         if not torch.is_grad_enabled() and self.strategy == "ddp":
@@ -486,6 +490,21 @@ class Engine:
         elif self._with_zero:
             self.module.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
         # FSDP2 reduces every micro-batch: holding back would keep whole gradients on every rank.
+
+    def _rehearse_backward(self, batch: dict[str, Tensor]) -> None:
+        """One backward whose gradients are thrown away.
+
+        DDP orders its buckets anew after its first backward, and with three or more ranks the order decides
+        how sums round. A run that resumes must not round its first step in another way than the run that
+        never stopped.
+        """
+        self._rehearse = False
+        kept = {name: buffer.clone() for name, buffer in self._inner.named_buffers()}
+        self._announce(is_last=True)
+        (self.module(**batch)[0] * 0.0).backward()
+        self.module.zero_grad(set_to_none=True)
+        for name, buffer in self._inner.named_buffers():
+            buffer.copy_(kept[name])
 
     def _seed_everything(self, *, deterministic: bool, tf32: bool) -> None:
         torch.manual_seed(keyed_seed(self.seed, "engine", 0))

@@ -207,7 +207,6 @@ def train(job: Job) -> Trace | None:
     """One training in this rank. The result is rank 0's."""
     engine = make_engine(job)
     module = make_model(job.model, job.dropout)
-    initial = {n.removeprefix("model."): p.detach().clone() for n, p in module.named_parameters()}
     micro = BLOCKS // engine.world_size // job.accumulation
     engine.prepare(
         module,
@@ -216,6 +215,7 @@ def train(job: Job) -> Trace | None:
         micro_batch_blocks=micro,
         clip_norm=job.clip_norm,
     )
+    initial = {name: tensor.clone() for _, name, _, tensor in engine.state() if tensor is not None}
     if job.load:
         load(engine, job.load)
     losses, norms, applied, rates = [], [], [], []
