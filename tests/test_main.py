@@ -1,0 +1,265 @@
+"""``python -m lmcore``: quick help, one-line refusals, and verbs that do what they say, without a training."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmcore import doctor, tokenizer
+from lmcore import model as models
+from lmcore.__main__ import VERBS, main
+from lmcore.checkpoint import Checkpoints
+from lmcore.errors import RequestError
+from lmcore.saved import describe
+from lmcore.score import score
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = ["def f(x):\n    return x + 1\n", "吾輩は猫である。名前はまだ無い。\n"] * 40
+
+
+def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "lmcore", *words], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with checkpoints of steps 2 and 4 (the earlier one is the better one) and its tokenizer."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    words = tokenizer.train(TEXTS, vocab_size=330, folder=folder / "tokenizer")
+    model = models.build(
+        type="gpt2",
+        config_overrides={"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 32},
+        vocab_size=words.vocab_size,
+        special_ids=words.special_ids,
+        block_size=32,
+        seed=1,
+    )
+    saves = Checkpoints(folder / "checkpoints", background=False, say=lambda text: None)
+    for step in (2, 4):
+        with torch.no_grad():
+            model.transformer.wpe.weight.add_(0.1)  # type: ignore[union-attr, operator]
+        tensors = [("model", name, "", tensor.detach()) for name, tensor in model.named_parameters()]
+        saves.save(
+            step,
+            layout=[(kind, name, slot, tuple(t.shape), t.dtype) for kind, name, slot, t in tensors],
+            tensors=iter(tensors),
+            state={"model": describe(model)},
+            metrics={"loss": 2.0 + step},
+            tokens=64 * step,
+        )
+        saves.wait()
+    return folder
+
+
+def call(*words: Any) -> int:
+    return main([str(word) for word in words])
+
+
+def test_help_is_there_at_once() -> None:
+    started = time.perf_counter()
+    done = run("--help")
+    elapsed = time.perf_counter() - started
+    assert done.returncode == 0
+    for verb in VERBS:
+        assert f"  {verb} " in done.stdout
+    code = "import sys, lmcore.__main__ as m; m.main(['--help']); assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+    assert elapsed < 2, "0.06 s on an idle machine"
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("plan",)])
+def test_each_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):  # argparse and the configuration leave by themselves
+        assert call(verb, "--help") == 0
+    assert verb in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["genrate"], "did you mean generate?"),
+        (["generate", "nowhere"], "no such folder"),
+        (["generate"], "arguments are required: path"),
+        (["generate", "x", "--tempratur", "1"], "--tempratur"),
+        (["export", "."], "neither a checkpoint nor an export"),
+        (["report", "."], "no metrics.jsonl"),
+        (["checkpoints", "."], "no checkpoints there"),
+        (["order", ".", "--step", "1"], "no config.yaml"),
+        (["tokenizer", "test"], "takes one word: train"),
+        (["inspect", "--data.trian", "x"], "data.train"),
+        (["inspect", "--data.train", "/no/such/file.txt"], "/no/such/file.txt"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_code_2(
+    words: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(*words) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert expected in said[-1]
+    assert said[-1].startswith("lmcore: ")
+    assert "Traceback" not in "\n".join(said)
+    with pytest.raises(RequestError):
+        call(*words, "--debug")
+
+
+def test_a_closed_pipe_is_no_error(run_dir: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m lmcore checkpoints {run_dir} | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_generate_from_run_checkpoint_and_export(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def text(*words: Any) -> str:
+        assert call("generate", *words, "--max_tokens", 12, "--device", "cpu") == 0
+        return capsys.readouterr().out
+
+    assert call("export", run_dir, "--out", tmp_path / "export") == 0
+    assert "logits verified" in capsys.readouterr().out
+    newest = text(run_dir, "--prompt", "吾輩は")
+    assert newest.startswith("吾輩は")
+    assert newest == text(run_dir / "checkpoints" / "step-00000004", "--prompt", "吾輩は")
+    assert newest == text(tmp_path / "export", "--prompt", "吾輩は")
+    assert text(run_dir, "--checkpoint", "best") == text(run_dir, "--checkpoint", 2)
+    two = text(run_dir, "--prompt", "def", "--samples", 2, "--seed", 7)
+    assert two == text(run_dir, "--prompt", "def", "--seed", 7) + "\n" + text(
+        run_dir, "--prompt", "def", "--seed", 8
+    )
+    assert text(run_dir, "--greedy") == text(run_dir, "--temperature", 0)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("吾輩は"))
+    assert text(run_dir, "--prompt", "-") == newest
+
+
+def test_evaluate_is_the_mean_over_every_token_of_every_set(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("def f(x):\n\n吾輩は猫である。\n\n" * 9, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("x\n", encoding="utf-8")
+    places = [tmp_path / "a.txt", f"short={tmp_path / 'b.txt'}"]
+    assert call("evaluate", run_dir, "--data", *places, "--unit", "paragraph", "--json", "-") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["step"] == 4
+    assert set(result["sets"]) == {"a.txt", "short"}
+    opened = pytest.importorskip("lmcore.saved").open_saved(run_dir, device="cpu")
+    # By hand: documents, each ended by EOS, in blocks of the context; nothing shifted, nothing padded.
+    ids: list[int] = []
+    for document in ("def f(x):", "吾輩は猫である。") * 9:
+        ids += [*opened.tokenizer.encode(document), opened.tokenizer.eos_id]
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 32):
+            piece = torch.tensor([ids[start : start + 33]])
+            logits = opened.model(input_ids=piece[:, :-1]).logits[..., : opened.tokenizer.vocab_size]
+            labels = piece[0, 1:]
+            nats += float(torch.nn.functional.cross_entropy(logits[0].double(), labels, reduction="sum"))
+    one = result["sets"]["a.txt"]
+    assert one["tokens"] == len(ids) - 1
+    assert one["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    assert one["perplexity"] == pytest.approx(math.exp(one["loss"]))
+    size = 9 * len("def f(x):吾輩は猫である。".encode()) - len(opened.tokenizer.decode(ids[:1]).encode())
+    assert one["bytes"] == size, "the bytes of what was predicted: all but the first token"
+    assert one["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    out = tmp_path / "result.json"
+    assert call("evaluate", run_dir, "--data", *places, "--unit", "paragraph", "--json", out) == 0
+    assert "a.txt: loss " in capsys.readouterr().out
+    assert json.loads(out.read_text()) == result
+    with pytest.raises(RequestError, match="context of 32"):
+        score(opened, {"a": [str(tmp_path / "a.txt")]}, block_size=64)
+
+
+def test_checkpoints_lists_and_verifies(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("checkpoints", run_dir, "--verify") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["step-00000002", "step-00000004"]
+    assert "held-out loss 4.0000" in lines[0]
+    assert all("verified" in line for line in lines)
+    assert call("checkpoints", run_dir, "--json") == 0
+    assert [row["step"] for row in json.loads(capsys.readouterr().out)] == [2, 4]
+
+
+def test_the_corpus_verbs_speak_about_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("\n".join(f"line {n} of the text" for n in range(600)))
+    common = ["--data.train", "text.txt", "--data.valid_fraction", "0.1", "--data.block_size", "16",
+              "--data.unit", "line", "--run_dir", "runs/x", "--model.config.n_positions", "32"]  # fmt: skip
+    assert call("tokenizer", "train", "--tokenizer.vocab_size", "300", *common) == 0
+    assert "runs/x/tokenizer: 300 pieces" in capsys.readouterr().out
+    assert call("tokenizer", "train", "--out", "runs/x/tokenizer", *common) == 2
+    assert "holds a tokenizer already" in capsys.readouterr().err
+    assert call("inspect", *common) == 0
+    said = capsys.readouterr().out
+    assert "600" in said
+    assert "sample" in said
+    assert "round trip" in said
+    assert call("prepare", *common) == 0
+    said = capsys.readouterr().out
+    assert "held out" in said
+    assert "blocks in an epoch" in said
+    assert list((tmp_path / "token_stores").glob("*/manifest.json"))
+
+
+def test_doctor_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("doctor", "--json") in (0, 1)
+    found = json.loads(capsys.readouterr().out)
+    names = {one["name"] for one in found}
+    assert {"python", "torch", "transformers", "disk", "open files", "memory", "cores"} <= names
+    assert not [one for one in found if "could not be checked" in one["value"]]
+    assert all(one["remedy"] for one in found if one["state"] in ("warn", "bad"))
+
+    def old(package: str) -> str:
+        return "2.6.0" if package == "torch" else "99"
+
+    monkeypatch.setattr(doctor, "version", old)
+    found_now = list(doctor._packages(Path()))
+    assert [one.state for one in found_now if one.name == "torch"] == ["bad"]
+    assert "pip install -U torch" in next(one.remedy for one in found_now if one.name == "torch")
+    assert [one.state for one in found_now if one.name == "transformers"] == ["ok"]
+
+    class Small:
+        free, f_files, f_favail = 1 << 30, 100_000, 12
+
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: Small)
+    monkeypatch.setattr(doctor.os, "statvfs", lambda place: Small)
+    states = {one.name: one.state for one in doctor._disk(Path())}
+    assert (states["disk"], states["files"]) == ("warn", "warn")
+
+    def broken(folder: Path) -> Any:
+        raise OSError("no such thing here")
+        yield
+
+    monkeypatch.setattr(doctor, "_memory", broken)
+    monkeypatch.setattr(doctor.examine, "__defaults__", (".",))
+    said = [one.line() for one in doctor.examine()]
+    assert any("could not be checked: OSError" in line for line in said), "the other checks still count"
+    assert len(said) > 8
+
+
+def test_every_verb_has_one_line_of_help() -> None:
+    work: Callable[..., Any]
+    for work in VERBS.values():
+        assert work.__doc__
+        assert len(work.__doc__.strip().splitlines()[0]) < 100
