@@ -79,6 +79,11 @@ def _config(words: list[str], prog: str, summary: str) -> RunConfig:
     return command_line.parse(words, say=lambda line: print(line, file=sys.stderr))
 
 
+def _run_dir(config: RunConfig) -> Path:
+    """Where the run writes; the command line always fills it in."""
+    return Path(config.run_dir or "runs/demo")
+
+
 def _taken(words: list[str], name: str, default: str | None = None) -> str | None:
     """Take ``--name VALUE`` (or ``--name=VALUE``) out of the words; what is left belongs to the
     configuration.
@@ -111,7 +116,7 @@ def prepare(words: list[str]) -> None:
     from lmcore import assemble
 
     display = tasks()
-    home = Path(config.run_dir) / "tokenizer"
+    home = _run_dir(config) / "tokenizer"
     data = assemble.open_data(
         config,
         home,
@@ -140,7 +145,7 @@ def inspect(words: list[str]) -> None:
     from lmcore import inspect as room
     from lmcore import tokenizer
 
-    home = Path(config.run_dir) / "tokenizer"
+    home = _run_dir(config) / "tokenizer"
     path = config.tokenizer.path or (str(home) if (home / "tokenizer.json").exists() else None)
     encoder = tokenizer.load(path, revision=config.tokenizer.revision) if path else None
     display = tasks()
@@ -177,7 +182,7 @@ def tokenizer(words: list[str]) -> None:
     from lmcore import assemble
     from lmcore import tokenizer as room
 
-    folder = Path(out) if out else Path(config.run_dir) / "tokenizer"
+    folder = Path(out) if out else _run_dir(config) / "tokenizer"
     if (folder / "tokenizer.json").exists():
         raise RequestError(f"{folder} holds a tokenizer already: give another --out, or remove it")
     display = tasks()

@@ -66,7 +66,7 @@ def markdown(
     step = record["step"]
     start = next((r for r in records if r.get("event") in ("start", "resume") and "command" in r), {})
     until = [r for r in records if r["kind"] in ("train", "eval") and r.get("step", 0) <= step]
-    last_train = next((r for r in reversed(until) if r["kind"] == "train"), {})
+    last_train: dict[str, Any] = next((r for r in reversed(until) if r["kind"] == "train"), {})
     evaluations = {r["set"]: r for r in until if r["kind"] == "eval"}  # the last of each set
     name = record["run"]
     lines = [

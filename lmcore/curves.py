@@ -134,7 +134,7 @@ def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _tick(value: float, _: int | None = None) -> str:
+def _tick(value: float, _: float = 0) -> str:
     return short(value) if abs(value) >= 10_000 else f"{value:.6g}"
 
 

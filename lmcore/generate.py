@@ -43,7 +43,7 @@ def sample(
     """The continuation of each prompt; arguments as for :func:`stream`. Prompts do not depend on each
     other.
     """
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     return ["".join(stream(model, tokenizer, prompt, max_tokens, **settings)) for prompt in prompts]
 
 

@@ -165,7 +165,8 @@ def empty_model(description: dict[str, Any]) -> nn.Module:
     models.refuse_unsafe_config(values, "state.json")
     config = CONFIG_MAPPING[values.pop("model_type")].from_dict(values)
     config.dtype = torch.float32
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[config.__class__](config)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config.__class__]
+    model = model_class(config)
     model.real_vocab_size = description["real_vocab_size"]
     return model
 
