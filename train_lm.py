@@ -34,6 +34,7 @@ from functools import partial
 import torch
 
 from lmcore import assemble, optim
+from lmcore.budget import horizon
 from lmcore.config import RunConfig, flatten, to_yaml
 from lmcore.engine import Engine
 from lmcore.guard import FAULT, Guard, Verdict
@@ -58,6 +59,7 @@ def run(config: RunConfig) -> int:
         deterministic=config.train.deterministic,
         tf32=config.train.tf32,
     )
+    assert config.run_dir is not None  # the command line has filled it in
     folder = RunFolder(config.run_dir, private=config.checkpoint.private)
     ours = False  # until the lock is had, status.json may be another job's
     try:
@@ -114,8 +116,12 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
         note=report.note,
         task=report.task,
     )
-    sizes = assemble.horizon(
-        config, data, world_size=engine.world_size, micro_batch_blocks=past.get("micro_batch_blocks")
+    sizes = horizon(
+        config,
+        block_size=data.block_size,
+        epoch_blocks=getattr(data.train, "epoch_blocks", None),
+        world_size=engine.world_size,
+        micro_batch_blocks=past.get("micro_batch_blocks"),
     )
 
     # ---- model and optimizer; the loaders are ours and are never given to accelerate (README: why not prepare)
@@ -255,7 +261,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
             break
         if config.evaluate.at_end if ends else flags & EVALUATE_DUE:
             why = session.look()
-        if int(batch.epoch) > int(batch.epoch - 1 / sizes.steps_per_epoch):
+        if sizes.steps_per_epoch and int(batch.epoch) > int(batch.epoch - 1 / sizes.steps_per_epoch):
             report.epoch(epoch=int(batch.epoch), step=step, valid_loss=session.state.metrics.get("loss"))
         if why is not None:
             break

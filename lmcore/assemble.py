@@ -9,22 +9,22 @@ each function hands plain values to the room that does.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lmcore import corpus, model, optim, tokenizer
+from lmcore import corpus, model, optim, own_data, tokenizer
 from lmcore.blocks import BlockDataset
 from lmcore.config import RunConfig, global_batch_blocks
-from lmcore.duration import Duration
 from lmcore.errors import RequestError
 from lmcore.model import ModelWithLoss
 from lmcore.order import Phase
+from lmcore.stream import StreamDataset
 from lmcore.tokenizer import Tokenizer
 
 LONGEST_DEFAULT_BLOCK_TOKENS = 1024
@@ -51,8 +51,8 @@ class Data:
     test: dict[str, Any]
     encoder: Tokenizer | None
     block_size: int
-    weights: tuple[float, ...] | None = None
     phases: tuple[Phase, ...] = (Phase(),)
+    collate: Callable[[list[Any]], dict[str, Any]] | None = None
     rows: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -132,56 +132,150 @@ def open_data(
         home: folder of the run's tokenizer.
         on_main: runs something on rank 0 and gives every rank its result or its refusal.
     """
-    data, block_size = config.data, block_size_of(config)
-    fraction = valid_fraction_of(config)
-    if config.tokenizer.path is None:
-        on_main(
-            lambda: (home / "tokenizer.json").exists() or train_tokenizer(config, home, note=note, task=task)
-        )
-        encoder = tokenizer.load(home)
-    else:
-        encoder = tokenizer.load(config.tokenizer.path, revision=config.tokenizer.revision)
-        on_main(lambda: encoder.save(home, model_max_length=block_size))
+    block_size = block_size_of(config)
+    encoder = None
+    if config.data.factory is None or config.tokenizer.path is not None:
+        encoder = open_tokenizer(config, home, block_size=block_size, on_main=on_main, note=note, task=task)
+    if config.data.factory is not None:
+        return open_own_data(config, encoder, block_size)
+    assert encoder is not None
+    streamed = config.data.mode == "stream"
     with task("tokenizing", unit="bytes") as advance:
         sets = corpus.open_corpus(
             encoder,
-            train=data.train,
-            valid=data.valid,
-            test=data.test,
-            valid_fraction=fraction,
+            train=() if streamed else config.data.train or [corpus.STDLIB],
+            valid=config.data.valid,
+            test=config.data.test,
+            valid_fraction=0.0 if streamed else valid_fraction_of(config),
             reading=reading_of(config),
-            store_dir=data.store_dir,
-            eos=data.eos,
-            processes=data.processes or max(1, len(os.sched_getaffinity(0)) // world_size),
+            store_dir=config.data.store_dir,
+            eos=config.data.eos,
+            processes=config.data.processes or max(1, len(os.sched_getaffinity(0)) // world_size),
             worker=rank,
-            on_error=data.on_error,
-            max_bad_fraction=data.max_bad_fraction,
+            on_error=config.data.on_error,
+            max_bad_fraction=config.data.max_bad_fraction,
             progress=lambda progress: advance(done=progress.read_bytes),
             note=note,
         )
     on_main(lambda: None)  # nobody goes on before every rank has all stores
-
-    def blocks(stores: Any, **options: Any) -> BlockDataset:
-        pad_id = encoder.eos_id if encoder.pad_id is None else encoder.pad_id
-        return BlockDataset.from_stores(
-            stores, block_size=block_size, document_mask=data.document_mask, pad_id=pad_id, **options
+    pad_id = encoder.eos_id if encoder.pad_id is None else encoder.pad_id
+    blocks = partial(
+        BlockDataset.from_stores,
+        block_size=block_size,
+        document_mask=config.data.document_mask,
+        pad_id=pad_id,
+    )
+    rows = [("tokenizer", f"{encoder.vocab_size:,} pieces, {encoder.fingerprint[:12]}")]
+    if streamed:
+        sources = reading_of(config).sources(config.data.train or [corpus.STDLIB])
+        phases = phases_of(config, [s.name for s in sources], corpus.mixture_weights(sources))
+        train: Any = StreamDataset(
+            sources,
+            encoder,
+            block_size=block_size,
+            lanes=config.data.stream_lanes or global_batch_blocks(config, block_size),
+            seed=config.seed,
+            window_blocks=config.data.shuffle_window,
+            shuffle=config.data.shuffle,
+            phases=phases,
+            eos=config.data.eos,
+            document_mask=config.data.document_mask,
+            on_error=config.data.on_error,
+            max_bad_fraction=config.data.max_bad_fraction,
+            note=note,
         )
-
-    phases = (Phase(weights=sets.weights),)
+        rows += [(f"text ({source.name})", f"{len(source.paths):,} files, streamed") for source in sources]
+        if not config.data.valid:
+            note(
+                "data.mode stream holds nothing out of the training text: name held-out text with data.valid"
+            )
+    else:
+        phases = phases_of(config, [store.name for store in sets.train], sets.weights)
+        train = blocks(sets.train, seed=config.seed, shuffle=config.data.shuffle, phases=phases)
+        rows += [(f"text ({store.name})", describe_store(store)) for store in sets.train]
+    rows += [(f"held out ({name})", describe_store(store)) for name, store in sets.valid.items()]
     return Data(
-        train=blocks(sets.train, seed=config.seed, shuffle=data.shuffle, phases=phases),
+        train=train,
         valid={name: blocks([store], drop_last=False) for name, store in sets.valid.items()},
         test={name: blocks([store], drop_last=False) for name, store in sets.test.items()},
         encoder=encoder,
         block_size=block_size,
-        weights=sets.weights,
         phases=phases,
-        rows=[
-            ("tokenizer", f"{encoder.vocab_size:,} pieces, {encoder.fingerprint[:12]}"),
-            *((f"text ({store.name})", describe_store(store)) for store in sets.train),
-            *((f"held out ({name})", describe_store(store)) for name, store in sets.valid.items()),
-        ],
+        rows=rows,
     )
+
+
+def open_tokenizer(
+    config: RunConfig,
+    home: Path,
+    *,
+    block_size: int,
+    on_main: Callable[[Callable[[], Any]], Any],
+    note: Note,
+    task: Task,
+) -> Tokenizer:
+    """The run's tokenizer, brought along or trained; afterwards it lies in ``home``."""
+    path, revision = config.tokenizer.path, config.tokenizer.revision
+    if path is not None:
+        encoder = tokenizer.load(path, revision=revision)
+        on_main(lambda: encoder.save(home, model_max_length=block_size))
+        return encoder
+
+    def make() -> None:
+        if not (home / "tokenizer.json").exists():
+            train_tokenizer(config, home, note=note, task=task)
+
+    on_main(make)
+    return tokenizer.load(home)
+
+
+def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int) -> Data:
+    """``data.factory(**data.config)``: a dataset, or a mapping with ``train`` and, if wanted, ``valid``, ``test``
+    (datasets, or mappings of them by name) and ``collate``."""
+    made = model.import_path(config.data.factory or "", "data.factory")(**config.data.config)
+    parts = dict(made) if isinstance(made, Mapping) else {"train": made}
+    unknown = sorted(parts.keys() - {"train", "valid", "test", "collate"})
+    if unknown or "train" not in parts:
+        raise RequestError(
+            f"data.factory {config.data.factory} returned the keys {', '.join(map(str, parts))}: give train, and "
+            f"optionally valid, test and collate"
+        )
+    wrap = partial(own_data.wrap, seed=config.seed)
+
+    def named(name: str) -> dict[str, Any]:
+        sets = parts.get(name) or {}
+        sets = sets if isinstance(sets, Mapping) else {name: sets}
+        return {key: wrap(value) for key, value in sets.items()}
+
+    train = wrap(parts["train"], shuffle=config.data.shuffle)
+    return Data(
+        train=train,
+        valid=named("valid"),
+        test=named("test"),
+        encoder=encoder,
+        block_size=block_size,
+        collate=parts.get("collate"),
+        rows=[("data", config.data.factory or "")],
+    )
+
+
+def phases_of(config: RunConfig, names: list[str], weights: tuple[float, ...] | None) -> tuple[Phase, ...]:
+    """The mixtures: the sources' own weights from position 0, then what ``data.phases`` appends.
+
+    Raises:
+        RequestError: a phase without a position, or with a source that is none.
+    """
+    phases = [Phase(weights=weights)]
+    for item in config.data.phases:
+        given = item.get("weights")
+        if set(item) != {"position", "weights"} or not (given is None or isinstance(given, Mapping)):
+            raise RequestError(f"data.phases: {item} must have a position and weights by source name")
+        unknown = sorted(set(given or ()) - set(names))
+        if unknown:
+            raise RequestError(f"data.phases: no source {unknown[0]!r}; the sources are {', '.join(names)}")
+        mixed = None if given is None else tuple(float(given.get(name, 0.0)) for name in names)
+        phases.append(Phase(position=int(item["position"]), weights=mixed))
+    return tuple(phases)
 
 
 def describe_store(store: Any) -> str:
@@ -205,7 +299,7 @@ def model_name(config: RunConfig) -> str:
 def open_model(config: RunConfig, data: Data, *, note: Note = print) -> ModelWithLoss:
     """The model with its loss; the same weights on every rank and under every strategy."""
     built = model.build(
-        type=config.model.type,
+        type=config.model.type or "",
         config_overrides=config.model.config,
         vocab_size=data.encoder.vocab_size if data.encoder else None,
         special_ids=data.encoder.special_ids if data.encoder else {},
@@ -252,112 +346,3 @@ def make_optimizer(
         state_dtype="bfloat16" if config.optim.state_dtype == "bf16" else None,
         **config.optim.config,
     )
-
-
-# ---------------------------------------------------------------------------------------------------------- budget
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """What the budget means here. ``end_position`` is ``None`` unless the horizon is a number of epochs."""
-
-    global_batch_blocks: int
-    micro_batch_blocks: int
-    accumulation: int
-    block_size: int
-    steps_per_epoch: Fraction
-    total_steps: int
-    end_position: int | None
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Labels of a full step."""
-        return self.global_batch_blocks * self.block_size
-
-    def rows(self, config: RunConfig, world_size: int) -> list[tuple[str, str]]:
-        """The arithmetic, for the start table."""
-        epochs = float(self.total_steps / self.steps_per_epoch)
-        return [
-            (
-                "epoch",
-                f"{int(self.steps_per_epoch * self.global_batch_blocks):,} blocks of {self.block_size:,} tokens",
-            ),
-            (
-                "global batch",
-                f"{world_size} x {self.accumulation} x {self.micro_batch_blocks} (processes x accumulation x "
-                f"micro-batch) = {self.global_batch_blocks} blocks = {self.tokens_per_step:,} tokens",
-            ),
-            (
-                "budget",
-                f"{config.train.duration} = {self.total_steps:,} steps = "
-                f"{self.total_steps * self.tokens_per_step:,} tokens = {epochs:.2f} epochs",
-            ),
-        ]
-
-    def steps_of(self, duration: Duration) -> int:
-        """A duration of the configuration in whole steps; 0 for never."""
-        steps = duration.to_steps(
-            tokens_per_step=self.tokens_per_step,
-            steps_per_epoch=self.steps_per_epoch,
-            total_steps=self.total_steps,
-        )
-        return steps or 0
-
-
-def horizon(
-    config: RunConfig, data: Data, *, world_size: int, micro_batch_blocks: int | None = None
-) -> Sizes:
-    """Global batch, accumulation and steps, from the configuration, the data and the number of ranks.
-
-    Args:
-        micro_batch_blocks: what ``auto`` was resolved to before (a checkpoint remembers it).
-
-    Raises:
-        RequestError: the global batch does not divide; the numbers are named.
-    """
-    blocks = global_batch_blocks(config, data.block_size)
-    if blocks % world_size:
-        raise RequestError(
-            f"train.global_batch_blocks {blocks} is not a multiple of the {world_size} processes: make it "
-            f"{blocks // world_size * world_size or world_size}, or start another number of processes"
-        )
-    share = blocks // world_size
-    asked = config.train.micro_batch_blocks
-    micro = asked if isinstance(asked, int) else micro_batch_blocks or largest_share(share, data.block_size)
-    if share % micro and isinstance(asked, int):
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
-        raise RequestError(
-            f"train.global_batch_blocks {blocks} over {world_size} processes is {share} blocks each, which "
-            f"train.micro_batch_blocks {micro} does not divide: take one of {', '.join(map(str, divisors))}"
-        )
-    if share % micro:  # what a checkpoint remembers of another number of ranks
-        micro = largest_share(share, data.block_size, at_most=micro)
-    duration, epoch_blocks = config.train.duration, data.train.epoch_blocks
-    steps_per_epoch = Fraction(epoch_blocks, blocks)
-    total = duration.to_steps(tokens_per_step=blocks * data.block_size, steps_per_epoch=steps_per_epoch)
-    if total is None or total < 1:
-        raise RequestError(f"train.duration {duration} is not one step: a step has {blocks} blocks")
-    end = None
-    if duration.unit == "epochs":
-        # N epochs end with their last block; the last step is filled up with blocks without labels.
-        end = int(duration.exact() * epoch_blocks)
-    return Sizes(
-        global_batch_blocks=blocks,
-        micro_batch_blocks=micro,
-        accumulation=share // micro,
-        block_size=data.block_size,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total,
-        end_position=end,
-    )
-
-
-AUTO_MICRO_BATCH_TOKENS = 8192
-"""Without a measured limit ``auto`` takes at most so many tokens per forward pass: enough to fill the matrix units of
-a CPU core or a GPU for small models, and little enough to fit (docs/log.md)."""
-
-
-def largest_share(share: int, block_size: int, at_most: int | None = None) -> int:
-    """The largest divisor of ``share`` whose tokens stay within :data:`AUTO_MICRO_BATCH_TOKENS`."""
-    limit = at_most or max(1, AUTO_MICRO_BATCH_TOKENS // block_size)
-    return max(divisor for divisor in range(1, min(share, limit) + 1) if share % divisor == 0)

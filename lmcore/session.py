@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lmcore import checkpoint, generate
-from lmcore.assemble import Data, Sizes
+from lmcore.assemble import Data
 from lmcore.batches import Batches, EvalBatches, StepBatch, merge_cursors
+from lmcore.budget import Sizes
 from lmcore.config import RunConfig, changes, flatten, ranges, refuse_changes
 from lmcore.duration import is_due
 from lmcore.engine import Engine
@@ -45,11 +46,11 @@ def on_main(engine: Engine, work: Callable[[], Any]) -> Any:
     if engine.is_main:
         try:
             outcome = (work(), None)
-        except (RequestError, FaultError) as error:
-            outcome = (None, error)
-    result, error = engine.broadcast_object(outcome)
-    if error is not None:
-        raise error
+        except (RequestError, FaultError) as refusal:
+            outcome = (None, refusal)
+    result, refused = engine.broadcast_object(outcome)
+    if refused is not None:
+        raise refused
     return result
 
 
@@ -131,6 +132,7 @@ class Session:
                 seed=config.seed,
                 phases=data.phases,
                 skips=self._skips,
+                stream={"lanes": data.train.lanes} if hasattr(data.train, "lanes") else {},
             )
         )
         self._model = describe(module.model, factory=config.model.factory, arguments=config.model.config)
@@ -163,8 +165,14 @@ class Session:
             seed=self.config.seed,
             accept="data.train" in self.config.allow_changes,
         )
+        # What lies behind never moves; from here on the mixtures of the configuration hold.
+        behind = [phase for phase in cursor.phases if phase.position < max(cursor.position, 1)]
+        ahead = [phase for phase in self.data.phases if phase.position >= max(cursor.position, 1)]
+        current = [phase for phase in self.data.phases if phase.position <= cursor.position][-1]
+        cursor = replace(cursor, phases=tuple(behind)).with_weights(current.weights)
+        cursor = replace(cursor, phases=(*cursor.phases, *(p for p in ahead if p.position > cursor.position)))
         self.state = State(
-            cursor=cursor.with_skips(self._skips).with_weights(self.data.weights),
+            cursor=cursor.with_skips(self._skips),
             **{name: kept[name] for name in ("step", "tokens", "metrics", "stop_values")},
         )
         return kept
@@ -184,6 +192,7 @@ class Session:
                 prefetch=self.config.data.prefetch,
                 pin_memory=self.config.data.pin_memory,
                 device=self.engine.device,
+                collate=self.data.collate,
             )
         )
 
@@ -329,12 +338,16 @@ class Session:
                 result = evaluate(
                     self.engine, batches, byte_lengths=self._byte_lengths, on_micro_batch=advance
                 )
-            values = {
+            values: dict[str, Any] = {
                 "loss": result.loss,
                 "perplexity": result.perplexity,
                 "bits_per_byte": result.bits_per_byte,
             }
-            where = {"step": self.state.step, "epoch": self.epoch, "tokens": self.state.tokens}
+            where: dict[str, Any] = {
+                "step": self.state.step,
+                "epoch": self.epoch,
+                "tokens": self.state.tokens,
+            }
             self.report.evaluation(set=name, **where, **values)
             known = {key: value for key, value in values.items() if value is not None}
             metrics = {**known, **metrics, **{f"{name}/{key}": value for key, value in known.items()}}

@@ -246,7 +246,11 @@ BAD = {
     "does not divide": ({"train__micro_batch_blocks": 5}, "12"),
     "block size beyond the context": ({"data__block_size": 128}, "64"),
     "corpus smaller than a block": (
-        {"data__train": "{text}/tiny.txt", "tokenizer__path": "{text}/whole/tokenizer"},
+        {
+            "data__train": "{text}/tiny.txt",
+            "tokenizer__path": "{text}/whole/tokenizer",
+            "tokenizer__vocab_size": "null",
+        },
         "block",
     ),
     "no such text field": ({"data__train": "{text}/records.jsonl", "data__text_field": "txt"}, "text"),
