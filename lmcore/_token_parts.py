@@ -26,13 +26,10 @@ from typing import Any, Protocol, final
 import numpy as np
 
 from lmcore import hub, text
+from lmcore._token_claims import Claim, claimed, now_of, raise_failure, write_failure
 from lmcore.errors import FaultError, RequestError
 from lmcore.files import DISK
 
-HEARTBEAT_SECONDS = 2.0
-STALE_SECONDS = 120.0
-"""A claim without a heartbeat for so long is dead; far above what a network file system delays a time
-stamp."""
 BATCH_CHARACTERS = 1 << 20
 """Text that is encoded in one call: enough for the tokenizer's own threads, little enough to stay flat in
 memory."""
@@ -88,26 +85,44 @@ def is_done(job: Job, index: int) -> bool:
     return (job.folder / f"{part_file(index)}.json").exists()
 
 
+def _aside(path: Path) -> Path:
+    """Where a file is written before it gets its name: another place for each process."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def commit(path: Path, data: bytes) -> None:
+    """A file that is whole and durable, or not there; several processes may write the same one."""
+    DISK.write_file(_aside(path), data)
+    DISK.rename(_aside(path), path)
+    DISK.fsync_dir(path.parent)
+
+
+def encoded(value: Any) -> bytes:
+    """JSON as it stands in the files of a store."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
 # ---- who builds which part ----
 
 
 def build_all(job: Job, processes: int, worker: int, progress: Callable[[Progress], None] | None) -> None:
     """Return when every part is there, whoever built it."""
+    report = _Reporter(job, progress)
     pending = [part.index for part in job.parts if not is_done(job, part.index)]
     processes = min(processes, len(pending))
-    started = _now_of(job.folder)
+    started = now_of(job.folder)
     if processes <= 1:
-        _build_pending(job, started, worker, progress)
+        _build_pending(job, started, worker, report)
         return
     payload = pickle.dumps((job, started))
     children = [_start_child(payload, worker * processes + number) for number in range(processes)]
     try:
         while any(child.poll() is None for child in children):
             time.sleep(0.2)
-            _report(job, progress)
+            report()
             for child in children:
                 if child.poll():
-                    _raise_failure(job, started)
+                    raise_failure(job.folder, started)
                     raise FaultError(
                         f"a tokenizing process ended with code {child.returncode}"
                         f"{' (out of memory?): lower data.processes' if child.returncode == -9 else ''}; "
@@ -119,7 +134,7 @@ def build_all(job: Job, processes: int, worker: int, progress: Callable[[Progres
             child.wait()
             assert child.stdin is not None
             child.stdin.close()
-    _build_pending(job, started, worker, progress)
+    _build_pending(job, started, worker, report)
 
 
 _CHILD = "import sys; from lmcore._token_parts import child_main; child_main()"
@@ -157,15 +172,13 @@ def child_main() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     code = 0
     try:
-        _build_pending(job, started, number, None)
+        _build_pending(job, started, number, _Reporter(job, None))
     except (RequestError, FaultError, OSError):
         code = 3  # written down already, the parent tells it
     os._exit(code)
 
 
-def _build_pending(
-    job: Job, started: float, number: int, progress: Callable[[Progress], None] | None
-) -> None:
+def _build_pending(job: Job, started: float, number: int, report: _Reporter) -> None:
     """Build one part after another, from a place of one's own on, until all are there."""
     count = len(job.parts)
     first = (
@@ -177,155 +190,66 @@ def _build_pending(
             index = (first + step) % count
             if is_done(job, index):
                 continue
-            _raise_failure(job, started)
-            with _claimed(job, index) as mine:
+            raise_failure(job.folder, started)
+            with claimed(job.folder / f"{part_file(index)}.claim") as mine:
                 if mine and not is_done(job, index):
                     try:
-                        _build(job, index, mine, progress)
+                        _build(job, index, mine, report)
                     except (FaultError, RequestError, OSError) as error:
-                        _write_failure(job, error)
+                        write_failure(job.folder, error)
                         raise
                 else:
                     waiting = True
-        _report(job, progress)
+        report()
         if not waiting and all(is_done(job, part.index) for part in job.parts):
             return
         time.sleep(0.2)
 
 
-def _now_of(folder: Path) -> float:
-    """The time as the file system tells it, which may not be the time of this machine."""
-    path = folder / f".now.{socket.gethostname()}.{os.getpid()}"
-    path.touch()
-    try:
-        return path.stat().st_mtime
-    finally:
-        path.unlink()
+class _Reporter:
+    """Adds up how far all processes and ranks are, from what lies in the folder."""
 
+    def __init__(self, job: Job, tell: Callable[[Progress], None] | None) -> None:
+        self._job, self._tell = job, tell
+        self._finished: dict[int, dict[str, Any]] = {}
+        self._last = 0.0
 
-class _Claim:
-    """The file that says who works on a part, and how far it is."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.state = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "bytes": 0,
-            "documents": 0,
-            "tokens": 0,
-        }
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-
-    def _beat(self) -> None:
-        while not self._stopped.wait(HEARTBEAT_SECONDS / 4):
-            with contextlib.suppress(OSError):
-                if self.path.exists():  # not after somebody took it over
-                    self.path.write_text(json.dumps(self.state))
-
-    def __enter__(self) -> _Claim:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-        self.path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _claimed(job: Job, index: int) -> Iterator[_Claim | None]:
-    """The claim on a part, or ``None`` if somebody who lives has it. Two owners at once would do no harm:
-    they write the same bytes."""
-    path = job.folder / f"{part_file(index)}.claim"
-    for _ in range(2):
-        try:
-            with open(path, "x") as file:
-                json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
-        except FileExistsError:
-            if not _is_stale(job, path):
-                break
-            path.unlink(missing_ok=True)
-        else:
-            with _Claim(path) as claim:
-                yield claim
+    def __call__(self) -> None:
+        if self._tell is None or time.monotonic() - self._last < 0.5:
             return
-    yield None
+        self._last = time.monotonic()
+        sums = {"bytes": 0, "documents": 0, "tokens": 0, "bad": 0}
+        for part in self._job.parts:
+            state = self._finished.get(part.index) or self._read(part.index)
+            sums["bytes"] += part.n_bytes if "key" in state else int(state.get("bytes", 0))
+            for key in ("documents", "tokens", "bad"):
+                sums[key] += int(state.get(key, 0))
+        self._tell(
+            Progress(
+                read_bytes=sums["bytes"],
+                total_bytes=sum(part.n_bytes for part in self._job.parts),
+                documents=sums["documents"],
+                tokens=sums["tokens"],
+                bad=sums["bad"],
+                parts=len(self._finished),
+                total_parts=len(self._job.parts),
+            )
+        )
 
-
-def _is_stale(job: Job, path: Path) -> bool:
-    try:
-        age = _now_of(job.folder) - path.stat().st_mtime
-        owner = json.loads(path.read_text() or "{}")
-    except (FileNotFoundError, ValueError):
-        return False  # just being made or removed
-    if owner.get("host") == socket.gethostname() and not _lives(owner.get("pid", 0)):
-        return True
-    return age > STALE_SECONDS
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _write_failure(job: Job, error: Exception) -> None:
-    with contextlib.suppress(OSError):  # the disk may be the very failure
-        DISK.write_json(job.folder / "failure.json", {"kind": type(error).__name__, "message": str(error)})
-
-
-def _raise_failure(job: Job, started: float) -> None:
-    """Raise what another process wrote down since this one started."""
-    path = job.folder / "failure.json"
-    try:
-        if path.stat().st_mtime < started:
-            return  # of an earlier attempt
-        failure = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return
-    kind = FaultError if failure["kind"] == "FaultError" else RequestError
-    raise kind(failure["message"])
-
-
-def _report(job: Job, progress: Callable[[Progress], None] | None) -> None:
-    if progress is None:
-        return
-    sums = {"bytes": 0, "documents": 0, "tokens": 0, "bad": 0}
-    done = 0
-    for part in job.parts:
-        state: dict[str, Any] = {}
+    def _read(self, index: int) -> dict[str, Any]:
         for suffix in ("json", "claim"):
             with contextlib.suppress(FileNotFoundError, ValueError):
-                state = json.loads((job.folder / f"{part_file(part.index)}.{suffix}").read_text())
-                break
-        finished = "key" in state
-        done += finished
-        sums["bytes"] += part.n_bytes if finished else int(state.get("bytes", 0))
-        for key in ("documents", "tokens", "bad"):
-            sums[key] += int(state.get(key, 0))
-    progress(
-        Progress(
-            read_bytes=sums["bytes"],
-            total_bytes=sum(part.n_bytes for part in job.parts),
-            documents=sums["documents"],
-            tokens=sums["tokens"],
-            bad=sums["bad"],
-            parts=done,
-            total_parts=len(job.parts),
-        )
-    )
+                state = json.loads((self._job.folder / f"{part_file(index)}.{suffix}").read_text())
+                if suffix == "json":
+                    self._finished[index] = state
+                return state
+        return {}
 
 
 # ---- one part ----
 
 
-def _build(job: Job, index: int, claim: _Claim, progress: Callable[[Progress], None] | None) -> None:
+def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
     """Tokenize one part; on return it is durable, under its final name."""
     part, name = job.parts[index], part_file(index)
     relative = {piece.path: piece.relative_path for piece in part.pieces}
@@ -342,10 +266,9 @@ def _build(job: Job, index: int, claim: _Claim, progress: Callable[[Progress], N
     def on_empty(where: str) -> None:
         counts["empty"] += 1
 
-    aside = job.folder / f".{name}.{socket.gethostname()}.{os.getpid()}.tmp"
+    aside = _aside(job.folder / f"{name}.bin")
     digest = hashlib.blake2b(digest_size=16)
     lengths: list[np.ndarray] = []
-    last_report = time.monotonic()
     file = DISK.create(aside)
     try:
         for texts in _batches(job, part, on_bad, on_empty, counts):
@@ -362,10 +285,7 @@ def _build(job: Job, index: int, claim: _Claim, progress: Callable[[Progress], N
                 "documents": counts["documents"],
                 "tokens": counts["tokens"],
             }
-            if progress is not None and time.monotonic() - last_report > 0.5:
-                claim.path.write_text(json.dumps(claim.state))
-                _report(job, progress)
-                last_report = time.monotonic()
+            report()
         DISK.fsync(file)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -387,8 +307,8 @@ def _build(job: Job, index: int, claim: _Claim, progress: Callable[[Progress], N
         FileNotFoundError
     ):  # somebody took the part over and finished it, and cleaned up
         DISK.rename(aside, job.folder / f"{name}.bin")
-        DISK.write_bytes(job.folder / f"{name}.ends", ends.tobytes())
-        DISK.write_json(job.folder / f"{name}.json", description)
+        commit(job.folder / f"{name}.ends", ends.tobytes())
+        commit(job.folder / f"{name}.json", encoded(description))
 
 
 def _batches(

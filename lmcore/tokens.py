@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcore import foreign, hub, text
-from lmcore._token_parts import EncodesBatches, Job, Progress, build_all, is_done, part_file
+from lmcore._token_parts import EncodesBatches, Job, Progress, build_all, commit, encoded, is_done, part_file
 from lmcore.errors import FaultError, RequestError
 from lmcore.files import DISK
 from lmcore.token_store import MANIFEST, STORE_VERSION, TokenStore, sample_of
@@ -54,6 +54,7 @@ def prepare(
     max_bad_fraction: float = 0.001,
     progress: Callable[[Progress], None] | None = None,
     note: Callable[[str], None] | None = None,
+    part_bytes: int | None = None,
 ) -> TokenStore:
     """Build the token store of a source, or open it if it is there. All ranks may call it together.
 
@@ -67,7 +68,8 @@ def prepare(
         on_error: ``raise`` ends at the first bad record with its place; ``skip`` leaves bad records out.
         max_bad_fraction: with ``skip``, more than this share of bad records is an error all the same.
         progress: called about twice a second.
-        note: takes one line of text: what differs from the store that was built before, what is reused.
+        note: takes one line of text: what differs from the store that was built before.
+        part_bytes: text of a part; default: by the size of the corpus, 1 to 64 MiB. It changes no token.
 
     Raises:
         FaultError: bad records that the policy does not allow; a process was killed.
@@ -101,6 +103,7 @@ def prepare(
                 max_bad_fraction=max_bad_fraction,
                 progress=progress,
                 note=note,
+                part_bytes=part_bytes,
             )
     identity = identity_of(source, tokenizer, split, eos)
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
@@ -108,7 +111,7 @@ def prepare(
     folder = Path(store_dir) / f"{source.name}{side}-{fingerprint[:16]}"
     if not (folder / MANIFEST).exists():
         try:
-            job = _job(source, tokenizer, folder, identity, split, eos, on_error, note)
+            job = _job(source, tokenizer, folder, identity, split, eos, on_error, note, part_bytes)
             build_all(job, processes, worker, progress)
             _finish(job, fingerprint, identity)
         except OSError as error:
@@ -194,32 +197,31 @@ def _job(
     eos: bool,
     on_error: str,
     note: Callable[[str], None],
+    part_bytes: int | None,
 ) -> Job:
-    """Agree on the parts with all other ranks, and take over what an older store of this source has
-    already."""
+    """Agree on the parts with all other ranks, and take over what an older store of this source has."""
     prefix = folder.name.rpartition("-")[0]
     older = []
     for path in folder.parent.glob(f"{prefix}-*/{MANIFEST}"):
         with contextlib.suppress(ValueError, OSError):
-            older.append((path.stat().st_mtime, path.parent, json.loads(path.read_text())))
+            manifest = json.loads(path.read_text())
+            if manifest["name"] == source.name and manifest["identity"]["split"][0] == split[0]:
+                older.append((path.stat().st_mtime, path.parent, manifest))
     older.sort(key=lambda entry: entry[0])
     DISK.makedirs(folder)
     plan = folder / "plan.json"
     if not plan.exists():
         total = sum(size for _, size, _ in identity["files"])
-        part_bytes = min(max(1 << (total // 64).bit_length(), 2**20), 2**26)
+        part_bytes = part_bytes or min(max(1 << (total // 64).bit_length(), 2**20), 2**26)
         if older:
             note(f"token store {prefix}: {_changes(older[-1][2]['identity'], identity)}")
-            part_bytes = older[-1][2][
-                "part_bytes"
-            ]  # the same cuts, so that unchanged parts can be taken over
+            part_bytes = older[-1][2]["part_bytes"]  # the same cuts: unchanged parts can be taken over
         aside = folder / f".plan.{socket.gethostname()}.{os.getpid()}.tmp"
         DISK.write_json(aside, {"part_bytes": part_bytes})
         with contextlib.suppress(FileExistsError):
             os.link(aside, plan)  # the first rank decides
         DISK.unlink(aside)
-    part_bytes = json.loads(plan.read_text())["part_bytes"]
-    parts = tuple(hub.parts_of(source, part_bytes=part_bytes))
+    parts = tuple(hub.parts_of(source, part_bytes=json.loads(plan.read_text())["part_bytes"]))
     options = [
         identity[key] for key in ("version", "tokenizer", "eos", "split", "text_field", "unit", "encoding")
     ]
@@ -258,7 +260,7 @@ def _take_over(job: Job, other: Path, manifest: dict[str, Any]) -> None:
             for suffix in (".bin", ".ends"):
                 with contextlib.suppress(FileExistsError):
                     os.link(other / f"{there[key]['file']}{suffix}", job.folder / f"{name}{suffix}")
-            DISK.write_json(job.folder / f"{name}.json", {**there[key], "file": name})
+            commit(job.folder / f"{name}.json", encoded({**there[key], "file": name}))
 
 
 # ---- the end ----
@@ -284,11 +286,8 @@ def _finish(job: Job, fingerprint: str, identity: dict[str, Any]) -> None:
         "identity": identity,
         "parts": parts,
     }
-    aside = job.folder / f".{MANIFEST}.{socket.gethostname()}.{os.getpid()}.tmp"
-    DISK.write_json(aside, manifest)
-    DISK.rename(aside, job.folder / MANIFEST)
-    DISK.fsync_dir(job.folder)
-    for pattern in (".part-*.tmp", "*.claim", "failure.json"):
+    commit(job.folder / MANIFEST, encoded(manifest))
+    for pattern in (".*.tmp", "*.claim", "failure.json"):
         for path in job.folder.glob(pattern):
             path.unlink(missing_ok=True)
 
