@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -87,7 +88,7 @@ def status(state: str, *, job: str = JOB, step: int = 10, checkpoint: bool = Tru
     word = json.dumps({"state": state, "step": step, "job_id": f"SLURM_JOB_ID={job}.0"} | more)
     made = f"mkdir -p $RUN_DIR/checkpoints/step-{step:08d}\n" if checkpoint else ""
     code = more.get("exit_code", 0)
-    return f"{made}echo '{word}' > $RUN_DIR/status.json\nexit {1 if code else 0}\n"
+    return f"{made}echo {shlex.quote(word)} > $RUN_DIR/status.json\nexit {1 if code else 0}\n"
 
 
 SAVED = {"exit_code": 75, "reason": "SIGUSR1"}
@@ -143,6 +144,20 @@ def test_requeues_without_progress_end(submit, tmp_path: Path) -> None:
     assert "without one new checkpoint" in results[2]
     moved = submit(status("saved", step=20, **SAVED), SLURM_RESTART_COUNT="3")
     assert "back into the queue" in moved.stdout
+
+
+def test_pieces_that_give_most_of_their_time_away_end(submit, tmp_path: Path) -> None:
+    """A margin as long as the piece: one step each time, for ever, would be a waste that looks like progress."""
+    late = {"exit_code": 75, "reason": "the job's end time is near"}
+    ends = str(int(time.time()) + 100)
+    results = [
+        submit(status("saved", step=i, **late), SLURM_RESTART_COUNT=str(i), SLURM_JOB_END_TIME=ends).stdout
+        for i in range(1, 4)
+    ]
+    assert [("back into the queue" in text) for text in results] == [True, True, False]
+    assert "with more than half of it left" in results[2]
+    used = submit(status("saved", step=9, **late), SLURM_JOB_END_TIME=str(int(time.time())))
+    assert "back into the queue" in used.stdout
 
 
 def test_restarts_are_bounded(submit, tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+# lmcore with everything that it needs; your text and the runs are mounted, not copied.
+#
+#   docker build -t lmcore .                                    for NVIDIA GPUs (driver for CUDA 13; see TORCH below)
+#   docker build -t lmcore:cpu --build-arg DEVICE=cpu .         without CUDA: about a fifth of the size
+#   docker run --rm -it --gpus all --shm-size 8g -v "$PWD:/work" lmcore
+#
+# `make docker-build` and `make docker-shell` say the same shorter.
+
+FROM python:3.11-slim-bookworm
+
+# cuda or cpu. The CUDA wheels of torch bring their own CUDA libraries, so the image needs no other; only the driver
+# must be on the host.
+ARG DEVICE=cuda
+
+# A compiler: torch.compile and DeepSpeed build their kernels at run time. tini: a training that is process 1 would
+# not get the signals' default actions, and nobody would collect orphans.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends build-essential tini \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/lmcore
+
+# Dependencies first: they change seldom, and this layer is the big one. torch is pinned by requirements.txt; the CPU
+# build differs only in the index that it comes from.
+COPY requirements.txt ./
+RUN torch="$(sed -n 's/^torch==/torch==/p' requirements.txt)" \
+    && if [ "$DEVICE" = cpu ]; then index="--index-url https://download.pytorch.org/whl/cpu"; else index=""; fi \
+    # shellcheck disable=SC2086
+    && pip install --no-cache-dir $index "$torch" \
+    && pip install --no-cache-dir -r requirements.txt
+
+COPY . .
+RUN pip install --no-cache-dir --no-deps .
+
+# Not root: what a run writes into the mounted folder should belong to a person. `docker run --user` overrides it;
+# HOME is writable by anyone for that reason (caches of torch, triton and the Hub).
+RUN useradd --create-home --uid 1000 lmcore \
+    && mkdir -p /work && chown lmcore:lmcore /work && chmod 1777 /home/lmcore
+USER lmcore
+ENV HOME=/home/lmcore PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+
+WORKDIR /work
+ENTRYPOINT ["tini", "-g", "--"]
+CMD ["bash"]
