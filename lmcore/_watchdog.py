@@ -9,6 +9,7 @@ another by small files in the run folder, and by process number where they share
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -93,10 +94,11 @@ class Watchdog:
 
     def close(self) -> None:
         """This rank leaves in good order; nobody takes its death for a fault."""
-        if self._closed.is_set() or self._thread is None:
+        if self._thread is None:
             return
         self._closed.set()
         self._thread.join()
+        self._thread = None
         self._publish(done=True)
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGUSR2)
@@ -114,6 +116,28 @@ class Watchdog:
             for rank, peer in self._peers.items()
             if self._is_dead(rank, peer)
         ]
+
+    def name_the_dead(self, *, wait_seconds: float = 2.0) -> None:
+        """Say which ranks of this machine are dead. A process that is just dying is waited for."""
+        give_up = time.monotonic() + wait_seconds
+        while not (dead := self.dead_peers()) and time.monotonic() < give_up:
+            time.sleep(0.05)
+        if dead and not self._closed.is_set():
+            self._closed.set()  # the thread need not say the same once more
+            line = "; ".join(dead)
+            self._tell(line)
+            self._report_end(line, [rank for rank, peer in self._peers.items() if self._is_dead(rank, peer)])
+
+    def _tell(self, line: str) -> None:
+        """To the log of this rank, and to the console whatever the rank: somebody must see it."""
+        with contextlib.suppress(OSError, ValueError):  # the launcher may be gone, and the pipe with it
+            print(line, file=sys.stderr, flush=True)
+        self._say(line)
+
+    def _report_end(self, line: str, ranks: list[int]) -> None:
+        well = [rank for rank in (*self._peers, self._rank) if rank not in ranks]
+        if self._on_end is not None and self._rank == min(well, default=self._rank):
+            self._on_end(line)
 
     # ---- the thread ---------------------------------------------------------------------------------------
 
@@ -151,7 +175,7 @@ class Watchdog:
         line += (
             f"; seen at step {self._step} by rank {self._rank}; stacks in {self._folder}/stacks-rank-*.txt"
         )
-        self._say(line)
+        self._tell(line)
         if self._stacks is not None:
             print(line, file=self._stacks, flush=True)
             faulthandler.dump_traceback(self._stacks, all_threads=True)
@@ -164,14 +188,10 @@ class Watchdog:
             )  # its stacks, written by C code even if its interpreter stands still
             _signal(peer, signal.SIGCONT)  # a stopped process writes them as soon as it runs again
         time.sleep(0.5)
-        well = [rank for rank in (*self._peers, self._rank) if rank not in ranks]
-        if self._on_end is not None and self._rank == min(well, default=self._rank):
-            self._on_end(line)
+        self._report_end(line, ranks)
         for rank in ranks if self._rank not in ranks else []:
             if self._here(self._peers[rank]):
                 _signal(self._peers[rank], signal.SIGKILL)  # the run is over; do not let it hold the device
-        sys.stdout.flush()
-        sys.stderr.flush()
         self._leave(EXIT_STUCK)
 
     def _culprits(self) -> list[int]:

@@ -40,7 +40,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Final, final
 
 from lmcore._numerics import (
@@ -206,6 +206,7 @@ class Guard:
         self._training = True
         self._before: dict[int, Any] = {}
         self._watchdog: Watchdog | None = None
+        self._excepthook = sys.excepthook
 
     # ---- signals ------------------------------------------------------------------------------------------
 
@@ -246,6 +247,8 @@ class Guard:
         """
         if self._watchdog is not None:
             self._watchdog.close()
+            self._watchdog = None
+            sys.excepthook = self._excepthook
         for number, handler in self._before.items():
             if threading.current_thread() is threading.main_thread():
                 signal.signal(number, handler)
@@ -339,6 +342,16 @@ class Guard:
             on_end=on_end,
         )
         self._watchdog.start()
+        self._excepthook = sys.excepthook
+        sys.excepthook = self._on_crash
+
+    def _on_crash(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """A lost connection says that a peer is gone, but not which: look, before this process ends as
+        well.
+        """
+        self._excepthook(kind, error, trace)
+        if self._watchdog is not None:
+            self._watchdog.name_the_dead()
 
     def beat(self, what: str, step: int, *, allow_seconds: float | None = None) -> None:
         """This rank has reached ``what``. Before something that takes longer than a step:
@@ -346,10 +359,6 @@ class Guard:
         """
         if self._watchdog is not None:
             self._watchdog.beat(what, step, allow_seconds)
-
-    def dead_peers(self) -> list[str]:
-        """Which ranks of this machine are dead, in words: for the message of whoever lost the connection."""
-        return self._watchdog.dead_peers() if self._watchdog is not None else []
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> bool:

@@ -511,6 +511,10 @@ def test_signs_of_an_earlier_start_are_ignored(tmp_path: Path) -> None:
     )
     assert "rank 1 (pid 999999" in dog.dead_peers()[0]
     assert "backward, step 3" in dog.dead_peers()[0]
+    said: list[str] = []
+    dog._say = said.append
+    dog.name_the_dead()
+    assert "rank 1 (pid 999999" in said[0]
     dog.close()
     dog.close()
     assert left == []

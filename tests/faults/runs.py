@@ -19,7 +19,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,7 +186,7 @@ def _become(
         except SystemExit as leaving:
             code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # as the interpreter does, with whoever has hung in
     finally:
         threading._shutdown()  # type: ignore[attr-defined]  # joins the threads that a real end would join
         atexit._run_exitfuncs()
@@ -258,7 +257,7 @@ def losses(run_dir: Path) -> dict[int, dict[str, Any]]:
         except ValueError:
             continue  # torn by a kill; the step is logged again
         if record.get("kind") == "train":
-            keys = ("step", "epoch", "tokens", "position", "loss", "lr", "grad_norm")
+            keys = ("step", "epoch", "tokens", "position", "loss", "lr", "grad_norm", "skipped_steps")
             records[record["step"]] = {key: record.get(key) for key in keys}
     return records
 
