@@ -40,8 +40,9 @@ from lmcore.engine import Engine
 from lmcore.guard import FAULT, Guard, Verdict
 from lmcore.model import parameter_counts
 from lmcore.report import Report, silence_other_bars
+from lmcore.resume import find_checkpoint
 from lmcore.run_folder import RunFolder, place
-from lmcore.session import EVALUATE_DUE, LOG_DUE, SAVE_DUE, Session, find_checkpoint, on_main
+from lmcore.session import EVALUATE_DUE, LOG_DUE, SAVE_DUE, Session, on_main
 from lmcore.trackers import Trackers
 
 
@@ -51,9 +52,11 @@ def run(config: RunConfig) -> int:
     engine = Engine(
         precision=config.train.precision,
         param_dtype=config.train.param_dtype,
+        reduce_dtype=config.engine.reduce_dtype,
         deepspeed=config.engine.deepspeed,
         timeout_seconds=config.engine.timeout_seconds,
         compile="regional" if config.train.compile else "none",
+        compile_mode=config.train.compile_mode,
         activation_checkpointing=config.train.activation_checkpointing,
         seed=config.seed,
         deterministic=config.train.deterministic,
@@ -206,65 +209,66 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
 
     # ---- the loop
     verdict, why, batches = Verdict(), None, session.read()
-    while session.state.step < sizes.total_steps and (batch := next(batches, None)) is not None:
-        # 1. the rate, before any backward: DeepSpeed updates inside the last one
-        rate = learning_rate(session.state.step)
-        engine.set_learning_rate(rate)
-        labels = session.label_count(batch)
+    with session.rescue():
+        while session.state.step < sizes.total_steps and (batch := next(batches, None)) is not None:
+            # 1. the rate, before any backward: DeepSpeed updates inside the last one
+            rate = learning_rate(session.state.step)
+            engine.set_learning_rate(rate)
+            labels = session.label_count(batch)
 
-        # 2. every micro-batch; the gradient is that of the mean over all labels of all ranks
-        sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-        for micro_batch, key in zip(batch.micro_batches, batch.keys):
-            loss_sum, count = engine.forward(micro_batch, key)
-            engine.backward(loss_sum, labels)
-            sums += torch.stack([loss_sum.detach().double(), count.double()])
+            # 2. every micro-batch; the gradient is that of the mean over all labels of all ranks
+            sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+            for micro_batch, key in zip(batch.micro_batches, batch.keys):
+                loss_sum, count = engine.forward(micro_batch, key)
+                engine.backward(loss_sum, labels)
+                sums += torch.stack([loss_sum.detach().double(), count.double()])
 
-        # 3. clip, finite gate, optimizer: on the device, nothing waits for a number
-        norm, applied = engine.update()
-        session.advance(batch, sums, norm, applied)
-        step = session.state.step
-        ends = step == sizes.total_steps
+            # 3. clip, finite gate, optimizer: on the device, nothing waits for a number
+            norm, applied = engine.update(guard.norm_limit(session.state.step + 1))
+            session.advance(batch, sums, norm, applied)
+            step = session.state.step
+            ends = step == sizes.total_steps
 
-        # 4. what is due, agreed over the ranks: signals and clocks differ between them
-        flags = guard.flags(reserve_seconds=session.saves.save_seconds) | session.due()
-        flags = engine.agree(flags | (FAULT if session.saves.failed else 0))
-        verdict = guard.verdict(flags)
-        report.step(
-            step=step,
-            epoch=batch.epoch,
-            tokens=session.state.tokens,
-            position=session.state.cursor.position,
-            loss_sum=sums[0],
-            count=sums[1],
-            lr=rate,
-            norm=norm,
-            applied=applied,
-            wait_seconds=batch.wait_seconds,
-            due=bool(flags & LOG_DUE),
-        )
+            # 4. what is due, agreed over the ranks: signals and clocks differ between them
+            flags = guard.flags(reserve_seconds=session.saves.save_seconds) | session.due()
+            flags = engine.agree(flags | (FAULT if session.saves.failed else 0))
+            verdict = guard.verdict(flags)
+            report.step(
+                step=step,
+                epoch=batch.epoch,
+                tokens=session.state.tokens,
+                position=session.state.cursor.position,
+                loss_sum=sums[0],
+                count=sums[1],
+                lr=rate,
+                norm=norm,
+                applied=applied,
+                wait_seconds=batch.wait_seconds,
+                due=bool(flags & LOG_DUE),
+            )
 
-        # 5. was the step sound? Known one step late, so that nothing waits; but before anything is saved
-        saving = verdict.save or bool(flags & SAVE_DUE) or ends
-        action = session.judge(lag_steps=0 if saving else 1)
-        if action.kind == "stop":
-            raise FaultError(action.reason)
-        if action.kind == "rewind":
-            session.rewind(action)
-            batches = session.read()
-            continue
+            # 5. was the step sound? Known one step late, so that nothing waits; but before anything is saved
+            saving = verdict.save or bool(flags & SAVE_DUE) or ends
+            action = session.judge(lag_steps=0 if saving else 1)
+            if action.kind == "stop":
+                raise FaultError(action.reason)
+            if action.kind == "rewind":
+                session.rewind(action)
+                batches = session.read()
+                continue
 
-        # 6. save, then evaluate; leave if asked to
-        if saving:
-            session.save(verdict.checkpoint_reason or ("end" if ends else "interval"))
-            guard.done(flags)
-        if verdict.stop:
-            break
-        if config.evaluate.at_end if ends else flags & EVALUATE_DUE:
-            why = session.look()
-        if sizes.steps_per_epoch and int(batch.epoch) > int(batch.epoch - 1 / sizes.steps_per_epoch):
-            report.epoch(epoch=int(batch.epoch), step=step, valid_loss=session.state.metrics.get("loss"))
-        if why is not None:
-            break
+            # 6. save, then evaluate; leave if asked to
+            if saving:
+                session.save(verdict.checkpoint_reason or ("end" if ends else "interval"))
+                guard.done(flags)
+            if verdict.stop:
+                break
+            if config.evaluate.at_end if ends else flags & EVALUATE_DUE:
+                why = session.look()
+            if sizes.steps_per_epoch and int(batch.epoch) > int(batch.epoch - 1 / sizes.steps_per_epoch):
+                report.epoch(epoch=int(batch.epoch), step=step, valid_loss=session.state.metrics.get("loss"))
+            if why is not None:
+                break
 
     # ---- close
     if verdict.stop:

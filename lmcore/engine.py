@@ -30,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -167,6 +168,8 @@ class Engine:
         self.optimizer: torch.optim.Optimizer
         self._micro_batch = 0
         self._rehearse = False
+        self.updating = False
+        """An update has begun and not ended: the weights may be between two steps."""
 
     # ---- preparing -----------------------------------------------------------------------------------------
 
@@ -289,8 +292,11 @@ class Engine:
             (loss if self._scaler is None else self._scaler.scale(loss)).backward()
         self._micro_batch += 1
 
-    def update(self) -> tuple[Tensor, Tensor]:
+    def update(self, norm_limit: float = math.inf) -> tuple[Tensor, Tensor]:
         """Clip, gate, step, clear the gradients.
+
+        Args:
+            norm_limit: an update whose gradient norm is above this is not applied (not under DeepSpeed).
 
         Returns:
             The global gradient norm before clipping (fp32) and whether the update was applied (bool), both
@@ -300,13 +306,17 @@ class Engine:
         if self._micro_batch != self._accumulation:
             raise ValueError(f"update after {self._micro_batch} of {self._accumulation} micro-batches")
         self._micro_batch = 0
-        if self._with_zero:
-            return self._update_zero()
+        self.updating = True
+        norm, applied = self._update_zero() if self._with_zero else self._update(norm_limit)
+        self.updating = False
+        return norm, applied
+
+    def _update(self, norm_limit: float) -> tuple[Tensor, Tensor]:
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
         parameters = [p for p in self._trained if p.grad is not None]
         norm = whole(nn.utils.get_total_norm([p.grad for p in parameters])).float()
-        applied = torch.isfinite(norm)
+        applied = torch.isfinite(norm) & (norm <= norm_limit)
         if self._clip_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
         if self._gate_on_device:

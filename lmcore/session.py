@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, final
 
 import torch
@@ -19,9 +21,10 @@ from torch import Tensor
 
 from lmcore import checkpoint, generate
 from lmcore.assemble import Data
+from lmcore.average import MovingAverage
 from lmcore.batches import Batches, EvalBatches, StepBatch, merge_cursors
 from lmcore.budget import Sizes
-from lmcore.config import RunConfig, changes, flatten, ranges, refuse_changes
+from lmcore.config import RunConfig, flatten, ranges
 from lmcore.duration import is_due
 from lmcore.engine import Engine
 from lmcore.errors import FaultError, RequestError
@@ -31,7 +34,10 @@ from lmcore.guard import Action, Guard
 from lmcore.html import read_run, write_report
 from lmcore.model import ModelWithLoss
 from lmcore.order import Cursor, merge_skips
+from lmcore.profiling import ProfileWindow
+from lmcore.replicas import odd_ranks, parameter_hash
 from lmcore.report import Report
+from lmcore.resume import cursor_of, differences, topology
 from lmcore.run_folder import RunFolder
 from lmcore.saved import describe
 from lmcore.trackers import Trackers
@@ -52,35 +58,6 @@ def on_main(engine: Engine, work: Callable[[], Any]) -> Any:
     if refused is not None:
         raise refused
     return result
-
-
-def find_checkpoint(
-    config: RunConfig, folder: RunFolder, report: Report
-) -> tuple[str, dict[str, Any]] | None:
-    """Rank 0: the checkpoint to go on from and its state, verified; the past that it holds must not have changed.
-
-    Raises:
-        RequestError: no good checkpoint although there should be one, or a changed past.
-    """
-    if config.resume == "never":
-        checkpoint.abandon_after(folder.checkpoints, -1, say=report.note)
-        return None
-    best = config.checkpoint.keep_best if config.resume == "best" else None
-    found = checkpoint.find(
-        folder.checkpoints,
-        config.resume,
-        metric=best.metric if best else None,
-        mode=best.mode if best else None,
-        say=report.note,
-    )
-    if found is None:
-        return None
-    with found:
-        changed = refuse_changes(changes(found.state["config"], flatten(config)), config.allow_changes)
-        for change in changed:
-            report.warn_once(f"{change.key} was {change.old} up to step {found.step}, is {change.new} now")
-        checkpoint.abandon_after(folder.checkpoints, found.step, say=report.note)
-        return str(found.path), found.state
 
 
 @dataclass(kw_only=True)
@@ -112,6 +89,7 @@ class Session:
     ) -> None:
         self.config, self.engine, self.folder, self.report = config, engine, folder, report
         self.guard, self.data, self.sizes = guard, data, sizes
+        self._module = module
         self.trackers: Trackers | None = None
         self.saves = checkpoint.Checkpoints(
             folder.checkpoints,
@@ -136,6 +114,13 @@ class Session:
             )
         )
         self._model = describe(module.model, factory=config.model.factory, arguments=config.model.config)
+        self._topology = topology(
+            world_size=engine.world_size,
+            strategy=engine.strategy,
+            precision=engine.precision,
+            device=engine.device.type,
+            compiled=config.train.compile,
+        )
         self._byte_lengths = data.encoder.byte_lengths() if data.encoder else None
         self._stopper = EarlyStopping(**asdict(config.evaluate.early_stopping))
         self._intervals = {
@@ -145,6 +130,24 @@ class Session:
         }
         self._clock = dict.fromkeys(self._intervals, time.monotonic())
         self._unjudged: list[tuple[int, tuple[int, int], Tensor]] = []
+        self._profile: ProfileWindow | None = None
+        if config.train.profile and engine.is_main:
+            ((first, stop),) = ranges([config.train.profile], "train.profile")
+            self._profile = ProfileWindow(folder.path / "profile", first, stop - 1)
+        self._average = MovingAverage(self._weights, decay=config.optim.ema_decay, strategy=engine.strategy)
+        if config.guard.spike == "skip" and engine.strategy.startswith("zero"):
+            raise RequestError(
+                f"guard.spike skip holds an update back by its gradient norm, which {engine.strategy} knows only "
+                f"inside its own update: use warn or rewind"
+            )
+
+    def _weights(self) -> list[tuple[str, Tensor]]:
+        """Names and whole weights of the user's model (strategies that do not shard)."""
+        return [
+            (name, parameter)
+            for name, parameter in self._module.model.named_parameters()
+            if parameter.requires_grad
+        ]
 
     @property
     def epoch(self) -> float:
@@ -157,24 +160,23 @@ class Session:
         """Weights, optimizer and state of a checkpoint that is known to be good. Returns what was kept."""
         with checkpoint.open_checkpoint(path) as saved:
             self.engine.load_state(saved.read)
+            self._average.load(saved.read)
             self.saves.resumed(saved)
             kept = saved.state
         self.engine.load_optimizer_scalars(kept["optimizer_scalars"])
-        cursor = Cursor.from_json(kept["cursor"]).check(
-            fingerprint=self.data.train.fingerprint,
-            seed=self.config.seed,
-            accept="data.train" in self.config.allow_changes,
-        )
-        # What lies behind never moves; from here on the mixtures of the configuration hold.
-        behind = [phase for phase in cursor.phases if phase.position < max(cursor.position, 1)]
-        ahead = [phase for phase in self.data.phases if phase.position >= max(cursor.position, 1)]
-        current = [phase for phase in self.data.phases if phase.position <= cursor.position][-1]
-        cursor = replace(cursor, phases=tuple(behind)).with_weights(current.weights)
-        cursor = replace(cursor, phases=(*cursor.phases, *(p for p in ahead if p.position > cursor.position)))
         self.state = State(
-            cursor=cursor.with_skips(self._skips),
+            cursor=cursor_of(
+                kept,
+                fingerprint=self.data.train.fingerprint,
+                seed=self.config.seed,
+                phases=self.data.phases,
+                skips=self._skips,
+                accept_other_data="data.train" in self.config.allow_changes,
+            ),
             **{name: kept[name] for name in ("step", "tokens", "metrics", "stop_values")},
         )
+        for line in differences(kept["topology"], self._topology):
+            self.report.warn_once(f"{line}: what follows is close to the same run, not bit for bit the same")
         return kept
 
     def read(self) -> Iterator[StepBatch]:
@@ -213,20 +215,39 @@ class Session:
         first, last = batch.positions
         numbers = torch.stack([*self.engine.sum_over_ranks(sums), norm.double(), applied.double()])
         self._unjudged.append((state.step, (first, last + 1), numbers))
+        self._average.update()
         self.guard.beat("step", state.step)
+        if self._profile is not None and (written := self._profile.step(state.step)):
+            self.report.note(f"profile: {written}")
+        if is_due(state.step, self.config.guard.hash_every, **self._units()):
+            self._compare_replicas()
+
+    def _compare_replicas(self) -> None:
+        """Raises ``FaultError`` if a rank holds other weights than most: silent data corruption."""
+        if self.engine.strategy not in ("single", "ddp", "zero1", "zero2"):
+            self.report.warn_once(f"guard.hash_every: under {self.engine.strategy} no rank holds all weights")
+            return
+        odd = odd_ranks(self.engine.gather_object(parameter_hash(self._weights())))
+        if odd:
+            raise FaultError(
+                f"the weights of rank {', '.join(map(str, odd))} differ from the others' at step {self.state.step}: "
+                f"suspect that device; the last checkpoint before it is good if its hash was compared"
+            )
+
+    def _units(self) -> dict[str, Any]:
+        """What turns a duration into steps."""
+        return {
+            "tokens_per_step": self.sizes.tokens_per_step,
+            "steps_per_epoch": self.sizes.steps_per_epoch,
+            "total_steps": self.sizes.total_steps,
+        }
 
     def due(self) -> int:
         """The bits of what is due after this step, by this rank's clock."""
         now, flags = time.monotonic(), 0
         for bit, every in self._intervals.items():
-            if is_due(
-                self.state.step,
-                every,
-                tokens_per_step=self.sizes.tokens_per_step,
-                steps_per_epoch=self.sizes.steps_per_epoch,
-                total_steps=self.sizes.total_steps,
-                minutes_since_last=(now - self._clock[bit]) / 60,
-            ):
+            minutes = (now - self._clock[bit]) / 60
+            if is_due(self.state.step, every, **self._units(), minutes_since_last=minutes):
                 flags |= bit
                 self._clock[bit] = now
         return flags
@@ -282,8 +303,8 @@ class Session:
             cursor = merge_cursors(engine.gather_object(state.cursor))
             self.saves.save(
                 state.step,
-                layout=engine.state_layout(),
-                tensors=engine.state(),
+                layout=[*engine.state_layout(), *self._average.layout()],
+                tensors=chain(engine.state(), self._average.tensors()),
                 state={
                     **asdict(replace(state, cursor=cursor)),
                     "cursor": cursor.to_json(),
@@ -294,7 +315,7 @@ class Session:
                     "guard": self.guard.state_dict(),
                     "model": self._model,
                     "report": self.report.state(),
-                    "topology": topology(engine),
+                    "topology": self._topology,
                     "trackers": self.trackers.state() if self.trackers else {},
                 },
                 metrics=state.metrics,
@@ -310,6 +331,11 @@ class Session:
         """Evaluate and write samples. Why to stop early, or ``None``."""
         if self.data.valid:
             self.state.metrics = self.score(self.data.valid, self.config.evaluate.blocks)
+            if self._average:
+                with self._average.in_place():
+                    sets = {f"{name}-ema": held_out for name, held_out in self.data.valid.items()}
+                    averaged = self.score(sets, self.config.evaluate.blocks)
+                self.state.metrics |= {key: value for key, value in averaged.items() if "/" in key}
             self.saves.record(self.state.step, self.state.metrics)
             self.state.stop_values.append(self.state.metrics[self._stopper.metric])
         prompts, encoder = self.config.evaluate.prompts, self.data.encoder
@@ -355,6 +381,33 @@ class Session:
 
     # ---- the end
 
+    @contextmanager
+    def rescue(self) -> Iterator[None]:
+        """What fails inside is saved first, if the weights are those of the last whole step; then it goes on failing.
+
+        Only for one process: of several, the others are inside a collective that this one will never join.
+        """
+        try:
+            yield
+        except (RequestError, FaultError):
+            raise
+        except Exception as error:
+            if self.engine.world_size == 1 and not self.engine.updating and self.state.step > 0:
+                self.judge(lag_steps=0)
+                self.save("exception")
+                self.saves.wait()
+                self.report.note(f"saved step {self.state.step} before it fails: {type(error).__name__}")
+            if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(
+                error
+            ):
+                raise FaultError(
+                    f"out of memory in step {self.state.step + 1} with {self.sizes.micro_batch_blocks} blocks of "
+                    f"{self.sizes.block_size} tokens at a time: try --train.micro_batch_blocks "
+                    f"{max(1, self.sizes.micro_batch_blocks // 2)}, --train.activation_checkpointing true, or "
+                    f"--config_file accelerate_configs/fsdp2.yaml on several devices"
+                ) from error
+            raise
+
     def notify(self, text: str) -> None:
         """To the webhook, if there is one."""
         if self.trackers:
@@ -384,6 +437,7 @@ class Session:
                     path / "export",
                     run_dir=path,
                     dtype=config.checkpoint.export_dtype,
+                    weights="ema" if self._average else "model",
                     note=report.note,
                 )
         page = write_report([read_run(path)], path / "report.html")
@@ -400,15 +454,3 @@ class Session:
                 *commands,
             ]
         report.end("finished", [("model", str(place)), *results, ("report", str(page))], commands=commands)
-
-
-def topology(engine: Engine) -> dict[str, Any]:
-    """What has to be the same for a bit-exact continuation (law 13)."""
-    return {
-        "world_size": engine.world_size,
-        "strategy": engine.strategy,
-        "precision": engine.precision,
-        "device": engine.device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }

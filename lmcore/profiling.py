@@ -1,0 +1,50 @@
+"""A torch profiler over a window of steps of any run: ``train.profile``.
+
+Comes in: the first and last step of the window. Goes out: ``profile/steps-10-12.json.gz`` in the run folder, for
+chrome://tracing or https://ui.perfetto.dev, and a table of the slowest operators in ``profile/steps-10-12.txt``. What
+always holds: outside of the window nothing is measured and nothing is slower.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import final
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+TABLE_ROWS = 30
+
+
+@final
+class ProfileWindow:
+    """Profiles the steps ``first`` to ``last``, both included; call :meth:`step` after each step of the run."""
+
+    def __init__(self, folder: Path, first: int, last: int) -> None:
+        self._folder, self._first, self._last = folder, first, last
+        self._profile: profile | None = None
+
+    def step(self, done: int) -> str | None:
+        """``done`` steps are behind. Returns the file that was written, if the window has just ended."""
+        if self._profile is not None and done >= self._last:
+            return self._finish()
+        if self._profile is None and done == self._first - 1:
+            activities = [ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(ProfilerActivity.CUDA)
+            self._profile = profile(activities=activities, profile_memory=True)
+            self._profile.start()
+        return None
+
+    def _finish(self) -> str:
+        assert self._profile is not None
+        self._profile.stop()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = f"steps-{self._first}-{self._last}"
+        trace = self._folder / f"{name}.json.gz"
+        self._profile.export_chrome_trace(str(trace))
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = self._profile.key_averages().table(sort_by=by, row_limit=TABLE_ROWS)
+        (self._folder / f"{name}.txt").write_text(table, encoding="utf-8")
+        self._profile = None
+        return str(trace)
