@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +250,69 @@ def test_rotary_settings_are_written_for_both_major_versions() -> None:
     scaled = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}
     assert both_versions(scaled)["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     assert both_versions({"n_embd": 4}) == {"n_embd": 4}
+
+
+OTHER_VERSION = """
+import sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+assert transformers.__version__ == "4.57.6"
+for folder in sys.argv[1:]:
+    wanted = torch.load(folder + "/../wanted.pt")
+    words = AutoTokenizer.from_pretrained(folder)
+    assert words(wanted["text"])["input_ids"] == wanted["ids"]
+    assert words.decode(wanted["ids"]) == wanted["text"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([wanted["ids"]])).logits
+    torch.testing.assert_close(logits, wanted["logits"], rtol=1e-5, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_transformers_4_57_and_lm_eval_open_it_in_an_environment_of_their_own(tmp_path: Path) -> None:
+    """A second environment, with this one's torch behind it."""
+    place = tmp_path / "other"
+    subprocess.run([sys.executable, "-m", "venv", place], check=True)
+    site = next(place.glob("lib/python*/site-packages"))
+    (site / "behind.pth").write_text(next(p for p in sys.path if p.endswith("site-packages")) + "\n")
+    wanted = ["transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub<1", "lm-eval==0.4.13"]
+    install = subprocess.run(
+        [place / "bin" / "pip", "install", "-q", *wanted], capture_output=True, text=True
+    )
+    if install.returncode:
+        pytest.skip(f"not run: no package index is reached ({install.stderr.strip().splitlines()[-1]})")
+    text = "def f(x):\n    吾輩は猫 😀"
+    folders = []
+    for type in TYPES:
+        run_dir = tmp_path / type
+        trained = make_run(run_dir, type)
+        ids = tokenizer.load(run_dir / "tokenizer").encode(text)
+        with torch.no_grad():
+            logits = trained(input_ids=torch.tensor([ids])).logits[..., :VOCABULARY]
+        torch.save({"text": text, "ids": ids, "logits": logits}, run_dir / "wanted.pt")
+        with newest(run_dir) as opened:
+            folders.append(str(export(opened, run_dir / "export", run_dir=run_dir)))
+    subprocess.run([place / "bin" / "python", "-c", OTHER_VERSION, *folders], check=True)
+
+    documents = ["def f(x):\n    return x + 1\n", "吾輩は猫である。"]
+    with open(tmp_path / "held_out.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": document}) + "\n" for document in documents)
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    subprocess.run(
+        [place / "bin" / "lm_eval", "--model", "hf", "--model_args", f"pretrained={folders[1]},prefix_token_id=2",
+         "--include_path", f"{folders[1]}/lm_eval", "--tasks", "own_text", "--device", "cpu",
+         "--output_path", tmp_path / "scores"],
+        check=True, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    scores = json.loads(next((tmp_path / "scores").rglob("results*.json")).read_text())["results"]["own_text"]
+    one = saved.open_saved(folders[1], device="cpu")
+    nats = 0.0
+    for document in documents:
+        ids = torch.tensor([[one.tokenizer.eos_id, *one.tokenizer.encode(document)]])
+        with torch.no_grad():
+            logits = one.model(input_ids=ids[:, :-1]).logits[0]
+        nats += float(torch.nn.functional.cross_entropy(logits.double(), ids[0, 1:], reduction="sum"))
+    size = sum(len(document.encode()) for document in documents)
+    assert scores["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
