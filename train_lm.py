@@ -102,6 +102,9 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
         stuck_seconds=config.guard.stuck_seconds,
         say=report.note,
     )
+    if config.fast_dev_run:
+        on_main(engine, partial(assemble.write_sample, config, folder.path))
+        config = assemble.rehearsal(config, folder.path)
     guard.install(training=False)  # nothing can be saved before the loop: a signal leaves at once
     report.capture_logging()
     found = on_main(engine, partial(find_checkpoint, config, folder, report))

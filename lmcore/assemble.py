@@ -8,19 +8,21 @@ each function hands plain values to the room that does.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lmcore import corpus, model, optim, own_data, tokenizer
+from lmcore import corpus, model, optim, own_data, text, tokenizer
 from lmcore.blocks import BlockDataset
 from lmcore.config import RunConfig, global_batch_blocks
+from lmcore.duration import Duration, Durations
 from lmcore.errors import RequestError
 from lmcore.model import ModelWithLoss
 from lmcore.order import Phase
@@ -114,6 +116,45 @@ def train_tokenizer(config: RunConfig, folder: Path, *, note: Note, task: Task =
         note(f"tokenizer: {line}")
     if bad and config.data.on_error == "raise":
         raise RequestError(f"{bad[0]}: mend it, or let --data.on_error skip leave such records out")
+
+
+SAMPLE_BYTES = 2_000_000
+"""What ``--fast_dev_run`` reads of the text: enough for a tokenizer and a few steps, in seconds."""
+
+
+def rehearsal(config: RunConfig, folder: Path) -> RunConfig:
+    """The same run in seconds (``--fast_dev_run``): every part of it, over a sample of the text, four steps long."""
+    data = config.data
+    if data.factory is None:
+        data = replace(
+            data, train=[str(folder / "sample" / "train.jsonl")], text_field="text", valid_fraction=0.1
+        )
+        data = replace(data, valid=[], test=[], store_dir=str(folder / "sample" / "stores"), phases=[])
+    steps = Durations.parse
+    return replace(
+        config,
+        resume="never",
+        data=data,
+        train=replace(config.train, duration=Duration.parse("4 steps")),
+        evaluate=replace(config.evaluate, every=steps("2 steps"), blocks=2, sample_tokens=8),
+        checkpoint=replace(config.checkpoint, every=steps("2 steps")),
+        report=replace(config.report, every=steps("1 steps")),
+    )
+
+
+def write_sample(config: RunConfig, folder: Path) -> None:
+    """The first documents of the training text, for :func:`rehearsal`."""
+    if config.data.factory is not None:
+        return
+    (folder / "sample").mkdir(parents=True, exist_ok=True)
+    written = 0
+    with open(folder / "sample" / "train.jsonl", "w", encoding="utf-8") as file:
+        for source in reading_of(config).sources(config.data.train or [corpus.STDLIB]):
+            for part in text.parts(source, part_bytes=2**20):
+                for document in text.read(source, part, bad=lambda record: None):
+                    written += file.write(json.dumps({"text": document.text}, ensure_ascii=False) + "\n")
+                    if written > SAMPLE_BYTES:
+                        return
 
 
 def open_data(

@@ -34,12 +34,13 @@ class Sizes:
 
     def rows(self, config: RunConfig, world_size: int) -> list[tuple[str, str]]:
         """The arithmetic, for the start table."""
-        epochs = float(self.total_steps / self.steps_per_epoch)
+        known = self.steps_per_epoch
+        blocks = (
+            "not known beforehand" if known is None else f"{int(known * self.global_batch_blocks):,} blocks"
+        )
+        epochs = "" if known is None else f" = {float(self.total_steps / known):.2f} epochs"
         return [
-            (
-                "epoch",
-                f"{int(self.steps_per_epoch * self.global_batch_blocks):,} blocks of {self.block_size:,} tokens",
-            ),
+            ("epoch", f"{blocks} of {self.block_size:,} tokens"),
             (
                 "global batch",
                 f"{world_size} x {self.accumulation} x {self.micro_batch_blocks} (processes x accumulation x "
