@@ -63,11 +63,16 @@ def _opened(parser: Parser, words: list[str]) -> tuple[argparse.Namespace, Any]:
         "--weights", choices=("model", "ema"), default="model", help="ema: the moving average"
     )
     parser.add_argument("--device", default=None, help="default: the first GPU, else the CPU")
+    parser.add_argument(
+        "--factory", default=None, metavar="MODULE:NAME", help="the code of your own model, as in training"
+    )
     asked = parser.parse_args(words)
     quiet_libraries()
     from lmcore import saved
 
-    opened = saved.open_saved(asked.path, asked.checkpoint, device=asked.device, weights=asked.weights)
+    opened = saved.open_saved(
+        asked.path, asked.checkpoint, device=asked.device, weights=asked.weights, factory=asked.factory
+    )
     return asked, opened
 
 

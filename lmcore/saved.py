@@ -108,10 +108,12 @@ def open_saved(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     weights: str = "model",
+    factory: str | None = None,
 ) -> Saved:
     """Open what :func:`resolve` finds.
 
     Args:
+        factory: ``module:function`` of the user's own model; a checkpoint's word for it runs no code.
         device: default: the first GPU, else the CPU.
         dtype: of the parameters.
         weights: ``model``, or ``ema`` for the moving average where the run kept one (checkpoints only).
@@ -125,7 +127,7 @@ def open_saved(
         # What was found in a run folder has just been verified; a checkpoint given by its path has not.
         given = Path(path).resolve() == folder
         with checkpoints.open_checkpoint(folder, verify_bytes=given) as opened:
-            model, step = model_of(opened, weights=weights), opened.step
+            model, step = model_of(opened, weights=weights, factory=factory), opened.step
         run_dir = folder.parent.parent
         tokenizer = tokenizers.load(run_dir / "tokenizer")
     else:
@@ -153,11 +155,27 @@ def open_export(folder: Path) -> nn.Module:
     )
 
 
-def empty_model(description: dict[str, Any]) -> nn.Module:
-    """The model that :func:`describe` described, on the CPU, with weights that mean nothing yet."""
-    if description["kind"] == "factory":
-        function = models.import_path(description["factory"], "model.factory")
-        return function(**description["arguments"])
+def empty_model(description: dict[str, Any], *, factory: str | None = None) -> nn.Module:
+    """The model that :func:`describe` described, on the CPU, with weights that mean nothing yet.
+
+    Raises:
+        RequestError: it is of a factory that the caller has not named: what stands in a checkpoint must not
+            decide which code runs (``os:system`` is an import path too); or nothing that can be built.
+    """
+    if description.get("kind") == "factory":
+        named = description.get("factory")
+        if factory is None or factory != named:
+            raise RequestError(
+                f"this checkpoint's model is made by {named!r}, which is code: if you know it, say --factory {named}"
+            )
+        return models.import_path(factory, "--factory")(**description["arguments"])
+    try:
+        return _empty_transformers_model(description)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RequestError(f"this checkpoint describes no model that can be built: {error!r}") from error
+
+
+def _empty_transformers_model(description: dict[str, Any]) -> nn.Module:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -181,12 +199,14 @@ def tensors_of(opened: checkpoints.Checkpoint, *, weights: str = "model") -> Ite
         yield name, tensor
 
 
-def model_of(opened: checkpoints.Checkpoint, *, weights: str = "model") -> nn.Module:
+def model_of(
+    opened: checkpoints.Checkpoint, *, weights: str = "model", factory: str | None = None
+) -> nn.Module:
     """The checkpoint's model on the CPU, with its padded vocabulary, in evaluation mode."""
     description = opened.state.get("model")
     if description is None:
         raise RequestError(f"{opened.path}: its state does not say how the model is built")
-    model = empty_model(description)
+    model = empty_model(description, factory=factory)
     load_weights(model, tensors_of(opened, weights=weights), str(opened.path))
     return model.eval()
 
