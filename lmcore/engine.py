@@ -116,6 +116,8 @@ class Engine:
         request = launch.request(os.environ, deepspeed)
         launch.check_compile(os.environ)
         cuda = torch.cuda.is_available() and not launch.forced_to_cpu(os.environ)
+        if not cuda:  # accelerate imports DeepSpeed when it unwraps a model, and that would say that it guesses
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         self.precision = launch.resolve_precision(precision, os.environ, cuda=cuda)
         self._with_zero = request.deepspeed is not None
         self._layers = {"compile": compile != "none", "checkpoint": activation_checkpointing}
