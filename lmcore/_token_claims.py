@@ -125,8 +125,8 @@ def raise_failure(folder: Path, started: float) -> None:
     """Raise what another process wrote down since this one started."""
     path = folder / "failure.json"
     try:
-        if path.stat().st_mtime < started:
-            return  # of an earlier attempt
+        if path.stat().st_mtime <= started:
+            return  # of an earlier attempt; whoever misses one of this very instant meets its cause himself
         failure = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return
