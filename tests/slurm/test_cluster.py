@@ -295,7 +295,7 @@ def test_scancel_ends_at_once_and_leaves_a_run_that_goes_on(lab: Lab, undisturbe
     lab.finish("cancelled", "CANCELLED")
     lab.cluster.wait_for(lambda: not _processes_of(lab, job), "the processes to be gone", seconds=15)
     assert time.monotonic() - begin < 20
-    again = lab.submit("cancelled", *two)
+    again = lab.submit("cancelled", *two, seconds=0.05)
     assert again != job
     lab.finish("cancelled")
     assert lab.losses("cancelled") == undisturbed
