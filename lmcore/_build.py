@@ -20,6 +20,7 @@ import difflib
 import hashlib
 import importlib
 import inspect
+import json
 import logging
 import os
 import sys
@@ -125,8 +126,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def _is_not_about_masks(record: logging.LogRecord) -> bool:
-    # Where pad and EOS are one id, transformers asks for a mask: our ignored labels are set by position, and a mask
-    # would switch packing by position_ids off.
+    # Where pad and EOS are one id, transformers asks for a mask: our ignored labels are set by position, and
+    # a mask would switch packing by position_ids off.
     return "passing in an `attention_mask`" not in record.getMessage()
 
 
@@ -151,8 +152,8 @@ def build(
     Args:
         type: transformers model type (``"gpt2"``, ``"llama"``), for a model from scratch.
         config_overrides: fields of that type's config; with a factory, further arguments of it.
-        vocab_size: V, ids that the tokenizer has; the model gets ``pad_vocab(V)`` rows. ``None`` (own data, no
-            tokenizer) only with a factory.
+        vocab_size: V, ids that the tokenizer has; the model gets ``pad_vocab(V)`` rows. ``None`` (own data,
+            no tokenizer) only with a factory.
         special_ids: the tokenizer's ``bos_token_id`` and so on; what it does not define becomes ``None``.
         block_size: T; refused if the model cannot see as far.
         from_pretrained: folder or Hub id (safetensors only; no code of the repository is ever run).
@@ -316,7 +317,8 @@ def _from_factory(
         raise RequestError(f"model.factory {path} returned {model.__class__.__name__}, not a torch.nn.Module")
     if hasattr(getattr(model, "config", None), "use_cache"):
         model.config.use_cache = False  # type: ignore[union-attr]  # hasattr above; packing relies on it
-    # What a checkpoint must hold to build this model again (lmcore.saved.describe); torch types attributes as tensors.
+    # What a checkpoint must hold to build this model again (lmcore.saved.describe); torch types attributes
+    # as tensors.
     model.factory_arguments = arguments  # type: ignore[assignment]
     return model
 
@@ -362,6 +364,29 @@ def refuse_unsafe_config(config: Mapping[str, Any], where: str) -> None:
             refuse_unsafe_config(value, where)
 
 
+def refuse_unsafe_index(path: str, where: str, *, revision: str | None = None) -> None:
+    """Refuse an index of weights that names anything but safetensors files of its own folder.
+
+    transformers follows it to any file, and gives one that is not safetensors to torch's unpickler.
+    """
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+    missing_is_fine = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, revision=revision, **missing_is_fine)
+    if index is None:
+        return
+    with open(index, encoding="utf-8") as file:
+        names = json.load(file)["weight_map"].values()
+    for name in names:
+        if not isinstance(name, str) or not name.endswith(".safetensors") or "/" in name or "\\" in name:
+            raise RequestError(
+                f"{where}: its index of weights names {name!r}, which is no safetensors file there"
+            )
+
+
 def _pretrained(
     path: str,
     revision: str | None,
@@ -371,12 +396,14 @@ def _pretrained(
     attention: str | None,
     note: Callable[[str], None],
 ) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
     source = f"model.from_pretrained {path!r}"
     try:
         raw, _ = PretrainedConfig.get_config_dict(path, revision=revision)
         refuse_unsafe_config(raw, source)
+        refuse_unsafe_index(path, source, revision=raw.get("_commit_hash") or revision)
         commit = raw.get("_commit_hash")
         config = AutoConfig.from_pretrained(path, revision=commit or revision, trust_remote_code=False)
         for name, value in overrides.items():
@@ -396,7 +423,7 @@ def _pretrained(
             use_safetensors=True,  # no pickle
             **({} if attention is None else {"attn_implementation": attention}),
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise RequestError(f"{source}: {_one_line(error)}") from error
     if commit:
         note(f"{path}: commit {commit}" + ("" if revision else " (give model.revision to pin it)"))

@@ -41,6 +41,7 @@ from lmcore._build import (
     nearest,
     pad_vocab,
     refuse_unsafe_config,
+    refuse_unsafe_index,
 )
 from lmcore.errors import RequestError
 from lmcore.loss import causal_lm_loss, count_labels, cross_entropy_sum
@@ -61,6 +62,7 @@ __all__ = [
     "pad_vocab",
     "parameter_counts",
     "refuse_unsafe_config",
+    "refuse_unsafe_index",
     "vocabulary_parameters",
 ]
 

@@ -150,6 +150,7 @@ def open_export(folder: Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     models.refuse_unsafe_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), str(folder))
+    models.refuse_unsafe_index(str(folder), str(folder))
     return AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
     )
