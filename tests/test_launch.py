@@ -1,0 +1,74 @@
+"""Through the real launchers: what a person types. Few, because each pays for the imports of every process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lmcore.metrics import read_metrics
+from tests.test_run import request, words
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "train.txt").write_text(words(300, 0), encoding="utf-8")
+    (folder / "held.txt").write_text(words(30, 1), encoding="utf-8")
+    return folder
+
+
+def launch(launcher: list[str], argv: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LAUNCH, *launcher, str(ROOT / "train_lm.py"), *argv],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **env},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def test_two_processes_on_a_cpu_by_a_file_then_one_goes_on(text: Path) -> None:
+    """The same run on two processes and then on one: the order of the data does not notice."""
+    run_dir = text / "two"
+    options = {"train__duration": "6 steps", "checkpoint__every": "3 steps", "evaluate__every": "never"}
+    argv = request(text, run_dir, **options)
+    done = launch(["--config_file", "accelerate_configs/cpu_2.yaml"], argv)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 x CPU" in done.stdout
+    assert done.stdout.count("step 6/6") == 1, "one rank speaks"
+    longer = launch(
+        ["--config_file", "accelerate_configs/cpu.yaml"],
+        request(text, run_dir, **{**options, "train__duration": "8 steps", "optim__schedule": "constant"}),
+    )
+    assert longer.returncode == 0, longer.stdout + longer.stderr
+    records = read_metrics(run_dir / "metrics.jsonl", kind="train")
+    assert [r["step"] for r in records] == list(range(1, 9))
+    assert [r["position"] for r in records] == [12 * step for step in range(1, 9)]
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
+
+
+def test_the_launch_that_silently_starts_one_process_is_refused(text: Path) -> None:
+    """`--cpu --num_processes 2` starts one process without a word (accelerate #2741)."""
+    done = launch(["--cpu", "--num_processes", "2"], request(text, text / "trap"))
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train_lm.py:")]
+    assert len(lines) == 1, done.stderr
+    assert "2" in lines[0]
+    assert "accelerate launch" in lines[0], "the remedy is a command"
+
+
+def test_output_that_is_not_a_terminal_has_no_control_characters(text: Path) -> None:
+    done = launch([], request(text, text / "plain", train__duration="3 steps", evaluate__every="never"))
+    assert done.returncode == 0, done.stderr
+    assert not set(done.stdout) & {"\x1b", "\r", "\b"}
+    assert "step 3/3" in done.stdout
