@@ -113,7 +113,12 @@ def _lives(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    if not Path("/proc/self/stat").exists():
+        return True
+    # A zombie still takes signals: it was killed, and its parent has not looked yet.
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
 
 
 def write_failure(folder: Path, error: Exception) -> None:

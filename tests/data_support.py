@@ -3,6 +3,7 @@ they lie."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,20 @@ class Bytes:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(one for one in ids if one < 256).decode("utf-8", "replace")
+
+
+@final
+class SlowBytes:
+    """The same, but each call takes its time, so that there is something to kill."""
+
+    vocab_size, eos_id, fingerprint = 257, 256, "bytes"
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        time.sleep(self.seconds)
+        return Bytes().encode_batch(texts)
 
 
 def counting_store(

@@ -189,25 +189,25 @@ def test_every_change_is_noticed(tmp_path: Path) -> None:
 # ---- kills, peers, failures ----
 
 SCRIPT = """
-import sys, time
+import sys
 sys.path.insert(0, {root!r})
 from lmcore import text, tokens
-from tests.data_support import Bytes
-
-class Slow(Bytes if False else object):
-    vocab_size, eos_id, fingerprint = 257, 256, "bytes"
-    def encode_batch(self, texts):
-        time.sleep({delay})
-        return Bytes().encode_batch(texts)
+from tests.data_support import SlowBytes
 
 [source] = text.resolve([{{"path": {path!r}, "unit": "file", "name": "small"}}])
-tokens.prepare(source, Slow(), store_dir={stores!r}, part_bytes=2000, worker={worker})
+tokens.prepare(
+    source, SlowBytes({delay}), store_dir={stores!r}, part_bytes=2000, worker={worker}, processes={processes}
+)
 print("done")
 """
 
 
-def start(path: Path, stores: Path, *, delay: float, worker: int = 0) -> subprocess.Popen[str]:
-    script = SCRIPT.format(root=str(ROOT), path=str(path), stores=str(stores), delay=delay, worker=worker)
+def start(
+    path: Path, stores: Path, *, delay: float, worker: int = 0, processes: int = 1
+) -> subprocess.Popen[str]:
+    script = SCRIPT.format(
+        root=str(ROOT), path=str(path), stores=str(stores), delay=delay, worker=worker, processes=processes
+    )
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)],
         stdout=subprocess.PIPE,
@@ -244,6 +244,26 @@ def test_ten_kills_lose_at_most_a_part_each_and_change_no_byte(tmp_path: Path) -
     finished = prepare(source, Bytes(), store_dir=stores, part_bytes=2000)
     assert contents(finished.folder) == contents(whole.folder)
     finished.verify()
+
+
+def test_tokenizing_processes_end_with_their_parent(tmp_path: Path) -> None:
+    corpus(tmp_path / "text", 40)
+    stores = tmp_path / "stores"
+    process = start(tmp_path / "text", stores, delay=0.5, processes=2)
+    wait_for(lambda: len(list(stores.glob("*/part-*.claim"))) == 2)
+    pids = [json.loads(path.read_text())["pid"] for path in stores.glob("*/part-*.claim")]
+    assert process.pid not in pids
+    process.kill()
+    process.communicate(timeout=30)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds=10)
+    assert (
+        prepare(
+            text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])[0],
+            Bytes(),
+            store_dir=stores,
+        ).n_documents
+        == 40
+    )
 
 
 def test_ranks_share_the_work_and_outlive_a_killed_one(tmp_path: Path) -> None:
@@ -283,6 +303,12 @@ def test_the_dead_hold_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with _token_claims.claimed(path) as other:
             assert other is None  # this process lives
     assert not path.exists()
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    wait_for(lambda: " Z " in Path(f"/proc/{zombie.pid}/stat").read_text())
+    path.write_text(json.dumps({"host": host, "pid": zombie.pid}))
+    with _token_claims.claimed(path) as mine:
+        assert mine is not None  # killed, but not yet waited for
+    zombie.wait()
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
     with _token_claims.claimed(path) as mine:
         assert mine is None
