@@ -1,0 +1,45 @@
+"""A user's own model, data and loss, for tests of the three factories: a small regression."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Line(torch.utils.data.Dataset):
+    """x -> 3 x - 1 and some noise, 64 points."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.x = torch.rand(count, 1, generator=draw)
+        self.y = 3 * self.x - 1 + 0.01 * torch.randn(count, 1, generator=draw)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index], "labels": self.y[index]}
+
+
+def data(count: int) -> dict[str, Any]:
+    return {"train": Line(count, 0), "valid": {"line": Line(8, 1)}}
+
+
+class Net(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def model(width: int = 8) -> nn.Module:
+    return Net(width)
+
+
+def squares(outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    error = (outputs - batch["labels"]).float().square()
+    return error.sum(), torch.tensor(error.numel())

@@ -1,0 +1,211 @@
+"""Whole runs with an option each: what the option promises is seen in what the run leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcore.errors import EXIT_FAULT, EXIT_FINISHED
+from lmcore.metrics import read_metrics
+from tests.fork_server import run_ranks
+from tests.test_run import _train, assert_same_state, losses, request, train, weights, words
+
+SHORT = {"train__duration": "6 steps", "evaluate__every": "3 steps", "checkpoint__every": "never"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "train.txt").write_text(words(400, 0), encoding="utf-8")
+    (folder / "more.txt").write_text(words(200, 2), encoding="utf-8")
+    (folder / "held.txt").write_text(words(40, 1), encoding="utf-8")
+    return folder
+
+
+def test_a_stream_gives_one_and_two_processes_the_same_blocks(text: Path) -> None:
+    options = {**SHORT, "data__mode": "stream"}
+    one, two = text / "stream-1", text / "stream-2"
+    assert train(request(text, one, **options)) == [EXIT_FINISHED]
+    assert train(request(text, two, **options), 2) == [EXIT_FINISHED] * 2
+    for step, loss in losses(one).items():  # the same tolerance and reason as in test_run.py
+        assert math.isclose(loss, losses(two)[step], rel_tol=1e-5), step
+
+
+def test_a_stream_continues_with_exactly_the_next_blocks(text: Path) -> None:
+    options = {**SHORT, "data__mode": "stream"}
+    stopped = text / "stream-stopped"
+    train(request(text, stopped, **options), kill_before_step=2)
+    assert train(request(text, stopped, **options)) == [EXIT_FINISHED]
+    assert losses(stopped) == losses(text / "stream-1")
+
+
+def test_weights_mix_sources(text: Path) -> None:
+    run_dir = text / "mixed"
+    sources = [
+        {"path": str(text / "train.txt"), "weight": 3, "name": "a"},
+        {"path": str(text / "more.txt"), "weight": 1, "name": "b"},
+    ]
+    assert train(request(text, run_dir, **SHORT, data__train=json.dumps(sources))) == [EXIT_FINISHED]
+    state = json.loads(next((run_dir / "checkpoints").glob("step-*/state.json")).read_text())
+    assert state["cursor"]["phases"] == [[0, [3.0, 1.0]]]
+
+
+def test_the_users_own_model_data_and_loss(text: Path) -> None:
+    """No tokenizer, no token: a regression, on one process and on two."""
+    options = {
+        "data.factory": "tests.own_parts:data",
+        "data.config.count": 64,
+        "model.type": "null",
+        "model.factory": "tests.own_parts:model",
+        "model.config.width": 8,
+        "loss.factory": "tests.own_parts:squares",
+        "train.duration": "20 epochs",
+        "train.global_batch_blocks": 8,
+        "train.micro_batch_blocks": 4,
+        "train.precision": "fp32",
+        "optim.lr": 0.05,
+        "evaluate.every": "5 epochs",
+        "report.every": 1,
+        "report.trackers": "[]",
+        "checkpoint.every": "never",
+    }
+    one, two = text / "own-1", text / "own-2"
+    for run_dir, world_size in ((one, 1), (two, 2)):
+        argv = [p for k, v in {"run_dir": run_dir, **options}.items() for p in (f"--{k}", str(v))]
+        assert train(argv, world_size) == [EXIT_FINISHED] * world_size
+    assert losses(one)[160] < 0.01 < losses(one)[1]
+    assert math.isclose(losses(one)[160], losses(two)[160], rel_tol=1e-4)
+    evaluations = read_metrics(one / "metrics.jsonl", kind="eval")
+    assert [r["set"] for r in evaluations] == ["line"] * len(evaluations)
+    assert evaluations[-1]["loss"] < 0.01
+
+
+def test_the_moving_average_is_kept_evaluated_and_exported(text: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    run_dir = text / "average"
+    options = {**SHORT, "optim__ema_decay": 0.5}
+    train(request(text, run_dir, **options), kill_before_step=3)
+    assert train(request(text, run_dir, **options)) == [EXIT_FINISHED]
+    straight = text / "average-straight"
+    assert train(request(text, straight, **options)) == [EXIT_FINISHED]
+    sets = {r["set"] for r in read_metrics(run_dir / "metrics.jsonl", kind="eval")}
+    assert sets == {"held", "held-ema"}
+    exported = load_file(run_dir / "export" / "model.safetensors")
+    for name, tensor in load_file(straight / "export" / "model.safetensors").items():
+        assert torch.equal(exported[name], tensor), name
+    trained = weights(run_dir)
+    name = next(n for n in exported if "attn.c_attn.weight" in n)
+    raw = next(
+        t for n, t in trained.items() if name.removeprefix("transformer.") in n and n.startswith("model")
+    )
+    assert not torch.equal(exported[name], raw), "the export holds the weights, not their average"
+
+
+def test_early_stopping_says_why_and_still_saves(text: Path) -> None:
+    run_dir = text / "early"
+    options = {**SHORT, "train__duration": "30 steps", "evaluate__early_stopping__target": 100.0}
+    assert train(request(text, run_dir, **options)) == [EXIT_FINISHED]
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status["step"] == 3
+    assert "target" in status["reason"]
+    assert (run_dir / "checkpoints" / "step-00000003" / "manifest.json").exists()
+    assert (run_dir / "export" / "model.safetensors").exists()
+
+
+def test_a_profile_window_is_written(text: Path) -> None:
+    run_dir = text / "profile"
+    assert train(request(text, run_dir, **SHORT, train__profile="2-3")) == [EXIT_FINISHED]
+    assert (run_dir / "profile" / "steps-2-3.json.gz").stat().st_size > 0
+    assert "aten::" in (run_dir / "profile" / "steps-2-3.txt").read_text()
+
+
+def _train_with_nan(argv: list[str], positions: list[int]) -> int:
+    """As ``_train``, with a loss that is not a number in every step that holds one of these positions."""
+    import train_lm
+
+    forward = train_lm.Engine.forward
+    read = train_lm.Session.read
+
+    def poisoned_read(self: Any) -> Any:
+        for batch in read(self):
+            first, last = batch.positions
+            self.engine.poison = any(first <= position <= last for position in positions)
+            yield batch
+
+    def poisoned_forward(self: Any, batch: Any, key: int | None = None) -> Any:
+        loss_sum, count = forward(self, batch, key)
+        return (loss_sum * math.nan if key is not None and self.poison else loss_sum), count
+
+    train_lm.Session.read, train_lm.Engine.forward = poisoned_read, poisoned_forward
+    return _train(argv, None, 0)
+
+
+def test_a_rewind_is_the_run_that_was_told_to_skip(text: Path) -> None:
+    """Replay: blocks that give no number are rewound over; the result is that of a run told beforehand to skip them."""
+    options = {
+        "train__duration": "8 steps",
+        "checkpoint__every": "2 steps",
+        "evaluate__every": "never",
+        "guard__max_skips": 0,
+    }
+    rewound, told = text / "rewound", text / "told"
+    assert run_ranks(_train_with_nan, 1, request(text, rewound, **options), [37]) == [EXIT_FINISHED]
+    events = [r["event"] for r in read_metrics(rewound / "metrics.jsonl", kind="event")]
+    assert "rewind" in events
+    assert train(request(text, told, **options, data__skip_positions="36-47")) == [EXIT_FINISHED]
+    assert losses(rewound) == losses(told)
+    assert_same_state(weights(rewound), weights(told))
+
+
+def test_too_many_rewinds_end_the_run_with_the_evidence(text: Path) -> None:
+    run_dir = text / "hopeless"
+    options = {"train__duration": "8 steps", "checkpoint__every": "2 steps", "evaluate__every": "never"}
+    argv = request(text, run_dir, **options, guard__max_skips=0, guard__max_rewinds=1)
+    assert run_ranks(_train_with_nan, 1, argv, list(range(36, 10_000))) == [EXIT_FAULT]
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", EXIT_FAULT)
+    assert "positions" in status["reason"]
+
+
+def _train_with_an_error(argv: list[str], at_step: int) -> str:
+    import train_lm
+
+    rate = train_lm.optim.learning_rate
+
+    def fails(step: int, **schedule: Any) -> float:
+        if step == at_step:
+            raise OSError("the disk of the data is gone")
+        return rate(step, **schedule)
+
+    train_lm.optim.learning_rate = fails
+    try:
+        _train(argv, None, 0)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def test_an_exception_is_saved_first_and_not_swallowed(text: Path) -> None:
+    run_dir = text / "exception"
+    assert "gone" in run_ranks(_train_with_an_error, 1, request(text, run_dir, **SHORT), 4)[0]
+    assert [p.name for p in (run_dir / "checkpoints").glob("step-*")] == ["step-00000004"]
+    assert train(request(text, run_dir, **SHORT)) == [EXIT_FINISHED]
+    straight = text / "no-exception"
+    assert train(request(text, straight, **SHORT)) == [EXIT_FINISHED]
+    assert losses(run_dir) == losses(straight)
+
+
+def test_fast_dev_run_goes_through_every_part(text: Path) -> None:
+    run_dir = text / "fast"
+    argv = [*request(text, run_dir, data__train=str(text / "*.txt")), "--fast_dev_run"]
+    assert train(argv) == [EXIT_FINISHED]
+    for name in ("export/model.safetensors", "report.html", "checkpoints/step-00000004/manifest.json"):
+        assert (run_dir / name).exists(), name
+    assert os.listdir(run_dir / "sample")
