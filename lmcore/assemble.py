@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -126,10 +126,16 @@ def rehearsal(config: RunConfig, folder: Path) -> RunConfig:
     """The same run in seconds (``--fast_dev_run``): every part of it, over a sample of the text, four steps long."""
     data = config.data
     if data.factory is None:
+        sample = folder / "sample"
         data = replace(
-            data, train=[str(folder / "sample" / "train.jsonl")], text_field="text", valid_fraction=0.1
+            data,
+            train=[str(sample / "train.jsonl")],
+            valid=[str(sample / "valid.jsonl")],
+            test=[],
+            text_field="text",
+            store_dir=str(sample / "stores"),
+            phases=[],
         )
-        data = replace(data, valid=[], test=[], store_dir=str(folder / "sample" / "stores"), phases=[])
     steps = Durations.parse
     return replace(
         config,
@@ -143,18 +149,25 @@ def rehearsal(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def write_sample(config: RunConfig, folder: Path) -> None:
-    """The first documents of the training text, for :func:`rehearsal`."""
+    """The first documents of the training text, every tenth of them to evaluate on, for :func:`rehearsal`."""
     if config.data.factory is not None:
         return
     (folder / "sample").mkdir(parents=True, exist_ok=True)
+    lines = list(_sample_lines(config))
+    (folder / "sample" / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "sample" / "valid.jsonl").write_text("".join(lines[::10]), encoding="utf-8")
+
+
+def _sample_lines(config: RunConfig) -> Iterator[str]:
     written = 0
-    with open(folder / "sample" / "train.jsonl", "w", encoding="utf-8") as file:
-        for source in reading_of(config).sources(config.data.train or [corpus.STDLIB]):
-            for part in text.parts(source, part_bytes=2**20):
-                for document in text.read(source, part, bad=lambda record: None):
-                    written += file.write(json.dumps({"text": document.text}, ensure_ascii=False) + "\n")
-                    if written > SAMPLE_BYTES:
-                        return
+    for source in reading_of(config).sources(config.data.train or [corpus.STDLIB]):
+        for part in text.parts(source, part_bytes=2**20):
+            for document in text.read(source, part, bad=lambda record: None):
+                line = json.dumps({"text": document.text}, ensure_ascii=False) + "\n"
+                yield line
+                written += len(line)
+                if written > SAMPLE_BYTES:
+                    return
 
 
 def open_data(

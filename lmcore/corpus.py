@@ -127,12 +127,19 @@ def open_corpus(
     if valid:
         held_out = {source.name: store(source, ("all", 0.0)) for source in reading.sources(valid)}
     elif fraction:
-        # One source: its held-out side is simply "valid"; of several, each is a set under its own name.
-        held_out = {
-            "valid" if len(sources) == 1 else source.name: store(source, ("valid", fraction))
-            for source in sources
-            if not _is_token_file(source)
-        }
+        held_out = {}
+        for source in sources:
+            if _is_token_file(source):
+                continue
+            # One source: its held-out side is simply "valid"; of several, each is a set under its own name.
+            try:
+                held_out["valid" if len(sources) == 1 else source.name] = store(source, ("valid", fraction))
+            except tokens.NoText:
+                if note is not None:
+                    note(
+                        f"data.valid_fraction {fraction} holds no document of {source.name} out: it has too few; "
+                        f"name held-out text with data.valid"
+                    )
     else:
         held_out = {}
     return Corpus(

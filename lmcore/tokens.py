@@ -41,6 +41,10 @@ from lmcore.token_store import MANIFEST, STORE_VERSION, TokenStore, sample_of
 __all__ = ["Progress", "TokenStore", "prepare"]
 
 
+class NoText(RequestError):
+    """A source, or one side of a split of it, without a single token."""
+
+
 def prepare(
     source: text.Source,
     tokenizer: EncodesBatches,
@@ -122,7 +126,7 @@ def prepare(
     store = TokenStore.open(folder)
     _enforce(store.manifest, on_error, max_bad_fraction)
     if store.n_tokens == 0:
-        raise RequestError(f"source {source.name!r} holds no text at all ({len(source.paths)} files)")
+        raise NoText(f"source {source.name!r} holds no text at all ({len(source.paths)} files)")
     return store
 
 
