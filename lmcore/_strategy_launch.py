@@ -62,11 +62,9 @@ def request(env: Mapping[str, str], deepspeed: str | None) -> Request:
         )
     for name, value in env.items():
         # Blocks are sharded over all ranks; under these several ranks would have to share one batch.
-        if name.startswith("PARALLELISM_CONFIG_") and name.endswith(("_TP_SIZE", "_CP_SIZE", "_SP_SIZE")):
-            if value not in ("", "1"):
-                raise RequestError(
-                    f"{name}={value}: tensor, context and sequence parallelism are not supported"
-                )
+        split = name.startswith("PARALLELISM_CONFIG_") and name.endswith(("_TP_SIZE", "_CP_SIZE", "_SP_SIZE"))
+        if split and value not in ("", "1"):
+            raise RequestError(f"{name}={value}: tensor, context and sequence parallelism are not supported")
     with_fsdp = flag(env, "ACCELERATE_USE_FSDP")
     with_deepspeed = deepspeed is not None or flag(env, "ACCELERATE_USE_DEEPSPEED")
     if with_fsdp and with_deepspeed:

@@ -8,6 +8,7 @@ What always holds: one parameter at a time is whole, on the device that asks for
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,6 +91,46 @@ class TensorState:
 
     def _find(self, name: str, slot: str) -> Tensor:
         return self._optimizer.state[self._named[name]][slot] if slot else self._tensors[name]
+
+
+class Skeleton:
+    """A model's structure without weights, taken before it is sharded, to be filled for sampling."""
+
+    def __init__(self, model: nn.Module) -> None:
+        empty = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+            for p in model.parameters()
+        }
+        names = {id(empty[id(p)]): name for name, p in model.named_parameters()}
+        self._model = copy.deepcopy(model, dict(empty))  # type: ignore[arg-type]  # the memo gives the stand-ins
+        # (module, attribute, name): tied weights have several places and one name.
+        self._places = [
+            (module, leaf, names[id(p)])
+            for module in self._model.modules()
+            for leaf, p in module._parameters.items()
+            if p is not None
+        ]
+
+    def fill(self, tensors: dict[str, Tensor]) -> nn.Module:
+        """The model with these weights and persistent buffers, in evaluation mode."""
+        weights = {
+            name: nn.Parameter(t, requires_grad=False) for name, t in tensors.items() if t.is_floating_point()
+        }
+        for module, leaf, name in self._places:
+            module._parameters[leaf] = weights[name]
+        for name, buffer in self._model.named_buffers():
+            if name in tensors:
+                buffer.copy_(tensors[name])
+        return self._model.eval()
+
+    def empty(self) -> None:
+        """Let the weights go."""
+        for module, leaf, _ in self._places:
+            parameter = module._parameters[leaf]
+            assert parameter is not None
+            module._parameters[leaf] = nn.Parameter(
+                torch.empty_like(parameter, device="meta"), requires_grad=False
+            )
 
 
 def whole(tensor: Tensor) -> Tensor:

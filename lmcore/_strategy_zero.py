@@ -111,7 +111,9 @@ def base_config(content: Mapping[str, Any], *, precision: str, reduce_dtype: str
     config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     _agree(config, "communication_data_type", reduce_dtype, "communication_data_type", "engine.reduce_dtype")
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
-        config.setdefault(name, "auto")  # filled by batch_config; accelerate would put 1 for a missing accumulation
+        config.setdefault(
+            name, "auto"
+        )  # filled by batch_config; accelerate would put 1 for a missing accumulation
     config.setdefault("gradient_clipping", "auto")
     section = config["zero_optimization"]
     section.setdefault("stage3_gather_16bit_weights_on_model_save", False)

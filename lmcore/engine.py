@@ -28,7 +28,6 @@ Example::
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import math
 import os
@@ -52,7 +51,7 @@ from lmcore import _strategy_fsdp as fsdp
 from lmcore import _strategy_launch as launch
 from lmcore import _strategy_zero as zero
 from lmcore import optim
-from lmcore._strategy_state import TensorState, whole
+from lmcore._strategy_state import Skeleton, TensorState, whole
 from lmcore._strategy_zero_state import ZeroState
 from lmcore.errors import RequestError
 from lmcore.model import compile_regions, decoder_layers, enable_activation_checkpointing
@@ -116,7 +115,9 @@ class Engine:
         request = launch.request(os.environ, deepspeed)
         launch.check_compile(os.environ)
         cuda = torch.cuda.is_available() and not launch.forced_to_cpu(os.environ)
-        if not cuda:  # accelerate imports DeepSpeed when it unwraps a model, and that would say that it guesses
+        if (
+            not cuda
+        ):  # accelerate imports DeepSpeed when it unwraps a model, and that would say that it guesses
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         self.precision = launch.resolve_precision(precision, os.environ, cuda=cuda)
         self._with_zero = request.deepspeed is not None
@@ -164,6 +165,8 @@ class Engine:
         self.is_main = self.rank == 0
         self.is_local_main = self.local_rank == 0
         self._host_group = dist.new_group(backend="gloo", timeout=self._timeout) if self._grouped else None
+        # A group that a collective has failed in is of no use any more, not even to ask who is missing.
+        self._roll_call = dist.new_group(backend="gloo", timeout=self._timeout) if self._grouped else None
         self.seed = seed
         self._seed_everything(deterministic=deterministic, tf32=tf32)
         self.module: nn.Module
@@ -199,7 +202,7 @@ class Engine:
         self._accumulation = gradient_accumulation
         self._clip_norm = clip_norm
         self._inner = module
-        self._skeleton = copy_without_weights(module.model) if self._sharded and self.is_main else None
+        self._skeleton = Skeleton(module.model) if self._sharded and self.is_main else None
         if self._param_dtype is not torch.float32:
             for (
                 parameter
@@ -398,11 +401,13 @@ class Engine:
     def state(self) -> Iterator[tuple[str, str, str, Tensor | None]]:
         """``(kind, name, slot, tensor)``, one at a time, in the order of the layout. Collective.
 
-        The tensor is whole, contiguous and on the host on rank 0, ``None`` on the other ranks.
+        The tensor is whole, contiguous, a copy of its own and on the host on rank 0, ``None`` on the other
+        ranks.
         """
         for entry in self.state_layout():
             tensor = self._state.gather(entry.name, entry.slot)
-            yield entry.kind, entry.name, entry.slot, tensor.cpu().contiguous() if self.is_main else None
+            copied = torch.empty(entry.shape, dtype=entry.dtype).copy_(tensor) if self.is_main else None
+            yield entry.kind, entry.name, entry.slot, copied
 
     def load_state(self, read: Read) -> None:
         """Take over weights and optimizer slots; ``read(kind, name, slot)`` is called on every rank.
@@ -463,6 +468,8 @@ class Engine:
                 model = self._assemble() if self._sharded else self._inner.model
                 yield model if self.is_main else None
         finally:
+            if self._skeleton is not None:
+                self._skeleton.empty()
             self.barrier("full_model")
 
     def describe(self) -> list[tuple[str, str]]:
@@ -475,7 +482,7 @@ class Engine:
 
     def close(self) -> None:
         """Leave the process group. Calling it again does nothing."""
-        self._host_group = None
+        self._host_group = self._roll_call = None
         if dist.is_initialized():
             dist.destroy_process_group()
         # accelerate keeps its state in class attributes; another engine of this process must not inherit it.
@@ -536,10 +543,7 @@ class Engine:
             tensor = self._state.gather(name, "")
             if self.is_main:
                 tensors[name] = tensor.cpu()
-        if self._skeleton is None:
-            return None
-        self._skeleton.load_state_dict(tensors, strict=False, assign=True)
-        return self._skeleton.eval()
+        return self._skeleton.fill(tensors) if self._skeleton is not None else None
 
     def _collective(self, what: str, run: Callable[[], Any]) -> None:
         try:
@@ -551,7 +555,7 @@ class Engine:
         """Which ranks did not come, as well as it can be found out after the fact."""
         try:
             dist.monitored_barrier(
-                group=self._host_group, timeout=min(self._timeout, timedelta(seconds=15)), wait_all_ranks=True
+                group=self._roll_call, timeout=min(self._timeout, timedelta(seconds=15)), wait_all_ranks=True
             )
         except (RuntimeError, dist.DistError) as error:
             return f"a rank is dead or stuck: {error}"
@@ -582,15 +586,6 @@ def gates_on_device(optimizer: torch.optim.Optimizer) -> bool:
     do."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return fused and type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
-
-
-def copy_without_weights(model: nn.Module) -> nn.Module:
-    """The same structure, buffers included, with parameters that take no memory."""
-    empty = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
-        for p in model.parameters()
-    }
-    return copy.deepcopy(model, empty)  # type: ignore[arg-type]  # the memo maps a parameter to its stand-in
 
 
 def compress(values: dict[str, float]) -> float | dict[str, float]:

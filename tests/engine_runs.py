@@ -1,7 +1,7 @@
 """What the tests of the engine run in each rank, and the plain reference that they are held to.
 
-The reference is one process of torch without accelerate: the whole global batch at once, the mean over its tokens.
-A *mode* is (strategy, world size): one of ``MODES``.
+The reference is one process of torch without accelerate: the whole global batch at once, the mean over its
+tokens. A *mode* is (strategy, world size): one of ``MODES``.
 """
 
 from __future__ import annotations
@@ -25,15 +25,23 @@ MODES = {
     "zero1": ("zero1", 2),
     "zero2": ("zero2", 2),
     "zero3": ("zero3", 2),
+    # Other world sizes, for the slow tests.
+    "fsdp2x3": ("fsdp2", 3),
+    "zero1x3": ("zero1", 3),
+    "zero2x3": ("zero2", 3),
+    "zero3x3": ("zero3", 3),
+    "zero3x1": ("zero3", 1),
 }
+SEVEN = ("single", "ddp2", "ddp3", "fsdp2", "zero1", "zero2", "zero3")
 BLOCKS = 18  # of the global batch: divided by 1, 2, 3 ranks and 1, 3 micro-batches
 BLOCK_SIZE = 10
-VOCAB = 67  # odd: no world size divides the embedding
+VOCAB = 67
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training. ``folder``: where to save at the end (with ``save``) or load from at the start (with ``load``)."""
+    """One training. ``folder``: where to save at the end (with ``save``) or load from at the start (with
+    ``load``)."""
 
     mode: str = "single"
     model: str = "gpt2-tied"
@@ -47,6 +55,7 @@ class Job:
     checkpointing: bool = False
     compile: bool = False
     save: str = ""
+    save_at: int = -1  # the step before which it saves; -1: at the end
     load: str = ""
     poison: tuple[int, int] | None = None  # (step, micro-batch): NaN there, on the last rank
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -67,17 +76,23 @@ class Trace:
 
 
 def make_model(name: str, dropout: float = 0.0) -> nn.Module:
-    """A tiny model with its loss, the same weights in every process."""
+    """A tiny model with its loss, the same weights in every process; odd sizes, which no world size
+    divides."""
     from lmcore.model import ModelWithLoss, build
 
     common = {"block_size": BLOCK_SIZE, "vocab_size": VOCAB, "special_ids": {}, "seed": 3}
     if name.startswith("gpt2"):
-        fields: dict[str, Any] = {"n_layer": 2, "n_embd": 20, "n_head": 2, "n_positions": 16}
+        fields: dict[str, Any] = {"n_layer": 2, "n_embd": 15, "n_head": 3, "n_positions": 16}
         fields |= {f"{part}_pdrop": dropout for part in ("embd", "resid", "attn")}
         fields["tie_word_embeddings"] = name == "gpt2-tied"
         model = build(type="gpt2", config_overrides=fields, **common)
     else:
-        fields = {"num_hidden_layers": 2, "hidden_size": 20, "intermediate_size": 36, "num_attention_heads": 2}
+        fields = {
+            "num_hidden_layers": 2,
+            "hidden_size": 18,
+            "intermediate_size": 35,
+            "num_attention_heads": 3,
+        }
         fields |= {"num_key_value_heads": 1, "max_position_embeddings": 16}
         fields["tie_word_embeddings"] = name == "llama-tied"
         model = build(type="llama", config_overrides=fields, **common)
@@ -115,8 +130,9 @@ def make_optimizer(name: str) -> Any:
 def reference(job: Job) -> Trace:
     """Plain PyTorch, one process, no accelerate.
 
-    fp32: the whole batch at once. bf16 rounds, so that the reference must round at the same places: it takes the same
-    slices of the batch, and computes by autocast as DDP does, or in a bf16 copy of fp32 weights as FSDP2 and ZeRO do.
+    fp32: the whole batch at once. bf16 rounds, so that the reference must round at the same places: it takes
+    the same slices of the batch, and computes by autocast as DDP does, or in a bf16 copy of fp32 weights as
+    FSDP2 and ZeRO do.
     """
     strategy, world_size = MODES[job.mode]
     module = make_model(job.model)
@@ -147,7 +163,8 @@ def reference(job: Job) -> Trace:
                     mine.grad = theirs.grad.float() + (0 if mine.grad is None else mine.grad)
                     theirs.grad = None
         norm = nn.utils.clip_grad_norm_(module.parameters(), job.clip_norm or torch.inf)
-        optimizer.step()
+        if job.poison is None or job.poison[0] != step:
+            optimizer.step()
         optimizer.zero_grad()
         if with_copy:
             for mine, theirs in zip(module.parameters(), worker.parameters()):
@@ -156,7 +173,10 @@ def reference(job: Job) -> Trace:
         norms.append(float(norm))
     weights = {n: p.detach().clone() for n, p in named}
     slots = {
-        (n, slot): v for n, p in named for slot, v in optimizer.state[p].items() if torch.is_tensor(v) and v.ndim
+        (n, slot): v
+        for n, p in named
+        for slot, v in optimizer.state[p].items()
+        if torch.is_tensor(v) and v.ndim
     }
     return Trace(
         losses=losses, norms=norms, applied=[True] * job.steps, rates=rates, initial=initial, weights=weights,
@@ -220,6 +240,8 @@ def train(job: Job) -> Trace | None:
         load(engine, job.load)
     losses, norms, applied, rates = [], [], [], []
     for step in range(job.first_step, job.first_step + job.steps):
+        if job.save and job.save_at == step:
+            save(engine, job.save)
         batch = batch_of(step)
         count = int((batch["labels"] != -100).sum())
         engine.set_learning_rate(rate(step))
@@ -240,7 +262,7 @@ def train(job: Job) -> Trace | None:
         losses.append(float(engine.sum_over_ranks(total)) / count)
         norms.append(float(norm))
         applied.append(bool(good))
-    if job.save:
+    if job.save and job.save_at < 0:
         save(engine, job.save)
     layout = engine.state_layout()
     state = {(kind, name, slot): tensor for kind, name, slot, tensor in engine.state()}
