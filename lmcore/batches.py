@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lmcore._to_device import Collate, ToDevice
 from lmcore.blocks import BlockDataset, Blocks
-from lmcore.errors import RequestError
+from lmcore.errors import FaultError, RequestError
 from lmcore.order import Cursor, count_positions, next_positions, permute
 from lmcore.own_data import IterableData, MapData, can_ignore, ignored
 
@@ -282,6 +282,9 @@ class Batches:
             for plan in self._plans():
                 # torch takes the workers strictly in turn, so that each round is one step.
                 parts = [next(items) for _ in range(self._workers)]
+                for part in parts:
+                    if isinstance(part, RequestError | FaultError):
+                        raise part
                 yield _joined(parts, plan.rows_of_workers, len(plan.wanted))
         finally:
             closing.set()
@@ -296,12 +299,16 @@ class _WorkerShare(IterableDataset):
         super().__init__()
         self._batches = batches
 
-    def __iter__(self) -> Iterator[Blocks | list[Any]]:
+    def __iter__(self) -> Iterator[Blocks | list[Any] | RequestError | FaultError]:
         info = get_worker_info()
         assert info is not None
         dataset = self._batches._dataset
         for plan in self._batches._plans():
-            yield dataset.read(plan.wanted[plan.rows_of_workers[info.id]])
+            try:
+                yield dataset.read(plan.wanted[plan.rows_of_workers[info.id]])
+            except (RequestError, FaultError) as error:
+                yield error  # as it is: torch would wrap its one line into a page
+                return
 
 
 def _ignore_signals(closing: Any, worker: int) -> None:
