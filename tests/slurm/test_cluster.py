@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"not installed: {', '.join(missing())}"),
 ]
 
-STEPS = 200
+STEPS = 120
 WORDS = (
     "slow",
     "brown",
@@ -180,9 +180,9 @@ def lab() -> Iterator[Lab]:
             cluster.wait(f"{lab.jobs['prepare']}_{element}", "COMPLETED", seconds=90)
         # The slow ones: most of their time they wait, so they go along with everything else.
         one = ("--nodes=1", "--gpus-per-node=1")
-        lab.submit("limit", *one, "--time=2", "--signal=B:USR1@60", seconds=0.1)
-        deadline = ("--guard.stop_before_deadline_seconds", "85")
-        lab.submit("deadline", *one, "--time=2", seconds=0.06, arguments=deadline)
+        lab.submit("limit", *one, "--time=3", "--signal=B:USR1@60", seconds=0.22)
+        deadline = ("--guard.stop_before_deadline_seconds", "58")
+        lab.submit("deadline", *one, "--time=2", seconds=0.15, arguments=deadline)
         yield lab
 
 
@@ -218,7 +218,7 @@ def test_whatever_happens_in_a_night_the_losses_are_those_of_a_quiet_one(
 ) -> None:
     """Signals to ranks and script, a requeue, preemption, and a node that fails during preemption."""
     command = lab.cluster.command
-    job = lab.submit("night", "--nodes=2", "--gpus-per-node=1", seconds=0.03)
+    job = lab.submit("night", "--nodes=2", "--gpus-per-node=1", seconds=0.05)
 
     lab.reach("night", 15)
     command("scancel", "--signal=USR1", str(job))  # to the ranks only
@@ -305,7 +305,7 @@ def test_a_chain_finishes_in_three_pieces_and_the_fourth_ends_at_once(
     lab: Lab, alone: dict[int, float]
 ) -> None:
     job = lab.submit(
-        "chain", "--array=1-4%1", "--nodes=1", "--gpus-per-node=1", script="train_chain.sbatch", seconds=0.02
+        "chain", "--array=1-4%1", "--nodes=1", "--gpus-per-node=1", script="train_chain.sbatch", seconds=0.05
     )
     for piece in (1, 2):
         lab.cluster.wait_for(lambda: lab.cluster.state(f"{job}_{piece}") == "RUNNING", "a piece", seconds=60)  # noqa: B023
@@ -321,15 +321,16 @@ def test_a_chain_finishes_in_three_pieces_and_the_fourth_ends_at_once(
 
 def test_two_jobs_on_one_node_and_two_jobs_on_one_run(lab: Lab) -> None:
     two = ("--nodes=1", "--nodelist=node1", "--gpus-per-node=2")
-    lab.submit("left", *two, seconds=0.1)
-    lab.submit("right", *two, seconds=0.1)
+    lab.submit("left", *two, seconds=0.5)
+    lab.submit("right", *two, seconds=0.5)
     lab.reach("left", 1)
     lab.reach("right", 1)  # both train at the same time: their ports differ
     holder = lab.status("left")
-    intruder = lab.submit("intruder", "--nodes=1", "--gpus-per-node=1", run="left")
+    intruder = lab.submit("intruder", "--nodes=1", "--gpus-per-node=1", run="left", seconds=0.5)
     lab.finish("intruder", "FAILED")
     assert "is in use by" in lab.said("intruder")
     assert lab.cluster.restarts(intruder) == 0
+    assert lab.cluster.state(lab.jobs["left"]) == lab.cluster.state(lab.jobs["right"]) == "RUNNING"
     assert lab.status("left")["job_id"] == holder["job_id"], (
         "the second job must not touch the first one's run"
     )
