@@ -129,9 +129,12 @@ class Watchdog:
             self._report_end(line, [rank for rank, peer in self._peers.items() if self._is_dead(rank, peer)])
 
     def _tell(self, line: str) -> None:
-        """To the log of this rank, and to the console whatever the rank: somebody must see it."""
-        with contextlib.suppress(OSError, ValueError):  # the launcher may be gone, and the pipe with it
-            print(line, file=sys.stderr, flush=True)
+        """To the log of this rank, and to the console whatever the rank (rank 0's log goes there by
+        itself).
+        """
+        if self._rank != 0:
+            with contextlib.suppress(OSError, ValueError):  # the launcher may be gone, and the pipe with it
+                print(line, file=sys.stderr, flush=True)
         self._say(line)
 
     def _report_end(self, line: str, ranks: list[int]) -> None:

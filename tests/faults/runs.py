@@ -113,8 +113,9 @@ class Run:
         while not self.poll():
             time.sleep(0.002)
 
-    def output(self) -> str:
-        return "\n".join(path.read_text(errors="replace")[-3000:] for path in self.outputs)
+    def output(self, characters: int = 3000) -> str:
+        """The last lines of every rank."""
+        return "\n".join(path.read_text(errors="replace")[-characters:] for path in self.outputs)
 
 
 def start(
