@@ -103,6 +103,7 @@ class Lab:
         self.jobs[name] = self.cluster.sbatch(
             PROJECT / "slurm" / script,
             "--cpus-per-task=2",
+            "--mem=2G",  # without it a job gets all memory of its nodes, and nobody can join it there
             f"--output={self.folder / name}.out",
             *options,
             arguments=arguments,
@@ -182,7 +183,7 @@ def lab() -> Iterator[Lab]:
         one = ("--nodes=1", "--gpus-per-node=1")
         lab.submit("limit", *one, "--time=3", "--signal=B:USR1@60", seconds=0.22)
         deadline = ("--guard.stop_before_deadline_seconds", "58")
-        lab.submit("deadline", *one, "--time=2", seconds=0.15, arguments=deadline)
+        lab.submit("deadline", *one, "--time=2", "--signal=B:CONT@1", seconds=0.15, arguments=deadline)
         yield lab
 
 
