@@ -368,12 +368,15 @@ def open_model(config: RunConfig, data: Data, *, note: Note = print) -> ModelWit
     optim.choose_trained(
         built.named_parameters(), train_only=config.optim.train_only, freeze=config.optim.freeze
     )
+    own_loss: Any = None
+    if config.loss.factory is not None:
+        own_loss = partial(model.import_path(config.loss.factory, "loss.factory"), **config.loss.config)
     return ModelWithLoss(
         built,
         chunk="auto" if config.loss.chunk is None else config.loss.chunk,
         label_smoothing=config.loss.label_smoothing,
         z_loss=config.loss.z_loss,
-        loss_factory=config.loss.factory,
+        loss_factory=own_loss,
         note=note,
     )
 

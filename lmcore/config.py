@@ -145,8 +145,6 @@ class ModelConfig:
     """Start from these weights: a folder such as runs/X/export, or a Hub id."""
     revision: str | None = option(None, "refuse")
     """Commit of a Hub model."""
-    trust_remote_code: bool = option(False, "warn")
-    """Run Python code that comes with a Hub model; it can do anything that you can."""
     factory: str | None = option(None, "refuse")
     """Your own nn.Module: package.module:function; it is called with model.config."""
     attention: str | None = option(None, "free")
