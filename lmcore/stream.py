@@ -108,7 +108,8 @@ class StreamDataset:
         self._split = split
         self._eos = [tokenizer.eos_id] if eos else []
         self._on_error, self._max_bad_fraction = on_error, max_bad_fraction
-        self._records, self._bad = 0, 0
+        self._records = 0
+        self._bad: set[tuple[str, str]] = set()  # later epochs and other lanes meet the same ones again
         self._identities = [identity_of(source, tokenizer, split, eos) for source in sources]
         self._cursor: Cursor | None = None
         self._lanes: dict[int, _Lane] = {}
@@ -258,11 +259,12 @@ class StreamDataset:
     def _on_bad(self, record: text.BadRecord) -> None:
         if self._on_error == "raise":
             raise FaultError(f"{record}: mend it, or leave such records out with data.on_error skip")
-        self._bad += 1
-        if self._bad > max(10, self._max_bad_fraction * (self._records + self._bad)):
+        self._bad.add((record.path, record.where))
+        bad, total = len(self._bad), self._records + len(self._bad)
+        if bad > max(10, self._max_bad_fraction * total):
             raise FaultError(
-                f"{self._bad} of {self._records + self._bad} records so far are bad, more than "
-                f"data.max_bad_fraction {self._max_bad_fraction}; the last: {record}"
+                f"{bad} of {total} records so far are bad, more than data.max_bad_fraction "
+                f"{self._max_bad_fraction}; the last: {record}"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -354,6 +356,7 @@ class _Feed:
         self._texts = self._read(self.state[0], self.state[1])
         self._taken: list[tuple[int, int]] = []
         self._ahead = 0
+        self._places_of, self._places = -1, np.zeros(0, dtype=np.int64)
 
     def _window_of(self, block: int) -> tuple[int, int]:
         """[first, stop) of the window that holds a block."""
@@ -396,11 +399,12 @@ class _Feed:
     def block(self, block: int) -> tuple[int, np.ndarray]:
         """(number of the first token, the T + 1 tokens) of a block, at its shuffled place in the window."""
         first, stop = self._window_of(block)
-        place = block - first
-        if self._stream.shuffle != "none":
-            key = keys(self._stream.seed, "stream window", self._lane, self._which, first)
-            place = int(permute(np.array([place]), stop - first, key)[0])
-        start = (first - self._origin + place) * self._size
+        if self._places_of != first:
+            self._places_of, self._places = first, np.arange(stop - first)
+            if self._stream.shuffle != "none":
+                key = keys(self._stream.seed, "stream window", self._lane, self._which, first)
+                self._places = permute(self._places, stop - first, key)
+        start = (first - self._origin + int(self._places[block - first])) * self._size
         return start, self._tokens[start - self._base : start - self._base + self._size + 1]
 
     def ends_after(self, start: int) -> np.ndarray:
