@@ -297,6 +297,7 @@ def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
     description = {
         "file": name,
         "key": job.keys[index],
+        "pieces": [[piece.relative_path, piece.start, piece.stop] for piece in part.pieces],
         **counts,
         "ends_dtype": ends_dtype,
         "bin_hash": digest.hexdigest(),

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lmcore import text
 from lmcore.blocks import IGNORED_LABEL, BlockDataset, collate
 from lmcore.errors import RequestError
 from lmcore.order import Cursor, Phase
+from lmcore.show import show
 from lmcore.token_store import TokenStore
+from lmcore.tokens import prepare
 from tests.data_support import Bytes, counting_store
 
 TEXTS = ["abcdef", "", "gh", "ijklmnopqrstuvwxyz", "日本語"]
@@ -292,3 +295,29 @@ def test_collate_takes_lists_and_tensors() -> None:
     batch = collate([{"input_ids": [1, 2]}, {"input_ids": torch.tensor([3, 4], dtype=torch.int32)}])
     assert isinstance(batch["input_ids"], Tensor)
     assert torch.equal(batch["input_ids"], torch.tensor([[1, 2], [3, 4]]))
+
+
+def test_any_position_can_be_shown(tmp_path: Path) -> None:
+    """What the model sees at a position, and where it comes from."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(f"file {number} " * 40)
+    [source] = text.resolve([{"path": str(folder), "unit": "file", "name": "files"}])
+    store = prepare(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=800)
+    dataset = BlockDataset.from_stores([store], block_size=40, seed=3)
+    assert len(store.manifest["parts"]) > 1
+    for one in show(dataset, [0, 5, 29, 30], Bytes().decode):
+        assert one.ids == tuple(dataset.read(np.array([one.position])).ids[0, :-1].tolist())
+        assert one.text == Bytes().decode(list(one.ids))
+        assert one.first_token == 40 * one.block
+        assert one.documents == sum(token == 256 for token in one.ids[:-1]) + 1
+        assert one.epoch == one.position // dataset.epoch_blocks
+        number = int(one.text.split("file ")[1][0])
+        first, _, last = one.files.partition(" to ")
+        assert int(first[0]) <= number <= int((last or first)[0]) + 1
+        assert f"position {one.position}: source files" in str(one)
+    foreign = BlockDataset.from_stores([counting_store(tmp_path, 100)], block_size=10)
+    assert "files of tokens" in str(show(foreign, [1], lambda ids: str(list(ids)))[0])
+    with pytest.raises(RequestError, match="no order by position"):
+        show(BlockDataset.from_texts(Bytes(), TEXTS, 3), [0], str)
