@@ -15,7 +15,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -202,45 +202,47 @@ def at_forward(
 
 
 def signals(place: Path, seed: int, folder: Path) -> Trial:
-    """SIGTERM, SIGUSR1 or SIGINT on a rank or on all, at any phase: saved, code 75, and nothing lost
-    afterwards.
+    """SIGTERM, SIGUSR1 or SIGINT on a rank or on all, at any phase, up to five times: each time saved, code
+    75.
     """
     draw, trial = random.Random(seed), Trial()
-    workers, world_size = draw.choice([0, 2]), draw.choice([1, 1, 2])
-    number = draw.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR1, signal.SIGINT])
-    phase = draw.choice(["any moment", "accumulation or evaluation", "save"])
-    target = draw.choice([*range(world_size), None])
+    workers, world_size = draw.choice([0, 0, 2]), draw.choice([1, 1, 2])
     expected = undisturbed(place, workers, world_size)
     more = ("--data.workers", str(workers))
-    action = lambda: os.kill(os.getpid(), number)  # noqa: E731
-    if phase == "save":
-        inject = in_save(draw.randrange(120), action)
-    elif phase == "any moment":
+    for hit in range(5):
+        number = draw.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR1, signal.SIGINT])
+        phase = draw.choice(["any moment", "accumulation or evaluation", "save"])
+        target = draw.choice([*range(world_size), None])
+        action = functools.partial(signal.raise_signal, number)
         inject = lighten
-    else:
-        inject = at_forward(draw.randrange(1, STEPS * 2 // world_size), action, target)
-    run = runs.start(
-        arguments(place, folder, *more), logs=folder / "logs", world_size=world_size, inject=inject
-    )
-    at_step = 0
-    if phase == "any moment":
-        assert run.wait(60, until=trained(folder)), run.output()
-        run.wait(draw.uniform(0.0, 0.6 * expected["seconds"]), until=lambda: False)
-        at_step = last_logged(folder)
-        run.send(number, None if target is None else [target])
-    assert run.wait(180), run.output()
-    codes = set(run.codes.values())
-    assert codes in ({75}, {0}), f"{phase}, {number}, rank {target}: exit codes {run.codes}: {run.output()}"
-    trial.count(f"{signal.Signals(number).name}")
-    trial.count(phase)
-    if codes == {75}:
-        trial.count("saved")
+        if phase == "save":
+            inject = in_save(draw.randrange(40), action)
+        elif phase == "accumulation or evaluation":
+            inject = at_forward(draw.randrange(1, 20 // world_size), action, target)
+        logs = folder / f"logs-{hit}"
+        begin = last_logged(folder)
+        run = runs.start(arguments(place, folder, *more), logs=logs, world_size=world_size, inject=inject)
+        at_step = 0
+        if phase == "any moment":
+            run.wait(60, until=lambda begin=begin: last_logged(folder) > begin)  # type: ignore[misc]
+            run.wait(draw.uniform(0.0, 0.1 * expected["seconds"]), until=lambda: False)
+            at_step = last_logged(folder)
+            run.send(number, None if target is None else [target])
+        what = f"hit {hit}: {phase}, {signal.Signals(number).name}, rank {target} of {world_size}"
+        assert run.wait(180), f"{what}: {run.output()}"
+        codes = set(run.codes.values())
+        if codes == {0}:
+            break  # it was faster than we were
+        assert codes == {75}, f"{what}: exit codes {run.codes}: {run.output()}"
+        trial.count(f"{signal.Signals(number).name}")
+        trial.count("signals")
+        trial.count(f"at {phase}")
         said = runs.status(folder / "run")
-        assert (said["state"], said["exit_code"]) == ("saved", 75), said
-        assert signal.Signals(number).name in said["reason"], said
+        assert (said["state"], said["exit_code"]) == ("saved", 75), f"{what}: {said}"
+        assert signal.Signals(number).name in said["reason"], f"{what}: {said}"
         newest = runs.committed_steps(folder / "run")[-1]
-        assert newest >= at_step, f"signal at step {at_step}, newest checkpoint {newest}"
-        assert newest == said["step"], said
+        assert newest >= at_step, f"{what}: signal at step {at_step}, newest checkpoint {newest}"
+        assert newest == said["step"], f"{what}: newest checkpoint {newest}, {said}"
     finish(place, folder, *more, world_size=world_size)
     assert_equal_to_undisturbed(folder / "run", expected)
     return trial
@@ -309,8 +311,10 @@ def full(place: Path, seed: int, folder: Path) -> Trial:
 # ---- not finite --------------------------------------------------------------------------------------------
 
 
-def poison(micro_batch: int, on_rank: int, evidence: Path) -> Callable[[int], None]:
-    """Make one loss NaN, and write down a hash of the weights before and after every update of every rank."""
+def poison(places: Mapping[int, int], evidence: Path) -> Callable[[int], None]:
+    """Make losses NaN (``places``: number of the micro-batch on its rank -> rank), and write down a hash of
+    the weights before and after every update of every rank.
+    """
 
     def inject(rank: int) -> None:
         from lmcore import engine
@@ -322,7 +326,7 @@ def poison(micro_batch: int, on_rank: int, evidence: Path) -> Callable[[int], No
         def poisoned(self: Any, batch: Any, key: int | None = None) -> Any:
             loss_sum, labels = forward(self, batch, key)
             if key is not None:
-                if count[0] == micro_batch and rank == on_rank:
+                if places.get(count[0]) == rank:
                     loss_sum = loss_sum * float("nan")
                 count[0] += 1
             return loss_sum, labels
@@ -373,32 +377,37 @@ def not_finite(
     world_size, environment, more = STRATEGIES[strategy]
     more = tuple(str(runs.ROOT / word) if word.startswith("ds_configs") else word for word in more)
     accumulation = 2 // world_size
-    micro_batch, rank = draw.randrange(STEPS * accumulation), draw.randrange(world_size)
-    step = micro_batch // accumulation + 1
+    steps = sorted(draw.sample(range(1, STEPS + 1), 5))
+    places = {
+        (step - 1) * accumulation + draw.randrange(accumulation): draw.randrange(world_size) for step in steps
+    }
     evidence = folder / "evidence"
     evidence.mkdir(parents=True)
     run = runs.start(
         arguments(place, folder, *more),
         logs=folder / "logs",
         world_size=world_size,
-        inject=poison(micro_batch, rank, evidence),
+        inject=poison(places, evidence),
         environment=environment,
     )
     assert run.wait(180), run.output()
     assert set(run.codes.values()) == {0}, f"{strategy}: {run.codes}: {run.output()}"
-    for one in range(world_size):
-        rows = [json.loads(line) for line in (evidence / f"rank-{one}").read_text().splitlines()]
+    for rank in range(world_size):
+        rows = [json.loads(line) for line in (evidence / f"rank-{rank}").read_text().splitlines()]
         assert len(rows) == STEPS
         for number, (before, after, applied) in enumerate(rows, 1):
-            assert applied == (number != step), f"{strategy} rank {one} step {number}: applied {applied}"
-            assert (before == after) == (number == step), f"{strategy} rank {one}: weights at step {number}"
+            assert applied == (number not in steps), (
+                f"{strategy} rank {rank} step {number}: applied {applied}"
+            )
+            assert (before == after) == (number in steps), f"{strategy} rank {rank}: weights at step {number}"
     said = runs.events(folder / "run", "skip")
-    assert [event["step"] for event in said] == [step], said
-    first = (step - 1) * 4
-    assert [tuple(pair) for pair in said[0]["positions"]] == [(first, first + 4)], said
-    record = runs.losses(folder / "run")[step]
-    assert record["skipped_steps"] == 1, f"hidden, not shown: {record}"
-    trial.count(strategy)
+    assert [event["step"] for event in said] == steps, said
+    for event in said:
+        first = (event["step"] - 1) * 4
+        assert [tuple(pair) for pair in event["positions"]] == [(first, first + 4)], event
+        record = runs.losses(folder / "run")[event["step"]]
+        assert record["skipped_steps"] == 1, f"hidden, not shown: {record}"
+    trial.count(strategy, len(steps))
     return trial
 
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import importlib
 import json
 import os
-import runpy
 import signal
 import socket
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,9 +55,9 @@ def preload() -> None:
     safely.
     """
     os.environ.update(ONE_THREAD | CPU_ONLY)
-    for name in (*PRELOADED, *(f"lmcore.{room}" for room in ROOMS)):
-        with contextlib.suppress(ImportError):  # optional packages
-            importlib.import_module(name)
+    for name in (*PRELOADED, "jsonargparse", "matplotlib.figure", *(f"lmcore.{room}" for room in ROOMS)):
+        importlib.import_module(name)
+    _script()
     if (threads := threads_of_this_process()) != 1:
         raise RuntimeError(f"{threads} threads after the imports")
 
@@ -86,11 +87,13 @@ class Run:
         As a launcher does: when one rank has failed, the others get 20 s, and are killed then.
         """
         give_up = time.monotonic() + seconds
-        failed_at = None
+        failed_at, next_look = None, 0.0
         while not self.poll():
-            if until is not None and until():
-                return True
             now = time.monotonic()
+            if until is not None and now >= next_look:
+                if until():
+                    return True
+                next_look = time.monotonic() + 0.05  # looking reads files: it must not eat the run's own time
             if failed_at is None and any(code != 0 for code in self.codes.values()):
                 failed_at = now
             if now > give_up or (failed_at is not None and now > failed_at + 20):
@@ -182,7 +185,10 @@ def _become(
         if inject is not None:
             inject(rank)
         try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
+            main = types.ModuleType("__main__")
+            main.__file__ = str(SCRIPT)
+            sys.modules["__main__"] = main
+            exec(_script(), vars(main))
             code = 0
         except SystemExit as leaving:
             code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
@@ -195,6 +201,14 @@ def _become(
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+@functools.cache
+def _script() -> types.CodeType:
+    """``train_lm.py``, read once: the rooms are those of the beginning of the campaign, so the script must
+    be too.
+    """
+    return compile(SCRIPT.read_text(encoding="utf-8"), str(SCRIPT), "exec", dont_inherit=True)
 
 
 def _free_port() -> int:
