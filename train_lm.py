@@ -34,6 +34,7 @@ from functools import partial
 import torch
 
 from lmcore import assemble, optim
+from lmcore.assemble import on_main
 from lmcore.budget import horizon
 from lmcore.config import RunConfig, flatten, to_yaml
 from lmcore.engine import Engine
@@ -42,7 +43,7 @@ from lmcore.model import parameter_counts
 from lmcore.report import Report, silence_other_bars
 from lmcore.resume import find_checkpoint
 from lmcore.run_folder import RunFolder, place
-from lmcore.session import EVALUATE_DUE, LOG_DUE, SAVE_DUE, Session, on_main
+from lmcore.session import EVALUATE_DUE, LOG_DUE, SAVE_DUE, Session
 from lmcore.trackers import Trackers
 
 

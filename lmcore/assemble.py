@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,11 +23,14 @@ from lmcore import corpus, model, optim, own_data, text, tokenizer
 from lmcore.blocks import BlockDataset
 from lmcore.config import RunConfig, global_batch_blocks
 from lmcore.duration import Duration, Durations
-from lmcore.errors import RequestError
+from lmcore.errors import FaultError, RequestError
 from lmcore.model import ModelWithLoss
 from lmcore.order import Phase
 from lmcore.stream import StreamDataset
 from lmcore.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # the verbs that need no engine must not pay for accelerate's import
+    from lmcore.engine import Engine
 
 LONGEST_DEFAULT_BLOCK_TOKENS = 1024
 """A block is the model's context by default, but no longer than this: attention grows with the square."""
@@ -39,6 +42,20 @@ Note = Callable[[str], None]
 def silent_task(*_: Any, **__: Any) -> AbstractContextManager[Callable[..., None]]:
     """A task that nobody watches."""
     return nullcontext(lambda *_, **__: None)
+
+
+def on_main(engine: Engine, work: Callable[[], Any]) -> Any:
+    """Rank 0 does the work; every rank gets its result, or the same refusal."""
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if engine.is_main:
+        try:
+            outcome = (work(), None)
+        except (RequestError, FaultError) as refusal:
+            outcome = (None, refusal)
+    result, refused = engine.broadcast_object(outcome)
+    if refused is not None:
+        raise refused
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------ data

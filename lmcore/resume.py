@@ -75,7 +75,13 @@ def cursor_of(
 
 
 def topology(
-    *, world_size: int, strategy: str, precision: str, device: str, compiled: bool
+    *,
+    world_size: int,
+    strategy: str,
+    precision: str,
+    device: str,
+    compiled: bool,
+    micro_batch_blocks: int,
 ) -> dict[str, Any]:
     """What has to be the same for a bit-exact continuation (law 13)."""
     return {
@@ -84,6 +90,7 @@ def topology(
         "precision": precision,
         "device": device,
         "compiled": compiled,
+        "micro_batch_blocks": micro_batch_blocks,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -9,7 +9,7 @@ before the evaluation of its step; every step is judged before it is saved.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lmcore import checkpoint, generate
-from lmcore.assemble import Data
+from lmcore.assemble import Data, on_main
 from lmcore.average import MovingAverage
 from lmcore.batches import Batches, EvalBatches, StepBatch, merge_cursors
 from lmcore.budget import Sizes
@@ -44,20 +44,6 @@ from lmcore.trackers import Trackers
 
 # Bits beside those of lmcore.guard that the ranks combine at a step boundary, because their clocks differ.
 LOG_DUE, EVALUATE_DUE, SAVE_DUE = 1 << 16, 1 << 17, 1 << 18
-
-
-def on_main(engine: Engine, work: Callable[[], Any]) -> Any:
-    """Rank 0 does the work; every rank gets its result, or the same refusal."""
-    outcome: tuple[Any, Exception | None] = (None, None)
-    if engine.is_main:
-        try:
-            outcome = (work(), None)
-        except (RequestError, FaultError) as refusal:
-            outcome = (None, refusal)
-    result, refused = engine.broadcast_object(outcome)
-    if refused is not None:
-        raise refused
-    return result
 
 
 @dataclass(kw_only=True)
@@ -120,6 +106,7 @@ class Session:
             precision=engine.precision,
             device=engine.device.type,
             compiled=config.train.compile,
+            micro_batch_blocks=sizes.micro_batch_blocks,  # dropout is keyed by the micro-batch
         )
         self._byte_lengths = data.encoder.byte_lengths() if data.encoder else None
         self._stopper = EarlyStopping(**asdict(config.evaluate.early_stopping))
