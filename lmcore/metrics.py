@@ -17,6 +17,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +104,14 @@ def _parse(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("kind"), str) else None
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide what a run computes; those that are not installed are left
+    out.
+    """
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", "deepspeed", "sentencepiece", "tokenizers"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -15,20 +15,18 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lmcore.console import STEP_CELLS, Voice, duration, now, short, silence_other_bars, step_cells
 from lmcore.meters import Sums, Timer, Totals
-from lmcore.metrics import MetricsFile, read_metrics
+from lmcore.metrics import MetricsFile, read_metrics, versions
 
 if TYPE_CHECKING:  # torch costs seconds to import, and this room only calls methods of tensors it is handed
     from torch import Tensor
@@ -443,14 +441,3 @@ class Report:
         self._bar = None
         if self._file is not None:
             self._file.close()
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that decide what a run computes; those that are not installed are left
-    out.
-    """
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "accelerate", "deepspeed", "sentencepiece", "tokenizers"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

@@ -114,7 +114,8 @@ class Trackers:
             save_code: Weights & Biases also keeps the source of the script.
             resume_step: after a resume, TensorBoard hides what an abandoned past wrote beyond this step.
             run_ids: :meth:`state` of the run that is resumed.
-            webhook: URL that takes a JSON object with ``text`` (Slack, Mattermost, Discord's ``/slack``).
+            webhook: URL that takes a JSON object with ``text`` (Slack, Mattermost, Discord's ``/slack``); by
+                default the variable ``LMCORE_WEBHOOK``.
             note: says a failure, once for each tracker.
             open_other: opens other trackers: (name, project, folder) -> accelerate's tracker object.
 
@@ -125,7 +126,7 @@ class Trackers:
         name = name or folder.resolve().name
         known = dict(run_ids or {})
         self._note = note
-        self._webhook = webhook
+        self._webhook = webhook = webhook or os.environ.get("LMCORE_WEBHOOK") or None
         self._posts: list[threading.Thread] = []
         self._ids: dict[str, str] = {}
         settings = sanitised({**(hyper_parameters or {}), "code_version": code_version()})

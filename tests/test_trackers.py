@@ -215,10 +215,12 @@ def test_the_webhook_is_told_and_one_that_hangs_or_refuses_is_left(
 ) -> None:
     notes: list[str] = []
     with web_server() as (url, received):
-        trackers = Trackers([], tmp_path, webhook=url, note=notes.append)
-        trackers.notify("run demo finished: 完了")
-        trackers.close()
-    assert received == [{"text": "run demo finished: 完了"}]
+        for webhook in (url, None):
+            monkeypatch.setenv("LMCORE_WEBHOOK", url)
+            trackers = Trackers([], tmp_path, webhook=webhook, note=notes.append)
+            trackers.notify("run demo finished: 完了")
+            trackers.close()
+    assert received == [{"text": "run demo finished: 完了"}] * 2
     assert notes == []
     with web_server(answer_after=30) as (url, received):
         trackers = Trackers([], tmp_path, webhook=url, note=notes.append)
