@@ -1,6 +1,6 @@
 # lmcore with everything that it needs; your text and the runs are mounted, not copied.
 #
-#   docker build -t lmcore .                                    for NVIDIA GPUs (driver for CUDA 13; see TORCH below)
+#   docker build -t lmcore .                                    for NVIDIA GPUs (the driver must fit the CUDA of torch's wheels)
 #   docker build -t lmcore:cpu --build-arg DEVICE=cpu .         without CUDA: about a fifth of the size
 #   docker run --rm -it --gpus all --shm-size 8g -v "$PWD:/work" lmcore
 #
@@ -14,6 +14,7 @@ ARG DEVICE=cuda
 
 # A compiler: torch.compile and DeepSpeed build their kernels at run time. tini: a training that is process 1 would
 # not get the signals' default actions, and nobody would collect orphans.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends build-essential tini \
     && rm -rf /var/lib/apt/lists/*
@@ -23,10 +24,13 @@ WORKDIR /opt/lmcore
 # Dependencies first: they change seldom, and this layer is the big one. torch is pinned by requirements.txt; the CPU
 # build differs only in the index that it comes from.
 COPY requirements.txt ./
-RUN torch="$(sed -n 's/^torch==/torch==/p' requirements.txt)" \
-    && if [ "$DEVICE" = cpu ]; then index="--index-url https://download.pytorch.org/whl/cpu"; else index=""; fi \
-    # shellcheck disable=SC2086
-    && pip install --no-cache-dir $index "$torch" \
+# hadolint ignore=DL3013
+RUN torch="$(grep '^torch==' requirements.txt)" \
+    && if [ "$DEVICE" = cpu ]; then \
+         pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "$torch"; \
+       else \
+         pip install --no-cache-dir "$torch"; \
+       fi \
     && pip install --no-cache-dir -r requirements.txt
 
 COPY . .
@@ -36,7 +40,7 @@ RUN pip install --no-cache-dir --no-deps .
 # HOME is writable by anyone for that reason (caches of torch, triton and the Hub).
 RUN useradd --create-home --uid 1000 lmcore \
     && mkdir -p /work && chown lmcore:lmcore /work && chmod 1777 /home/lmcore
-USER lmcore
+USER 1000
 ENV HOME=/home/lmcore PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 
 WORKDIR /work
