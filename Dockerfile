@@ -1,7 +1,7 @@
 # lmcore with everything that it needs; your text and the runs are mounted, not copied.
 #
-#   docker build -t lmcore .                                    for NVIDIA GPUs (the driver must fit the CUDA of torch's wheels)
-#   docker build -t lmcore:cpu --build-arg DEVICE=cpu .         without CUDA: about a fifth of the size
+#   docker build -t lmcore .                                    for NVIDIA GPUs
+#   docker build -t lmcore:cpu --build-arg DEVICE=cpu .         without CUDA: much smaller
 #   docker run --rm -it --gpus all --shm-size 8g -v "$PWD:/work" lmcore
 #
 # `make docker-build` and `make docker-shell` say the same shorter.
