@@ -133,6 +133,11 @@ def choose_chunk(
     return min(rows, tokens)
 
 
+def whole_chunks(*, compiled: bool, device_type: str) -> bool:
+    """Whether the softmax takes a chunk at once; else the float32 copy of a few rows stays in the cache."""
+    return compiled or device_type != "cpu"
+
+
 def causal_lm_loss(
     hidden: Tensor,
     head_weight: Tensor,
@@ -187,10 +192,8 @@ def causal_lm_loss(
         z_loss=z_loss,
         lift=lift,
     )
-    whole_chunks = compiled or device != "cpu"  # else the float32 copy of a few rows stays in the cache
-    loss = _ChunkedHead.apply(
-        flat, head_weight, head_bias, target, rows, rows if whole_chunks else _TILE_ROWS, compute, tile, lift
-    )
+    tile_rows = rows if whole_chunks(compiled=compiled, device_type=device) else _TILE_ROWS
+    loss = _ChunkedHead.apply(flat, head_weight, head_bias, target, rows, tile_rows, compute, tile, lift)
     return loss, count_labels(labels)
 
 

@@ -86,6 +86,7 @@ class ModelWithLoss(nn.Module):
         chunk: tokens per chunk of the head, 0 = plain, ``"auto"``.
         label_smoothing, z_loss: in training mode only; evaluation is the plain cross-entropy.
         loss_factory: a callable, or ``package.module:function``.
+        probe: a small model of the same kind, whose head is looked at where ``model`` has no numbers.
         note: called with one line for each thing that should be said.
     """
 
@@ -97,6 +98,7 @@ class ModelWithLoss(nn.Module):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         loss_factory: LossFunction | str | None = None,
+        probe: nn.Module | None = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         super().__init__()
@@ -124,7 +126,7 @@ class ModelWithLoss(nn.Module):
         self._checked: set[frozenset[str]] = set()
         self.head_path = "logits" if self.loss_factory is None else "factory"
         if self.loss_factory is None and self._is_transformers:
-            reason = why_not_linear(model)
+            reason = why_not_linear(model if probe is None else probe)
             if reason is None:
                 self.head_path = "chunked"
                 head: Any = self.get_output_embeddings()

@@ -1,0 +1,114 @@
+"""What the tests of the plan run in each rank: a training whose tensor memory is counted by torch's profiler."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.engine_runs import pretend_gpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One training; ``fields`` are the model's config fields."""
+
+    strategy: str = "single"
+    world_size: int = 1
+    type: str = "gpt2"
+    fields: dict[str, Any] = field(default_factory=dict)
+    vocab_size: int = 1_000
+    block_size: int = 64
+    micro_batch_blocks: int = 2
+    accumulation: int = 1
+    precision: str = "fp32"
+    param_dtype: str = "fp32"
+    checkpointing: bool = False
+    chunk: int | None = None
+    optimizer: str = "adamw"
+    zero: dict[str, Any] = field(default_factory=dict)
+
+
+def make_module(case: Case) -> nn.Module:
+    from lmcore.model import ModelWithLoss, build
+
+    model = build(
+        type=case.type,
+        config_overrides=case.fields,
+        vocab_size=case.vocab_size,
+        block_size=case.block_size,
+        seed=0,
+    )
+    return ModelWithLoss(model, chunk="auto" if case.chunk is None else case.chunk)
+
+
+def measured_peak_bytes(case: Case) -> int:
+    """The most tensor memory that rank 0 holds at once in the third step, everything included."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from lmcore import optim
+    from lmcore.engine import Engine
+
+    deepspeed = None
+    if case.strategy == "fsdp2":
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+        pretend_gpus()
+    elif case.strategy.startswith("zero"):
+        section = {"stage": int(case.strategy[-1]), **case.zero}
+        with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+            json.dump({"zero_optimization": section}, file)
+        deepspeed = file.name
+    engine = Engine(
+        precision=case.precision,
+        param_dtype=case.param_dtype,
+        deepspeed=deepspeed,
+        activation_checkpointing=case.checkpointing,
+        timeout_seconds=60,
+    )
+
+    def make_optimizer(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        groups = optim.parameter_groups(named, weight_decay=0.1)
+        return optim.build(case.optimizer, groups, lr=1e-3)
+
+    shape = (case.micro_batch_blocks, case.block_size)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        engine.prepare(
+            make_module(case),
+            make_optimizer,
+            gradient_accumulation=case.accumulation,
+            micro_batch_blocks=case.micro_batch_blocks,
+            clip_norm=1.0,
+        )
+        batch = {"input_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.ones(shape, dtype=torch.int64)}
+        count = shape[0] * shape[1] * case.accumulation * case.world_size
+        for step in range(3):
+            gc.collect()  # what lives on in cycles is luck, and the run collects before its loop
+            with record_function(f"step {step}"):
+                for part in range(case.accumulation):
+                    loss_sum, _ = engine.forward(batch, part)
+                    engine.backward(loss_sum, count)
+                    del loss_sum
+                engine.update()
+    engine.close()
+    events = profiler.profiler.kineto_results.events()
+    begin = next(e.start_ns() for e in events if e.name() == "step 2")
+    now = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now) if event.start_ns() >= begin else now
+    return peak
+
+
+def measure(case: Case) -> int:
+    """:func:`measured_peak_bytes` in forked ranks."""
+    from tests.fork_server import run_ranks
+
+    return run_ranks(
+        measured_peak_bytes, case.world_size, case, timeout=240, launched=case.strategy != "single"
+    )[0]
