@@ -68,7 +68,8 @@ class ToDevice:
             }
         ids = self._widened(rows.ids[start:stop])
         n_labels = rows.n_labels[start:stop]
-        batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+        # Copies: a single row is contiguous already, and labels that share it would be ignored in the inputs too.
+        batch = {"input_ids": ids[:, :-1].clone(), "labels": ids[:, 1:].clone()}
         size = batch["labels"].shape[1]
         for row in np.flatnonzero(n_labels < size).tolist():
             batch["labels"][row, int(n_labels[row]) :] = IGNORED_LABEL

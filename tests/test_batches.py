@@ -233,6 +233,26 @@ def test_what_was_read_ahead_is_not_in_the_cursor(dataset: BlockDataset) -> None
     iterator.close()  # type: ignore[attr-defined]  # a generator
 
 
+@pytest.mark.parametrize("micro", [1, 2])
+def test_ignoring_labels_leaves_the_inputs_alone(tmp_path: Path, micro: int) -> None:
+    """Also in a micro-batch of one block, whose inputs and labels lie in one run of memory."""
+    store = counting_store(tmp_path, 21)  # 2 blocks of 8 and a tail of 4 labels
+    dataset = BlockDataset.from_stores([store], block_size=SIZE, seed=11, pad_id=7)
+    size = {"global_batch_blocks": 4, "micro_batch_blocks": micro}
+    steps = take(Batches(dataset, cursor=beginning(dataset), end_position=2, **size))
+    evaluated = list(EvalBatches(dataset, micro_batch_blocks=micro))
+    inputs = torch.cat([batch["input_ids"] for step in steps for batch in step.micro_batches])
+    assert sorted(inputs.tolist()) == sorted([[*range(8)], [*range(8, 16)], [7] * 8, [7] * 8])
+    tail = torch.cat([batch["input_ids"] for batch in evaluated])[2]
+    assert tail.tolist() == [16, 17, 18, 19, 20, 7, 7, 7]
+    everything = [batch for step in steps for batch in step.micro_batches] + evaluated
+    for batch in everything:
+        assert all(tensor.is_contiguous() for tensor in batch.values())
+        assert batch["input_ids"].min() >= 0
+        pointers = {tensor.untyped_storage().data_ptr() for tensor in batch.values()}
+        assert len(pointers) == len(batch)
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 def test_epochs_are_whole_steps_and_every_label_comes_once_in_each(
     dataset: BlockDataset, epochs: int
