@@ -119,10 +119,13 @@ def prepare(
             build_all(job, processes, worker, progress)
             _finish(job, fingerprint, identity)
         except OSError as error:
-            raise RequestError(
-                f"the token store {folder} cannot be written ({error.strerror or error}): free some space, "
-                f"or set data.store_dir to another place; what is finished is kept"
-            ) from error
+            # A rank that is done takes what lies aside away, also from under one that is about to be done.
+            done_by_another = isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()
+            if not done_by_another:
+                raise RequestError(
+                    f"the token store {folder} cannot be written ({error.strerror or error}): free some space, "
+                    f"or set data.store_dir to another place; what is finished is kept"
+                ) from error
     store = TokenStore.open(folder)
     _enforce(store.manifest, on_error, max_bad_fraction)
     if store.n_tokens == 0:

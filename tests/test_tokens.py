@@ -564,3 +564,24 @@ def test_foreign_tokens_beyond_the_vocabulary_are_a_fault(tmp_path: Path) -> Non
     assert store.read(0, 2).tolist() == [1, 2]
     with pytest.raises(FaultError, match=r"token 300 .* another tokenizer"):
         store.read(1, 3)
+
+
+def test_a_rank_that_finishes_first_may_tidy_up_under_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks write the same manifest; the first to be done takes the other's file from under it."""
+    source = corpus(tmp_path / "text", 4)
+    stores = tmp_path / "stores"
+    commit, rival = tokens.commit, []
+
+    def robbed(path: Path, data: bytes) -> None:
+        if path.name == "manifest.json" and not rival:
+            rival.append(path)
+            commit(path, data)  # the other rank is quicker, and removes what this one had laid aside
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        commit(path, data)
+
+    monkeypatch.setattr(tokens, "commit", robbed)
+    store = prepare(source, Bytes(), store_dir=stores, part_bytes=2000)
+    assert rival
+    assert store.n_documents == 4
