@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcore import _token_claims, text
+from lmcore import tokens as tokens_room
 from lmcore.errors import FaultError, RequestError
 from lmcore.files import DISK, Call
 from lmcore.token_store import MANIFEST, TokenStore
@@ -572,7 +573,7 @@ def test_a_rank_that_finishes_first_may_tidy_up_under_the_other(
     """Two ranks write the same manifest; the first to be done takes the other's file from under it."""
     source = corpus(tmp_path / "text", 4)
     stores = tmp_path / "stores"
-    commit, rival = tokens.commit, []
+    commit, rival = tokens_room.commit, []
 
     def robbed(path: Path, data: bytes) -> None:
         if path.name == "manifest.json" and not rival:
@@ -581,7 +582,7 @@ def test_a_rank_that_finishes_first_may_tidy_up_under_the_other(
             raise FileNotFoundError(2, "No such file or directory", str(path))
         commit(path, data)
 
-    monkeypatch.setattr(tokens, "commit", robbed)
+    monkeypatch.setattr(tokens_room, "commit", robbed)
     store = prepare(source, Bytes(), store_dir=stores, part_bytes=2000)
     assert rival
     assert store.n_documents == 4
