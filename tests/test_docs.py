@@ -110,3 +110,39 @@ def test_the_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:
         ["bash", "-c", script], cwd=place, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"{page.name}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+def named(page: str) -> set[str]:
+    """Every word in code font on a page."""
+    text_of = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return {
+        word for code in re.findall(r"`([^`\n]+)`", text_of) for word in re.findall(r"[A-Za-z_0-9]+", code)
+    }
+
+
+def test_every_training_argument_has_a_place() -> None:
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    there = {field.name for field in fields(TrainingArguments)}
+    assert there - named("from_trainer.md") == set()
+
+
+def test_the_tables_name_options_that_exist() -> None:
+    """Whatever looks like ``section.name`` in the documentation is an option."""
+    from lmcore.config import keys
+
+    known = set(keys())
+    sections = {key.split(".")[0] for key in known if "." in key}
+    for page in (ROOT / "docs").glob("*.md"):
+        if page.name == "log.md":
+            continue  # it tells of the past
+        for name in re.findall(r"(?:`|--)((?:[a-z_]+\.)+[a-z_0-9]+)", page.read_text(encoding="utf-8")):
+            if name.split(".")[0] not in sections or name.endswith(
+                (".py", ".md", ".json", ".yaml", ".bin", ".html")
+            ):
+                continue
+            free = any(name.startswith(form) for form in ("model.config.", "data.config.", "optim.config."))
+            section = any(key.startswith(f"{name}.") for key in known)
+            assert name in known or free or section, f"{page.name} names {name}"

@@ -92,6 +92,22 @@ def wandb_records(data: bytes) -> Iterator[bytes]:
             parts = b""
 
 
+def written(path: Path) -> bytes:
+    """The file when wandb's helper has written its end: on a busy machine a moment after ``finish`` returns."""
+    from wandb.proto import wandb_internal_pb2
+
+    for _ in range(300):
+        kinds = []
+        for data in wandb_records(content := path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            kinds.append(record.WhichOneof("record_type"))
+        if "exit" in kinds:
+            return content
+        time.sleep(0.1)
+    raise AssertionError(f"{path.name} has no end: {kinds}")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own
 def test_tensorboard_is_read_back_and_a_resume_hides_the_abandoned_past(tmp_path: Path) -> None:
     trackers = Trackers(["tensorboard"], tmp_path, hyper_parameters={"optim": {"lr": 3e-4}}, note=pytest.fail)
@@ -144,7 +160,7 @@ def test_wandb_offline_is_read_back_with_the_same_id_after_a_resume(
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
     for path in files:
-        for data in wandb_records(path.read_bytes()):
+        for data in wandb_records(written(path)):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             if record.HasField("run"):
