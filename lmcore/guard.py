@@ -241,18 +241,20 @@ class Guard:
         if not self._training:
             raise SystemExit(EXIT_SAVED)
 
-    def close(self) -> None:
-        """Leave in good order: before the last barrier, so that no rank takes another's leaving for a
-        fault.
+    def close(self, *, give_signals_back: bool = False) -> None:
+        """Leave in good order: before the last barrier, so that no rank takes this for a fault.
+
+        The signals stay taken, so that a second SIGTERM in the last moments does not turn "saved" or
+        "finished" into "killed"; ``give_signals_back`` is for a process that lives on.
         """
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None
             sys.excepthook = self._excepthook
-        for number, handler in self._before.items():
-            if threading.current_thread() is threading.main_thread():
+        if give_signals_back and threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
                 signal.signal(number, handler)
-        self._before.clear()
+            self._before.clear()
 
     # ---- flags --------------------------------------------------------------------------------------------
 

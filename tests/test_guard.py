@@ -49,7 +49,7 @@ def guard(tmp_path: Path) -> Iterator[Guard]:
     made = Guard(run_dir=tmp_path, environ={}, say=lambda _: None)
     made.install()
     yield made
-    made.close()
+    made.close(give_signals_back=True)
 
 
 # ---- signals, deadlines, files -----------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_before_training_a_signal_leaves_at_once(tmp_path: Path) -> None:
     made.begin()
     os.kill(os.getpid(), signal.SIGTERM)
     assert made.flags() == SIGTERM
-    made.close()
+    made.close(give_signals_back=True)
 
 
 def test_a_forked_data_worker_is_deaf_to_the_signals(guard: Guard) -> None:
@@ -112,6 +112,8 @@ def test_close_gives_the_signals_back(tmp_path: Path) -> None:
     made = Guard(run_dir=tmp_path, environ={})
     made.install()
     made.close()
+    os.kill(os.getpid(), signal.SIGTERM)  # in the last moments of a run: it does not change how it ended
+    made.close(give_signals_back=True)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
 
 
@@ -120,7 +122,7 @@ def test_ignored_hangups_stay_ignored(tmp_path: Path) -> None:
     made = Guard(run_dir=tmp_path, environ={})
     made.install()
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    made.close()
+    made.close(give_signals_back=True)
     signal.signal(signal.SIGHUP, before)
 
 
