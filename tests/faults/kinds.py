@@ -524,6 +524,39 @@ def world_size(place: Path, seed: int, folder: Path) -> Trial:
     return trial
 
 
+def strategies(place: Path, seed: int, folder: Path) -> Trial:
+    """Every strategy in turn: the NaNs; then SIGKILL of all ranks, a restart, and the weights of the
+    undisturbed run.
+    """
+    names = list(STRATEGIES)
+    strategy = names[seed % len(names)]
+    trial = not_finite(place, seed, folder / "nan", (strategy,))
+    size, environment, more = STRATEGIES[strategy]
+    more = tuple(str(runs.ROOT / word) if word.startswith("ds_configs") else word for word in more)
+    draw = random.Random(seed)
+    for name in ("expected", "hurt"):
+        goal = draw.randrange(8, STEPS - 5)
+        for attempt in ("killed", "to the end"):
+            if (name, attempt) == ("expected", "killed"):
+                continue
+            run = runs.start(
+                arguments(place, folder / name, *more),
+                logs=folder / name / "logs",
+                world_size=size,
+                inject=lighten,
+                environment=environment,
+            )
+            if attempt == "killed":
+                run.wait(120, until=lambda goal=goal: last_logged(folder / "hurt") >= goal)  # type: ignore[misc]
+                run.kill()
+                trial.count("kills", int(-9 in run.codes.values()))
+            else:
+                assert run.wait(240), f"{strategy}: {run.output()}"
+                assert set(run.codes.values()) == {0}, f"{strategy}: {run.codes}: {run.output()}"
+    assert_equal_to_undisturbed(folder / "hurt" / "run", outcome(folder / "expected" / "run"))
+    return trial
+
+
 # ---- damage ------------------------------------------------------------------------------------------------
 
 
@@ -565,4 +598,5 @@ KINDS: dict[str, Callable[[Path, int, Path], Trial]] = {
     "worker-killed": worker_killed,
     "world-size": world_size,
     "damage": damage,
+    "strategies": strategies,
 }

@@ -1,0 +1,80 @@
+"""A small fault campaign on whole runs: the same trials as ``python -m tests.faults``, a few of each.
+
+In a process of its own: the campaign forks its runs from a process that has imported torch and run nothing
+of it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.report import write_report
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def campaign(tmp_path: Path, *words: str, seconds: float = 280.0) -> str:
+    command = [
+        sys.executable,
+        "-m",
+        "tests.faults",
+        "--no-record",
+        "--place",
+        str(tmp_path / "place"),
+        *words,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_killed_and_poisoned_runs(tmp_path: Path) -> None:
+    """At least 5 kills and 10 NaNs; the continued runs are bit for bit those that nobody hurt."""
+    words = [word for kind in ("kill", "nan", "full") for word in ("--kind", kind)]
+    told = campaign(tmp_path, *words, "--first", "0")
+    assert told.count(": held") == 3 + 2 + 4
+
+
+def test_signalled_runs(tmp_path: Path) -> None:
+    """At least 15 signals, on one and two ranks, in every phase: saved each time, and nothing lost."""
+    told = campaign(tmp_path, "--kind", "signal", "--first", "0")
+    assert told.count(": held") == 4
+
+
+def test_hurt_ranks(tmp_path: Path) -> None:
+    """A rank killed, a rank stopped, a data worker killed, and another number of ranks after each kill."""
+    words = ("rank-killed", "rank-stopped", "worker-killed", "world-size")
+    told = campaign(
+        tmp_path, *(word for kind in words for word in ("--kind", kind)), "--n", "1", "--first", "0"
+    )
+    assert told.count(": held") == 4
+
+
+@pytest.mark.slow
+def test_every_strategy_takes_the_kill_and_the_nan(tmp_path: Path) -> None:
+    told = campaign(tmp_path, "--kind", "strategies", "--n", "6", "--first", "0", seconds=900)
+    assert told.count(": held") == 6
+
+
+def test_the_report_says_what_was_broken(tmp_path: Path) -> None:
+    row = {
+        "kind": "kill",
+        "trials": 10,
+        "broken": 1,
+        "counts": {"kills": 23},
+        "date": "2026-11-20",
+        "versions": {"torch": "2.13.0"},
+        "evidence": [{"trial": 7, "text": "Traceback\nAssertionError: step 3", "repaired": "fixed"}],
+    }
+    write_report([row, row | {"broken": 0, "evidence": []}], tmp_path / "faults.md")
+    text = (tmp_path / "faults.md").read_text()
+    assert "| 20 | 19 | 46 kills |" in text
+    assert "`AssertionError: step 3`: fixed" in text
