@@ -38,3 +38,16 @@ format: $(BIN)/.installed-dev  ## write the format
 
 clean:  ## remove what was built here (runs/ and token_stores/ stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+
+DEVICE ?= cuda
+TAG := lmcore$(if $(filter cpu,$(DEVICE)),:cpu,)
+# Another folder with text: make docker-shell DATA=/path/to/text, seen as /data.
+DATA ?=
+
+docker-build:  ## build the image; DEVICE=cpu for a machine without a GPU
+	docker build --build-arg DEVICE=$(DEVICE) --tag $(TAG) .
+
+docker-shell:  ## a shell in the image, this folder as /work; .env is passed if it is there
+	docker run --rm -it $(if $(filter cuda,$(DEVICE)),--gpus all,) --shm-size 8g \
+	    $(if $(wildcard .env),--env-file .env,) --user $$(id -u):$$(id -g) --volume "$(CURDIR)":/work \
+	    $(if $(DATA),--volume "$(DATA)":/data:ro,) $(TAG) bash
