@@ -2,7 +2,7 @@
 #
 #   docker build -t lmcore .                                    for NVIDIA GPUs
 #   docker build -t lmcore:cpu --build-arg DEVICE=cpu .         without CUDA: much smaller
-#   docker run --rm -it --gpus all --shm-size 8g -v "$PWD:/work" lmcore
+#   docker run --rm -it --gpus all --shm-size 8g -v "$PWD:/workspace" lmcore
 #
 # `make docker-build` and `make docker-shell` say the same shorter.
 
@@ -39,10 +39,10 @@ RUN pip install --no-cache-dir --no-deps .
 # Not root: what a run writes into the mounted folder should belong to a person. `docker run --user` overrides it;
 # HOME is writable by anyone for that reason (caches of torch, triton and the Hub).
 RUN useradd --create-home --uid 1000 lmcore \
-    && mkdir -p /work && chown lmcore:lmcore /work && chmod 1777 /home/lmcore
+    && mkdir -p /workspace && chown lmcore:lmcore /workspace && chmod 1777 /home/lmcore
 USER 1000
 ENV HOME=/home/lmcore PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["tini", "-g", "--"]
 CMD ["bash"]

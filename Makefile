@@ -47,7 +47,7 @@ DATA ?=
 docker-build:  ## build the image; DEVICE=cpu for a machine without a GPU
 	docker build --build-arg DEVICE=$(DEVICE) --tag $(TAG) .
 
-docker-shell:  ## a shell in the image, this folder as /work; .env is passed if it is there
+docker-shell:  ## a shell in the image, this folder as /workspace; .env is passed if it is there
 	docker run --rm -it $(if $(filter cuda,$(DEVICE)),--gpus all,) --shm-size 8g \
-	    $(if $(wildcard .env),--env-file .env,) --user $$(id -u):$$(id -g) --volume "$(CURDIR)":/work \
+	    $(if $(wildcard .env),--env-file .env,) --user $$(id -u):$$(id -g) --volume "$(CURDIR)":/workspace \
 	    $(if $(DATA),--volume "$(DATA)":/data:ro,) $(TAG) bash
