@@ -131,8 +131,8 @@ class TokenizerConfig:
     """Normalization inside the tokenizer; all but identity lose the exact round trip."""
     user_symbols: list[str] = option([], "refuse")
     """Pieces that are always kept whole."""
-    sample_bytes: int = option(1_000_000_000, "refuse", at_least=1)
-    """Bytes of text that training reads at most, taken evenly from the corpus."""
+    sample_bytes: int = option(100_000_000, "refuse", at_least=1)
+    """Bytes of text to train on at most, from all over the corpus; without spaces, 50 bytes of memory for each."""
 
 
 @dataclass(frozen=True, kw_only=True)

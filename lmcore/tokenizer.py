@@ -348,6 +348,10 @@ def train(
         "num_threads": 4,
         **options,
     }
+    if model_type not in ("bpe", "char", "unigram"):
+        raise RequestError(
+            f"model_type {model_type!r}: bpe, char or unigram (transformers has no word models)"
+        )
     model, lines = train_model(texts, recipe)
     record = {"recipe": recipe, "seed": seed, "sentencepiece": sentencepiece.__version__, **lines.counts()}
     notes = lines.notes()

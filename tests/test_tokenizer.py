@@ -221,7 +221,7 @@ def test_a_small_corpus_gives_a_small_vocabulary_and_says_so() -> None:
             r"vocab_size 300 is too small: .* need 3\d\d: set tokenizer.vocab_size",
         ),
         ([NEKO], {"no_such_option": 1}, "SentencePiece cannot train this: .*no_such_option"),
-        ([NEKO], {"model_type": "wordpiece"}, "SentencePiece cannot train this"),
+        ([NEKO], {"model_type": "word"}, "model_type 'word': bpe, char or unigram"),
     ],
 )
 def test_wrong_requests_for_training(texts: list[str], options: dict[str, Any], message: str) -> None:
