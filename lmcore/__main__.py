@@ -196,9 +196,27 @@ def tokenizer(words: list[str]) -> None:
 
 def plan(words: list[str]) -> None:
     """Parameters, steps, memory, time and cost of a configuration, before anything runs."""
+    from lmcore import _verbs_plan as verb
+
+    if words[:1] in (["-h"], ["--help"]):
+        print(verb.MACHINE)
+        return
+    given = {}
+    for name in ("processes", "strategy", "device_gib", "tokens_per_second", "watts"):
+        value = _taken(words, name)
+        if value is not None:
+            given[name] = value
+    config = _config(words, "plan", "")
+    display = tasks()  # first: it tells the libraries to be quiet
+    from lmcore import assemble
     from lmcore import plan as room
 
-    room.verb(words)
+    opened = partial(
+        assemble.open_data, config, _run_dir(config) / "tokenizer", note=display.note, task=display.task
+    )
+    rows = verb.plan_rows(config, given, open_data=opened)
+    display.close()
+    print(room.table([*rows, verb.disk(_run_dir(config))]))
 
 
 def order(words: list[str]) -> None:

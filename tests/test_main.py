@@ -82,7 +82,7 @@ def test_help_is_there_at_once() -> None:
     assert elapsed < 2, "0.06 s on an idle machine"
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("plan",)])
+@pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.suppress(SystemExit):  # argparse and the configuration leave by themselves
         assert call(verb, "--help") == 0
@@ -220,6 +220,28 @@ def test_the_corpus_verbs_speak_about_the_run(
     assert "held out" in said
     assert "blocks in an epoch" in said
     assert list((tmp_path / "token_stores").glob("*/manifest.json"))
+
+
+def test_plan_says_what_a_run_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = ["--model.config.n_layer", "2", "--model.config.n_embd", "64", "--model.config.n_head", "2"]
+    common = [*model, "--tokenizer.vocab_size", "640", "--train.duration", "10 steps", "--data.block_size", "64",
+              "--model.config.n_positions", "64", "--train.global_batch_blocks", "8",
+              "--train.micro_batch_blocks", "4"]  # fmt: skip
+    assert call("plan", *common, "--processes", 2, "--strategy", "fsdp2", "--tokens_per_second", 100) == 0
+    said = capsys.readouterr().out
+    total = 640 * 64 + 64 * 64 + 2 * (12 * 64 * 64 + 13 * 64) + 2 * 64
+    assert f"{total:,} (" in said
+    assert "2 x 1 x 4 x 64" in said
+    assert "= 512 tokens" in said
+    assert "51 s at 100 tokens/s" in said
+    assert call("plan", *common, "--device_gib", "0.001") == 0
+    assert "does not fit" in capsys.readouterr().out
+    assert call("plan", *common, "--strategy", "fsdp3") == 2
+    assert "fsdp3" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "nothing is written"
 
 
 def test_doctor_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
