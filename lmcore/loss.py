@@ -216,7 +216,7 @@ def _tile(
     valid = labels != IGNORED_LABEL
     index = labels.clamp_min(0).unsqueeze(1)
     if real < x.shape[1]:
-        x[:, real:] = float("-inf")
+        x[:, real:].fill_(float("-inf"))
     picked = x.gather(1, index)
     mean = x[:, :real].mean(dim=1, keepdim=True) if label_smoothing else picked
     top, where = x.max(dim=1, keepdim=True)

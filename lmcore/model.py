@@ -20,6 +20,7 @@ Letters: B blocks, T tokens of a block, D width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -176,7 +177,8 @@ class ModelWithLoss(nn.Module):
         z_loss = self.z_loss if self.training else 0.0
         if self.head_path == "chunked":
             inputs = {key: value for key, value in batch.items() if key != "labels"}
-            hidden = self.body(**inputs)[0]
+            with _packing_known("position_ids" in batch):
+                hidden = self.body(**inputs)[0]
             return self.get_output_embeddings()(  # type: ignore[misc]  # there is one on this path
                 hidden,
                 batch["labels"],
@@ -189,7 +191,8 @@ class ModelWithLoss(nn.Module):
         inputs = {
             key: value for key, value in batch.items() if key != "labels" or "labels" in self._arguments
         }
-        outputs = self.model(**inputs)
+        with _packing_known("position_ids" in batch) if self._is_transformers else contextlib.nullcontext():
+            outputs = self.model(**inputs)
         if self.loss_factory is not None:
             return self.loss_factory(outputs, batch)
         labels = batch["labels"]
@@ -227,6 +230,30 @@ class ModelWithLoss(nn.Module):
                 "an attention_mask switches packing by position_ids off: leave one of them out"
             )
         self._checked.add(keys)
+
+
+@contextlib.contextmanager
+def _packing_known(packed: bool) -> Iterator[None]:
+    """Tell transformers whether blocks are packed by ``position_ids``, instead of letting it look.
+
+    It looks at the values, in every forward and for every model, and so makes the host wait for the device: the
+    queue of a GPU runs empty once a micro-batch (``find_packed_sequence_indices``, transformers 5.23).
+    """
+    from transformers import masking_utils
+
+    asked = masking_utils.find_packed_sequence_indices
+
+    def answered(position_ids: Tensor) -> Tensor | None:
+        if not packed:
+            return None
+        steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
+        return (steps != 1).cumsum(-1)  # the number of the document that each token belongs to
+
+    masking_utils.find_packed_sequence_indices = answered
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
 
 
 def _forward_arguments(module: nn.Module) -> tuple[set[str], bool]:
