@@ -58,7 +58,7 @@ class Lab:
         random = Random(1)
         text = "\n".join(" ".join(random.choices(WORDS, k=20)) for _ in range(800))
         (folder / "text.txt").write_text(text)
-        recipe = {
+        self.recipe: dict[str, Any] = {
             "data": {
                 "train": [str(folder / "text.txt")],
                 "store_dir": str(folder / "stores"),
@@ -75,7 +75,6 @@ class Lab:
             "report": {"every": "1 steps", "trackers": []},
             "guard": {"stop_before_deadline_seconds": 5},
         }
-        (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
 
     def submit(
         self,
@@ -88,9 +87,12 @@ class Lab:
         **environment: str,
     ) -> int:
         """Submit; ``seconds``: the length of a micro-batch. ``run``: its folder, if not ``name``."""
+        recipe = self.folder / f"{name}.yaml"
+        model = self.recipe["model"] | {"config": {"seconds": seconds}}
+        recipe.write_text(json.dumps(self.recipe | {"model": model}))  # JSON is YAML
         settings = {
             "CPU": "1",
-            "CONFIG": str(self.folder / "recipe.yaml"),
+            "CONFIG": str(recipe),
             "RUN_DIR": str(self.folder / (run or name)),
             "VENV": sys.prefix,
             "PYTHONPATH": str(Path(__file__).parent),
@@ -98,8 +100,6 @@ class Lab:
         }
         if not self.cluster.isolated:
             settings["MASTER_ADDR"] = "127.0.0.1"  # the nodes' names mean nothing on one host
-        if script.startswith("train"):
-            arguments = ("--model.config.seconds", str(seconds), *arguments)
         self.jobs[name] = self.cluster.sbatch(
             PROJECT / "slurm" / script,
             "--cpus-per-task=2",
@@ -181,7 +181,8 @@ def lab() -> Iterator[Lab]:
             cluster.wait(f"{lab.jobs['prepare']}_{element}", "COMPLETED", seconds=90)
         # The slow ones: most of their time they wait, so they go along with everything else.
         one = ("--nodes=1", "--gpus-per-node=1")
-        lab.submit("limit", *one, "--time=3", "--signal=B:USR1@60", seconds=0.22)
+        tracked = ("--report.trackers", "tensorboard")
+        lab.submit("limit", *one, "--time=3", "--signal=B:USR1@60", seconds=0.22, arguments=tracked)
         deadline = ("--guard.stop_before_deadline_seconds", "58")
         lab.submit("deadline", *one, "--time=2", "--signal=B:CONT@1", seconds=0.15, arguments=deadline)
         yield lab
@@ -342,7 +343,14 @@ def test_two_jobs_on_one_node_and_two_jobs_on_one_run(lab: Lab) -> None:
 
 def test_evaluate(lab: Lab, alone: dict[int, float]) -> None:
     result = lab.folder / "result.json"
-    arguments = ("--data", f"all={lab.folder / 'text.txt'}", "--json", str(result))
+    arguments = (
+        "--data",
+        f"all={lab.folder / 'text.txt'}",
+        "--json",
+        str(result),
+        "--factory",
+        "paced:build",
+    )
     lab.submit("evaluate", "--gpus-per-node=0", script="evaluate.sbatch", run="alone", arguments=arguments)
     lab.finish("evaluate")
     assert "loss" in json.dumps(json.loads(result.read_text())), lab.said("evaluate")
@@ -368,6 +376,12 @@ def test_the_time_limit_costs_nothing(lab: Lab, alone: dict[int, float]) -> None
     assert lab.cluster.restarts(lab.jobs["limit"]) >= 1
     assert "early signal: asking the ranks to save" in lab.said("limit")
     assert lab.losses("limit") == alone
+    # The tracker has gone on with the same run: every step once, whichever piece wrote it.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = EventAccumulator(str(lab.folder / "limit" / "tensorboard"), size_guidance={"scalars": 0})
+    curves.Reload()
+    assert [point.step for point in curves.Scalars("train/loss")] == list(range(1, STEPS + 1))
 
 
 def test_the_trainer_itself_stops_before_the_end_of_the_job(lab: Lab, alone: dict[int, float]) -> None:
