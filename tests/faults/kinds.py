@@ -361,9 +361,21 @@ STRATEGIES: dict[str, tuple[int, dict[str, str], tuple[str, ...]]] = {
     "single": (1, {}, ()),
     "ddp": (2, {}, ()),
     "fsdp2": (2, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, ()),
-    "zero1": (2, {"ACCELERATE_USE_DEEPSPEED": "true"}, ("--engine.deepspeed", "ds_configs/zero1.json")),
-    "zero2": (2, {"ACCELERATE_USE_DEEPSPEED": "true"}, ("--engine.deepspeed", "ds_configs/zero2.json")),
-    "zero3": (2, {"ACCELERATE_USE_DEEPSPEED": "true"}, ("--engine.deepspeed", "ds_configs/zero3.json")),
+    "zero1": (
+        2,
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false"},
+        ("--engine.deepspeed", "ds_configs/zero1.json"),
+    ),
+    "zero2": (
+        2,
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false"},
+        ("--engine.deepspeed", "ds_configs/zero2.json"),
+    ),
+    "zero3": (
+        2,
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false"},
+        ("--engine.deepspeed", "ds_configs/zero3.json"),
+    ),
 }
 
 

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,6 +181,7 @@ def _become(
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()
         os.environ.update(variables)
+        weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # the parent's temporary folders are not ours
         sys.argv = [str(SCRIPT), *arguments]
         sys.path.insert(0, str(ROOT))
         if inject is not None:
