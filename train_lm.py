@@ -30,6 +30,7 @@ if __name__ == "__main__":  # --help, a typo and --print_config must not wait fo
 import gc
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -50,6 +51,8 @@ from lmcore.trackers import Trackers
 def run(config: RunConfig) -> int:
     """Around one training: the processes, the run folder, and how it ended. Returns the exit code."""
     silence_other_bars()
+    if config.dry_run:
+        return dry_run(config)
     engine = Engine(
         precision=config.train.precision,
         param_dtype=config.train.param_dtype,
@@ -85,6 +88,19 @@ def run(config: RunConfig) -> int:
     finally:
         folder.unlock()
         engine.close()
+
+
+def dry_run(config: RunConfig) -> int:
+    """The plan, and nothing else; only a budget in epochs needs the token store, which is then built."""
+    if IS_RANK_0:
+        from lmcore import plan  # needed here only
+        from lmcore._verbs_plan import disk, plan_rows
+
+        home = Path(config.run_dir or "") / "tokenizer"
+        given = {"processes": os.environ.get("WORLD_SIZE", "1")}
+        rows = plan_rows(config, given, open_data=partial(assemble.open_data, config, home))
+        print(plan.table([("run folder", str(home.parent)), *rows, disk(home.parent)]))
+    return EXIT_FINISHED
 
 
 def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) -> tuple[int, str, str, int]:
