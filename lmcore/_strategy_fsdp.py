@@ -14,6 +14,8 @@ from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from lmcore.errors import RequestError
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
@@ -30,7 +32,16 @@ def plugin(*, precision: str, reduce_dtype: str) -> Any:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Take fused kernels back that have no form for sharded tensors (torch 2.13: all but Adam's)."""
+    """What has no form for sharded tensors in torch 2.13: fused kernels but Adam's are taken back, Adafactor
+    refused.
+
+    Raises:
+        RequestError: Adafactor.
+    """
+    if isinstance(optimizer, torch.optim.Adafactor):
+        raise RequestError(
+            "torch's Adafactor fails on sharded tensors: use adamw or muon, or DDP instead of FSDP2"
+        )
     if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one of them
         for group in optimizer.param_groups:
             if group.get("fused"):

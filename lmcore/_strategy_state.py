@@ -9,6 +9,7 @@ What always holds: one parameter at a time is whole, on the device that asks for
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,7 +103,7 @@ class Skeleton:
             for p in model.parameters()
         }
         names = {id(empty[id(p)]): name for name, p in model.named_parameters()}
-        self._model = copy.deepcopy(model, dict(empty))  # type: ignore[arg-type]  # the memo gives the stand-ins
+        self._model = copy.deepcopy(model, dict(empty))  # the memo gives the stand-ins
         # (module, attribute, name): tied weights have several places and one name.
         self._places = [
             (module, leaf, names[id(p)])
@@ -131,6 +132,17 @@ class Skeleton:
             module._parameters[leaf] = nn.Parameter(
                 torch.empty_like(parameter, device="meta"), requires_grad=False
             )
+
+
+def assemble(skeleton: Skeleton | None, state: Any) -> nn.Module | None:
+    """The whole model on the host of the rank that has the skeleton (rank 0); the others take part in
+    gathering."""
+    tensors: dict[str, Tensor] = {}
+    for name, _, _ in state.weights():
+        tensor = state.gather(name, "")
+        if skeleton is not None:
+            tensors[name] = tensor.cpu()
+    return skeleton.fill(tensors) if skeleton is not None else None
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -164,3 +176,64 @@ def zero_state(state: dict[str, Any]) -> None:
             value.zero_()
         elif isinstance(value, int | float):
             state[slot] = type(value)(0)
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name in the user's model, without the prefixes of wrappers."""
+    for part in ("_orig_mod.", "_checkpoint_wrapped_module."):
+        name = name.replace(part, "")
+    return name.removeprefix("model.")
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a checkpoint must hold, by name."""
+    kept = set(module.state_dict(keep_vars=True))
+    return {clean_name(name): b for name, b in module.named_buffers() if name in kept}
+
+
+def keyed_seed(seed: int, purpose: str, key: int) -> int:
+    """63 bits that depend on all three and on nothing else."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def gates_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer skips a step by ``found_inf``, a number on the device: torch's fused kernels
+    do."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return fused and type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+
+
+def compress(values: dict[str, float]) -> float | dict[str, float]:
+    """One number where all are equal (every parameter's step count is)."""
+    return next(iter(values.values())) if len(set(values.values())) == 1 else values
+
+
+_DEEPSPEED_SCALE = ("cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def get_loss_scale(scaler: Any, optimizer: Any) -> dict[str, Any]:
+    """The state of fp16's loss scaling, torch's or DeepSpeed's, as JSON; nothing in other precisions."""
+    if scaler is not None:
+        return {"scaler": scaler.state_dict()}
+    theirs = getattr(optimizer, "loss_scaler", None)
+    if theirs is None or not getattr(theirs, "dynamic", False):
+        return {}
+    return {
+        "scaler": {
+            "scale": float(theirs.cur_scale),
+            **{name: getattr(theirs, name) for name in _DEEPSPEED_SCALE},
+        }
+    }
+
+
+def set_loss_scale(scaler: Any, optimizer: Any, scalars: dict[str, Any]) -> None:
+    """The inverse; what one of the two does not know of the other starts afresh."""
+    stored = scalars.get("scaler")
+    theirs = getattr(optimizer, "loss_scaler", None)
+    if stored and scaler is not None:
+        scaler.load_state_dict({**scaler.state_dict(), **stored})
+    elif stored and theirs is not None and getattr(theirs, "dynamic", False):
+        theirs.cur_scale = stored["scale"]
+        for name in _DEEPSPEED_SCALE:
+            setattr(theirs, name, stored.get(name, getattr(theirs, name)))

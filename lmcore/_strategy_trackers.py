@@ -1,8 +1,9 @@
 """Opening the trackers that accelerate knows, a part of the room ``engine`` (its one door).
 
 Comes in: a name such as ``mlflow`` or ``trackio``. Goes out: accelerate's tracker object, for
-:class:`lmcore.trackers.Trackers`, which calls it from a thread of its own. What always holds: nothing is connected
-before that thread starts it. Passed through, not tested: each needs its own package and mostly its own server.
+:class:`lmcore.trackers.Trackers`, which calls it from a thread of its own. What always holds: nothing is
+connected before that thread starts it. Passed through, not tested: each needs its own package and mostly its
+own server.
 """
 
 from __future__ import annotations

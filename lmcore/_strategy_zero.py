@@ -180,14 +180,12 @@ def alone_environment(env: Any) -> None:
         env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def float_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the floating-point buffers: DeepSpeed rounds them to the precision of the weights, which
-    would spoil the rotary frequencies."""
-    return {name: b.detach().clone() for name, b in module.named_buffers() if b.is_floating_point()}
-
-
-def restore_buffers(module: nn.Module, saved: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Put the copies back."""
+def wrap(accelerator: Any, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """DeepSpeed's engine and optimizer. Floating-point buffers keep their type: DeepSpeed would round them to
+    the precision of the weights, and spoil the rotary frequencies."""
+    saved = {name: b.detach().clone() for name, b in module.named_buffers() if b.is_floating_point()}
+    engine, wrapped = accelerator.prepare(module, optimizer)
     for name, value in saved.items():
         owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._buffers[leaf] = value.to(device)
+        module.get_submodule(owner)._buffers[leaf] = value.to(accelerator.device)
+    return engine, wrapped.optimizer

@@ -31,6 +31,7 @@ MODES = {
     "zero2x3": ("zero2", 3),
     "zero3x3": ("zero3", 3),
     "zero3x1": ("zero3", 1),
+    "hsdp": ("fsdp2", 4),  # two shards, twice
 }
 SEVEN = ("single", "ddp2", "ddp3", "fsdp2", "zero1", "zero2", "zero3")
 BLOCKS = 18  # of the global batch: divided by 1, 2, 3 ranks and 1, 3 micro-batches
@@ -46,6 +47,7 @@ class Job:
     mode: str = "single"
     model: str = "gpt2-tied"
     accumulation: int = 1
+    blocks: int = BLOCKS
     precision: str = "fp32"
     optimizer: str = "adamw"
     steps: int = 20
@@ -99,12 +101,12 @@ def make_model(name: str, dropout: float = 0.0) -> nn.Module:
     return ModelWithLoss(model)
 
 
-def batch_of(step: int) -> dict[str, Tensor]:
-    """The global batch of a step (BLOCKS, BLOCK_SIZE); labels are ragged: every block has its own number."""
+def batch_of(step: int, blocks: int = BLOCKS) -> dict[str, Tensor]:
+    """The global batch of a step (blocks, BLOCK_SIZE); labels are ragged: every block has its own number."""
     generator = torch.Generator().manual_seed(1000 + step)
-    ids = torch.randint(0, VOCAB, (BLOCKS, BLOCK_SIZE + 1), generator=generator)
+    ids = torch.randint(0, VOCAB, (blocks, BLOCK_SIZE + 1), generator=generator)
     labels = ids[:, 1:].clone()
-    keep = torch.randint(0, BLOCK_SIZE + 1, (BLOCKS,), generator=generator)
+    keep = torch.randint(0, BLOCK_SIZE + 1, (blocks,), generator=generator)
     keep[5] = 0  # a whole block of padding
     labels[torch.arange(BLOCK_SIZE)[None] >= keep[:, None]] = -100
     return {"input_ids": ids[:, :-1], "labels": labels}
@@ -147,13 +149,13 @@ def reference(job: Job) -> Trace:
     slices = world_size * job.accumulation if in_bf16 else 1
     losses, norms, rates = [], [], []
     for step in range(job.first_step, job.first_step + job.steps):
-        batch, total = batch_of(step), 0.0
+        batch, total = batch_of(step, job.blocks), 0.0
         count = (batch["labels"] != -100).sum()
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         rates.append(rate(step))
         for part in range(slices):
-            rows = slice(part * BLOCKS // slices, (part + 1) * BLOCKS // slices)
+            rows = slice(part * job.blocks // slices, (part + 1) * job.blocks // slices)
             with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16 and not with_copy):
                 loss_sum, _ = worker(**{k: v[rows] for k, v in batch.items()})
             (loss_sum / count).backward()
@@ -203,6 +205,12 @@ def make_engine(job: Job) -> Any:
     deepspeed = None
     if strategy == "fsdp2":
         os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+        if job.mode == "hsdp":
+            os.environ.update(
+                ACCELERATE_USE_PARALLELISM_CONFIG="true",
+                PARALLELISM_CONFIG_DP_REPLICATE_SIZE="2",
+                PARALLELISM_CONFIG_DP_SHARD_SIZE="2",
+            )
         pretend_gpus()
     elif strategy.startswith("zero"):
         content = {"zero_optimization": {"stage": int(strategy[-1])}, **job.deepspeed}
@@ -227,7 +235,7 @@ def train(job: Job) -> Trace | None:
     """One training in this rank. The result is rank 0's."""
     engine = make_engine(job)
     module = make_model(job.model, job.dropout)
-    micro = BLOCKS // engine.world_size // job.accumulation
+    micro = job.blocks // engine.world_size // job.accumulation
     engine.prepare(
         module,
         make_optimizer(job.optimizer),
@@ -242,7 +250,7 @@ def train(job: Job) -> Trace | None:
     for step in range(job.first_step, job.first_step + job.steps):
         if job.save and job.save_at == step:
             save(engine, job.save)
-        batch = batch_of(step)
+        batch = batch_of(step, job.blocks)
         count = int((batch["labels"] != -100).sum())
         engine.set_learning_rate(rate(step))
         total = torch.zeros((), dtype=torch.float64)
@@ -250,7 +258,7 @@ def train(job: Job) -> Trace | None:
             # Contiguous slices of the global batch: micro-batch after micro-batch, rank after rank within it.
             number = index * engine.world_size + engine.rank
             part = {k: v[number * micro : (number + 1) * micro] for k, v in batch.items()}
-            key = step * BLOCKS // micro + number
+            key = step * job.blocks // micro + number
             loss_sum, _ = engine.forward(part, key)
             last_rank = engine.rank == engine.world_size - 1
             if job.poison == (step, index) and last_rank:

@@ -1,0 +1,77 @@
+"""accelerate's ``Accelerator``, with every plugin made in code.
+
+Comes in: what was asked for, checked. Goes out: the accelerator; the process group is up. What the launcher's
+environment would say silently (accumulation, compile flags, one FSDP group, 16-bit reductions) is said here.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+)
+
+from lmcore import _strategy_fsdp as fsdp
+from lmcore import _strategy_zero as zero
+from lmcore._strategy_launch import Request
+
+
+def build(
+    request: Request, *, precision: str, reduce_dtype: str, timeout: timedelta, cuda: bool
+) -> Accelerator:
+    """Join the process group and make the accelerator."""
+    if not cuda:
+        # accelerate imports DeepSpeed when it unwraps a model, and that would say that it guesses.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with_zero = request.deepspeed is not None
+    plugins: dict[str, Any] = {}
+    backend = None
+    if request.deepspeed is not None:
+        zero.check_compiler(request.deepspeed)
+        zero.quiet_deepspeed(device_is_cpu=not cuda)
+        zero.alone_environment(os.environ)
+        config = zero.base_config(request.deepspeed, precision=precision, reduce_dtype=reduce_dtype)
+        plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+        backend = None if cuda else "gloo"  # without it every rank would silently train alone on a CPU
+    elif request.strategy == "fsdp2":
+        plugins["fsdp_plugin"] = fsdp.plugin(precision=precision, reduce_dtype=reduce_dtype)
+    return Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        cpu=not cuda and not with_zero,
+        # A plugin object, not a number: a number would give way to the launcher's environment.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        # Layers are compiled by the engine, for every strategy alike.
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend=backend, timeout=timeout),
+            # The bucket view saves one copy of the gradients.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+        **plugins,
+    )
+
+
+def forget() -> None:
+    """accelerate keeps its state in class attributes; another engine of this process must not inherit it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def choose_kernels(device: torch.device, *, deterministic: bool, tf32: bool) -> None:
+    """Bit-identical reruns at the cost of speed; TF32 for fp32 matrix products (CUDA only)."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
