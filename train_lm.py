@@ -4,9 +4,9 @@
     accelerate launch train_lm.py --config recipes/gpt2_small.yaml --data.train 'corpus/*.jsonl.zst'
     python train_lm.py --help                                              # every option
 
-The script reads top to bottom: request, engine, data, model, restore, loop, close. The same command again goes on
-from the newest good checkpoint. Exit codes: 0 finished, 2 a wrong request, 70 a fault that policy ends, 75 saved at
-a signal or deadline (start me again); ``<run_dir>/status.json`` says the same for scripts.
+The script reads top to bottom: request, engine, data, model, restore, loop, close. The same command again
+goes on from the newest good checkpoint. Exit codes: 0 finished, 2 a wrong request, 70 a fault that policy
+ends, 75 saved at a signal or deadline (start me again); ``<run_dir>/status.json`` says the same for scripts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from lmcore import assemble, optim
+from lmcore import assemble, optim, plan
 from lmcore.assemble import on_main
 from lmcore.budget import horizon
 from lmcore.config import RunConfig, flatten, to_yaml
@@ -43,7 +43,7 @@ from lmcore.guard import FAULT, Guard, Verdict
 from lmcore.model import parameter_counts
 from lmcore.report import Report, silence_other_bars
 from lmcore.resume import find_checkpoint
-from lmcore.run_folder import RunFolder, place
+from lmcore.run_folder import RunFolder, place, redact
 from lmcore.session import EVALUATE_DUE, LOG_DUE, SAVE_DUE, Session
 from lmcore.trackers import Trackers
 
@@ -93,7 +93,6 @@ def run(config: RunConfig) -> int:
 def dry_run(config: RunConfig) -> int:
     """The plan, and nothing else; only a budget in epochs needs the token store, which is then built."""
     if IS_RANK_0:
-        from lmcore import plan  # needed here only
         from lmcore._verbs_plan import disk, plan_rows
 
         home = Path(config.run_dir or "") / "tokenizer"
@@ -147,9 +146,10 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
         micro_batch_blocks=past.get("micro_batch_blocks"),
     )
 
-    # ---- model and optimizer; the loaders are ours and are never given to accelerate (README: why not prepare)
+    # ---- model and optimizer; the loaders are ours and are never given to accelerate (README: why not prepar
     module = assemble.open_model(config, data, note=report.note)
     counts = parameter_counts(module)
+    flops_per_token = plan.model_flops_per_token(module, data.block_size)
     engine.prepare(
         module,
         partial(assemble.make_optimizer, config, module),
@@ -184,14 +184,14 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
     begin = session.state
     if engine.is_main:
         folder.write_status("running", step=begin.step)
-        (folder.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (folder.path / "config.yaml").write_text(redact(to_yaml(config)), encoding="utf-8")
         session.trackers = Trackers(
             config.report.trackers,
             folder.path,
             project=config.report.project,
             name=config.report.name,
             tags=config.report.tags,
-            hyper_parameters=flatten(config),
+            hyper_parameters=redact(flatten(config)),
             save_code=config.report.save_code,
             resume_step=begin.step if found else None,
             run_ids=past.get("trackers"),
@@ -215,6 +215,8 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
         tokens=begin.tokens,
         reduce=engine.sum_over_ranks,
         trackers=session.trackers,
+        flops_per_token=flops_per_token,
+        peak_flops_per_device=plan.peak_flops(engine.device_name, engine.precision),
         device=engine.device,
     )
     if found:

@@ -102,6 +102,32 @@ def flops_per_token(counted: Parameters, *, positions: int, block_size: int, tie
     return 6 * (counted.total - looked_up) + 12 * counted.layers * counted.width * block_size
 
 
+def model_flops_per_token(module: nn.Module, block_size: int) -> int | None:
+    """:func:`flops_per_token` of a transformers model; ``None`` of a model whose shape is its own."""
+    model = module.model if isinstance(module, ModelWithLoss) else module
+    if not hasattr(model, "get_output_embeddings"):
+        return None
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return flops_per_token(
+        parameters(model),
+        positions=sum(p.numel() for name, p in model.named_parameters() if name.endswith("wpe.weight")),
+        block_size=block_size,
+        tied=head is not None and embedding is not None and head.weight is embedding.weight,
+    )
+
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+"""Dense bf16 matrix products a second, by NVIDIA's data sheets (SXM modules; others are slower, and MFU looks low)."""
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """The device's peak, where it is known; there is no MFU otherwise."""
+    if precision not in ("bf16", "fp16"):
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
 # ----------------------------------------------------------------------------------------------------------- memory
 
 

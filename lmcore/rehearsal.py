@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers.initialization import no_init_weights
 
-from lmcore._build import _model_class, make_config
+from lmcore._build import SPECIAL_IDS, _model_class, make_config
 from lmcore.errors import RequestError
 from lmcore.model import ModelWithLoss, decoder_layers, pad_vocab
 
@@ -130,7 +130,8 @@ def imagine(
     Raises:
         RequestError: unknown type or field, as the run would.
     """
-    fields = {"vocab_size": pad_vocab(vocab_size), "use_cache": False}
+    # The family's own special ids may lie outside of this vocabulary, and no FLOP depends on them.
+    fields = {"vocab_size": pad_vocab(vocab_size), "use_cache": False, **dict.fromkeys(SPECIAL_IDS)}
     config = make_config(type, config_overrides, **fields)
     small = make_config(type, config_overrides, **fields)
     for name in ("num_hidden_layers", "vocab_size"):
