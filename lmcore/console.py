@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from lmcore.run_folder import redact
+
 REFRESHES_PER_SECOND = 2
 PLAIN_TASK_SECONDS = 30.0
 """Without a terminal a long sub-task (tokenizing, evaluating) says how far it is this often."""
@@ -308,7 +310,7 @@ class Voice:
             if self._log is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._log = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-            self._log.write(f"{now()} {one_line(text)}\n")
+            self._log.write(f"{now()} {redact(one_line(text))}\n")  # errors quote what they were given
             self._log.flush()
 
     def capture_logging(self, level: int = logging.WARNING) -> None:

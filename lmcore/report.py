@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lmcore.console import STEP_CELLS, Voice, duration, now, short, silence_other_bars, step_cells
 from lmcore.meters import Sums, Timer, Totals
 from lmcore.metrics import MetricsFile, read_metrics, versions
+from lmcore.run_folder import redact
 
 if TYPE_CHECKING:  # torch costs seconds to import, and this room only calls methods of tensors it is handed
     from torch import Tensor
@@ -392,7 +393,7 @@ class Report:
         if event in ("start", "resume"):
             record |= {"rows": self._start_rows, "command": sys.argv, "versions": versions()}
         record |= fields
-        self._write(record)
+        self._write(redact(record))  # the command line is in it, and words of errors
         if event == "checkpoint" and step is not None:
             self._cells["checkpoint"] = f"{step:,}"
 

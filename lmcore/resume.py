@@ -17,7 +17,7 @@ from lmcore import checkpoint
 from lmcore.config import RunConfig, changes, flatten, refuse_changes
 from lmcore.order import Cursor, Phase
 from lmcore.report import Report
-from lmcore.run_folder import RunFolder
+from lmcore.run_folder import RunFolder, redact
 
 
 def find_checkpoint(
@@ -42,7 +42,8 @@ def find_checkpoint(
     if found is None:
         return None
     with found:
-        changed = refuse_changes(changes(found.state["config"], flatten(config)), config.allow_changes)
+        now = redact(flatten(config))  # as it was saved
+        changed = refuse_changes(changes(found.state["config"], now), config.allow_changes)
         for change in changed:
             report.warn_once(f"{change.key} was {change.old} up to step {found.step}, is {change.new} now")
         checkpoint.abandon_after(folder.checkpoints, found.step, say=report.note)

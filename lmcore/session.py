@@ -38,7 +38,7 @@ from lmcore.profiling import ProfileWindow
 from lmcore.replicas import odd_ranks, parameter_hash
 from lmcore.report import Report
 from lmcore.resume import cursor_of, differences, topology
-from lmcore.run_folder import RunFolder
+from lmcore.run_folder import RunFolder, redact
 from lmcore.saved import describe
 from lmcore.trackers import Trackers
 
@@ -296,7 +296,7 @@ class Session:
                     **asdict(replace(state, cursor=cursor)),
                     "cursor": cursor.to_json(),
                     "version": 1,
-                    "config": flatten(self.config),
+                    "config": redact(flatten(self.config)),
                     "optimizer_scalars": engine.optimizer_scalars(),
                     "micro_batch_blocks": self.sizes.micro_batch_blocks,
                     "guard": self.guard.state_dict(),

@@ -51,11 +51,11 @@ def test_signalled_runs(tmp_path: Path) -> None:
 
 def test_hurt_ranks(tmp_path: Path) -> None:
     """A rank killed, a rank stopped, a data worker killed, and another number of ranks after each kill."""
-    words = ("rank-killed", "rank-stopped", "worker-killed", "world-size")
+    words = ("secrets", "rank-killed", "rank-stopped", "worker-killed", "world-size")
     told = campaign(
         tmp_path, *(word for kind in words for word in ("--kind", kind)), "--n", "1", "--first", "0"
     )
-    assert told.count(": held") == 4
+    assert told.count(": held") == 5
 
 
 @pytest.mark.slow

@@ -536,6 +536,41 @@ def world_size(place: Path, seed: int, folder: Path) -> Trial:
     return trial
 
 
+CANARIES = {
+    "HF_TOKEN": "hf_cAnArYcAnArYcAnArY0001",
+    "WANDB_API_KEY": "cAnArY0002cAnArY0002cAnArY0002cAnArY0002",
+    "AWS_SECRET_ACCESS_KEY": "cAnArY0003/cAnArY0003",
+    "MY_SERVICE_TOKEN": "cAnArY-0004-cAnArY-0004",
+    "DB_PASSWORD": "cAnArY0005cAnArY",
+    "OPENAI_API_KEY": "sk-cAnArY0006cAnArY0006",
+}
+
+
+def secrets(place: Path, seed: int, folder: Path) -> Trial:
+    """Secrets in the environment, and one that a user has put into a name: in no file of the run."""
+    canary = random.Random(seed).choice(sorted(CANARIES.values()))
+    more = (
+        "--report.name",
+        f"with-{canary}",
+        "--report.tags",
+        f"[{canary}]",
+        "--report.trackers",
+        "[tensorboard]",
+    )
+    # With the export and the report, which are left out elsewhere.
+    run = runs.start(arguments(place, folder, *more), logs=folder / "logs", environment=CANARIES)
+    assert run.wait(240), run.output()
+    assert run.codes == {0: 0}, run.output()
+    trial = Trial()
+    for path in sorted((folder / "run").rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            content = path.read_bytes()
+            trial.count("files searched")
+            for name, value in CANARIES.items():
+                assert value.encode() not in content, f"{name} is in {path.relative_to(folder)}"
+    return trial
+
+
 def strategies(place: Path, seed: int, folder: Path) -> Trial:
     """Every strategy in turn: the NaNs; then SIGKILL of all ranks, a restart, and the weights of the
     undisturbed run.
@@ -610,5 +645,6 @@ KINDS: dict[str, Callable[[Path, int, Path], Trial]] = {
     "worker-killed": worker_killed,
     "world-size": world_size,
     "damage": damage,
+    "secrets": secrets,
     "strategies": strategies,
 }
