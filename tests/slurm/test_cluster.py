@@ -394,6 +394,8 @@ def test_the_trainer_itself_stops_before_the_end_of_the_job(lab: Lab, alone: dic
 
 def test_nothing_is_left_running(lab: Lab) -> None:
     """Last of all: no job, no process of a job, no node that is down."""
+    lab.finish("limit", seconds=300)  # still running only where their own tests were not selected
+    lab.finish("deadline", seconds=300)
     assert lab.cluster.command("squeue", "-h").stdout == ""
     assert lab.cluster.processes() == []
     assert "down" not in lab.cluster.command("sinfo", "-h", "-o", "%T").stdout
