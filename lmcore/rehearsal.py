@@ -67,6 +67,7 @@ def rehearse(
     autocast: torch.dtype | None = None,
     weights: torch.dtype | None = None,
     device_type: str = "cpu",
+    count_flops: bool = True,
 ) -> Rehearsal:
     """Run a micro-batch of ``micro_batch_blocks`` x ``block_size`` tokens over fake tensors.
 
@@ -74,10 +75,11 @@ def rehearse(
         module: takes ``input_ids`` and ``labels``, returns (sum, count). Its tensors may be fake already.
         autocast: the type of the matrix products, as the strategies without sharding compute.
         weights: cast the weights to this type beforehand, as sharded strategies do.
-        device_type: of the planned run; only the vocabulary head differs.
+        device_type: of the planned run; the head, attention and dropout take other ways on a GPU.
+        count_flops: another pass; without it ``flops`` is 0.
     """
     with _fakes(module), _as_on(device_type):
-        module = _fake_copy(module, weights)
+        original, module = module, _fake_copy(module, weights)
         shape = (micro_batch_blocks, block_size)
         batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
         constant = [*module.parameters(), *module.buffers(), *batch.values()]
@@ -87,14 +89,24 @@ def rehearse(
         for parameter in (p for p in module.parameters() if p.requires_grad):
             kind = LAYER_GRADIENTS if id(parameter) in of_layers else OTHER_GRADIENTS
             parameter.register_post_accumulate_grad_hook(partial(ledger.is_gradient, kind=kind))
+        with ledger:
+            _forward_and_backward(module, batch, autocast)
+        # A pass of its own: the counter's hooks hold tensors that recomputation has let go of.
         flops = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        with flops, ledger:
-            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-                loss_sum, _ = module(**batch)
-            (loss_sum / loss_sum.new_ones(())).backward()
+        if count_flops:
+            with flops:
+                _forward_and_backward(_fake_copy(original, weights), batch, autocast)
     return Rehearsal(
         moments=tuple(ledger.moments), flops=flops.get_total_flops(), tokens=micro_batch_blocks * block_size
     )
+
+
+def _forward_and_backward(
+    module: nn.Module, batch: Mapping[str, Tensor], autocast: torch.dtype | None
+) -> None:
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        loss_sum, _ = module(**batch)
+    (loss_sum / loss_sum.new_ones(())).backward()
 
 
 def optimizer_bytes(
