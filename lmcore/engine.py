@@ -40,23 +40,12 @@ from torch import Tensor, nn
 from lmcore import _strategy_build as build
 from lmcore import _strategy_fsdp as fsdp
 from lmcore import _strategy_launch as launch
+from lmcore import _strategy_state as by_name
 from lmcore import _strategy_zero as zero
 from lmcore import optim
 from lmcore._memory import keep_freed_memory
 from lmcore._strategy_ranks import Ranks
-from lmcore._strategy_state import (
-    Skeleton,
-    TensorState,
-    assemble,
-    clean_name,
-    compress,
-    gates_on_device,
-    get_loss_scale,
-    keyed_seed,
-    persistent_buffers,
-    set_loss_scale,
-    whole,
-)
+from lmcore._strategy_state import Skeleton, TensorState, clean_name, keyed_seed, persistent_buffers
 from lmcore._strategy_zero_state import ZeroState
 from lmcore.errors import RequestError
 from lmcore.model import compile_regions, decoder_layers, enable_activation_checkpointing
@@ -200,7 +189,7 @@ class Engine:
         self._rehearse = self.strategy == "ddp" and self.world_size > 2
         self._scaler = self.accelerator.scaler
         self._trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._gate_on_device = gates_on_device(self.optimizer)
+        self._gate_on_device = by_name.gates_on_device(self.optimizer)
         self._micro_batch = 0
 
     def _prepare_zero(
@@ -286,7 +275,7 @@ class Engine:
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
         parameters = [p for p in self._trained if p.grad is not None]
-        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters])).float()
+        norm = by_name.whole(nn.utils.get_total_norm([p.grad for p in parameters])).float()
         applied = torch.isfinite(norm) & (norm <= norm_limit)
         if self._clip_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
@@ -387,8 +376,8 @@ class Engine:
 
     def optimizer_scalars(self) -> dict[str, Any]:
         """The optimizer's numbers (Adam's step count, the fp16 loss scale), as JSON."""
-        slots = {slot: compress(values) for slot, values in self._state.scalars().items()}
-        return {"slots": slots, **get_loss_scale(self._scaler, self.optimizer)}
+        slots = {slot: by_name.compress(values) for slot, values in self._state.scalars().items()}
+        return {"slots": slots, **by_name.get_loss_scale(self._scaler, self.optimizer)}
 
     def load_optimizer_scalars(self, scalars: dict[str, Any]) -> None:
         """The inverse of :meth:`optimizer_scalars`; call it after :meth:`load_state`."""
@@ -397,14 +386,14 @@ class Engine:
                 value = stored.get(name) if isinstance(stored, dict) else stored
                 if value is not None:
                     self._state.put_scalar(name, slot, value)
-        set_loss_scale(self._scaler, self.optimizer, scalars)
+        by_name.set_loss_scale(self._scaler, self.optimizer, scalars)
 
     @contextlib.contextmanager
     def full_model(self) -> Iterator[nn.Module | None]:
         """Collective. The user's model, whole and in evaluation mode, on rank 0; ``None`` elsewhere."""
         try:
             with self.evaluation(), torch.no_grad():
-                model = assemble(self._skeleton, self._state) if self._sharded else self._inner.model
+                model = by_name.assemble(self._skeleton, self._state) if self._sharded else self._inner.model
                 yield model if self.is_main else None
         finally:
             if self._skeleton is not None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lmcore import checkpoint, generate
+from lmcore._late import LateNumbers
 from lmcore.assemble import Data, on_main
 from lmcore.average import MovingAverage
 from lmcore.batches import Batches, EvalBatches, StepBatch, merge_cursors
@@ -116,7 +117,7 @@ class Session:
             SAVE_DUE: config.checkpoint.every,
         }
         self._clock = dict.fromkeys(self._intervals, time.monotonic())
-        self._unjudged: list[tuple[int, tuple[int, int], Tensor]] = []
+        self._unjudged: list[tuple[int, tuple[int, int], LateNumbers]] = []
         self._profile: ProfileWindow | None = None
         if config.train.profile and engine.is_main:
             ((first, stop),) = ranges([config.train.profile], "train.profile")
@@ -200,7 +201,9 @@ class Session:
         state.step, state.cursor = state.step + 1, batch.cursor
         state.tokens += self.sizes.tokens_per_step
         first, last = batch.positions
-        numbers = torch.stack([*self.engine.sum_over_ranks(sums), norm.double(), applied.double()])
+        numbers = LateNumbers(
+            torch.stack([*self.engine.sum_over_ranks(sums), norm.double(), applied.double()])
+        )
         self._unjudged.append((state.step, (first, last + 1), numbers))
         self._average.update()
         self.guard.beat("step", state.step)

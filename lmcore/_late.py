@@ -1,0 +1,35 @@
+"""Numbers on the device that are read a step later, without waiting for what was queued since.
+
+Comes in: a small tensor. Goes out: its values as a list, later. What always holds: reading waits for the work that
+made the numbers and for nothing after it. ``tensor.tolist()`` would queue a copy *behind* everything launched since
+and wait for that: with one step of lag, for the whole of the next step, so that the device's queue runs empty.
+
+    late = LateNumbers(torch.stack([loss, norm]))
+    ...                                             # the next step is launched
+    loss, norm = late.tolist()
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+
+@final
+class LateNumbers:
+    """The values of a small tensor; on a GPU their copy to the host is queued at once, and marked."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._host, self._copied = numbers, None
+        if numbers.is_cuda:
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            self._copied = torch.cuda.current_stream(numbers.device).record_event()
+
+    def tolist(self) -> Any:
+        """The values; waits until they are made, at most."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.tolist()
