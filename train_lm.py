@@ -197,6 +197,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
             run_ids=past.get("trackers"),
             webhook=config.report.webhook,
             note=report.note,
+            open_other=engine.open_tracker,
         )
     report.start(
         [

@@ -46,6 +46,7 @@ from lmcore import optim
 from lmcore._memory import keep_freed_memory
 from lmcore._strategy_ranks import Ranks
 from lmcore._strategy_state import Skeleton, TensorState, clean_name, keyed_seed, persistent_buffers
+from lmcore._strategy_trackers import open_tracker
 from lmcore._strategy_zero_state import ZeroState
 from lmcore.errors import RequestError
 from lmcore.model import compile_regions, decoder_layers, enable_activation_checkpointing
@@ -399,6 +400,8 @@ class Engine:
             if self._skeleton is not None:
                 self._skeleton.empty()
             self.barrier("full_model")
+
+    open_tracker = staticmethod(open_tracker)
 
     @property
     def device_name(self) -> str:
