@@ -66,10 +66,13 @@ class ToDevice:
             return {
                 key: self._send(value) if isinstance(value, Tensor) else value for key, value in batch.items()
             }
-        ids = self._widened(rows.ids[start:stop])
-        n_labels = rows.n_labels[start:stop]
-        # Copies: a single row is contiguous already, and labels that share it would be ignored in the inputs too.
-        batch = {"input_ids": ids[:, :-1].clone(), "labels": ids[:, 1:].clone()}
+        ids, n_labels = rows.ids[start:stop], rows.n_labels[start:stop]
+        # Never two views of one run of memory: ignoring a label would overwrite the input that it shares.
+        if self._cuda:
+            sent = self._widened(ids)
+            batch = {"input_ids": sent[:, :-1].clone(), "labels": sent[:, 1:].clone()}
+        else:
+            batch = {"input_ids": self._widened(ids[:, :-1]), "labels": self._widened(ids[:, 1:])}
         size = batch["labels"].shape[1]
         for row in np.flatnonzero(n_labels < size).tolist():
             batch["labels"][row, int(n_labels[row]) :] = IGNORED_LABEL
@@ -88,7 +91,7 @@ class ToDevice:
         """int64 on the device; what travels is narrow."""
         if not self._cuda:
             # numpy, because torch would start a second pool of threads from this one.
-            return self._send(torch.from_numpy(array.astype(np.int64)))
+            return self._send(torch.from_numpy(array.astype(np.int64, order="C")))
         # torch has few operations for unsigned integers: travel as signed ones, widen, and cut the sign off.
         bits = 8 * array.itemsize
         sent = self._send(torch.from_numpy(np.ascontiguousarray(array).view(f"i{array.itemsize}")))
