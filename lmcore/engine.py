@@ -413,7 +413,8 @@ class Engine:
         devices = f"{self.world_size} x {self.device_name}"
         if self.device.type == "cpu":
             devices += f", {torch.get_num_threads()} threads each"
-        return [("devices", devices), ("strategy", self.strategy), ("precision", self.precision)]
+        rows = [("devices", devices), ("strategy", self.strategy), ("precision", self.precision)]
+        return [*rows, ("memory", self._memory)] if self._memory else rows
 
     def close(self) -> None:
         """Leave the process group. Calling it again does nothing."""
