@@ -121,6 +121,7 @@ def train(recipe: str, folder: Path, *options: str) -> tuple[Transformer, Sequen
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_random_draws_are_learnt(tmp_path: Path) -> None:
-    result = score(*decode(*train("random_draws", tmp_path / "run")))
+@pytest.mark.parametrize("recipe", ["random_draws", "unseen_pairs"])
+def test_it_is_learnt(recipe: str, tmp_path: Path) -> None:
+    result = score(*decode(*train(recipe, tmp_path / "run")))
     assert result.exact >= 0.99
