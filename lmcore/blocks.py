@@ -300,7 +300,7 @@ class BlockDataset(IterableDataset):
         for position in range(self.epoch_blocks if self._order else 0):
             yield _tensors(self.read(np.array([position])))
         for number, store in enumerate([] if self.drop_last else self.stores):
-            if (store.n_tokens - 1) % self.block_size > 0:
+            if max(store.n_tokens - 1, 0) % self.block_size > 0:
                 start = store.n_blocks(self.block_size) * self.block_size
                 yield _tensors(
                     self._read(np.zeros(1, dtype=np.int64), np.array([number]), np.array([start]), 1)
