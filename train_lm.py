@@ -225,15 +225,23 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
     report.event("resume" if found else "start", step=begin.step, position=begin.cursor.position, **place())
     guard.begin()  # from here on a signal sets a flag: there is something to save
     guard.watch(session=engine.broadcast_object(str(time.time_ns())))
-    if config.evaluate.at_start and not found:
+    why = None
+    ended = begin.step == sizes.total_steps
+    if found and (config.evaluate.at_end if ended else session.owes_a_look()):
+        why = session.look()  # the run was ended between the save of this step and its evaluation
+    elif config.evaluate.at_start and not found:
         session.look()
     gc.collect()
     gc.freeze()  # what stands now lives as long as the run: the collector need not look at it again
 
     # ---- the loop
-    verdict, why, batches = Verdict(), None, session.read()
+    verdict, batches = Verdict(), session.read()
     with session.rescue():
-        while session.state.step < sizes.total_steps and (batch := next(batches, None)) is not None:
+        while (
+            why is None
+            and session.state.step < sizes.total_steps
+            and (batch := next(batches, None)) is not None
+        ):
             # 1. the rate, before any backward: DeepSpeed updates inside the last one
             rate = learning_rate(session.state.step)
             engine.set_learning_rate(rate)
@@ -277,6 +285,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
                 raise FaultError(action.reason)
             if action.kind == "rewind":
                 session.rewind(action)
+                why = session.look() if session.owes_a_look() else None
                 batches = session.read()
                 continue
 

@@ -242,6 +242,10 @@ class Session:
                 self._clock[bit] = now
         return flags
 
+    def owes_a_look(self) -> bool:
+        """Whether the step that was restored is one to evaluate: its save came first, and does not hold that."""
+        return is_due(self.state.step, self.config.evaluate.every, **self._units(), minutes_since_last=0.0)
+
     def judge(self, *, lag_steps: int) -> Action:
         """Hand the guard the steps whose numbers are ``lag_steps`` old, so that nothing waits for the device."""
         action = Action()

@@ -219,6 +219,8 @@ def signals(place: Path, seed: int, folder: Path) -> Trial:
             inject = in_save(draw.randrange(40), action)
         elif phase == "accumulation or evaluation":
             inject = at_forward(draw.randrange(1, 20 // world_size), action, target)
+        if hit == 0 and seed % 2 == 0:  # exactly at the boundary where an evaluation is due, after the save
+            phase, inject = "a boundary with an evaluation", at_forward(30 // world_size - 1, action, target)
         logs = folder / f"logs-{hit}"
         begin = last_logged(folder)
         run = runs.start(arguments(place, folder, *more), logs=logs, world_size=world_size, inject=inject)
