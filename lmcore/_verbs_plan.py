@@ -81,6 +81,7 @@ def plan_rows(config: Any, given: dict[str, str], *, open_data: Callable[[], Any
         accumulation=sizes.accumulation,
         activation_checkpointing=config.train.activation_checkpointing,
         small_optimizer_state=config.optim.state_dtype == "bf16",
+        zero_bucket=plan.ZERO_BUCKET // 10,  # what ds_configs/ say
     )
     make_optimizer = partial(assemble.make_optimizer, config, module)
     state_bytes = rehearsal.optimizer_bytes(module, make_optimizer)
@@ -100,6 +101,8 @@ def plan_rows(config: Any, given: dict[str, str], *, open_data: Callable[[], Any
             block_size=block_size,
             autocast=autocast,
             weights=weights,
+            device_type="cuda" if device_bytes else "cpu",
+            count_flops=False,
         )
         kept = state_bytes // 2 if one.small_optimizer_state > setting.small_optimizer_state else state_bytes
         return plan.memory(counted, rehearsed, one, optimizer_bytes=kept)
@@ -129,7 +132,7 @@ def plan_rows(config: Any, given: dict[str, str], *, open_data: Callable[[], Any
         tokens_per_step=sizes.tokens_per_step,
         epoch_tokens=data.train.epoch_blocks * block_size if data else None,
         checkpoint_bytes=plan.checkpoint_bytes(counted, optimizer_bytes=state_bytes),
-        checkpoints_kept=config.checkpoint.keep,
+        checkpoints_kept=config.checkpoint.keep + config.checkpoint.keep_best.k,
         tokens_per_second=_number(given, "tokens_per_second", 0) or None,
         watts_per_device=_number(given, "watts", 0) or None,
     ).rows()

@@ -408,7 +408,8 @@ class Plan:
             rows.append(("verdict", f"{fits} into {size(self.device_bytes)} ({USABLE:.0%} usable)"))
         if self.advice:
             changes = "; ".join(f"{change} ({size(needs)})" for change, needs in self.advice)
-            rows.append(("it would fit with" if not self.fits else "less memory by", changes))
+            enough = max(needs for _, needs in self.advice) <= USABLE * (self.device_bytes or 0)
+            rows.append(("it would fit with" if enough else "least memory by", changes))
         kept = f"{size(self.checkpoint_bytes)} x {self.checkpoints_kept} kept = "
         rows.append(("checkpoints", kept + size(self.checkpoint_bytes * self.checkpoints_kept)))
         if self.seconds is not None:
@@ -434,7 +435,10 @@ class Plan:
 def advise(
     setting: Setting, capacity: int, needs: Callable[[Setting], int], *, count: int = 3
 ) -> tuple[tuple[str, int], ...]:
-    """The first ``count`` changes that make it fit, each by itself; if none does, those that help most, together."""
+    """The first ``count`` changes that make it fit, each by itself; if none does, those that help most, together.
+
+    Together they may still be too much; the bytes beside them say so.
+    """
     tried = [(name, changed, needs(changed)) for name, changed in remedies(setting)]
     good = [(name, size) for name, _, size in tried if size <= USABLE * capacity]
     if good:

@@ -30,7 +30,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # Files are written anew by every example, so one folder for all of them is right.
 SHARED_FOLDER = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
-    max_examples=150,
+    max_examples=60,
     deadline=None,
     derandomize=True,
 )

@@ -260,3 +260,15 @@ def test_the_measuring_itself_sees_every_tensor() -> None:
     assert measured_peak_bytes.__module__ == "tests.plan_runs"  # found by name in the forked ranks
     assert plan.size(3 * 2**30) == "3 GiB"
     assert plan.short(124_400_000) == "124.4 M"
+
+
+def test_advice_that_is_not_enough_does_not_say_that_it_is() -> None:
+    setting = plan.Setting()
+    needed = plan.memory(COUNTED, HELD, setting, optimizer_bytes=8_000)
+    for bytes_needed, label in ((900, "it would fit with"), (950, "least memory by")):
+        made = plan.Plan(
+            parameters=COUNTED, setting=setting, memory=needed, device_bytes=1_000, advice=(("x", bytes_needed),),
+            flops_per_token=1, flops_counted=1, block_size=10, steps=1, tokens_per_step=10, epoch_tokens=None,
+            checkpoint_bytes=1, checkpoints_kept=1,
+        )  # fmt: skip
+        assert label in dict(made.rows())
