@@ -46,7 +46,9 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocab", type=int, default=50304)
@@ -60,7 +62,9 @@ def main() -> None:
 
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(options.tokens, options.width, generator=generator).to(device).requires_grad_()
-    weight = (0.02 * torch.randn(options.vocab, options.width, generator=generator)).to(device).requires_grad_()
+    weight = (
+        (0.02 * torch.randn(options.vocab, options.width, generator=generator)).to(device).requires_grad_()
+    )
     labels = torch.randint(0, options.vocab, (options.tokens,), generator=generator).to(device)
     auto = choose_chunk("auto", tokens=options.tokens, vocab_size=options.vocab, device_type=device)
 
@@ -113,7 +117,9 @@ def main() -> None:
         )
     setting = f"N = {options.tokens}, D = {options.width}, V = {options.vocab}, {options.precision}, {device}"
     text = setting + "\n\n" + common.table(rows, ["head", "time", "time / plain", "peak", "peak / plain"])
-    common.write(f"head-{device}-{options.precision}", {"setting": setting, "cases": numbers}, text, options.out)
+    common.write(
+        f"head-{device}-{options.precision}", {"setting": setting, "cases": numbers}, text, options.out
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""Steps per second of several programs, in turn, on the same model, data sizes and machine.
+
+    python benchmarks/speed.py loop          # train_lm.py against a bare hand-written loop: what the system costs
+    python benchmarks/speed.py trainer       # against transformers.Trainer, same precision and optimizer
+    python benchmarks/speed.py shipped       # both as they ship: train_lm.py with bf16, Trainer with its defaults
+    python benchmarks/speed.py nanogpt       # against a nanoGPT-style script
+    python benchmarks/speed.py saving        # checkpoints every 50 steps, in the background, against none
+    python benchmarks/speed.py allocator     # one bare loop with glibc as it is, told to keep memory, and jemalloc
+
+Each row: the second program's tokens/s are 1. Ratios pair by pair; the median and the 10th-90th percentile. The CPU
+time ratio beside it does not depend on what else the machine does, and shows whether the clock can be believed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+from pathlib import Path
+from typing import Any
+
+import common
+from contestants import DEFAULTS, Contestant
+
+COMPARISONS: dict[str, list[tuple[str, str, dict[str, Any], dict[str, str]]]] = {
+    "loop": [("train_lm.py", "train_lm", {}, {}), ("bare loop", "bare", {}, {})],
+    "trainer": [("train_lm.py", "train_lm", {}, {}), ("Trainer", "trainer", {}, {})],
+    "shipped": [("train_lm.py", "train_lm", {"compile": True}, {}), ("Trainer", "trainer_default", {}, {})],
+    "nanogpt": [("train_lm.py", "train_lm", {}, {}), ("nanoGPT-style", "nanogpt", {}, {})],
+    "saving": [
+        ("saving every 50", "train_lm", {"save_every": "50 steps"}, {}),
+        ("never saving", "train_lm", {}, {}),
+    ],
+    "allocator": [
+        ("kept memory", "bare", {}, {}),
+        (
+            "glibc",
+            "bare",
+            {},
+            {"MALLOC_CONF": "none"},
+        ),  # a choice made by hand: keep_freed_memory stands back
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("comparison", choices=sorted(COMPARISONS))
+    parser.add_argument("--model", default=DEFAULTS["model"])
+    parser.add_argument("--blocks", type=int, default=DEFAULTS["blocks"])
+    parser.add_argument("--tokens", type=int, default=DEFAULTS["tokens"])
+    parser.add_argument("--vocab", type=int, default=DEFAULTS["vocab"])
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--steps", type=int, default=5, help="steps of one turn")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    settings = {
+        k: getattr(options, k) for k in ("model", "blocks", "tokens", "vocab", "precision", "compile")
+    }
+    cases = list(COMPARISONS[options.comparison])
+    jemalloc = sorted(glob.glob("/usr/lib/*/libjemalloc.so*"))
+    if options.comparison == "allocator" and jemalloc:
+        decay = {"LD_PRELOAD": jemalloc[0], "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1"}
+        cases.insert(1, ("jemalloc", "bare", {}, decay))
+
+    running = {label: Contestant(name, settings | own, env) for label, name, own, env in cases}
+    measured: dict[str, list[dict[str, float]]] = {label: [] for label in running}
+    try:
+        for contestant in running.values():
+            contestant.run(3)  # compilation, first allocations, the optimizer's state
+        for turn in range(options.rounds):
+            for label in list(running) if turn % 2 == 0 else reversed(list(running)):
+                measured[label].append(running[label].run(options.steps))
+    finally:
+        for contestant in running.values():
+            contestant.close()
+
+    reference = list(running)[-1]
+    per_turn = options.steps * options.blocks * options.tokens
+    rows, numbers = [], {}
+    for label, turns in measured.items():
+        seconds, cpu = [t["seconds"] for t in turns], [t["cpu_seconds"] for t in turns]
+        theirs = [t["seconds"] for t in measured[reference]]
+        ratio = common.ratios(theirs, seconds)
+        cpu_ratio = common.ratios([t["cpu_seconds"] for t in measured[reference]], cpu)
+        faults = common.spread([t["faults"] / options.steps for t in turns])["median"]
+        numbers[label] = {"turns": turns, "ratio": ratio, "cpu_ratio": cpu_ratio}
+        rows.append(
+            (
+                label,
+                f"{per_turn / common.spread(seconds)['median']:,.0f}",
+                f"{ratio['median']:.3f} ({ratio['p10']:.3f}-{ratio['p90']:.3f})",
+                f"{cpu_ratio['median']:.3f}",
+                f"{faults:,.0f}",
+            )
+        )
+    setting = (
+        f"{options.comparison}: GPT-2 {options.model}, {options.blocks} x {options.tokens} tokens, V = "
+        f"{options.vocab}, {options.precision}{', compiled' if options.compile else ''}; "
+        f"{options.rounds} turns of {options.steps} steps"
+    )
+    header = ["program", "tokens/s", f"speed / {reference}", "by CPU time", "page faults a step"]
+    text = setting + "\n\n" + common.table(rows, header)
+    common.write(
+        f"{options.comparison}-{options.model}", {"setting": setting, "cases": numbers}, text, options.out
+    )
+
+
+if __name__ == "__main__":
+    main()
