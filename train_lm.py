@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from lmcore import assemble, optim, plan
+from lmcore import assemble, dev_run, optim, plan
 from lmcore.assemble import on_main
 from lmcore.budget import horizon
 from lmcore.config import RunConfig, flatten, to_yaml
@@ -119,8 +119,8 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
         say=report.note,
     )
     if config.fast_dev_run:
-        on_main(engine, partial(assemble.write_sample, config, folder.path))
-        config = assemble.rehearsal(config, folder.path)
+        on_main(engine, partial(dev_run.write_sample, config, folder.path))
+        config = dev_run.shortened(config, folder.path)
     guard.install(training=False)  # nothing can be saved before the loop: a signal leaves at once
     report.capture_logging()
     found = on_main(engine, partial(find_checkpoint, config, folder, report))
@@ -138,18 +138,21 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
         note=report.note,
         task=report.task,
     )
-    sizes = horizon(
-        config,
-        block_size=data.block_size,
-        epoch_blocks=getattr(data.train, "epoch_blocks", None),
-        world_size=engine.world_size,
-        micro_batch_blocks=past.get("micro_batch_blocks"),
-    )
 
     # ---- model and optimizer; the loaders are ours and are never given to accelerate (README: why not prepar
     module = assemble.open_model(config, data, note=report.note)
     counts = parameter_counts(module)
     flops_per_token = plan.model_flops_per_token(module, data.block_size)
+    micro_batch = past.get("micro_batch_blocks") or assemble.auto_micro_batch(
+        config, engine, module, data.block_size
+    )
+    sizes = horizon(
+        config,
+        block_size=data.block_size,
+        epoch_blocks=getattr(data.train, "epoch_blocks", None),
+        world_size=engine.world_size,
+        micro_batch_blocks=micro_batch,
+    )
     engine.prepare(
         module,
         partial(assemble.make_optimizer, config, module),
@@ -255,6 +258,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
                 sums += torch.stack([loss_sum.detach().double(), count.double()])
 
             # 3. clip, finite gate, optimizer: on the device, nothing waits for a number
+            epochs = int(session.epoch)
             norm, applied = engine.update(guard.norm_limit(session.state.step + 1))
             session.advance(batch, sums, norm, applied)
             step = session.state.step
@@ -297,8 +301,10 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
                 break
             if config.evaluate.at_end if ends else flags & EVALUATE_DUE:
                 why = session.look()
-            if sizes.steps_per_epoch and int(batch.epoch) > int(batch.epoch - 1 / sizes.steps_per_epoch):
-                report.epoch(epoch=int(batch.epoch), step=step, valid_loss=session.state.metrics.get("loss"))
+            if int(session.epoch) > epochs:
+                report.epoch(
+                    epoch=int(session.epoch), step=step, valid_loss=session.state.metrics.get("loss")
+                )
             if why is not None:
                 break
 

@@ -8,22 +8,21 @@ each function hands plain values to the room that does.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmcore import corpus, model, optim, own_data, text, tokenizer
+from lmcore import corpus, model, optim, own_data, plan, tokenizer
 from lmcore.blocks import BlockDataset
 from lmcore.config import RunConfig, global_batch_blocks
-from lmcore.duration import Duration, Durations
 from lmcore.errors import FaultError, RequestError
+from lmcore.fit import fitting_micro_batch
 from lmcore.model import ModelWithLoss
 from lmcore.order import Phase
 from lmcore.stream import StreamDataset
@@ -133,58 +132,6 @@ def train_tokenizer(config: RunConfig, folder: Path, *, note: Note, task: Task =
         note(f"tokenizer: {line}")
     if bad and config.data.on_error == "raise":
         raise RequestError(f"{bad[0]}: mend it, or let --data.on_error skip leave such records out")
-
-
-SAMPLE_BYTES = 2_000_000
-"""What ``--fast_dev_run`` reads of the text: enough for a tokenizer and a few steps, in seconds."""
-
-
-def rehearsal(config: RunConfig, folder: Path) -> RunConfig:
-    """The same run in seconds (``--fast_dev_run``): every part of it, over a sample of the text, four steps long."""
-    data = config.data
-    if data.factory is None:
-        sample = folder / "sample"
-        data = replace(
-            data,
-            train=[str(sample / "train.jsonl")],
-            valid=[str(sample / "valid.jsonl")],
-            test=[],
-            text_field="text",
-            store_dir=str(sample / "stores"),
-            phases=[],
-        )
-    steps = Durations.parse
-    return replace(
-        config,
-        resume="never",
-        data=data,
-        train=replace(config.train, duration=Duration.parse("4 steps")),
-        evaluate=replace(config.evaluate, every=steps("2 steps"), blocks=2, sample_tokens=8),
-        checkpoint=replace(config.checkpoint, every=steps("2 steps")),
-        report=replace(config.report, every=steps("1 steps")),
-    )
-
-
-def write_sample(config: RunConfig, folder: Path) -> None:
-    """The first documents of the training text, every tenth of them to evaluate on, for :func:`rehearsal`."""
-    if config.data.factory is not None:
-        return
-    (folder / "sample").mkdir(parents=True, exist_ok=True)
-    lines = list(_sample_lines(config))
-    (folder / "sample" / "train.jsonl").write_text("".join(lines), encoding="utf-8")
-    (folder / "sample" / "valid.jsonl").write_text("".join(lines[::10]), encoding="utf-8")
-
-
-def _sample_lines(config: RunConfig) -> Iterator[str]:
-    written = 0
-    for source in reading_of(config).sources(config.data.train or [corpus.STDLIB]):
-        for part in text.parts(source, part_bytes=2**20):
-            for document in text.read(source, part, bad=lambda record: None):
-                line = json.dumps({"text": document.text}, ensure_ascii=False) + "\n"
-                yield line
-                written += len(line)
-                if written > SAMPLE_BYTES:
-                    return
 
 
 def open_data(
@@ -420,3 +367,33 @@ def make_optimizer(
         state_dtype="bfloat16" if config.optim.state_dtype == "bf16" else None,
         **config.optim.config,
     )
+
+
+def auto_micro_batch(config: RunConfig, engine: Engine, module: ModelWithLoss, block_size: int) -> int | None:
+    """What ``train.micro_batch_blocks auto`` is on these GPUs, agreed over the ranks; ``None``: nothing is known to
+    limit it (a CPU, the user's own model), and :func:`lmcore.budget.horizon` takes a moderate one."""
+    blocks = global_batch_blocks(config, block_size)
+    if config.train.micro_batch_blocks != "auto" or engine.device.type != "cuda":
+        return None
+    if config.model.factory is not None or blocks % engine.world_size:
+        return None
+    strategy: Any = engine.strategy
+    setting = plan.Setting(
+        strategy=strategy,
+        world_size=engine.world_size,
+        precision=engine.precision,
+        param_dtype=config.train.param_dtype,
+        reduce_dtype=config.engine.reduce_dtype,
+        activation_checkpointing=config.train.activation_checkpointing,
+        small_optimizer_state=config.optim.state_dtype == "bf16",
+    )
+    fits = fitting_micro_batch(
+        module,
+        setting,
+        share=blocks // engine.world_size,
+        block_size=block_size,
+        device_bytes=torch.cuda.get_device_properties(engine.device).total_memory,
+        make_optimizer=partial(make_optimizer, config, module),
+        device_type="cuda",
+    )
+    return min(engine.gather_object(fits))
