@@ -359,10 +359,24 @@ def local_weights(engine: Any) -> list[tuple[str, Any]]:
     return named
 
 
+def prepared(strategy: str, inject: Callable[[int], None] = lighten) -> Callable[[int], None]:
+    """accelerate shards with FSDP2 on GPUs only: there its idea of the machine is changed, as in tests/test_engine.py;
+    the sharding and the collectives (gloo) are real.
+    """
+
+    def with_gpus(rank: int) -> None:
+        from tests.engine_runs import pretend_gpus
+
+        inject(rank)
+        pretend_gpus()
+
+    return with_gpus if strategy == "fsdp2" else inject
+
+
 STRATEGIES: dict[str, tuple[int, dict[str, str], tuple[str, ...]]] = {
     "single": (1, {}, ()),
     "ddp": (2, {}, ()),
-    "fsdp2": (2, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, ()),
+    "fsdp2": (2, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "false"}, ()),
     "zero1": (
         2,
         {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false"},
@@ -402,7 +416,7 @@ def not_finite(
         arguments(place, folder, *more),
         logs=folder / "logs",
         world_size=world_size,
-        inject=poison(places, evidence),
+        inject=prepared(strategy, poison(places, evidence)),
         environment=environment,
     )
     assert run.wait(180), run.output()
@@ -592,7 +606,7 @@ def strategies(place: Path, seed: int, folder: Path) -> Trial:
                 arguments(place, folder / name, *more),
                 logs=folder / name / "logs",
                 world_size=size,
-                inject=lighten,
+                inject=prepared(strategy),
                 environment=environment,
             )
             if attempt == "killed":

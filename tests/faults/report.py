@@ -16,7 +16,7 @@ PROMISES = {
     "world-size": "2, 1, 2 processes with kills: the same samples in every step, losses within 1e-4",
     "damage": "a bit flipped, file cut, page zeroed, file deleted, added, swapped: found, the older one taken",
     "secrets": "secrets of the environment, and one in a name: in no file of the run (canaries)",
-    "strategies": "each strategy (single, DDP, FSDP2, ZeRO-1/2/3): the NaNs, and a SIGKILL of all ranks, bit-equal",
+    "strategies": "single, DDP, FSDP2 (CPU shown as XPU to accelerate), ZeRO-1/2/3: NaNs; all ranks killed, bit-equal",
     "launcher": "signals to accelerate launch and torchrun: the trainer saves, nothing is orphaned",
     "soak": "kills every 15 to 60 s: goodput, and the loss curve of the undisturbed run",
 }
