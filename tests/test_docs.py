@@ -17,14 +17,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
-    path for path in sorted((ROOT / "docs").glob("*.md")) if "```sh\n" in path.read_text(encoding="utf-8")
+    path
+    for path in [ROOT / "README.md", ROOT / "README.ja.md", *sorted((ROOT / "docs").glob("*.md"))]
+    if "```sh\n" in path.read_text(encoding="utf-8")
 ]
 
 TINY = """\
 data: {block_size: 32, processes: 1}
 tokenizer: {vocab_size: 300}
 model: {config: {n_layer: 1, n_head: 2, n_embd: 16, n_positions: 64}}
-train: {duration: 6 steps, global_batch_blocks: 4, micro_batch_blocks: 2}
+train: {duration: 6 steps, global_batch_blocks: 4, micro_batch_blocks: 2, compile: false}
 checkpoint: {every: 3}
 evaluate: {every: 3, prompts: [The], sample_tokens: 4}
 report: {every: 1, trackers: []}
@@ -38,7 +40,8 @@ previous=
 for word in "$@"; do
   words+=("$word")
   case "$previous $word" in
-    *train_lm.py|"lmcore prepare"|"lmcore inspect"|"lmcore plan"|"tokenizer train") words+=(--config "$TINY") ;;
+    *train_lm.py|*" recipes/"*_small.yaml) words+=(--config "$TINY") ;;
+    "lmcore prepare"|"lmcore inspect"|"lmcore plan"|"tokenizer train") words+=(--config "$TINY") ;;
   esac
   previous="$word"
 done
@@ -70,7 +73,7 @@ def test_every_block_without_a_command_says_why() -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in (ROOT / "docs").glob("*.md"):
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
@@ -78,7 +81,9 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem.replace(".", "-")
+)
 def test_the_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:
     place, programs = tmp_path / "here", tmp_path / "bin"
     (place / "mytext").mkdir(parents=True)
