@@ -119,7 +119,7 @@ class TokenizerConfig:
     """Commit of a Hub tokenizer."""
     vocab_size: int | None = option(32_000, "refuse", at_least=1)
     """Pieces of the tokenizer that is trained."""
-    model_type: Literal["bpe", "unigram", "char", "word"] = option("bpe", "refuse")
+    model_type: Literal["bpe", "unigram", "char"] = option("bpe", "refuse")
     """SentencePiece model; char is character-level."""
     character_coverage: float = option(0.9995, "refuse", above=0, at_most=1)
     """Share of the characters that become pieces; the rest is written in bytes."""

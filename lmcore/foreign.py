@@ -10,7 +10,7 @@ llm.c        ``.bin`` with a header of 256 int32: magic 20240520 (uint16) or 202
 Megatron     ``.bin`` beside ``.idx`` (MMIDIDX, version 1): document ends from the index
 datatrove    ``.ds`` beside ``.ds.index`` (uint64 document ends); the width follows from both
 OLMo, numpy  ``.npy``: plain tokens as for nanoGPT, or a one-dimensional numpy array
-lmcore       the ``.bin`` files of a token store, all together, or its folder
+lmcore       the ``.bin`` files of a token store, all together
 ===========  ======================================================================================
 
 Where the format has no document ends, they are where the tokenizer's end-of-document token stands.

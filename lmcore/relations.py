@@ -45,7 +45,7 @@ def check(config: RunConfig) -> None:
     if blocks is not None and isinstance(micro, int) and blocks % micro:
         raise RequestError(
             f"train.global_batch_blocks {blocks} is not a multiple of train.micro_batch_blocks {micro}: "
-            f"take {blocks // micro * micro or micro} or {(blocks // micro + 1) * micro} blocks"
+            f"take {' or '.join(dict.fromkeys(str(n * micro) for n in (max(1, blocks // micro), blocks // micro + 1)))} blocks"
         )
     if train.duration.unit not in ("steps", "tokens", "epochs"):
         raise RequestError(
