@@ -43,9 +43,10 @@ def check(config: RunConfig) -> None:
         global_batch_blocks(config, data.block_size)
     blocks, micro = train.global_batch_blocks, train.micro_batch_blocks
     if blocks is not None and isinstance(micro, int) and blocks % micro:
+        near = dict.fromkeys((max(1, blocks // micro) * micro, (blocks // micro + 1) * micro))
         raise RequestError(
             f"train.global_batch_blocks {blocks} is not a multiple of train.micro_batch_blocks {micro}: "
-            f"take {' or '.join(dict.fromkeys(str(n * micro) for n in (max(1, blocks // micro), blocks // micro + 1)))} blocks"
+            f"take {' or '.join(map(str, near))} blocks"
         )
     if train.duration.unit not in ("steps", "tokens", "epochs"):
         raise RequestError(
