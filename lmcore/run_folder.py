@@ -362,6 +362,8 @@ _SECRET_TEXT: Final = re.compile(
     r"|AKIA[0-9A-Z]{16}|xox[abpr]-[A-Za-z0-9\-]{10,}|https://hooks\.slack\.com/\S+"
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=[Bb]earer )[A-Za-z0-9._\-]{16,}"
 )
+_NOTHING: Final = frozenset(("null", "none", "~", "true", "false", "''", '""', "[]", "{}"))
+"""What a text may say of a secret that is not there; hidden, it would look like a value."""
 _ASSIGNMENT: Final = re.compile(r"(?P<name>[A-Za-z0-9_.\-]+)(?P<sign>\s*[=:]\s*)(?P<value>[^\s,;]+)")
 
 
@@ -415,7 +417,9 @@ def _redact_text(text: str, secrets: list[str]) -> str:
     text = _SECRET_TEXT.sub(HIDDEN, text)
     return _ASSIGNMENT.sub(
         lambda found: (
-            f"{found['name']}{found['sign']}{HIDDEN}" if is_secret_name(found["name"]) else found[0]
+            f"{found['name']}{found['sign']}{HIDDEN}"
+            if is_secret_name(found["name"]) and found["value"].lower() not in _NOTHING
+            else found[0]
         ),
         text,
     )

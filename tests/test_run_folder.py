@@ -485,3 +485,11 @@ def test_ordinary_text_stays_as_it_is() -> None:
     assert redact({"optim": {"lr": 0.1, "betas": (0.9, 0.95)}}, environ={}) == {
         "optim": {"lr": 0.1, "betas": (0.9, 0.95)}
     }
+
+
+@pytest.mark.parametrize(
+    "line", ["  webhook: null", "api_key: ~", "token=None", 'hf_token: ""', "password: false"]
+)
+def test_a_secret_that_is_not_there_stays_not_there(line: str) -> None:
+    """Hidden, a `null` of config.yaml would be read back as a value."""
+    assert redact(line, environ={}) == line
