@@ -313,12 +313,12 @@ class Checkpoints:
         return True
 
     def _write(self, save: _Save, niceness: int) -> None:
-        """Write, commit and let old ones go, in the background or not. What goes wrong is kept, not
-        raised.
-        """
+        """Write, commit and let old ones go, in the background or not. What goes wrong is kept."""
         try:
             if niceness and sys.platform.startswith("linux"):  # where niceness belongs to the thread
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+                thread = threading.get_native_id()
+                own = os.getpriority(os.PRIO_PROCESS, thread)  # never upwards: that needs a privilege
+                os.setpriority(os.PRIO_PROCESS, thread, max(niceness, own))
             self._commit(save)
         except Exception as error:
             save.problem = error
