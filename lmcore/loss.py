@@ -34,7 +34,7 @@ from lmcore.errors import RequestError
 IGNORED_LABEL = -100
 """torch's default ``ignore_index``; set by position, so that a pad id equal to EOS never hides a real EOS."""
 
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 128 * 2**20
 """Size of one chunk's logits under ``chunk="auto"`` on a CPU: the chunked head keeps one such buffer."""
 CUDA_CHUNK_BYTES = 2**30
 """The same on a GPU, where small matrix products would leave most of the chip idle."""

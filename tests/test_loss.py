@@ -241,7 +241,7 @@ def test_the_rule_for_the_chunk() -> None:
     assert choose_chunk(300, tokens=100, vocab_size=50304) == 100
     auto = choose_chunk("auto", tokens=10**7, vocab_size=8192)
     assert 0.99 * CHUNK_BYTES < auto * 8192 * 2 <= CHUNK_BYTES
-    assert choose_chunk("auto", tokens=4096, vocab_size=50304) == 2048  # equal chunks, no small remainder
+    assert choose_chunk("auto", tokens=4096, vocab_size=50304) == 1024  # equal chunks, no small remainder
     assert choose_chunk("auto", tokens=1000, vocab_size=8192) == 1000
     assert choose_chunk("auto", tokens=10**5, vocab_size=10**7) == 64
     with pytest.raises(RequestError, match=r"loss\.chunk"):

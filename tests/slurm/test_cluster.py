@@ -414,7 +414,7 @@ def test_the_cluster_leaves_nothing_behind() -> None:
 
 def _sleeper(folder: Path) -> Path:
     script = folder / "sleep.sh"
-    script.write_text("#!/bin/bash\n#SBATCH --output=/dev/null\nsleep 2\n")
+    script.write_text("#!/bin/bash\n#SBATCH --output=/dev/null\nsleep 60\n")  # the cluster ends it
     return script
 
 
