@@ -67,10 +67,11 @@ def can_isolate() -> bool:
 class Cluster:
     """A controller, ``nodes`` compute nodes named ``node1`` ..., partitions ``debug`` (default) and ``high``.
 
-    ``high`` preempts ``debug`` by requeueing, after ``grace_seconds``. Each node claims ``cpus`` cores, 64 GB
-    and ``gpus`` GPUs, whatever the machine has. ``kill_wait_seconds`` lie between SIGTERM and SIGKILL;
-    ``requeue_seconds`` is the least time that a requeued job waits (the lifetime of its credential; Slurm
-    takes less than 5 for its own value, 120).
+    ``high`` preempts ``debug`` by requeueing, after ``grace_seconds``. One node more, the last, is the
+    partition ``apart``: nobody preempts there, so what is ended there the clock has ended. Each node claims
+    ``cpus`` cores, 64 GB and ``gpus`` GPUs, whatever the machine has. ``kill_wait_seconds`` lie between SIGTERM
+    and SIGKILL; ``requeue_seconds`` is the least time that a requeued job waits (the lifetime of its credential;
+    Slurm takes less than 5 for its own value, 120).
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Cluster:
         requeue_seconds: int = 5,
         isolated: bool | None = None,
     ) -> None:
-        self.nodes = [f"node{i + 1}" for i in range(nodes)]
+        self.nodes = [f"node{i + 1}" for i in range(nodes + 1)]  # the last one is the partition ``apart``
         self.isolated = can_isolate() if isolated is None else isolated
         # Short on purpose: the path of munge's socket must stay under 108 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="lmslurm-", dir="/tmp"))
@@ -236,6 +237,7 @@ class Cluster:
             f" {hardware} Gres=gpu:{gpus} State=UNKNOWN"
             for i, node in enumerate(self.nodes)
         )
+        shared = ",".join(self.nodes[:-1])
         self.configuration.write_text(
             f"""ClusterName=test
 SlurmctldHost={host}({controller})
@@ -279,8 +281,9 @@ MessageTimeout=20
 SlurmdParameters=config_overrides
 GresTypes=gpu
 {nodes}
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 PriorityTier=1 GraceTime={grace}
-PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=30 PriorityTier=10 PreemptMode=OFF
+PartitionName=debug Nodes={shared} Default=YES MaxTime=INFINITE DefaultTime=30 PriorityTier=1 GraceTime={grace}
+PartitionName=high Nodes={shared} MaxTime=INFINITE DefaultTime=30 PriorityTier=10 PreemptMode=OFF
+PartitionName=apart Nodes={self.nodes[-1]} MaxTime=INFINITE DefaultTime=30 PreemptMode=OFF
 """
         )
         etc = self.folder / "etc"
@@ -376,7 +379,8 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=30 PriorityTier=10 Pre
         return sorted(set(self._inside("squeue", "-h", "-o", fields, check=False).stdout.split()))
 
     def _idle(self) -> int:
-        return len(self._inside("sinfo", "-h", "-p", "debug", "-N", "-t", "idle", "-o", "%N").stdout.split())
+        """How many nodes are idle; a node that is in two partitions counts once."""
+        return len(set(self._inside("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").stdout.split()))
 
     def _daemon(self, name: str) -> int | None:
         """A daemon's pid, seen from here; its pid file may hold the one that is seen from inside."""
