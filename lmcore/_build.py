@@ -16,111 +16,32 @@ Example::
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import inspect
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from lmcore._model_config import (
+    SPECIAL_IDS,
+    context_of,
+    known_tokens,
+    make_config,
+    nearest,
+    one_line,
+    pad_vocab,
+    pretrained_config,
+    refuse_unsafe_index,
+)
 from lmcore.errors import RequestError
 
-VOCAB_MULTIPLE = 64
-"""Matrix units want such columns: 50,304 instead of 50,257 gave +13.7 % (LLMs-from-scratch, A100)."""
-SPECIAL_IDS = ("bos_token_id", "pad_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "unk_token_id")
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-
-# Fields that lmcore sets itself, and what to use instead.
-_OWNED = {
-    "vocab_size": "it is the tokenizer's",
-    "use_cache": "it is off while training",
-    "dtype": "parameters are float32; see train.precision",
-    "torch_dtype": "parameters are float32; see train.precision",
-    "transformers_version": "it is written on export",
-    "architectures": "it is written on export",
-    "return_dict": "the model's outputs are lmcore's affair",
-    **dict.fromkeys(SPECIAL_IDS, "it is the tokenizer's"),
-}
-
-
-def pad_vocab(vocab_size: int) -> int:
-    """The next multiple of ``VOCAB_MULTIPLE``."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the known name that looks most like ``name``, or nothing."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-# --------------------------------------------------------------------------------------------- configurations
-
-
-def known_types() -> list[str]:
-    """The model types of transformers that have a causal language model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-
-
-def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
-    """A transformers config of this type; ``owned`` are fields that lmcore sets.
-
-    Raises:
-        RequestError: unknown type or field (with the nearest name), a field that lmcore sets, a wrong value.
-    """
-    from transformers import CONFIG_MAPPING
-
-    if type not in known_types():
-        raise RequestError(
-            f"model.type {type!r} is no causal language model of transformers{nearest(type, known_types())}"
-        )
-    config_class = CONFIG_MAPPING[type]
-    if is_dataclass(config_class):
-        known = {f.name for f in fields(config_class)}
-    else:
-        known = set(inspect.signature(config_class.__init__).parameters) - {"self", "kwargs"}
-    known |= set(config_class.attribute_map)
-    for name in overrides:
-        if name in _OWNED:
-            raise RequestError(f"model.config.{name} cannot be set: {_OWNED[name]}")
-        if name not in known:
-            raise RequestError(
-                f"model.config.{name} is no field of {config_class.__name__}{nearest(name, known)}"
-            )
-    if "is_decoder" in known:
-        owned.setdefault("is_decoder", True)  # BERT and its kin see the future without it
-    try:
-        return config_class(**{**owned, **overrides})
-    except Exception as error:  # strict dataclasses and __post_init__ raise many types
-        raise RequestError(f"model.config: {_one_line(error)}") from error
-
-
-def context_length(type: str, overrides: Mapping[str, Any]) -> int | None:
-    """Tokens that the model sees at once, by its config; ``None`` where positions have no end."""
-    return _context(make_config(type, overrides))
-
-
-def _context(config: Any) -> int | None:
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
 
 # ------------------------------------------------------------------------------------------------------ build
 
@@ -189,7 +110,7 @@ def build(
         model.real_vocab_size = vocab_size
         if config.vocab_size != vocab_size:
             note(f"vocabulary {vocab_size} padded to {config.vocab_size}; the padding takes no probability")
-    context = _context(model.config)
+    context = context_of(model.config)
     if context is not None and block_size > context:
         raise RequestError(
             f"data.block_size {block_size} is more than the model's context of {context} tokens: give a "
@@ -235,7 +156,7 @@ def _from_scratch(config: Any, ids: Mapping[str, int | None], attention: str | N
             KeyError,
         ) as error:
             raise RequestError(
-                f"{model_class.__name__} refuses this configuration: {_one_line(error)}"
+                f"{model_class.__name__} refuses this configuration: {one_line(error)}"
             ) from error
 
     with no_init_weights():  # what the constructors would draw is drawn again below
@@ -333,7 +254,7 @@ def import_path(path: str, option: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise RequestError(f"{option} {path!r}: cannot import {module_name}: {_one_line(error)}") from error
+        raise RequestError(f"{option} {path!r}: cannot import {module_name}: {one_line(error)}") from error
     target = getattr(module, name, None)
     if not callable(target):
         raise RequestError(
@@ -343,48 +264,6 @@ def import_path(path: str, option: str) -> Callable[..., Any]:
 
 
 # ------------------------------------------------------------------------------------------------- pretrained
-
-
-def refuse_unsafe_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a config.json with keys through which a loader could be made to fetch or run code.
-
-    ``_attn_implementation_internal`` (CVE-2026-4372), ``trust_remote_code`` in a nested config
-    (CVE-2026-5241), a kernel repository as attention implementation, and every other private key: none
-    belongs into a saved config.
-    """
-    for key, value in config.items():
-        text = str(key)
-        private = text.startswith("_") and text not in ("_name_or_path", "_commit_hash")
-        kernel = text.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value)
-        if private or kernel or text == "trust_remote_code":
-            raise RequestError(
-                f"{where}: config.json holds the unsafe key {text!r}: remove it if you trust the source"
-            )
-        if isinstance(value, Mapping):
-            refuse_unsafe_config(value, where)
-
-
-def refuse_unsafe_index(path: str, where: str, *, revision: str | None = None) -> None:
-    """Refuse an index of weights that names anything but safetensors files of its own folder.
-
-    transformers follows it to any file, and gives one that is not safetensors to torch's unpickler.
-    """
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
-
-    missing_is_fine = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, revision=revision, **missing_is_fine)
-    if index is None:
-        return
-    with open(index, encoding="utf-8") as file:
-        names = json.load(file)["weight_map"].values()
-    for name in names:
-        if not isinstance(name, str) or not name.endswith(".safetensors") or "/" in name or "\\" in name:
-            raise RequestError(
-                f"{where}: its index of weights names {name!r}, which is no safetensors file there"
-            )
 
 
 def _pretrained(
@@ -397,23 +276,12 @@ def _pretrained(
     note: Callable[[str], None],
 ) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    from transformers import AutoModelForCausalLM
 
     source = f"model.from_pretrained {path!r}"
+    config, commit = pretrained_config(path, revision, overrides)
     try:
-        raw, _ = PretrainedConfig.get_config_dict(path, revision=revision)
-        refuse_unsafe_config(raw, source)
-        refuse_unsafe_index(path, source, revision=raw.get("_commit_hash") or revision)
-        commit = raw.get("_commit_hash")
-        config = AutoConfig.from_pretrained(path, revision=commit or revision, trust_remote_code=False)
-        for name, value in overrides.items():
-            if name in _OWNED or not hasattr(config, name):
-                reason = _OWNED.get(name) or f"no field of {config.__class__.__name__}"
-                raise RequestError(
-                    f"model.config.{name} cannot be set: {reason}{nearest(name, config.to_dict())}"
-                )
-            setattr(config, name, value)
-        config.use_cache = False
+        refuse_unsafe_index(path, source, revision=commit or revision)
         model = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -424,14 +292,10 @@ def _pretrained(
             **({} if attention is None else {"attn_implementation": attention}),
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise RequestError(f"{source}: {_one_line(error)}") from error
+        raise RequestError(f"{source}: {one_line(error)}") from error
     if commit:
         note(f"{path}: commit {commit}" + ("" if revision else " (give model.revision to pin it)"))
-    have = model.real_vocab_size = model.config.get_text_config().vocab_size
-    if vocab_size > have:
-        raise RequestError(
-            f"{source} knows {have} tokens, the tokenizer has {vocab_size}: bring the model's own tokenizer"
-        )
+    have = model.real_vocab_size = known_tokens(config, source, vocab_size)
     if pad_vocab(have) != have:
         model.resize_token_embeddings(pad_vocab(have), mean_resizing=False)
         with torch.no_grad():

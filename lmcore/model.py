@@ -32,12 +32,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lmcore._build import (
-    ATTENTION,
+from lmcore._build import ATTENTION, build, import_path
+from lmcore._model_config import (
     SPECIAL_IDS,
-    build,
     context_length,
-    import_path,
     known_types,
     nearest,
     pad_vocab,
