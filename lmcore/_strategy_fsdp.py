@@ -27,13 +27,13 @@ def plugin(*, precision: str, reduce_dtype: str) -> Any:
         auto_wrap_policy="transformer_based_wrap",
         mixed_precision_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=DTYPES[reduce_dtype]),
         activation_checkpointing=False,  # its own draws other dropout masks in the recomputation
-        cpu_ram_efficient_loading=False,  # every rank builds the same weights from the seed
+        cpu_ram_efficient_loading=False,  # _strategy_start has rank 0's weights distributed
     )
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """What has no form for sharded tensors in torch 2.13: fused kernels but Adam's are taken back, Adafactor
-    refused.
+def checked(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer, without what has no form for sharded tensors in torch 2.13: fused kernels but Adam's are
+    taken back, Adafactor is refused.
 
     Raises:
         RequestError: Adafactor.
@@ -46,6 +46,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
             if group.get("fused"):
                 group["fused"] = False
+    return optimizer
 
 
 def name_layers(fsdp_plugin: Any, layers: list[nn.Module]) -> None:

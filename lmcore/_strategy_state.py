@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lmcore.errors import RequestError
 
 
 class TensorState:
@@ -143,6 +145,43 @@ def assemble(skeleton: Skeleton | None, state: Any) -> nn.Module | None:
         if skeleton is not None:
             tensors[name] = tensor.cpu()
     return skeleton.fill(tensors) if skeleton is not None else None
+
+
+def load(state: Any, layout: Callable[[], list[Any]], read: Callable[[str, str, str], Tensor | None]) -> None:
+    """Take over weights and slots; see ``Engine.load_state``."""
+    with torch.no_grad():
+        state.prime()  # first: a step, even an empty one, may touch the weights
+        found = 0
+        for entry in layout():
+            value = read(entry.kind, entry.name, entry.slot)
+            if value is not None and tuple(value.shape) != entry.shape:
+                raise RequestError(
+                    f"{entry.name} {entry.slot} is {tuple(value.shape)} in the checkpoint but {entry.shape} "
+                    "in this model: the checkpoint is of another model"
+                )
+            if value is not None:
+                state.put(entry.name, entry.slot, value)
+                found += entry.kind == "optim"
+            elif entry.kind == "model":
+                raise RequestError(f"the checkpoint has no tensor {entry.name}: it is of another model")
+        if not found:
+            state.forget()
+
+
+def scalars(state: Any, scaler: Any, optimizer: Any) -> dict[str, Any]:
+    """The optimizer's numbers, as JSON; see ``Engine.optimizer_scalars``."""
+    slots = {slot: compress(values) for slot, values in state.scalars().items()}
+    return {"slots": slots, **get_loss_scale(scaler, optimizer)}
+
+
+def load_scalars(state: Any, scaler: Any, optimizer: Any, stored: dict[str, Any]) -> None:
+    """The inverse of :func:`scalars`."""
+    for slot, values in stored.get("slots", {}).items():
+        for name, _, _ in state.weights():
+            value = values.get(name) if isinstance(values, dict) else values
+            if value is not None:
+                state.put_scalar(name, slot, value)
+    set_loss_scale(scaler, optimizer, stored)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from lmcore import _strategy_build as build
 from lmcore import _strategy_fsdp as fsdp
 from lmcore import _strategy_launch as launch
+from lmcore import _strategy_start as start
 from lmcore import _strategy_state as by_name
 from lmcore import _strategy_zero as zero
 from lmcore import optim
@@ -124,6 +125,8 @@ class Engine:
         self.local_rank: int = max(0, self.accelerator.local_process_index)
         self.world_size: int = self.accelerator.num_processes
         self.is_main = self.rank == 0
+        self.needs_weights = self.is_main or not self._sharded
+        """Whether this rank must build the model with its weights: where it is sharded, only rank 0."""
         self.is_local_main = self.local_rank == 0
         self._ranks = Ranks(timeout)
         self._compile = compile
@@ -156,7 +159,8 @@ class Engine:
 
         Args:
             module: ``module(**batch) -> (loss_sum, count)``; the user's model is ``module.model``. Every rank
-                must have built it with the same weights.
+                must have built it with the same weights; where only rank 0 :attr:`needs_weights`, the others may
+                have empty (meta) parameters, and get their parts of rank 0's.
             make_optimizer: gets ``(name, parameter)`` pairs, returns a ``torch.optim`` optimizer over them.
             gradient_accumulation: micro-batches of one step on this rank.
             micro_batch_blocks: blocks of one micro-batch (DeepSpeed keeps its books by it).
@@ -175,18 +179,32 @@ class Engine:
             compile_regions(module, self._compile_mode)
         if self._checkpointing:
             enable_activation_checkpointing(self._inner.model)
-        optimizer = make_optimizer([(clean_name(name), p) for name, p in module.named_parameters()])
+        first = None
+        if self._sharded or (self._with_zero and self.precision != "fp32"):
+            # DeepSpeed alone would make its fp32 weights from rounded ones.
+            first = start.FirstWeights(module, keep=self.is_main)
+            first.check(self.broadcast_object(first.shapes))
+        if self._sharded:
+            start.empty(module)
         if self._with_zero:
-            self._prepare_zero(module, optimizer, micro_batch_blocks)
+            self._prepare_zero(module, make_optimizer(self._named(module)), micro_batch_blocks)
+        elif self.strategy == "fsdp2":
+            fsdp.name_layers(self.accelerator.state.fsdp_plugin, decoder_layers(self._inner.model))
+            self.module = start.shard_empty(module, self.accelerator)
+            self.optimizer = fsdp.checked(make_optimizer(self._named(module)))
         else:
-            if self.strategy == "fsdp2":
-                fsdp.check_optimizer(optimizer)
-                fsdp.name_layers(self.accelerator.state.fsdp_plugin, decoder_layers(self._inner.model))
             # Only buffers that training changes must be kept equal, and that costs every forward.
             self.accelerator.ddp_handler.broadcast_buffers = bool(persistent_buffers(module))
+            optimizer = make_optimizer(self._named(module))
             self.module, wrapped = self.accelerator.prepare(module, optimizer)
             self.optimizer = wrapped.optimizer
-            self._state = TensorState(self._named_parameters(), persistent_buffers(module), self.optimizer)
+        buffers = persistent_buffers(module)
+        if self._with_zero:
+            self._state = ZeroState(self._names(), buffers, self.optimizer, int(self.strategy[-1]))
+        else:
+            self._state = TensorState(self._names(), buffers, self.optimizer)
+        if first is not None:
+            first.give(self._state, self.device)
         self._rehearse = self.strategy == "ddp" and self.world_size > 2
         self._scaler = self.accelerator.scaler
         self._trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -198,19 +216,17 @@ class Engine:
     ) -> None:
         zero.check_optimizer(optimizer)
         self.accelerator.gradient_accumulation_steps = self._accumulation
+        config = self.accelerator.deepspeed_plugin.deepspeed_config
         zero.batch_config(
-            self.accelerator.deepspeed_plugin.deepspeed_config,
+            config,
             micro_batch_blocks=micro_batch_blocks,
             accumulation=self._accumulation,
             world_size=self.world_size,
             clip_norm=self._clip_norm,
         )
-        exact = {clean_name(n): p.detach() for n, p in module.named_parameters() if self.precision != "fp32"}
+        if self._sharded:
+            start.partition_empty(module, optimizer, config, self.device)
         self.module, self.optimizer = zero.wrap(self.accelerator, module, optimizer)
-        stage = int(self.strategy[-1])
-        self._state = ZeroState(self._named_parameters(), persistent_buffers(module), self.optimizer, stage)
-        for name, value in exact.items():  # DeepSpeed has made its fp32 weights from rounded ones
-            self._state.put(name, "", value)
 
     # ---- one step ------------------------------------------------------------------------------------------
 
@@ -357,37 +373,15 @@ class Engine:
         Raises:
             RequestError: a weight is missing or of another shape.
         """
-        with torch.no_grad():
-            self._state.prime()  # first: a step, even an empty one, may touch the weights
-            found = 0
-            for entry in self.state_layout():
-                value = read(entry.kind, entry.name, entry.slot)
-                if value is not None and tuple(value.shape) != entry.shape:
-                    raise RequestError(
-                        f"{entry.name} {entry.slot} is {tuple(value.shape)} in the checkpoint but {entry.shape} "
-                        "in this model: the checkpoint is of another model"
-                    )
-                if value is not None:
-                    self._state.put(entry.name, entry.slot, value)
-                    found += entry.kind == "optim"
-                elif entry.kind == "model":
-                    raise RequestError(f"the checkpoint has no tensor {entry.name}: it is of another model")
-            if not found:
-                self._state.forget()
+        by_name.load(self._state, self.state_layout, read)
 
     def optimizer_scalars(self) -> dict[str, Any]:
         """The optimizer's numbers (Adam's step count, the fp16 loss scale), as JSON."""
-        slots = {slot: by_name.compress(values) for slot, values in self._state.scalars().items()}
-        return {"slots": slots, **by_name.get_loss_scale(self._scaler, self.optimizer)}
+        return by_name.scalars(self._state, self._scaler, self.optimizer)
 
     def load_optimizer_scalars(self, scalars: dict[str, Any]) -> None:
         """The inverse of :meth:`optimizer_scalars`; call it after :meth:`load_state`."""
-        for slot, stored in scalars.get("slots", {}).items():
-            for name, _, _ in self._state.weights():
-                value = stored.get(name) if isinstance(stored, dict) else stored
-                if value is not None:
-                    self._state.put_scalar(name, slot, value)
-        by_name.set_loss_scale(self._scaler, self.optimizer, scalars)
+        by_name.load_scalars(self._state, self._scaler, self.optimizer, scalars)
 
     @contextlib.contextmanager
     def full_model(self) -> Iterator[nn.Module | None]:
@@ -423,8 +417,12 @@ class Engine:
 
     # ---- private -------------------------------------------------------------------------------------------
 
-    def _named_parameters(self) -> dict[str, nn.Parameter]:
-        return {clean_name(name): p for name, p in self._inner.named_parameters()}
+    def _names(self) -> dict[str, nn.Parameter]:
+        return dict(self._named(self._inner))
+
+    @staticmethod
+    def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        return [(clean_name(name), p) for name, p in module.named_parameters()]
 
     def _announce(self, *, is_last: bool) -> None:
         """Tell the wrapper, before the forward, whether this backward ends the step."""
