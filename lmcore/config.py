@@ -344,7 +344,7 @@ class GuardConfig:
     stuck_seconds: float = option(1_800.0, "free", above=0)
     """A step that takes longer ends the run with the stacks of all ranks."""
     stop_before_deadline_seconds: float = option(120.0, "free", at_least=0)
-    """Save and leave so long before a Slurm deadline or max_minutes."""
+    """Save and leave so long before a Slurm job ends; at most half of the time that it has left when it begins."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,7 +159,8 @@ class Guard:
     Args:
         run_dir: where SAVE and STOP are looked for (rank 0) and ``logs`` lies.
         max_minutes: stop this long after the making of this object; ``None`` for no limit.
-        stop_before_deadline_seconds: how long before the job's end (``SLURM_JOB_END_TIME``) to stop.
+        stop_before_deadline_seconds: how long before the job's end (``SLURM_JOB_END_TIME``) to stop; at most half of
+            the time that is left at the beginning, so that every piece of a run gets on.
         max_skips, max_rewinds, spike, spike_window, spike_sigma: see ``lmcore/_numerics.py``.
         stuck_seconds: no step boundary for this long means stuck; 0 for never.
         say: gets one line for everything worth knowing.
@@ -197,7 +198,15 @@ class Guard:
         self._margin = stop_before_deadline_seconds
         now = time.monotonic()
         self._stop_at = now + max_minutes * 60 if max_minutes else math.inf
-        self._job_ends = now + _seconds_to_job_end(os.environ if environ is None else environ)
+        left = _seconds_to_job_end(os.environ if environ is None else environ)
+        self._job_ends = now + left
+        if self._margin > max(0.0, left / 2):
+            self._margin = max(0.0, left / 2)
+            if rank == 0:
+                say(
+                    f"guard.stop_before_deadline_seconds {stop_before_deadline_seconds:g} is more than half of the "
+                    f"{max(0.0, left):.0f} s that this job has left: {self._margin:.0f} s are kept free instead"
+                )
         self._signalled = 0
         self._raised = 0
         self._first_sigint = math.inf

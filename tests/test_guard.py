@@ -146,6 +146,29 @@ def test_deadlines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdict(MAX_MINUTES).checkpoint_reason == "deadline"
 
 
+def test_a_margin_as_long_as_the_job_leaves_half_of_it_to_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each piece of the run would be one step, and the queue would start it again for ever."""
+    now, heard = [1000.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    job = {"SLURM_JOB_END_TIME": "1300"}
+    made = Guard(run_dir=tmp_path, stop_before_deadline_seconds=300, environ=job, say=heard.append)
+    Guard(run_dir=tmp_path, rank=1, stop_before_deadline_seconds=300, environ=job, say=heard.append)
+    assert len(heard) == 1
+    assert "300 is more than half of the 300 s" in heard[0]
+    now[0] += 149
+    assert made.flags() == 0
+    now[0] += 1
+    assert made.flags() == DEADLINE
+    now[0] += 500
+    late = Guard(run_dir=tmp_path, environ=job, say=heard.append)
+    assert late.flags() == DEADLINE, "a job that should have ended"
+    Guard(run_dir=tmp_path, environ={}, say=heard.append)
+    assert len(heard) == 2
+
+
 def test_files_are_seen_on_rank_0_and_taken_away_when_done(tmp_path: Path) -> None:
     made = Guard(run_dir=tmp_path, environ={})
     other = Guard(run_dir=tmp_path, rank=1, world_size=2, environ={})
