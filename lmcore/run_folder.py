@@ -239,7 +239,8 @@ class RunFolder:
             "job_id": job_id(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        self._disk.write_json(self.path / "status.json", self._status | status)
+        # "running" comes at every save, between two steps: how the run ended must outlive a power cut, this need not.
+        self._disk.write_json(self.path / "status.json", self._status | status, durable=state != "running")
 
     def read_status(self) -> dict[str, Any] | None:
         """The last status, or ``None``."""

@@ -279,6 +279,10 @@ def test_status_is_whole_at_any_instant(tmp_path: Path) -> None:
     folder.create()
     before = len(counter.calls)
     folder.write_status("running", step=1)
+    assert "fsync" not in counter.calls[before:], "training waits for no disk"
+    before = len(counter.calls)
+    folder.write_status("saved", step=1)
+    assert "fsync" in counter.calls[before:]
     for number in range(len(counter.calls) - before):
         killed = RunFolder(tmp_path / "run", disk=Disk(KillAt(number, torn=True)))
         assert forked(lambda f=killed: f.write_status("finished", step=2)) == -9
