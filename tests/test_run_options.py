@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from lmcore.errors import EXIT_FAULT, EXIT_FINISHED
+from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_REQUEST
 from lmcore.metrics import read_metrics
 from tests.fork_server import run_ranks
-from tests.test_run import _train, assert_same_state, losses, request, train, weights, words
+from tests.test_run import ROOT, _train, assert_same_state, losses, request, train, weights, words
 
 SHORT = {"train__duration": "6 steps", "evaluate__every": "3 steps", "checkpoint__every": "never"}
 
@@ -172,6 +172,101 @@ def test_too_many_rewinds_end_the_run_with_the_evidence(text: Path) -> None:
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", EXIT_FAULT)
     assert "positions" in status["reason"]
+
+
+def _train_with_a_flipped_bit(argv: list[str], at_step: int, victim: int) -> int:
+    """As ``_train``; after step ``at_step`` one bit of one weight of one rank is another, as a faulty device leaves
+    it.
+    """
+    import torch
+
+    import train_lm
+
+    advance = train_lm.Session.advance
+
+    def flips(self: Any, *step: Any) -> None:
+        if self.state.step + 1 == at_step and self.engine.rank == victim:
+            _, weight = self._weights()[3]
+            weight.detach().view(-1).view(torch.int32)[5] ^= 1 << 12
+        advance(self, *step)
+
+    train_lm.Session.advance = flips
+    return _train(argv, None, 0)
+
+
+def test_a_rank_that_has_silently_diverged_is_found_at_the_next_check(text: Path) -> None:
+    run_dir, straight = text / "diverged", text / "not-diverged"
+    options = {
+        "train__duration": "12 steps",
+        "train__micro_batch_blocks": 4,
+        "checkpoint__every": "5 steps",
+        "evaluate__every": "never",
+        "guard__hash_every": "4 steps",
+    }
+    argv = request(text, run_dir, **options)
+    assert run_ranks(_train_with_a_flipped_bit, 3, argv, 6, 1, timeout=240) == [EXIT_FAULT] * 3
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", EXIT_FAULT)
+    assert "the weights of rank 1 differ from the others' at step 8" in status["reason"]
+    assert train(argv, 3) == [EXIT_FINISHED] * 3, "the checkpoint before it was good"
+    assert train(request(text, straight, **options), 3) == [EXIT_FINISHED] * 3
+    assert losses(run_dir) == losses(straight)
+    assert_same_state(weights(run_dir), weights(straight))
+
+
+def _train_with_a_large_gradient(argv: list[str], at_step: int, factor: float) -> int:
+    """As ``_train``; the loss of the last rank is ``factor`` times itself in one step."""
+    import train_lm
+
+    backward = train_lm.Engine.backward
+    rate = train_lm.optim.learning_rate
+    now = [-1]
+
+    def noted(step: int, **schedule: Any) -> float:
+        now[0] = step
+        return rate(step, **schedule)
+
+    def scaled(self: Any, loss_sum: Any, labels: Any) -> None:
+        large = now[0] + 1 == at_step and self.rank == self.world_size - 1
+        backward(self, loss_sum * factor if large else loss_sum, labels)
+
+    train_lm.optim.learning_rate, train_lm.Engine.backward = noted, scaled
+    return _train(argv, None, 0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_spike_skip_holds_the_update_back_on_every_rank(text: Path, world_size: int) -> None:
+    """The run whose gradient was 1,000 times too large in one step is that in which the same step had no number."""
+    options = {
+        "train__duration": "16 steps",
+        "checkpoint__every": "never",
+        "evaluate__every": "never",
+        "guard__spike": "skip",
+        "guard__spike_window": 10,
+        "guard__spike_sigma": 30,
+    }
+    found = {}
+    for name, factor in (("large", 1e3), ("nan", math.nan)):
+        run_dir = found[name] = text / f"spike-{name}-{world_size}"
+        argv = request(text, run_dir, **options)
+        codes = run_ranks(_train_with_a_large_gradient, world_size, argv, 13, factor, timeout=240)
+        assert codes == [EXIT_FINISHED] * world_size
+        skips = [r for r in read_metrics(run_dir / "metrics.jsonl", kind="event") if r["event"] == "skip"]
+        assert [skip["step"] for skip in skips] == [13]
+        assert skips[0]["positions"] == [[144, 156]]
+        assert ("above the spike limit" in skips[0]["reason"]) == (name == "large")
+    assert losses(found["large"]) == losses(found["nan"])
+    assert_same_state(weights(found["large"]), weights(found["nan"]))
+
+
+def test_spike_skip_is_refused_where_the_norm_comes_too_late(text: Path) -> None:
+    run_dir = text / "spike-zero"
+    env = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    options = {**SHORT, "guard__spike": "skip", "engine__deepspeed": ROOT / "ds_configs" / "zero1.json"}
+    argv = request(text, run_dir, **options)
+    assert run_ranks(_train, 2, argv, None, 0, timeout=240, env=env) == [EXIT_REQUEST] * 2
+    status = json.loads((run_dir / "status.json").read_text())
+    assert "use warn or rewind" in status["reason"]
 
 
 def _train_with_an_error(argv: list[str], at_step: int) -> str:
