@@ -21,6 +21,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -30,6 +31,7 @@ import sentencepiece
 from lmcore import _tokenizer_folder as folders
 from lmcore import _tokenizer_hub as hub
 from lmcore._tokenizer_training import sample_texts, train_model
+from lmcore._tokenizer_words import WordCache
 from lmcore.errors import FaultError, RequestError
 
 __all__ = ["Tokenizer", "load", "sample_texts", "train"]
@@ -41,8 +43,8 @@ _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls")
 _SEP_CLS = {"[SEP]": "sep", "<sep>": "sep", "[CLS]": "cls", "<cls>": "cls"}
 
 _CUT_CHARACTERS = 4096
-"""Long documents are encoded in pieces of about this size, where the ids are provably the same: twice as
-fast."""
+"""Long documents are encoded in pieces of about this size, where the ids are provably the same: a third
+faster."""
 _LONGEST_CHARACTERS = 2**20
 """Without a provable cut for this long, a document is cut anyway: its time and memory must stay bounded."""
 
@@ -64,7 +66,6 @@ class Tokenizer:
         self.files = files
         self.notes = tuple(notes)
         self._is_native = native
-        self._bigrams: frozenset[str] | None = None
         self._exact = False
         if native:
             self._proto = folders.parse(files[MODEL_FILE])
@@ -119,7 +120,7 @@ class Tokenizer:
             return [
                 np.array(self._hub.encode(text, add_special_tokens=False), dtype=np.int32) for text in texts
             ]
-        if max(map(len, texts), default=0) <= _CUT_CHARACTERS:
+        if self._pairs is None:
             return self._model.encode(list(texts), num_threads=threads, return_type="numpy")
         pieces: list[str] = []
         counts = []
@@ -127,7 +128,9 @@ class Tokenizer:
             before = len(pieces)
             pieces.extend(self._cut(text))
             counts.append(len(pieces) - before)
-        encoded = self._model.encode(pieces, num_threads=threads, return_type="numpy")
+        encoded = self._words.encode_batch(pieces) if self._words is not None and threads == 1 else None
+        if encoded is None:
+            encoded = self._model.encode(pieces, num_threads=threads, return_type="numpy")
         result, at = [], 0
         for count in counts:
             result.append(encoded[at] if count == 1 else np.concatenate(encoded[at : at + count]))
@@ -156,26 +159,29 @@ class Tokenizer:
         between two characters that stand beside one another in no piece, nothing is ever merged, and the cut
         changes nothing. (For byte-pair and character models without normalization; others are not cut.)
         """
-        if (
-            len(text) <= _CUT_CHARACTERS
-            or not self._exact
-            or self._proto.trainer_spec.model_type == folders.UNIGRAM
-        ):
-            yield text
-            return
-        if self._bigrams is None:
-            self._bigrams = _adjacent_characters(self._proto)
+        assert self._pairs is not None
         text = text.replace(folders.SPACE, " ")  # the model does not tell them apart either
         start = 0
         while len(text) - start > _CUT_CHARACTERS:
             cut = start + _CUT_CHARACTERS
             last = min(start + _LONGEST_CHARACTERS, len(text))
-            while cut < last and text[cut - 1 : cut + 1] in self._bigrams:
+            while cut < last and text[cut - 1 : cut + 1] in self._pairs:
                 cut += 1
             yield text[start:cut]
             start = cut
-        if start < len(text):
+        if start < len(text) or not start:
             yield text[start:]
+
+    @cached_property
+    def _pairs(self) -> frozenset[str] | None:
+        """The characters that stand side by side in some piece; ``None`` where a text may not be cut."""
+        if not self._exact or self._proto.trainer_spec.model_type == folders.UNIGRAM:
+            return None
+        return _adjacent_characters(self._proto)
+
+    @cached_property
+    def _words(self) -> WordCache | None:
+        return None if self._pairs is None else WordCache.of(self._model, self._pairs)
 
     def byte_lengths(self) -> np.ndarray | None:
         """(V,) int32: how many UTF-8 bytes of text each id stands for, special tokens 0; ``None`` where that
@@ -244,7 +250,8 @@ def _native_length(kind: int, piece: str) -> int:
 
 
 def _adjacent_characters(proto: Any) -> frozenset[str]:
-    pieces = (p.piece for p in proto.pieces if p.type in (folders.NORMAL, folders.USER_DEFINED))
+    others = (folders.CONTROL, folders.UNKNOWN, folders.BYTE)
+    pieces = (p.piece for p in proto.pieces if p.type not in others)
     texts = (piece.replace(folders.SPACE, " ") for piece in pieces)
     return frozenset(piece[at : at + 2] for piece in texts for at in range(len(piece) - 1))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcore import _tokenizer_training, tokenizer
+from lmcore import _tokenizer_training, _tokenizer_words, tokenizer
 from lmcore._tokenizer_folder import HARD_TEXTS
 from lmcore.errors import RequestError
 from lmcore.text import Source, resolve
@@ -89,6 +90,65 @@ def test_a_long_text_is_cut_where_it_changes_nothing(ours: Tokenizer, texts: lis
         assert [ids.tolist() for ids in ours.encode_batch(texts)] == whole
         assert [ids.tolist() for ids in ours.encode_batch(texts, threads=2)] == whole
     assert ["".join(one) for one in pieces] == texts
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=ANY_TEXT | st.text(st.sampled_from("aB猫é１2_ ,\n\t(ー\u3099"), max_size=30))
+def test_whether_words_are_cut_depends_on_two_characters(text: str) -> None:
+    for words in _tokenizer_words._WORDS:
+        found = words.findall(text)
+        assert "".join(found) == text
+        cuts = set(np.cumsum([len(word) for word in found]).tolist()) - {len(text)}
+        assert cuts == {at for at in range(1, len(text)) if not words.fullmatch(text[at - 1 : at + 1])}
+        if text.isascii():
+            assert re.compile(words.pattern, re.ASCII).findall(text) == found
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(ANY_TEXT, max_size=5))
+def test_words_met_before_give_the_ids_of_the_whole(ours: Tokenizer, texts: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        # So small that words are forgotten, and looking them up is given up and tried again, within a few texts.
+        for name, value in (("GROUP", 50), ("KEPT", 300), ("CALL", 20), ("TRIAL", 100), ("REST", 100)):
+            patch.setattr(_tokenizer_words, f"_{name}_CHARACTERS", value)
+        for _ in range(2):
+            assert [one.tolist() for one in ours.encode_batch(texts)] == [
+                ours._model.encode(t) for t in texts
+            ]
+
+
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [
+        ({}, 0),
+        ({"split_digits": False}, 1),
+        ({"user_defined_symbols": ["a1"]}, 2),
+        ({"split_by_whitespace": False}, None),
+        ({"user_defined_symbols": ["\n\n"]}, None),
+    ],
+)
+def test_no_piece_of_the_vocabulary_is_cut(options: dict[str, Any], way: int | None) -> None:
+    made = train([*CORPUS, "100 200 1000 2000\n" * 40], vocab_size=900, **options)
+    assert (made._words._words if made._words else None) == (
+        None if way is None else _tokenizer_words._WORDS[way]
+    )
+    texts = [*CORPUS, *HARD_TEXTS, "a1 a b\n\na b1 2000\n\n\n"]
+    assert [one.tolist() for one in made.encode_batch(texts)] == [made._model.encode(text) for text in texts]
+
+
+def test_words_are_forgotten_and_given_up_where_they_do_not_pay(
+    ours: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pickle.loads(pickle.dumps(ours))
+    monkeypatch.setattr(_tokenizer_words, "_KEPT_CHARACTERS", 2000)
+    rng = np.random.default_rng(1)
+    made.encode_batch([CODE] * 20)
+    assert made._words._rest <= 0  # the same text again: it pays
+    noise = ["".join(map(chr, rng.integers(0x4E00, 0x6000, 2000))) for _ in range(200)]
+    for one in noise:
+        assert made.encode(one) == ours._model.encode(one)
+        assert sum(map(len, made._words._ids)) <= 2000 + 2001
+    assert made._words._rest > 0
 
 
 def test_the_cuts_are_real_and_bounded(ours: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

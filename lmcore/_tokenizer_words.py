@@ -1,0 +1,109 @@
+"""Text -> ids by way of its words, each of which SentencePiece encodes once.
+
+Comes in: texts, and the pairs of characters that stand beside one another in some piece of the vocabulary.
+Goes out: the ids that SentencePiece gives for the whole texts. What always holds: between two characters that
+stand side by side in no piece, byte-pair merging never joins anything, so that the ids of the words, one after
+another, are those of the text; whether two characters are cut apart depends on these two alone, and no pair
+of the vocabulary is cut; memory is bounded. Most words of a corpus have been met before, and looking a word up
+takes a fraction of the time of merging it anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, final
+
+import numpy as np
+
+_LINE_END = "\n"
+_WORDS = (
+    # A word and the spaces before it; letters, other characters and digits apart, each digit alone.
+    re.compile(r" *(?:[^\W\d_]+|(?:[^\w \n]|_)+)|\d| +|\n"),
+    # The same with digits among the others, as SentencePiece merges them where they are not split.
+    re.compile(r" *(?:[^\W\d_]+|(?:[^\w \n]|[\d_])+)| +|\n"),
+    # All that stands between two spaces.
+    re.compile(r" *[^ \n]+| +|\n"),
+)
+"""Ways to cut, the finest first. In each of them a line end is a word, and a cut depends on two characters."""
+_GROUP_CHARACTERS = 2**18
+"""Text that is cut into words at once: its words are some 15 MB of Python strings."""
+_KEPT_CHARACTERS = 2**20
+"""Words that are remembered, by their characters: some 100,000 words, 25 MB."""
+_CALL_CHARACTERS = 2**12
+"""New words that are encoded in one run of text: a call for each word would take longer than the merging."""
+_TRIAL_CHARACTERS, _REST_CHARACTERS = 2**18, 2**22
+"""Where more than a third of so much text is new words (Japanese without spaces, base64), looking words up
+does not pay; it is tried again after the rest."""
+
+
+@final
+class WordCache:
+    """Encodes texts word by word; :meth:`of` makes one where that is exact."""
+
+    def __init__(self, model: Any, words: re.Pattern[str], line_end: int) -> None:
+        self._model, self._words, self._line_end = model, words, line_end
+        self._ascii_words = re.compile(words.pattern, re.ASCII)  # the same on ASCII text, in half the time
+        self._ids: dict[str, bytes] = {}
+        self._kept = self._seen = self._new = self._rest = 0
+        self._forget()
+
+    @staticmethod
+    def of(model: Any, pairs: frozenset[str]) -> WordCache | None:
+        """``None`` if a piece of the vocabulary crosses every kind of cut, or holds a line end and more."""
+        line_end = model.encode(_LINE_END)
+        if len(line_end) != 1:
+            return None
+        exact = (words for words in _WORDS if all(words.fullmatch(pair) for pair in pairs))
+        words = next(exact, None)
+        return None if words is None else WordCache(model, words, line_end[0])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray] | None:
+        """One int32 array of ids for each text (without ``▁``); ``None`` where words would not pay now."""
+        if self._rest > 0:
+            self._rest -= sum(map(len, texts))
+            return None
+        result: list[np.ndarray] = []
+        for group in _groups(texts, _GROUP_CHARACTERS):
+            if self._kept > _KEPT_CHARACTERS:
+                self._forget()
+            cut = [(self._ascii_words if text.isascii() else self._words).findall(text) for text in group]
+            self._learn(set().union(*cut).difference(self._ids))
+            self._seen += sum(map(len, group))
+            ids_of = self._ids.__getitem__
+            result += [np.frombuffer(bytearray().join(map(ids_of, words)), dtype=np.int32) for words in cut]
+        if self._seen >= _TRIAL_CHARACTERS:
+            self._rest = _REST_CHARACTERS if 3 * self._new > self._seen else 0
+            self._seen = self._new = 0
+        return result
+
+    def _learn(self, words: set[str]) -> None:
+        """Encode new words as lines of longer texts, and remember their ids."""
+        found: dict[str, bytes] = {}
+        for group in _groups(list(words), _CALL_CHARACTERS):
+            ids = self._model.encode(_LINE_END.join(group) + _LINE_END, return_type="numpy")
+            ends = np.flatnonzero(ids == self._line_end).tolist()
+            raw, start = ids.astype(np.int32, copy=False).tobytes(), 0
+            for word, end in zip(group, ends, strict=True):
+                found[word] = raw[4 * start : 4 * end]
+                start = end + 1
+        characters = sum(map(len, words))
+        self._new += characters
+        self._kept += characters
+        self._ids.update(found)
+
+    def _forget(self) -> None:
+        self._ids = {_LINE_END: np.array([self._line_end], dtype=np.int32).tobytes()}
+        self._kept = 0
+
+
+def _groups(texts: Sequence[str], characters: int) -> Iterator[Sequence[str]]:
+    """Neighbours together, about so many characters each time."""
+    start = size = 0
+    for index, text in enumerate(texts):
+        size += len(text) + 1
+        if size >= characters:
+            yield texts[start : index + 1]
+            start, size = index + 1, 0
+    if start < len(texts):
+        yield texts[start:]
