@@ -35,6 +35,8 @@ from pathlib import Path
 import torch
 
 from lmcore import assemble, dev_run, optim, plan
+from lmcore._assemble_plan import auto_micro_batch, plan_here
+from lmcore._memory import resident_bytes
 from lmcore.assemble import on_main
 from lmcore.budget import horizon
 from lmcore.config import RunConfig, flatten, to_yaml
@@ -53,19 +55,7 @@ def run(config: RunConfig) -> int:
     silence_other_bars()
     if config.dry_run:
         return dry_run(config)
-    engine = Engine(
-        precision=config.train.precision,
-        param_dtype=config.train.param_dtype,
-        reduce_dtype=config.engine.reduce_dtype,
-        deepspeed=config.engine.deepspeed,
-        timeout_seconds=config.engine.timeout_seconds,
-        compile="regional" if config.train.compile else "none",
-        compile_mode=config.train.compile_mode,
-        activation_checkpointing=config.train.activation_checkpointing,
-        seed=config.seed,
-        deterministic=config.train.deterministic,
-        tf32=config.train.tf32,
-    )
+    engine = assemble.open_engine(config)
     assert config.run_dir is not None  # the command line has filled it in
     folder = RunFolder(config.run_dir, private=config.checkpoint.private)
     ours = False  # until the lock is had, status.json may be another job's
@@ -140,12 +130,11 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
     )
 
     # ---- model and optimizer; the loaders are ours and are never given to accelerate (README: why not prepar
+    bytes_before = resident_bytes()
     module = assemble.open_model(config, data, note=report.note)
     counts = parameter_counts(module)
     flops_per_token = plan.model_flops_per_token(module, data.block_size)
-    micro_batch = past.get("micro_batch_blocks") or assemble.auto_micro_batch(
-        config, engine, module, data.block_size
-    )
+    micro_batch = past.get("micro_batch_blocks") or auto_micro_batch(config, engine, module, data.block_size)
     sizes = horizon(
         config,
         block_size=data.block_size,
@@ -153,6 +142,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
         world_size=engine.world_size,
         micro_batch_blocks=micro_batch,
     )
+    planned = plan_here(config, engine, module, sizes, data, note=report.note)
     engine.prepare(
         module,
         partial(assemble.make_optimizer, config, module),
@@ -210,6 +200,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
             *data.rows,
             *sizes.rows(config, engine.world_size),
             *engine.describe(),
+            *(planned.beside_the_budget() if planned else []),
             ("begins at", f"step {begin.step:,}, position {begin.cursor.position:,}"),
         ]
     )
@@ -222,10 +213,12 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
         flops_per_token=flops_per_token,
         peak_flops_per_device=plan.peak_flops(engine.device_name, engine.precision),
         device=engine.device,
+        bytes_before=bytes_before,
     )
     if found:
         report.load_state(past["report"])
-    report.event("resume" if found else "start", step=begin.step, position=begin.cursor.position, **place())
+    facts = {"position": begin.cursor.position, **place(), "plan": planned.numbers() if planned else {}}
+    report.event("resume" if found else "start", step=begin.step, **facts)
     guard.begin()  # from here on a signal sets a flag: there is something to save
     guard.watch(session=engine.broadcast_object(str(time.time_ns())))
     why = None

@@ -201,6 +201,8 @@ def plan(words: list[str]) -> None:
     if words[:1] in (["-h"], ["--help"]):
         print(verb.MACHINE)
         return
+    probed = "--probe" in words
+    words = [word for word in words if word != "--probe"]
     given = {}
     for name in ("processes", "strategy", "device_gib", "tokens_per_second", "watts"):
         value = _taken(words, name)
@@ -214,9 +216,11 @@ def plan(words: list[str]) -> None:
     opened = partial(
         assemble.open_data, config, _run_dir(config) / "tokenizer", note=display.note, task=display.task
     )
-    rows = verb.plan_rows(config, given, open_data=opened)
+    rows_of = verb.probe_rows if probed else verb.plan_rows
+    rows = rows_of(config, given, open_data=opened, note=display.note)
     display.close()
-    print(room.table([*rows, verb.disk(_run_dir(config))]))
+    if rows:  # under a launcher one process speaks
+        print(room.table([*rows, verb.disk(_run_dir(config))]))
 
 
 def order(words: list[str]) -> None:

@@ -6,6 +6,8 @@ on a virtual machine that costs more than some of the arithmetic (docs/log.md). 
 no package, no LD_PRELOAD. What always holds: whoever chose an allocator or its settings themselves is left alone.
 
     said = keep_freed_memory()      # before the first large tensor
+
+And how much of it is in use: :func:`resident_bytes`.
 """
 
 from __future__ import annotations
@@ -37,3 +39,24 @@ def keep_freed_memory() -> str | None:
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _LARGEST_INT), (_M_TOP_PAD, _TOP_PAD_BYTES))
     done = [mallopt(name, value) for name, value in settings]
     return "freed memory is kept for the next step (glibc mallopt)" if all(done) else None
+
+
+def resident_bytes(*, peak: bool = False) -> int:
+    """Memory of this process that is in RAM now, or the most since :func:`forget_peak` (or its start)."""
+    if sys.platform.startswith("linux"):
+        wanted = "VmHWM:" if peak else "VmRSS:"
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(wanted)) * 1024
+    import resource  # not on Windows, where lmcore does not run
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes; it tells nothing but the peak
+
+
+def forget_peak() -> bool:
+    """Let the peak count from now on; ``False`` where the kernel does not let a process do that."""
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True

@@ -87,9 +87,16 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
         raise RequestError(f"model.config: {one_line(error)}") from error
 
 
-def context_length(type: str, overrides: Mapping[str, Any]) -> int | None:
+def context_length(
+    type: str | None,
+    overrides: Mapping[str, Any],
+    from_pretrained: str | None = None,
+    revision: str | None = None,
+) -> int | None:
     """Tokens that the model sees at once, by its config; ``None`` where positions have no end."""
-    return context_of(make_config(type, overrides))
+    if from_pretrained is not None:
+        return context_of(pretrained_config(from_pretrained, revision, overrides)[0])
+    return context_of(make_config(type or "", overrides))
 
 
 def context_of(config: Any) -> int | None:

@@ -26,6 +26,19 @@ ELEMENTWISE = ("Adam", "AdamW", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam", "
 parameters and cuts them anywhere, so that no other optimizer can be right under it."""
 
 
+def memory_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says about memory, by the names of :class:`lmcore.plan.Setting`; DeepSpeed's defaults."""
+    section = content["zero_optimization"]
+    bucket, live = section.get("reduce_bucket_size"), section.get("stage3_max_live_parameters")
+    settings: dict[str, Any] = {
+        "zero_overlap": bool(section.get("overlap_comm", section["stage"] == 3)),
+        "offload_optimizer": (section.get("offload_optimizer") or {}).get("device", "none") != "none",
+        "offload_weights": (section.get("offload_param") or {}).get("device", "none") != "none",
+    }
+    settings |= {"zero_bucket": int(bucket)} if isinstance(bucket, (int, float)) else {}
+    return settings | ({"zero_live": int(live)} if isinstance(live, (int, float)) else {})
+
+
 def read(env: Mapping[str, str], path: str | None) -> dict[str, Any]:
     """The content of the JSON file that the run or the launcher names, or the launcher's own fields.
 

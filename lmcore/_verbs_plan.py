@@ -1,13 +1,16 @@
 """The verb ``plan``: the arithmetic of a run, from its configuration alone; a part of the command line.
 
 Comes in: the options of ``train_lm.py`` and what the machine will be. Goes out: the rows of :class:`lmcore.plan.Plan`.
-What always holds: no weight is made (the model is imagined), and no text is read unless the budget is in epochs.
+What always holds: no weight is made (the model is imagined), and no text is read unless the budget is in epochs or the
+data are the user's own; only ``--probe`` trains, two steps that leave nothing but their numbers.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,127 +18,216 @@ from typing import Any
 from lmcore.errors import RequestError
 
 MACHINE = """\
-usage: python -m lmcore plan [--processes N] [--strategy S] [--device_gib G] [--tokens_per_second R] [--watts W]
-                             [options of train_lm.py]
+usage: python -m lmcore plan [--probe] [--processes N] [--strategy S] [--device_gib G] [--tokens_per_second R]
+                             [--watts W] [options of train_lm.py]
 
+  --probe                train two real steps here and measure: tokens/s, time, memory against the plan
   --processes N          devices that will train (default 1)
   --strategy S           single, ddp, fsdp2, zero1, zero2, zero3 (default: single, or ddp for several)
   --device_gib G         memory of each device (default: this machine's GPU; without one, no verdict)
   --tokens_per_second R  of all devices together, for time and energy
-  --watts W              of each device
+  --watts W              of each device (with --probe, the default is the limit of this machine's GPU)
 """
 STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+Rows = list[tuple[str, str]]
 
 
-def plan_rows(config: Any, given: dict[str, str], *, open_data: Callable[[], Any]) -> list[tuple[str, str]]:
+def plan_rows(
+    config: Any,
+    given: dict[str, str],
+    *,
+    open_data: Callable[[], Any],
+    note: Callable[[str], None] = print,
+) -> Rows:
     """The plan of a configuration as rows.
 
     Args:
         given: what :data:`MACHINE` names, as words.
-        open_data: opens the run's data; called only where the budget is in epochs.
+        open_data: opens the run's data; called only where the budget is in epochs or the data are the user's own.
 
     Raises:
-        RequestError: what the run itself would refuse; a model that only its own code can count.
+        RequestError: what the run itself would refuse.
     """
-    import torch
+    asked = _Asked(config, given, open_data=open_data, note=note)
+    rate, watts = _number(given, "tokens_per_second", 0), _number(given, "watts", 0)
+    return asked.plan(tokens_per_second=rate or None, watts_per_device=watts or None).rows()
 
-    from lmcore import assemble, plan, rehearsal, tokenizer
-    from lmcore.budget import horizon
 
-    if config.model.type is None:
-        raise RequestError("plan: model.type is needed; weights from elsewhere or own code are not imagined")
-    processes = int(_number(given, "processes", 1))
-    strategy: Any = given.get("strategy") or ("single" if processes == 1 else "ddp")
-    if strategy not in STRATEGIES or processes < 1:
-        raise RequestError(f"--strategy {strategy}: take one of {', '.join(STRATEGIES)}")
-    here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    device_bytes = int(_number(given, "device_gib", 0) * 2**30) or here
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bf16" if device_bytes else "fp32"
-    block_size = assemble.block_size_of(config)
-    vocabulary = config.tokenizer.vocab_size
-    if config.tokenizer.path is not None:
-        vocabulary = tokenizer.load(config.tokenizer.path, revision=config.tokenizer.revision).vocab_size
-    data = open_data() if config.train.duration.unit == "epochs" else None
-    sizes = horizon(
-        config,
-        block_size=block_size,
-        epoch_blocks=data.train.epoch_blocks if data else None,
-        world_size=processes,
-    )
-    module = rehearsal.imagine(
-        type=config.model.type,
-        config_overrides=config.model.config,
-        vocab_size=vocabulary,
-        chunk="auto" if config.loss.chunk is None else config.loss.chunk,
-    )
-    counted = plan.parameters(module)
-    setting = plan.Setting(
-        strategy=strategy,
-        world_size=processes,
-        precision=precision,
-        param_dtype=config.train.param_dtype,
-        reduce_dtype=config.engine.reduce_dtype,
-        micro_batch_blocks=sizes.micro_batch_blocks,
-        accumulation=sizes.accumulation,
-        activation_checkpointing=config.train.activation_checkpointing,
-        small_optimizer_state=config.optim.state_dtype == "bf16",
-        zero_bucket=plan.ZERO_BUCKET // 10,  # what ds_configs/ say
-    )
-    make_optimizer = partial(assemble.make_optimizer, config, module)
-    state_bytes = rehearsal.optimizer_bytes(module, make_optimizer)
+def probe_rows(
+    config: Any,
+    given: dict[str, str],
+    *,
+    open_data: Callable[[], Any],
+    note: Callable[[str], None] = print,
+) -> Rows:
+    """:func:`plan_rows` with what two real steps on this machine say; under a launcher every rank calls it.
 
-    def needs(one: plan.Setting) -> plan.Memory:
-        fresh = rehearsal.imagine(
-            type=config.model.type, config_overrides=config.model.config, vocab_size=vocabulary
+    Their numbers are kept in the run folder, for the run's report.
+    """
+    from lmcore import assemble, probe
+    from lmcore._assemble_plan import PLAN_FILE
+    from lmcore.plan import duration, size
+
+    engine = assemble.open_engine(config)
+    try:
+        asked = _Asked(config, given, open_data=open_data, note=note, engine=engine)
+        sizes, here = asked.sizes, asked.setting_here(probe.MICRO_BATCHES)
+        measured = probe.probe(
+            engine,
+            partial(asked.build, note=lambda line: None),
+            partial(assemble.make_optimizer, config),
+            asked.batch_for,
+            accumulation=sizes.accumulation,
+            micro_batch_blocks=sizes.micro_batch_blocks,
+            clip_norm=config.optim.clip_norm,
         )
-        if one.activation_checkpointing:
-            from lmcore.model import enable_activation_checkpointing
+        limit = probe.board_watts(engine.device)
+        rate = sizes.tokens_per_step / measured.step_seconds
+        watts = _number(given, "watts", 0) or limit
+        made = asked.plan(tokens_per_second=rate, watts_per_device=watts)
+        expected = asked.plan(setting=here, device_type=engine.device.type).memory.total
+        kind = "tensors" if engine.device.type == "cuda" else "resident, above what Python and torch take"
+        part = "" if measured.micro_batches == sizes.accumulation else f" of {sizes.accumulation}"
+        assumed = ["the data are there in time", "nothing is evaluated or saved"]
+        if made.setting.world_size != engine.world_size:
+            assumed.append(
+                f"{made.setting.world_size} devices are {made.setting.world_size / engine.world_size:g} times as "
+                f"fast as {engine.world_size}, as if talking to one another took no time"
+            )
+        if watts is not None:
+            source = "what the board may draw, as nvidia-smi says" if watts == limit else "given by --watts"
+            assumed.append(
+                f"each device draws {watts:,.0f} W all the time ({source}); its host is not counted"
+            )
+        rows = [
+            (
+                "probe",
+                f"2 steps of {measured.micro_batches}{part} micro-batches on {engine.world_size} x "
+                f"{engine.device_name}, {engine.strategy}, {engine.precision}: "
+                f"{measured.step_seconds:.3g} s a whole step; the first took {duration(measured.first_seconds)} "
+                f"and warmed up",
+            ),
+            (
+                "memory of the probe",
+                f"{size(measured.peak_bytes)} ({kind}), {measured.peak_bytes / expected:.2f} of the "
+                f"{size(expected)} planned for it",
+            ),
+            ("assumed", "; ".join(assumed)),
+        ]
+        if engine.is_main:
+            kept = {"signature": made.signature(), "tokens_per_second": rate, "watts_per_device": watts}
+            folder = Path(config.run_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / PLAN_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        return [*made.rows(), *rows] if engine.is_main else []
+    finally:
+        engine.close()
 
-            enable_activation_checkpointing(fresh.model)
-        autocast, weights = one.casts
-        rehearsed = rehearsal.rehearse(
-            fresh,
-            micro_batch_blocks=one.micro_batch_blocks,
-            block_size=block_size,
-            autocast=autocast,
-            weights=weights,
-            device_type="cuda" if device_bytes else "cpu",
-            count_flops=False,
+
+class _Asked:
+    """A configuration understood: its model imagined, its budget in steps, without a weight."""
+
+    def __init__(
+        self,
+        config: Any,
+        given: dict[str, str],
+        *,
+        open_data: Callable[[], Any],
+        note: Callable[[str], None],
+        engine: Any = None,
+    ) -> None:
+        import torch
+
+        from lmcore import _assemble_plan as planning
+        from lmcore import assemble, tokenizer
+        from lmcore.budget import horizon
+
+        processes = int(_number(given, "processes", engine.world_size if engine else 1))
+        strategy = given.get("strategy")
+        if strategy not in (None, *STRATEGIES) or processes < 1:
+            raise RequestError(f"--strategy {strategy}: take one of {', '.join(STRATEGIES)}")
+        self.config, self.engine = config, engine
+        on_gpu = engine.device.type == "cuda" if engine else torch.cuda.is_available()
+        here = planning.device_bytes_of(torch.device("cuda" if on_gpu else "cpu"))
+        self.device_bytes = int(_number(given, "device_gib", 0) * 2**30) or here
+        precision = config.train.precision
+        if precision == "auto":
+            precision = engine.precision if engine else "bf16" if self.device_bytes else "fp32"
+        self.block_size = assemble.block_size_of(config)
+        self.encoder = None
+        if config.tokenizer.path is not None:
+            self.encoder = tokenizer.load(config.tokenizer.path, revision=config.tokenizer.revision)
+        own_data = config.data.factory is not None
+        data = open_data() if own_data or config.train.duration.unit == "epochs" else None
+        self.encoder = data.encoder if data else self.encoder
+        self.vocab_size = None if own_data else config.tokenizer.vocab_size
+        if self.encoder is not None:
+            self.vocab_size = self.encoder.vocab_size
+        self.module = planning.imagined(
+            config, vocab_size=self.vocab_size, block_size=self.block_size, note=note
         )
-        kept = state_bytes // 2 if one.small_optimizer_state > setting.small_optimizer_state else state_bytes
-        return plan.memory(counted, rehearsed, one, optimizer_bytes=kept)
+        setting = planning.setting_of(config, precision=precision, world_size=processes, strategy=strategy)
+        self.epoch_blocks = getattr(data.train, "epoch_blocks", None) if data else None
+        self.sizes = horizon(
+            config,
+            block_size=self.block_size,
+            epoch_blocks=self.epoch_blocks,
+            world_size=processes,
+            micro_batch_blocks=planning.fitting(
+                config, self.module, setting, block_size=self.block_size, device_bytes=self.device_bytes
+            ),
+        )
+        self.setting = planning.cut(setting, self.sizes)
+        self.batch = planning.first_batch(config, data, self.sizes.micro_batch_blocks) if data else None
 
-    memory = needs(setting)
-    flops = rehearsal.rehearse(module, micro_batch_blocks=1, block_size=block_size)
-    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
-    learned = sum(p.numel() for name, p in module.named_parameters() if name.endswith("wpe.weight"))
-    advice: tuple[tuple[str, int], ...] = ()
-    if device_bytes is not None and memory.total > plan.USABLE * device_bytes:
-        advice = plan.advise(setting, device_bytes, lambda one: needs(one).total)
-    return plan.Plan(
-        parameters=counted,
-        setting=setting,
-        memory=memory,
-        device_bytes=device_bytes,
-        advice=advice,
-        flops_per_token=plan.flops_per_token(
-            counted,
-            positions=learned,
-            block_size=block_size,
-            tied=head is not None and embedding is not None and head.weight is embedding.weight,
-        ),
-        flops_counted=flops.flops // flops.tokens,
-        block_size=block_size,
-        steps=sizes.total_steps,
-        tokens_per_step=sizes.tokens_per_step,
-        epoch_tokens=data.train.epoch_blocks * block_size if data else None,
-        checkpoint_bytes=plan.checkpoint_bytes(counted, optimizer_bytes=state_bytes),
-        checkpoints_kept=config.checkpoint.keep + config.checkpoint.keep_best.k,
-        tokens_per_second=_number(given, "tokens_per_second", 0) or None,
-        watts_per_device=_number(given, "watts", 0) or None,
-    ).rows()
+    def plan(self, *, setting: Any = None, device_type: str | None = None, **known: Any) -> Any:
+        """The plan; of another setting or device if given."""
+        from lmcore import _assemble_plan as planning
+
+        return planning.plan_of(
+            self.config,
+            self.module,
+            setting=setting or self.setting,
+            sizes=self.sizes,
+            device_bytes=self.device_bytes,
+            device_type=device_type or ("cuda" if self.device_bytes else "cpu"),
+            batch=self.batch,
+            epoch_tokens=self.epoch_blocks * self.block_size if self.epoch_blocks else None,
+            **known,
+        )
+
+    def setting_here(self, micro_batches: int) -> Any:
+        """What is probed: the engine's strategy and processes, a step of so many micro-batches at most."""
+        from lmcore import _assemble_plan as planning
+
+        engine = self.engine
+        setting = planning.setting_of(self.config, precision=engine.precision, world_size=engine.world_size)
+        return replace(
+            setting,
+            micro_batch_blocks=self.sizes.micro_batch_blocks,
+            accumulation=min(micro_batches, self.sizes.accumulation),
+        )
+
+    def build(self, *, note: Callable[[str], None]) -> Any:
+        """The model with its weights, as the run would build it."""
+        from lmcore import assemble
+
+        return assemble.build_model(
+            self.config,
+            vocab_size=self.vocab_size,
+            special_ids=self.encoder.special_ids if self.encoder else {},
+            block_size=self.block_size,
+            note=note,
+        )
+
+    def batch_for(self, module: Any) -> Any:
+        """A micro-batch: of the user's own data, or of random tokens that the model knows."""
+        from lmcore import probe
+
+        if self.batch is not None:
+            return self.batch
+        known = module.vocab_size or self.vocab_size or 2
+        return probe.text_batch(known, self.sizes.micro_batch_blocks, self.block_size)
 
 
 def _number(given: dict[str, str], name: str, default: float) -> float:

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmcore import corpus, model, optim, own_data, plan, tokenizer
+from lmcore import corpus, model, optim, own_data, tokenizer
 from lmcore.blocks import BlockDataset
 from lmcore.config import RunConfig, global_batch_blocks
 from lmcore.errors import FaultError, RequestError
-from lmcore.fit import fitting_micro_batch
 from lmcore.model import ModelWithLoss
 from lmcore.order import Phase
 from lmcore.stream import StreamDataset
@@ -80,7 +79,10 @@ def block_size_of(config: RunConfig) -> int:
     Raises:
         RequestError: larger than the context; both numbers are named.
     """
-    context = model.context_length(config.model.type, config.model.config) if config.model.type else None
+    named = config.model
+    context = None
+    if named.type is not None or named.from_pretrained is not None:
+        context = model.context_length(named.type, named.config, named.from_pretrained, named.revision)
     asked = config.data.block_size
     if asked is None:
         return min(context or LONGEST_DEFAULT_BLOCK_TOKENS, LONGEST_DEFAULT_BLOCK_TOKENS)
@@ -316,12 +318,31 @@ def model_name(config: RunConfig) -> str:
 
 def open_model(config: RunConfig, data: Data, *, note: Note = print) -> ModelWithLoss:
     """The model with its loss; the same weights on every rank and under every strategy."""
+    encoder = data.encoder
+    return build_model(
+        config,
+        vocab_size=encoder.vocab_size if encoder else None,
+        special_ids=encoder.special_ids if encoder else {},
+        block_size=data.block_size,
+        note=note,
+    )
+
+
+def build_model(
+    config: RunConfig,
+    *,
+    vocab_size: int | None,
+    special_ids: Mapping[str, int],
+    block_size: int,
+    note: Note = print,
+) -> ModelWithLoss:
+    """:func:`open_model` where the numbers of the tokenizer are all that is known of it."""
     built = model.build(
         type=config.model.type or "",
         config_overrides=config.model.config,
-        vocab_size=data.encoder.vocab_size if data.encoder else None,
-        special_ids=data.encoder.special_ids if data.encoder else {},
-        block_size=data.block_size,
+        vocab_size=vocab_size,
+        special_ids=special_ids,
+        block_size=block_size,
         from_pretrained=config.model.from_pretrained,
         revision=config.model.revision,
         factory=config.model.factory,
@@ -329,6 +350,13 @@ def open_model(config: RunConfig, data: Data, *, note: Note = print) -> ModelWit
         seed=config.seed,
         note=note,
     )
+    return with_loss(config, built, note=note)
+
+
+def with_loss(
+    config: RunConfig, built: torch.nn.Module, *, probe: torch.nn.Module | None = None, note: Note = print
+) -> ModelWithLoss:
+    """What is trained of a model is chosen, and its loss put behind it; ``probe`` as in :class:`ModelWithLoss`."""
     optim.choose_trained(
         built.named_parameters(), train_only=config.optim.train_only, freeze=config.optim.freeze
     )
@@ -341,6 +369,7 @@ def open_model(config: RunConfig, data: Data, *, note: Note = print) -> ModelWit
         label_smoothing=config.loss.label_smoothing,
         z_loss=config.loss.z_loss,
         loss_factory=own_loss,
+        probe=probe,
         note=note,
     )
 
@@ -369,31 +398,20 @@ def make_optimizer(
     )
 
 
-def auto_micro_batch(config: RunConfig, engine: Engine, module: ModelWithLoss, block_size: int) -> int | None:
-    """What ``train.micro_batch_blocks auto`` is on these GPUs, agreed over the ranks; ``None``: nothing is known to
-    limit it (a CPU, the user's own model), and :func:`lmcore.budget.horizon` takes a moderate one."""
-    blocks = global_batch_blocks(config, block_size)
-    if config.train.micro_batch_blocks != "auto" or engine.device.type != "cuda":
-        return None
-    if config.model.factory is not None or blocks % engine.world_size:
-        return None
-    strategy: Any = engine.strategy
-    setting = plan.Setting(
-        strategy=strategy,
-        world_size=engine.world_size,
-        precision=engine.precision,
+def open_engine(config: RunConfig) -> Engine:
+    """Join the processes of the run."""
+    from lmcore.engine import Engine  # lazily, as above
+
+    return Engine(
+        precision=config.train.precision,
         param_dtype=config.train.param_dtype,
         reduce_dtype=config.engine.reduce_dtype,
+        deepspeed=config.engine.deepspeed,
+        timeout_seconds=config.engine.timeout_seconds,
+        compile="regional" if config.train.compile else "none",
+        compile_mode=config.train.compile_mode,
         activation_checkpointing=config.train.activation_checkpointing,
-        small_optimizer_state=config.optim.state_dtype == "bf16",
+        seed=config.seed,
+        deterministic=config.train.deterministic,
+        tf32=config.train.tf32,
     )
-    fits = fitting_micro_batch(
-        module,
-        setting,
-        share=blocks // engine.world_size,
-        block_size=block_size,
-        device_bytes=torch.cuda.get_device_properties(engine.device).total_memory,
-        make_optimizer=partial(make_optimizer, config, module),
-        device_type="cuda",
-    )
-    return min(engine.gather_object(fits))

@@ -35,7 +35,8 @@ def fitting_micro_batch(
     """
     counted = plan.parameters(module)
     autocast, weights = setting.casts
-    state_bytes = rehearsal.optimizer_bytes(module, make_optimizer, weights=weights)
+    kept = None if setting.param_dtype == "fp32" else plan.DTYPES[setting.param_dtype]
+    state_bytes = rehearsal.optimizer_bytes(module, make_optimizer, weights=kept)
 
     def needs(blocks: int) -> int:
         rehearsed = rehearsal.rehearse(
@@ -44,7 +45,9 @@ def fitting_micro_batch(
             block_size=block_size,
             autocast=autocast,
             weights=weights,
+            activation_checkpointing=setting.activation_checkpointing,
             device_type=device_type,
+            count_flops=False,
         )
         one = replace(setting, micro_batch_blocks=blocks, accumulation=share // blocks)
         return plan.memory(counted, rehearsed, one, optimizer_bytes=state_bytes).total

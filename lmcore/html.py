@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -210,27 +210,57 @@ def _about(run: Run, several: bool) -> list[str]:
     return parts
 
 
-def _plan(plan: dict[str, Any], run: Run) -> str:
+MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "parameters": ("parameters", lambda count: f"{count:,.0f}"),
+    "memory_bytes": ("memory of a device", lambda count: f"{count / 2**30:.3g} GiB"),
+    "tokens_per_second": ("tokens/s", lambda rate: f"{rate:,.0f}"),
+    "seconds": ("time in steps", duration),
+    "tokens": ("tokens", short),
+    "steps": ("steps", lambda count: f"{count:,.0f}"),
+}
+"""Numbers of a plan: what a person calls them and how they are written."""
+
+
+def _measured(run: Run) -> dict[str, float]:
+    """What came about, under the names of the plan's numbers."""
     train = run.of("train")
-    measured: dict[str, float] = {}
-    if train:
-        measured = {
-            "memory_bytes": max((y for _, y in series(train, "memory_bytes")), default=math.nan),
-            "tokens_per_second": median([y for _, y in series(train, "tokens_per_second")] or [math.nan]),
-            "seconds": train[-1].get("train_seconds") or math.nan,
-            "tokens": train[-1].get("tokens") or math.nan,
-            "steps": train[-1].get("step") or math.nan,
-        }
-    rows = "".join(
-        f"<tr><th>{escape(str(key))}</th><td class=n>{escape(_number(value))}</td>"
-        f"<td class=n>{escape(_number(measured[key]) if key in measured else '-')}</td></tr>"
-        for key, value in plan.items()
-    )
-    return f"<table><tr><th></th><th class=n>planned</th><th class=n>measured</th></tr>{rows}</table>"
+    if not train:
+        return {}
+    # Runs of older versions have no tensor_bytes; resident memory holds Python and torch too.
+    memory = series(train, "tensor_bytes") or series(train, "memory_bytes")
+    rates = [rate for _, rate in series(train, "tokens_per_second")]
+    found = {
+        "memory_bytes": max((most for _, most in memory), default=None),
+        "tokens_per_second": median(rates) if rates else None,
+        "seconds": train[-1].get("train_seconds"),
+        "tokens": train[-1].get("tokens"),
+        "steps": train[-1].get("step"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def _number(value: Any) -> str:
-    return short(value) if isinstance(value, (int, float)) and math.isfinite(value) else str(value)
+def _plan(plan: dict[str, Any], run: Run) -> str:
+    """Planned, measured, and the one as a share of the other."""
+    measured, rows = _measured(run), ""
+    for key, (name, write) in MEASURES.items():
+        if not {key} & (plan.keys() | measured.keys()):
+            continue
+        cells = [write(side[key]) if _is_number(side.get(key)) else "-" for side in (plan, measured)]
+        both = all(_is_number(side.get(key)) and side[key] for side in (plan, measured))
+        cells.append(f"{measured[key] / plan[key]:.2f}" if both else "")
+        rows += f"<tr><th>{name}</th>{''.join(f'<td class=n>{escape(cell)}</td>' for cell in cells)}</tr>"
+    words = [
+        "Memory: the plan counts tensors; measured are tensors on a GPU, and on a CPU what the process holds "
+        "above what it held before its model was built."
+    ]
+    if "tokens_per_second" not in plan:
+        words.append("No rate was planned: python -m lmcore plan --probe measures one before the run.")
+    head = "<tr><th></th><th class=n>planned</th><th class=n>measured</th><th class=n>ratio</th></tr>"
+    return f"<table>{head}{rows}</table><p class=sub>{escape(' '.join(words))}</p>"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _table(rows: dict[str, Any]) -> str:

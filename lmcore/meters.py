@@ -13,7 +13,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lmcore._memory import forget_peak, resident_bytes
 
 if TYPE_CHECKING:  # torch costs seconds to import; whoever hands in a tensor has it already
     from torch import Tensor
@@ -171,3 +173,34 @@ class Timer:
     def seconds_per_step(self) -> float | None:
         """Median over the last groups of steps, so that one slow moment does not move the estimate."""
         return statistics.median(self._chunks) if self._chunks else None
+
+
+class PeakMemory:
+    """The most memory of this process since the loop began: of a GPU if ``device`` is one, else of the host.
+
+    Args:
+        bytes_before: resident memory of the process before it built its model.
+    """
+
+    def __init__(self, device: Any = None, bytes_before: int = 0) -> None:
+        self._device, self._before = device, bytes_before
+        self._on_gpu = getattr(device, "type", "") == "cuda"
+        forget_peak()  # that of reading text and of building the model is not training's
+
+    @property
+    def peak_bytes(self) -> int:
+        """What others cannot have: reserved on the GPU, or resident."""
+        if self._on_gpu:
+            import torch  # lazily, as above
+
+            return int(torch.cuda.max_memory_reserved(self._device))
+        return resident_bytes(peak=True)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """What a plan counts: allocated on the GPU, or resident above what was there before the model."""
+        if self._on_gpu:
+            import torch  # lazily, as above
+
+            return int(torch.cuda.max_memory_allocated(self._device))
+        return max(0, resident_bytes(peak=True) - self._before)

@@ -12,13 +12,15 @@ parameter, Hoffmann et al. 2022, arXiv 2203.15556.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from lmcore._plan_words import duration, short, size
+from lmcore._plan_words import table as table  # named here, beside the rows that it shows
 from lmcore.model import ModelWithLoss, decoder_layers
 from lmcore.rehearsal import ACTIVATIONS, COPIES, LAYER_GRADIENTS, LOGITS, OTHER_GRADIENTS, Rehearsal
 
@@ -285,7 +287,7 @@ def remedies(setting: Setting) -> list[tuple[str, Setting]]:
         found.append(("--train.precision bf16", replace(setting, precision="bf16")))
     blocks = setting.micro_batch_blocks
     smaller = [blocks // divisor for divisor in (2, 4) if blocks % divisor == 0] + [1]
-    for micro in dict.fromkeys(size for size in smaller if size < blocks):
+    for micro in dict.fromkeys(fewer for fewer in smaller if fewer < blocks):
         changed = replace(
             setting, micro_batch_blocks=micro, accumulation=setting.accumulation * blocks // micro
         )
@@ -336,8 +338,8 @@ class Plan:
     memory: Memory
     device_bytes: int | None
     advice: tuple[tuple[str, int], ...]
-    flops_per_token: int
-    flops_counted: int
+    flops_per_token: int | None
+    flops_counted: int | None
     block_size: int
     steps: int
     tokens_per_step: int
@@ -346,6 +348,8 @@ class Plan:
     checkpoints_kept: int
     tokens_per_second: float | None = None
     watts_per_device: float | None = None
+    uncounted: str | None = None
+    """Why the activations of a step could not be counted; then :attr:`memory` is a lower bound."""
 
     @property
     def tokens(self) -> int:
@@ -355,7 +359,10 @@ class Plan:
     @property
     def fits(self) -> bool | None:
         """Whether :attr:`memory` is within the usable share of the device."""
-        return None if self.device_bytes is None else self.memory.total <= USABLE * self.device_bytes
+        if self.device_bytes is None:
+            return None
+        within = self.memory.total <= USABLE * self.device_bytes
+        return None if within and self.uncounted else within
 
     @property
     def seconds(self) -> float | None:
@@ -391,21 +398,22 @@ class Plan:
                 "tokens per parameter",
                 f"{ratio:.3g} ({TOKENS_PER_PARAMETER} spend a given compute best: Hoffmann et al. 2022)",
             ),
-            (
-                "FLOPs per token",
-                f"{short(self.flops_per_token)} (6 N + 12 L d T), {short(self.flops_counted)} counted; "
-                f"{short(self.tokens * self.flops_per_token)} in all",
-            ),
+            ("FLOPs per token", self._flops()),
             (
                 "memory per device",
-                f"{size(m.total)} = weights {size(m.weights)} + gradients {size(m.gradients)} + optimizer "
-                f"{size(m.optimizer)} + buffers {size(m.buffers)} + activations {size(m.activations)} + "
-                f"head {size(m.logits)}" + (f"; on the host {size(m.host)}" if m.host else ""),
+                f"{'at least ' if self.uncounted else ''}{size(m.total)} = weights {size(m.weights)} + gradients "
+                f"{size(m.gradients)} + optimizer {size(m.optimizer)} + buffers {size(m.buffers)} + "
+                + (
+                    f"activations, which could not be counted ({self.uncounted})"
+                    if self.uncounted
+                    else f"activations {size(m.activations)} + head {size(m.logits)}"
+                )
+                + (f"; on the host {size(m.host)}" if m.host else ""),
             ),
         ]
         if self.device_bytes is not None:
-            fits = "fits" if self.fits else "does not fit"
-            rows.append(("verdict", f"{fits} into {size(self.device_bytes)} ({USABLE:.0%} usable)"))
+            verdict = {True: "fits into", False: "does not fit into", None: "not known for"}[self.fits]
+            rows.append(("verdict", f"{verdict} {size(self.device_bytes)} ({USABLE:.0%} usable)"))
         if self.advice:
             changes = "; ".join(f"{change} ({size(needs)})" for change, needs in self.advice)
             enough = max(needs for _, needs in self.advice) <= USABLE * (self.device_bytes or 0)
@@ -413,11 +421,33 @@ class Plan:
         kept = f"{size(self.checkpoint_bytes)} x {self.checkpoints_kept} kept = "
         rows.append(("checkpoints", kept + size(self.checkpoint_bytes * self.checkpoints_kept)))
         if self.seconds is not None:
-            energy = "" if self.kilowatt_hours is None else f", {self.kilowatt_hours:.3g} kWh of the devices"
-            rows.append(
-                ("time", f"{duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s{energy}")
-            )
+            energy = "energy not known without the power of a device (--watts)"
+            if self.kilowatt_hours is not None:
+                energy = (
+                    f"{self.kilowatt_hours:.3g} kWh of the devices at {self.watts_per_device:,.0f} W each"
+                )
+            rate = f"{duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s"
+            rows.append(("time", f"{rate}, evaluating and saving not counted; {energy}"))
         return rows
+
+    def beside_the_budget(self) -> list[tuple[str, str]]:
+        """:meth:`rows` without those that a run's start table has of itself."""
+        return [row for row in self.rows() if row[0] not in ("parameters", "global batch", "budget")]
+
+    def _flops(self) -> str:
+        """By formula and counted, as far as each is known."""
+        each = self.flops_per_token or self.flops_counted
+        if each is None:
+            return f"not counted ({self.uncounted})"
+        known = [] if self.flops_per_token is None else [f"{short(self.flops_per_token)} (6 N + 12 L d T)"]
+        known += [] if self.flops_counted is None else [f"{short(self.flops_counted)} counted"]
+        return f"{', '.join(known)}; {short(self.tokens * each)} in all"
+
+    def signature(self) -> list[Any]:
+        """What a rate that was measured depends on, beside the machine: of another one it says nothing."""
+        s = self.setting
+        how = [s.strategy, s.world_size, s.precision, s.micro_batch_blocks, s.accumulation]
+        return [self.parameters.total, self.block_size, *how, s.activation_checkpointing]
 
     def numbers(self) -> dict[str, float]:
         """What a report compares with what came about, under the names of ``metrics.jsonl``."""
@@ -429,6 +459,8 @@ class Plan:
             "tokens": self.tokens,
             "steps": self.steps,
         }
+        if self.uncounted:
+            del known["memory_bytes"]
         return {name: value for name, value in known.items() if value is not None}
 
 
@@ -440,7 +472,7 @@ def advise(
     Together they may still be too much; the bytes beside them say so.
     """
     tried = [(name, changed, needs(changed)) for name, changed in remedies(setting)]
-    good = [(name, size) for name, _, size in tried if size <= USABLE * capacity]
+    good = [(name, least) for name, _, least in tried if least <= USABLE * capacity]
     if good:
         return tuple(good[:count])
     names, current = [], setting
@@ -454,42 +486,3 @@ def advise(
 def checkpoint_bytes(counted: Parameters, *, optimizer_bytes: int) -> int:
     """fp32 weights and the optimizer's state."""
     return 4 * counted.total + counted.buffer_bytes + optimizer_bytes
-
-
-# ----------------------------------------------------------------------------------------------------------- wording
-
-
-def size(number: float) -> str:
-    """Bytes for a person: ``3.4 GiB``."""
-    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(number) >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number:.0f} B"
-
-
-def short(number: float) -> str:
-    """Counts for a person: ``124.4 M``."""
-    for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= scale:
-            return f"{number / scale:.4g} {unit}"
-    return f"{number:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """``2 d 3 h``, ``5 min``, ``12 s``: the two largest units."""
-    parts: list[str] = []
-    rest = round(seconds)
-    for unit, scale in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
-        if rest >= scale or (unit == "s" and not parts):
-            parts.append(f"{rest // scale} {unit}")
-            rest %= scale
-        elif parts:
-            break
-    return " ".join(parts[:2])
-
-
-def table(rows: Iterable[tuple[str, str]]) -> str:
-    """Plain lines, labels in one column."""
-    rows = list(rows)
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)

@@ -30,9 +30,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers.initialization import no_init_weights
 
-from lmcore._build import SPECIAL_IDS, _model_class, make_config
+from lmcore._build import _model_class
+from lmcore._model_config import SPECIAL_IDS, known_tokens, make_config, pretrained_config
 from lmcore.errors import RequestError
-from lmcore.model import ModelWithLoss, decoder_layers, pad_vocab
+from lmcore.model import ModelWithLoss, decoder_layers, enable_activation_checkpointing, pad_vocab
 
 ACTIVATIONS, LOGITS, COPIES, LAYER_GRADIENTS, OTHER_GRADIENTS = range(5)
 """Columns of a moment: activations; the vocabulary head; autocast's casts of weights; gradients of the repeated
@@ -64,8 +65,10 @@ def rehearse(
     *,
     micro_batch_blocks: int,
     block_size: int,
+    batch: Mapping[str, Tensor] | None = None,
     autocast: torch.dtype | None = None,
     weights: torch.dtype | None = None,
+    activation_checkpointing: bool = False,
     device_type: str = "cpu",
     count_flops: bool = True,
 ) -> Rehearsal:
@@ -73,6 +76,8 @@ def rehearse(
 
     Args:
         module: takes ``input_ids`` and ``labels``, returns (sum, count). Its tensors may be fake already.
+        batch: what it takes instead, if it takes anything else; shapes and types only are looked at.
+        activation_checkpointing: recompute the layers, as the run would.
         autocast: the type of the matrix products, as the strategies without sharding compute.
         weights: cast the weights to this type beforehand, as sharded strategies do.
         device_type: of the planned run; the head, attention and dropout take other ways on a GPU.
@@ -80,8 +85,11 @@ def rehearse(
     """
     with _fakes(module), _as_on(device_type):
         original, module = module, _fake_copy(module, weights)
+        if activation_checkpointing:
+            enable_activation_checkpointing(module)
         shape = (micro_batch_blocks, block_size)
-        batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+        batch = batch or {name: torch.empty(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+        batch = {name: torch.zeros(tuple(b.shape), dtype=b.dtype) for name, b in batch.items()}
         constant = [*module.parameters(), *module.buffers(), *batch.values()]
         ledger = _Ledger(constant, weights=list(module.parameters()))
         _watch_head(module, ledger)
@@ -135,17 +143,36 @@ def optimizer_bytes(
 
 
 def imagine(
-    *, type: str, config_overrides: Mapping[str, Any], vocab_size: int, chunk: int | str | None = "auto"
-) -> ModelWithLoss:
-    """The module that a run from scratch would build, of fake tensors: any size, at once.
+    *,
+    type: str | None,
+    config_overrides: Mapping[str, Any],
+    vocab_size: int,
+    from_pretrained: str | None = None,
+    revision: str | None = None,
+    attention: str | None = None,
+) -> tuple[Any, Any]:
+    """The model that a run would build, of fake tensors: any size, at once; no weight is read.
+
+    Returns:
+        The model, and a small real one of the same kind, at whose head :class:`~lmcore.model.ModelWithLoss` looks.
 
     Raises:
-        RequestError: unknown type or field, as the run would.
+        RequestError: unknown type, field or folder, as the run would.
     """
-    # The family's own special ids may lie outside of this vocabulary, and no FLOP depends on them.
-    fields = {"vocab_size": pad_vocab(vocab_size), "use_cache": False, **dict.fromkeys(SPECIAL_IDS)}
-    config = make_config(type, config_overrides, **fields)
-    small = make_config(type, config_overrides, **fields)
+    real = vocab_size
+    if from_pretrained is not None:
+        config, _ = pretrained_config(from_pretrained, revision, config_overrides)
+        real = known_tokens(config, f"model.from_pretrained {from_pretrained!r}", vocab_size)
+        config.get_text_config().vocab_size = pad_vocab(real)
+        for name in SPECIAL_IDS:  # as below
+            setattr(config, name, None)
+    else:
+        # The family's own special ids may lie outside of this vocabulary, and no FLOP depends on them.
+        fields = {"vocab_size": pad_vocab(vocab_size), "use_cache": False, **dict.fromkeys(SPECIAL_IDS)}
+        config = make_config(type or "", config_overrides, **fields)
+    if attention in ("eager", "sdpa"):  # the others have kernels for a GPU only, and hold what sdpa holds
+        config._attn_implementation = attention
+    small = copy.deepcopy(config)
     for name in ("num_hidden_layers", "vocab_size"):
         setattr(small, name, {"num_hidden_layers": 1, "vocab_size": 64}[name])
     try:
@@ -156,10 +183,17 @@ def imagine(
         try:
             model = _model_class(config)(config)
         except (ValueError, TypeError, RuntimeError, KeyError) as error:
-            raise RequestError(f"model.type {type} refuses this configuration: {error}") from error
+            named = from_pretrained or f"model.type {type}"
+            raise RequestError(f"{named} refuses this configuration: {error}") from error
         model.tie_weights()
-    model.real_vocab_size = vocab_size
-    return ModelWithLoss(model, chunk=chunk, probe=probe)
+    model.real_vocab_size = real
+    return model, probe
+
+
+def imagine_own(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model of the user's own code, made of fake tensors. Its code may raise anything that it asks of numbers."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return make()
 
 
 _CPU_ATTENTION = {

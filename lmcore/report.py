@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lmcore.console import STEP_CELLS, Voice, duration, now, short, silence_other_bars, step_cells
-from lmcore.meters import Sums, Timer, Totals
+from lmcore.meters import PeakMemory, Sums, Timer, Totals
 from lmcore.metrics import MetricsFile, read_metrics, versions
 from lmcore.run_folder import redact
 
@@ -79,7 +79,7 @@ class Report:
         self._bar: int | None = None
         self._trackers: Any = None
         self._reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
-        self._device: Any = None
+        self._memory = PeakMemory()
         self._flops_per_token: float | None = None
         self._peak_flops: float | None = None
         self._total_steps: int | None = None
@@ -176,6 +176,7 @@ class Report:
         flops_per_token: float | None = None,
         peak_flops_per_device: float | None = None,
         device: Any = None,
+        bytes_before: int = 0,
     ) -> None:
         """Right before the loop: the timers start.
 
@@ -185,12 +186,13 @@ class Report:
             trackers: :class:`lmcore.trackers.Trackers` on rank 0, or ``None``.
             flops_per_token, peak_flops_per_device: for the share of the device's peak (MFU); unknown: left
                 out.
+            bytes_before: resident memory of the process before it built its model.
         """
+        self._memory = PeakMemory(device, bytes_before)
         self._total_steps = total_steps
         self._tokens_logged = tokens
         self._trackers = trackers
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops_per_device
-        self._device = device
         if reduce is not None:
             self._reduce = reduce
         self._timer.start()
@@ -265,7 +267,8 @@ class Report:
             "tokens_per_second": rate,
             "data_wait": waited / seconds if seconds > 0 else 0.0,
             "step_seconds": seconds / steps,
-            "memory_bytes": self.peak_memory_bytes,
+            "memory_bytes": self._memory.peak_bytes,
+            "tensor_bytes": self._memory.tensor_bytes,
             "train_seconds": self.train_seconds,
         }
         if self._flops_per_token and self._peak_flops:
@@ -330,18 +333,6 @@ class Report:
     def tokens_per_second(self) -> float | None:
         """Median over the logged intervals of this process."""
         return statistics.median(self._rates) if self._rates else None
-
-    @property
-    def peak_memory_bytes(self) -> int:
-        """Of this rank: the device's peak of reserved memory, or the process's resident peak on a CPU."""
-        if self._device is not None and getattr(self._device, "type", "") == "cuda":
-            import torch
-
-            return int(torch.cuda.max_memory_reserved(self._device))
-        import resource  # not on Windows, where lmcore does not run
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
     # ---- other records
 

@@ -105,6 +105,11 @@ def test_planned_memory_of_every_strategy(name: str) -> None:
 # --- the rehearsal ---
 
 
+def imagined(fields: dict[str, int], vocab_size: int) -> ModelWithLoss:
+    model, probe = imagine(type="gpt2", config_overrides=fields, vocab_size=vocab_size)
+    return ModelWithLoss(model, probe=probe)
+
+
 @cache
 def small() -> ModelWithLoss:
     fields = {"n_layer": 3, "n_embd": 64, "n_head": 2, "n_positions": 64}
@@ -129,10 +134,10 @@ def test_a_rehearsal_changes_nothing_and_computes_nothing() -> None:
 
 def test_an_imagined_model_is_the_one_that_is_built() -> None:
     fields = {"n_layer": 3, "n_embd": 64, "n_head": 2, "n_positions": 64}
-    imagined = imagine(type="gpt2", config_overrides=fields, vocab_size=640)
-    assert imagined.head_path == small().head_path == "chunked"
-    assert plan.parameters(imagined) == plan.parameters(small())
-    real, fake = (rehearse(module, micro_batch_blocks=2, block_size=64) for module in (small(), imagined))
+    bare = imagined(fields, 640)
+    assert bare.head_path == small().head_path == "chunked"
+    assert plan.parameters(bare) == plan.parameters(small())
+    real, fake = (rehearse(module, micro_batch_blocks=2, block_size=64) for module in (small(), bare))
     assert (real.peak(), real.flops) == (fake.peak(), fake.flops)
 
 
@@ -142,13 +147,15 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_by_recomputation() -> Non
     fields = {"n_layer": 8, "n_embd": 64, "n_head": 2, "n_positions": 64}
     deep = ModelWithLoss(build(type="gpt2", config_overrides=fields, vocab_size=640, block_size=64, seed=0))
     before = held_bytes(deep, micro_batch_blocks=8)
+    recomputed = held_bytes(deep, micro_batch_blocks=8, activation_checkpointing=True)
+    assert held_bytes(deep, micro_batch_blocks=8) == before, "the module itself is as it was"
     enable_activation_checkpointing(deep.model)
-    assert held_bytes(deep, micro_batch_blocks=8) < before / 2
+    assert held_bytes(deep, micro_batch_blocks=8) == recomputed < before / 2
 
 
 def test_flops_are_those_of_the_formula() -> None:
     fields = {"n_layer": 4, "n_embd": 128, "n_head": 4, "n_positions": 128}
-    module = imagine(type="gpt2", config_overrides=fields, vocab_size=8_000)
+    module = imagined(fields, 8_000)
     found = rehearse(module, micro_batch_blocks=2, block_size=128)
     counted = plan.parameters(module)
     formula = plan.flops_per_token(counted, positions=128 * 128, block_size=128, tied=True)
