@@ -16,16 +16,20 @@ import sys
 
 from lmcore import command_line
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED, FaultError, RequestError
+from lmcore.guard import die_with_parent, left_on_request
 
 IS_RANK_0 = os.environ.get("RANK", "0") == "0"
 
 if __name__ == "__main__":  # --help, a typo and --print_config must not wait for torch, which takes seconds
+    die_with_parent()  # from the first moment: a rank that still imports, or waits for the others, is an orphan too
     try:
         CONFIG = command_line.parse(say=print if IS_RANK_0 else lambda line: None)
     except RequestError as refusal:
         if IS_RANK_0:
             print(f"train_lm.py: {refusal}", file=sys.stderr)
         sys.exit(refusal.exit_code)
+    if left_on_request(CONFIG.run_dir or ""):  # --max_restarts is for crashes: a stop that was asked for is kept
+        sys.exit(EXIT_SAVED)
 
 import gc
 import time

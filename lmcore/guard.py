@@ -31,9 +31,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -71,6 +73,7 @@ __all__ = [
     "Guard",
     "Verdict",
     "die_with_parent",
+    "left_on_request",
     "verdict",
 ]
 
@@ -389,6 +392,21 @@ def die_with_parent(number: int = signal.SIGTERM) -> bool:
         return False
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
     return ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, int(number), 0, 0, 0) == 0
+
+
+def left_on_request(run_dir: Path | str, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether torch's launcher starts this rank again (``--max_restarts``) although the run has saved and left as it
+    was asked to, by a signal, a deadline or the file STOP. Such restarts are meant for crashes.
+    """
+    count = (os.environ if environ is None else environ).get("TORCHELASTIC_RESTART_COUNT", "0")
+    if count in ("", "0"):
+        return False
+    try:
+        status = json.loads((Path(run_dir) / "status.json").read_bytes())
+        now = ("saved", socket.gethostname(), os.getppid())
+        return (status["state"], status["host"], status["parent_pid"]) == now
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _seconds_to_job_end(environ: Mapping[str, str]) -> float:

@@ -236,6 +236,7 @@ class RunFolder:
             "step": self._status.get("step"),
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "parent_pid": os.getppid(),
             "job_id": job_id(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }

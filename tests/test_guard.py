@@ -36,9 +36,11 @@ from lmcore.guard import (
     SIGUSR1,
     STOP_FILE,
     Guard,
+    left_on_request,
     verdict,
 )
 from lmcore.replicas import odd_ranks, parameter_hash
+from lmcore.run_folder import RunFolder
 from tests.disk_faults import forked
 
 ROOT = Path(room.__file__).parent.parent
@@ -246,6 +248,21 @@ def test_the_trainer_of_a_dead_launcher_is_told(tmp_path: Path, name: str, told:
     assert wait_for(tmp_path / "saved", seconds=20 if told else 1) == told
     with contextlib.suppress(ProcessLookupError):  # the one that was told has left already
         os.kill(int((tmp_path / "ready").read_text()), signal.SIGKILL)
+
+
+def test_a_launcher_does_not_undo_a_stop_that_was_asked_for(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    again = {"TORCHELASTIC_RESTART_COUNT": "1"}
+    assert not left_on_request(tmp_path, again), "a crash before there was a status"
+    folder.write_status("saved", exit_code=75, reason="the file STOP")
+    assert left_on_request(tmp_path, again)
+    assert not left_on_request(tmp_path, {"TORCHELASTIC_RESTART_COUNT": "0"}), "started by a person"
+    assert not left_on_request(tmp_path, {})
+    status = json.loads((tmp_path / "status.json").read_text())
+    (tmp_path / "status.json").write_text(json.dumps(status | {"parent_pid": 1}))
+    assert not left_on_request(tmp_path, again), "that was another launcher"
+    folder.write_status("running")
+    assert not left_on_request(tmp_path, again), "a crash"
 
 
 # ---- numerical faults --------------------------------------------------------------------------------------

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,55 @@ def test_two_processes_on_a_cpu_by_a_file_then_one_goes_on(text: Path) -> None:
     assert [r["step"] for r in records] == list(range(1, 9))
     assert [r["position"] for r in records] == [12 * step for step in range(1, 9)]
     assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
+
+
+TORCHRUN = """
+import subprocess, sys, time
+child = subprocess.Popen(sys.argv[1:])
+print(child.pid, flush=True)
+time.sleep(600)  # by its command line this is a torchrun
+"""
+
+
+def test_a_rank_whose_launcher_dies_before_the_ranks_have_met_is_no_orphan(text: Path) -> None:
+    """It would wait for the others, and hold its device, until engine.timeout_seconds are over."""
+    with socket.socket() as nobody_listens:
+        nobody_listens.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(nobody_listens.getsockname()[1])}
+        launcher = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                TORCHRUN,
+                sys.executable,
+                str(ROOT / "train_lm.py"),
+                *request(text, text / "alone"),
+            ],
+            env={
+                **os.environ,
+                "CUDA_VISIBLE_DEVICES": "",
+                "RANK": "1",
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "1",
+                **where,
+            },
+            stdout=subprocess.PIPE,
+        )
+        assert launcher.stdout is not None
+        with launcher.stdout:
+            pid = int(launcher.stdout.readline())
+        maps = Path(f"/proc/{pid}/maps")
+        while "libtorch" not in maps.read_text():  # from here on it imports, and then it waits
+            time.sleep(0.05)
+        launcher.kill()
+        launcher.wait()
+        give_up = time.monotonic() + 60
+        while maps.exists() and time.monotonic() < give_up:
+            time.sleep(0.05)
+        left = maps.exists()
+        if left:
+            os.kill(pid, signal.SIGKILL)
+        assert not left
 
 
 def test_the_launch_that_silently_starts_one_process_is_refused(text: Path) -> None:
