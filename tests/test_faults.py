@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.report import write_report
+from tests.faults.soak import account
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,12 +51,30 @@ def test_signalled_runs(tmp_path: Path) -> None:
 
 
 def test_hurt_ranks(tmp_path: Path) -> None:
-    """A rank killed, a rank stopped, a data worker killed, and another number of ranks after each kill."""
-    words = ("secrets", "rank-killed", "rank-stopped", "worker-killed", "world-size")
+    """A rank killed, a rank stopped, a data worker killed, another number of ranks after each kill, a short soak."""
+    words = ("secrets", "rank-killed", "rank-stopped", "worker-killed", "world-size", "soak")
     told = campaign(
         tmp_path, *(word for kind in words for word in ("--kind", kind)), "--n", "1", "--first", "0"
     )
-    assert told.count(": held") == 5
+    assert told.count(": held") == 6
+
+
+def test_all_the_time_of_a_soak_goes_somewhere() -> None:
+    words = ["start 0", "begin 0", "step 1", "save 0", "step 2", "kill 0", "ended 0"]
+    words += ["begin 0", "step 2", "step 3", "ended 0"]
+    at = [0.0, 1, 3, 3.5, 5.5, 6, 6.5, 8, 10, 12, 15]
+    spent = account([f"{word} {time}" for word, time in zip(words, at, strict=True)])
+    assert spent == {
+        "counted": 6.0,  # steps 1, 2 (the second time) and 3
+        "repeated": 2.0 + 0.5,  # step 2 the first time, and what the kill cut off
+        "saving": 0.5,
+        "restart": 1.0 + 0.5 + 1.5,
+        "end": 3.0,
+        "steps trained": 4,
+        "saves": 1,
+        "steps": 3,
+    }
+    assert sum(spent[name] for name in ("counted", "repeated", "saving", "restart", "end")) == at[-1]
 
 
 @pytest.mark.slow

@@ -651,7 +651,8 @@ def damage(place: Path, seed: int, folder: Path, repeats: int = 100) -> Trial:
     return trial
 
 
-KINDS: dict[str, Callable[[Path, int, Path], Trial]] = {
+Kind = Callable[[Path, int, Path], Trial]
+KINDS: dict[str, Kind] = {
     "kill": kill,
     "signal": signals,
     "full": full,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.faults.soak import story
+
 PROMISES = {
     "kill": "SIGKILL at a random moment or inside a save, restarted: weights, optimizer, losses bit-equal",
     "signal": "SIGTERM, SIGUSR1, SIGINT on any rank at any phase: saved at the boundary, code 75, bit-equal after",
@@ -17,8 +19,9 @@ PROMISES = {
     "damage": "a bit flipped, file cut, page zeroed, file deleted, added, swapped: found, the older one taken",
     "secrets": "secrets of the environment, and one in a name: in no file of the run (canaries)",
     "strategies": "single, DDP, FSDP2 (CPU shown as XPU to accelerate), ZeRO-1/2/3: NaNs; all ranks killed, bit-equal",
-    "launcher": "signals to accelerate launch and torchrun: the trainer saves, nothing is orphaned",
-    "soak": "kills every 15 to 60 s: goodput, and the loss curve of the undisturbed run",
+    "launcher": "signals to accelerate launch, torchrun, a rank, all: saved, nothing orphaned, bit-equal after",
+    "prepare-killed": "SIGKILL of prepare at a random moment or disk call, one or two processes: byte-identical",
+    "soak": "kills every 15 to 60 s, restarted by itself: bit-equal, at least 95% of the time in steps that count",
 }
 
 
@@ -47,6 +50,10 @@ def write_report(record: list[dict[str, Any]], path: Path) -> None:
         lines.append(
             f"| {kind} | {PROMISES.get(kind, '')} | {trials:,} | {trials - broken:,} | {counted} | {last['date']} |"
         )
+    soaks = [row for row in record if row["kind"] == "soak" and not row["broken"]]
+    if soaks:
+        lines += ["", "Soaks (what each share means: `tests/faults/soak.py`):", ""]
+        lines += [f"- {row['date']}: {story(row['counts'])}." for row in soaks]
     if record:
         versions = ", ".join(f"{name} {value}" for name, value in record[-1]["versions"].items())
         lines += ["", f"Versions of the last campaign: {versions}."]
