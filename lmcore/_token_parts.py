@@ -342,9 +342,9 @@ def _utf8_length(value: str) -> int:
 
 def _joined(job: Job, ids: list[np.ndarray], part: text.Part) -> np.ndarray:
     """All documents of a batch, each with its end, as they stand in the file."""
-    end = [np.array([job.tokenizer.eos_id], dtype=np.int64)] if job.eos else []
+    end = [np.array([job.tokenizer.eos_id], dtype=np.int32)] if job.eos else []
     runs = [run for one in ids for run in (one, *end)]
-    tokens = np.concatenate(runs) if runs else np.zeros(0, dtype=np.int64)
+    tokens = np.concatenate(runs) if runs else np.zeros(0, dtype=np.int32)
     if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < job.tokenizer.vocab_size:
         raise FaultError(
             f"the tokenizer gave the id {int(tokens.max())} for text of {part.path}, but says that it has "

@@ -106,7 +106,8 @@ class StreamDataset:
         self._sources = tuple(sources)
         self._tokenizer = tokenizer
         self._split = split
-        self._eos = [tokenizer.eos_id] if eos else []
+        self._dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+        self._eos = np.array([tokenizer.eos_id] if eos else [], dtype=np.int32)
         self._on_error, self._max_bad_fraction = on_error, max_bad_fraction
         self._records = 0
         self._bad: set[tuple[str, str]] = set()  # later epochs and other lanes meet the same ones again
@@ -206,7 +207,7 @@ class StreamDataset:
     def read(self, positions: np.ndarray) -> Blocks:
         """The blocks at these positions, which rise from call to call in each lane."""
         n, size = len(positions), self.block_size
-        ids = np.empty((n, size + 1), dtype=np.uint16 if self._tokenizer.vocab_size <= 2**16 else np.uint32)
+        ids = np.empty((n, size + 1), dtype=self._dtype)
         position_ids = np.zeros((n, size), dtype=np.int32) if self.document_mask else None
         lanes = [self._lane(number) for number in (positions % self.lanes).tolist()]
         numbers = (positions // self.lanes).tolist()
@@ -253,7 +254,7 @@ class StreamDataset:
         for number, document in enumerate(hub.documents_of(self._sources[source], piece, bad=self._on_bad)):
             if number % strides == stride:
                 self._records += 1
-                wanted = self._split[0] in ("all", text.side(document.text, self._split[1]))
+                wanted = self._split[0] == "all" or self._split[0] == text.side(document.text, self._split[1])
                 yield document.text if wanted else None
 
     def _on_bad(self, record: text.BadRecord) -> None:
@@ -349,7 +350,7 @@ class _Feed:
         # one step.
         self._first_window = 1 + lane * self._window // stream.lanes
         self._origin = self._window_of(first)[0]
-        self._tokens = np.zeros(0, dtype=np.int64)
+        self._tokens = np.zeros(0, dtype=stream._dtype)
         self._base = 0  # the number of the first token in self._tokens
         self._marks: deque[tuple[int, int, int]] = deque()  # (first token, part ordinal, document)
         self._drop = self.state[2]
@@ -394,7 +395,7 @@ class _Feed:
             if self._drop:
                 runs[0], self._drop = run[self._drop :], 0
         self._taken = []
-        self._tokens = np.concatenate((self._tokens, *runs)).astype(np.int64)
+        self._tokens = np.concatenate((self._tokens, *(run.astype(self._tokens.dtype) for run in runs)))
 
     def block(self, block: int) -> tuple[int, np.ndarray]:
         """(number of the first token, the T + 1 tokens) of a block, at its shuffled place in the window."""
