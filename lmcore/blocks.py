@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ IGNORED_LABEL = -100
 """torch's default ``ignore_index``."""
 
 _TEXTS_AT_ONCE = 64
+_LOCATED_AHEAD = 1024
 
 
 @final
@@ -55,6 +56,12 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+class _Located(NamedTuple):
+    first: int
+    source: np.ndarray
+    block: np.ndarray
 
 
 @final
@@ -100,6 +107,7 @@ class BlockDataset(IterableDataset):
         self._rank = int(os.environ.get("RANK", "0")) if rank is None else rank
         self._world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
         self._order: Order | None = None
+        self._ahead = _Located(0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
     @classmethod
     def from_texts(
@@ -215,9 +223,24 @@ class BlockDataset(IterableDataset):
     def read(self, positions: np.ndarray) -> Blocks:
         """The blocks at ``positions`` (B,); a negative position gives a block without labels."""
         real = positions >= 0
-        source, _, block = self.order.locate(positions[real])
+        source, block = self._located(positions[real])
         rows = np.flatnonzero(real)
         return self._read(rows, source, block * self.block_size, len(positions))
+
+    def _located(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source and the block at each position. A thousand positions cost little more than a few, and a
+        rank goes through its own in order: they are located ahead."""
+        if not len(positions):
+            return positions, positions
+        first, last = int(positions.min()), int(positions.max())
+        ahead = self._ahead
+        if not ahead.first <= first <= last < ahead.first + len(ahead.block):
+            if last - first >= _LOCATED_AHEAD:
+                source, _, block = self.order.locate(positions)
+                return source, block
+            source, _, block = self.order.locate(np.arange(first, first + _LOCATED_AHEAD))
+            ahead = self._ahead = _Located(first, source, block)
+        return ahead.source[positions - ahead.first], ahead.block[positions - ahead.first]
 
     @property
     def n_in_order(self) -> int:

@@ -94,7 +94,7 @@ class TokenStore:
         self._pieces = [piece for piece in pieces if piece.n_tokens]
         self._starts = np.cumsum([0] + [piece.n_tokens for piece in self._pieces])
         self.n_tokens = int(self._starts[-1])
-        self._arrays: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._arrays: OrderedDict[int, np.ndarray] = OrderedDict()  # piece: its tokens; ~piece: its ends
         for piece in self._pieces:
             size = Path(piece.path).stat().st_size if Path(piece.path).exists() else -1
             if size < piece.offset_bytes + piece.n_tokens * self.dtype.itemsize:
@@ -201,7 +201,9 @@ class TokenStore:
             first = int(self._starts[piece])
             here = self._pieces[piece]
             if here.ends is not None:
-                ends = self._map(here.ends, here.ends_dtype, here.ends_offset_bytes, here.n_ends)
+                ends = self._arrays.get(~piece)
+                if ends is None:
+                    ends = self._map(~piece, here.ends, here.ends_dtype, here.ends_offset_bytes, here.n_ends)
                 low, high = np.searchsorted(
                     ends, here.ends_scale * np.array([start - first, stop - first]).clip(0), side="right"
                 )
@@ -233,22 +235,21 @@ class TokenStore:
                     )
 
     def _tokens(self, piece: int) -> np.ndarray:
-        here = self._pieces[piece]
-        return self._map(here.path, self.dtype.str, here.offset_bytes, here.n_tokens)
-
-    def _map(self, path: str, dtype: str, offset: int, count: int) -> np.ndarray:
-        key = (path, offset)
-        array = self._arrays.get(key)
+        array = self._arrays.get(piece)
         if array is None:
-            if count == 0:
-                return np.zeros(0, dtype=dtype)
-            with open(path, "rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            # Not np.memmap: its slices cost several times as much as those of a plain array.
-            array = np.frombuffer(mapped, dtype=dtype, count=count, offset=offset)
-            self._arrays[key] = array
-            if len(self._arrays) > _OPEN_FILES:
-                self._arrays.popitem(last=False)
+            here = self._pieces[piece]
+            array = self._map(piece, here.path, self.dtype.str, here.offset_bytes, here.n_tokens)
+        return array
+
+    def _map(self, key: int, path: str, dtype: str, offset: int, count: int) -> np.ndarray:
+        if count == 0:
+            return np.zeros(0, dtype=dtype)
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Not np.memmap: its slices cost several times as much as those of a plain array.
+        array = self._arrays[key] = np.frombuffer(mapped, dtype=dtype, count=count, offset=offset)
+        if len(self._arrays) > _OPEN_FILES:
+            self._arrays.popitem(last=False)
         return array
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -322,3 +323,19 @@ def test_any_position_can_be_shown(tmp_path: Path) -> None:
     assert "files of tokens" in str(show(foreign, [1], lambda ids: str(list(ids)))[0])
     with pytest.raises(RequestError, match="no order by position"):
         show(BlockDataset.from_texts(Bytes(), TEXTS, 3), [0], str)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5000), st.lists(st.integers(-1, 1500), max_size=5)), max_size=8))
+def test_what_is_located_ahead_is_what_the_order_says(reads: list[tuple[int, list[int]]]) -> None:
+    with TemporaryDirectory() as name:
+        stores = [
+            counting_store(Path(name), 999, name="a"),
+            counting_store(Path(name), 500, first=999, name="b"),
+        ]
+        phases = (Phase(), Phase(position=1100, weights=(0.25, 0.75)))
+        dataset = BlockDataset.from_stores(stores, block_size=4, seed=7, phases=phases)
+        for start, places in reads:
+            positions = np.array([start + place if place >= 0 else -1 for place in places], dtype=np.int64)
+            source, _, block = dataset.order.locate(positions[positions >= 0])
+            assert (dataset.read(positions).ids[positions >= 0, 0] == 999 * source + 4 * block).all()
