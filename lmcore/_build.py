@@ -39,6 +39,7 @@ from lmcore._model_config import (
     pretrained_config,
     refuse_unsafe_index,
 )
+from lmcore._model_empty import without_weights
 from lmcore.errors import RequestError
 
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -64,6 +65,7 @@ def build(
     factory: str | None = None,
     attention: str | None = None,
     seed: int,
+    weights: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> nn.Module:
     """Build the model on the CPU, with float32 parameters.
@@ -83,6 +85,8 @@ def build(
             ``special_ids`` and ``seed`` that it names, and with ``config_overrides``.
         attention: one of ``ATTENTION``; default: the model's own choice (sdpa nearly always).
         seed: of the initialization.
+        weights: ``False`` for the structure alone: parameters on the meta device, real buffers. A factory's model
+            has its weights all the same.
         note: called with one line for each thing that should be said (padding, fallbacks).
 
     Raises:
@@ -98,15 +102,17 @@ def build(
         raise RequestError(f"model.attention {attention!r} is not one of {', '.join(ATTENTION)}")
     if factory is not None:
         note("model.factory: initialization is the factory's own, under one seed and not one per parameter")
+        if not weights:
+            note("model.factory: each rank builds the whole model on its host, and keeps its own shard")
         return _from_factory(factory, overrides, vocab_size, block_size, ids, seed)
     if vocab_size is None:
         raise RequestError("a language model needs a vocabulary: give tokenizer.path, or model.factory")
     if from_pretrained is not None:
-        model = _pretrained(from_pretrained, revision, overrides, vocab_size, ids, attention, note)
+        model = _pretrained(from_pretrained, revision, overrides, vocab_size, ids, attention, weights, note)
     else:
         given = {name: value for name, value in ids.items() if value is not None or name in SPECIAL_IDS[:3]}
         config = make_config(type, overrides, vocab_size=pad_vocab(vocab_size), use_cache=False, **given)
-        model = _from_scratch(config, ids, attention, seed)
+        model = _from_scratch(config, ids, attention, seed, weights)
         model.real_vocab_size = vocab_size
         if config.vocab_size != vocab_size:
             note(f"vocabulary {vocab_size} padded to {config.vocab_size}; the padding takes no probability")
@@ -134,7 +140,9 @@ def _take_special_ids(model: Any, ids: Mapping[str, int | None]) -> None:
             setattr(model.generation_config, name, value)
 
 
-def _from_scratch(config: Any, ids: Mapping[str, int | None], attention: str | None, seed: int) -> Any:
+def _from_scratch(
+    config: Any, ids: Mapping[str, int | None], attention: str | None, seed: int, weights: bool
+) -> Any:
     from transformers.initialization import no_init_weights
 
     config.dtype = torch.float32
@@ -159,12 +167,14 @@ def _from_scratch(config: Any, ids: Mapping[str, int | None], attention: str | N
                 f"{model_class.__name__} refuses this configuration: {one_line(error)}"
             ) from error
 
-    with no_init_weights():  # what the constructors would draw is drawn again below
+    # What the constructors would draw is drawn again below, or by rank 0.
+    with no_init_weights() if weights else without_weights():
         model = construct()
-    untouched = _initialize(model, seed, poison=True)
-    if (
-        untouched
-    ):  # a family whose rule leaves some parameters to the constructor: let it run, then ours on top
+    if not weights:
+        _no_padding_row(model)
+        model.tie_weights()
+    elif _initialize(model, seed, poison=True):
+        # A family whose rule leaves some parameters to the constructor: let it run, then ours on top.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_key(seed, model_class.__name__))
             model = construct()
@@ -179,6 +189,14 @@ def _key(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def _no_padding_row(model: Any) -> None:
+    """A padding row is never trained and starts at zero; labels are ignored by position here, and where the
+    tokenizer has pad = EOS that row is EOS, which must learn like any other."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        embedding.padding_idx = None
+
+
 def _initialize(model: Any, seed: int, *, poison: bool) -> list[str]:
     """Run the family's own ``_init_weights`` on each module under a generator keyed by the module's name.
 
@@ -188,11 +206,7 @@ def _initialize(model: Any, seed: int, *, poison: bool) -> list[str]:
     """
     from transformers import PreTrainedModel
 
-    embedding = model.get_input_embeddings()
-    if isinstance(embedding, nn.Embedding):
-        # A padding row is never trained and starts at zero; labels are ignored by position here, and where
-        # the tokenizer has pad = EOS that row is EOS, which must learn like any other.
-        embedding.padding_idx = None
+    _no_padding_row(model)
     if poison:
         with torch.no_grad():
             for parameter in model.parameters():
@@ -273,6 +287,7 @@ def _pretrained(
     vocab_size: int,
     ids: Mapping[str, int | None],
     attention: str | None,
+    weights: bool,
     note: Callable[[str], None],
 ) -> Any:
     from safetensors import SafetensorError
@@ -282,20 +297,29 @@ def _pretrained(
     config, commit = pretrained_config(path, revision, overrides)
     try:
         refuse_unsafe_index(path, source, revision=commit or revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            revision=commit or revision,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            use_safetensors=True,  # no pickle
-            **({} if attention is None else {"attn_implementation": attention}),
-        )
+        chosen = {} if attention is None else {"attn_implementation": attention}
+        if weights:
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                revision=commit or revision,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                use_safetensors=True,  # no pickle
+                **chosen,
+            )
+        else:
+            with without_weights():
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, trust_remote_code=False, **chosen
+                )
+            model.tie_weights()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise RequestError(f"{source}: {one_line(error)}") from error
     if commit:
         note(f"{path}: commit {commit}" + ("" if revision else " (give model.revision to pin it)"))
-    have = model.real_vocab_size = known_tokens(config, source, vocab_size)
+    have = known_tokens(config, source, vocab_size)
+    model.real_vocab_size = have  # type: ignore[assignment]  # torch types attributes as tensors
     if pad_vocab(have) != have:
         model.resize_token_embeddings(pad_vocab(have), mean_resizing=False)
         with torch.no_grad():

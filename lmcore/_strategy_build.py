@@ -19,6 +19,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lmcore import _strategy_fsdp as fsdp
 from lmcore import _strategy_zero as zero
@@ -44,7 +45,7 @@ def build(
         backend = None if cuda else "gloo"  # without it every rank would silently train alone on a CPU
     elif request.strategy == "fsdp2":
         plugins["fsdp_plugin"] = fsdp.plugin(precision=precision, reduce_dtype=reduce_dtype)
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         cpu=not cuda and not with_zero,
         # A plugin object, not a number: a number would give way to the launcher's environment.
@@ -58,6 +59,11 @@ def build(
         ],
         **plugins,
     )
+    if with_zero:
+        # Told of ZeRO-3, transformers would partition a pretrained model while it reads it, on all ranks
+        # together; here rank 0 reads it alone.
+        unset_hf_deepspeed_config()
+    return accelerator
 
 
 def forget() -> None:

@@ -13,6 +13,7 @@ stay tied; a rank that built another model than rank 0 is refused.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, final
 
@@ -41,16 +42,20 @@ class FirstWeights:
     def __init__(self, module: nn.Module, *, keep: bool) -> None:
         named = [(clean_name(name), p) for name, p in module.named_parameters()]
         self.shapes = [Shape(name, tuple(p.shape), p.dtype) for name, p in named]
+        self.kind = [getattr(module, "head_path", ""), *self.shapes]
+        """What must be the same on every rank."""
         self._values = {name: p.detach() for name, p in named} if keep else {}
 
-    def check(self, theirs: list[Shape]) -> None:
-        """Raises ``RequestError`` if rank 0 has other parameters than this rank."""
-        different = next((pair for pair in zip(self.shapes, theirs) if pair[0] != pair[1]), None)
-        if different or len(self.shapes) != len(theirs):
-            raise RequestError(
-                f"this rank built another model than rank 0 ({different or 'more or fewer parameters'}): a "
-                "model.factory must build the same on every rank"
-            )
+    def check(self, all_kinds: list[list[Any]]) -> None:
+        """Raises ``RequestError``, on every rank, if two of them have another :attr:`kind`."""
+        for rank, theirs in enumerate(all_kinds):
+            if theirs != all_kinds[0]:
+                pairs = itertools.zip_longest(all_kinds[0], theirs)
+                first, other = next(pair for pair in pairs if pair[0] != pair[1])
+                raise RequestError(
+                    f"rank {rank} built another model than rank 0 ({other}, not {first}): model.factory must "
+                    "build the same on every rank"
+                )
 
     def give(self, state: Any, device: torch.device) -> None:
         """Every rank takes its part of rank 0's values, parameter by parameter. Collective."""

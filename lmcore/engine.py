@@ -183,7 +183,7 @@ class Engine:
         if self._sharded or (self._with_zero and self.precision != "fp32"):
             # DeepSpeed alone would make its fp32 weights from rounded ones.
             first = start.FirstWeights(module, keep=self.is_main)
-            first.check(self.broadcast_object(first.shapes))
+            first.check(self.gather_object(first.kind))
         if self._sharded:
             start.empty(module)
         if self._with_zero:

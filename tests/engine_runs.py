@@ -77,12 +77,13 @@ class Trace:
     scalars: dict[str, Any]
 
 
-def make_model(name: str, dropout: float = 0.0) -> nn.Module:
-    """A tiny model with its loss, the same weights in every process; odd sizes, which no world size
+def make_model(name: str, dropout: float = 0.0, weights: bool = True) -> nn.Module:
+    """A tiny model with its loss, the same weights in every process, or none; odd sizes, which no world size
     divides."""
     from lmcore.model import ModelWithLoss, build
 
     common = {"block_size": BLOCK_SIZE, "vocab_size": VOCAB, "special_ids": {}, "seed": 3}
+    common |= {"weights": weights}
     if name.startswith("gpt2"):
         fields: dict[str, Any] = {"n_layer": 2, "n_embd": 15, "n_head": 3, "n_positions": 16}
         fields |= {f"{part}_pdrop": dropout for part in ("embd", "resid", "attn")}
@@ -234,7 +235,7 @@ def make_engine(job: Job) -> Any:
 def train(job: Job) -> Trace | None:
     """One training in this rank. The result is rank 0's."""
     engine = make_engine(job)
-    module = make_model(job.model, job.dropout)
+    module = make_model(job.model, job.dropout, engine.needs_weights)
     micro = job.blocks // engine.world_size // job.accumulation
     engine.prepare(
         module,

@@ -118,6 +118,32 @@ def test_packed_by_position_ids_equals_separate(family: str) -> None:
 # --------------------------------------------------------------------------------------------- initialization
 
 
+def same_structure(empty: Any, real: Any) -> None:
+    """Names in their order, shapes, types, what is tied; every buffer, bit for bit; how the loss is made."""
+    for (name, p), (other, q) in zip(empty.named_parameters(), real.named_parameters(), strict=True):
+        assert p.is_meta, name
+        assert (name, p.shape, p.dtype, p.requires_grad) == (other, q.shape, q.dtype, q.requires_grad)
+    for (name, p), (other, q) in zip(empty.named_buffers(), real.named_buffers(), strict=True):
+        assert name == other
+        assert torch.equal(p, q), name
+    assert empty.get_input_embeddings().padding_idx == real.get_input_embeddings().padding_idx
+    assert m.vocabulary_parameters(empty) == m.vocabulary_parameters(real)
+    assert m.ModelWithLoss(empty).head_path == m.ModelWithLoss(real).head_path
+    assert all(p.is_meta for p in empty.parameters())  # the probe has given back what it borrowed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_weights_is_the_same_model(family: str) -> None:
+    same_structure(build(family, weights=False), build(family))
+
+
+def test_a_pretrained_model_without_weights_is_the_same_model(tmp_path: Path) -> None:
+    build("gpt2").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    given = {"overrides": {}, "from_pretrained": str(tmp_path)}
+    same_structure(build("gpt2", weights=False, **given), build("gpt2", **given))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
 def test_weights_are_keyed_by_seed_and_name_and_nothing_else(family: str) -> None:
     one = build(family)
