@@ -228,6 +228,11 @@ class Checkpoints:
         self._settle()
         return self._stop_on_failure and self._failure is not None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save that is due by the clock waits: for the one before it. Rank 0's clock decides for all."""
+        return not self.is_main or (self._running is not None and not self._running.done.is_set())
+
     def _settle(self, *, wait: bool = False) -> int | None:
         """Take over what the background has done; never raises."""
         step = None
@@ -421,9 +426,7 @@ class Checkpoints:
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers as JSON has them: not-a-number and infinity become null (they are never the best of
-    anything).
-    """
+    """Numbers as JSON has them: not-a-number and infinity become null (never the best of anything)."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in metrics.items()
@@ -431,9 +434,7 @@ def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _available_memory_bytes() -> int | None:
-    """What can be allocated without swapping, as Linux and the control group see it; ``None`` if they do not
-    say.
-    """
+    """What can be allocated without swapping, as Linux and the control group see it; else ``None``."""
     found = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -236,7 +236,8 @@ class Session:
         """The bits of what is due after this step, by this rank's clock."""
         now, flags = time.monotonic(), 0
         for bit, every in self._intervals.items():
-            minutes = (now - self._clock[bit]) / 60
+            waits = bit == SAVE_DUE and self.saves.busy
+            minutes = 0.0 if waits else (now - self._clock[bit]) / 60
             if is_due(self.state.step, every, **self._units(), minutes_since_last=minutes):
                 flags |= bit
                 self._clock[bit] = now
@@ -391,9 +392,8 @@ class Session:
                 self.save("exception")
                 self.saves.wait()
                 self.report.note(f"saved step {self.state.step} before it fails: {type(error).__name__}")
-            if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(
-                error
-            ):
+            unallocated = "can't allocate memory" in str(error)
+            if unallocated or isinstance(error, torch.OutOfMemoryError | MemoryError):
                 raise FaultError(
                     f"out of memory in step {self.state.step + 1} with {self.sizes.micro_batch_blocks} blocks of "
                     f"{self.sizes.block_size} tokens at a time: try --train.micro_batch_blocks "

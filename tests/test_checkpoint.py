@@ -759,12 +759,15 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
     assert saves.poll() is None
     assert saves.last_step is None
     assert not saves.failed
+    assert saves.busy
     assert time.monotonic() - begin < 5
     opener = threading.Timer(0.2, gate.set)
     opener.start()
     save(saves, 2)  # waits for the first: never two at a time
     assert saves.last_step == 1
     assert saves.wait(final=True) == 2
+    assert not saves.busy
+    assert Checkpoints(tmp_path, is_main=False).busy, "the clocks of other ranks ask for no save"
     opener.join()
     assert names(tmp_path) == [1, 2]
     assert min(priorities) >= room.BACKGROUND_NICE

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +269,41 @@ def test_spike_skip_is_refused_where_the_norm_comes_too_late(text: Path) -> None
     assert run_ranks(_train, 2, argv, None, 0, timeout=240, env=env) == [EXIT_REQUEST] * 2
     status = json.loads((run_dir / "status.json").read_text())
     assert "use warn or rewind" in status["reason"]
+
+
+def _train_with_a_slow_disk(argv: list[str], steps: int) -> int:
+    """As ``_train``; a save is committed when training has gone on by three steps, and after 10 s at the latest."""
+    import train_lm
+    from lmcore import files
+
+    advance, now, moved = train_lm.Session.advance, [0], threading.Condition()
+
+    def told(self: Any, *step: Any) -> None:
+        advance(self, *step)
+        with moved:
+            now[0] = self.state.step
+            moved.notify_all()
+
+    def slow(call: Any) -> None:
+        name = Path(call.target).name
+        if call.operation == "rename" and name.startswith("step-"):
+            goal = min(int(name.removeprefix("step-")) + 3, steps)
+            with moved:
+                moved.wait_for(lambda: now[0] >= goal, timeout=10)
+
+    train_lm.Session.advance, files.DISK.before = told, slow
+    return _train(argv, None, 0)
+
+
+def test_a_save_by_the_clock_never_keeps_training_waiting_for_the_one_before(text: Path) -> None:
+    run_dir = text / "slow-disk"
+    options = {**SHORT, "train__duration": "10 steps", "checkpoint__every": "0.001 s"}
+    assert run_ranks(_train_with_a_slow_disk, 2, request(text, run_dir, **options), 10) == [EXIT_FINISHED] * 2
+    events = read_metrics(run_dir / "metrics.jsonl", kind="event")
+    saves = [r["step"] for r in events if r["event"] == "checkpoint"]
+    assert saves[0] == 1
+    assert all(later - earlier >= 3 for earlier, later in pairwise(saves[:-1])), saves
+    assert saves[-1] == 10
 
 
 def _train_with_an_error(argv: list[str], at_step: int) -> str:
