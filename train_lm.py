@@ -135,7 +135,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
 
     # ---- model and optimizer; the loaders are ours and are never given to accelerate (README: why not prepar
     bytes_before = resident_bytes()
-    module = assemble.open_model(config, data, note=report.note)
+    module = assemble.open_model(config, data, engine, note=report.note)
     counts = parameter_counts(module)
     flops_per_token = plan.model_flops_per_token(module, data.block_size)
     micro_batch = past.get("micro_batch_blocks") or auto_micro_batch(config, engine, module, data.block_size)

@@ -102,8 +102,6 @@ def build(
         raise RequestError(f"model.attention {attention!r} is not one of {', '.join(ATTENTION)}")
     if factory is not None:
         note("model.factory: initialization is the factory's own, under one seed and not one per parameter")
-        if not weights:
-            note("model.factory: each rank builds the whole model on its host, and keeps its own shard")
         return _from_factory(factory, overrides, vocab_size, block_size, ids, seed)
     if vocab_size is None:
         raise RequestError("a language model needs a vocabulary: give tokenizer.path, or model.factory")

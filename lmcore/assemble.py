@@ -316,14 +316,17 @@ def model_name(config: RunConfig) -> str:
     return config.model.factory or config.model.from_pretrained or config.model.type or ""
 
 
-def open_model(config: RunConfig, data: Data, *, note: Note = print) -> ModelWithLoss:
-    """The model with its loss; the same weights on every rank and under every strategy."""
+def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = print) -> ModelWithLoss:
+    """The model with its loss; without weights on ranks that get their parts of them from rank 0."""
     encoder = data.encoder
+    if config.model.factory is not None and engine.sharded:
+        note("model.factory: every rank builds the whole model on its host, before it keeps its own part")
     return build_model(
         config,
         vocab_size=encoder.vocab_size if encoder else None,
         special_ids=encoder.special_ids if encoder else {},
         block_size=data.block_size,
+        weights=engine.needs_weights,
         note=note,
     )
 
@@ -334,6 +337,7 @@ def build_model(
     vocab_size: int | None,
     special_ids: Mapping[str, int],
     block_size: int,
+    weights: bool = True,
     note: Note = print,
 ) -> ModelWithLoss:
     """:func:`open_model` where the numbers of the tokenizer are all that is known of it."""
@@ -348,6 +352,7 @@ def build_model(
         factory=config.model.factory,
         attention=config.model.attention,
         seed=config.seed,
+        weights=weights,
         note=note,
     )
     return with_loss(config, built, note=note)

@@ -118,14 +118,15 @@ class Engine:
         )
         self.strategy = launch.check(self.accelerator, request, self.precision)
         self._with_zero = self.strategy.startswith("zero")
-        self._sharded = self.strategy in ("fsdp2", "zero3")  # no rank has the whole weights
+        self.sharded = self.strategy in ("fsdp2", "zero3")
+        """Whether no rank has the whole weights."""
         self.device: torch.device = self.accelerator.device
         self._memory = keep_freed_memory() if self.device.type == "cpu" else None
         self.rank: int = self.accelerator.process_index
         self.local_rank: int = max(0, self.accelerator.local_process_index)
         self.world_size: int = self.accelerator.num_processes
         self.is_main = self.rank == 0
-        self.needs_weights = self.is_main or not self._sharded
+        self.needs_weights = self.is_main or not self.sharded
         """Whether this rank must build the model with its weights: where it is sharded, only rank 0."""
         self.is_local_main = self.local_rank == 0
         self._ranks = Ranks(timeout)
@@ -170,7 +171,7 @@ class Engine:
         self._accumulation = gradient_accumulation
         self._clip_norm = clip_norm
         self._inner = module
-        self._skeleton = Skeleton(self._inner.model) if self._sharded and self.is_main else None
+        self._skeleton = Skeleton(self._inner.model) if self.sharded and self.is_main else None
         if self._param_dtype is not torch.float32:
             # Not Module.to: buffers (rotary frequencies) stay as they are.
             for parameter in module.parameters():
@@ -180,11 +181,11 @@ class Engine:
         if self._checkpointing:
             enable_activation_checkpointing(self._inner.model)
         first = None
-        if self._sharded or (self._with_zero and self.precision != "fp32"):
+        if self.sharded or (self._with_zero and self.precision != "fp32"):
             # DeepSpeed alone would make its fp32 weights from rounded ones.
             first = start.FirstWeights(module, keep=self.is_main)
             first.check(self.gather_object(first.kind))
-        if self._sharded:
+        if self.sharded:
             start.empty(module)
         if self._with_zero:
             self._prepare_zero(module, make_optimizer(self._named(module)), micro_batch_blocks)
@@ -224,7 +225,7 @@ class Engine:
             world_size=self.world_size,
             clip_norm=self._clip_norm,
         )
-        if self._sharded:
+        if self.sharded:
             start.partition_empty(module, optimizer, config, self.device)
         self.module, self.optimizer = zero.wrap(self.accelerator, module, optimizer)
 
@@ -388,7 +389,7 @@ class Engine:
         """Collective. The user's model, whole and in evaluation mode, on rank 0; ``None`` elsewhere."""
         try:
             with self.evaluation(), torch.no_grad():
-                model = by_name.assemble(self._skeleton, self._state) if self._sharded else self._inner.model
+                model = by_name.assemble(self._skeleton, self._state) if self.sharded else self._inner.model
                 yield model if self.is_main else None
         finally:
             if self._skeleton is not None:

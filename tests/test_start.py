@@ -6,12 +6,14 @@ Measured, not counted: the resident memory of the process (``VmHWM`` is the high
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from lmcore import assemble, command_line
 from lmcore.errors import RequestError
 from tests import engine_runs as runs
 from tests.engine_runs import Job
@@ -138,3 +140,22 @@ def build_differently() -> str:
 def test_a_rank_with_another_model_is_refused_on_every_rank() -> None:
     for answer in run_ranks(build_differently, 2):
         assert "rank 1 built another model than rank 0 (Shape(name='model.embed_tokens.weight'" in answer
+
+
+def test_a_run_builds_what_its_engine_asks_for() -> None:
+    """The others than rank 0 the structure; but a factory's model is whole, and that is said."""
+    argv = ["--model.type", "llama", "--model.config", "{hidden_size: 8, num_attention_heads: 2}"]
+    data: Any = SimpleNamespace(
+        encoder=SimpleNamespace(vocab_size=70, special_ids={}), block_size=8, train=None, valid={}, test={}
+    )
+    notes: list[str] = []
+    for own in (
+        [],
+        ["--model.factory", "tests.own_parts:model", "--loss.factory", "tests.own_parts:squares"],
+    ):
+        config = command_line.parse([*(own or argv), "--data.block_size", "8"], say=lambda line: None)
+        for needs_weights in (True, False):
+            engine: Any = SimpleNamespace(needs_weights=needs_weights, sharded=True)
+            module = assemble.open_model(config, data, engine, note=notes.append)
+            assert all(p.is_meta for p in module.parameters()) == (not needs_weights and not own)
+    assert len([line for line in notes if "every rank builds the whole model on its host" in line]) == 2
