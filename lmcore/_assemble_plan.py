@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lmcore import _strategy_launch, model, plan, rehearsal
 from lmcore._strategy_zero import memory_settings
-from lmcore.assemble import Data, Note, make_optimizer, with_loss
+from lmcore.assemble import Data, Note, adapt, make_optimizer, with_loss
 from lmcore.batches import Batches
 from lmcore.budget import Sizes
 from lmcore.config import RunConfig, global_batch_blocks
@@ -72,6 +72,7 @@ def imagined(
             from_pretrained=named.from_pretrained,
             revision=named.revision,
             attention=named.attention,
+            adapt=partial(adapt, config),
         )
         return with_loss(config, bare, probe=probe, note=note)
     make = partial(

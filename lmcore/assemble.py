@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmcore import corpus, model, optim, own_data, tokenizer
+from lmcore import corpus, lora, model, optim, own_data, tokenizer
 from lmcore.blocks import BlockDataset
 from lmcore.config import RunConfig, global_batch_blocks
 from lmcore.errors import FaultError, RequestError
@@ -355,7 +355,14 @@ def build_model(
         weights=weights,
         note=note,
     )
+    adapt(config, built)
     return with_loss(config, built, note=note)
+
+
+def adapt(config: RunConfig, built: torch.nn.Module) -> None:
+    """Low-rank adapters, if they are asked for."""
+    if config.model.lora.rank:
+        lora.adapt(built, seed=config.seed, **vars(config.model.lora))
 
 
 def with_loss(
@@ -407,7 +414,7 @@ def open_engine(config: RunConfig) -> Engine:
     """Join the processes of the run."""
     from lmcore.engine import Engine  # lazily, as above
 
-    return Engine(
+    engine = Engine(
         precision=config.train.precision,
         param_dtype=config.train.param_dtype,
         reduce_dtype=config.engine.reduce_dtype,
@@ -420,3 +427,10 @@ def open_engine(config: RunConfig) -> Engine:
         deterministic=config.train.deterministic,
         tf32=config.train.tf32,
     )
+    if config.model.lora.rank and engine.strategy not in ("single", "ddp"):
+        engine.close()
+        raise RequestError(
+            f"model.lora is tested with one process and with DDP, not with {engine.strategy}: frozen weights have "
+            "neither gradients nor moments to shard; take accelerate_configs/ddp.yaml"
+        )
+    return engine

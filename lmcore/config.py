@@ -136,6 +136,18 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    rank: int = option(0, "refuse", at_least=0)
+    """Rank of low-rank adapters (by peft) on frozen weights of model.from_pretrained; 0: none."""
+    alpha: float | None = option(None, "refuse", above=0)
+    """The adapters count alpha / rank; default: twice the rank."""
+    dropout: float = option(0.0, "warn", at_least=0, below=1)
+    """Dropout before the adapters."""
+    target_modules: list[str] = option([], "refuse")
+    """Endings of the names of the layers that get one (q_proj v_proj), or all-linear; default: peft's choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     type: str | None = option("gpt2", "refuse")
     """A transformers model type (gpt2, llama, qwen3, mistral, ...), trained from scratch."""
@@ -149,6 +161,7 @@ class ModelConfig:
     """Your own nn.Module: package.module:function; it is called with model.config."""
     attention: str | None = option(None, "free")
     """Attention kernel of transformers: sdpa, eager, flash_attention_2, ...; default: the best there is."""
+    lora: LoraConfig = section(LoraConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lmcore import __version__, card, saved
+from lmcore import __version__, card, lora, saved
 from lmcore import model as models
 from lmcore import tokenizer as tokenizers
 from lmcore.checkpoint import Checkpoint
@@ -76,7 +76,9 @@ def export(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        trained = saved.model_of(opened, weights=weights)
+        trained: Any = saved.model_of(opened, weights=weights)
+        if hasattr(trained, "lora"):
+            _merge(trained)
         tokenizer = tokenizers.load(run_dir / "tokenizer")
         _write_model(trained, aside, DTYPES[dtype], max_shard_bytes)
         tokenizer.save(aside, model_max_length=_context(trained.config))
@@ -96,6 +98,17 @@ def export(
         shutil.rmtree(aside, ignore_errors=True)
     note(f"exported step {opened.step} ({weights}, {dtype}) to {target}; logits verified")
     return target
+
+
+@torch.no_grad()
+def _merge(trained: Any) -> None:
+    """Low-rank adapters become part of the weights. Raises :class:`FaultError` if that changes what it computes."""
+    ids = torch.arange(min(64, trained.real_vocab_size)).reshape(1, -1)[:, : _context(trained.config)]
+    before = trained(input_ids=ids).logits
+    lora.merge(trained)
+    difference = float((trained(input_ids=ids).logits - before).abs().max())
+    if not difference <= LOGITS_TOLERANCE * float(before.abs().max()):
+        raise FaultError(f"export: merging the adapters changes the logits by {difference:.3g}")
 
 
 def _refuse_strangers(target: Path) -> None:

@@ -98,10 +98,12 @@ def flops_per_token(counted: Parameters, *, positions: int, block_size: int, tie
     """``6 N + 12 L d T``: N without what is only looked up (positions; the embedding, unless it is the head too).
 
     ``positions`` are the parameters of learned position embeddings. The attention is counted in full, not by half
-    for being causal, as in PaLM's and nanoGPT's MFU.
+    for being causal, as in PaLM's and nanoGPT's MFU. A frozen weight costs 4: its own gradient is not computed.
     """
     looked_up = positions if tied else counted.groups.get("embeddings", 0)
-    return 6 * (counted.total - looked_up) + 12 * counted.layers * counted.width * block_size
+    used = counted.total - looked_up
+    updated = used if counted.trained == counted.total else min(counted.trained, used)
+    return 4 * used + 2 * updated + 12 * counted.layers * counted.width * block_size
 
 
 def model_flops_per_token(module: nn.Module, block_size: int) -> int | None:
@@ -439,7 +441,9 @@ class Plan:
         each = self.flops_per_token or self.flops_counted
         if each is None:
             return f"not counted ({self.uncounted})"
-        known = [] if self.flops_per_token is None else [f"{short(self.flops_per_token)} (6 N + 12 L d T)"]
+        all_trained = self.parameters.trained == self.parameters.total
+        formula = "6 N + 12 L d T" if all_trained else "4 N + 2 N trained + 12 L d T"
+        known = [] if self.flops_per_token is None else [f"{short(self.flops_per_token)} ({formula})"]
         known += [] if self.flops_counted is None else [f"{short(self.flops_counted)} counted"]
         return f"{', '.join(known)}; {short(self.tokens * each)} in all"
 

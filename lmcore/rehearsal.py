@@ -150,8 +150,12 @@ def imagine(
     from_pretrained: str | None = None,
     revision: str | None = None,
     attention: str | None = None,
+    adapt: Callable[[Any], None] = lambda model: None,
 ) -> tuple[Any, Any]:
     """The model that a run would build, of fake tensors: any size, at once; no weight is read.
+
+    Args:
+        adapt: changes the model in place, as the run does after its weights are read.
 
     Returns:
         The model, and a small real one of the same kind, at whose head :class:`~lmcore.model.ModelWithLoss` looks.
@@ -186,6 +190,7 @@ def imagine(
             named = from_pretrained or f"model.type {type}"
             raise RequestError(f"{named} refuses this configuration: {error}") from error
         model.tie_weights()
+        adapt(model)
     model.real_vocab_size = real
     return model, probe
 

@@ -83,6 +83,11 @@ def check(config: RunConfig) -> None:
             "give one of model.type, model.from_pretrained and model.factory, not "
             f"{' and '.join(given) or 'none'}"
         )
+    if config.model.lora.rank and config.model.from_pretrained is None:
+        raise RequestError(
+            f"model.lora.rank {config.model.lora.rank} trains adapters on weights that stand still: give "
+            "model.from_pretrained"
+        )
     for name in ("data", "model", "loss"):
         factory = getattr(config, name).factory
         if (factory is not None and not all(_is_dotted(part) for part in factory.split(":"))) or (

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lmcore import checkpoint as checkpoints
+from lmcore import lora
 from lmcore import model as models
 from lmcore import tokenizer as tokenizers
 from lmcore.errors import RequestError
@@ -63,6 +64,7 @@ def describe(
         # to_dict leaves out nothing that from_dict needs; its JSON form turns dtypes into words.
         "config": json.loads(config.to_json_string(use_diff=False)),  # type: ignore[union-attr, operator]
         "real_vocab_size": getattr(model, "real_vocab_size", None),
+        **({"lora": model.lora} if hasattr(model, "lora") else {}),
     }
 
 
@@ -187,6 +189,8 @@ def _empty_transformers_model(description: dict[str, Any]) -> nn.Module:
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config.__class__]
     model = model_class(config)
     model.real_vocab_size = description["real_vocab_size"]
+    if "lora" in description:
+        lora.adapt(model, **description["lora"])
     return model
 
 

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,6 @@ import torch
 from torch import nn
 
 from tests.engine_runs import pretend_gpus
-
-STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,7 @@ class Case:
     chunk: int | None = None
     optimizer: str = "adamw"
     zero: dict[str, Any] = field(default_factory=dict)
+    steps: int = 4
 
 
 def make_module(case: Case) -> nn.Module:
@@ -50,11 +50,7 @@ def make_module(case: Case) -> nn.Module:
     return ModelWithLoss(model, chunk="auto" if case.chunk is None else case.chunk)
 
 
-def measured_peak_bytes(case: Case) -> int:
-    """The most tensor memory that rank 0 holds at once in a step, everything included."""
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    from lmcore import optim
+def make_engine(case: Case) -> Any:
     from lmcore.engine import Engine
 
     deepspeed = None
@@ -66,7 +62,7 @@ def measured_peak_bytes(case: Case) -> int:
         with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
             json.dump({"zero_optimization": section}, file)
         deepspeed = file.name
-    engine = Engine(
+    return Engine(
         precision=case.precision,
         param_dtype=case.param_dtype,
         deepspeed=deepspeed,
@@ -74,32 +70,63 @@ def measured_peak_bytes(case: Case) -> int:
         timeout_seconds=60,
     )
 
+
+def prepare(engine: Any, case: Case) -> None:
+    from lmcore import optim
+
     def make_optimizer(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         groups = optim.parameter_groups(named, weight_decay=0.1)
         return optim.build(case.optimizer, groups, lr=1e-3)
 
+    engine.prepare(
+        make_module(case),
+        make_optimizer,
+        gradient_accumulation=case.accumulation,
+        micro_batch_blocks=case.micro_batch_blocks,
+        clip_norm=1.0,
+    )
+
+
+def run_step(engine: Any, case: Case) -> None:
     shape = (case.micro_batch_blocks, case.block_size)
+    batch = {
+        "input_ids": torch.zeros(shape, dtype=torch.int64),
+        "labels": torch.ones(shape, dtype=torch.int64),
+    }
+    for part in range(case.accumulation):
+        loss_sum, _ = engine.forward(batch, part)
+        engine.backward(loss_sum, shape[0] * shape[1] * case.accumulation * case.world_size)
+        del loss_sum
+    engine.update()
+
+
+def measured_resident_bytes(case: Case) -> int:
+    """The most memory in RAM of rank 0 during steps, above what the process held before its model."""
+    from lmcore._memory import forget_peak, resident_bytes
+
+    engine = make_engine(case)
+    before = resident_bytes()
+    prepare(engine, case)
+    gc.collect()
+    assert forget_peak()
+    for _ in range(2):
+        run_step(engine, case)
+    peak = resident_bytes(peak=True) - before
+    engine.close()
+    return peak
+
+
+def measured_peak_bytes(case: Case) -> int:
+    """The most tensor memory that rank 0 holds at once in a step, everything included."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    engine = make_engine(case)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine.prepare(
-            make_module(case),
-            make_optimizer,
-            gradient_accumulation=case.accumulation,
-            micro_batch_blocks=case.micro_batch_blocks,
-            clip_norm=1.0,
-        )
-        batch = {
-            "input_ids": torch.zeros(shape, dtype=torch.int64),
-            "labels": torch.ones(shape, dtype=torch.int64),
-        }
-        count = shape[0] * shape[1] * case.accumulation * case.world_size
-        for step in range(STEPS):
+        prepare(engine, case)
+        for step in range(case.steps):
             gc.collect()  # what lives on in cycles is luck, and the run collects before its loop
             with record_function(f"step {step}"):
-                for part in range(case.accumulation):
-                    loss_sum, _ = engine.forward(batch, part)
-                    engine.backward(loss_sum, count)
-                    del loss_sum
-                engine.update()
+                run_step(engine, case)
     engine.close()
     events = profiler.profiler.kineto_results.events()
     begins = sorted(e.start_ns() for e in events if e.name().startswith("step "))
@@ -115,10 +142,8 @@ def measured_peak_bytes(case: Case) -> int:
     return min(peaks[begin] for begin in begins[1:])
 
 
-def measure(case: Case) -> int:
-    """:func:`measured_peak_bytes` in forked ranks."""
+def measure(case: Case, how: Callable[[Case], int] = measured_peak_bytes) -> int:
+    """What is measured in forked ranks, of the first one."""
     from tests.fork_server import run_ranks
 
-    return run_ranks(
-        measured_peak_bytes, case.world_size, case, timeout=240, launched=case.strategy != "single"
-    )[0]
+    return run_ranks(how, case.world_size, case, timeout=240, launched=case.strategy != "single")[0]

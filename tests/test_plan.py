@@ -12,7 +12,7 @@ from torch import nn
 from lmcore import optim, plan
 from lmcore.model import ModelWithLoss, build, enable_activation_checkpointing
 from lmcore.rehearsal import Rehearsal, imagine, optimizer_bytes, rehearse
-from tests.plan_runs import Case, make_module, measure, measured_peak_bytes
+from tests.plan_runs import Case, make_module, measure, measured_peak_bytes, measured_resident_bytes
 
 GPT2 = {"n_layer": 6, "n_embd": 256, "n_head": 4}
 LLAMA = {
@@ -53,6 +53,31 @@ SLOW = {
     "zero2 gpt2, accumulated": replace(GPT2_CASE, strategy="zero2", world_size=2, zero=ZERO, accumulation=2),
     "zero3 gpt2": replace(GPT2_CASE, strategy="zero3", world_size=2, zero=ZERO),
     "zero3 llama bf16": replace(LLAMA_CASE, strategy="zero3", world_size=2, zero=ZERO),
+}
+# About 100 million parameters: short blocks, so that weights, gradients and moments are most of it, and few steps.
+GPT2_100M = Case(vocab_size=50_257, block_size=64, micro_batch_blocks=1, steps=2)
+LLAMA_100M = replace(
+    GPT2_100M,
+    type="llama",
+    fields={
+        "hidden_size": 640, "num_hidden_layers": 12, "num_attention_heads": 10, "num_key_value_heads": 5,
+        "intermediate_size": 1_728,
+    },
+    vocab_size=32_000,
+)  # fmt: skip
+LARGE_MODELS = {
+    "gpt2 124M fp32": GPT2_100M,
+    "gpt2 124M bf16, recomputed, longer": replace(
+        GPT2_100M, precision="bf16", checkpointing=True, block_size=256, micro_batch_blocks=2
+    ),
+    "gpt2 124M bf16 weights": replace(GPT2_100M, precision="bf16", param_dtype="bf16"),
+    "llama 100M fp32": LLAMA_100M,
+    "llama 100M bf16, accumulated": replace(LLAMA_100M, precision="bf16", accumulation=2),
+    "llama 100M sgd, longer": replace(LLAMA_100M, optimizer="sgd", block_size=256),
+    "ddp llama 100M": replace(LLAMA_100M, strategy="ddp", world_size=2),
+    "zero2 llama 100M": replace(
+        LLAMA_100M, strategy="zero2", world_size=2, precision="bf16", zero={"reduce_bucket_size": 20_000_000}
+    ),
 }
 
 
@@ -100,6 +125,18 @@ def test_planned_memory_is_within_a_tenth_of_the_measured_peak(name: str) -> Non
 @pytest.mark.parametrize("name", SLOW)
 def test_planned_memory_of_every_strategy(name: str) -> None:
     assert planned_bytes(SLOW[name]) == pytest.approx(measure(SLOW[name]), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE_MODELS)
+def test_planned_memory_of_100_million_parameters(name: str) -> None:
+    """Tensors within a tenth; what is in RAM, with fragments and libraries, within a quarter."""
+    case, planned = LARGE_MODELS[name], planned_bytes(LARGE_MODELS[name])
+    assert planned == pytest.approx(measure(case), rel=0.1)
+    if not case.strategy.startswith(
+        "zero"
+    ):  # which holds copies while it prepares, and a CPU keeps what is freed
+        assert planned == pytest.approx(measure(case, measured_resident_bytes), rel=0.25)
 
 
 # --- the rehearsal ---
