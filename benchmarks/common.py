@@ -12,11 +12,13 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lmcore, also where it is not installed
 
 
 def percentile(values: Sequence[float], q: float) -> float:
