@@ -387,9 +387,10 @@ class Numbered:
         return [np.full(15, int(one[:3]), dtype=np.int32) for one in texts]
 
 
-def distinct(part_of: Callable[[int], np.ndarray], windows: int) -> float:
+def distinct(part_of: np.ndarray) -> float:
     """Of 1,000 neighbours in the order, how many of 1,000 parts of the corpus are seen; 632.3 if drawn at random."""
-    return statistics.mean(len(np.unique(part_of(start))) for start in range(0, 1000 * windows, 1000))
+    windows = part_of[: len(part_of) // 1000 * 1000].reshape(-1, 1000)
+    return statistics.mean(len(np.unique(one)) for one in windows)
 
 
 def shuffling(folder: Path, quick: bool) -> dict[str, float]:
@@ -397,9 +398,7 @@ def shuffling(folder: Path, quick: bool) -> dict[str, float]:
     found = {}
     for shuffle in ("full", "blocks"):
         order = Order(lengths=(10**8,), seed=3, shuffle=shuffle)
-        found[f"store, {shuffle}"] = distinct(
-            lambda s, o=order: o.locate(np.arange(s, s + 1000))[2] // 10**5, 40
-        )
+        found[f"store, {shuffle}"] = distinct(order.locate(np.arange(40_000))[2] // 10**5)
     # 48 characters and an end: a document is a block of 16 tokens, a part of the corpus 100 neighbouring documents.
     path = folder / "numbered.txt"
     path.write_text("".join(f"{number // 100:03d}{number:045d}\n" for number in range(100_000)))
@@ -411,9 +410,7 @@ def shuffling(folder: Path, quick: bool) -> dict[str, float]:
         blocks = np.concatenate(
             [data.read(np.arange(at, at + 64)).ids[:, 1] for at in range(0, 1000 * count, 64)]
         )
-        found[f"stream, {lanes} lanes, window {window:,}"] = distinct(
-            lambda s, b=blocks: b[s : s + 1000], count
-        )
+        found[f"stream, {lanes} lanes, window {window:,}"] = distinct(blocks)
     return found
 
 

@@ -85,6 +85,16 @@ def test_full_shuffle_mixes_like_a_true_permutation() -> None:
     assert np.std(distinct) < 20
 
 
+def test_blocks_mix_as_well_as_the_documents_say() -> None:
+    """The same for ``blocks``: 512 groups of neighbours in a window, so about 1000 (1 - e^-0.512) (1 - e^-2.5)."""
+    order = Order(lengths=(10**8,), seed=3, shuffle="blocks")
+    parts = (order.locate(np.arange(40_000))[2] // 10**5).reshape(-1, 1000)
+    assert 320 < np.mean([len(np.unique(one)) for one in parts]) < 370
+    small = Order(lengths=(100_000,), seed=3, shuffle="blocks")  # one window: as good as full
+    parts = (small.locate(np.arange(40_000))[2] // 100).reshape(-1, 1000)
+    assert abs(np.mean([len(np.unique(one)) for one in parts]) / 632.3 - 1) < 0.02
+
+
 # ---- golden vectors: if one of these changes, ORDER_VERSION must, and every checkpoint in the world is refused ----
 
 POSITIONS = np.array([0, 1, 2, 3, 1000, 66573, 66574, 10**6, 10**12])

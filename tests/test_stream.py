@@ -419,3 +419,27 @@ def test_a_hub_data_set_streams_and_prepares(tmp_path: Path) -> None:
         StreamDataset(text.resolve([f"hf://{tmp_path}/none"]), Tagged(), block_size=4, lanes=1, seed=1)
     with pytest.raises(RequestError, match="splitt is not known"):
         StreamDataset(text.resolve([f"hf://{folder}?splitt=x"]), Tagged(), block_size=4, lanes=1, seed=1)
+
+
+@final
+class Numbered:
+    """A document is fifteen times its first three digits, and an end."""
+
+    vocab_size, eos_id, fingerprint = 1001, 1000, "numbered"
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.full(15, int(one[:3]), dtype=np.int32) for one in texts]
+
+
+def test_a_window_mixes_as_well_as_the_documents_say(tmp_path: Path) -> None:
+    """Of 1,000 neighbours, how many of 1,000 parts of the corpus: as guarantees.md has it, 16 and 64 lanes."""
+    path = tmp_path / "numbered.txt"
+    path.write_text("".join(f"{number // 100:03d}{number:045d}\n" for number in range(100_000)))
+    [source] = text.resolve([{"path": str(path), "unit": "line"}])
+    for lanes, low, high in ((16, 25, 40), (64, 70, 90)):
+        data = StreamDataset([source], Numbered(), block_size=16, lanes=lanes, seed=3, window_blocks=1024)
+        data = data.resumed(data.new_cursor())
+        seen = np.concatenate([data.read(np.arange(at, at + 64)).ids[:, 1] for at in range(0, 1000, 64)])[
+            :1000
+        ]
+        assert low < len(np.unique(seen)) < high
