@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lmcore._build import ATTENTION, build, import_path
+from lmcore._kernels import use_faster_kernels
 from lmcore._model_config import (
     SPECIAL_IDS,
     context_length,
@@ -118,6 +119,8 @@ class ModelWithLoss(nn.Module):
             import_path(loss_factory, "loss.factory") if isinstance(loss_factory, str) else loss_factory
         )
         self._is_transformers = hasattr(model, "get_output_embeddings") and hasattr(model, "base_model")
+        if self._is_transformers:
+            use_faster_kernels(model)
         self._arguments, self._takes_any = _forward_arguments(model)
         if self._is_transformers:
             body_arguments, _ = _forward_arguments(self.body)

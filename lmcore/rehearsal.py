@@ -270,6 +270,7 @@ def _as_on(device_type: str) -> Iterator[None]:
                 unittest.mock.patch.object(functional, "scaled_dot_product_attention", without_scores)
             )
             stack.enter_context(unittest.mock.patch.object(functional, "dropout", with_mask))
+            stack.enter_context(unittest.mock.patch("lmcore._kernels._plain_is_faster", return_value=False))
             for name in ("choose_chunk", "whole_chunks"):
                 plain = getattr(loss, name)
 

@@ -129,7 +129,9 @@ def test_no_graph_breaks_and_no_recompilation_after_the_warm_up(family: str) -> 
     assert layers == len(m.decoder_layers(module)) > 0
 
     def step(seed: int) -> None:
-        module(**batch(seed))[0].backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss_sum = module(**batch(seed))[0]
+        loss_sum.backward()
 
     def evaluate() -> None:
         module.eval()

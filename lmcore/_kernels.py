@@ -1,0 +1,113 @@
+"""The same functions by faster kernels, a part of the room ``model``.
+
+Comes in: a transformers model. Goes out: the same model, with two of its steps computed another way. What always
+holds: parameters, their names and the configuration are untouched, so that checkpoints and exports know nothing of
+it; the functions are the same, to rounding.
+
+Letters: B blocks, H heads, T tokens of a block, D width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ATTENTION = "lmcore"
+"""The name of :func:`attention` in transformers' registers; in no saved configuration."""
+
+MATMUL_BLOCK = 512
+"""The longest block whose attention is faster by plain matrix products, on a CPU in bf16 without dropout.
+
+Forward and backward, one thread of a Xeon with AMX, fused against plain: 22 and 10 ms at T = 256 (8 x 6 heads of 32),
+85 and 72 ms at 512 (4 x 12 of 64), 86 and 160 ms at 1,024 (2 x 12 of 64). docs/log.md, 2026-11-21.
+"""
+
+
+def use_faster_kernels(model: Any) -> None:
+    """Replace, in place: ``gelu_new`` by torch's fused kernel, and ``sdpa`` by :func:`attention`.
+
+    ``gelu_new`` is 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) in eight steps, ``nn.GELU("tanh")`` the same in
+    one (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2): half of the time and one saved tensor, not six.
+    Any other attention than ``sdpa`` was chosen by name, and stays.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.activations import NewGELUActivation
+    from transformers.masking_utils import sdpa_mask
+
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(parent, name, nn.GELU(approximate="tanh"))
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
+        AttentionInterface.register(ATTENTION, attention)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        model.config._attn_implementation = ATTENTION
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **more: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention: ``sdpa``, but plain matrix products where those are faster.
+
+    Those are the fused kernel's gaps on a CPU: bf16 with short blocks, and bf16 with dropout, for which it has no
+    way. Plain causal attention only; whatever else there is (masks, groups of heads, caches) goes to ``sdpa``.
+
+    Args:
+        query: (B, H, T, D); ``key`` and ``value`` likewise.
+
+    Returns:
+        (B, T, H, D), and ``None`` for the weights, which nobody asks for.
+    """
+    if not _plain_is_faster(module, query, key, value, attention_mask, dropout, more):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
+        )
+    blocks, heads, tokens, width = query.shape
+    flat = (blocks * heads, tokens, width)
+    # Under autocast softmax would widen the scores, and each product would make them narrow again. It computes in
+    # float32 inside, whatever comes in.
+    with torch.autocast("cpu", enabled=False):
+        future = torch.full((tokens, tokens), float("-inf"), dtype=query.dtype, device=query.device).triu_(1)
+        scores = torch.baddbmm(
+            future.expand(flat[0], tokens, tokens),
+            query.reshape(flat),
+            key.reshape(flat).transpose(1, 2),
+            alpha=width**-0.5 if scaling is None else scaling,
+        )
+        weights = nn.functional.dropout(torch.softmax(scores, dim=-1), dropout, training=True)
+        mixed = torch.bmm(weights, value.reshape(flat))
+    return mixed.view(query.shape).transpose(1, 2).contiguous(), None
+
+
+def _plain_is_faster(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    more: dict[str, Any],
+) -> bool:
+    """See :func:`attention` and :data:`MATMUL_BLOCK`."""
+    causal = more.get("is_causal")
+    return (
+        query.device.type == "cpu"
+        and query.dtype == key.dtype == value.dtype == torch.bfloat16
+        and mask is None
+        and (getattr(module, "is_causal", True) if causal is None else causal)
+        and query.shape == key.shape == value.shape
+        and query.shape[2] > 1
+        and (query.shape[2] <= MATMUL_BLOCK or dropout > 0)
+        and not any(more.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux"))
+    )
