@@ -141,16 +141,19 @@ def train_lm(s: dict[str, Any], gate: Gate) -> None:
     options = {
         "run_dir": "run",
         "data.block_size": s["tokens"],
-        "tokenizer.vocab_size": s["vocab"],
+        "tokenizer.path": _corpus(s["vocab"]) / "tokenizer",
         "train.global_batch_blocks": s["blocks"] * s["accumulation"],
         "train.micro_batch_blocks": s["blocks"],
         "train.duration": "100000 steps",
+        "optim.lr": 3e-4,
+        "optim.schedule": "constant",
+        "optim.warmup": "never",
         "train.precision": s["precision"],
         "train.compile": str(s["compile"]).lower(),
         "evaluate.every": "never",
         "checkpoint.every": s.get("save_every", "never"),
         "report.every": "100 steps",
-        "data.store_dir": s.get("store_dir", str(Path(tempfile.gettempdir()) / "benchmark-token-stores")),
+        "data.store_dir": _corpus(s["vocab"]),
         **{f"model.config.{key}": value for key, value in config.items()},
     }
     sys.argv = [
@@ -162,10 +165,25 @@ def train_lm(s: dict[str, Any], gate: Gate) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def _random_tokens(s: dict[str, Any]) -> Any:
+def prepare_corpus(vocab: int) -> None:
+    """Tokenizer and token store of the demo's corpus, once for all programs; call it before any of them starts.
+
+    All read the same tokens: kernels take 2 to 3% longer over real text than over random numbers (docs/log.md).
+    """
+    command = [sys.executable, "-m", "lmcore", "prepare", "--run_dir", str(_corpus(vocab))]
+    options = [f"--tokenizer.vocab_size={vocab}", f"--data.store_dir={_corpus(vocab)}", "--data.block_size=256"]
+    subprocess.run([*command, *options], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def _corpus(vocab: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"benchmark-corpus-{vocab}"
+
+
+def _tokens(s: dict[str, Any]) -> Any:
     import numpy as np
 
-    return np.random.default_rng(0).integers(0, s["vocab"], 4_000_000).astype(np.uint16)
+    parts = sorted(_corpus(s["vocab"]).glob("*train*/part-*.bin"))
+    return np.concatenate([np.fromfile(part, dtype=np.uint16) for part in parts])
 
 
 def _batches(s: dict[str, Any], device: Any) -> Any:
@@ -173,7 +191,7 @@ def _batches(s: dict[str, Any], device: Any) -> Any:
     import numpy as np
     import torch
 
-    tokens, draw = _random_tokens(s), np.random.default_rng(1)
+    tokens, draw = _tokens(s), np.random.default_rng(1)
     while True:
         starts = draw.integers(0, len(tokens) - s["tokens"] - 1, s["blocks"])
         rows = np.stack([tokens[start : start + s["tokens"] + 1] for start in starts]).astype(np.int64)
@@ -259,7 +277,7 @@ def _trainer(s: dict[str, Any], gate: Gate, **arguments: Any) -> None:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    tokens = torch.from_numpy(_random_tokens(s).astype("int64"))
+    tokens = torch.from_numpy(_tokens(s).astype("int64"))
 
     class Blocks(torch.utils.data.Dataset):  # type: ignore[type-arg]
         def __len__(self) -> int:

@@ -8,7 +8,9 @@
     python benchmarks/speed.py allocator     # one bare loop with glibc as it is, told to keep memory, and jemalloc
 
 Each row: the second program's tokens/s are 1. Ratios pair by pair; the median and the 10th-90th percentile. The CPU
-time ratio beside it does not depend on what else the machine does, and shows whether the clock can be believed.
+time ratio beside it does not depend on what else the machine does, and shows whether the clock can be believed. Every
+program is started several times, first and last in turn: the same program against itself is up to 3% slower where it
+is started first, for all its life.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from contestants import DEFAULTS, Contestant
+from contestants import DEFAULTS, Contestant, prepare_corpus
 
 COMPARISONS: dict[str, list[tuple[str, str, dict[str, Any], dict[str, str]]]] = {
     "loop": [("train_lm.py", "train_lm", {}, {}), ("bare loop", "bare", {}, {})],
@@ -55,6 +57,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--steps", type=int, default=5, help="steps of one turn")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--launches", type=int, default=4, help="how often every program is started anew")
+    parser.add_argument("--warmup", type=int, default=3, help="first steps of a launch that are not counted")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     settings = {
@@ -66,19 +70,23 @@ def main() -> None:
         decay = {"LD_PRELOAD": jemalloc[0], "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1"}
         cases.insert(1, ("jemalloc", "bare", {}, decay))
 
-    running = {label: Contestant(name, settings | own, env) for label, name, own, env in cases}
-    measured: dict[str, list[dict[str, float]]] = {label: [] for label in running}
-    try:
-        for contestant in running.values():
-            contestant.run(3)  # compilation, first allocations, the optimizer's state
-        for turn in range(options.rounds):
-            for label in list(running) if turn % 2 == 0 else reversed(list(running)):
-                measured[label].append(running[label].run(options.steps))
-    finally:
-        for contestant in running.values():
-            contestant.close()
+    prepare_corpus(options.vocab)
+    measured: dict[str, list[dict[str, float]]] = {case[0]: [] for case in cases}
+    for launch in range(options.launches):
+        order = cases if launch % 2 == 0 else cases[::-1]
+        running = {label: Contestant(name, settings | own, env) for label, name, own, env in order}
+        try:
+            for contestant in running.values():
+                contestant.run(options.warmup)
+            # The shares of the launches add up to all rounds.
+            for turn in range(launch, options.rounds, options.launches):
+                for label in list(running) if turn % 2 == 0 else reversed(list(running)):
+                    measured[label].append(running[label].run(options.steps))
+        finally:
+            for contestant in running.values():
+                contestant.close()
 
-    reference = list(running)[-1]
+    reference = cases[-1][0]
     per_turn = options.steps * options.blocks * options.tokens
     rows, numbers = [], {}
     for label, turns in measured.items():
@@ -100,7 +108,7 @@ def main() -> None:
     setting = (
         f"{options.comparison}: GPT-2 {options.model}, {options.blocks} x {options.tokens} tokens, V = "
         f"{options.vocab}, {options.precision}{', compiled' if options.compile else ''}; "
-        f"{options.rounds} turns of {options.steps} steps"
+        f"{options.rounds} turns of {options.steps} steps in {options.launches} launches"
     )
     header = ["program", "tokens/s", f"speed / {reference}", "by CPU time", "page faults a step"]
     text = setting + "\n\n" + common.table(rows, header)
