@@ -97,6 +97,13 @@ def same_buffers(module: nn.Module, device: torch.device) -> None:
                 part._buffers[leaf] = _of_rank_0(buffer.detach().to(device))
 
 
+def same_on_every_rank(module: nn.Module, device: torch.device) -> None:
+    """Rank 0's weights and buffers on every rank, whole, on the device: what DDP does when it is made."""
+    for parameter in module.parameters():
+        parameter.data = _of_rank_0(parameter.data.to(device))
+    same_buffers(module, device)
+
+
 def _of_rank_0(value: Tensor) -> Tensor:
     value = value.contiguous()
     if dist.is_initialized() and value.numel():

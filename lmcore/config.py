@@ -253,7 +253,7 @@ class EngineConfig:
     timeout_seconds: int = option(1_800, "free", at_least=1)
     """How long a rank waits for the others in a collective operation."""
     reduce_dtype: Literal["fp32", "bf16"] = option("fp32", "warn")
-    """Type in which gradients are reduced over ranks."""
+    """Type in which gradients are reduced over ranks, and those of bf16 weights summed."""
 
 
 @dataclass(frozen=True, kw_only=True)

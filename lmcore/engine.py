@@ -45,6 +45,7 @@ from lmcore import _strategy_state as by_name
 from lmcore import _strategy_zero as zero
 from lmcore import optim
 from lmcore._memory import keep_freed_memory
+from lmcore._strategy_gradients import WideGradients, rehearse_backward
 from lmcore._strategy_ranks import Ranks
 from lmcore._strategy_state import Skeleton, TensorState, clean_name, keyed_seed, persistent_buffers
 from lmcore._strategy_trackers import open_tracker
@@ -73,7 +74,8 @@ class Engine:
         precision: "fp32", "bf16", "fp16" (with loss scaling, CUDA only), "fp8" (handed to accelerate), or
             "auto": bf16 on a CUDA device that has it, else fp32. ``engine.precision`` is the resolved one.
         param_dtype: dtype of the weights that the optimizer updates: "fp32", or "bf16" to save memory.
-        reduce_dtype: dtype in which gradients travel between ranks under FSDP2 and ZeRO.
+        reduce_dtype: dtype in which gradients travel between ranks under FSDP2 and ZeRO; and in which those of
+            bf16 weights are summed, by one process and DDP.
         deepspeed: a file of ``ds_configs/``; ``None`` takes what the launcher says.
         timeout_seconds: how long a collective waits for a rank before the run ends with an error.
         compile: "none", or "regional": each layer by itself.
@@ -112,6 +114,9 @@ class Engine:
                 f"train.param_dtype {param_dtype} has no meaning under {request.strategy}, which keeps fp32 "
                 "weights for the optimizer and computes in a copy: leave it out"
             )
+        if param_dtype != "fp32" and self.precision == "fp16":
+            raise RequestError("train.param_dtype bf16 has no meaning with train.precision fp16: use bf16")
+        self._wide = param_dtype != "fp32" and reduce_dtype == "fp32"  # gradients wider than parameters
         timeout = timedelta(seconds=timeout_seconds)
         self.accelerator: Any = build.build(
             request, precision=self.precision, reduce_dtype=reduce_dtype, timeout=timeout, cuda=cuda
@@ -197,8 +202,13 @@ class Engine:
             # Only buffers that training changes must be kept equal, and that costs every forward.
             self.accelerator.ddp_handler.broadcast_buffers = bool(persistent_buffers(module))
             optimizer = make_optimizer(self._named(module))
-            self.module, wrapped = self.accelerator.prepare(module, optimizer)
-            self.optimizer = wrapped.optimizer
+            if self._wide:
+                start.same_on_every_rank(module, self.device)
+                self.module = self.accelerator.prepare_model(module, evaluation_mode=True)  # without DDP
+                self.optimizer = optimizer
+            else:
+                self.module, wrapped = self.accelerator.prepare(module, optimizer)
+                self.optimizer = wrapped.optimizer
         buffers = persistent_buffers(module)
         if self._with_zero:
             self._state = ZeroState(self._names(), buffers, self.optimizer, int(self.strategy[-1]))
@@ -206,9 +216,10 @@ class Engine:
             self._state = TensorState(self._names(), buffers, self.optimizer)
         if first is not None:
             first.give(self._state, self.device)
-        self._rehearse = self.strategy == "ddp" and self.world_size > 2
+        self._rehearse = self.strategy == "ddp" and self.world_size > 2 and not self._wide
         self._scaler = self.accelerator.scaler
         self._trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._sums = WideGradients(self._trained, buffers.values()) if self._wide else None
         self._gate_on_device = by_name.gates_on_device(self.optimizer)
         self._micro_batch = 0
 
@@ -241,7 +252,8 @@ class Engine:
         In training ``key`` is the micro-batch's global index: with the seed it decides the dropout masks.
         """
         if self._rehearse and self.module.training and torch.is_grad_enabled():
-            self._rehearse_backward(batch)
+            self._rehearse = False
+            rehearse_backward(self.module, self._inner, batch)
         if key is not None:
             torch.manual_seed(keyed_seed(self.seed, "dropout", key))
         if not torch.is_grad_enabled() and self.strategy == "ddp":
@@ -293,9 +305,12 @@ class Engine:
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
         parameters = [p for p in self._trained if p.grad is not None]
-        norm = by_name.whole(nn.utils.get_total_norm([p.grad for p in parameters])).float()
+        gradients = [p.grad for p in parameters] if self._sums is None else self._sums.reduced()
+        norm = by_name.whole(nn.utils.get_total_norm(gradients)).float()
         applied = torch.isfinite(norm) & (norm <= norm_limit)
-        if self._clip_norm > 0:
+        if self._sums is not None:
+            self._sums.hand_over(norm, self._clip_norm)
+        elif self._clip_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
         if self._gate_on_device:
             self.optimizer.found_inf = (~applied).float()  # fused kernels obey it
@@ -427,23 +442,8 @@ class Engine:
 
     def _announce(self, *, is_last: bool) -> None:
         """Tell the wrapper, before the forward, whether this backward ends the step."""
-        if self.strategy == "ddp":
+        if self.strategy == "ddp" and not self._wide:
             self.module.require_backward_grad_sync = is_last  # what no_sync() sets
         elif self._with_zero:
             self.module.set_gradient_accumulation_boundary(is_last)
         # FSDP2 reduces every micro-batch: holding back would keep whole gradients on every rank.
-
-    def _rehearse_backward(self, batch: dict[str, Tensor]) -> None:
-        """One backward whose gradients are thrown away.
-
-        DDP orders its buckets anew after its first backward, and with three or more ranks the order decides
-        how sums round. A run that resumes must not round its first step in another way than the run that
-        never stopped.
-        """
-        self._rehearse = False
-        kept = {name: buffer.clone() for name, buffer in self._inner.named_buffers()}
-        self._announce(is_last=True)
-        (self.module(**batch)[0] * 0.0).backward()
-        self.module.zero_grad(set_to_none=True)
-        for name, buffer in self._inner.named_buffers():
-            buffer.copy_(kept[name])

@@ -201,6 +201,8 @@ def memory(counted: Parameters, rehearsal: Rehearsal, setting: Setting, *, optim
     zero3    c P / N          4 P / N                        (4P+O)/N  gathered weights (at most zero_live), 1 bucket
     ======== ================ ============================== ========= ==============================================
 
+    single and ddp with bf16 weights sum gradients in 4 P, and round them to another 2 P when activations are gone.
+
     Under ZeRO the optimizer's part includes its fp32 weights. Offload moves that and the gradients' share to the
     host; under stage 3 the weights too, if asked.
     """
@@ -210,8 +212,12 @@ def memory(counted: Parameters, rehearsal: Rehearsal, setting: Setting, *, optim
     compute = BYTES[setting.precision] if setting.strategy not in ("single", "ddp") else kept
     if setting.strategy in ("single", "ddp"):
         resident = kept * trained * ({"single": 0, "ddp": 1}[setting.strategy] + several)
+        if wide := kept < 4 and setting.reduce_dtype == "fp32":
+            resident = 4 * trained
         share = 0.0 if resident else 1.0
         moment = rehearsal.peak(gradients=share, other_gradients=share)
+        if wide and kept * trained > moment[ACTIVATIONS] + moment[LOGITS] + moment[COPIES]:
+            resident, moment = resident + kept * trained, (0,) * 5  # the fullest moment is the update
         return Memory(
             weights=kept * total + counted.buffer_bytes,
             gradients=resident or moment[LAYER_GRADIENTS] + moment[OTHER_GRADIENTS],

@@ -49,6 +49,8 @@ class Job:
     accumulation: int = 1
     blocks: int = BLOCKS
     precision: str = "fp32"
+    param_dtype: str = "fp32"
+    reduce_dtype: str = "fp32"
     optimizer: str = "adamw"
     steps: int = 20
     first_step: int = 0
@@ -135,7 +137,7 @@ def reference(job: Job) -> Trace:
 
     fp32: the whole batch at once. bf16 rounds, so that the reference must round at the same places: it takes
     the same slices of the batch, and computes by autocast as DDP does, or in a bf16 copy of fp32 weights as
-    FSDP2 and ZeRO do.
+    FSDP2 and ZeRO do; bf16 parameters (``param_dtype``) have their gradients summed in fp32, and rounded once.
     """
     strategy, world_size = MODES[job.mode]
     module = make_model(job.model)
@@ -144,13 +146,15 @@ def reference(job: Job) -> Trace:
     optimizer = make_optimizer(job.optimizer)(named)
     in_bf16 = job.precision == "bf16"
     with_copy = in_bf16 and strategy not in ("single", "ddp")
+    with_sums = job.param_dtype == "bf16"
     worker = copy.deepcopy(module) if with_copy else module
     for p in worker.parameters():
-        p.data = p.data.to(torch.bfloat16 if with_copy else torch.float32)
+        p.data = p.data.to(torch.bfloat16 if with_copy or with_sums else torch.float32)
     slices = world_size * job.accumulation if in_bf16 else 1
     losses, norms, rates = [], [], []
     for step in range(job.first_step, job.first_step + job.steps):
         batch, total = batch_of(step, job.blocks), 0.0
+        sums = [torch.zeros_like(p, dtype=torch.float32) for p in module.parameters()]
         count = (batch["labels"] != -100).sum()
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
@@ -165,7 +169,16 @@ def reference(job: Job) -> Trace:
                 for mine, theirs in zip(module.parameters(), worker.parameters()):
                     mine.grad = theirs.grad.float() + (0 if mine.grad is None else mine.grad)
                     theirs.grad = None
-        norm = nn.utils.clip_grad_norm_(module.parameters(), job.clip_norm or torch.inf)
+            elif with_sums:
+                for mine, gradients in zip(module.parameters(), sums):
+                    gradients += mine.grad
+                    mine.grad = None
+        if with_sums:
+            norm = torch.stack([gradients.norm() for gradients in sums]).norm()
+            for mine, gradients in zip(module.parameters(), sums):
+                mine.grad = (gradients * min(1.0, job.clip_norm / float(norm))).to(torch.bfloat16)
+        else:
+            norm = nn.utils.clip_grad_norm_(module.parameters(), job.clip_norm or torch.inf)
         if job.poison is None or job.poison[0] != step:
             optimizer.step()
         optimizer.zero_grad()
@@ -220,6 +233,8 @@ def make_engine(job: Job) -> Any:
         deepspeed = file.name
     engine = Engine(
         precision=job.precision,
+        param_dtype=job.param_dtype,
+        reduce_dtype=job.reduce_dtype,
         deepspeed=deepspeed,
         seed=11,
         timeout_seconds=60,

@@ -119,6 +119,28 @@ def test_bf16_follows_the_reference_that_rounds_at_the_same_places(mode: str) ->
     close(ours.losses, theirs.losses, 2e-3)
 
 
+@pytest.mark.parametrize(("mode", "accumulation"), [("single", 9), ("ddp2", 1), ("ddp3", 3)])
+def test_gradients_of_bf16_weights_are_summed_in_fp32(mode: str, accumulation: int) -> None:
+    """Over micro-batches and over ranks, rounded once, against a reference that does so."""
+    job = Job(mode=mode, accumulation=accumulation, precision="bf16", param_dtype="bf16", steps=8)
+    ours, theirs = runs.run(job), runs.reference(job)
+    assert all(weight.dtype == torch.bfloat16 for weight in ours.weights.values())
+    assert ours.losses[0] == pytest.approx(theirs.losses[0], rel=1e-6)
+    # Three ranks scale the loss by 3, which is no power of two: gradients round elsewhere.
+    assert ours.norms[0] == pytest.approx(theirs.norms[0], rel=1e-3 if mode == "ddp3" else 1e-6)
+    close(ours.losses, theirs.losses, 2e-3)
+    # Summed in bf16 they are others.
+    narrow = runs.run(job, reduce_dtype="bf16", steps=1)
+    assert narrow.norms[0] != pytest.approx(theirs.norms[0], rel=1e-4)
+
+
+def test_bf16_weights_resume_bit_exactly_and_skip_a_step_that_is_not_finite(tmp_path: Path) -> None:
+    job = Job(mode="ddp2", accumulation=3, precision="bf16", param_dtype="bf16", steps=6, poison=(1, 0))
+    whole = runs.run(job, save=str(tmp_path), save_at=3)
+    assert whole.applied == [True, False, True, True, True, True]
+    assert_same_bits(runs.run(job, load=str(tmp_path), first_step=3, steps=3), whole)
+
+
 @pytest.mark.parametrize("mode", [mode for mode in SEVEN if mode not in ("single", "ddp3")])
 def test_dropout_is_keyed_by_the_micro_batch(mode: str) -> None:
     """Two ranks have the masks of one rank with accumulation, and layers recomputed in backward have them
