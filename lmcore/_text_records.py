@@ -12,8 +12,9 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, cast
 
 from lmcore._text_bytes import MAX_DOCUMENT_BYTES, SURROGATE, Damage, is_blank, lines, stream
 
@@ -135,9 +136,7 @@ def field_names(path: str, kind: str, compression: str | None, encoding: str) ->
     with open(path, "rb") as file:
         pieces, encoding = stream(file, compression, encoding)
         if kind in ("csv", "tsv"):
-            for _, raw in _csv_records(lines(pieces)):
-                header = _decoded(raw, encoding) if isinstance(raw, bytes) else raw
-                row = _row(header, kind) if isinstance(header, str) else header
+            for _, row in _csv_records(lines(pieces), lambda raw: _csv_row(raw, encoding, kind)):
                 return row if isinstance(row, list) else []
             return []
         read = (
@@ -237,70 +236,87 @@ def _scan(raw: bytes, begin: int, encoding: str) -> Iterator[tuple[int, Any]]:
         at = end
 
 
+class _NotCsv(Damage):
+    """What looks like a row is none: a quote may be missing, or be one too many."""
+
+
 def csv_rows(numbered: Numbered, encoding: str, field: str, kind: str) -> Texts:
     """Rows of a CSV file with a header; a row may span lines inside quotes.
 
-    Weaker than the other formats: behind an unbalanced quote the rows up to the next one may be lost with it,
-    and are reported.
+    A line with a quote too few or too many is a bad record, and reading goes on with the next line. Weaker than
+    the other formats in one case: where a stray quote makes one well-formed row of several lines, it is read as
+    that row, because nothing in the file tells otherwise.
     """
-    header: list[str] | None = None
-    for offset, raw in _csv_records(numbered):
-        if isinstance(raw, Damage):
-            yield offset, raw
-            continue
-        text = _decoded(raw, encoding)
-        if isinstance(text, Damage):
-            yield offset, text
-            continue
-        row = _row(text, kind)
+    header: list[str] = []
+
+    def parse(raw: bytes) -> list[str] | Damage:
+        row = _csv_row(raw, encoding, kind)
+        if header and isinstance(row, list) and len(row) != len(header):
+            return _NotCsv(f"{len(row)} columns where the header has {len(header)}")
+        return row
+
+    for offset, row in _csv_records(numbered, parse):
         if isinstance(row, Damage):
             yield offset, row
-        elif header is None:
-            header = row
+        elif not header:
+            header += row
         elif field not in header:
             yield offset, Damage(f"no column {field!r} in the header")
-        elif len(row) != len(header):
-            yield offset, Damage(f"{len(row)} columns where the header has {len(header)}")
         else:
             yield offset, _checked(row[header.index(field)])
 
 
-def _row(text: str, kind: str) -> list[str] | Damage:
+def _csv_row(raw: bytes, encoding: str, kind: str) -> list[str] | Damage:
+    text = _decoded(raw, encoding)
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    delimiter = "\t" if kind == "tsv" else ","
     try:
-        rows = list(
-            csv.reader(io.StringIO(text, newline=""), delimiter="\t" if kind == "tsv" else ",", strict=True)
+        # Several lines that are no row do not become one bad record because one of them cannot be decoded.
+        content = io.StringIO(
+            raw.decode(encoding, SURROGATE) if isinstance(text, Damage) else text, newline=""
         )
+        rows = list(csv.reader(content, delimiter=delimiter, strict=True))
     except csv.Error as error:
-        return Damage(f"not CSV: {error}")
-    return rows[0] if len(rows) == 1 else Damage(f"not CSV: {len(rows)} rows where one was expected")
+        return _NotCsv(f"not CSV: {error}")
+    if len(rows) != 1:
+        return _NotCsv(f"not CSV: {len(rows)} rows where one was expected")
+    return text if isinstance(text, Damage) else rows[0]
 
 
-def _csv_records(numbered: Numbered) -> Numbered:
-    """Lines joined while a quote is open (a doubled quote keeps the count even)."""
+def _csv_records(
+    numbered: Numbered, parse: Callable[[bytes], list[str] | Damage]
+) -> Iterator[tuple[int, list[str] | Damage]]:
+    """Lines joined while a quote is open (a doubled quote keeps the count even). Where that gives no row, the
+    first of the lines is bad, and all behind it are read again as if it were not there."""
+    again: deque[tuple[int, bytes | Damage]] = deque()
     held: list[tuple[int, bytes]] = []
     quotes = 0
-    for offset, line in numbered:
-        if isinstance(line, Damage):
-            if held:
-                yield held[0][0], Damage("a quote that is not closed before the damage")
-            held, quotes = [], 0
-            yield offset, line
+    while True:
+        item = again.popleft() if again else next(numbered, None)
+        row: list[str] | Damage
+        if item is not None and isinstance(line := item[1], bytes):
+            if not held and is_blank(line):
+                continue
+            held.append((item[0], line))
+            quotes += line.count(b'"')
+            if quotes % 2 == 0:
+                row = parse(b"\n".join(one for _, one in held))
+            elif len(held) > _MAX_CSV_LINES:
+                row = _NotCsv(f"a quote that is not closed within {_MAX_CSV_LINES:,} lines")
+            else:
+                continue
+            item = None
+        elif held:
+            row = _NotCsv("a quote that is not closed" + (" before the damage" if item else ""))
+        elif item is None:
+            return
+        else:
+            yield item[0], cast(Damage, item[1])
             continue
-        if not held and is_blank(line):
-            continue
-        held.append((offset, line))
-        quotes += line.count(b'"')
-        if quotes % 2 == 0:
-            yield held[0][0], b"\n".join(one for _, one in held)
-            held, quotes = [], 0
-        elif len(held) > _MAX_CSV_LINES:
-            yield held[0][0], Damage(f"a quote that is not closed within {_MAX_CSV_LINES:,} lines")
-            held, quotes = [], 0
-    if held:
-        yield held[0][0], Damage("a quote that is not closed")
-        # The quote was one too many: the lines behind it are rows of their own.
-        yield from ((offset, line) for offset, line in held[1:] if line.count(b'"') % 2 == 0 and line.strip())
+        yield held[0][0], row
+        behind = held[1:] if isinstance(row, _NotCsv) else []
+        again.extendleft(reversed([*behind, item] if item else behind))
+        held, quotes = [], 0
 
 
 def parquet_ranges(path: str, part_bytes: int) -> list[tuple[int, int, int]] | None:
