@@ -458,8 +458,11 @@ def rank_killed(place: Path, seed: int, folder: Path) -> Trial:
     seconds = time.monotonic() - begin
     run.kill()
     trial = Trial(note=f"{seconds:.1f} s")
-    if run.codes.get(victim) == -9:
-        assert run.codes[other] not in (0, -9), f"{run.codes}: {run.output()}"
+    if run.codes.get(victim) == -9 and run.codes[other] == 0:  # the last thing that they do together was done
+        assert runs.status(folder / "run")["state"] == "finished", run.output()
+        trial.count("after the end")
+    elif run.codes.get(victim) == -9:
+        assert run.codes[other] != -9, f"{run.codes}: {run.output()}"
         assert seconds < 10, f"{seconds:.1f} s: {run.output()}"
         named = re.search(rf"rank {victim} \(pid {run.pids[victim]} .* is dead", run.output(10**6))
         assert named, f"the dead rank is not named: {run.output()}"
@@ -476,7 +479,8 @@ def rank_stopped(place: Path, seed: int, folder: Path) -> Trial:
     draw = random.Random(seed)
     victim = draw.randrange(2)
     expected = undisturbed(place, 0, 2)
-    more = ("--guard.stuck_seconds", "3")
+    stuck_seconds = 5  # less is a false alarm where other work keeps the cores from a rank for so long
+    more = ("--guard.stuck_seconds", str(stuck_seconds))
     run = runs.start(arguments(place, folder, *more), logs=folder / "logs", world_size=2, inject=lighten)
     assert run.wait(60, until=trained(folder)), run.output()
     run.wait(draw.uniform(0.0, 0.2 * expected["seconds"]), until=lambda: False)
@@ -489,11 +493,11 @@ def rank_stopped(place: Path, seed: int, folder: Path) -> Trial:
     run.kill()
     assert run.codes[1 - victim] == 71, f"{run.codes}: {run.output()}"
     assert re.search(rf"rank {victim} \(pid {run.pids[victim]} .* is stuck", run.output(10**6)), run.output()
-    assert seconds < 3 + 10, f"{seconds:.1f} s"
+    assert seconds < stuck_seconds + 10, f"{seconds:.1f} s"
     for rank in (0, 1):
         stacks = (folder / "run" / "logs" / f"stacks-rank-{rank:05d}.txt").read_text()
         assert "train_lm.py" in stacks, f"no stack of rank {rank}"
-    finish(place, folder, *more, world_size=2)
+    finish(place, folder, world_size=2)
     assert_equal_to_undisturbed(folder / "run", expected)
     return Trial(counts={"stopped": 1}, note=f"{seconds:.1f} s")
 
