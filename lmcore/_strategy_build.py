@@ -7,10 +7,12 @@ environment would say silently (accumulation, compile flags, one FSDP group, 16-
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
@@ -45,6 +47,7 @@ def build(
         backend = None if cuda else "gloo"  # without it every rank would silently train alone on a CPU
     elif request.strategy == "fsdp2":
         plugins["fsdp_plugin"] = fsdp.plugin(precision=precision, reduce_dtype=reduce_dtype)
+    rejoin(os.environ, backend="cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timeout)
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         cpu=not cuda and not with_zero,
@@ -64,6 +67,33 @@ def build(
         # together; here rank 0 reads it alone.
         unset_hf_deepspeed_config()
     return accelerator
+
+
+def rejoin(env: Mapping[str, str], *, backend: str, timeout: timedelta) -> None:
+    """The process group of a rank that torch's launcher starts again (``--max_restarts``, one node).
+
+    The launcher's store outlives the ranks and still holds the addresses of those that are dead, which torch no longer
+    tells apart (pytorch issue 135712): what this start writes goes under a name of its own. Does nothing at a first
+    start, nor on several nodes, whose launchers count their restarts each for itself.
+    """
+    attempt, size = env.get("TORCHELASTIC_RESTART_COUNT", ""), env.get("WORLD_SIZE", "1")
+    shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt in ("", "0") or not shared or env.get("LOCAL_WORLD_SIZE") != size or dist.is_initialized():
+        return
+    store = dist.TCPStore(
+        env["MASTER_ADDR"],
+        int(env["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timeout,
+    )
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"restart-{attempt}", store),
+        rank=int(env["RANK"]),
+        world_size=int(size),
+        timeout=timeout,
+    )
 
 
 def forget() -> None:

@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from lmcore.metrics import read_metrics
+from tests.fork_server import run_ranks
 from tests.test_run import request, words
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +109,29 @@ def test_a_rank_whose_launcher_dies_before_the_ranks_have_met_is_no_orphan(text:
         if left:
             os.kill(pid, signal.SIGKILL)
         assert not left
+
+
+def meet(settings: dict[str, str]) -> tuple[str, int]:
+    os.environ.update(settings)  # what the launcher says
+    from lmcore.engine import Engine
+
+    engine = Engine(precision="fp32")
+    return engine.strategy, engine.agree(1 << engine.rank)
+
+
+@pytest.mark.parametrize(
+    ("settings", "strategy"),
+    [({"ACCELERATE_USE_CPU": "true"}, "ddp"), ({"ACCELERATE_USE_DEEPSPEED": "true"}, "zero2")],
+)
+def test_ranks_that_are_started_again_do_not_call_the_dead_ones(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], strategy: str
+) -> None:
+    """A launcher keeps its store over its restarts, with the addresses of the ranks that are gone."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(dist, "TCPStore", lambda *_words, **_more: store)
+    for attempt in ("0", "1", "2"):
+        again = {"TORCHELASTIC_RESTART_COUNT": attempt}
+        assert run_ranks(meet, 2, settings | again) == [(strategy, 3)] * 2
 
 
 def test_the_launch_that_silently_starts_one_process_is_refused(text: Path) -> None:
