@@ -51,12 +51,23 @@ def test_signalled_runs(tmp_path: Path) -> None:
 
 
 def test_hurt_ranks(tmp_path: Path) -> None:
-    """A rank killed, a rank stopped, a data worker killed, another number of ranks after each kill, a short soak."""
-    words = ("secrets", "rank-killed", "rank-stopped", "worker-killed", "world-size", "soak")
+    """A rank killed, a rank stopped, a data worker killed, another number of ranks after each kill; a short soak,
+    SIGTERM to ``accelerate launch``, SIGKILL to ``prepare``.
+    """
+    words = (
+        "secrets",
+        "rank-killed",
+        "rank-stopped",
+        "worker-killed",
+        "world-size",
+        "soak",
+        "launcher",
+        "prepare-killed",
+    )
     told = campaign(
         tmp_path, *(word for kind in words for word in ("--kind", kind)), "--n", "1", "--first", "0"
     )
-    assert told.count(": held") == 6
+    assert told.count(": held") == 8
 
 
 def test_all_the_time_of_a_soak_goes_somewhere() -> None:
@@ -75,6 +86,24 @@ def test_all_the_time_of_a_soak_goes_somewhere() -> None:
         "steps": 3,
     }
     assert sum(spent[name] for name in ("counted", "repeated", "saving", "restart", "end")) == at[-1]
+
+
+CASES_OF_EACH_LAUNCHER = {
+    "SIGTERM to one rank of torchrun": 5,
+    "SIGUSR1 to an accelerate launch of two": 10,
+    "SIGINT to all, one process": 24,
+    "SIGKILL to torchrun": 29,
+    "a rank killed under accelerate, started again": 30,
+    "a rank killed under torchrun, started again": 31,
+    "a rank asked to stop under torchrun, not started again": 33,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", CASES_OF_EACH_LAUNCHER.values(), ids=CASES_OF_EACH_LAUNCHER)
+def test_signals_through_the_real_launchers(tmp_path: Path, number: int) -> None:
+    told = campaign(tmp_path, "--kind", "launcher", "--n", "1", "--first", str(number), seconds=600)
+    assert told.count(": held") == 1
 
 
 @pytest.mark.slow

@@ -59,23 +59,22 @@ def main() -> int:
     trials = KINDS | MORE | {"soak": functools.partial(soak, minutes=options.minutes)}
     runs.preload()
     broken = 0
-    with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
-        place = options.place or Path(temporary)
-        runs.prepare(place)
-        for kind in options.kind or [*trials]:
-            known = [row for row in record if row["kind"] == kind]
-            first = (
-                options.first if options.first is not None else max((row["to"] for row in known), default=0)
-            )
-            row = campaign(kind, trials[kind], place, first, options.n or DEFAULT.get(kind, 1))
-            broken += row["broken"]
-            if not options.no_record:
-                # Read again: another campaign may have added to it meanwhile.
-                record = json.loads(options.record.read_text()) if options.record.exists() else []
-                record.append(row)
-                options.record.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    place = options.place or Path(tempfile.mkdtemp(prefix="faults-"))
+    runs.prepare(place)
+    for kind in options.kind or [*trials]:
+        known = [row for row in record if row["kind"] == kind]
+        first = options.first if options.first is not None else max((row["to"] for row in known), default=0)
+        row = campaign(kind, trials[kind], place, first, options.n or DEFAULT.get(kind, 1))
+        broken += row["broken"]
         if not options.no_record:
-            write_report(record, runs.ROOT / "docs" / "faults.md")
+            # Read again: another campaign may have added to it meanwhile.
+            record = json.loads(options.record.read_text()) if options.record.exists() else []
+            record.append(row)
+            options.record.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    if not options.no_record:
+        write_report(record, runs.ROOT / "docs" / "faults.md")
+    if not broken and options.place is None:
+        shutil.rmtree(place)
     return int(broken > 0)
 
 

@@ -92,6 +92,8 @@ def alive(pids: list[int]) -> list[int]:
 def launched(command: list[str], argv: list[str], logs: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A launcher; whatever happens, nothing of it outlives the trial."""
     logs.mkdir(parents=True, exist_ok=True)
+    # A campaign in the background of a shell ignores SIGINT, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(logs / "launcher.out", "wb") as output:
         process = subprocess.Popen(
             [*command, str(runs.SCRIPT), *argv],
