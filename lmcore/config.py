@@ -95,8 +95,6 @@ class DataConfig:
     """Parallel readers of a stream, whatever the topology; default: the blocks of the global batch."""
     document_mask: bool = option(False, "warn")
     """Documents that share a block cannot attend to one another."""
-    packing: Literal["concat"] = option("concat", "refuse")
-    """How documents fill blocks; concat loses nothing."""
     on_error: Literal["raise", "skip"] = option("raise", "warn")
     """What a broken record does: end the run with its place, or be counted and skipped."""
     max_bad_fraction: float = option(0.001, "free", at_least=0, at_most=1)
