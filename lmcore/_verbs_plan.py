@@ -217,6 +217,7 @@ class _Asked:
             vocab_size=self.vocab_size,
             special_ids=self.encoder.special_ids if self.encoder else {},
             block_size=self.block_size,
+            weights=self.engine.needs_weights,
             note=note,
         )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lmcore._plan_words import size
 from lmcore.console import duration, short
 from lmcore.curves import COLOURS, PICTURES, Run, loss_picture, read_run, series
 
@@ -211,8 +212,7 @@ def _about(run: Run, several: bool) -> list[str]:
 
 
 MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
-    "parameters": ("parameters", lambda count: f"{count:,.0f}"),
-    "memory_bytes": ("memory of a device", lambda count: f"{count / 2**30:.3g} GiB"),
+    "memory_bytes": ("memory of a device", size),
     "tokens_per_second": ("tokens/s", lambda rate: f"{rate:,.0f}"),
     "seconds": ("time in steps", duration),
     "tokens": ("tokens", short),

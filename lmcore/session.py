@@ -294,7 +294,7 @@ class Session:
         """Gathered on all ranks, written in the background; its evaluation comes after it."""
         state, engine = self.state, self.engine
         self.guard.beat("save", state.step, allow_seconds=self.config.guard.stuck_seconds)
-        with self.report.pause():
+        with self.report.task("saving"):  # gathering; the writing goes on beside the training
             cursor = merge_cursors(engine.gather_object(state.cursor))
             self.saves.save(
                 state.step,
@@ -436,7 +436,7 @@ class Session:
                 )
         page = write_report([read_run(path)], path / "report.html")
         results = [(f"held out, {k}", f"{v:.4f}") for k, v in self.state.metrics.items() if "/" not in k]
-        results += [(f"test, {key}", f"{value:.4f}") for key, value in tests.items() if "/" in key]
+        results += [(f"test (last weights), {k}", f"{v:.4f}") for k, v in tests.items() if "/" in k]
         commands = [
             ("go on", f"accelerate launch train_lm.py --config {path}/config.yaml --train.duration N")
         ]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmcore import html, probe
+from lmcore import html, plan, probe
 from lmcore import model as models
 from lmcore.__main__ import main
 from lmcore.errors import EXIT_FINISHED
@@ -120,6 +120,24 @@ def test_own_data_give_their_own_shapes(capsys: Any, tmp_path: Path) -> None:
     assert "activations" in rows["memory per device"]
     assert "could not" not in rows["memory per device"]
     assert "epochs" in rows["budget"]
+
+
+def test_the_launchers_word_for_the_strategy_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmcore import command_line
+    from lmcore._assemble_plan import setting_of
+
+    def setting(*words: str, **options: Any) -> plan.Setting:
+        return setting_of(command_line.parse(list(words)), precision="bf16", **{"world_size": 2, **options})
+
+    assert setting().strategy == "ddp"
+    assert setting(world_size=1).strategy == "single"
+    zero = setting("--engine.deepspeed", "ds_configs/zero3_offload.json")
+    assert (zero.strategy, zero.zero_bucket, zero.offload_optimizer) == ("zero3", 50_000_000, True)
+    assert not setting("--engine.deepspeed", "ds_configs/zero2.json").offload_optimizer
+    assert setting("--engine.deepspeed", "ds_configs/zero2.json", strategy="fsdp2").strategy == "fsdp2"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert setting().strategy == "fsdp2"
 
 
 SMALL = [*(p for name, value in SHAPE.items() for p in (f"--model.config.{name}", str(value))),
