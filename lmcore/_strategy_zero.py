@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -191,6 +192,36 @@ def alone_environment(env: Any) -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+@final
+class NormGate:
+    """DeepSpeed passes over an update whose gradient norm is not finite; this lets it pass over a large one too.
+
+    It stands where the three optimizers of 0.19.8 ask ``is_invalid_grad_norm``, on every rank alike and before
+    anything is clipped or written. Not for fp16, where passing over would also halve the loss scale.
+    """
+
+    def __init__(self) -> None:
+        from deepspeed.runtime import bf16_optimizer, utils
+        from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+        self._invalid = utils.is_invalid_grad_norm
+        self._limit = math.inf
+        self.held: float | None = None
+        for module in (stage_1_and_2, stage3, bf16_optimizer):
+            module.is_invalid_grad_norm = self._judge
+
+    def begin(self, limit: float) -> None:
+        """Before an update: its limit. Afterwards ``held`` is its norm if it was finite and above that, else
+        ``None``."""
+        self._limit, self.held = limit, None
+
+    def _judge(self, norm: Any) -> bool:
+        if self._invalid(norm):
+            return True
+        self.held = float(norm) if float(norm) > self._limit else None
+        return self.held is not None
 
 
 def wrap(accelerator: Any, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:

@@ -209,11 +209,11 @@ class Engine:
             else:
                 self.module, wrapped = self.accelerator.prepare(module, optimizer)
                 self.optimizer = wrapped.optimizer
-        buffers = persistent_buffers(module)
+        named, buffers = dict(self._named(module)), persistent_buffers(module)
         if self._with_zero:
-            self._state = ZeroState(self._names(), buffers, self.optimizer, int(self.strategy[-1]))
+            self._state = ZeroState(named, buffers, self.optimizer, int(self.strategy[-1]))
         else:
-            self._state = TensorState(self._names(), buffers, self.optimizer)
+            self._state = TensorState(named, buffers, self.optimizer)
         if first is not None:
             first.give(self._state, self.device)
         self._rehearse = self.strategy == "ddp" and self.world_size > 2 and not self._wide
@@ -238,6 +238,7 @@ class Engine:
         )
         if self.sharded:
             start.partition_empty(module, optimizer, config, self.device)
+        self._norm_gate = zero.NormGate()
         self.module, self.optimizer = zero.wrap(self.accelerator, module, optimizer)
 
     # ---- one step ------------------------------------------------------------------------------------------
@@ -286,7 +287,7 @@ class Engine:
         """Clip, gate, step, clear the gradients.
 
         Args:
-            norm_limit: an update whose gradient norm is above this is not applied (not under DeepSpeed).
+            norm_limit: an update whose gradient norm is above this is not applied.
 
         Returns:
             The global gradient norm before clipping (fp32) and whether the update was applied (bool), both
@@ -297,7 +298,7 @@ class Engine:
             raise ValueError(f"update after {self._micro_batch} of {self._accumulation} micro-batches")
         self._micro_batch = 0
         self.updating = True
-        norm, applied = self._update_zero() if self._with_zero else self._update(norm_limit)
+        norm, applied = self._update_zero(norm_limit) if self._with_zero else self._update(norm_limit)
         self.updating = False
         return norm, applied
 
@@ -323,10 +324,12 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm, applied
 
-    def _update_zero(self) -> tuple[Tensor, Tensor]:
+    def _update_zero(self, norm_limit: float) -> tuple[Tensor, Tensor]:
         # DeepSpeed itself clips, gates (norm of the reduced gradient) and clears; tests hold it to that.
+        self._norm_gate.begin(norm_limit)
         self.module.step()
-        norm = torch.as_tensor(self.module.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+        norm = self._norm_gate.held or self.module.get_global_grad_norm()
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
         return norm, torch.tensor(not self.optimizer.overflow, device=self.device)
 
     @contextlib.contextmanager
@@ -432,9 +435,6 @@ class Engine:
         build.forget()
 
     # ---- private -------------------------------------------------------------------------------------------
-
-    def _names(self) -> dict[str, nn.Parameter]:
-        return dict(self._named(self._inner))
 
     @staticmethod
     def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

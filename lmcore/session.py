@@ -123,10 +123,9 @@ class Session:
             ((first, stop),) = ranges([config.train.profile], "train.profile")
             self._profile = ProfileWindow(folder.path / "profile", first, stop - 1)
         self._average = MovingAverage(self._weights, decay=config.optim.ema_decay, strategy=engine.strategy)
-        if config.guard.spike == "skip" and engine.strategy.startswith("zero"):
+        if config.guard.spike == "skip" and engine.strategy.startswith("zero") and engine.precision == "fp16":
             raise RequestError(
-                f"guard.spike skip holds an update back by its gradient norm, which {engine.strategy} knows only "
-                f"inside its own update: use warn or rewind"
+                "guard.spike skip: DeepSpeed would halve fp16's loss scale too; use bf16 or rewind"
             )
 
     def _weights(self) -> list[tuple[str, Tensor]]:
