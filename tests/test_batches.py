@@ -649,3 +649,46 @@ def test_impossible_own_data_is_refused() -> None:
 def test_cursors_of_stores_merge_to_themselves(dataset: BlockDataset) -> None:
     _, ranks = run(dataset, beginning(dataset), count=2, world_size=2)
     assert merge_cursors([steps[1].cursor for steps in ranks]) == ranks[0][1].cursor
+
+
+RESIDENT = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from lmcore.batches import Batches
+from lmcore.blocks import BlockDataset
+from lmcore.order import Cursor
+from lmcore.token_store import Piece, TokenStore
+
+def resident():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+
+def added(path, n_tokens, steps):
+    with open(path, "wb") as file:
+        file.truncate(2 * n_tokens)  # a hole: it takes no room and reads as zeros
+    store = TokenStore(name="x", fingerprint="0" * 16, dtype="<u2", pieces=[Piece(path=path, n_tokens=n_tokens)])
+    before = resident()
+    data = BlockDataset.from_stores([store], block_size=2048, seed=1)
+    batches = iter(Batches(data, cursor=Cursor(fingerprint="", seed=1), global_batch_blocks=16, micro_batch_blocks=16))
+    for _ in range(steps):
+        next(batches)
+    return resident() - before
+
+added(sys.argv[1], 5 * 10**6, 3)  # what torch and numpy need once
+print(added(sys.argv[1], 5 * 10**6, 100), added(sys.argv[1], 5 * 10**9, 100))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel tells no anonymous memory")
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """Under 50 MiB beside the page cache, for a store of 10 MB as for one of 10 GB."""
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, str(tmp_path / "sparse.bin")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    small, large = map(float, done.stdout.split())
+    assert max(small, large) < 50
+    assert abs(large - small) < 10
