@@ -30,8 +30,11 @@ from tests.faults import kinds, runs
 STEPS, SAVE_EVERY = 40, 5
 
 
-def trainer(folder: Path, *, nan_at: int | None = None) -> None:
-    """One start of the Trainer, in a fork; the losses that it logs go to ``losses.json``."""
+def trainer(folder: Path, *, nan_at: int | None = None, jit: bool = False, step_seconds: float = 0.0) -> None:
+    """One start of the Trainer, in a fork; the losses that it logs go to ``losses.json``.
+
+    ``jit``: with ``enable_jit_checkpoint``. ``step_seconds``: a pause in every step, so that there is time for it.
+    """
     import torch
     from torch.utils.data import Dataset
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
@@ -53,6 +56,7 @@ def trainer(folder: Path, *, nan_at: int | None = None) -> None:
         _module: Any, _inputs: Any, output: Any
     ) -> None:  # a hook: the Trainer reads forward's signature
         nonlocal calls
+        time.sleep(step_seconds)
         if calls == nan_at:
             output.loss = output.loss * float("nan")
         calls += 1
@@ -70,6 +74,7 @@ def trainer(folder: Path, *, nan_at: int | None = None) -> None:
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
+        enable_jit_checkpoint=jit,
     )
     model = GPT2LMHeadModel(config)
     model.register_forward_hook(poison)
@@ -232,16 +237,65 @@ def sigterm(place: Path, folder: Path, draw: random.Random) -> dict[str, Any]:
     }
 
 
+def sigterm_jit(place: Path, folder: Path, draw: random.Random) -> dict[str, Any]:
+    """SIGTERM, saved, the same command again: are its losses those of the run that nobody hurt?
+
+    The Trainer has ``enable_jit_checkpoint``, which waits 3 s before it asks for a save; its steps take 0.15 s here.
+    """
+    at = draw.randrange(10, 60)
+    begin = time.monotonic()
+    for inject in (kinds.at_forward(at, lambda: signal.raise_signal(signal.SIGTERM)), kinds.lighten):
+        run = runs.start(
+            kinds.arguments(place, folder / "ours"), logs=folder / "ours" / "logs", inject=inject
+        )
+        run.wait(120)
+    ours = kinds.outcome(folder / "ours" / "run")
+    expected = kinds.undisturbed(place)
+
+    wanted = draw.randrange(1, 3) * SAVE_EVERY
+    theirs = start_trainer(folder / "theirs", jit=True, step_seconds=0.15)
+    while not theirs.poll() and not (folder / "theirs" / "run" / f"checkpoint-{wanted}").exists():
+        time.sleep(0.001)
+    time.sleep(draw.uniform(0.05, 0.7))
+    begin = time.monotonic()
+    theirs.send(signal.SIGTERM)
+    theirs.wait(120)
+    seconds = time.monotonic() - begin
+    last = newest(folder / "theirs")
+    step = 0 if last is None else int(last.name.split("-")[1])
+    again = start_trainer(folder / "theirs", jit=True)
+    again.wait(120)
+    found = json.loads((folder / "theirs" / "losses.json").read_text())["losses"]
+    undisturbed = json.loads((place / "undisturbed" / "losses.json").read_text())["losses"]
+    unequal = [number for number, pair in enumerate(zip(found, undisturbed), 1) if pair[0] != pair[1]]
+    said = f"exit {theirs.codes[0]} {seconds:.0f} s after the signal; the continued run"
+    return {
+        "ours": all(ours[name] == expected[name] for name in ours),
+        "trainer": again.codes == {0: 0} and found == undisturbed,
+        "trainer_saved": step < STEPS,
+        "trainer_said": f"{said} "
+        + (
+            "has other losses from its first step on"
+            if unequal[:1] == [step + 1]
+            else f"has other losses from step {unequal[0]} on, saved was {step}"
+            if unequal
+            else f"has {len(found)} losses, all equal"
+        ),
+    }
+
+
 FAULTS: dict[str, Callable[[Path, Path, random.Random], dict[str, Any]]] = {
     "SIGKILL inside a save, the same command again": kill_in_save,
     "a flipped bit in the newest weights is found": flip_a_bit,
     "a NaN loss is kept from the weights": one_nan,
     "SIGTERM saves before it leaves": sigterm,
+    "SIGTERM and the same command again is the undisturbed run (Trainer: enable_jit_checkpoint)": sigterm_jit,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults.compare")
+    parser.add_argument("--only", help="only faults with this word in their name; the others' results stay")
     parser.add_argument("--n", type=int, default=10, help="trials of each fault")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
     options = parser.parse_args()
@@ -255,6 +309,8 @@ def main() -> None:
         if undisturbed.codes != {0: 0}:
             raise RuntimeError(f"the Trainer does not run undisturbed: {last_error(place / 'undisturbed')}")
         for name, fault in FAULTS.items():
+            if options.only and options.only not in name:
+                continue
             results = []
             for number in range(options.n):
                 folder = place / "trial"
@@ -263,13 +319,15 @@ def main() -> None:
             # Only trials in which the fault met the Trainer as it was meant to are counted against it.
             counted = [r for r in results if r.get("trainer_killed_in_save", r.get("trainer_hit", True))]
             rows[name] = {
+                "date": time.strftime("%Y-%m-%d", time.gmtime()),
                 "ours": f"{sum(r['ours'] for r in results)} of {len(results)}",
                 "trainer": f"{sum(r['trainer'] for r in counted)} of {len(counted)}",
                 "trainer_said": sorted({r["trainer_said"] for r in counted if r["trainer_said"]})[:4],
             }
             print(f"{name}: {json.dumps(rows[name])}", flush=True)
     versions = {package: version(package) for package in ("torch", "transformers", "accelerate")}
-    result = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "versions": versions, "faults": rows}
+    known = json.loads(options.out.read_text())["faults"] if options.only and options.out.exists() else {}
+    result = {"versions": versions, "faults": known | rows}
     options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
