@@ -234,7 +234,9 @@ def test_killed_at_every_call_of_a_save(tmp_path: Path, two: Path) -> None:
     assert outcomes == {(2, False), (3, True), (3, False)}  # before, whole but unnamed, after
 
 
-def test_a_power_cut_at_every_call_of_a_save(tmp_path: Path, two: Path) -> None:
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the power is out there, too
+@pytest.mark.parametrize("background", [False, True])
+def test_a_power_cut_at_every_call_of_a_save(tmp_path: Path, two: Path, background: bool) -> None:
     counter = Counter()
     shutil.copytree(two, tmp_path / "count")
     saved(tmp_path / "count", [3], keep=2, disk=Disk(counter), background=False)
@@ -244,7 +246,7 @@ def test_a_power_cut_at_every_call_of_a_save(tmp_path: Path, two: Path) -> None:
         model = PoweredDisk(root, stop_at=number)
         committed = False
         try:
-            saved(root, [3], keep=2, disk=Disk(model), background=False)
+            saved(root, [3], keep=2, disk=Disk(model), background=background)
             committed = True
         except (PowerCut, FaultError):
             pass
