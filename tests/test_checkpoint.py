@@ -234,7 +234,9 @@ def test_killed_at_every_call_of_a_save(tmp_path: Path, two: Path) -> None:
     assert outcomes == {(2, False), (3, True), (3, False)}  # before, whole but unnamed, after
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the power is out there, too
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # the power is out there, too
 @pytest.mark.parametrize("background", [False, True])
 def test_a_power_cut_at_every_call_of_a_save(tmp_path: Path, two: Path, background: bool) -> None:
     counter = Counter()
