@@ -72,7 +72,7 @@ def imagined(
             from_pretrained=named.from_pretrained,
             revision=named.revision,
             attention=named.attention,
-            adapt=partial(adapt, config),
+            adapt=partial(adapt, config, weights=False),
         )
         return with_loss(config, bare, probe=probe, note=note)
     make = partial(

@@ -359,10 +359,10 @@ def build_model(
     return with_loss(config, built, note=note)
 
 
-def adapt(config: RunConfig, built: torch.nn.Module) -> None:
+def adapt(config: RunConfig, built: torch.nn.Module, *, weights: bool = True) -> None:
     """Low-rank adapters, if they are asked for."""
     if config.model.lora.rank:
-        lora.adapt(built, seed=config.seed, **vars(config.model.lora))
+        lora.adapt(built, seed=config.seed, weights=weights, **vars(config.model.lora))
 
 
 def with_loss(

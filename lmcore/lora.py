@@ -29,10 +29,12 @@ def adapt(
     dropout: float = 0.0,
     target_modules: Iterable[str] = (),
     seed: int = 0,
+    weights: bool = True,
 ) -> None:
     """Put adapters into a model, in place, and freeze all else.
 
     Args:
+        weights: ``False`` for adapters without numbers, on the meta device.
         alpha: default: twice the rank.
         target_modules: endings of names (``q_proj``), or ``all-linear``; default: what peft takes for this family.
 
@@ -60,7 +62,7 @@ def adapt(
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that Linear and Conv1D lie differently, peft sees by itself
             torch.manual_seed(seed)
-            inject_adapter_in_model(config, model)
+            inject_adapter_in_model(config, model, low_cpu_mem_usage=not weights)
     except ValueError as error:
         words = " ".join(str(error).split())
         raise RequestError(

@@ -155,7 +155,8 @@ def imagine(
     """The model that a run would build, of fake tensors: any size, at once; no weight is read.
 
     Args:
-        adapt: changes the model in place, as the run does after its weights are read.
+        adapt: changes the model in place, as the run does after its weights are read; what it adds may be on the
+            meta device.
 
     Returns:
         The model, and a small real one of the same kind, at whose head :class:`~lmcore.model.ModelWithLoss` looks.
@@ -190,7 +191,7 @@ def imagine(
             named = from_pretrained or f"model.type {type}"
             raise RequestError(f"{named} refuses this configuration: {error}") from error
         model.tie_weights()
-        adapt(model)
+    adapt(model)
     model.real_vocab_size = real
     return model, probe
 

@@ -102,6 +102,21 @@ def test_two_processes_train_the_same_adapters(text: Path, whole: Path) -> None:
         assert math.isclose(loss, losses(two)[step], rel_tol=1e-5), step
 
 
+def test_the_plan_counts_what_is_trained(text: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lmcore.__main__ import main
+
+    assert main(["plan", *adapted(text, text / "planned")]) == 0
+    rows = {line[:22].strip(): line[22:] for line in capsys.readouterr().out.splitlines()}
+    trained = saved.open_saved(whole, device="cpu").model
+    total = sum(p.numel() for p in trained.parameters())
+    mine = sum(p.numel() for name, p in trained.named_parameters() if ".lora_" in name)
+    assert f"{total:,} (" in rows["parameters"]
+    assert f"; {mine / 1000:.4g} k trained" in rows["parameters"]
+    assert "4 N + 2 N trained" in rows["FLOPs per token"]
+    moments = float(rows["memory per device"].split("optimizer ")[1].split(" KiB")[0])
+    assert moments == pytest.approx(8 * mine / 1024, rel=0.01)
+
+
 # --- refusals ---
 
 FIELDS = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32}
