@@ -138,10 +138,17 @@ def train_lm(s: dict[str, Any], gate: Gate) -> None:
 
     Engine.set_learning_rate = waits  # type: ignore[method-assign]
     config = MODELS[s["model"]] | NO_DROPOUT | {"n_positions": s["tokens"]}
+    extra = list(s["extra"])
+    if s.get("corpus_times"):
+        longer = Path("longer.bin").absolute()
+        with longer.open("wb") as file:
+            for _ in range(s["corpus_times"]):
+                train_tokens(s).tofile(file)
+        extra += ["--data.train", str(longer), "--data.valid_fraction", "0"]
     options = {
         "run_dir": "run",
         "data.block_size": s["tokens"],
-        "tokenizer.path": _corpus(s["vocab"]) / "tokenizer",
+        "tokenizer.path": corpus(s["vocab"]) / "tokenizer",
         "train.global_batch_blocks": s["blocks"] * s["accumulation"],
         "train.micro_batch_blocks": s["blocks"],
         "train.duration": "100000 steps",
@@ -153,14 +160,18 @@ def train_lm(s: dict[str, Any], gate: Gate) -> None:
         "evaluate.every": "never",
         "checkpoint.every": s.get("save_every", "never"),
         "report.every": "100 steps",
-        "data.store_dir": _corpus(s["vocab"]),
+        "data.store_dir": corpus(s["vocab"]),
         **{f"model.config.{key}": value for key, value in config.items()},
     }
     sys.argv = [
         str(ROOT / "train_lm.py"),
         *(f"--{key}={value}" for key, value in options.items()),
-        *s["extra"],
+        *extra,
     ]
+    if s.get("resume"):  # another process makes a checkpoint, and this one goes on from it
+        first = [*sys.argv, "--train.duration=5 steps", "--evaluate.at_end=false"]
+        subprocess.run([sys.executable, *first], check=True)
+        sys.argv.append("--allow_changes=train.duration")
     os.environ["ACCELERATE_USE_CPU"] = os.environ.get("ACCELERATE_USE_CPU", "true")
     runpy.run_path(sys.argv[0], run_name="__main__")
 
@@ -170,19 +181,35 @@ def prepare_corpus(vocab: int) -> None:
 
     All read the same tokens: kernels take 2 to 3% longer over real text than over random numbers (docs/log.md).
     """
-    command = [sys.executable, "-m", "lmcore", "prepare", "--run_dir", str(_corpus(vocab))]
-    options = [f"--tokenizer.vocab_size={vocab}", f"--data.store_dir={_corpus(vocab)}", "--data.block_size=256"]
-    subprocess.run([*command, *options], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "lmcore", "prepare", "--run_dir", str(corpus(vocab))]
+    options = [
+        f"--tokenizer.vocab_size={vocab}",
+        f"--data.store_dir={corpus(vocab)}",
+        "--data.block_size=256",
+    ]
+    subprocess.run(
+        [*command, *options], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
-def _corpus(vocab: int) -> Path:
+def corpus(vocab: int) -> Path:
+    """Where it lies."""
     return Path(tempfile.gettempdir()) / f"benchmark-corpus-{vocab}"
 
 
-def _tokens(s: dict[str, Any]) -> Any:
+def train_tokens(s: dict[str, Any]) -> Any:
+    """The text that all programs train on, (N,) uint16."""
     import numpy as np
 
-    parts = sorted(_corpus(s["vocab"]).glob("*train*/part-*.bin"))
+    parts = sorted(corpus(s["vocab"]).glob("*train*/part-*.bin"))
+    return np.concatenate([np.fromfile(part, dtype=np.uint16) for part in parts])
+
+
+def held_out_tokens(vocab: int) -> Any:
+    """The demo's held-out text, (N,) uint16."""
+    import numpy as np
+
+    parts = sorted(corpus(vocab).glob("*valid*/part-*.bin"))
     return np.concatenate([np.fromfile(part, dtype=np.uint16) for part in parts])
 
 
@@ -191,7 +218,7 @@ def _batches(s: dict[str, Any], device: Any) -> Any:
     import numpy as np
     import torch
 
-    tokens, draw = _tokens(s), np.random.default_rng(1)
+    tokens, draw = train_tokens(s), np.random.default_rng(1)
     while True:
         starts = draw.integers(0, len(tokens) - s["tokens"] - 1, s["blocks"])
         rows = np.stack([tokens[start : start + s["tokens"] + 1] for start in starts]).astype(np.int64)
@@ -234,7 +261,7 @@ def bare(s: dict[str, Any], gate: Gate) -> None:
         optimizer.zero_grad()
 
 
-def _plain_gpt2(s: dict[str, Any], padded: bool) -> Any:
+def plain_gpt2(s: dict[str, Any], padded: bool) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     vocab = -(-s["vocab"] // 64) * 64 if padded else s["vocab"]
@@ -249,7 +276,7 @@ def nanogpt(s: dict[str, Any], gate: Gate) -> None:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    raw = _plain_gpt2(s, padded=True).to(device).train()
+    raw = plain_gpt2(s, padded=True).to(device).train()
     decay = [p for p in raw.parameters() if p.ndim >= 2]
     rest = [p for p in raw.parameters() if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -277,7 +304,7 @@ def _trainer(s: dict[str, Any], gate: Gate, **arguments: Any) -> None:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    tokens = torch.from_numpy(_tokens(s).astype("int64"))
+    tokens = torch.from_numpy(train_tokens(s).astype("int64"))
 
     class Blocks(torch.utils.data.Dataset):  # type: ignore[type-arg]
         def __len__(self) -> int:
@@ -302,7 +329,7 @@ def _trainer(s: dict[str, Any], gate: Gate, **arguments: Any) -> None:
         **arguments,
     )
     Trainer(
-        model=_plain_gpt2(s, padded=False), args=training, train_dataset=Blocks(), callbacks=[Waits()]
+        model=plain_gpt2(s, padded=False), args=training, train_dataset=Blocks(), callbacks=[Waits()]
     ).train()
 
 

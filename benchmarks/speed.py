@@ -5,6 +5,7 @@
     python benchmarks/speed.py shipped       # both as they ship: train_lm.py with bf16, Trainer with its defaults
     python benchmarks/speed.py nanogpt       # against a nanoGPT-style script
     python benchmarks/speed.py saving        # checkpoints every 50 steps, in the background, against none
+    python benchmarks/speed.py flat          # ten times the corpus, ten times the steps done, and after a resume
     python benchmarks/speed.py allocator     # one bare loop with glibc as it is, told to keep memory, and jemalloc
 
 Each row: the second program's tokens/s are 1. Ratios pair by pair; the median and the 10th-90th percentile. The CPU
@@ -31,6 +32,12 @@ COMPARISONS: dict[str, list[tuple[str, str, dict[str, Any], dict[str, str]]]] = 
     "saving": [
         ("saving every 50", "train_lm", {"save_every": "50 steps"}, {}),
         ("never saving", "train_lm", {}, {}),
+    ],
+    "flat": [
+        ("10 x the corpus", "train_lm", {"corpus_times": 10}, {}),
+        ("after a resume", "train_lm", {"resume": True}, {}),
+        ("10 x the steps", "train_lm", {"earlier_steps": 10}, {}),
+        ("fresh", "train_lm", {}, {}),
     ],
     "allocator": [
         ("kept memory", "bare", {}, {}),
@@ -76,8 +83,12 @@ def main() -> None:
         order = cases if launch % 2 == 0 else cases[::-1]
         running = {label: Contestant(name, settings | own, env) for label, name, own, env in order}
         try:
-            for contestant in running.values():
-                contestant.run(options.warmup)
+            for label, _, own, _ in order:
+                running[label].run(options.warmup)
+                if "earlier_steps" in own:  # so many times what each of the others will have done
+                    running[label].run(
+                        own["earlier_steps"] * options.steps * options.rounds // options.launches
+                    )
             # The shares of the launches add up to all rounds.
             for turn in range(launch, options.rounds, options.launches):
                 for label in list(running) if turn % 2 == 0 else reversed(list(running)):
