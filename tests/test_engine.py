@@ -10,6 +10,7 @@ of a weight's bf16 copy (4e-3 relative), so that the first step is held tightly 
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,18 @@ def test_bf16_follows_the_reference_that_rounds_at_the_same_places(mode: str) ->
     # Three ranks scale the loss by 3, which is no power of two: gradients round elsewhere.
     assert abs(ours.norms[0] / theirs.norms[0] - 1) < (1e-3 if mode == "ddp3" else 1e-5)
     close(ours.losses, theirs.losses, 2e-3)
+
+
+@pytest.mark.parametrize("mode", ["fsdp2", "zero1", "zero2", "zero3"])
+def test_the_clipping_is_the_runs_own(mode: str) -> None:
+    """DeepSpeed would take 1.0 where it is told nothing, and accelerate's own clipping does nothing there."""
+    job = job_of(mode, optimizer="sgd", steps=3, clip_norm=0.1)
+    ours, theirs = runs.run(job), runs.reference(job)
+    assert min(theirs.norms) > 0.5  # it clips
+    close(ours.norms, theirs.norms, 1e-5)
+    assert largest_difference(ours.weights, theirs.weights) < 1e-5
+    free = runs.reference(replace(job, clip_norm=1.0))
+    assert largest_difference(theirs.weights, free.weights) > 1e-3  # and 1.0 would show
 
 
 @pytest.mark.parametrize(("mode", "accumulation"), [("single", 9), ("ddp2", 1), ("ddp3", 3)])
@@ -362,6 +375,7 @@ def build_engine(settings: dict[str, Any]) -> str:
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"precision": "fp32"}, "mixed_precision 'bf16' .* 'fp32'"),
         ({}, {"precision": "fp16"}, "fp16 needs a GPU .* silently train in fp32"),
         ({}, {"precision": "int4"}, "'int4' is unknown"),
+        ({}, {"precision": "fp8"}, "fp8 needs a GPU"),
         ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, "PARALLELISM_CONFIG_TP_SIZE=2"),
         ({}, {"deepspeed": "no/such.json"}, "no/such.json: No such file"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {"param_dtype": "bf16"}, "param_dtype bf16 has no meaning"),
@@ -381,8 +395,19 @@ def prepare_with_mistake(kind: str) -> str:
         "clipping": {"gradient_clipping": 0.5},
         "micro-batch": {"train_micro_batch_size_per_gpu": 3},
         "batch": {"train_batch_size": 99},
+        "precision": {"bf16": {"enabled": True}},
+        "reduction": {"communication_data_type": "bf16"},
+        "optimizer": {"optimizer": {"type": "Adam"}},
     }.get(kind, {})
-    engine = runs.make_engine(Job(mode="zero1", deepspeed=content))
+    if kind == "launcher":
+        os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "4"
+    if kind == "compiler":
+        content = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+        os.environ["PATH"] = ""
+    try:
+        engine = runs.make_engine(Job(mode="zero2" if kind == "compiler" else "zero1", deepspeed=content))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     try:
         engine.prepare(
             runs.make_model("gpt2-tied"),
@@ -406,6 +431,11 @@ def prepare_with_mistake(kind: str) -> str:
         ("micro-batch", "3", "5"),
         ("batch", "99", "10"),
         ("muon", "MuonWithAdamW", "use adamw"),
+        ("precision", "bf16.enabled True", "False"),
+        ("reduction", "'bf16'", "'fp32'"),
+        ("optimizer", "section 'optimizer'", "optim.name"),
+        ("launcher", "gradient_accumulation_steps 4", "give 2"),
+        ("compiler", "g++ and ninja", "zero_force_ds_cpu_optimizer"),
     ],
 )
 def test_a_deepspeed_value_that_disagrees_is_refused_with_both(kind: str, theirs: str, ours: str) -> None:

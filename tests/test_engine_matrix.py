@@ -92,6 +92,15 @@ def test_compiled_layers(mode: str) -> None:
     close(ours.losses, runs.reference(job).losses, 1e-5)
 
 
+@pytest.mark.parametrize("mode", SEVEN)
+def test_a_step_with_a_non_finite_loss_is_not_applied_in_bf16(mode: str) -> None:
+    job = Job(mode=mode, precision="bf16", accumulation=3, steps=4, poison=(1, 1))
+    ours, theirs = runs.run(job), runs.reference(job)
+    assert ours.applied == [True, False, True, True]
+    close(ours.losses[:1] + ours.losses[2:], theirs.losses[:1] + theirs.losses[2:], 2e-3)
+    assert ours.scalars["slots"] == {"step": 3.0}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_hybrid_sharding(precision: str, tmp_path: Path) -> None:
     """HSDP, two shards twice; and from there to one process."""
