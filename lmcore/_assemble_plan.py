@@ -129,6 +129,8 @@ def plan_of(
     weights = None if config.train.param_dtype == "fp32" else plan.DTYPES[config.train.param_dtype]
     state_bytes = rehearsal.optimizer_bytes(module, partial(make_optimizer, config, module), weights=weights)
 
+    average = average_bytes(config, counted)
+
     def held(
         one: plan.Setting, *, count_flops: bool = False, blocks: int | None = None
     ) -> rehearsal.Rehearsal:
@@ -147,7 +149,7 @@ def plan_of(
 
     def needs(one: plan.Setting) -> plan.Memory:
         kept = state_bytes // 2 if one.small_optimizer_state > setting.small_optimizer_state else state_bytes
-        return plan.memory(counted, held(one), one, optimizer_bytes=kept)
+        return plan.memory(counted, held(one), one, optimizer_bytes=kept + average)
 
     uncounted = None
     advice: tuple[tuple[str, int], ...] = ()
@@ -162,7 +164,7 @@ def plan_of(
         uncounted = _said(error)
         grown = (0, 0, 0, 4 * counted.trained, 0)
         least = rehearsal.Rehearsal(moments=((0,) * 5, grown), flops=0, tokens=1)
-        memory = plan.memory(counted, least, setting, optimizer_bytes=state_bytes)
+        memory = plan.memory(counted, least, setting, optimizer_bytes=state_bytes + average)
     if device_bytes is not None and memory.total > plan.USABLE * device_bytes and uncounted is None:
         advice = plan.advise(setting, device_bytes, lambda one: needs(one).total)
     return plan.Plan(
@@ -177,12 +179,17 @@ def plan_of(
         steps=sizes.total_steps,
         tokens_per_step=sizes.tokens_per_step,
         epoch_tokens=epoch_tokens,
-        checkpoint_bytes=plan.checkpoint_bytes(counted, optimizer_bytes=state_bytes),
+        checkpoint_bytes=plan.checkpoint_bytes(counted, optimizer_bytes=state_bytes + average),
         checkpoints_kept=config.checkpoint.keep + config.checkpoint.keep_best.k,
         tokens_per_second=tokens_per_second,
         watts_per_device=watts_per_device,
         uncounted=uncounted,
     )
+
+
+def average_bytes(config: RunConfig, counted: plan.Parameters) -> int:
+    """Of the moving average of the weights: one more fp32 copy of what is trained."""
+    return 4 * counted.trained if config.optim.ema_decay else 0
 
 
 def _said(error: Exception) -> str:
@@ -210,7 +217,7 @@ def fitting(
         setting,
         share=blocks // setting.world_size,
         block_size=block_size,
-        device_bytes=device_bytes,
+        device_bytes=device_bytes - int(average_bytes(config, plan.parameters(module)) / plan.USABLE),
         make_optimizer=partial(make_optimizer, config, module),
         device_type="cuda",
     )

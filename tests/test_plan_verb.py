@@ -122,6 +122,21 @@ def test_own_data_give_their_own_shapes(capsys: Any, tmp_path: Path) -> None:
     assert "epochs" in rows["budget"]
 
 
+def test_a_moving_average_is_one_more_copy(capsys: Any, tmp_path: Path) -> None:
+    def mebibytes(*options: str) -> tuple[float, float]:
+        rows = planned(capsys, *SMALL, "--run_dir", tmp_path, *options)
+        number, unit = rows["memory per device"].partition("optimizer ")[2].split()[:2]
+        kept, unit_kept = rows["checkpoints"].split()[:2]
+        scale = {"KiB": 1 / 1024, "MiB": 1.0}
+        return float(number) * scale[unit], float(kept) * scale[unit_kept]
+
+    (without, small), (having, large) = mebibytes(), mebibytes("--optim.ema_decay", "0.9")
+    assert having == pytest.approx(1.5 * without, rel=0.01), (
+        "8 bytes a parameter of moments, 4 of the average"
+    )
+    assert large == pytest.approx(small * 16 / 12, rel=0.01)
+
+
 def test_the_launchers_word_for_the_strategy_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     from lmcore import command_line
     from lmcore._assemble_plan import setting_of
