@@ -72,6 +72,9 @@ class Watchdog:
         self._closed = threading.Event()
         self._peers: dict[int, dict[str, Any]] = {}
         self._written = -1
+        self._failed = False
+        self._roll_call = logs / ".roll-call.json"
+        self._answered = 0
         self._stacks: TextIO | None = None
         self._thread: threading.Thread | None = None
 
@@ -117,16 +120,58 @@ class Watchdog:
             if self._is_dead(rank, peer)
         ]
 
-    def name_the_dead(self, *, wait_seconds: float = 2.0) -> None:
-        """Say which ranks of this machine are dead. A process that is just dying is waited for."""
+    def name_the_dead(self, *, wait_seconds: float = 2.0, answer_seconds: float = 4.0) -> None:
+        """Say which ranks are dead: on this machine by looking, on another one by asking for a sign of life.
+
+        A process that is just dying is waited for; a rank that says in time that it fails itself is not accused.
+        """
+        self._failed = True
+        self._publish(done=False)
         give_up = time.monotonic() + wait_seconds
         while not (dead := self.dead_peers()) and time.monotonic() < give_up:
             time.sleep(0.05)
+        ranks = [rank for rank, peer in self._peers.items() if self._is_dead(rank, peer)]
+        if not dead:
+            ranks = self._silent_elsewhere(answer_seconds)
+            dead = [
+                f"rank {rank} (pid {peer['pid']} on {peer['host']}) gives no sign of life; its last word was "
+                f"{_last_word(peer)}"
+                for rank, peer in self._peers.items()
+                if rank in ranks
+            ]
         if dead and not self._closed.is_set():
             self._closed.set()  # the thread need not say the same once more
             line = "; ".join(dead)
             self._tell(line)
-            self._report_end(line, [rank for rank, peer in self._peers.items() if self._is_dead(rank, peer)])
+            self._report_end(line, ranks)
+
+    def _silent_elsewhere(self, seconds: float) -> list[int]:
+        """A roll call: ranks of other machines whose watchdog does not answer within ``seconds``."""
+        self._read_peers(again=True)
+        asked = {
+            rank: peer["beat_time"]
+            for rank, peer in self._peers.items()
+            if not self._here(peer) and not peer["done"] and not peer["failed"]
+        }
+        if not asked:
+            return []
+        with contextlib.suppress(OSError):
+            DISK.write_json(self._roll_call, {"session": self._session, "time": time.time()}, durable=False)
+        give_up = time.monotonic() + seconds
+        while asked and time.monotonic() < give_up:
+            time.sleep(0.1)
+            self._read_peers(again=True)
+            asked = {
+                rank: before for rank, before in asked.items() if self._peers[rank]["beat_time"] == before
+            }
+        return sorted(asked)
+
+    def _answer(self) -> None:
+        """Give a sign of life if another machine has asked for one since the last look. One look at one file."""
+        with contextlib.suppress(OSError):
+            if (asked := self._roll_call.stat().st_mtime_ns) != self._answered:
+                self._answered = asked
+                self._publish(done=False)
 
     def _tell(self, line: str) -> None:
         """To the log of this rank, and to the console whatever the rank (rank 0's log goes there by
@@ -155,6 +200,8 @@ class Watchdog:
                 self._publish(done=False)
             if len(self._peers) < self._world_size - 1:
                 self._read_peers()
+            if any(not self._here(peer) for peer in self._peers.values()):
+                self._answer()
             dead = [rank for rank, peer in self._peers.items() if self._is_dead(rank, peer)]
             if dead and not self._closed.is_set():
                 self._end(dead, "dead")
@@ -243,6 +290,7 @@ class Watchdog:
             "what": self._what,
             "step": self._step,
             "done": done,
+            "failed": self._failed,
             "beat_time": time.time(),
         }
         try:

@@ -524,6 +524,50 @@ def test_leaving_in_good_order_is_no_death(tmp_path: Path) -> None:
     assert not list((tmp_path / "logs").glob("stacks-*")), "what is empty is cleared away"
 
 
+ELSEWHERE = """
+import socket, sys, time; sys.path.insert(0, {root!r})
+rank = int(sys.argv[1])
+socket.gethostname = lambda: f"node-{{rank}}"
+from lmcore._watchdog import Watchdog
+from pathlib import Path
+dog = Watchdog(logs=Path({logs!r}), rank=rank, world_size=4, session="s", stuck_seconds=0, say=print)
+dog.start()
+if rank == 3:
+    time.sleep(3)   # until the others have seen that it lived
+    dog.name_the_dead(answer_seconds=0)  # it has lost the connection, too, and says so before it ends
+    raise SystemExit(1)
+time.sleep(1000)
+"""
+
+
+def test_a_dead_rank_of_another_machine_is_named_and_a_living_one_is_not(tmp_path: Path) -> None:
+    """Rank 1 waits in a collective, rank 2 is dead, rank 3 has failed as we did and said so."""
+    logs = tmp_path / "logs"
+    script = ELSEWHERE.format(root=str(ROOT), logs=str(logs))
+    others = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in (1, 2, 3)]
+    said: list[str] = []
+    dog = Watchdog(
+        logs=logs, rank=0, world_size=4, session="s", stuck_seconds=0, say=said.append, leave=lambda _: None
+    )
+    dog.start()
+    try:
+        for rank in (1, 2, 3):
+            assert wait_for(logs / f".alive-rank-{rank:05d}.json")
+        others[1].kill()
+        others[2].wait()
+        assert dog.dead_peers() == [], "by looking nothing is known of other machines"
+        dog.name_the_dead(wait_seconds=0)
+        pid = others[1].pid
+        assert said == [
+            f"rank 2 (pid {pid} on node-2) gives no sign of life; its last word was start, step 0"
+        ]
+    finally:
+        dog.close()
+        for process in others:
+            process.kill()
+            process.wait()
+
+
 def test_signs_of_an_earlier_start_are_ignored(tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
@@ -534,6 +578,7 @@ def test_signs_of_an_earlier_start_are_ignored(tmp_path: Path) -> None:
         "start": "1",
         "count": 5,
         "done": False,
+        "failed": False,
     }
     (logs / ".alive-rank-00001.json").write_text(json.dumps(stale))
     left: list[int] = []
