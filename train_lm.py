@@ -28,7 +28,7 @@ if __name__ == "__main__":  # --help, a typo and --print_config must not wait fo
         if IS_RANK_0:
             print(f"train_lm.py: {refusal}", file=sys.stderr)
         sys.exit(refusal.exit_code)
-    if left_on_request(CONFIG.run_dir or ""):  # --max_restarts is for crashes: a stop that was asked for is kept
+    if left_on_request(CONFIG.run_dir or ""):  # a launcher's --max_restarts must not undo a wanted stop
         sys.exit(EXIT_SAVED)
 
 import gc
@@ -133,7 +133,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
         task=report.task,
     )
 
-    # ---- model and optimizer; the loaders are ours and are never given to accelerate (README: why not prepar
+    # ---- model and optimizer; the loaders are ours and are never given to accelerate (README: why)
     bytes_before = resident_bytes()
     module = assemble.open_model(config, data, engine, note=report.note)
     counts = parameter_counts(module)
