@@ -1,6 +1,7 @@
 """Whole runs from command to end, beside each other.
 
     python benchmarks/whole_runs.py processes     # two processes with DDP, and one process with two threads
+    python benchmarks/whole_runs.py startup       # from the command to the end of the first step
     python benchmarks/whole_runs.py time_to_loss  # until the held-out loss of one epoch with Trainer's defaults
 
 ``processes``: the same global batch; the rates that the runs themselves log, in turn. ``time_to_loss``: same model,
@@ -123,6 +124,40 @@ def processes(rounds: int) -> None:
     )
 
 
+def startup(rounds: int) -> None:
+    """Seconds from the command to the end of the first step; and of the imports alone, in a process of their own."""
+    first_step, imports = [], []
+    program = "import torch, transformers, accelerate; from transformers import GPT2LMHeadModel"
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            given = options(
+                Path(folder) / "run",
+                **{
+                    "train.duration": "2 steps",
+                    "report.every": "1 steps",
+                    "evaluate.at_end": "false",
+                    "checkpoint.every": "never",
+                },
+            )
+            start = time.time()
+            run([sys.executable, "train_lm.py", *given])
+            first_step.append(
+                read_metrics(Path(folder) / "run/metrics.jsonl", kind="train")[0]["time"] - start
+            )
+        imports.append(run([sys.executable, "-c", program])[0])
+    rows = [
+        (name, f"{common.spread(values)['median']:.1f}", f"{min(values):.1f}")
+        for name, values in (
+            ("to the end of the first step", first_step),
+            ("importing the libraries alone", imports),
+        )
+    ]
+    numbers = {"first_step_seconds": first_step, "imports_seconds": imports}
+    common.write(
+        "startup", numbers, common.table(rows, ["demo model, text prepared", "seconds, median", "least"])
+    )
+
+
 def trainer_epoch(folder: Path) -> dict[str, float]:
     """One epoch of the demo's text with Trainer's defaults; seconds of ``train()``, and the loss that it reaches."""
     import torch
@@ -202,13 +237,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("comparison", choices=["processes", "time_to_loss"])
+    parser.add_argument("comparison", choices=["processes", "startup", "time_to_loss"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lr", default="3e-3")
     asked = parser.parse_args()
     prepare_corpus(VOCAB)
     if asked.comparison == "processes":
         processes(asked.rounds)
+    elif asked.comparison == "startup":
+        startup(asked.rounds)
     else:
         time_to_loss(asked.lr)
 
