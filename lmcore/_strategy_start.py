@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from lmcore._strategy_state import clean_name
@@ -113,12 +114,16 @@ def _of_rank_0(value: Tensor) -> Tensor:
 
 def shard_empty(module: nn.Module, accelerator: Any) -> Any:
     """FSDP2 over a module on the meta device; the shards are allocated where they belong, without values."""
-    plugin = accelerator.state.fsdp_plugin
+    place = shards_live_on(accelerator.state.fsdp_plugin.cpu_offload, accelerator.device)
     same_buffers(module, accelerator.device)
     wrapped = fsdp2_prepare_model(accelerator, module)
-    place = accelerator.device if plugin.cpu_offload is None else torch.device("cpu")
     wrapped._apply(lambda t: torch.empty_like(t, device=place) if isinstance(t, DTensor) or t.is_meta else t)
     return wrapped
+
+
+def shards_live_on(policy: OffloadPolicy, device: torch.device) -> torch.device:
+    """The host under offloading (the base class stands for none), else the device."""
+    return torch.device("cpu") if isinstance(policy, CPUOffloadPolicy) else device
 
 
 def partition_empty(

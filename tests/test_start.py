@@ -59,6 +59,18 @@ def test_no_rank_but_the_first_has_the_whole_model(mode: str) -> None:
         assert other["most"] < 0.85  # its half, and a parameter at a time
 
 
+def test_shards_live_on_the_device_unless_they_are_offloaded() -> None:
+    """Both are the CPU in the other tests; accelerate's plugin always has a policy, and the base class is none."""
+    from accelerate import FullyShardedDataParallelPlugin
+
+    from lmcore._strategy_start import shards_live_on
+
+    gpu = torch.device("cuda", 1)
+    for offload, place in ((False, gpu), (True, torch.device("cpu"))):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=offload)
+        assert shards_live_on(plugin.cpu_offload, gpu) == place
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
