@@ -114,6 +114,10 @@ def _of_rank_0(value: Tensor) -> Tensor:
 
 def shard_empty(module: nn.Module, accelerator: Any) -> Any:
     """FSDP2 over a module on the meta device; the shards are allocated where they belong, without values."""
+    if accelerator.mixed_precision == "fp8":
+        raise RequestError(
+            "fp8 is handed to accelerate by one process, DDP and ZeRO only: use bf16 with FSDP2"
+        )
     place = shards_live_on(accelerator.state.fsdp_plugin.cpu_offload, accelerator.device)
     same_buffers(module, accelerator.device)
     wrapped = fsdp2_prepare_model(accelerator, module)

@@ -71,6 +71,14 @@ def test_shards_live_on_the_device_unless_they_are_offloaded() -> None:
         assert shards_live_on(plugin.cpu_offload, gpu) == place
 
 
+def test_fp8_is_not_silently_bf16_under_fsdp2() -> None:
+    """accelerate converts layers in its own ``prepare``, which FSDP2 here does not go through."""
+    from lmcore._strategy_start import shard_empty
+
+    with pytest.raises(RequestError, match="fp8 .* use bf16 with FSDP2"):
+        shard_empty(nn.Linear(2, 2), SimpleNamespace(mixed_precision="fp8"))
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
