@@ -170,6 +170,9 @@ def check(accelerator: Accelerator, asked: Request, precision: str) -> str:
         raise RequestError(
             f"{asked.strategy} was asked for but accelerate built {built}{reason}: {remedy(asked.strategy)}"
         )
+    if precision == "fp8" and built in ("fsdp2", "zero3"):
+        # accelerate converts layers that have their weights; these are sharded before they have any.
+        raise RequestError(f"fp8 under {built} would silently stay bf16: use bf16, or DDP, ZeRO-1 or ZeRO-2")
     mixed = accelerator.mixed_precision
     if (mixed if mixed != "no" else "fp32") != precision:
         raise RequestError(f"precision {precision} was asked for but accelerate built {mixed}")

@@ -114,8 +114,8 @@ class Engine:
                 f"train.param_dtype {param_dtype} has no meaning under {request.strategy}, which keeps fp32 "
                 "weights for the optimizer and computes in a copy: leave it out"
             )
-        if param_dtype != "fp32" and self.precision == "fp16":
-            raise RequestError("train.param_dtype bf16 has no meaning with train.precision fp16: use bf16")
+        if param_dtype != "fp32" and self.precision in ("fp16", "fp8"):
+            raise RequestError(f"train.param_dtype bf16 is for train.precision bf16, not {self.precision}")
         self._wide = param_dtype != "fp32" and reduce_dtype == "fp32"  # gradients wider than parameters
         timeout = timedelta(seconds=timeout_seconds)
         self.accelerator: Any = build.build(

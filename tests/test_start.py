@@ -71,12 +71,17 @@ def test_shards_live_on_the_device_unless_they_are_offloaded() -> None:
         assert shards_live_on(plugin.cpu_offload, gpu) == place
 
 
-def test_fp8_is_not_silently_bf16_under_fsdp2() -> None:
-    """accelerate converts layers in its own ``prepare``, which FSDP2 here does not go through."""
-    from lmcore._strategy_start import shard_empty
+def test_fp8_is_not_silently_bf16_where_a_model_is_sharded() -> None:
+    """accelerate converts layers in its own ``prepare``, which these do not go through with weights."""
+    from accelerate import DistributedType
 
-    with pytest.raises(RequestError, match="fp8 .* use bf16 with FSDP2"):
-        shard_empty(nn.Linear(2, 2), SimpleNamespace(mixed_precision="fp8"))
+    from lmcore._strategy_launch import Request, check
+
+    built: Any = SimpleNamespace(
+        distributed_type=DistributedType.FSDP, is_fsdp2=True, num_processes=2, mixed_precision="fp8"
+    )
+    with pytest.raises(RequestError, match="fp8 under fsdp2 would silently stay bf16"):
+        check(built, Request(strategy="fsdp2", world_size=2), "fp8")
 
 
 class Layer(nn.Module):
