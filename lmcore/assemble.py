@@ -321,14 +321,23 @@ def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = pr
     encoder = data.encoder
     if config.model.factory is not None and engine.sharded:
         note("model.factory: every rank builds the whole model on its host, before it keeps its own part")
-    return build_model(
-        config,
-        vocab_size=encoder.vocab_size if encoder else None,
-        special_ids=encoder.special_ids if encoder else {},
-        block_size=data.block_size,
-        weights=engine.needs_weights,
-        note=note,
-    )
+    module, refused = None, None
+    try:
+        module = build_model(
+            config,
+            vocab_size=encoder.vocab_size if encoder else None,
+            special_ids=encoder.special_ids if encoder else {},
+            block_size=data.block_size,
+            weights=engine.needs_weights,
+            note=note,
+        )
+    except RequestError as refusal:  # perhaps of this rank alone: the others must not wait for it
+        refused = refusal
+    for word in engine.gather_object(refused):
+        if word is not None:
+            raise word
+    assert module is not None
+    return module
 
 
 def build_model(

@@ -180,7 +180,33 @@ def test_a_run_builds_what_its_engine_asks_for() -> None:
     ):
         config = command_line.parse([*(own or argv), "--data.block_size", "8"], say=lambda line: None)
         for needs_weights in (True, False):
-            engine: Any = SimpleNamespace(needs_weights=needs_weights, sharded=True)
+            engine: Any = SimpleNamespace(
+                needs_weights=needs_weights, sharded=True, gather_object=lambda word: [word]
+            )
             module = assemble.open_model(config, data, engine, note=notes.append)
             assert all(p.is_meta for p in module.parameters()) == (not needs_weights and not own)
     assert len([line for line in notes if "every rank builds the whole model on its host" in line]) == 2
+
+
+def open_what_only_rank_0_reads(folder: str) -> str:
+    engine = runs.make_engine(Job(mode="zero3"))
+    argv = ["--model.from_pretrained", folder, "--data.block_size", "8", "--model.config", "{}"]
+    data: Any = SimpleNamespace(
+        encoder=SimpleNamespace(vocab_size=runs.VOCAB, special_ids={}), block_size=8, train=None
+    )
+    try:
+        assemble.open_model(command_line.parse(argv, default_recipe=None), data, engine)
+    except RequestError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return ""
+
+
+def test_what_rank_0_cannot_read_is_refused_on_every_rank(tmp_path: Path) -> None:
+    """The others build the structure by config.json alone, and would wait for its weights."""
+    runs.make_model("llama").model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    one, other = run_ranks(open_what_only_rank_0_reads, 2, str(tmp_path))
+    assert one == other
+    assert one.startswith(f"model.from_pretrained {str(tmp_path)!r}")
