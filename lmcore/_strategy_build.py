@@ -26,6 +26,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from lmcore import _strategy_fsdp as fsdp
 from lmcore import _strategy_zero as zero
 from lmcore._strategy_launch import Request
+from lmcore._strategy_network import stay_on_the_jobs_interface
 
 
 def build(
@@ -47,6 +48,7 @@ def build(
         backend = None if cuda else "gloo"  # without it every rank would silently train alone on a CPU
     elif request.strategy == "fsdp2":
         plugins["fsdp_plugin"] = fsdp.plugin(precision=precision, reduce_dtype=reduce_dtype)
+    stay_on_the_jobs_interface()
     rejoin(os.environ, backend="cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timeout)
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
