@@ -33,7 +33,7 @@ from tests.faults.soak import MINUTES, soak
 
 RECORD = runs.ROOT / "docs" / "faults.json"
 MORE: dict[str, Kind] = {"launcher": launcher, "prepare-killed": prepare_killed}
-DEFAULT = {"kill": 3, "signal": 4, "full": 4, "nan": 2, "damage": 1}
+DEFAULT = {"kill": 3, "signal": 5, "full": 4, "nan": 2, "damage": 1}
 """Trials, not faults: a trial of a kill, a signal or a NaN holds several."""
 
 
