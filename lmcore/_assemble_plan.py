@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lmcore import _strategy_launch, model, plan, rehearsal
+from lmcore import _memory, _strategy_launch, model, plan, rehearsal
 from lmcore._strategy_zero import memory_settings
 from lmcore.assemble import Data, Note, adapt, make_optimizer, with_loss
 from lmcore.batches import Batches
@@ -123,8 +123,11 @@ def plan_of(
     """The plan of a module that is not wrapped yet, or of an imagined one; it is not changed.
 
     Args:
+        device_bytes: ``None`` on a CPU: the share of each process in the memory that is free here.
         batch: a micro-batch of the user's own data (:func:`first_batch`).
     """
+    if device_bytes is None and device_type == "cpu" and (free := _memory.available_bytes()) is not None:
+        device_bytes = free // int(os.environ.get("LOCAL_WORLD_SIZE", setting.world_size))
     counted = plan.parameters(module)
     weights = None if config.train.param_dtype == "fp32" else plan.DTYPES[config.train.param_dtype]
     state_bytes = rehearsal.optimizer_bytes(module, partial(make_optimizer, config, module), weights=weights)

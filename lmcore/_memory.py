@@ -52,6 +52,15 @@ def resident_bytes(*, peak: bool = False) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes; it tells nothing but the peak
 
 
+def available_bytes() -> int | None:
+    """What this machine could give to programs without swapping; ``None`` where the kernel does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) * 1024
+    except (OSError, StopIteration):
+        return None
+
+
 def forget_peak() -> bool:
     """Let the peak count from now on; ``False`` where the kernel does not let a process do that."""
     try:

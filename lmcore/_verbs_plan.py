@@ -24,7 +24,8 @@ usage: python -m lmcore plan [--probe] [--processes N] [--strategy S] [--device_
   --probe                train two real steps here and measure: tokens/s, time, memory against the plan
   --processes N          devices that will train (default 1)
   --strategy S           single, ddp, fsdp2, zero1, zero2, zero3 (default: single, or ddp for several)
-  --device_gib G         memory of each device (default: this machine's GPU; without one, no verdict)
+  --device_gib G         memory of each GPU (default: this machine's GPU; without one, the run is planned for its
+                         CPU and judged by the memory that is free here)
   --tokens_per_second R  of all devices together, for time and energy
   --watts W              of each device (with --probe, the default is the limit of this machine's GPU)
 """

@@ -21,6 +21,7 @@ from torch import nn
 
 from lmcore._plan_words import duration, short, size
 from lmcore._plan_words import table as table  # named here, beside the rows that it shows
+from lmcore.errors import RequestError
 from lmcore.model import ModelWithLoss, decoder_layers
 from lmcore.rehearsal import ACTIVATIONS, COPIES, LAYER_GRADIENTS, LOGITS, OTHER_GRADIENTS, Rehearsal
 
@@ -481,7 +482,12 @@ def advise(
 
     Together they may still be too much; the bytes beside them say so.
     """
-    tried = [(name, changed, needs(changed)) for name, changed in remedies(setting)]
+    tried = []
+    for name, changed in remedies(setting):
+        try:
+            tried.append((name, changed, needs(changed)))
+        except RequestError:  # not for every model: one without repeated layers has nothing to recompute
+            continue
     good = [(name, least) for name, _, least in tried if least <= USABLE * capacity]
     if good:
         return tuple(good[:count])

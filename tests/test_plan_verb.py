@@ -45,6 +45,9 @@ def test_weights_from_elsewhere_are_planned_by_their_config_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "lmcore._memory.available_bytes", lambda: 2**34
+    )  # what is free here changes all the time
     Path("base.yaml").write_text("run_dir: runs/x\n")  # so that the demo's sizes do not stand in
     base = ["--config", "base.yaml", "--tokenizer.vocab_size", 500, *SIZES]
     model: Any = models.build(type="gpt2", config_overrides=SHAPE, vocab_size=500, block_size=64, seed=0)
@@ -111,6 +114,23 @@ def test_a_model_of_own_code_is_imagined_or_built_or_counted_in_part(capsys: Any
     assert planned(capsys, *own("branching"), *home, "--device_gib", "1e-5")["verdict"].startswith(
         "does not fit"
     )
+
+
+def test_on_a_cpu_the_free_memory_is_the_measure(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmcore import _memory
+
+    home = [*own("bare"), "--run_dir", str(tmp_path)]
+    monkeypatch.setattr(_memory, "available_bytes", lambda: 2**34)
+    assert planned(capsys, *home)["verdict"].startswith("fits into 16 GiB")
+    assert planned(capsys, *home, "--processes", 2)["verdict"].startswith("fits into 8 GiB"), "each its share"
+    monkeypatch.setattr(_memory, "available_bytes", lambda: 2**17)
+    short = planned(capsys, *home)
+    assert short["verdict"].startswith("does not fit into 128 KiB")
+    assert short.keys() & {"it would fit with", "least memory by"}
+    monkeypatch.setattr(_memory, "available_bytes", lambda: None)
+    assert "verdict" not in planned(capsys, *home)
 
 
 def test_own_data_give_their_own_shapes(capsys: Any, tmp_path: Path) -> None:
