@@ -13,6 +13,7 @@ parameter, Hoffmann et al. 2022, arXiv 2203.15556.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -431,10 +432,8 @@ class Plan:
         rows.append(("checkpoints", kept + size(self.checkpoint_bytes * self.checkpoints_kept)))
         if self.seconds is not None:
             energy = "energy not known without the power of a device (--watts)"
-            if self.kilowatt_hours is not None:
-                energy = (
-                    f"{self.kilowatt_hours:.3g} kWh of the devices at {self.watts_per_device:,.0f} W each"
-                )
+            if (used := self.kilowatt_hours) is not None:
+                energy = f"{used:.3g} kWh of the devices at {self.watts_per_device:,.0f} W each"
             rate = f"{duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s"
             rows.append(("time", f"{rate}, evaluating and saving not counted; {energy}"))
         return rows
@@ -478,16 +477,13 @@ class Plan:
 def advise(
     setting: Setting, capacity: int, needs: Callable[[Setting], int], *, count: int = 3
 ) -> tuple[tuple[str, int], ...]:
-    """The first ``count`` changes that make it fit, each by itself; if none does, those that help most, together.
-
-    Together they may still be too much; the bytes beside them say so.
+    """The first ``count`` changes that make it fit, each by itself; if none does, those that help most, together
+    (which may still be too much: the bytes beside them say so).
     """
     tried = []
     for name, changed in remedies(setting):
-        try:
+        with suppress(RequestError):  # a model without repeated layers has nothing to recompute
             tried.append((name, changed, needs(changed)))
-        except RequestError:  # not for every model: one without repeated layers has nothing to recompute
-            continue
     good = [(name, least) for name, _, least in tried if least <= USABLE * capacity]
     if good:
         return tuple(good[:count])
