@@ -243,7 +243,7 @@ def test_whatever_happens_in_a_night_the_losses_are_those_of_a_quiet_one(
         _sleeper(lab.folder), "--partition=high", "--nodes=2", "--exclusive", environment={}
     )
     lab.requeued("night", 4)
-    lab.cluster.wait(guest, "COMPLETED", seconds=60)
+    lab.cluster.wait(guest, "COMPLETED", seconds=150)  # it sleeps for 60
 
     lab.reach("night", lab.step("night") + 10)
     guest = lab.cluster.sbatch(
