@@ -240,14 +240,14 @@ def test_whatever_happens_in_a_night_the_losses_are_those_of_a_quiet_one(
 
     lab.reach("night", lab.step("night") + 10)
     guest = lab.cluster.sbatch(
-        _sleeper(lab.folder), "--partition=high", "--nodes=2", "--exclusive", environment={}
+        _sleeper(lab.folder, 15), "--partition=high", "--nodes=2", "--exclusive", environment={}
     )
     lab.requeued("night", 4)
-    lab.cluster.wait(guest, "COMPLETED", seconds=150)  # it sleeps for 60
+    lab.cluster.wait(guest, "COMPLETED", seconds=100)
 
     lab.reach("night", lab.step("night") + 10)
     guest = lab.cluster.sbatch(
-        _sleeper(lab.folder),
+        _sleeper(lab.folder, 15),
         "--partition=high",
         "--nodes=1",
         "--nodelist=node1",
@@ -405,7 +405,7 @@ def test_nothing_is_left_running(lab: Lab) -> None:
 def test_the_cluster_leaves_nothing_behind() -> None:
     cluster = Cluster(nodes=1)
     with cluster:
-        job = cluster.sbatch(_sleeper(cluster.folder), environment={})
+        job = cluster.sbatch(_sleeper(cluster.folder, 60), environment={})
         cluster.wait(job, "RUNNING", seconds=30)
         assert cluster.processes()
     assert not cluster.folder.exists()
@@ -413,9 +413,9 @@ def test_the_cluster_leaves_nothing_behind() -> None:
     shutil.rmtree(cluster.folder, ignore_errors=True)
 
 
-def _sleeper(folder: Path) -> Path:
+def _sleeper(folder: Path, seconds: int) -> Path:
     script = folder / "sleep.sh"
-    script.write_text("#!/bin/bash\n#SBATCH --output=/dev/null\nsleep 60\n")  # the cluster ends it
+    script.write_text(f"#!/bin/bash\n#SBATCH --output=/dev/null\nsleep {seconds}\n")
     return script
 
 
