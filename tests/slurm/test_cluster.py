@@ -407,6 +407,9 @@ def test_the_cluster_leaves_nothing_behind() -> None:
     with cluster:
         job = cluster.sbatch(_sleeper(cluster.folder, 60), environment={})
         cluster.wait(job, "RUNNING", seconds=30)
+        deadline = time.monotonic() + 30  # the controller says so before the node has started the script
+        while not cluster.processes() and time.monotonic() < deadline:
+            time.sleep(0.1)
         assert cluster.processes()
     assert not cluster.folder.exists()
     assert cluster.processes() == []
