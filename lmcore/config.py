@@ -257,7 +257,7 @@ class EngineConfig:
 @dataclass(frozen=True, kw_only=True)
 class KeepBestConfig:
     k: int = option(0, "free", at_least=0)
-    """Keep this many best checkpoints beside the newest; 0: none."""
+    """Keep this many best checkpoints beside the newest, and save before each evaluation; 0: none."""
     metric: str = option("loss", "warn")
     """Evaluation metric: loss, perplexity, bits_per_byte; of another than the first set: name/loss."""
     mode: Literal["min", "max"] = option("min", "warn")

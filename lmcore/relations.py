@@ -2,11 +2,13 @@
 
 Comes in: a :class:`~lmcore.config.RunConfig` whose types are right. Goes out: nothing, or a
 :class:`~lmcore.errors.RequestError` of one line with the numbers and the remedy. Limits of single fields
-stand at the fields (``option(..., above=0)``) and are checked here too.
+stand at the fields (``option(..., above=0)``) and are checked here too. :func:`check_metrics` comes later,
+when the held-out sets have names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -14,6 +16,8 @@ from lmcore.config import Entries, Key, RunConfig, global_batch_blocks, keys, ra
 from lmcore.duration import NEVER
 from lmcore.errors import RequestError
 
+METRICS = ("loss", "perplexity", "bits_per_byte")
+"""What every evaluation gives for every held-out set."""
 SOURCE_KEYS = ("path", "paths", "weight", "name", "text_field", "unit", "encoding")
 
 
@@ -136,6 +140,42 @@ def _check_evaluation(config: RunConfig) -> None:
         raise RequestError(f"{needs} needs evaluations during the run: give evaluate.every, such as 10%")
     if config.checkpoint.export == "best" and not best.k:
         raise RequestError("checkpoint.export best needs checkpoint.keep_best.k of at least 1")
+    if len(config.checkpoint.keep_every) > 1:
+        raise RequestError(
+            f"checkpoint.keep_every {config.checkpoint.keep_every.plain()} are several: give one"
+        )
+    for name, metric in _metrics(config).items():
+        if metric.rpartition("/")[2] not in METRICS:
+            raise _no_metric(name, metric, METRICS)
+
+
+def check_metrics(config: RunConfig, sets: list[str], *, with_bytes: bool) -> None:
+    """Whether the metrics that choose the best and stop a run will be there. Raises :class:`RequestError`.
+
+    ``sets``: the names of the held-out sets; ``with_bytes``: whether their bytes are known.
+    """
+    given = METRICS if with_bytes else METRICS[:2]
+    averaged = [f"{name}-ema" for name in sets if config.optim.ema_decay]
+    known = [*given, *(f"{name}/{metric}" for name in [*sets, *averaged] for metric in given)] if sets else []
+    best, stopping = config.checkpoint.keep_best, config.evaluate.early_stopping
+    stops = bool(stopping.patience) or stopping.target is not None or stopping.divergence is not None
+    for (name, metric), wanted in zip(_metrics(config).items(), (best.k > 0, stops)):
+        if (sets or wanted) and metric not in known:
+            raise _no_metric(name, metric, known)
+
+
+def _metrics(config: RunConfig) -> dict[str, str]:
+    return {
+        "checkpoint.keep_best.metric": config.checkpoint.keep_best.metric,
+        "evaluate.early_stopping.metric": config.evaluate.early_stopping.metric,
+    }
+
+
+def _no_metric(name: str, metric: str, known: Sequence[str]) -> RequestError:
+    near = get_close_matches(metric, known, 1, cutoff=0.4)
+    there = f"there are {', '.join(known)}" if known else "there is no held-out set"
+    hint = f"did you mean {near[0]}? " if near else ""
+    return RequestError(f"{name} {metric!r} is no metric of an evaluation: {hint}{there}")
 
 
 def _check_limits(key: Key, value: Any) -> None:

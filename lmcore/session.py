@@ -36,6 +36,7 @@ from lmcore.html import read_run, write_report
 from lmcore.model import ModelWithLoss
 from lmcore.order import Cursor, merge_skips
 from lmcore.profiling import ProfileWindow
+from lmcore.relations import METRICS, check_metrics
 from lmcore.replicas import odd_ranks, parameter_hash
 from lmcore.report import Report
 from lmcore.resume import cursor_of, differences, topology
@@ -110,6 +111,7 @@ class Session:
             micro_batch_blocks=sizes.micro_batch_blocks,  # dropout is keyed by the micro-batch
         )
         self._byte_lengths = data.encoder.byte_lengths() if data.encoder else None
+        check_metrics(config, list(data.valid), with_bytes=self._byte_lengths is not None)
         self._stopper = EarlyStopping(**asdict(config.evaluate.early_stopping))
         self._intervals = {
             LOG_DUE: config.report.every,
@@ -117,6 +119,7 @@ class Session:
             SAVE_DUE: config.checkpoint.every,
         }
         self._clock = dict.fromkeys(self._intervals, time.monotonic())
+        self._looked_at = -1  # the step of which state.metrics are; a checkpoint has no other step's
         self._unjudged: list[tuple[int, tuple[int, int], LateNumbers]] = []
         self._profile: ProfileWindow | None = None
         if config.train.profile and engine.is_main:
@@ -240,6 +243,8 @@ class Session:
             if is_due(self.state.step, every, **self._units(), minutes_since_last=minutes):
                 flags |= bit
                 self._clock[bit] = now
+        if flags & EVALUATE_DUE and self.saves.keep_best:
+            flags |= SAVE_DUE  # what is best must be there to be kept
         return flags
 
     def owes_a_look(self) -> bool:
@@ -312,7 +317,7 @@ class Session:
                     "topology": self._topology,
                     "trackers": self.trackers.state() if self.trackers else {},
                 },
-                metrics=state.metrics,
+                metrics=state.metrics if state.step == self._looked_at else {},
                 reason=reason,
                 epoch=self.epoch,
                 tokens=state.tokens,
@@ -330,6 +335,7 @@ class Session:
                     sets = {f"{name}-ema": held_out for name, held_out in self.data.valid.items()}
                     averaged = self.score(sets, self.config.evaluate.blocks)
                 self.state.metrics |= {key: value for key, value in averaged.items() if "/" in key}
+            self._looked_at = self.state.step
             self.saves.record(self.state.step, self.state.metrics)
             self.state.stop_values.append(self.state.metrics[self._stopper.metric])
         prompts, encoder = self.config.evaluate.prompts, self.data.encoder
@@ -358,16 +364,8 @@ class Session:
                 result = evaluate(
                     self.engine, batches, byte_lengths=self._byte_lengths, on_micro_batch=advance
                 )
-            values: dict[str, Any] = {
-                "loss": result.loss,
-                "perplexity": result.perplexity,
-                "bits_per_byte": result.bits_per_byte,
-            }
-            where: dict[str, Any] = {
-                "step": self.state.step,
-                "epoch": self.epoch,
-                "tokens": self.state.tokens,
-            }
+            values: dict[str, Any] = {metric: getattr(result, metric) for metric in METRICS}
+            where = {"step": self.state.step, "epoch": self.epoch, "tokens": self.state.tokens}
             self.report.evaluation(set=name, **where, **values)
             known = {key: value for key, value in values.items() if value is not None}
             metrics = {**known, **metrics, **{f"{name}/{key}": value for key, value in known.items()}}

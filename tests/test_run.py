@@ -233,6 +233,22 @@ def test_a_finished_run_started_again_stays_finished(text: Path, whole: Path) ->
     assert (whole / "metrics.jsonl").read_text().count('"kind": "train"') == before
 
 
+def test_the_best_checkpoint_is_of_a_step_that_was_evaluated(text: Path) -> None:
+    """Saves and evaluations have intervals of their own: no checkpoint has the result of another step."""
+    run_dir = text / "best"
+    best = {"checkpoint__keep_best__k": 1, "checkpoint__keep_best__mode": "max", "checkpoint__keep": 9}
+    options = {"train__duration": "10 steps", "evaluate__every": "4 steps", "checkpoint__every": "3 steps"}
+    assert train(request(text, run_dir, **best, **options)) == [EXIT_FINISHED]
+    told = {r["step"]: r["loss"] for r in read_metrics(run_dir / "metrics.jsonl", kind="eval")}
+    assert list(told) == [4, 8, 10]
+    rows = {
+        path.name: json.loads((path / "manifest.json").read_text())["metrics"].get("loss")
+        for path in (run_dir / "checkpoints").glob("step-*")
+    }
+    assert rows == {f"step-{step:08d}": told.get(step) for step in (3, 4, 6, 8, 9, 10)}
+    assert os.readlink(run_dir / "checkpoints" / "best") == f"step-{max(told, key=lambda s: told[s]):08d}"
+
+
 def test_the_saved_configuration_repeats_the_run(text: Path, whole: Path) -> None:
     run_dir = text / "repeated"
     argv = ["--config", str(whole / "config.yaml"), "--run_dir", str(run_dir)]
@@ -253,6 +269,7 @@ BAD = {
         },
         "block",
     ),
+    "no such metric": ({"checkpoint__keep_best__metric": "help/loss"}, "held/loss"),
     "no such text field": ({"data__train": "{text}/records.jsonl", "data__text_field": "txt"}, "text"),
 }
 
