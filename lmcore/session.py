@@ -365,11 +365,7 @@ class Session:
                     self.engine, batches, byte_lengths=self._byte_lengths, on_micro_batch=advance
                 )
             values: dict[str, Any] = {metric: getattr(result, metric) for metric in METRICS}
-            where: dict[str, Any] = {
-                "step": self.state.step,
-                "epoch": self.epoch,
-                "tokens": self.state.tokens,
-            }
+            where = dict[str, Any](step=self.state.step, epoch=self.epoch, tokens=self.state.tokens)
             self.report.evaluation(set=name, **where, **values)
             known = {key: value for key, value in values.items() if value is not None}
             metrics = {**known, **metrics, **{f"{name}/{key}": value for key, value in known.items()}}
