@@ -45,13 +45,13 @@ from lmcore.assemble import on_main
 from lmcore.budget import horizon
 from lmcore.config import RunConfig, flatten, to_yaml
 from lmcore.engine import Engine
-from lmcore.guard import FAULT, Guard, Verdict
+from lmcore.guard import EXIT_STUCK, FAULT, Guard, Verdict
 from lmcore.model import parameter_counts
 from lmcore.report import Report, silence_other_bars
 from lmcore.resume import find_checkpoint
 from lmcore.run_folder import RunFolder, place, redact
 from lmcore.session import EVALUATE_DUE, LOG_DUE, SAVE_DUE, Session
-from lmcore.trackers import Trackers
+from lmcore.trackers import Trackers, tell
 
 
 def run(config: RunConfig) -> int:
@@ -73,7 +73,11 @@ def run(config: RunConfig) -> int:
         return code
     except (RequestError, FaultError) as error:
         if ours and (folder.path / "status.json").exists():
-            folder.write_status("failed", exit_code=error.exit_code, reason=str(error))
+            failed(config, folder, error.exit_code, str(error))
+        raise
+    except Exception as error:  # a crash: Python's own exit code, and its traceback
+        if ours:
+            failed(config, folder, 1, f"{type(error).__name__}: {error}")
         raise
     except SystemExit as left:  # a signal while there was nothing to save yet: start me again
         if ours and left.code == EXIT_SAVED:
@@ -82,6 +86,14 @@ def run(config: RunConfig) -> int:
     finally:
         folder.unlock()
         engine.close()
+
+
+def failed(config: RunConfig, folder: RunFolder, exit_code: int, reason: str) -> None:
+    """The last word of a run that has failed: for scripts, and for whoever listens to the webhook."""
+    try:
+        folder.write_status("failed", exit_code=exit_code, reason=reason)
+    finally:  # a full disk is a failure to tell of, too
+        tell(config.report.webhook, redact(f"{folder.path.name}: failed: {reason}"))
 
 
 def dry_run(config: RunConfig) -> int:
@@ -224,7 +236,10 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
     facts = {"position": begin.cursor.position, **place(), "plan": planned.numbers() if planned else {}}
     report.event("resume" if found else "start", step=begin.step, **facts)
     guard.begin()  # from here on a signal sets a flag: there is something to save
-    guard.watch(session=engine.broadcast_object(str(time.time_ns())))
+    guard.watch(
+        session=engine.broadcast_object(str(time.time_ns())),
+        on_end=partial(failed, config, folder, EXIT_STUCK),
+    )
     why = None
     ended = begin.step == sizes.total_steps
     if found and (config.evaluate.at_end if ended else session.owes_a_look()):

@@ -49,7 +49,8 @@ class Watchdog:
             ignored.
         stuck_seconds: a rank without a beat for this long is stuck; 0 switches that part off.
         say: gets the line that names the rank (on every rank that sees it).
-        on_end: called once, on the lowest rank that is well, with the line: to write ``status.json``.
+        on_end: called once, on the lowest rank that is well (or of all, where none is), with the line: to write
+            ``status.json``.
     """
 
     def __init__(
@@ -183,8 +184,9 @@ class Watchdog:
         self._say(line)
 
     def _report_end(self, line: str, ranks: list[int]) -> None:
-        well = [rank for rank in (*self._peers, self._rank) if rank not in ranks]
-        if self._on_end is not None and self._rank == min(well, default=self._rank):
+        everybody = (*self._peers, self._rank)
+        well = [rank for rank in everybody if rank not in ranks] or everybody  # all stuck: one of them speaks
+        if self._on_end is not None and self._rank == min(well):
             self._on_end(line)
 
     # ---- the thread ---------------------------------------------------------------------------------------

@@ -428,7 +428,9 @@ class Report:
         self._timer.start()
 
     def close(self) -> None:
-        """Take the display down and close the files."""
+        """Take the display down and close the files; of a run that fails, the trackers get what they were told."""
+        if self._trackers is not None:
+            self._trackers.close()
         self._voice.close()
         self._bar = None
         if self._file is not None:

@@ -40,6 +40,7 @@ QUEUE_RECORDS = 1000
 CLOSE_SECONDS = 20.0
 """How long the end of a run waits for its trackers, all together."""
 WEBHOOK_SECONDS = 10.0
+WEBHOOK_VARIABLE = "LMCORE_WEBHOOK"
 
 
 class Tracker(Protocol):
@@ -126,11 +127,11 @@ class Trackers:
         name = name or folder.resolve().name
         known = dict(run_ids or {})
         self._note = note
-        self._webhook = webhook = webhook or os.environ.get("LMCORE_WEBHOOK") or None
+        self._webhook = webhook = webhook or os.environ.get(WEBHOOK_VARIABLE) or None
         self._posts: list[threading.Thread] = []
         self._ids: dict[str, str] = {}
         settings = sanitised({**(hyper_parameters or {}), "code_version": code_version()})
-        if webhook is not None and not webhook.lower().startswith(("http://", "https://")):
+        if webhook is not None and not _is_web(webhook):
             raise RequestError("report.webhook: not a http:// or https:// address: give the full URL")
         openers: dict[str, Callable[[], Tracker]] = {}
         for tracker in dict.fromkeys(names):
@@ -167,7 +168,7 @@ class Trackers:
         return dict(self._ids)
 
     def notify(self, text: str) -> None:
-        """Tell the webhook: at the end, on failure, on a rewind. Returns at once."""
+        """Tell the webhook: at the end, on a rewind; :func:`tell` on failure. Returns at once."""
         if self._webhook is None:
             return
         thread = threading.Thread(target=_post, args=(self._webhook, text, self._note), daemon=True)
@@ -187,6 +188,18 @@ class Trackers:
         for post in self._posts:
             post.join(max(0.0, deadline - time.monotonic()))
         self._workers, self._posts = [], []
+
+
+def tell(webhook: str | None, text: str, *, note: Callable[[str], None] = print) -> None:
+    """The last word of a process, to the webhook (or the one of ``LMCORE_WEBHOOK``), if there is one.
+
+    Returns when it was delivered, and after ``WEBHOOK_SECONDS`` at the latest.
+    """
+    address = webhook or os.environ.get(WEBHOOK_VARIABLE) or ""
+    if _is_web(address):
+        thread = threading.Thread(target=_post, args=(address, text, note), daemon=True)
+        thread.start()
+        thread.join(WEBHOOK_SECONDS)
 
 
 class _Worker:
@@ -345,6 +358,10 @@ def _need(module: str) -> None:
 
 def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _is_web(address: str) -> bool:
+    return address.lower().startswith(("http://", "https://"))
 
 
 def _post(url: str, text: str, note: Callable[[str], None]) -> None:
