@@ -126,6 +126,7 @@ def prepare(
                     f"the token store {folder} cannot be written ({error.strerror or error}): free some space, "
                     f"or set data.store_dir to another place; what is finished is kept"
                 ) from error
+    _tidy(folder)
     store = TokenStore.open(folder)
     _enforce(store.manifest, on_error, max_bad_fraction)
     if store.n_tokens == 0:
@@ -294,9 +295,14 @@ def _finish(job: Job, fingerprint: str, identity: dict[str, Any]) -> None:
         "parts": parts,
     }
     commit(job.folder / MANIFEST, encoded(manifest))
-    for pattern in (".*.tmp", "*.claim", "failure.json"):
-        for path in job.folder.glob(pattern):
-            path.unlink(missing_ok=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Take away what kills have left in a finished store: also one between the manifest and this."""
+    for pattern in (".*.tmp", ".now.*", "*.claim", "failure.json"):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):  # others tidy at the same time, or it is a store to read only
+                path.unlink()
 
 
 def _enforce(manifest: dict[str, Any], on_error: str, max_bad_fraction: float) -> None:

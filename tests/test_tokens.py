@@ -8,13 +8,14 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import final
@@ -31,6 +32,7 @@ from lmcore.files import DISK, Call
 from lmcore.token_store import MANIFEST, TokenStore
 from lmcore.tokens import Progress, prepare
 from tests.data_support import Bytes, counting_store
+from tests.disk_faults import Counter, KillAt, forked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -193,8 +195,11 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
 from lmcore import text, tokens
+from lmcore.files import DISK
 from tests.data_support import SlowBytes
+from tests.disk_faults import KillAt
 
+DISK.before = KillAt({kill_at}, torn=True)
 [source] = text.resolve([{{"path": {path!r}, "unit": "file", "name": "small"}}])
 tokens.prepare(
     source, SlowBytes({delay}), store_dir={stores!r}, part_bytes=2000, worker={worker}, processes={processes}
@@ -204,10 +209,18 @@ print("done")
 
 
 def start(
-    path: Path, stores: Path, *, delay: float, worker: int = 0, processes: int = 1
+    path: Path, stores: Path, *, delay: float = 0.0, worker: int = 0, processes: int = 1, kill_at: int = -1
 ) -> subprocess.Popen[str]:
+    """``prepare`` in a process of its own; ``delay``: seconds of each call of its tokenizer; ``kill_at``: the call to
+    the disk before which it kills itself."""
     script = SCRIPT.format(
-        root=str(ROOT), path=str(path), stores=str(stores), delay=delay, worker=worker, processes=processes
+        root=str(ROOT),
+        path=str(path),
+        stores=str(stores),
+        delay=delay,
+        worker=worker,
+        processes=processes,
+        kill_at=kill_at,
     )
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)],
@@ -217,7 +230,7 @@ def start(
     )
 
 
-def wait_for(condition: object, seconds: float = 60) -> None:
+def wait_for(condition: object, seconds: float = 120) -> None:
     assert callable(condition)
     end = time.monotonic() + seconds
     while not condition():
@@ -225,38 +238,74 @@ def wait_for(condition: object, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
+FOR_EVER = 600.0
+"""Seconds of a call of the tokenizer that only a kill ends."""
+
+
 def test_ten_kills_lose_at_most_a_part_each_and_change_no_byte(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text", 80)
-    whole = prepare(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
+    counter = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DISK, "before", counter)
+        whole = prepare(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
+    parts, per_part = len(whole.manifest["parts"]), len(counter.calls) // len(whole.manifest["parts"])
+    assert parts >= 20
     stores = tmp_path / "killed"
     draw = random.Random(1)
-    built = interrupted = 0
+    built = 0
     for _ in range(10):
-        process = start(tmp_path / "text", stores, delay=0.03)
-        wait_for(lambda: list(stores.glob("*/part-*.claim")) or process.poll() is not None)  # noqa: B023 (used at once)
-        time.sleep(draw.random() * 0.12)
-        process.send_signal(signal.SIGKILL)
+        # Before one of the calls of the next two parts (the first few are those of the store itself).
+        process = start(tmp_path / "text", stores, kill_at=draw.randrange(2 * per_part + 6))
+        assert process.wait(timeout=120) == -signal.SIGKILL
         process.communicate()
         done = len(list(stores.glob("*/part-*.json")))
         assert done >= built  # what was finished stays
         built = done
-        interrupted += not list(stores.glob(f"*/{MANIFEST}"))
-    assert interrupted >= 8
-    finished = prepare(source, Bytes(), store_dir=stores, part_bytes=2000)
+    assert 0 < built < parts
+    tokenizer = Counting()
+    finished = prepare(source, tokenizer, store_dir=stores, part_bytes=2000)
+    assert tokenizer.texts == 80 * (parts - built) // parts  # and is not made again
     assert contents(finished.folder) == contents(whole.folder)
     finished.verify()
+
+
+def test_a_kill_at_any_call_of_the_end_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Also one that comes when the manifest is there and what earlier kills have left is not yet taken away."""
+    source = corpus(tmp_path / "text", 3)
+    whole = prepare(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
+
+    def build(stores: Path, hook: Callable[[Call], None]) -> None:
+        DISK.before = hook
+        prepare(source, Bytes(), store_dir=stores, part_bytes=2000)
+
+    counter = Counter()
+    assert whole.folder is not None
+    begun = tmp_path / "begun"
+    assert forked(lambda: build(begun, KillAt(8, torn=True))) == -signal.SIGKILL
+    left = {name for name in contents(next(begun.iterdir())) if name.startswith(".") or "claim" in name}
+    assert left, "a claim, and a part that is not whole"
+    shutil.copytree(begun, tmp_path / "count")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DISK, "before", counter)
+        prepare(source, Bytes(), store_dir=tmp_path / "count", part_bytes=2000)
+    for number in range(len(counter.calls) - 5, len(counter.calls)):
+        stores = tmp_path / f"killed-{number}"
+        shutil.copytree(begun, stores)
+        assert forked(lambda s=stores, n=number: build(s, KillAt(n))) == -signal.SIGKILL
+        finished = prepare(source, Bytes(), store_dir=stores, part_bytes=2000)
+        assert contents(finished.folder) == contents(whole.folder)
 
 
 def test_tokenizing_processes_end_with_their_parent(tmp_path: Path) -> None:
     corpus(tmp_path / "text", 40)
     stores = tmp_path / "stores"
-    process = start(tmp_path / "text", stores, delay=0.5, processes=2)
+    process = start(tmp_path / "text", stores, delay=FOR_EVER, processes=2)
     wait_for(lambda: len(list(stores.glob("*/part-*.claim"))) == 2)
     pids = [json.loads(path.read_text())["pid"] for path in stores.glob("*/part-*.claim")]
     assert process.pid not in pids
     process.kill()
-    process.communicate(timeout=30)
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds=10)
+    process.communicate(timeout=120)  # also the pipes of the children are closed
+    wait_for(lambda: not any(_token_claims._lives(pid) for pid in pids))
     assert (
         prepare(
             text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])[0],
@@ -271,11 +320,15 @@ def test_ranks_share_the_work_and_outlive_a_killed_one(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text", 24)
     whole = prepare(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
     stores = tmp_path / "shared"
-    ranks = [start(tmp_path / "text", stores, delay=0.05, worker=rank) for rank in range(3)]
-    wait_for(lambda: len(list(stores.glob("*/part-*.claim"))) >= 2)
+    ranks = {1: start(tmp_path / "text", stores, delay=FOR_EVER, worker=1)}
+    wait_for(lambda: list(stores.glob("*/part-*.claim")))  # it has a part, and will never be done with it
+    ranks |= {rank: start(tmp_path / "text", stores, worker=rank) for rank in (0, 2)}
+    others = len(whole.manifest["parts"]) - 1
+    wait_for(lambda: len(list(stores.glob("*/part-*.json"))) == others)
+    assert [ranks[rank].poll() for rank in (0, 1, 2)] == [None] * 3, "they wait for the last part"
     ranks[1].kill()
     for rank in (0, 2):
-        out, err = ranks[rank].communicate(timeout=60)
+        out, err = ranks[rank].communicate(timeout=120)
         assert "done" in out, err
     ranks[1].communicate()
     assert contents(next(stores.iterdir())) == contents(whole.folder)
@@ -294,6 +347,9 @@ def test_a_failure_ends_all_processes_with_the_same_words(tmp_path: Path) -> Non
 
 
 def test_the_dead_hold_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        _token_claims, "HEARTBEAT_SECONDS", 3600.0
+    )  # two claims of one process share a file aside
     path = tmp_path / "x.claim"
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
