@@ -214,6 +214,7 @@ def open_data(
         train = blocks(sets.train, seed=config.seed, shuffle=config.data.shuffle, phases=phases)
         rows += [(f"text ({store.name})", describe_store(store)) for store in sets.train]
     rows += [(f"held out ({name})", describe_store(store)) for name, store in sets.valid.items()]
+    rows += [(name, describe_store(store)) for name, store in sets.test.items()]
     return Data(
         train=train,
         valid={name: blocks([store], drop_last=False) for name, store in sets.valid.items()},
@@ -271,7 +272,7 @@ def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int)
     return Data(
         train=train,
         valid=named("valid"),
-        test=named("test"),
+        test=corpus.as_tests(named("test")),
         encoder=encoder,
         block_size=block_size,
         collate=parts.get("collate"),

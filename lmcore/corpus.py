@@ -146,8 +146,13 @@ def open_corpus(
         train=training,
         weights=mixture_weights(sources),
         valid=held_out,
-        test={source.name: store(source, ("all", 0.0)) for source in reading.sources(test)},
+        test=as_tests({source.name: store(source, ("all", 0.0)) for source in reading.sources(test)}),
     )
+
+
+def as_tests(sets: dict[str, Any]) -> dict[str, Any]:
+    """Test sets under names that no held-out set has: ``test``, or ``test/NAME`` where there are several."""
+    return {"test" if len(sets) == 1 else f"test/{name}": one for name, one in sets.items()}
 
 
 def _is_token_file(source: text.Source) -> bool:

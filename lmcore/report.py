@@ -348,14 +348,18 @@ class Report:
         bits_per_byte: float | None,
         **more: Any,
     ) -> None:
-        """The result on one held-out set; ``set`` is ``valid``, ``valid/name`` or ``test``."""
+        """The result on one held-out set; ``set`` is its name, or ``test`` or ``test/NAME``.
+
+        Trackers get it as ``valid/loss``, ``valid/NAME/loss``, ``test/loss`` or ``test/NAME/loss``.
+        """
         if not self.is_main:
             return
         values = {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
         where = {"set": set, "step": step, "epoch": epoch, "tokens": tokens}
         self._write({"kind": "eval", **where, **values, **more})
         if self._trackers is not None:
-            self._trackers.log(set, values, step)
+            group = set if set.partition("/")[0] in ("valid", "test") else f"valid/{set}"
+            self._trackers.log(group, {"epoch": epoch, **values}, step)
         self._cells[set] = f"{loss:.4f}"
         bits = "" if bits_per_byte is None else f" bits/byte {bits_per_byte:.4f}"
         self.note(f"step {step} {set} loss {loss:.4f} perplexity {perplexity:.4g}{bits}")

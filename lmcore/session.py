@@ -433,7 +433,8 @@ class Session:
                 )
         page = write_report([read_run(path)], path / "report.html")
         results = [(f"held out, {k}", f"{v:.4f}") for k, v in self.state.metrics.items() if "/" not in k]
-        results += [(f"test (last weights), {k}", f"{v:.4f}") for k, v in tests.items() if "/" in k]
+        scores = {k.removeprefix("test/"): v for k, v in tests.items() if k.startswith("test/")}
+        results += [(f"test (last weights), {k}", f"{v:.4f}") for k, v in scores.items()]
         commands = [
             ("go on", f"accelerate launch train_lm.py --config {path}/config.yaml --train.duration N")
         ]
