@@ -26,6 +26,8 @@ from lmcore.files import DISK
 
 EXIT_STUCK: Final = 71
 """A rank was dead or stuck; the process ended itself so that the launcher can start all of them again."""
+_STACKS_SECONDS: Final = 5.0
+"""How long the other ranks of this machine get to write their stacks, at most: on busy cores it is not at once."""
 
 
 def _process(pid: int) -> tuple[str, str] | None:
@@ -117,8 +119,8 @@ class Watchdog:
         self._read_peers()
         return [
             f"rank {rank} (pid {peer['pid']} on {peer['host']}) is dead; its last word was {_last_word(peer)}"
-            for rank, peer in self._peers.items()
-            if self._is_dead(rank, peer)
+            for rank in self._dead()
+            for peer in [self._peers[rank]]
         ]
 
     def name_the_dead(self, *, wait_seconds: float = 2.0, answer_seconds: float = 4.0) -> None:
@@ -131,7 +133,7 @@ class Watchdog:
         give_up = time.monotonic() + wait_seconds
         while not (dead := self.dead_peers()) and time.monotonic() < give_up:
             time.sleep(0.05)
-        ranks = [rank for rank, peer in self._peers.items() if self._is_dead(rank, peer)]
+        ranks = self._dead()
         if not dead:
             ranks = self._silent_elsewhere(answer_seconds)
             dead = [
@@ -204,7 +206,7 @@ class Watchdog:
                 self._read_peers()
             if any(not self._here(peer) for peer in self._peers.values()):
                 self._answer()
-            dead = [rank for rank, peer in self._peers.items() if self._is_dead(rank, peer)]
+            dead = self._dead()
             if dead and not self._closed.is_set():
                 self._end(dead, "dead")
                 return
@@ -214,6 +216,8 @@ class Watchdog:
 
     def _end(self, ranks: list[int], state: str) -> None:
         """Name them, write the stacks of all ranks of this machine, and end."""
+        self._failed = True  # nobody is to take the end of this rank for the cause
+        self._publish(done=False)
         words = "; ".join(
             f"rank {rank} (pid {self._peers[rank]['pid']} on {self._peers[rank]['host']}, "
             f"last word {_last_word(self._peers[rank])})"
@@ -232,19 +236,33 @@ class Watchdog:
             print(line, file=self._stacks, flush=True)
             faulthandler.dump_traceback(self._stacks, all_threads=True)
         neighbours = [
-            peer for rank, peer in self._peers.items() if not self._is_dead(rank, peer) and self._here(peer)
+            rank for rank, peer in self._peers.items() if not self._is_dead(rank, peer) and self._here(peer)
         ]
-        for peer in neighbours:
-            _signal(
-                peer, signal.SIGUSR2
-            )  # its stacks, written by C code even if its interpreter stands still
-            _signal(peer, signal.SIGCONT)  # a stopped process writes them as soon as it runs again
-        time.sleep(0.5)
+        for rank in neighbours:
+            # Its stacks, written by C code even if its interpreter stands still.
+            _signal(self._peers[rank], signal.SIGUSR2)
+            # A stopped process writes them as soon as it runs again.
+            _signal(self._peers[rank], signal.SIGCONT)
+        self._await_stacks(neighbours)
         self._report_end(line, ranks)
         for rank in ranks if self._rank not in ranks else []:
             if self._here(self._peers[rank]):
                 _signal(self._peers[rank], signal.SIGKILL)  # the run is over; do not let it hold the device
         self._leave(EXIT_STUCK)
+
+    def _await_stacks(self, ranks: list[int]) -> None:
+        """Until the stacks of these ranks are there and grow no more, as far as the ranks are; not for ever."""
+        give_up, before = time.monotonic() + _STACKS_SECONDS, None
+        while time.monotonic() < give_up:
+            time.sleep(0.25)
+            sizes = []
+            for rank in ranks:
+                with contextlib.suppress(OSError):
+                    if _process(self._peers[rank]["pid"]) is not None:
+                        sizes.append(self._stacks_path(rank).stat().st_size)
+            if all(sizes) and sizes == before:
+                return
+            before = sizes
 
     def _culprits(self) -> list[int]:
         """Who keeps the others waiting: whoever has made the fewest beats; of equals, whoever shows no
@@ -319,6 +337,13 @@ class Watchdog:
     @staticmethod
     def _here(peer: dict[str, Any]) -> bool:
         return peer["host"] == socket.gethostname()
+
+    def _dead(self) -> list[int]:
+        """Ranks of this machine that are gone without having left in good order. One that had said that it fails
+        itself is a consequence of the others' death, and the cause only where it is the only one.
+        """
+        dead = [rank for rank, peer in self._peers.items() if self._is_dead(rank, peer)]
+        return [rank for rank in dead if not self._peers[rank]["failed"]] or dead
 
     def _is_dead(self, rank: int, peer: dict[str, Any]) -> bool:
         if peer["done"] or not self._here(peer):

@@ -5,18 +5,20 @@ are named.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import pytest
 import torch
@@ -60,7 +62,10 @@ def guard(tmp_path: Path) -> Iterator[Guard]:
 @pytest.mark.parametrize(
     ("number", "flag"), [(signal.SIGTERM, SIGTERM), (signal.SIGUSR1, SIGUSR1), (signal.SIGINT, SIGINT)]
 )
-def test_a_signal_only_sets_a_flag(guard: Guard, number: int, flag: int) -> None:
+def test_a_signal_only_sets_a_flag(
+    guard: Guard, number: int, flag: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
     assert guard.flags() == 0
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)  # again at once, as a launcher that forwards Ctrl-C does
@@ -95,18 +100,19 @@ def test_before_training_a_signal_leaves_at_once(tmp_path: Path) -> None:
 
 
 def test_a_forked_data_worker_is_deaf_to_the_signals(guard: Guard) -> None:
-    ready, tell = os.pipe()
+    here, there = socket.socketpair()
     pid = os.fork()
     if pid == 0:
-        os.write(tell, b"x")
-        time.sleep(0.5)
+        there.send(b"x")
+        there.recv(1)  # it has been signalled
         os._exit(7 if guard.flags() == 0 else 8)
-    os.read(ready, 1)
+    here.recv(1)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(pid, number)
+    here.send(b"x")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-    os.close(ready)
-    os.close(tell)
+    here.close()
+    there.close()
 
 
 def test_close_gives_the_signals_back(tmp_path: Path) -> None:
@@ -171,13 +177,17 @@ def test_a_margin_as_long_as_the_job_leaves_half_of_it_to_train(
     assert len(heard) == 2
 
 
-def test_files_are_seen_on_rank_0_and_taken_away_when_done(tmp_path: Path) -> None:
+def test_files_are_seen_on_rank_0_and_taken_away_when_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     made = Guard(run_dir=tmp_path, environ={})
     other = Guard(run_dir=tmp_path, rank=1, world_size=2, environ={})
     (tmp_path / "SAVE").touch()
     assert made.flags() == SAVE_FILE
     assert other.flags() == 0
-    made._next_look = 0
+    now[0] += 1
     (tmp_path / "STOP").touch()
     assert made.flags() == SAVE_FILE | STOP_FILE
     assert made.flags() == 0, "the disk is asked once a second at most"
@@ -211,7 +221,7 @@ def test_one_s_own_flags_are_said_once(guard: Guard) -> None:
 LAUNCHER = """
 import subprocess, sys, os, time, pathlib
 child = subprocess.Popen([sys.executable, "-c", {child!r}])
-time.sleep(60)  # {name}
+time.sleep(120)  # {name}
 """
 CHILD = """
 import os, sys, time, pathlib; sys.path.insert(0, {root!r})
@@ -220,14 +230,14 @@ guard = Guard(run_dir={folder!r}); guard.install()
 path = pathlib.Path({folder!r}, "pid")
 path.write_text(str(os.getpid()))
 path.rename({folder!r} + "/ready")
-for _ in range(600):
+for _ in range(2400):
     if guard.flags() & SIGTERM:
         pathlib.Path({folder!r}, "saved").touch(); raise SystemExit(75)
     time.sleep(0.05)
 """
 
 
-def wait_for(path: Path, seconds: float = 30.0) -> bool:
+def wait_for(path: Path, seconds: float = 120.0) -> bool:
     give_up = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > give_up:
@@ -245,7 +255,7 @@ def test_the_trainer_of_a_dead_launcher_is_told(tmp_path: Path, name: str, told:
     launcher.terminate()
     launcher.wait()
     assert ready
-    assert wait_for(tmp_path / "saved", seconds=20 if told else 1) == told
+    assert wait_for(tmp_path / "saved", seconds=120 if told else 1) == told
     with contextlib.suppress(ProcessLookupError):  # the one that was told has left already
         os.kill(int((tmp_path / "ready").read_text()), signal.SIGKILL)
 
@@ -429,24 +439,38 @@ def test_the_odd_ranks_are_named() -> None:
 
 RANK = """
 import sys, time, os, signal; sys.path.insert(0, {root!r})
+from pathlib import Path
 from lmcore.guard import Guard
 rank, world_size, stuck, mode = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-def on_end(line): open({folder!r} + "/end", "w").write(str(rank) + " " + line)
-guard = Guard(run_dir={folder!r}, rank=rank, world_size=world_size, stuck_seconds=stuck, environ={{}})
+folder = Path({folder!r})
+patient = 600  # what comes before the fault may take its time: the machine may be slow
+def on_end(line): (folder / "end").write_text(str(rank) + " " + line)
+def wait_for(*paths):
+    while not all(path.exists() for path in paths): time.sleep(0.01)
+guard = Guard(run_dir=folder, rank=rank, world_size=world_size, stuck_seconds=stuck, environ={{}})
 guard.install()
 guard.watch(session="s1", on_end=on_end)
+guard.beat("start", 0, allow_seconds=patient)
+wait_for(*[folder / "logs" / f".alive-rank-{{other:05d}}.json" for other in range(world_size)])
 for step in range(10**6):
-    if step >= 10:
-        if mode == "sleep" and rank == 1: time.sleep(1000)
-        if mode == "spin" and rank == 1:
+    guard.beat("step", step, allow_seconds=patient)
+    if step == 10 and rank == 1:
+        (folder / "hurt").touch()
+        if mode == "stop": os.kill(os.getpid(), signal.SIGSTOP)
+        if mode == "sleep": time.sleep(1000)
+        if mode == "spin":
             while True: pass
-        if mode == "leave" and rank == 1: guard.close(); raise SystemExit(0)
-        if mode == "all": time.sleep(1000)
-        if rank != 1 and mode not in ("die", "leave"):
-            guard.beat("backward", step)   # it has got further, and waits for rank 1 in a collective
-            time.sleep(1000)
-    if mode == "leave" and step > 80: break
-    guard.beat("step", step)
+        if mode == "leave": guard.close(); raise SystemExit(0)
+    if step == 10 and rank != 1 and mode in ("stop", "sleep", "spin"):
+        wait_for(folder / "hurt")
+        guard.beat("backward", step)   # it has got further, and waits for rank 1 in a collective
+        time.sleep(1000)
+    if step == 10 and mode == "alone":
+        guard.beat("forward", step)
+        time.sleep(1000)
+    if step == 10 and mode == "leave":
+        wait_for(folder / "hurt")
+    if step == 10 + 125 and mode == "leave": break   # the watchdog has looked twice at where rank 1 was
     time.sleep(0.02)
 guard.close()
 """
@@ -465,12 +489,8 @@ class Ranks:
                 command = [sys.executable, "-c", script, str(rank), str(world_size), str(stuck), mode]
                 self.processes.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
 
-    def started(self) -> None:
-        for rank in range(len(self.processes)):
-            assert wait_for(self.folder / "logs" / f".alive-rank-{rank:05d}.json")
-
     def codes(self) -> list[int]:
-        return [process.wait(60) for process in self.processes]
+        return [process.wait(120) for process in self.processes]
 
     def output(self, rank: int) -> str:
         return (self.folder / f"out-{rank}").read_text()
@@ -484,15 +504,12 @@ class Ranks:
             process.wait()
 
 
-def test_a_killed_rank_is_named_within_seconds(tmp_path: Path) -> None:
-    with Ranks(tmp_path, "die", world_size=3, stuck=60) as ranks:
-        ranks.started()
-        time.sleep(1.5)
+def test_a_killed_rank_is_named_at_once(tmp_path: Path) -> None:
+    """Not after ``stuck_seconds``; by all the others, who do not take each other's end for the cause."""
+    with Ranks(tmp_path, "die", world_size=3, stuck=3600) as ranks:
+        assert wait_for(tmp_path / "hurt")
         ranks.processes[1].kill()
-        ranks.processes[1].wait()
-        begin = time.monotonic()
         assert ranks.codes() == [EXIT_STUCK, -9, EXIT_STUCK]
-        assert time.monotonic() - begin < 10
         for rank in (0, 2):
             assert f"rank 1 (pid {ranks.processes[1].pid} on" in ranks.output(rank)
             assert "is dead" in ranks.output(rank)
@@ -502,19 +519,19 @@ def test_a_killed_rank_is_named_within_seconds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["stop", "sleep", "spin"])
 def test_a_stuck_rank_is_named_with_everybodys_stacks(tmp_path: Path, mode: str) -> None:
     with Ranks(tmp_path, mode, stuck=1.5) as ranks:
-        ranks.started()
-        if mode == "stop":
-            time.sleep(0.1)
-            ranks.processes[1].send_signal(signal.SIGSTOP)
-        begin = time.monotonic()
-        assert ranks.processes[0].wait(60) == EXIT_STUCK
-        assert time.monotonic() - begin < 1.5 + 10
+        assert ranks.codes() == [EXIT_STUCK, -9], "a stuck rank does not keep the device"
         assert f"rank 1 (pid {ranks.processes[1].pid} on" in ranks.output(0)
         assert "is stuck: no progress for 1.5 s" in ranks.output(0)
-        assert ranks.processes[1].wait(20) in (-9, EXIT_STUCK), "a stuck rank does not keep the device"
         for rank in (0, 1):
             stacks = (tmp_path / "logs" / f"stacks-rank-{rank:05d}.txt").read_text()
             assert 'File "<string>", line' in stacks
+
+
+def test_a_stuck_rank_names_itself(tmp_path: Path) -> None:
+    with Ranks(tmp_path, "alone", world_size=1, stuck=1.5) as ranks:
+        assert ranks.codes() == [EXIT_STUCK]
+        assert "rank 0 (this one, at forward, step 10) is stuck: no progress for 1.5 s" in ranks.output(0)
+        assert 'File "<string>", line' in (tmp_path / "logs" / "stacks-rank-00000.txt").read_text()
 
 
 def test_leaving_in_good_order_is_no_death(tmp_path: Path) -> None:
@@ -533,29 +550,49 @@ from pathlib import Path
 dog = Watchdog(logs=Path({logs!r}), rank=rank, world_size=4, session="s", stuck_seconds=0, say=print)
 dog.start()
 if rank == 3:
-    time.sleep(3)   # until the others have seen that it lived
+    sys.stdin.readline()
     dog.name_the_dead(answer_seconds=0)  # it has lost the connection, too, and says so before it ends
     raise SystemExit(1)
 time.sleep(1000)
 """
 
 
-def test_a_dead_rank_of_another_machine_is_named_and_a_living_one_is_not(tmp_path: Path) -> None:
+def test_a_dead_rank_of_another_machine_is_named_and_a_living_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rank 1 waits in a collective, rank 2 is dead, rank 3 has failed as we did and said so."""
     logs = tmp_path / "logs"
     script = ELSEWHERE.format(root=str(ROOT), logs=str(logs))
-    others = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in (1, 2, 3)]
+    others = [
+        subprocess.Popen([sys.executable, "-c", script, str(rank)], stdin=subprocess.PIPE)
+        for rank in (1, 2, 3)
+    ]
     said: list[str] = []
     dog = Watchdog(
         logs=logs, rank=0, world_size=4, session="s", stuck_seconds=0, say=said.append, leave=lambda _: None
     )
     dog.start()
+    sleep, asked = time.sleep, dict[int, float]()
+
+    def until_rank_1_has_answered(seconds: float) -> None:
+        """However slow it is; the dead one is waited for as long as ever."""
+        sleep(seconds)
+        give_up = time.monotonic() + 120
+        alive = logs / ".alive-rank-00001.json"
+        asked.setdefault(1, dog._peers[1]["beat_time"])
+        while json.loads(alive.read_text())["beat_time"] == asked[1] and time.monotonic() < give_up:
+            sleep(0.02)
+
     try:
         for rank in (1, 2, 3):
             assert wait_for(logs / f".alive-rank-{rank:05d}.json")
         others[1].kill()
+        others[1].wait()
+        assert others[2].stdin is not None
+        others[2].stdin.close()  # rank 3 may fail now
         others[2].wait()
         assert dog.dead_peers() == [], "by looking nothing is known of other machines"
+        monkeypatch.setattr(time, "sleep", until_rank_1_has_answered)
         dog.name_the_dead(wait_seconds=0)
         pid = others[1].pid
         assert said == [
@@ -566,40 +603,46 @@ def test_a_dead_rank_of_another_machine_is_named_and_a_living_one_is_not(tmp_pat
         for process in others:
             process.kill()
             process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
+
+
+def sign(logs: Path, rank: int, pid: int, **more: object) -> None:
+    """What a rank of this machine has left whose process is gone."""
+    content = {
+        "session": "new",
+        "host": os.uname().nodename,
+        "pid": pid,
+        "start": "1",
+        "count": 5,
+        "what": "backward",
+        "step": 3,
+        "beat_time": 0,
+        "done": False,
+        "failed": False,
+    }
+    logs.mkdir(exist_ok=True)
+    (logs / f".alive-rank-{rank:05d}.json").write_text(json.dumps(content | more))
+
+
+def dog_of(logs: Path, left: list[int], said: list[str], **more: Any) -> Watchdog:
+    """The watchdog of rank 0; where it would end the process it takes a note."""
+    settings = {"rank": 0, "world_size": 2, "session": "new", "stuck_seconds": 60.0} | more
+    return Watchdog(logs=logs, say=said.append, leave=left.append, **settings)
 
 
 def test_signs_of_an_earlier_start_are_ignored(tmp_path: Path) -> None:
     logs = tmp_path / "logs"
-    logs.mkdir()
-    stale = {
-        "session": "old",
-        "host": os.uname().nodename,
-        "pid": 999999,
-        "start": "1",
-        "count": 5,
-        "done": False,
-        "failed": False,
-    }
-    (logs / ".alive-rank-00001.json").write_text(json.dumps(stale))
+    sign(logs, 1, 999999, session="old")
     left: list[int] = []
-    dog = Watchdog(
-        logs=logs,
-        rank=0,
-        world_size=2,
-        session="new",
-        stuck_seconds=60,
-        say=lambda _: None,
-        leave=left.append,
-    )
+    said: list[str] = []
+    dog = dog_of(logs, left, said)
+    dog._tick = 3600  # only this thread looks
     dog.start()
     assert dog.dead_peers() == []
-    (logs / ".alive-rank-00001.json").write_text(
-        json.dumps(stale | {"session": "new", "what": "backward", "step": 3, "beat_time": 0})
-    )
+    sign(logs, 1, 999999)
     assert "rank 1 (pid 999999" in dog.dead_peers()[0]
     assert "backward, step 3" in dog.dead_peers()[0]
-    said: list[str] = []
-    dog._say = said.append
     dog.name_the_dead()
     assert "rank 1 (pid 999999" in said[0]
     dog.close()
@@ -607,19 +650,39 @@ def test_signs_of_an_earlier_start_are_ignored(tmp_path: Path) -> None:
     assert left == []
 
 
-def test_a_long_phase_may_ask_for_more_time(tmp_path: Path) -> None:
+def test_a_rank_that_ends_because_of_another_s_death_is_not_accused(tmp_path: Path) -> None:
+    """The ranks do not look at the same moment: the first to see it is gone when the last one looks."""
     left: list[int] = []
-    dog = Watchdog(
-        logs=tmp_path,
-        rank=0,
-        world_size=1,
-        session="s",
-        stuck_seconds=0.3,
-        say=lambda _: None,
-        leave=left.append,
-    )
+    said: list[str] = []
+    sign(tmp_path, 1, 999999)
+    first = dog_of(tmp_path, left, said, world_size=3)
+    first._publish(done=False)
+    first._read_peers()
+    first._end(first._dead(), "dead")
+    assert left == [EXIT_STUCK]
+    own = json.loads((tmp_path / ".alive-rank-00000.json").read_text())
+    (tmp_path / ".alive-rank-00000.json").write_text(json.dumps(own | {"pid": 999998}))
+    last = dog_of(tmp_path, left, said, rank=2, world_size=3)
+    [word] = last.dead_peers()
+    assert word.startswith("rank 1 (pid 999999")
+    sign(tmp_path, 1, 999999, done=True)
+    [word] = dog_of(tmp_path, left, said, rank=2, world_size=3).dead_peers()
+    assert word.startswith("rank 0 (pid 999998"), "it is the only one"
+
+
+def test_a_long_phase_may_ask_for_more_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        faulthandler, "dump_traceback_later", lambda *_words, **_more: None
+    )  # ends the process
+    left: list[int] = []
+    dog = dog_of(tmp_path, left, [], world_size=1, stuck_seconds=0.3)
+    dog.beat("compile", 0, allow_seconds=600)
     dog.start()
-    dog.beat("compile", 0, allow_seconds=30)
     time.sleep(1.2)
     assert left == []
+    dog.beat("step", 1)
+    give_up = time.monotonic() + 120
+    while not left and time.monotonic() < give_up:
+        time.sleep(0.02)
+    assert left == [EXIT_STUCK]
     dog.close()
