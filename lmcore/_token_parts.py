@@ -60,6 +60,11 @@ class Progress:
     parts: int
     total_parts: int
 
+    def words(self) -> str:
+        """What the bytes have become, for a person."""
+        bad = f", {self.bad:,} bad records" if self.bad else ""
+        return f"{self.documents:,} documents, {self.tokens:,} tokens{bad}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:

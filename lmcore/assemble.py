@@ -155,7 +155,7 @@ def open_data(
     block_size = block_size_of(config)
     encoder = None
     if config.data.factory is None or config.tokenizer.path is not None:
-        encoder = open_tokenizer(config, home, block_size=block_size, on_main=on_main, note=note, task=task)
+        encoder = open_tokenizer(config, home, on_main=on_main, note=note, task=task)
     if config.data.factory is not None:
         return open_own_data(config, encoder, block_size)
     assert encoder is not None
@@ -174,7 +174,9 @@ def open_data(
             worker=rank,
             on_error=config.data.on_error,
             max_bad_fraction=config.data.max_bad_fraction,
-            progress=lambda progress: advance(done=progress.read_bytes),
+            progress=lambda progress: advance(
+                done=progress.read_bytes, total=progress.total_bytes, also=progress.words()
+            ),
             note=note,
         )
     on_main(lambda: None)  # nobody goes on before every rank has all stores
@@ -230,17 +232,13 @@ def open_tokenizer(
     config: RunConfig,
     home: Path,
     *,
-    block_size: int,
     on_main: Callable[[Callable[[], Any]], Any],
     note: Note,
     task: Task,
 ) -> Tokenizer:
-    """The run's tokenizer, brought along or trained; afterwards it lies in ``home``."""
-    path, revision = config.tokenizer.path, config.tokenizer.revision
-    if path is not None:
-        encoder = tokenizer.load(path, revision=revision)
-        on_main(lambda: encoder.save(home, model_max_length=block_size))
-        return encoder
+    """The run's tokenizer, brought along (:func:`keep_tokenizer` copies it) or trained into ``home``."""
+    if config.tokenizer.path is not None:
+        return tokenizer.load(config.tokenizer.path, revision=config.tokenizer.revision)
 
     def make() -> None:
         if not (home / "tokenizer.json").exists():
@@ -248,6 +246,12 @@ def open_tokenizer(
 
     on_main(make)
     return tokenizer.load(home)
+
+
+def keep_tokenizer(config: RunConfig, home: Path, data: Data) -> None:
+    """A tokenizer that was brought along goes to ``home``, once no checkpoint there refuses it."""
+    if data.encoder is not None and config.tokenizer.path is not None:
+        data.encoder.save(home, model_max_length=data.block_size)
 
 
 def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int) -> Data:

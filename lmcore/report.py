@@ -144,17 +144,17 @@ class Report:
     def task(
         self, description: str, total: float | None = None, unit: str = ""
     ) -> Iterator[Callable[..., None]]:
-        """A bar of its own in the same display; yields ``advance(n=1)`` (adds) or ``advance(done=n)``
-        (sets).
+        """A bar of its own in the same display; yields ``advance(n=1)`` (adds) or ``advance(done=n)`` (sets),
+        each with ``total`` and ``also`` (further words) where they have changed.
         """
         key = self._console.add(description, total, unit) if self._console is not None else -1
         position = 0.0
 
-        def advance(n: float = 1, *, done: float | None = None) -> None:
+        def advance(n: float = 1, *, done: float | None = None, **known: Any) -> None:
             nonlocal position
             position = position + n if done is None else done
             if self._console is not None:
-                self._console.update(key, position)
+                self._console.update(key, position, **known)
 
         try:
             with self.pause():

@@ -384,14 +384,20 @@ def test_a_long_task_speaks_up_now_and_then(monkeypatch: pytest.MonkeyPatch) -> 
     screen = Console(interactive=False, stream=stream)
     key = screen.add("tokenizing", 2_000_000, "bytes")
     screen._tasks[key].started = screen._tasks[key].said = 0.0
-    for second in range(0, 100, 5):
+    screen.update(key, 200_000)  # what an earlier start has done is no rate
+    for second in range(5, 100, 5):
         clock[0] = second
-        screen.update(key, 20_000 * second)
+        screen.update(key, 200_000 + 10_000 * second, also=f"{second} documents")
+    clock[0] = 100
+    screen.update(key, 0, total=9_000, also="")  # the next source begins anew
+    clock[0] = 140
+    screen.update(key, 4_000, also="7 documents")
     screen.remove(key)
     assert stream.getvalue().splitlines() == [
-        "tokenizing: 600k/2M bytes 30%, 0:00:30",
-        "tokenizing: 1.2M/2M bytes 60%, 0:01:00",
-        "tokenizing: 1.8M/2M bytes 90%, 0:01:30",
+        "tokenizing: 500k/2M bytes 25%, 10k/s, left 0:02:30, 30 documents, 0:00:30",
+        "tokenizing: 800k/2M bytes 40%, 10k/s, left 0:02:00, 60 documents, 0:01:00",
+        "tokenizing: 1.1M/2M bytes 55%, 10k/s, left 0:01:30, 90 documents, 0:01:30",
+        "tokenizing: 4,000/9,000 bytes 44%, 100/s, left 0:00:50, 7 documents, 0:02:20",
     ]
 
 
