@@ -190,6 +190,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
     if found:
         past = session.restore(found[0])
         guard.load_state_dict(past["guard"])
+    on_main(engine, partial(assemble.keep_tokenizer, config, folder.path / "tokenizer", data))
     begin = session.state
     if engine.is_main:
         folder.write_status("running", step=begin.step)

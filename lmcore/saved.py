@@ -137,6 +137,14 @@ def open_saved(
         tokenizer = tokenizers.load(folder)
         if not (run_dir / "metrics.jsonl").exists():
             run_dir = None
+    known = getattr(model, "real_vocab_size", None) or getattr(
+        getattr(model, "config", None), "vocab_size", None
+    )
+    if isinstance(known, int) and tokenizer.vocab_size > known:
+        raise RequestError(
+            f"{folder}: the model knows {known} tokens, the tokenizer beside it has "
+            f"{tokenizer.vocab_size}: that is of another model; bring back the one that was trained with"
+        )
     return Saved(
         model=model.to(device=device, dtype=dtype).eval(),
         tokenizer=tokenizer,

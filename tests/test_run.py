@@ -307,3 +307,26 @@ def test_a_changed_past_is_refused(text: Path, whole: Path) -> None:
     assert "seed" in message
     assert "7" in message
     assert "8" in message
+
+
+def test_a_refused_tokenizer_changes_nothing(text: Path, whole: Path) -> None:
+    """Another one in the place that the run names, and one that is insisted on: the run folder keeps its own."""
+    from lmcore import tokenizer
+    from lmcore.saved import open_saved
+
+    brought, run_dir = text / "brought", text / "brought-run"
+    options = {"tokenizer__path": brought, "tokenizer__vocab_size": "null", "train__duration": "2 steps"}
+    tokenizer.load(whole / "tokenizer").save(brought)
+    assert train(request(text, run_dir, **options)) == [EXIT_FINISHED]
+    before = {path.name: path.read_bytes() for path in (run_dir / "tokenizer").iterdir()}
+    other = tokenizer.train([words(300, 5)], vocab_size=390)
+    other.save(brought)
+    for extra in ({}, {"allow_changes": "tokenizer.path"}, {"allow_changes": "data.train"}):
+        code, message = run_ranks(_say, 1, request(text, run_dir, **options, **extra), timeout=120)[0]
+        assert code == EXIT_REQUEST, message
+        assert {path.name: path.read_bytes() for path in (run_dir / "tokenizer").iterdir()} == before
+    other.save(run_dir / "tokenizer")
+    with pytest.raises(
+        RequestError, match=f"knows 320 tokens, the tokenizer beside it has {other.vocab_size}"
+    ):
+        open_saved(run_dir, device="cpu")
