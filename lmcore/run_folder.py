@@ -87,6 +87,7 @@ class RunFolder:
         self._disk = disk
         self._lock_fd: int | None = None
         self._stop_beating = threading.Event()
+        self._beating: threading.Thread | None = None
         self._status: dict[str, Any] = {}
 
     # ---- places -------------------------------------------------------------------------------------------
@@ -157,9 +158,10 @@ class RunFolder:
         self._stop_beating.clear()
         holder = _myself()
         _write_holder(fd, holder)
-        threading.Thread(
+        self._beating = threading.Thread(
             target=self._beat, args=(fd, holder, beat_seconds), name="run-folder-lock", daemon=True
-        ).start()
+        )
+        self._beating.start()
 
     def _take(self, fd: int, *, say: Callable[[str], None], beat_seconds: float, wait_seconds: float) -> None:
         give_up = time.monotonic() + wait_seconds
@@ -203,6 +205,8 @@ class RunFolder:
             return
         fd, self._lock_fd = self._lock_fd, None
         self._stop_beating.set()
+        if self._beating is not None:
+            self._beating.join()  # a beat on its way would go to whatever file gets this descriptor next
         _held.pop(os.path.realpath(self.path / ".lock"), None)
         with contextlib.suppress(OSError):
             os.ftruncate(fd, 0)

@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,15 +88,19 @@ def test_a_second_job_is_refused_and_told_who_has_it(
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_lock_of_a_dead_job_is_taken_at_once(
-    tmp_path: Path, holder: Callable[..., subprocess.Popen[str]], heard: list[str], how: int
+    tmp_path: Path,
+    holder: Callable[..., subprocess.Popen[str]],
+    heard: list[str],
+    how: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     process = holder()
     process.send_signal(how)
     process.wait()
-    begin = time.monotonic()
     folder = RunFolder(tmp_path / "run")
-    folder.lock(say=heard.append)
-    assert time.monotonic() - begin < 2
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", pytest.fail)
+        folder.lock(say=heard.append)
     assert len(heard) == 1
     assert f"pid {process.pid}" in heard[0]
     folder.unlock()
@@ -106,7 +111,7 @@ def test_children_of_a_dead_holder_do_not_keep_the_lock(
 ) -> None:
     """Data workers are forks of the trainer and outlive its SIGKILL by some seconds."""
     process = holder(
-        "pid = os.fork()\nif pid == 0: time.sleep(8); os._exit(0)\nprint(pid, flush=True); time.sleep(60)"
+        "pid = os.fork()\nif pid == 0: time.sleep(600); os._exit(0)\nprint(pid, flush=True); time.sleep(60)"
     )
     assert process.stdout is not None
     child = int(process.stdout.readline())
@@ -162,19 +167,14 @@ def test_a_lock_of_another_machine_that_stands_still_is_taken(tmp_path: Path, he
     folder.unlock()
 
 
-def test_a_lock_of_another_machine_that_beats_is_respected(tmp_path: Path, heard: list[str]) -> None:
+def test_a_lock_of_another_machine_that_beats_is_respected(
+    tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The machines may not share the kernel's locks: then the number in the file decides, and no clock."""
     foreign(tmp_path / "run")
-    child = os.fork()
-    if child == 0:
-        for beat in range(4, 100):
-            foreign(tmp_path / "run", beat=beat)
-            time.sleep(QUICK / 2)
-        os._exit(0)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: foreign(tmp_path / "run", beat=4))
     with pytest.raises(RequestError, match="in use by pid 1 on elsewhere"):
-        RunFolder(tmp_path / "run").lock(say=heard.append, beat_seconds=QUICK)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+        RunFolder(tmp_path / "run").lock(say=heard.append)
 
 
 def test_a_requeued_job_takes_its_own_lock_at_once(
@@ -185,9 +185,9 @@ def test_a_requeued_job_takes_its_own_lock_at_once(
     assert job_id() == "SLURM_JOB_ID=12.0"
     foreign(tmp_path / "run", job_id="SLURM_JOB_ID=12.0")
     folder = RunFolder(tmp_path / "run")
-    begin = time.monotonic()
-    folder.lock(say=heard.append, beat_seconds=30)
-    assert time.monotonic() - begin < 5
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", pytest.fail)
+        folder.lock(say=heard.append, beat_seconds=30)
     folder.unlock()
 
 
@@ -207,8 +207,10 @@ def test_where_there_are_no_locks_the_beat_decides(
     first = RunFolder(tmp_path / "run")
     first.lock(say=heard.append, beat_seconds=QUICK)
     monkeypatch.setattr(room, "_held", {})  # as another process would see it
-    with pytest.raises(RequestError, match=f"in use by pid {os.getpid()}"):
-        RunFolder(tmp_path / "run").lock(say=heard.append, beat_seconds=QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _seconds: until_it_beats(tmp_path / "run"))
+        with pytest.raises(RequestError, match=f"in use by pid {os.getpid()}"):
+            RunFolder(tmp_path / "run").lock(say=heard.append, beat_seconds=QUICK)
     first.unlock()
     second = RunFolder(tmp_path / "run")
     second.lock(say=heard.append, beat_seconds=QUICK)
@@ -216,15 +218,47 @@ def test_where_there_are_no_locks_the_beat_decides(
     assert "carries no locks" in heard[0]
 
 
+def until_it_beats(run: Path, fd: int | None = None) -> None:
+    """Return when the number in the lock has grown. ``fd``: of the holder, where closing another one would drop the
+    kernel's lock.
+    """
+    opened = os.open(run / ".lock", os.O_RDONLY) if fd is None else fd
+    first, give_up = json.loads(os.pread(opened, 10000, 0))["beat"], time.monotonic() + 120
+    while json.loads(os.pread(opened, 10000, 0))["beat"] <= first:
+        assert time.monotonic() < give_up, "no beat"
+        threading.Event().wait(0.01)
+    if fd is None:
+        os.close(opened)
+
+
 def test_the_holder_beats(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.lock(say=print, beat_seconds=0.02)
-    first = json.loads((tmp_path / "run" / ".lock").read_text())["beat"]
-    time.sleep(0.3)
-    fd = folder._lock_fd
-    assert fd is not None
-    assert json.loads(os.pread(fd, 10000, 0))["beat"] > first
+    until_it_beats(tmp_path / "run", folder._lock_fd)
     folder.unlock()
+
+
+def test_a_beat_on_its_way_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would write to whatever file gets the descriptor next, or make the free lock look taken."""
+    write, begun, unlocked = room._write_holder, threading.Event(), threading.Event()
+
+    def late(fd: int, holder: dict[str, Any]) -> None:
+        if holder["beat"]:
+            begun.set()
+            unlocked.wait(0.5)  # longer than an unlock that waits for nobody
+        write(fd, holder)
+
+    monkeypatch.setattr(room, "_write_holder", late)
+    folder = RunFolder(tmp_path / "run")
+    folder.lock(say=print, beat_seconds=0.01)
+    assert begun.wait(120)
+    folder.unlock()
+    with open(tmp_path / "next", "w+") as following:
+        unlocked.set()
+        for thread in [t for t in threading.enumerate() if t.name == "run-folder-lock"]:
+            thread.join()
+        assert following.read() == ""
+    assert (tmp_path / "run" / ".lock").read_text() == ""
 
 
 def test_a_folder_that_cannot_be_made_is_a_wrong_request(tmp_path: Path) -> None:
