@@ -96,7 +96,7 @@ def written(path: Path) -> bytes:
     """The file when wandb's helper has written its end: on a busy machine a moment after ``finish`` returns."""
     from wandb.proto import wandb_internal_pb2
 
-    for _ in range(300):
+    for _ in range(1200):
         kinds = []
         for data in wandb_records(content := path.read_bytes()):
             record = wandb_internal_pb2.Record()
@@ -150,10 +150,10 @@ def test_wandb_offline_is_read_back_with_the_same_id_after_a_resume(
     )
     first.log("train", {"loss": 9.0, "epoch": 0.5}, 1)
     first.log("valid", {"loss": 3.5}, 10)
-    first.close(60)
+    first.close(120)
     second = Trackers(["wandb"], tmp_path, run_ids=first.state(), note=notes.append)
     second.log("train", {"loss": 8.0}, 5)  # an earlier step: a rewind
-    second.close(60)
+    second.close(120)
     assert notes == []
     assert first.state() == second.state()
     rows, configs = [], {}
@@ -212,13 +212,12 @@ def test_a_hanging_tracker_blocks_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     trackers = Trackers(
         ["hung"], tmp_path, note=notes.append, open_other=lambda *arguments: Recorder(hang=release)
     )
+    [thread] = [worker._thread for worker in trackers._workers]
     try:
-        started = time.monotonic()
         for step in range(200):
             trackers.log("train", {"loss": 1.0}, step)
-        assert time.monotonic() - started < 1
         trackers.close(seconds=0.5)
-        assert time.monotonic() - started < 3
+        assert thread.is_alive(), "it hangs all the time: who had waited for it would wait still"
     finally:
         release.set()
     assert any("does not keep up" in note for note in notes)
@@ -235,21 +234,22 @@ def test_the_webhook_is_told_and_one_that_hangs_or_refuses_is_left(
             monkeypatch.setenv("LMCORE_WEBHOOK", url)
             trackers = Trackers([], tmp_path, webhook=webhook, note=notes.append)
             trackers.notify("run demo finished: 完了")
-            trackers.close()
+            trackers.close(120)
     assert received == [{"text": "run demo finished: 完了"}] * 2
     assert notes == []
-    with web_server(answer_after=30) as (url, received):
+    monkeypatch.setattr(room, "WEBHOOK_SECONDS", 3600)
+    with web_server(answer_after=3600) as (url, received):
         trackers = Trackers([], tmp_path, webhook=url, note=notes.append)
-        started = time.monotonic()
         trackers.notify("failed")
-        assert time.monotonic() - started < 0.5
+        [post] = trackers._posts
         trackers.close(seconds=0.5)
-        assert time.monotonic() - started < 3
+        assert post.is_alive(), "nobody has waited for the answer"
+    post.join()
     monkeypatch.setattr(room, "WEBHOOK_SECONDS", 0.3)
-    with web_server(answer_after=30) as (url, received):
+    with web_server(answer_after=3600) as (url, received):
         trackers = Trackers([], tmp_path, webhook=url, note=notes.append)
         trackers.notify("failed")
-        trackers.close(seconds=5)
+        trackers.close(seconds=120)
     assert "was not reached" in notes[-1]
     assert all("secret-token" not in note for note in notes), "the address is a secret"
 
