@@ -237,7 +237,7 @@ def make_engine(job: Job) -> Any:
         reduce_dtype=job.reduce_dtype,
         deepspeed=deepspeed,
         seed=11,
-        timeout_seconds=60,
+        timeout_seconds=200,
         compile="regional" if job.compile else "none",
         activation_checkpointing=job.checkpointing,
     )

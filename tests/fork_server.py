@@ -23,6 +23,7 @@ import contextlib
 import importlib
 import os
 import pickle
+import random
 import signal
 import socket
 import struct
@@ -62,7 +63,7 @@ def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 120.0,
+    timeout: float = 240.0,
     env: Mapping[str, str] | None = None,
     launched: bool | None = None,
 ) -> list[Any]:
@@ -112,6 +113,18 @@ def launcher_environment(rank: int, world_size: int, port: int) -> dict[str, str
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
+
+
+def free_port() -> int:
+    """A port on which nobody listens, below those that the kernel hands out by itself: between this and its use no
+    connection of anybody's can get it.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10_000, max(first, 20_000))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _collect(name: str, folder: str, pids: list[int], timeout: float) -> list[Any]:

@@ -343,6 +343,14 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "batches"]
 
 
+def left_behind() -> list[str]:
+    """Processes of ours that do not end; on a busy machine the end of one that was told to takes its time."""
+    children = multiprocessing.active_children()
+    for child in children:
+        child.join(120)
+    return [child.name for child in children if child.is_alive()]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_fault_while_reading_ahead_is_raised_where_the_step_is_wanted(
     dataset: BlockDataset, workers: int
@@ -361,7 +369,7 @@ def test_a_fault_while_reading_ahead_is_raised_where_the_step_is_wanted(
     with pytest.raises(FaultError, match=r"^damaged$"):
         next(iterator)
     assert not threads()
-    assert not multiprocessing.active_children()
+    assert not left_behind()
 
 
 def test_an_abandoned_iterator_leaves_nothing_behind(dataset: BlockDataset) -> None:
@@ -377,7 +385,7 @@ def test_an_abandoned_iterator_leaves_nothing_behind(dataset: BlockDataset) -> N
             2,
         )
         assert not threads()
-        assert not multiprocessing.active_children()
+        assert not left_behind()
 
 
 def test_workers_ignore_signals_until_their_loader_is_closed(dataset: BlockDataset) -> None:
@@ -397,7 +405,7 @@ def test_workers_ignore_signals_until_their_loader_is_closed(dataset: BlockDatas
         torch.equal(step.micro_batches[0]["labels"], batch[:, 1]) for step, batch in zip(found, expected)
     )
     iterator.close()  # type: ignore[attr-defined]  # a generator
-    assert not multiprocessing.active_children()
+    assert not left_behind()
 
 
 CRASH = """
@@ -423,7 +431,7 @@ def test_a_crash_of_the_training_loop_does_not_hang_on_its_workers(tmp_path: Pat
         [sys.executable, "-c", CRASH.format(root=root, folder=str(tmp_path))],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 1
     assert "a bug in the loop" in done.stderr.splitlines()[-1]

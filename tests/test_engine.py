@@ -308,29 +308,32 @@ def test_the_whole_model_is_the_trained_one(mode: str) -> None:
         assert ("strategy", strategy) in answer["rows"]
 
 
-def leave_early() -> str:
+def stay_away(done: str) -> str:
     import time
     from datetime import timedelta
 
     from lmcore._strategy_ranks import Ranks
     from lmcore.engine import Engine
 
-    engine = Engine(precision="fp32", timeout_seconds=60)
+    engine = Engine(precision="fp32", timeout_seconds=200)
     engine.barrier()  # both are here: the short timeout is not for starting up
-    ranks = Ranks(timedelta(seconds=4))
+    ranks = Ranks(timedelta(seconds=8))
     if engine.rank == 1:
-        time.sleep(10)
+        while not Path(done).exists():
+            time.sleep(0.05)
         return ""
     try:
         ranks.agree(1)
     except RuntimeError as error:
         return str(error)
+    finally:
+        Path(done).touch()
     return "no error"
 
 
-def test_a_stuck_rank_is_named() -> None:
+def test_a_stuck_rank_is_named(tmp_path: Path) -> None:
     """Rank 1 does not come: rank 0 says so after the timeout, instead of hanging or only dying."""
-    assert "dead or stuck" in (message := run_ranks(leave_early, 2)[0])
+    assert "dead or stuck" in (message := run_ranks(stay_away, 2, str(tmp_path / "done"))[0])
     assert "1" in message.split("dead or stuck")[1]
 
 

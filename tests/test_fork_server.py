@@ -46,17 +46,17 @@ def fail_on_rank_one() -> None:
     if os.environ["RANK"] == "1":
         print("a last word")
         raise ValueError("on purpose")
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def die_on_rank_one() -> None:
     if os.environ["RANK"] == "1":
         os._exit(7)
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def sleep() -> None:
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def test_the_server_has_one_thread_when_it_forks() -> None:
@@ -83,10 +83,9 @@ def test_ranks_talk_and_share_no_state() -> None:
 
 
 def test_a_failure_is_told_with_its_traceback_and_output() -> None:
-    start = time.monotonic()
+    """Rank 0 sleeps for an hour: if it were waited for, the time would be up."""
     with pytest.raises(RankFailure, match=r"rank 1 raised(?s:.*)on purpose(?s:.*)a last word"):
         run_ranks(fail_on_rank_one, 2)
-    assert time.monotonic() - start < 30  # rank 0 is not waited for
 
 
 def test_a_death_and_a_hang_are_told() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.fork_server import free_port
+
 SCRIPT = """
 import torch
 from lmcore.engine import Engine
-engine = Engine(precision="fp32", timeout_seconds=60)
+engine = Engine(precision="fp32", timeout_seconds=240)
 total = int(engine.sum_over_ranks(torch.tensor(engine.rank + 1, device=engine.device)))
 who = f"RANK {engine.rank} of {engine.world_size}"
 print(f"{who}: {engine.strategy} on {engine.device.type}, sum {total}", flush=True)
@@ -40,15 +41,9 @@ def launch(script: Path, name: str, *options: str) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=280,
     )
     return done.returncode, done.stdout
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -105,7 +100,7 @@ def test_two_nodes_by_hand(script: Path, name: str, options: list[str], strategy
         for k in range(2)
     ]
     for k, node in enumerate(nodes):
-        output, _ = node.communicate(timeout=240)
+        output, _ = node.communicate(timeout=280)
         assert f"RANK {k} of 2: {strategy} on cpu, sum 3" in output
 
 

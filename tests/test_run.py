@@ -269,6 +269,7 @@ BAD = {
         },
         "block",
     ),
+    "empty corpus": ({"data__train": "{text}/empty.txt"}, "source 'empty' (1 files) holds none"),
     "no such metric": ({"checkpoint__keep_best__metric": "help/loss"}, "held/loss"),
     "no such text field": ({"data__train": "{text}/records.jsonl", "data__text_field": "txt"}, "text"),
 }
@@ -279,10 +280,11 @@ def test_bad_requests_get_one_line_and_code_2(
     text: Path, whole: Path, case: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (text / "tiny.txt").write_text("alpha\n", encoding="utf-8")
+    (text / "empty.txt").write_text("\n", encoding="utf-8")
     (text / "records.jsonl").write_text('{"text": "alpha beta"}\n' * 50, encoding="utf-8")
     options, word = BAD[case]
     filled = {k: v.format(text=text) if isinstance(v, str) else v for k, v in options.items()}
-    codes = run_ranks(_say, 1, request(text, text / f"bad-{case.replace(' ', '-')}", **filled), timeout=120)
+    codes = run_ranks(_say, 1, request(text, text / f"bad-{case.replace(' ', '-')}", **filled))
     code, message = codes[0]
     assert code == EXIT_REQUEST
     assert word in message
@@ -302,7 +304,7 @@ def _say(argv: list[str]) -> tuple[int, str]:
 
 def test_a_changed_past_is_refused(text: Path, whole: Path) -> None:
     """Law 6: both values and the override."""
-    code, message = run_ranks(_say, 1, request(text, whole, seed=8), timeout=120)[0]
+    code, message = run_ranks(_say, 1, request(text, whole, seed=8))[0]
     assert code == EXIT_REQUEST
     assert "seed" in message
     assert "7" in message
@@ -322,7 +324,7 @@ def test_a_refused_tokenizer_changes_nothing(text: Path, whole: Path) -> None:
     other = tokenizer.train([words(300, 5)], vocab_size=390)
     other.save(brought)
     for extra in ({}, {"allow_changes": "tokenizer.path"}, {"allow_changes": "data.train"}):
-        code, message = run_ranks(_say, 1, request(text, run_dir, **options, **extra), timeout=120)[0]
+        code, message = run_ranks(_say, 1, request(text, run_dir, **options, **extra))[0]
         assert code == EXIT_REQUEST, message
         assert {path.name: path.read_bytes() for path in (run_dir / "tokenizer").iterdir()} == before
     other.save(run_dir / "tokenizer")

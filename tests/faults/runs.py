@@ -16,7 +16,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -27,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from tests.fork_server import CPU_ONLY, ONE_THREAD, PRELOADED, threads_of_this_process
+from tests.fork_server import CPU_ONLY, ONE_THREAD, PRELOADED, free_port, threads_of_this_process
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "train_lm.py"
@@ -135,7 +134,7 @@ def start(
 ) -> Run:
     """Fork the ranks of one run; ``inject(rank)`` is called in each before the script begins."""
     logs.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     run = Run(pids=[], outputs=[])
     for rank in range(world_size):
         output = logs / f"rank-{rank}.out"
@@ -214,12 +213,6 @@ def _script() -> types.CodeType:
     be too.
     """
     return compile(SCRIPT.read_text(encoding="utf-8"), str(SCRIPT), "exec", dont_inherit=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 # ---- the corpus and the runs -------------------------------------------------------------------------------
