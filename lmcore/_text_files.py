@@ -94,10 +94,10 @@ def resolve(
 ) -> list[Source]:
     """One :class:`Source` for each entry; the keyword arguments are the defaults of entries that do not say.
 
-    An entry is a path, a folder (all files of known kinds in it, hidden ones aside), a glob (``**`` for any
-    depth; all files that match), ``stdlib`` (the Python standard library's own source), ``hf://name`` or
-    ``-`` (passed on), or a mapping with ``path`` or ``paths`` and ``weight``, ``name``, ``text_field``,
-    ``unit``, ``encoding``.
+    An entry is a path, a folder (all files of known kinds in it, hidden ones aside; or a token store), a glob
+    (``**`` for any depth; all files that match), ``stdlib`` (the Python standard library's own source),
+    ``hf://name`` or ``-`` (passed on), or a mapping with ``path`` or ``paths`` and ``weight``, ``name``,
+    ``text_field``, ``unit``, ``encoding``.
 
     Raises:
         RequestError: no such file, a glob or folder without files, the same file twice, an unknown encoding
@@ -204,6 +204,10 @@ def _expand(pattern: str) -> tuple[list[tuple[str, str]], int]:
     path = os.path.abspath(os.path.expanduser(pattern))
     if os.path.isdir(path):
         everything = list(_walk(path))
+        if os.path.join(path, "manifest.json") in everything:  # a token store of ours: its tokens, in order
+            parts = [p for p in everything if os.path.dirname(p) == path and p.endswith(".bin")]
+            if parts:
+                return [(_readable(p), os.path.basename(p)) for p in parts], 0
         found = [p for p in everything if _suffix(p) in _PROSE or _suffix(p) in _CODE or file_kind(p)]
         if not found:
             example = (

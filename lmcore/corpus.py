@@ -43,8 +43,20 @@ class Reading:
     encoding: str = "utf-8"
 
     def sources(self, entries: Entries) -> list[text.Source]:
-        """The entries as sources. Raises ``RequestError``, see :func:`lmcore.text.resolve`."""
-        return text.resolve(list(entries), text_field=self.text_field, unit=self.unit, encoding=self.encoding)
+        """The entries as sources.
+
+        Raises:
+            RequestError: standard input, which only the verb ``prepare`` takes; and see :func:`lmcore.text.resolve`.
+        """
+        found = text.resolve(
+            list(entries), text_field=self.text_field, unit=self.unit, encoding=self.encoding
+        )
+        if any(text.STDIN in source.paths for source in found):
+            raise RequestError(
+                "standard input cannot be read again for a resume or a second epoch: `... | python -m lmcore prepare "
+                "--data.train -` makes a token store of it, and data.train takes its folder"
+            )
+        return found
 
 
 def mixture_weights(sources: Sequence[text.Source]) -> tuple[float, ...] | None:
@@ -77,9 +89,18 @@ def training_texts(
     sources = [s for s in reading.sources(entries or [STDLIB]) if not _is_token_file(s)]
     if not sources:
         raise RequestError("data.train holds token files only: give their tokenizer with tokenizer.path")
+    empty = True
     for document in tokenizer.sample_texts(sources, max_bytes=max_bytes, seed=seed, bad=bad):
         if text.side(document, valid_fraction) == "train":
+            empty = False
             yield document
+    if empty:
+        named = ", ".join(repr(source.name) for source in sources)
+        held = f" that data.valid_fraction {valid_fraction:g} does not hold out" if valid_fraction else ""
+        raise RequestError(
+            f"there is no text to train a tokenizer on: source {named} ({sum(len(s.paths) for s in sources)} "
+            f"files) holds none{held}; give data.train more, or tokenizer.path"
+        )
 
 
 def open_corpus(

@@ -38,7 +38,7 @@ from lmcore.errors import FaultError, RequestError
 from lmcore.files import DISK
 from lmcore.token_store import MANIFEST, STORE_VERSION, TokenStore, sample_of
 
-__all__ = ["Progress", "TokenStore", "prepare"]
+__all__ = ["Progress", "TokenStore", "prepare", "spooled"]
 
 
 class NoText(RequestError):
@@ -94,7 +94,7 @@ def prepare(
             tokenizer_fingerprint=tokenizer.fingerprint,
         )
     if text.STDIN in source.paths:
-        with _spooled(Path(store_dir)) as path:
+        with spooled(Path(store_dir)) as path:
             source = replace(source, paths=(str(path),), relative_paths=("stdin",))
             return prepare(
                 source,
@@ -135,20 +135,21 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _spooled(folder: Path) -> Iterator[Path]:
+def spooled(folder: Path) -> Iterator[Path]:
     """Standard input as a file, for as long as it is needed: it can be read only once, and by one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RequestError(
             "standard input cannot be read by several processes: `python -m lmcore prepare` it first"
         )
-    DISK.makedirs(folder)
-    path = folder / f".stdin.{os.getpid()}.txt"
+    aside = folder / f".stdin.{os.getpid()}"
+    DISK.makedirs(aside)
+    path = aside / "stdin"  # the name is part of the store's identity: the same text makes the same store
     try:
         with open(path, "wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
         yield path
     finally:
-        path.unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 # ---- what a store is made of ----
