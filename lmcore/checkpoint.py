@@ -417,9 +417,10 @@ class Checkpoints:
     def _fail(self, step: int, error: Exception) -> None:
         last = "the last one" if self.last_step is None else step_name(self.last_step)
         cause = (error.strerror or str(error)) if isinstance(error, OSError) else repr(error)
+        remedy = ", or train on: --checkpoint.on_full_disk continue" if self._stop_on_failure else ""
         self._failure = (
             f"checkpoint of step {step} could not be written: {cause}; {last} is untouched; free space under "
-            f"{self.folder}, or --checkpoint.on_full_disk continue to train on without"
+            f"{self.folder}{remedy}"
         )
         if not self._stop_on_failure:
             self._say(self._failure)

@@ -224,8 +224,8 @@ class TrainConfig:
     """The same in tokens; a multiple of data.block_size."""
     micro_batch_blocks: int | Literal["auto"] = option("auto", "warn", at_least=1)
     """Blocks of one forward pass on one rank; auto: the largest that fits."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "warn")
-    """Arithmetic; auto: bf16 on a GPU that has it, else fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = option("auto", "warn")
+    """Arithmetic; auto: bf16 on a GPU that has it, else fp32; fp8: handed to accelerate as it is."""
     param_dtype: Literal["fp32", "bf16"] = option("fp32", "warn")
     """Type in which the weights are kept."""
     tf32: bool = option(True, "warn")

@@ -18,6 +18,7 @@ from lmcore.errors import RequestError
 
 METRICS = ("loss", "perplexity", "bits_per_byte")
 """What every evaluation gives for every held-out set."""
+OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "muon")
 SOURCE_KEYS = ("path", "paths", "weight", "name", "text_field", "unit", "encoding")
 
 
@@ -63,6 +64,12 @@ def check(config: RunConfig) -> None:
             raise RequestError(
                 f"optim.{name} {length} is no part of the run: give steps, tokens, epochs or 0-100%"
             )
+    if ":" not in optim.name and optim.name not in OPTIMIZERS:  # not after hours of preparing text
+        meant = get_close_matches(optim.name, OPTIMIZERS, 1)
+        hint = f"; did you mean {meant[0]!r}?" if meant else ""
+        raise RequestError(
+            f"optim.name {optim.name!r} is none of {', '.join(OPTIMIZERS)}, nor package.module:Class{hint}"
+        )
     if optim.schedule == "wsd":
         if optim.decay == NEVER:
             raise RequestError("optim.schedule wsd needs optim.decay, such as 20%")

@@ -148,7 +148,9 @@ class RunFolder:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise RequestError(f"run folder {self.path} cannot be locked: {error.strerror}") from None
+            raise RequestError(
+                f"run folder {self.path} cannot be locked: {error.strerror}; choose another with --run_dir"
+            ) from None
         try:
             self._take(fd, say=say, beat_seconds=beat_seconds, wait_seconds=wait_seconds)
         except BaseException:

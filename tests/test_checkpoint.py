@@ -353,9 +353,15 @@ def test_needed_space_is_checked_beforehand(
     monkeypatch.setattr(os, "statvfs", lambda _: Little)
     saves = Checkpoints(two, disk=Disk(counter))
     save(saves, 3)
-    with pytest.raises(FaultError, match=r"are needed, .* are free"):
+    with pytest.raises(FaultError, match=r"are needed, .* are free.*--checkpoint.on_full_disk continue"):
         saves.poll()
     assert counter.calls == []
+    heard: list[str] = []
+    going_on = Checkpoints(two, disk=Disk(counter), on_full_disk="continue", say=heard.append)
+    save(going_on, 3)
+    assert going_on.poll() is None
+    assert "are free" in heard[0]
+    assert "on_full_disk" not in heard[0], "that is what it does already"
 
 
 # ---- damage ------------------------------------------------------------------------------------------------

@@ -429,6 +429,7 @@ def test_no_file_ends_in_a_traceback(tmp_path: Path, values: dict[str, Any]) -> 
         ("--optim.schedule wsd --optim.warmup 50% --optim.decay 60%", ["50%", "60%"]),
         ("--optim.schedule wsd --optim.decay never", ["optim.decay"]),
         ("--optim.freeze a --optim.train_only b", ["exclude"]),
+        ("--optim.name mun", ["'mun'", "adafactor", "mean 'muon'"]),
         ("--model.type gpt2 --model.factory a.b:c", ["one of model.type", "a.b:c"]),
         ("--model.type null", ["none"]),
         ("--model.factory a.b", ["package.module:function"]),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmcore import optim
+from lmcore import optim, relations
 from lmcore.errors import RequestError
 
 
@@ -95,6 +95,10 @@ def test_nothing_left_to_train_is_refused() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ optimizers
+
+
+def test_the_command_line_knows_the_same_names() -> None:
+    assert relations.OPTIMIZERS == optim.OPTIMIZERS
 
 
 @pytest.mark.parametrize("name", [*optim.OPTIMIZERS, "torch.optim:RAdam"])

@@ -85,6 +85,18 @@ def test_fp8_is_not_silently_bf16_where_a_model_is_sharded() -> None:
         check(built, Request(strategy="fsdp2", world_size=2), "fp8")
 
 
+def kernels_of(deterministic: bool) -> bool:
+    from lmcore.engine import Engine
+
+    Engine(deterministic=deterministic).close()
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_kernels_are_asked_for() -> None:
+    """torch refuses by itself then what has no deterministic form."""
+    assert [run_ranks(kernels_of, 1, asked) for asked in (True, False)] == [[True], [False]]
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
