@@ -259,7 +259,7 @@ class KeepBestConfig:
     k: int = option(0, "free", at_least=0)
     """Keep this many best checkpoints beside the newest, and save before each evaluation; 0: none."""
     metric: str = option("loss", "warn")
-    """Evaluation metric: loss, perplexity, bits_per_byte; of another than the first set: name/loss."""
+    """Of an evaluation: loss, perplexity, bits_per_byte, of another than the first set name/loss; or train/loss."""
     mode: Literal["min", "max"] = option("min", "warn")
     """Which is better."""
 

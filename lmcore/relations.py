@@ -18,6 +18,8 @@ from lmcore.errors import RequestError
 
 METRICS = ("loss", "perplexity", "bits_per_byte")
 """What every evaluation gives for every held-out set."""
+TRAIN_METRICS = ("train/loss", "train/grad_norm")
+"""Of the last line about training before a save."""
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "muon")
 SOURCE_KEYS = ("path", "paths", "weight", "name", "text_field", "unit", "encoding")
 
@@ -135,7 +137,7 @@ def _check_evaluation(config: RunConfig) -> None:
     evaluate, best = config.evaluate, config.checkpoint.keep_best
     stopping = evaluate.early_stopping
     wanted = {
-        "checkpoint.keep_best.k": best.k,
+        "checkpoint.keep_best.k": best.k if best.metric not in TRAIN_METRICS else 0,
         "evaluate.early_stopping.patience": stopping.patience,
         "evaluate.early_stopping.target": stopping.target,
         "evaluate.early_stopping.divergence": stopping.divergence,
@@ -152,7 +154,7 @@ def _check_evaluation(config: RunConfig) -> None:
             f"checkpoint.keep_every {config.checkpoint.keep_every.plain()} are several: give one"
         )
     for name, metric in _metrics(config).items():
-        if metric.rpartition("/")[2] not in METRICS:
+        if metric.rpartition("/")[2] not in METRICS and not _is_of_training(name, metric):
             raise _no_metric(name, metric, METRICS)
 
 
@@ -167,7 +169,7 @@ def check_metrics(config: RunConfig, sets: list[str], *, with_bytes: bool) -> No
     best, stopping = config.checkpoint.keep_best, config.evaluate.early_stopping
     stops = bool(stopping.patience) or stopping.target is not None or stopping.divergence is not None
     for (name, metric), wanted in zip(_metrics(config).items(), (best.k > 0, stops)):
-        if (sets or wanted) and metric not in known:
+        if (sets or wanted) and metric not in known and not _is_of_training(name, metric):
             raise _no_metric(name, metric, known)
 
 
@@ -176,6 +178,10 @@ def _metrics(config: RunConfig) -> dict[str, str]:
         "checkpoint.keep_best.metric": config.checkpoint.keep_best.metric,
         "evaluate.early_stopping.metric": config.evaluate.early_stopping.metric,
     }
+
+
+def _is_of_training(name: str, metric: str) -> bool:
+    return name == "checkpoint.keep_best.metric" and metric in TRAIN_METRICS
 
 
 def _no_metric(name: str, metric: str, known: Sequence[str]) -> RequestError:

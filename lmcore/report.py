@@ -88,6 +88,8 @@ class Report:
         self._tokens_logged = 0
         self._smoothed = 0.0
         self._smoothing_weight = 0.0
+        self.logged: dict[str, float | None] = {}
+        """Of the last line about training (rank 0): what a checkpoint can be the best by."""
         self._drawn = 0.0
         self._cells: dict[str, str] = {}
         self._rates: list[float] = []
@@ -281,6 +283,7 @@ class Report:
         if math.isfinite(loss):
             self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss
             self._smoothing_weight = SMOOTHING * self._smoothing_weight + (1 - SMOOTHING)
+        self.logged = {"train/loss": loss, "train/grad_norm": record["grad_norm"]}
         if math.isfinite(rate):
             self._rates.append(rate)
         self._write(record)
@@ -412,6 +415,7 @@ class Report:
             "interval": asdict(self._interval.total(self._reduce, is_main=self.is_main)),
             "epoch": asdict(self._epoch.total(self._reduce, is_main=self.is_main)),
             "smoothed": [self._smoothed, self._smoothing_weight],
+            "logged": self.logged,
             "train_seconds": self.train_seconds,
         }
 
@@ -420,6 +424,7 @@ class Report:
         for sums, name in ((self._interval, "interval"), (self._epoch, "epoch")):
             sums.load(Totals(**state[name]) if self.is_main else None)
         self._smoothed, self._smoothing_weight = state["smoothed"]
+        self.logged = state.get("logged", {})
         self._timer.total_seconds = state["train_seconds"]
 
     def rewind(self, *, step: int, state: dict[str, Any]) -> None:

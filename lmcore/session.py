@@ -317,7 +317,7 @@ class Session:
                     "topology": self._topology,
                     "trackers": self.trackers.state() if self.trackers else {},
                 },
-                metrics=state.metrics if state.step == self._looked_at else {},
+                metrics=self.report.logged | (state.metrics if state.step == self._looked_at else {}),
                 reason=reason,
                 epoch=self.epoch,
                 tokens=state.tokens,

@@ -446,6 +446,7 @@ def test_no_file_ends_in_a_traceback(tmp_path: Path, values: dict[str, Any]) -> 
         ("--checkpoint.keep_best.k 1 --data.valid_fraction 0", ["held-out"]),
         ("--checkpoint.keep_best.metric valid/los", ["keep_best.metric", "'valid/los'", "mean loss"]),
         ("--evaluate.early_stopping.metric accuracy", ["early_stopping.metric", "loss, perplexity"]),
+        ("--evaluate.early_stopping.metric train/grad_norm", ["early_stopping.metric", "loss, perplexity"]),
         ("--checkpoint.keep_every [10,50%]", ["keep_every", "give one"]),
         ("--evaluate.early_stopping.patience 3 --evaluate.every never", ["evaluate.every"]),
     ],

@@ -249,6 +249,26 @@ def test_the_best_checkpoint_is_of_a_step_that_was_evaluated(text: Path) -> None
     assert os.readlink(run_dir / "checkpoints" / "best") == f"step-{max(told, key=lambda s: told[s]):08d}"
 
 
+def test_the_best_by_the_training_loss_needs_no_held_out_text(text: Path) -> None:
+    """And is the same whether the run was killed or not: what was logged last is in the checkpoint."""
+    best = {"checkpoint__keep_best__k": 1, "checkpoint__keep_best__metric": "train/loss", "report__every": 3}
+    options = {"train__duration": "10 steps", "checkpoint__every": "2 steps", "evaluate__every": "never"}
+    found = []
+    for name, killed in (("train-best", None), ("train-best-killed", 7)):
+        run_dir = text / name
+        if killed is not None:
+            train(request(text, run_dir, **best, **options), kill_before_step=killed)
+        assert train(request(text, run_dir, **best, **options)) == [EXIT_FINISHED]
+        records = read_metrics(run_dir / "metrics.jsonl", kind="train")
+        for path in (run_dir / "checkpoints").glob("step-*"):
+            manifest = json.loads((path / "manifest.json").read_text())
+            last = [r for r in records if r["step"] <= manifest["step"]][-1]
+            assert manifest["metrics"]["train/loss"] == last["loss"], path
+            assert manifest["metrics"]["train/grad_norm"] == last["grad_norm"], path
+        found.append(os.readlink(run_dir / "checkpoints" / "best"))
+    assert found[0] == found[1]
+
+
 def test_the_saved_configuration_repeats_the_run(text: Path, whole: Path) -> None:
     run_dir = text / "repeated"
     argv = ["--config", str(whole / "config.yaml"), "--run_dir", str(run_dir)]
