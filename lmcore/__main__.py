@@ -272,32 +272,31 @@ def order(words: list[str]) -> None:
     display = tasks()
     data = assemble.open_data(config, run / "tokenizer", note=display.note, task=display.task)
     display.close()
-    skips = _past(run, data.train.fingerprint, config.seed)
-    positions = _positions(asked, global_batch_blocks(config, data.block_size), skips)
-    sources, epochs, blocks = data.train.order.locate(positions)
-    rows = data.train.read(positions).ids if asked.text else [None] * len(positions)
-    names = [store.name for store in data.train.stores]
-    for position, source, epoch, block, ids in zip(positions, sources, epochs, blocks, rows):
-        shown = ""
-        if ids is not None and data.encoder:
-            shown = "  " + repr(data.encoder.decode([int(one) for one in ids])[: asked.text])
-        print(f"position {position}: {names[source]}, epoch {epoch}, block {block}{shown}")
+    cursors = _past(run, data.train.fingerprint, config.seed)
+    positions = _positions(
+        asked, global_batch_blocks(config, data.block_size), cursors[-1].skips if cursors else ()
+    )
+    from lmcore import show as room
+
+    decode = data.encoder.decode if data.encoder else str
+    for place, ids in room.places(data.train, positions.tolist(), cursors):
+        print(f"{place}  {decode(ids)[: asked.text]!r}" if asked.text and ids is not None else place)
 
 
-def _past(run: Path, fingerprint: str, seed: int) -> Any:
-    """The positions that the run jumped over. Refuses a corpus that is not the one it was trained on."""
-    from lmcore import saved
+def _past(run: Path, fingerprint: str, seed: int) -> list[Any]:
+    """The cursors of the checkpoints that are still there, oldest first; the last one knows what was jumped over.
+
+    Refuses a corpus that is not the one the run was trained on.
+    """
     from lmcore.order import Cursor
 
-    try:
-        kind, path = saved.resolve(run, quiet=True)
-    except RequestError:  # a run that has not saved yet has skipped nothing
-        return ()
-    if kind != "checkpoint":
-        return ()
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    cursor = Cursor.from_json(state["cursor"])
-    return cursor.check(fingerprint=fingerprint, seed=seed, override="the text as it was").skips
+    cursors = []
+    for path in sorted(
+        (run / "checkpoints").glob("step-*/state.json")
+    ):  # a run that has not saved yet has none
+        cursor = Cursor.from_json(json.loads(path.read_text(encoding="utf-8"))["cursor"])
+        cursors.append(cursor.check(fingerprint=fingerprint, seed=seed, override="the text as it was"))
+    return cursors
 
 
 def _positions(asked: argparse.Namespace, batch: int, skips: Any) -> Any:

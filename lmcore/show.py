@@ -1,8 +1,9 @@
 """What did the model see? Any position or step, decoded.
 
 Comes in: the training blocks and positions (a step's are in ``metrics.jsonl`` and in every warning about a
-step). Goes out: for each block its source, epoch, place in the token store, the files it came from, and its
-text. What always holds: it reads what training reads, by the same code; nothing is remembered from the run.
+step); of a stream, the cursors of its checkpoints. Goes out: for each block its source, epoch, place in the
+token store, the files it came from, and its text. What always holds: it reads what training reads, by the
+same code; nothing is remembered from the run.
 
     for one in show(dataset, range(4096, 4100), tokenizer.decode):
         print(one)
@@ -10,12 +11,17 @@ text. What always holds: it reads what training reads, by the same code; nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from lmcore.blocks import BlockDataset
+from lmcore.errors import RequestError
+from lmcore.order import Cursor
+from lmcore.own_data import MapData
+from lmcore.stream import StreamDataset
 from lmcore.token_store import TokenStore
 
 
@@ -34,12 +40,78 @@ class Shown:
     ids: tuple[int, ...]
     text: str
 
-    def __str__(self) -> str:
+    @property
+    def place(self) -> str:
+        """Where it comes from, in words."""
         return (
             f"position {self.position}: source {self.source}, epoch {self.epoch}, block {self.block}, tokens "
-            f"{self.first_token}-{self.first_token + len(self.ids) - 1}, {self.documents} documents, {self.files}\n"
-            f"{self.text}"
+            f"{self.first_token}-{self.first_token + len(self.ids) - 1}, {self.documents} documents, {self.files}"
         )
+
+    def __str__(self) -> str:
+        return f"{self.place}\n{self.text}"
+
+
+def places(
+    data: Any, positions: Sequence[int], cursors: Sequence[Cursor] = ()
+) -> Iterator[tuple[str, Sequence[int] | None]]:
+    """(where a block comes from, its ids), for data of any kind.
+
+    Args:
+        data: the training blocks of a run.
+        cursors: those of its checkpoints, oldest first; a stream is read from the one before a position on, and
+            from its beginning where there is none.
+
+    Raises:
+        RequestError: the data have no positions that could be looked up.
+    """
+    if isinstance(data, StreamDataset):
+        found = _streamed(data, positions, cursors)
+        for position in positions:
+            lane, block = position % data.lanes, position // data.lanes
+            yield f"position {position}: lane {lane}, block {block} of it", found[position]
+    elif isinstance(data, BlockDataset):
+        now = data.resumed(cursors[-1]) if cursors else data
+        for one in show(now, positions, lambda ids: ""):
+            yield one.place, one.ids
+    elif isinstance(data, MapData):
+        _, epochs, items = data.order.locate(np.array(positions))
+        for position, epoch, item, value in zip(positions, epochs, items, data.read(np.array(positions))):
+            ids = value.get("input_ids") if isinstance(value, dict) else None
+            yield (
+                f"position {position}: item {item}, epoch {epoch}",
+                None if ids is None else np.asarray(ids).tolist(),
+            )
+    else:
+        raise RequestError("an iterable dataset of your own has no positions that could be looked up")
+
+
+def _streamed(
+    data: StreamDataset, positions: Sequence[int], cursors: Sequence[Cursor]
+) -> dict[int, list[int]]:
+    """The ids at positions of a stream: their lanes are read up to them, a block at a time."""
+    before = [cursor for cursor in cursors if cursor.position <= min(positions)]
+    if cursors:
+        start = (
+            before[-1]
+            if before
+            else Cursor(
+                fingerprint=data.fingerprint,
+                seed=data.seed,
+                phases=cursors[-1].phases,
+                stream={"lanes": data.lanes},
+            )
+        )
+        data = data.resumed(start)
+    first = before[-1].position if before else 0
+    found = {}
+    for lane in sorted({position % data.lanes for position in positions}):
+        wanted = {position for position in positions if position % data.lanes == lane}
+        for position in range(first + lane, max(wanted) + 1, data.lanes):
+            ids = data.read(np.array([position])).ids[0, :-1].tolist()
+            if position in wanted:
+                found[position] = ids
+    return found
 
 
 def show(
