@@ -315,9 +315,8 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
             if config.evaluate.at_end if ends else flags & EVALUATE_DUE:
                 why = session.look()
             if int(session.epoch) > epochs:
-                report.epoch(
-                    epoch=int(session.epoch), step=step, valid_loss=session.state.metrics.get("loss")
-                )
+                known = session.state.metrics.get("loss"), session.state.metrics_step
+                report.epoch(epoch=int(session.epoch), step=step, valid_loss=known[0], valid_step=known[1])
             if why is not None:
                 break
 

@@ -367,20 +367,24 @@ class Report:
         bits = "" if bits_per_byte is None else f" bits/byte {bits_per_byte:.4f}"
         self.note(f"step {step} {set} loss {loss:.4f} perplexity {perplexity:.4g}{bits}")
 
-    def epoch(self, *, epoch: int, step: int, valid_loss: float | None = None) -> float | None:
-        """At the end of an epoch; collective. Returns the exact mean training loss of the epoch (rank 0)."""
+    def epoch(
+        self, *, epoch: int, step: int, valid_loss: float | None = None, valid_step: int | None = None
+    ) -> float | None:
+        """At the end of an epoch; collective. Returns the exact mean training loss of the epoch (rank 0).
+        ``valid_loss`` is the last one that is known, that of ``valid_step``."""
         totals = self._epoch.total(self._reduce, is_main=self.is_main)
         self._epoch.zero()
         if not self.is_main:
             return None
         loss = totals.loss
-        record = {"kind": "epoch", "epoch": epoch, "step": step, "train_loss": loss, "valid_loss": valid_loss}
-        self._write(record)
+        valid = {"valid_loss": valid_loss, "valid_step": None if valid_loss is None else valid_step}
+        self._write({"kind": "epoch", "epoch": epoch, "step": step, "train_loss": loss, **valid})
         if self._trackers is not None:
             values = {"train_loss": loss} | ({} if valid_loss is None else {"valid_loss": valid_loss})
             self._trackers.log("epoch", values, epoch)
-        valid = "" if valid_loss is None else f" valid loss {valid_loss:.4f}"
-        self.note(f"epoch {epoch} ended at step {step}: train loss {loss:.4f}{valid}")
+        words = "" if valid_loss is None else f" valid loss {valid_loss:.4f}"
+        words += f" (of step {valid_step})" if words and valid_step not in (None, step) else ""
+        self.note(f"epoch {epoch} ended at step {step}: train loss {loss:.4f}{words}")
         return loss
 
     def event(self, event: str, *, step: int | None = None, **fields: Any) -> None:

@@ -56,6 +56,8 @@ class State:
     step: int = 0
     tokens: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    metrics_step: int = -1
+    """The step that was evaluated so; a checkpoint's manifest has no other step's."""
     stop_values: list[float] = field(default_factory=list)
 
 
@@ -119,7 +121,6 @@ class Session:
             SAVE_DUE: config.checkpoint.every,
         }
         self._clock = dict.fromkeys(self._intervals, time.monotonic())
-        self._looked_at = -1  # the step of which state.metrics are; a checkpoint has no other step's
         self._unjudged: list[tuple[int, tuple[int, int], LateNumbers]] = []
         self._profile: ProfileWindow | None = None
         if config.train.profile and engine.is_main:
@@ -163,6 +164,7 @@ class Session:
                 skips=self._skips,
                 accept_other_data="data.train" in self.config.allow_changes,
             ),
+            metrics_step=kept.get("metrics_step", -1),
             **{name: kept[name] for name in ("step", "tokens", "metrics", "stop_values")},
         )
         for line in differences(kept["topology"], self._topology):
@@ -317,7 +319,7 @@ class Session:
                     "topology": self._topology,
                     "trackers": self.trackers.state() if self.trackers else {},
                 },
-                metrics=self.report.logged | (state.metrics if state.step == self._looked_at else {}),
+                metrics=self.report.logged | (state.metrics if state.step == state.metrics_step else {}),
                 reason=reason,
                 epoch=self.epoch,
                 tokens=state.tokens,
@@ -335,7 +337,7 @@ class Session:
                     sets = {f"{name}-ema": held_out for name, held_out in self.data.valid.items()}
                     averaged = self.score(sets, self.config.evaluate.blocks)
                 self.state.metrics |= {key: value for key, value in averaged.items() if "/" in key}
-            self._looked_at = self.state.step
+            self.state.metrics_step = self.state.step
             self.saves.record(self.state.step, self.state.metrics)
             self.state.stop_values.append(self.state.metrics[self._stopper.metric])
         prompts, encoder = self.config.evaluate.prompts, self.data.encoder

@@ -122,11 +122,13 @@ def test_ranks_are_summed_exactly_and_only_rank_0_writes(tmp_path: Path) -> None
                 sums = {"loss_sum": torch.tensor(scale * step), "count": 10 if scale == 1 else 30}
                 report.step(step=step, epoch=0.1, tokens=step, position=step, lr=1.0, **sums)
         other.epoch(epoch=1, step=6)
-        assert main.epoch(epoch=1, step=6, valid_loss=2.0) == (4 * 21) / (40 * 6)
+        assert main.epoch(epoch=1, step=6, valid_loss=2.0, valid_step=4) == (4 * 21) / (40 * 6)
         other.note("rank 1 has something to say")
     records = read_metrics(tmp_path, "train")
     assert [(r["step"], r["loss"]) for r in records] == [(1, 4 / 40), (3, 4 * 5 / 80), (6, 4 * 15 / 120)]
-    assert read_metrics(tmp_path, "epoch")[0]["valid_loss"] == 2.0
+    ended = read_metrics(tmp_path, "epoch")[0]
+    assert (ended["valid_loss"], ended["valid_step"]) == (2.0, 4)
+    assert "valid loss 2.0000 (of step 4)" in (tmp_path / "train.log").read_text()
     assert stream.getvalue() == ""
     assert "rank 1 has something to say" in (tmp_path / "logs" / "rank-00001.log").read_text()
 
