@@ -190,7 +190,8 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
     if found:
         past = session.restore(found[0])
         guard.load_state_dict(past["guard"])
-    on_main(engine, partial(assemble.keep_tokenizer, config, folder.path / "tokenizer", data))
+    home = folder.path / "tokenizer"
+    on_main(engine, partial(assemble.keep_tokenizer, config, home, data, note=report.note))
     begin = session.state
     if engine.is_main:
         folder.write_status("running", step=begin.step)
@@ -329,6 +330,8 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
         report.end(f"saved at step {session.state.step:,}: {verdict.reason}; the same command goes on", [])
         session.close()
         return verdict.exit_code, "saved", verdict.reason, session.state.step
+    if why is not None:
+        report.note(f"stopped early, at step {session.state.step:,} of {sizes.total_steps:,}: {why}")
     why = why or "the horizon is reached"
     session.save("end")
     session.saves.wait(final=True)  # code 0 only after the last checkpoint is committed and verified

@@ -145,7 +145,9 @@ class _Asked:
 
         processes = int(_number(given, "processes", engine.world_size if engine else 1))
         strategy = given.get("strategy")
-        if strategy not in (None, *STRATEGIES) or processes < 1:
+        if processes < 1:
+            raise RequestError(f"--processes {processes}: at least one device trains")
+        if strategy not in (None, *STRATEGIES):
             raise RequestError(f"--strategy {strategy}: take one of {', '.join(STRATEGIES)}")
         self.config, self.engine = config, engine
         on_gpu = engine.device.type == "cuda" if engine else torch.cuda.is_available()

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from lmcore._plan_words import size
-from lmcore.console import duration, short
+from lmcore.console import duration, printable, short
 from lmcore.curves import COLOURS, PICTURES, Run, loss_picture, read_run, series
 
 __all__ = ["facts", "leaves", "page", "read_run", "write_report"]
@@ -69,7 +69,7 @@ def page(runs: Sequence[Run]) -> str:
         body += [_samples(run, len(runs) > 1) for run in runs]
     for run in runs:
         body += _about(run, len(runs) > 1)
-    return (
+    return printable(  # no character that HTML forbids, whatever a model has written
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(names)}</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"

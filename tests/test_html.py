@@ -36,7 +36,15 @@ def make_run(folder: Path, *, lr: float = 1e-3, steps: int = 400, spike: int | N
         if step % 100 == 0:
             write({"kind": "eval", "set": "valid", "step": step, "tokens": 1000 * step, "epoch": step / 100,
                    "loss": loss + 0.1, "perplexity": 9.0, "bits_per_byte": 1.5})  # fmt: skip
-            write({"kind": "sample", "step": step, "set": "def ", "prompt": "def ", "text": f"{EVIL} {step}"})
+            write(
+                {
+                    "kind": "sample",
+                    "step": step,
+                    "set": "def ",
+                    "prompt": "def ",
+                    "text": f"{EVIL}\x00\x1b[31m {step}",
+                }
+            )
             write({"kind": "event", "event": "checkpoint", "step": step})
     write({"kind": "event", "event": "skip", "step": 150, "reason": EVIL})
     write({"kind": "event", "event": "end", "step": steps, "reason": "the horizon is reached"})
@@ -103,6 +111,8 @@ def test_the_report_is_one_sound_file_that_loads_nothing(tmp_path: Path) -> None
                      "Plan against reality", "torch version", "config.yaml"):  # fmt: skip
         assert expected in said, expected
     assert said.count(EVIL) == 1 + 4 + 1 + 1, "what the run wrote is there as text, in every place"
+    assert "\N{REPLACEMENT CHARACTER}[31m 400" in said
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text), "HTML allows no control characters"
     assert found.tags.count("svg") == 7
     assert not list(path.parent.glob(".report*"))
 

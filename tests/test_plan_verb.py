@@ -15,7 +15,7 @@ from torch import nn
 from lmcore import html, plan, probe
 from lmcore import model as models
 from lmcore.__main__ import main
-from lmcore.errors import EXIT_FINISHED
+from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST
 from lmcore.metrics import read_metrics
 from tests.fork_server import run_ranks
 from tests.test_run import request, train, words
@@ -300,3 +300,8 @@ def test_a_report_says_where_no_rate_was_planned(tmp_path: Path) -> None:
     assert "plan --probe" in said
     assert "<td class=n>2 GiB</td><td class=n>3 GiB</td><td class=n>1.50</td>" in said
     assert "<th>tokens/s</th><td class=n>-</td><td class=n>5</td><td class=n></td>" in said
+
+
+def test_a_number_of_processes_that_cannot_be_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--processes", "0"]) == EXIT_REQUEST
+    assert "--processes 0: at least one" in capsys.readouterr().err

@@ -59,3 +59,12 @@ def test_trackers_see_train_valid_and_test_by_step_and_epoch(text: Path) -> None
     for group, steps in (("valid/held", [3, 6]), ("valid/train", [3, 6]), ("test/train", [6])):
         assert [step for step, _ in scalars[f"{group}/loss"]] == steps
         assert scalars[f"{group}/epoch"] == [(step, pytest.approx(epochs[step])) for step in steps]
+
+
+def test_why_a_run_stops_early_is_said_to_the_person(text: Path) -> None:
+    run_dir = text / "early"
+    argv = request(text, run_dir, **SHORT, evaluate__early_stopping__divergence=1.0)
+    assert train(argv) == [EXIT_FINISHED]
+    log = (run_dir / "train.log").read_text()
+    loss = read_metrics(run_dir, "eval")[0]["loss"]
+    assert f"stopped early, at step 3 of 6: loss {loss:.4f} is worse than the divergence bound 1.0\n" in log
