@@ -86,7 +86,8 @@ def byte_level_lengths(tokenizer: Any, fast: Any, vocab_size: int) -> np.ndarray
     return lengths
 
 
-def from_hub(name: str, revision: str | None) -> dict[str, bytes]:
+def from_hub(name: str, revision: str | None) -> tuple[dict[str, bytes], str]:
+    """The files of a tokenizer on the Hub, and the commit that ``revision`` stands for (also in their cache)."""
     import huggingface_hub  # only where the Hub is asked
 
     try:
@@ -105,4 +106,4 @@ def from_hub(name: str, revision: str | None) -> dict[str, bytes]:
     }
     if not files.keys() - {"config.json"}:
         raise RequestError(f"{name} on the Hub has no tokenizer files")
-    return files
+    return files, Path(folder).name

@@ -229,12 +229,7 @@ def open_data(
 
 
 def open_tokenizer(
-    config: RunConfig,
-    home: Path,
-    *,
-    on_main: Callable[[Callable[[], Any]], Any],
-    note: Note,
-    task: Task,
+    config: RunConfig, home: Path, *, on_main: Callable[[Callable[[], Any]], Any], note: Note, task: Task
 ) -> Tokenizer:
     """The run's tokenizer, brought along (:func:`keep_tokenizer` copies it) or trained into ``home``."""
     if config.tokenizer.path is not None:
@@ -248,10 +243,12 @@ def open_tokenizer(
     return tokenizer.load(home)
 
 
-def keep_tokenizer(config: RunConfig, home: Path, data: Data) -> None:
+def keep_tokenizer(config: RunConfig, home: Path, data: Data, *, note: Note) -> None:
     """A tokenizer that was brought along goes to ``home``, once no checkpoint there refuses it."""
     if data.encoder is not None and config.tokenizer.path is not None:
         data.encoder.save(home, model_max_length=data.block_size)
+        for line in data.encoder.notes:
+            note(f"tokenizer: {line}")
 
 
 def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int) -> Data:

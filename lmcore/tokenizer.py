@@ -296,7 +296,9 @@ def load(path: str | os.PathLike[str], *, revision: str | None = None) -> Tokeni
         raise RequestError(
             f"no such tokenizer: {path} (a .model file, a folder, or a Hub id like owner/name)"
         )
-    return Tokenizer(hub.from_hub(name, revision or inline or None), native=False)
+    files, commit = hub.from_hub(name, revision or inline or None)
+    pinned = "" if revision or inline else " (give tokenizer.revision to pin it)"
+    return Tokenizer(files, native=False, notes=[f"{name}: commit {commit}{pinned}"])
 
 
 def _native(model: bytes, path: str) -> Tokenizer:

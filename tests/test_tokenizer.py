@@ -440,8 +440,9 @@ def test_the_hub_is_asked_with_the_revision(byte_level: Path, monkeypatch: pytes
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert load("owner/name", revision="abc").encode("猫") == load(byte_level).encode("猫")
-    load("owner/name@v1")
-    load("gpt2")
+    commit = byte_level.name  # the Hub's cache names the folder after it
+    assert load("owner/name@v1").notes == (f"owner/name: commit {commit}",)
+    assert load("gpt2").notes == (f"gpt2: commit {commit} (give tokenizer.revision to pin it)",)
     assert asked == [("owner/name", "abc"), ("owner/name", "v1"), ("gpt2", None)]
 
 
