@@ -19,8 +19,10 @@ from tests.faults.soak import account
 
 ROOT = Path(__file__).resolve().parent.parent
 
+pytestmark = pytest.mark.timeout(1200)
 
-def campaign(tmp_path: Path, *words: str, seconds: float = 280.0) -> str:
+
+def campaign(tmp_path: Path, *words: str) -> str:
     command = [
         sys.executable,
         "-m",
@@ -32,7 +34,7 @@ def campaign(tmp_path: Path, *words: str, seconds: float = 280.0) -> str:
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1100, check=False
     )
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
     return done.stdout
@@ -102,13 +104,13 @@ CASES_OF_EACH_LAUNCHER = {
 @pytest.mark.slow
 @pytest.mark.parametrize("number", CASES_OF_EACH_LAUNCHER.values(), ids=CASES_OF_EACH_LAUNCHER)
 def test_signals_through_the_real_launchers(tmp_path: Path, number: int) -> None:
-    told = campaign(tmp_path, "--kind", "launcher", "--n", "1", "--first", str(number), seconds=600)
+    told = campaign(tmp_path, "--kind", "launcher", "--n", "1", "--first", str(number))
     assert told.count(": held") == 1
 
 
 @pytest.mark.slow
 def test_every_strategy_takes_the_kill_and_the_nan(tmp_path: Path) -> None:
-    told = campaign(tmp_path, "--kind", "strategies", "--n", "6", "--first", "0", seconds=900)
+    told = campaign(tmp_path, "--kind", "strategies", "--n", "6", "--first", "0")
     assert told.count(": held") == 6
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from tests.faults import runs
 from tests.faults.kinds import Trial, children, last_logged, lighten, outcome
 from tests.fork_server import CPU_ONLY, ONE_THREAD
 
-STEPS, SAVE_EVERY = 200, 50
+STEPS, SAVE_EVERY, HELD = 200, 50, 140
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 LAUNCHERS: dict[str, tuple[int, list[str]]] = {
     "accelerate launch": (1, [*ACCELERATE, "--config_file", "accelerate_configs/cpu.yaml"]),
@@ -49,10 +50,14 @@ CASES = [
 ]
 
 
-def arguments(place: Path, folder: Path) -> list[str]:
+def arguments(place: Path, folder: Path, world_size: int) -> list[str]:
+    """Of a run that waits at step :data:`HELD` until the file ``told`` is there: no signal comes too late."""
     base = runs.base_arguments(place, steps=STEPS, every=SAVE_EVERY)
-    model = '{"n_layer": 4, "n_head": 4, "n_embd": 64, "n_positions": 64}'
-    return [*base, "--run_dir", str(folder / "run"), "--model.config", model]
+    cut = base.index("--model.config")
+    hold = HELD * 2 // world_size  # micro-batches
+    model = {"seconds": 0.005, "hold_after": hold, "told": str(folder / "told")}
+    base[cut : cut + 2] = ["--model.factory", "tests.slurm.paced:build", "--model.config", json.dumps(model)]
+    return [*base, "--run_dir", str(folder / "run")]
 
 
 @functools.cache
@@ -60,12 +65,16 @@ def undisturbed(place: Path, world_size: int) -> dict[str, Any]:
     """Of the run that nobody hurts: as :func:`tests.faults.kinds.outcome`."""
     folder = place / f"undisturbed-launcher-{world_size}"
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / "told").touch()
     to_the_end(place, folder, world_size)
     return outcome(folder / "run")
 
 
 def to_the_end(place: Path, folder: Path, world_size: int) -> None:
-    run = runs.start(arguments(place, folder), logs=folder / "logs", world_size=world_size, inject=lighten)
+    run = runs.start(
+        arguments(place, folder, world_size), logs=folder / "logs", world_size=world_size, inject=lighten
+    )
     assert run.wait(180), f"did not end: {run.output()}"
     assert set(run.codes.values()) == {0}, f"exit codes {run.codes}: {run.output()}"
 
@@ -131,7 +140,7 @@ def launcher(place: Path, seed: int, folder: Path) -> Trial:
     restarts = (
         words != command and number == signal.SIGKILL
     )  # after a crash; what was asked to stop has stopped
-    with launched(words, arguments(place, folder), folder / "logs") as process:
+    with launched(words, arguments(place, folder, world_size), folder / "logs") as process:
 
         def said() -> str:
             return f"{what}: {(folder / 'logs' / 'launcher.out').read_text(errors='replace')[-4000:]}"
@@ -152,8 +161,9 @@ def launcher(place: Path, seed: int, folder: Path) -> Trial:
                 os.kill(pid, number)
         else:
             os.kill(ranks[seed % world_size], number)
+        (folder / "told").touch()
         assert wait_until(lambda: process.poll() is not None, 180), said()
-        assert wait_until(lambda: not alive(everybody), 60), f"left behind: {alive(everybody)}; {said()}"
+        assert wait_until(lambda: not alive(everybody), 120), f"left behind: {alive(everybody)}; {said()}"
         status = runs.status(folder / "run")
         if restarts:
             assert process.returncode == 0, said()

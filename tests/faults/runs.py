@@ -74,6 +74,12 @@ class Run:
     outputs: list[Path]
     begin: float = field(default_factory=time.monotonic)
     codes: dict[int, int] = field(default_factory=dict)
+    stalled: float = 0.0
+    """Seconds in which the machine let not even :meth:`wait` run: nothing is judged by them."""
+
+    def clock(self) -> float:
+        """Seconds, for differences; without those in which the machine stood still while we waited."""
+        return time.monotonic() - self.stalled
 
     def poll(self) -> bool:
         """Reap; True when all ranks have ended."""
@@ -89,14 +95,15 @@ class Run:
 
         As a launcher does: when one rank has failed, the others get 20 s, and are killed then.
         """
-        give_up = time.monotonic() + seconds
-        failed_at, next_look = None, 0.0
+        give_up = self.clock() + seconds
+        failed_at, next_look, before = None, 0.0, self.clock()
         while not self.poll():
-            now = time.monotonic()
+            self.stalled += max(0.0, self.clock() - before - 0.5)
+            now = before = self.clock()
             if until is not None and now >= next_look:
                 if until():
                     return True
-                next_look = time.monotonic() + 0.05  # looking reads files: it must not eat the run's own time
+                next_look = self.clock() + 0.05  # looking reads files: it must not eat the run's own time
             if failed_at is None and any(code != 0 for code in self.codes.values()):
                 failed_at = now
             if now > give_up or (failed_at is not None and now > failed_at + 20):

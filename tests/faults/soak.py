@@ -131,14 +131,17 @@ def soak(place: Path, seed: int, folder: Path, minutes: float = MINUTES) -> Tria
     times = folder / "times"
     mark(times, "start")
     while True:
+        saved = runs.committed_steps(folder / "run")
         run = runs.start(arguments(place, folder, steps), logs=folder / "logs", inject=watched(times))
         run.wait(shortened * draw.uniform(*PAUSE_SECONDS), until=lambda: False)
+        # A kill that comes before the first save of a start, on a slow machine, would go on so for ever.
+        run.wait(120, until=lambda saved=saved: runs.committed_steps(folder / "run") != saved)  # type: ignore[misc]
         number = signal.SIGTERM if draw.random() < 1 / 6 else signal.SIGKILL
         if not run.codes:
             if number == signal.SIGKILL:
                 mark(times, "kill")
             run.send(number)
-            assert run.wait(60), run.output()
+            assert run.wait(120), run.output()
         mark(times, "ended")
         if run.codes == {0: 0}:
             break
