@@ -162,12 +162,14 @@ def pretrained_config(
         RequestError: nothing there, something unsafe in it, a field that it does not have.
     """
     from transformers import AutoConfig, PretrainedConfig
+    from transformers.utils import CONFIG_NAME, cached_file
+    from transformers.utils.hub import extract_commit_hash
 
     source = f"model.from_pretrained {path!r}"
     try:
         raw, _ = PretrainedConfig.get_config_dict(path, revision=revision)
         refuse_unsafe_config(raw, source)
-        commit = raw.get("_commit_hash")
+        commit = extract_commit_hash(cached_file(path, CONFIG_NAME, revision=revision), None)
         config = AutoConfig.from_pretrained(path, revision=commit or revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise RequestError(f"{source}: {one_line(error)}") from error

@@ -14,6 +14,7 @@ from typing import Any, final
 
 import sentencepiece
 
+from lmcore import hub
 from lmcore import text as text_room
 from lmcore.errors import RequestError
 
@@ -30,13 +31,13 @@ def sample_texts(
 ) -> Iterator[str]:
     """Texts to train on: all of a small corpus in its order; of a larger one, 1 MiB parts in seeded random
     order until ``max_bytes`` are reached. (A compressed file is one part: of a single huge one this is its
-    head.)"""
+    head, and so it is of a data set of the Hub.)"""
     total = 0
-    work = [(source, part) for source in sources for part in text_room.parts(source, part_bytes=2**20)]
+    work = [(source, part) for source in sources for part in hub.parts_of(source, part_bytes=2**20)]
     if sum(part.n_bytes for _, part in work) > max_bytes:
         random.Random(f"{seed} tokenizer").shuffle(work)
     for source, part in work:
-        for document in text_room.read(source, part, bad=bad):
+        for document in hub.documents_of(source, part, bad=bad):
             total += len(document.text.encode())
             yield document.text
             if total >= max_bytes:

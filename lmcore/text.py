@@ -147,7 +147,7 @@ def _pieces(source: Source, path: str, relative_path: str, part_bytes: int) -> I
     if path.endswith(FOREIGN_SUFFIXES):
         raise RequestError(f"{path} holds tokens, not text: it can be trained on, but not read as text")
     if path.startswith(HUB):
-        raise RequestError(f"{path} is read with data.mode stream only, not from files")
+        raise RequestError(f"{path} is no file: training and prepare read it, this does not")
     try:
         stat = os.stat(path) if path != STDIN else None
     except OSError:

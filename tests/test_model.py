@@ -320,6 +320,36 @@ def test_a_pretrained_start_keeps_its_logits(tmp_path: Path) -> None:
         build("llama", {"num_layers": 3}, from_pretrained=str(folder))
 
 
+def test_the_commit_of_a_model_of_the_hub_is_taken_for_all_files_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of the Hub, with two commits of one model; ``main`` moves on while it is being loaded."""
+    from transformers import AutoModelForCausalLM
+
+    cache, commits = tmp_path / "models--owner--name", ("a" * 40, "b" * 40)
+    for seed, commit in enumerate(commits):
+        save(build("gpt2", vocab_size=128, seed=seed), cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commits[0])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    load = AutoModelForCausalLM.from_pretrained
+
+    def later(*words: Any, **options: Any) -> Any:
+        (cache / "refs" / "main").write_text(commits[1])
+        return load(*words, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", later)
+    notes: list[str] = []
+    model = build("gpt2", {}, from_pretrained="owner/name", vocab_size=128, note=notes.append)
+    expected = build("gpt2", vocab_size=128, seed=0)
+    assert torch.equal(model.get_input_embeddings().weight, expected.get_input_embeddings().weight)
+    assert notes[0] == f"owner/name: commit {commits[0]} (give model.revision to pin it)"
+    build("gpt2", {}, from_pretrained="owner/name", revision=commits[1], vocab_size=128, note=notes.append)
+    assert notes[-1] == f"owner/name: commit {commits[1]}"
+
+
 def test_a_pretrained_vocabulary_is_padded_with_zeros_and_cut_again(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -338,6 +338,18 @@ def foreign_model(**options: Any) -> bytes:
     return out.getvalue()
 
 
+def test_a_data_set_of_the_hub_is_text_to_train_on(tmp_path: Path) -> None:
+    """From a local folder: the same code path as the Hub, without the network."""
+    for shard in range(2):
+        rows = [json.dumps({"text": f"line {number} of {shard}"}) for number in range(40)]
+        (tmp_path / f"train-{shard}.jsonl").write_text("\n".join(rows))
+    bad: list[Any] = []
+    found = list(sample_texts(resolve([f"hf://{tmp_path}"]), bad=bad.append))
+    assert found == [f"line {number} of {shard}" for shard in range(2) for number in range(40)]
+    assert list(sample_texts(resolve([f"hf://{tmp_path}"]), max_bytes=30, bad=bad.append)) == found[:3]
+    assert bad == []
+
+
 @pytest.mark.parametrize(
     "options",
     [
