@@ -172,14 +172,21 @@ def _one_at_a_time(lock: Path, work: Callable[[], Any]) -> Any:
 
 def inspect(words: list[str]) -> None:
     """What the corpus is: documents, bytes, tokens, broken records, three decoded samples."""
-    config = _config(words, "inspect", "Tokens are counted if tokenizer.path is given or the run has one.")
+    config = _config(
+        words,
+        "inspect",
+        "Tokens are counted by tokenizer.path, by the run's tokenizer, or by one trained on a sample.",
+    )
     from lmcore import inspect as room
     from lmcore import tokenizer
 
     home = _run_dir(config) / "tokenizer"
     path = config.tokenizer.path or (str(home) if (home / "tokenizer.json").exists() else None)
-    encoder = tokenizer.load(path, revision=config.tokenizer.revision) if path else None
     display = tasks()
+    if path is not None:
+        encoder, reason = tokenizer.load(path, revision=config.tokenizer.revision), ""
+    else:
+        encoder, reason = _trial_tokenizer(config)
     with display.task("reading", unit="bytes") as advance:
         found = room.run(
             config.data.train or ["stdlib"],
@@ -192,10 +199,32 @@ def inspect(words: list[str]) -> None:
         )
     display.close()
     print("\n".join(room.lines(found)))
-    if encoder is None:
-        print(
-            "tokens: not counted; give --tokenizer.path, or train one: python -m lmcore tokenizer train ..."
+    if reason:
+        print(reason)
+
+
+_TRIAL_BYTES = 4_000_000
+"""Of text for the tokenizer that ``inspect`` counts with: seconds, also for text without spaces."""
+
+
+def _trial_tokenizer(config: RunConfig) -> tuple[Any, str]:
+    """One like the run's, of a sample and written nowhere; and what is to be said about it."""
+    from lmcore import assemble
+
+    small = min(config.tokenizer.sample_bytes, _TRIAL_BYTES)
+    forgiving = replace(config.data, on_error="skip")  # broken records are counted and shown below
+    try:
+        made = assemble.train_tokenizer(
+            replace(config, data=forgiving, tokenizer=replace(config.tokenizer, sample_bytes=small)),
+            None,
+            note=lambda line: None,
         )
+    except RequestError as refusal:
+        return None, f"tokens: not counted ({refusal})"
+    return made, (
+        f"the tokens are those of a tokenizer of {made.vocab_size:,} pieces that was trained on {small / 1e6:g} MB of "
+        "this text at most, for this count; give --tokenizer.path, or train one: python -m lmcore tokenizer train ..."
+    )
 
 
 def tokenizer(words: list[str]) -> None:

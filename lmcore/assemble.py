@@ -106,8 +106,10 @@ def valid_fraction_of(config: RunConfig) -> float:
     return 0.0 if config.data.valid else config.data.valid_fraction or 0.0
 
 
-def train_tokenizer(config: RunConfig, folder: Path, *, note: Note, task: Task = silent_task) -> None:
-    """Train the tokenizer that the configuration describes into ``folder``."""
+def train_tokenizer(
+    config: RunConfig, folder: Path | None, *, note: Note, task: Task = silent_task
+) -> Tokenizer:
+    """Train the tokenizer that the configuration describes, into ``folder`` if there is one."""
     bad: list[str] = []
     with task("training the tokenizer"):
         made = tokenizer.train(
@@ -134,6 +136,7 @@ def train_tokenizer(config: RunConfig, folder: Path, *, note: Note, task: Task =
         note(f"tokenizer: {line}")
     if bad and config.data.on_error == "raise":
         raise RequestError(f"{bad[0]}: mend it, or let --data.on_error skip leave such records out")
+    return made
 
 
 def open_data(

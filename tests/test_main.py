@@ -210,6 +210,11 @@ def test_the_corpus_verbs_speak_about_the_run(
     (tmp_path / "text.txt").write_text("\n".join(f"line {n} of the text" for n in range(600)))
     common = ["--data.train", "text.txt", "--data.valid_fraction", "0.1", "--data.block_size", "16",
               "--data.unit", "line", "--run_dir", "runs/x", "--model.config.n_positions", "32"]  # fmt: skip
+    assert call("inspect", "--tokenizer.vocab_size", "300", *common) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"  tokens +[\d,]+, 0\.\d+ a byte", said), "before anything is trained"
+    assert "a tokenizer of 300 pieces that was trained on 4 MB of this text at most, for this count" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"], "inspect writes nothing"
     assert call("tokenizer", "train", "--tokenizer.vocab_size", "300", *common) == 0
     assert "runs/x/tokenizer: 300 pieces" in capsys.readouterr().out
     assert call("tokenizer", "train", "--out", "runs/x/tokenizer", *common) == 2
