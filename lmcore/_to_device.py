@@ -63,6 +63,11 @@ class ToDevice:
                     f"data.factory: a batch must be a dict, whose keys are arguments of the model's forward, "
                     f"not {type(batch).__name__}"
                 )
+            if "labels" not in batch:
+                raise RequestError(
+                    f"data.factory: a batch must have labels, -100 where one does not count (integers); its keys are "
+                    f"{', '.join(map(str, batch))}"
+                )
             return {
                 key: self._send(value) if isinstance(value, Tensor) else value for key, value in batch.items()
             }

@@ -171,7 +171,7 @@ class LossConfig:
     chunk: int | None = option(None, "free", at_least=0)
     """Tokens whose logits are held at once; 0: all; default: chosen by size."""
     factory: str | None = option(None, "refuse")
-    """Your own loss: package.module:function taking (outputs, batch), giving (sum, count)."""
+    """Your own loss: package.module:function taking (outputs, batch), giving (sum, count of labels not -100)."""
     config: dict[str, Any] = option({}, "refuse")
     """Keyword arguments of loss.factory."""
 

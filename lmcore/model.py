@@ -127,6 +127,8 @@ class ModelWithLoss(nn.Module):
             self._arguments = (self._arguments | body_arguments | _PASSED_THROUGH) - {"labels"}
             self._takes_any = False
         self._checked: set[frozenset[str]] = set()
+        self._counted = False
+        self._note = note
         self.head_path = "logits" if self.loss_factory is None else "factory"
         if self.loss_factory is None and self._is_transformers:
             reason = why_not_linear(model if probe is None else probe)
@@ -196,7 +198,7 @@ class ModelWithLoss(nn.Module):
         with _packing_known("position_ids" in batch) if self._is_transformers else contextlib.nullcontext():
             outputs = self.model(**inputs)
         if self.loss_factory is not None:
-            return self.loss_factory(outputs, batch)
+            return self._own_loss(outputs, batch)
         labels = batch["labels"]
         own_loss = None if self._is_transformers else _field(outputs, "loss")
         if own_loss is not None:  # the user's model made its own mean
@@ -213,6 +215,25 @@ class ModelWithLoss(nn.Module):
             self.training and balance is not None
         ):  # mixture of experts: a mean per token, as the family defines it
             loss_sum = loss_sum + getattr(self.config, "router_aux_loss_coef", 0.0) * balance * count
+        return loss_sum, count
+
+    def _own_loss(self, outputs: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        assert self.loss_factory is not None
+        made = self.loss_factory(outputs, batch)
+        if not isinstance(made, tuple | list) or len(made) != 2 or getattr(made[0], "ndim", None) != 0:
+            raise RequestError(
+                "loss.factory must return (sum, count): the loss summed over the batch, a tensor of one number, and "
+                f"over how many labels; it returned {made.__class__.__name__}"
+                + (f" of {len(made)}" if isinstance(made, tuple | list) else "")
+            )
+        loss_sum, count = made[0], torch.as_tensor(made[1], device=made[0].device)
+        if not self._counted and isinstance(batch.get("labels"), Tensor):
+            self._counted = True
+            if (given := float(count)) != (labels := int(count_labels(batch["labels"]))):
+                self._note(
+                    f"loss.factory counts {given:g} where the batch has {labels} labels that are not -100: the loss "
+                    f"that is logged is the sum over {given:g}, the gradient that of the sum over {labels}"
+                )
         return loss_sum, count
 
     def _check(self, batch: Mapping[str, Any]) -> None:

@@ -644,12 +644,14 @@ def test_impossible_own_data_is_refused() -> None:
     tuples = wrap([(1, 2), (3, 4)], seed=1)
     with pytest.raises(RequestError, match="must be a dict"):
         own(tuples, Cursor(fingerprint="", seed=1), count=1)
+    with pytest.raises(RequestError, match=r"must have labels, .* its keys are x, lables"):
+        own(wrap([{"x": 1, "lables": 2}] * 2, seed=1), Cursor(fingerprint="", seed=1), count=1)
     collated = Batches(
         tuples,
         cursor=Cursor(fingerprint="", seed=1),
         global_batch_blocks=2,
         micro_batch_blocks=2,
-        collate=lambda items: {"x": torch.tensor([x for x, _ in items])},
+        collate=lambda items: {"x": torch.tensor([x for x, _ in items]), "labels": torch.zeros(len(items))},
     )
     assert sorted(take(collated, 1)[0].micro_batches[0]["x"].tolist()) == [1, 3]
 

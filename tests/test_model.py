@@ -444,6 +444,17 @@ def test_own_model_and_own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     loss_sum.backward()
     monkeypatch.setitem(__import__("sys").modules, "user_parts", __import__("types").ModuleType("user_parts"))
     __import__("sys").modules["user_parts"].squared_error = squared_error  # type: ignore[attr-defined]
+    plain = m.ModelWithLoss(Regression(), loss_factory=lambda outputs, batch: (outputs.sum(), 6))
+    assert int(plain(features=x, labels=y)[1]) == 6, "a number counts as well as a tensor"
+    for wrong in (lambda o, b: o.sum(), lambda o, b: (o, 6), lambda o, b: (o.sum(), 6, 7)):
+        with pytest.raises(RequestError, match=r"must return \(sum, count\)"):
+            m.ModelWithLoss(Regression(), loss_factory=wrong)(features=x, labels=y)
+    notes: list[str] = []
+    other = m.ModelWithLoss(Regression(), loss_factory=lambda o, b: (o.sum(), 2), note=notes.append)
+    for _ in range(2):
+        other(features=x, labels=y)
+    assert len(notes) == 1
+    assert "counts 2 where the batch has 6 labels" in notes[0]
     by_path = m.ModelWithLoss(Regression(), loss_factory="user_parts:squared_error")
     assert by_path.loss_factory is squared_error
 
