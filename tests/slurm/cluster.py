@@ -36,6 +36,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tests.fork_server import free_port
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NEEDED = (*DAEMONS, "sbatch", "scontrol", "scancel", "squeue", "sinfo")
 SUBNET = "10.231.7"
@@ -61,7 +63,7 @@ def can_isolate() -> bool:
         " && unshare --uts --mount hostname probe"
     )
     command = ["unshare", "--net", "--mount", "--pid", "--uts", "--fork", "--mount-proc", "sh", "-c", probe]
-    return subprocess.run(command, capture_output=True, timeout=30, check=False).returncode == 0
+    return subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == 0
 
 
 class Cluster:
@@ -126,7 +128,7 @@ class Cluster:
             self._until(lambda: self._inside("scontrol", "ping", check=False).returncode == 0, "slurmctld")
             for node in self.nodes:
                 self.start_node(node)
-            self._until(lambda: self._idle() == len(self.nodes), "the nodes to become idle", seconds=60)
+            self._until(lambda: self._idle() == len(self.nodes), "the nodes to become idle", seconds=120)
         except BaseException as error:
             logs = "\n".join(f"--- {log.name}\n{_tail(log)}" for log in self.folder.glob("log/*.log"))
             self.stop()
@@ -148,10 +150,13 @@ class Cluster:
                 _end(pid)
         for pid in self.processes():  # tasks and slurmstepds that lost their slurmd
             _signal(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.05)
         if self._holder is not None:
             assert self._holder.stdin is not None
             self._holder.stdin.close()  # the first process of the namespace reads end of file and leaves
-            self._holder.wait(timeout=30)
+            self._holder.wait(timeout=120)
             self._holder = None
         self._enter = []
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -341,16 +346,19 @@ PartitionName=apart Nodes={self.nodes[-1]} MaxTime=INFINITE DefaultTime=30 Preem
         except TimeoutError as error:
             raise AssertionError(str(error)) from None
 
-    def processes(self, node: str | None = None) -> list[int]:
+    def processes(self, node: str | None = None, *, job: int | None = None) -> list[int]:
         """The pids (seen from here) of all processes of jobs, slurmstepds included, daemons excluded.
 
-        ``node`` limits them to one node, which is its network namespace (isolated mode only).
+        ``node`` limits them to one node, which is its network namespace (isolated mode only); ``job`` to one job,
+        without slurmstepds.
         """
         network = None if node is None else self._networks[node]
-        return [pid for pid in _pids() if self._is_ours(pid, network)]
+        return [pid for pid in _pids() if self._is_ours(pid, network, job)]
 
-    def _is_ours(self, pid: int, network: str | None) -> bool:
+    def _is_ours(self, pid: int, network: str | None, job: int | None) -> bool:
         environment = _environment(pid)
+        if job is not None and environment.get("SLURM_JOB_ID") != str(job):
+            return False
         if environment.get("SLURM_CONF") != str(self.configuration):
             return False
         is_step = _command_line(pid).startswith("slurmstepd")
@@ -392,7 +400,7 @@ PartitionName=apart Nodes={self.nodes[-1]} MaxTime=INFINITE DefaultTime=30 Preem
                 return pid
         return None
 
-    def _until(self, condition: Callable[[], object], what: str, *, seconds: float = 20) -> None:
+    def _until(self, condition: Callable[[], object], what: str, *, seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
@@ -444,15 +452,11 @@ def _end(pid: int) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now; all are held until all are found, so that no two are equal."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-    finally:
-        for item in sockets:
-            item.close()
+    """Ports that nobody listens on now, no two equal."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return sorted(ports)
 
 
 def _tail(log: Path, lines: int = 20) -> str:

@@ -2,11 +2,12 @@
 
 Comes in, as ``model.factory``: the arguments of :func:`build`. Goes out: the smallest model whose losses
 still depend on every batch that it has seen. It can also be told to fail, on one rank, after so many steps, and
-to wait at one for what the test does.
+to wait for what the test does.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ class Paced(nn.Module):
         exit_rank: int,
         after: int,
         hold_after: int,
+        hold_seconds: float,
         told: str,
     ):
         super().__init__()
@@ -35,13 +37,18 @@ class Paced(nn.Module):
         self.head = nn.Linear(width, vocab_size)
         self.seconds = seconds
         self.exit_code, self.exit_rank, self.left = exit_code, exit_rank, after
-        self.until_held, self.told = hold_after, Path(told)
+        self.until_held, self.hold_seconds, self.told = hold_after, hold_seconds, Path(told)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if self.training:
             time.sleep(self.seconds)
             self.until_held -= 1
-            while self.until_held < 0 and not self.told.exists():
+            begin = time.monotonic()
+            while (
+                self.until_held < 0
+                and time.monotonic() - begin < self.hold_seconds
+                and not self.told.exists()
+            ):
                 time.sleep(0.005)
             self.left -= 1
             if self.exit_code and self.left < 0 and os.environ.get("RANK", "0") == str(self.exit_rank):
@@ -59,10 +66,11 @@ def build(
     exit_rank: int = 0,
     after: int = 0,
     hold_after: int = 0,
+    hold_seconds: float = math.inf,
     told: str = "/",
 ) -> Paced:
     """``seconds``: length of a micro-batch. ``exit_code``: leave so on ``exit_rank``, ``after`` so many.
-    ``hold_after`` so many, it waits until the file ``told`` is there.
+    ``hold_after`` so many, each waits until the file ``told`` is there, for ``hold_seconds`` at most.
     """
     return Paced(
         vocab_size,
@@ -72,5 +80,6 @@ def build(
         exit_rank=exit_rank,
         after=after,
         hold_after=hold_after,
+        hold_seconds=hold_seconds,
         told=told,
     )

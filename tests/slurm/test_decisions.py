@@ -69,7 +69,7 @@ def submit(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             env=settings | environment,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=240,
             check=False,
             start_new_session=True,  # the stub of `scontrol requeue` signals its whole group
         )
@@ -149,7 +149,7 @@ def test_requeues_without_progress_end(submit, tmp_path: Path) -> None:
 def test_pieces_that_give_most_of_their_time_away_end(submit, tmp_path: Path) -> None:
     """A margin as long as the piece: one step each time, for ever, would be a waste that looks like progress."""
     late = {"exit_code": 75, "reason": "the job's end time is near"}
-    ends = str(int(time.time()) + 100)
+    ends = str(int(time.time()) + 10_000)
     results = [
         submit(status("saved", step=i, **late), SLURM_RESTART_COUNT=str(i), SLURM_JOB_END_TIME=ends).stdout
         for i in range(1, 4)
