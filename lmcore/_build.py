@@ -314,6 +314,10 @@ def _pretrained(
             model.tie_weights()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise RequestError(f"{source}: {one_line(error)}") from error
+    if getattr(config, "auto_map", None):
+        note(
+            f"{path} brings code of its own (auto_map), which is not run: {type(config).__name__} is transformers' own"
+        )
     if commit:
         note(f"{path}: commit {commit}" + ("" if revision else " (give model.revision to pin it)"))
     have = known_tokens(config, source, vocab_size)

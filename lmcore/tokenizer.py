@@ -90,6 +90,8 @@ class Tokenizer:
             ids = {role: getattr(self._hub, f"{role}_token_id") for role in tokens}
             self.vocab_size = max(len(self._hub), max(self._hub.get_vocab().values()) + 1)
             parts = {name: hub.without_length(name, data) for name, data in files.items()}
+            if "auto_map" in json.loads(files.get("tokenizer_config.json", b"{}")):
+                self.notes += ("it brings code of its own (auto_map), which is not run",)
         self.special_tokens = {f"{role}_token": token for role, token in tokens.items()}
         self.special_ids = {f"{role}_token_id": number for role, number in ids.items()}
         self.bos_id, self.pad_id, self.unk_id = ids.get("bos"), ids.get("pad"), ids.get("unk")

@@ -314,6 +314,13 @@ def test_a_pretrained_start_keeps_its_logits(tmp_path: Path) -> None:
     ids = batch()["input_ids"]
     with torch.no_grad():
         assert torch.equal(loaded.eval()(input_ids=ids).logits, source(input_ids=ids).logits)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "own.Own"}})
+    )
+    notes: list[str] = []
+    build("llama", {}, from_pretrained=str(folder), vocab_size=V, note=notes.append)
+    assert "code of its own (auto_map), which is not run: LlamaConfig" in notes[0]
     with pytest.raises(RequestError, match="knows 128 tokens, the tokenizer has 200"):
         build("llama", {}, from_pretrained=str(folder), vocab_size=200)
     with pytest.raises(RequestError, match="num_layers"):
