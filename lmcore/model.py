@@ -128,7 +128,8 @@ class ModelWithLoss(nn.Module):
             self._takes_any = False
         self._checked: set[frozenset[str]] = set()
         self._counted = False
-        self._note = note
+        # A function, which copy.deepcopy takes as it is: the speaker behind a bound method cannot be copied.
+        self._note: Callable[[str], None] = lambda line: note(line)
         self.head_path = "logits" if self.loss_factory is None else "factory"
         if self.loss_factory is None and self._is_transformers:
             reason = why_not_linear(model if probe is None else probe)
