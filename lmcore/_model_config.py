@@ -54,6 +54,9 @@ def known_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+
+
 def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
     """A transformers config of this type; ``owned`` are fields that lmcore sets.
 
@@ -82,9 +85,14 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
     if "is_decoder" in known:
         owned.setdefault("is_decoder", True)  # BERT and its kin see the future without it
     try:
-        return config_class(**{**owned, **overrides})
+        made = config_class(**{**owned, **overrides})
     except Exception as error:  # strict dataclasses and __post_init__ raise many types
         raise RequestError(f"model.config: {one_line(error)}") from error
+    sizes = {*_SIZES, *(config_class.attribute_map.get(name, name) for name in _SIZES)}
+    for name in sizes & set(overrides):  # transformers builds some such models, which fail at the first token
+        if getattr(made, name) < 1:
+            raise RequestError(f"model.config.{name} {getattr(made, name)} must be at least 1")
+    return made
 
 
 def context_length(

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers.initialization import no_init_weights
 
 from lmcore._build import _model_class
-from lmcore._model_config import SPECIAL_IDS, known_tokens, make_config, pretrained_config
+from lmcore._model_config import SPECIAL_IDS, known_tokens, make_config, one_line, pretrained_config
 from lmcore.errors import RequestError
 from lmcore.model import ModelWithLoss, decoder_layers, enable_activation_checkpointing, pad_vocab
 
@@ -181,16 +181,16 @@ def imagine(
     for name in ("num_hidden_layers", "vocab_size"):
         setattr(small, name, {"num_hidden_layers": 1, "vocab_size": 64}[name])
     try:
-        probe = _model_class(small)(small)
-    except Exception:  # a family whose layers are listed one by one; then the whole of it must be probed
-        probe = _model_class(config)(config)
-    with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
         try:
+            probe = _model_class(small)(small)
+        except Exception:  # a family whose layers are listed one by one; then the whole of it must be probed
+            probe = _model_class(config)(config)
+        with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
             model = _model_class(config)(config)
-        except (ValueError, TypeError, RuntimeError, KeyError) as error:
-            named = from_pretrained or f"model.type {type}"
-            raise RequestError(f"{named} refuses this configuration: {error}") from error
-        model.tie_weights()
+            model.tie_weights()
+    except Exception as error:  # constructors raise what they like
+        named = from_pretrained or _model_class(config).__name__
+        raise RequestError(f"{named} refuses this configuration: {one_line(error)}") from error
     adapt(model)
     model.real_vocab_size = real
     return model, probe

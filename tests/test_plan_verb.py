@@ -305,3 +305,22 @@ def test_a_report_says_where_no_rate_was_planned(tmp_path: Path) -> None:
 def test_a_number_of_processes_that_cannot_be_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--processes", "0"]) == EXIT_REQUEST
     assert "--processes 0: at least one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "--model.config.n_head 3 --model.config.n_embd 32",
+            "GPT2LMHeadModel refuses this configuration: `embed_dim`",
+        ),
+        ("--model.config.activation_function foo", "GPT2LMHeadModel refuses this configuration: 'foo'"),
+        ("--model.config.n_layer -1", "model.config.n_layer -1 must be at least 1"),
+        ("--model.config.n_embd 0", "model.config.n_embd 0 must be at least 1"),
+    ],
+)
+def test_a_model_that_cannot_be_is_one_line(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *words.split()]) == EXIT_REQUEST
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"lmcore: {said}")
