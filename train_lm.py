@@ -39,7 +39,7 @@ from pathlib import Path
 import torch
 
 from lmcore import assemble, dev_run, optim, plan
-from lmcore._assemble_plan import auto_micro_batch, plan_here
+from lmcore._assemble_plan import auto_micro_batch, plan_here, refuse_early
 from lmcore._memory import resident_bytes
 from lmcore.assemble import on_main
 from lmcore.budget import horizon
@@ -131,6 +131,8 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
     report.capture_logging()
     found = on_main(engine, partial(find_checkpoint, config, folder, report))
     past = found[1] if found else {}
+
+    on_main(engine, partial(refuse_early, config, engine.check_tracker))
 
     # ---- data: text -> tokenizer -> token stores -> blocks; every rank takes its share of the work
     if engine.is_main:

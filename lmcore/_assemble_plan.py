@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lmcore import _memory, _strategy_launch, model, plan, rehearsal
+from lmcore import _memory, _strategy_launch, model, plan, rehearsal, trackers
 from lmcore._strategy_zero import memory_settings
 from lmcore.assemble import Data, Note, adapt, make_optimizer, with_loss
 from lmcore.batches import Batches
@@ -88,6 +88,25 @@ def imagined(
     except Exception as error:  # own code may ask anything of numbers that are not there
         note(f"model.factory {named.factory} was built to be counted: without numbers it says {_said(error)}")
         return with_loss(config, make(), note=note)
+
+
+def refuse_early(config: RunConfig, check_tracker: Callable[[str], None]) -> None:
+    """Refuse what would otherwise be refused when the text has been tokenized, which may take hours.
+
+    Args:
+        check_tracker: raises for a tracker that is not there.
+    """
+    for path, option in ((config.model.factory, "model.factory"), (config.loss.factory, "loss.factory")):
+        if path is not None:
+            model.import_path(path, option)
+    trackers.check(config.report.trackers, config.report.webhook, check_tracker)
+    if config.model.type is not None:
+        rehearsal.imagine(
+            type=config.model.type,
+            config_overrides=config.model.config,
+            vocab_size=config.tokenizer.vocab_size or 2,
+            attention=config.model.attention,
+        )
 
 
 def first_batch(config: RunConfig, data: Data, micro_batch_blocks: int) -> dict[str, Tensor] | None:

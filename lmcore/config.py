@@ -30,6 +30,9 @@ from lmcore.duration import Duration, Durations
 from lmcore.errors import RequestError
 
 Resume = Literal["free", "warn", "refuse"]
+Attention = Literal[
+    "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+]
 Entries = list[str | dict[str, Any]]
 
 
@@ -157,7 +160,7 @@ class ModelConfig:
     """Commit of a Hub model."""
     factory: str | None = option(None, "refuse")
     """Your own nn.Module: package.module:function; it is called with model.config."""
-    attention: str | None = option(None, "free")
+    attention: Attention | None = option(None, "free")
     """Attention kernel of transformers: sdpa, eager, flash_attention_2, ...; default: the best there is."""
     lora: LoraConfig = section(LoraConfig)
 

@@ -48,7 +48,7 @@ from lmcore._memory import keep_freed_memory
 from lmcore._strategy_gradients import WideGradients, rehearse_backward
 from lmcore._strategy_ranks import Ranks
 from lmcore._strategy_state import Skeleton, TensorState, clean_name, keyed_seed, persistent_buffers
-from lmcore._strategy_trackers import open_tracker
+from lmcore._strategy_trackers import check_tracker, open_tracker
 from lmcore._strategy_zero_state import ZeroState
 from lmcore.errors import RequestError
 from lmcore.model import compile_regions, decoder_layers, enable_activation_checkpointing
@@ -414,6 +414,7 @@ class Engine:
                 self._skeleton.empty()
             self.barrier("full_model")
 
+    check_tracker = staticmethod(check_tracker)
     open_tracker = staticmethod(open_tracker)
 
     @property

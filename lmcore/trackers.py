@@ -131,8 +131,7 @@ class Trackers:
         self._posts: list[threading.Thread] = []
         self._ids: dict[str, str] = {}
         settings = sanitised({**(hyper_parameters or {}), "code_version": code_version()})
-        if webhook is not None and not _is_web(webhook):
-            raise RequestError("report.webhook: not a http:// or https:// address: give the full URL")
+        _check_webhook(webhook)
         openers: dict[str, Callable[[], Tracker]] = {}
         for tracker in dict.fromkeys(names):
             if tracker == "tensorboard":
@@ -358,6 +357,21 @@ def _need(module: str) -> None:
 
 def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def check(names: Sequence[str], webhook: str | None, check_other: Callable[[str], None]) -> None:
+    """What :class:`Trackers` would refuse, as soon as it can be known. ``check_other``: of other trackers."""
+    _check_webhook(webhook or os.environ.get(WEBHOOK_VARIABLE) or None)
+    for name in names:
+        if name in ("tensorboard", "wandb"):
+            _need(name)
+        else:
+            check_other(name)
+
+
+def _check_webhook(webhook: str | None) -> None:
+    if webhook is not None and not _is_web(webhook):
+        raise RequestError("report.webhook: not a http:// or https:// address: give the full URL")
 
 
 def _is_web(address: str) -> bool:
