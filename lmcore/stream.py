@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
@@ -40,8 +41,7 @@ from lmcore.order import ORDER_VERSION, Cursor, Order, Phase, keys, permute
 from lmcore.tokens import identity_of
 
 PARTS_PER_LANE = 8
-"""The corpus is cut into about so many parts for each lane, so that lanes end their epochs near one
-another."""
+"""The corpus is cut into about so many parts for each lane, so that lanes end their epochs near one another."""
 _MIN_PART_BYTES, _MAX_PART_BYTES = 2**16, 2**23
 _MAX_STRIDES = 64
 _ENCODED_CHARACTERS = 2**15
@@ -159,8 +159,7 @@ class StreamDataset:
         return new
 
     def _groups(self) -> list[list[tuple[int, int]]]:
-        """What is drawn from separately: [(source, part), ...] for each group; without weights all is one
-        group."""
+        """What is drawn from separately: [(source, part), ...] for each group; without weights all is one group."""
         numbered = [[(s, p) for p in range(len(parts))] for s, parts in enumerate(self._parts)]
         weighted = [phase.weights is not None for phase in self.phases]
         if all(weighted):
@@ -192,8 +191,7 @@ class StreamDataset:
         return len(positions) * self.block_size
 
     def epoch_of(self, cursor: Cursor) -> float:
-        """Epochs, averaged over the lanes whose state the cursor has; parts count as a whole when they
-        begin."""
+        """Epochs, averaged over the lanes whose state the cursor has; parts count as a whole when they begin."""
         total = sum(len(parts) for parts in self._parts)
         begun = [
             (int(lane) + state[0][0] * self.lanes) / total
@@ -260,6 +258,8 @@ class StreamDataset:
     def _on_bad(self, record: text.BadRecord) -> None:
         if self._on_error == "raise":
             raise FaultError(f"{record}: mend it, or leave such records out with data.on_error skip")
+        if (record.path, record.where) not in self._bad:  # a worker process says it on standard error
+            logging.getLogger(__name__).warning("left out: %s", record)
         self._bad.add((record.path, record.where))
         bad, total = len(self._bad), self._records + len(self._bad)
         if bad > max(10, self._max_bad_fraction * total):

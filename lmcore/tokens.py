@@ -41,6 +41,10 @@ from lmcore.token_store import MANIFEST, STORE_VERSION, TokenStore, sample_of
 __all__ = ["Progress", "TokenStore", "prepare", "spooled"]
 
 
+_SAID_RECORDS = 100
+"""So many bad records are said one by one at each start; all are in the manifest."""
+
+
 class NoText(RequestError):
     """A source, or one side of a split of it, without a single token."""
 
@@ -72,7 +76,7 @@ def prepare(
         on_error: ``raise`` ends at the first bad record with its place; ``skip`` leaves bad records out.
         max_bad_fraction: with ``skip``, more than this share of bad records is an error all the same.
         progress: called about twice a second.
-        note: takes one line of text: what differs from the store that was built before.
+        note: takes one line of text: what differs from the store that was built before, and the bad records.
         part_bytes: text of a part; default: by the size of the corpus, 1 to 64 MiB. It changes no token.
 
     Raises:
@@ -129,6 +133,8 @@ def prepare(
     _tidy(folder)
     store = TokenStore.open(folder)
     _enforce(store.manifest, on_error, max_bad_fraction)
+    for line in _left_out(store.manifest, folder):
+        note(line)
     if store.n_tokens == 0:
         raise NoText(f"source {source.name!r} holds no text at all ({len(source.paths)} files)")
     return store
@@ -323,3 +329,15 @@ def _enforce(manifest: dict[str, Any], on_error: str, max_bad_fraction: float) -
             f"{bad} of {total} records of {manifest['name']} are bad, more than data.max_bad_fraction "
             f"{max_bad_fraction}; {first}"
         )
+
+
+def _left_out(manifest: dict[str, Any], folder: Path) -> Iterator[str]:
+    """The bad records that the policy allowed, for the log: how many, and where the first ones are."""
+    if not manifest["bad"]:
+        return
+    yield f"{manifest['name']}: {manifest['bad']:,} bad records are left out"
+    records = [record for part in manifest["parts"] for record in part["bad_records"]]
+    for record in records[:_SAID_RECORDS]:
+        yield f"  {record['path']}, {record['where']}: {record['reason']}"
+    if len(records) > _SAID_RECORDS:
+        yield f"  and {len(records) - _SAID_RECORDS:,} more, in {folder / MANIFEST}"
