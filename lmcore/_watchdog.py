@@ -84,6 +84,9 @@ class Watchdog:
     def start(self) -> None:
         """Write the first sign of life and begin to watch."""
         DISK.makedirs(self._folder)
+        for earlier in self._folder.glob(".told-*") if self._rank == 0 else ():
+            with contextlib.suppress(OSError):
+                earlier.unlink()
         self._stacks = open(self._stacks_path(self._rank), "w")  # noqa: SIM115 - lives as long as the process
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True, chain=False)
         self._publish(done=False)
@@ -186,10 +189,30 @@ class Watchdog:
         self._say(line)
 
     def _report_end(self, line: str, ranks: list[int]) -> None:
-        everybody = (*self._peers, self._rank)
-        well = [rank for rank in everybody if rank not in ranks] or everybody  # all stuck: one of them speaks
-        if self._on_end is not None and self._rank == min(well):
-            self._on_end(line)
+        """The lowest rank that is well tells of the end, or where all are at fault the lowest that knows it: once.
+
+        The others leave after it: a launcher ends them all when the first one leaves.
+        """
+        self._read_peers(again=True)
+        ending = {self._rank, *(rank for rank, peer in self._peers.items() if peer["failed"])}
+        speaker = min({*self._peers, self._rank}.difference(ranks) or ending)
+        if speaker == self._rank:
+            if self._on_end is not None and self._is_first_to_tell():
+                self._on_end(line)
+            return
+        give_up, peer = time.monotonic() + _STACKS_SECONDS, self._peers[speaker]
+        while peer["failed"] and self._here(peer) and _lives(peer) and time.monotonic() < give_up:
+            time.sleep(0.05)
+
+    def _is_first_to_tell(self) -> bool:
+        """Of all ranks of this start: they do not see the same at the same moment."""
+        try:
+            os.close(os.open(self._folder / f".told-{self._session}", os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+        except FileExistsError:
+            return False
+        except OSError:
+            return True  # the disk is full, or read-only now: told twice is better than never
+        return True
 
     # ---- the thread ---------------------------------------------------------------------------------------
 
@@ -348,8 +371,7 @@ class Watchdog:
     def _is_dead(self, rank: int, peer: dict[str, Any]) -> bool:
         if peer["done"] or not self._here(peer):
             return False
-        process = _process(peer["pid"])
-        if process is not None and process[1] == peer["start"]:
+        if _lives(peer):
             return False
         now = self._read(rank)
         if now is not None:
@@ -361,9 +383,14 @@ def _last_word(peer: dict[str, Any]) -> str:
     return f"{peer['what']}, step {peer['step']}"
 
 
-def _signal(peer: dict[str, Any], number: int) -> None:
+def _lives(peer: dict[str, Any]) -> bool:
+    """Whether the process is there, on this machine; never a stranger that got the same number."""
     process = _process(peer["pid"])
-    if process is not None and process[1] == peer["start"]:  # never a stranger that got the same number
+    return process is not None and process[1] == peer["start"]
+
+
+def _signal(peer: dict[str, Any], number: int) -> None:
+    if _lives(peer):
         try:
             os.kill(peer["pid"], number)
         except ProcessLookupError:

@@ -23,6 +23,7 @@ from typing import Any, final
 import pytest
 import torch
 
+from lmcore import _watchdog
 from lmcore import guard as room
 from lmcore._numerics import Action, History, Policy, Report, decide, limit, norm_limit
 from lmcore._watchdog import EXIT_STUCK, Watchdog
@@ -668,6 +669,27 @@ def test_a_rank_that_ends_because_of_another_s_death_is_not_accused(tmp_path: Pa
     sign(tmp_path, 1, 999999, done=True)
     [word] = dog_of(tmp_path, left, said, rank=2, world_size=3).dead_peers()
     assert word.startswith("rank 0 (pid 999998"), "it is the only one"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_of_ranks_that_are_all_at_fault_one_tells_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int], at_once: bool
+) -> None:
+    """They stand at the same place, so that each of them names all; at the same moment, or one after the other."""
+    monkeypatch.setattr(_watchdog, "_STACKS_SECONDS", 0.1)
+    told: list[int] = []
+    dogs = [
+        dog_of(tmp_path, [], [], rank=rank, on_end=lambda _, rank=rank: told.append(rank)) for rank in (0, 1)
+    ]
+    for dog in dogs:
+        dog._failed = at_once
+        dog._publish(done=False)
+    for rank in order:
+        dogs[rank]._failed = True
+        dogs[rank]._publish(done=False)
+        dogs[rank]._report_end("both are stuck", [0, 1])
+    assert told == [0 if at_once else order[0]]
 
 
 def test_a_long_phase_may_ask_for_more_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
