@@ -12,7 +12,6 @@ import struct
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,7 +157,7 @@ def test_live_and_strided_tensors_are_copied_before_save_returns(tmp_path: Path)
 
 
 def _wait(gate: threading.Event) -> None:
-    assert gate.wait(20)
+    assert gate.wait(240)
 
 
 def test_a_layout_that_lies_is_refused(tmp_path: Path) -> None:
@@ -764,13 +763,11 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
             _wait(gate)
 
     saves = Checkpoints(tmp_path, disk=Disk(before), say=lambda _: None)
-    begin = time.monotonic()
-    save(saves, 1)
+    save(saves, 1)  # the gate is shut: what waited for the disk would be here in four minutes, with an error
     assert saves.poll() is None
     assert saves.last_step is None
     assert not saves.failed
     assert saves.busy
-    assert time.monotonic() - begin < 5
     opener = threading.Timer(0.2, gate.set)
     opener.start()
     save(saves, 2)  # waits for the first: never two at a time
@@ -819,9 +816,9 @@ def test_a_fault_in_the_background_that_is_no_disk_fault_surfaces(tmp_path: Path
 def test_a_killed_run_exits_with_the_save_still_on_its_way(tmp_path: Path) -> None:
     """An exception in the trainer does not tear the save that is on its way: the interpreter waits for it."""
     script = f"""
-import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})
+import sys, time; sys.path.insert(0, {str(PACKAGE.parent)!r})
 from tests import test_checkpoint as t
-saves = t.Checkpoints({str(tmp_path)!r}, disk=t.Disk(lambda call: t.time.sleep(0.01)))
+saves = t.Checkpoints({str(tmp_path)!r}, disk=t.Disk(lambda call: time.sleep(0.01)))
 t.save(saves, 1)
 raise SystemExit(3)
 """

@@ -80,7 +80,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem.replace(".", "-")
 )

@@ -270,7 +270,7 @@ for folder in sys.argv[1:]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3000)
 def test_transformers_4_57_and_lm_eval_open_it_in_an_environment_of_their_own(tmp_path: Path) -> None:
     """A second environment, with this one's torch behind it."""
     place = tmp_path / "other"

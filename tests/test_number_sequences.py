@@ -120,7 +120,7 @@ def train(recipe: str, folder: Path, *options: str) -> tuple[Transformer, Sequen
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("recipe", ["random_draws", "unseen_pairs"])
 def test_it_is_learnt(recipe: str, tmp_path: Path) -> None:
     result = score(*decode(*train(recipe, tmp_path / "run")))
