@@ -229,7 +229,12 @@ def report(words: list[str]) -> None:
     runs = [
         html.read_run(path) for path in asked.runs if not asked.where or Path(path, "config.yaml").exists()
     ]
-    runs = [run for run in runs if all(_matches(html.leaves(run.settings()), wish) for wish in asked.where)]
+    for wish in asked.where:
+        runs = [
+            run
+            for run, same in zip(runs, _matching([html.leaves(run.settings()) for run in runs], wish))
+            if same
+        ]
     if not runs:
         raise RequestError(
             f"--where {' '.join(asked.where)}: none of the {len(asked.runs)} runs is like that"
@@ -242,15 +247,15 @@ def report(words: list[str]) -> None:
     print(out)
 
 
-def _matches(settings: list[tuple[str, Any]], wish: str) -> bool:
-    """Whether a configuration has ``key=value``; a key may leave its sections out."""
+def _matching(runs: list[list[tuple[str, Any]]], wish: str) -> list[bool]:
+    """Which configurations have ``key=value``; a key may leave its sections out, and older runs may not have it."""
     key, equals, value = wish.partition("=")
     if not equals:
         raise RequestError(f"--where {wish}: write KEY=VALUE, such as optim.lr=1e-4")
-    found = [item for name, item in settings if f".{name}".endswith(f".{key}")]
-    if not found:
+    found = [[item for name, item in settings if f".{name}".endswith(f".{key}")] for settings in runs]
+    if runs and not any(found):
         raise RequestError(f"--where {wish}: the configuration has no {key}")
-    return any(_same(item, value) for item in found)
+    return [any(_same(item, value) for item in items) for items in found]
 
 
 def _same(item: Any, value: str) -> bool:

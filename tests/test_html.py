@@ -197,6 +197,10 @@ def test_past_runs_are_picked_by_their_configuration(
         assert "a: steps 20" in said
         assert "b: steps" not in said
         assert (tmp_path / "a" / "report.html").exists()
+    newer = tmp_path / "b" / "config.yaml"
+    newer.write_text(newer.read_text() + "fresh: 3\n", encoding="utf-8")
+    verbs.report([*both, "--where", "fresh=3"])
+    assert "a: steps" not in capsys.readouterr().out, "an older run has no such option: it is not that run"
     with pytest.raises(RequestError, match="no lrr"):
         verbs.report([*both, "--where", "lrr=1"])
     with pytest.raises(RequestError, match="none of the 2"):
