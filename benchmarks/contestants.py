@@ -54,7 +54,8 @@ class Contestant:
     ) -> None:
         theirs, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
-        self._log = tempfile.NamedTemporaryFile("w+", suffix=f"-{name}.log", delete=False)  # noqa: SIM115 - lives as long as the process
+        self._folder = tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True)
+        self._log = Path(self._folder.name) / f"{name}.log"
         self.name = name
         command = [
             sys.executable,
@@ -64,14 +65,15 @@ class Contestant:
             str(theirs),
             str(theirs_out),
         ]
-        self._process = subprocess.Popen(
-            command,
-            pass_fds=(theirs, theirs_out),
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            cwd=tempfile.mkdtemp(prefix="benchmark-"),
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
-        )
+        with open(self._log, "w") as log:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=(theirs, theirs_out),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self._folder.name,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+            )
         os.close(theirs)
         os.close(theirs_out)
         self._to, self._from = os.fdopen(ours_out, "w"), os.fdopen(ours_in)
@@ -85,7 +87,7 @@ class Contestant:
             line = ""
         if not line:
             self._process.wait()
-            raise RuntimeError(f"{self.name} ended:\n{Path(self._log.name).read_text()[-3000:]}")
+            raise RuntimeError(f"{self.name} ended:\n{self._log.read_text()[-3000:]}")
         return json.loads(line)
 
     def close(self) -> None:
@@ -94,6 +96,7 @@ class Contestant:
             self._to.close()
         self._process.kill()
         self._process.wait()
+        self._folder.cleanup()
 
 
 class Gate:

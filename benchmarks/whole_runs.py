@@ -25,11 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import common  # noqa: E402 - the root must be on the path first
-from contestants import (  # noqa: E402
+import common  # first: it puts the root on the path
+from contestants import (
     DEFAULTS,
     MODELS,
     NO_DROPOUT,
@@ -40,8 +37,9 @@ from contestants import (  # noqa: E402
     train_tokens,
 )
 
-from lmcore.metrics import read_metrics  # noqa: E402
+from lmcore.metrics import read_metrics
 
+ROOT = Path(__file__).resolve().parent.parent
 TOKENS, VOCAB, BLOCKS = 256, 8000, 8
 
 

@@ -1,9 +1,12 @@
-"""Shared by all tests: one torch thread per process, no network, no colour."""
+"""Shared by all tests: one torch thread per process, no network, no colour, nothing left in the temporary folder."""
 
 from __future__ import annotations
 
+import getpass
 import os
+import shutil
 import signal
+import tempfile
 
 # Before torch is imported anywhere: two cores, several processes; more threads only fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,3 +17,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # goes on ignoring it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure() -> None:
+    """Processes that tests kill, and torch's launcher always, leave folders behind: in one that goes in the end."""
+    outside = tempfile.gettempdir()
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", outside)  # ``tmp_path`` stays where pytest has it
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{outside}/torchinductor_{getpass.getuser()}")
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="lmcore-tests-")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)

@@ -154,6 +154,9 @@ def _collect(name: str, folder: str, pids: list[int], timeout: float) -> list[An
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        give_up = time.monotonic() + 60
+        while any(map(_alive, pids)) and time.monotonic() < give_up:
+            time.sleep(0.001)  # until then they hold the lock of their run
     return [results[rank] for rank in range(len(pids))]
 
 

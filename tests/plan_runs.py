@@ -67,7 +67,7 @@ def make_engine(case: Case) -> Any:
         param_dtype=case.param_dtype,
         deepspeed=deepspeed,
         activation_checkpointing=case.checkpointing,
-        timeout_seconds=60,
+        timeout_seconds=200,
     )
 
 
