@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def start(place: Path, stores: Path, workers: int, inject: Callable[[int], None]
                 build(place, stores, worker)
                 code = 0
             except BaseException:
-                sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+                traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(code)

@@ -18,6 +18,7 @@ start cost depends on the machine, not on the trainer, and is told in docs/fault
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import random
@@ -75,7 +76,8 @@ def watched(times: Path) -> Callable[[int], None]:
             save(self, reason)
             mark(times, "save")
 
-        Session.read, Session.advance, Session.save = watched_read, watched_advance, watched_save  # type: ignore[method-assign]
+        for name, method in (("read", watched_read), ("advance", watched_advance), ("save", watched_save)):
+            setattr(Session, name, method)
 
     return inject
 
@@ -123,6 +125,11 @@ def seconds_per_step(place: Path, folder: Path) -> float:
     return sorted(after - before for before, after in itertools.pairwise(steps))[len(steps) // 2]
 
 
+def has_saved(run_dir: Path, before: list[int]) -> bool:
+    """Whether there are other checkpoints than ``before``."""
+    return runs.committed_steps(run_dir) != before
+
+
 def soak(place: Path, seed: int, folder: Path, minutes: float = MINUTES) -> Trial:
     """Killed every 15 to 60 s for so many minutes, one time in six by SIGTERM; then compared and counted."""
     draw, trial = random.Random(seed), Trial()
@@ -135,7 +142,7 @@ def soak(place: Path, seed: int, folder: Path, minutes: float = MINUTES) -> Tria
         run = runs.start(arguments(place, folder, steps), logs=folder / "logs", inject=watched(times))
         run.wait(shortened * draw.uniform(*PAUSE_SECONDS), until=lambda: False)
         # A kill that comes before the first save of a start, on a slow machine, would go on so for ever.
-        run.wait(120, until=lambda saved=saved: runs.committed_steps(folder / "run") != saved)  # type: ignore[misc]
+        run.wait(120, until=functools.partial(has_saved, folder / "run", saved))
         number = signal.SIGTERM if draw.random() < 1 / 6 else signal.SIGKILL
         if not run.codes:
             if number == signal.SIGKILL:
