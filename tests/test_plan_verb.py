@@ -194,11 +194,15 @@ def test_a_probe_trains_two_real_steps_and_says_what_it_assumes(tmp_path: Path) 
     argv = ["plan", "--probe", *SMALL, "--run_dir", str(tmp_path / "run"), "--debug"]
     (said,) = run_ranks(_probe, 1, argv)
     assert "2 steps of 2 micro-batches on 1 x CPU, single, fp32" in said
-    rate = float(re.search(r" at ([\d,]+) tokens/s", said)[1].replace(",", ""))  # type: ignore[index]
+    spoken = re.search(r" at ([\d,]+) tokens/s", said)
+    assert spoken
+    rate = float(spoken[1].replace(",", ""))
     kept = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert kept["tokens_per_second"] == pytest.approx(rate, abs=1)
     assert "energy not known without" in said
-    assert "of the" in re.search(r"memory of the probe .*", said)[0]  # type: ignore[index]
+    row = re.search(r"memory of the probe .*", said)
+    assert row
+    assert "of the" in row[0]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["plan.json"], "and leaves nothing else"
     (said,) = run_ranks(
         _probe, 1, [*argv, "--watts", "100", "--processes", "2", "--train.micro_batch_blocks", "2"]
