@@ -97,10 +97,11 @@ def test_only_plain_causal_attention_in_bf16_goes_the_other_way(monkeypatch: Any
     assert asked(narrow, dropout=0.1), "the fused kernel of a CPU knows no dropout"
 
 
-def test_gelu_new_is_the_fused_tanh_gelu() -> None:
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
+def test_the_tanh_form_of_gelu_is_the_fused_kernel(activation: str) -> None:
     built: Any = model.build(
         type="gpt2",
-        config_overrides={"n_layer": 1, "n_embd": 32, "n_head": 2},
+        config_overrides={"n_layer": 1, "n_embd": 32, "n_head": 2, "activation_function": activation},
         vocab_size=V,
         block_size=T,
         seed=0,
@@ -108,12 +109,42 @@ def test_gelu_new_is_the_fused_tanh_gelu() -> None:
     before = built.transformer.h[0].mlp.act
     kernels.use_faster_kernels(built)
     after = built.transformer.h[0].mlp.act
-    assert isinstance(after, nn.GELU)
+    assert isinstance(after, kernels.TanhGELU)
     x = torch.linspace(-12, 12, 4001)
     # A few roundings of float32 (2^-24) of values up to 12.
     torch.testing.assert_close(after(x), before(x), rtol=0, atol=2e-6)
     exact = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x.double() + 0.044715 * x.double() ** 3)))
     torch.testing.assert_close(after(x).double(), exact, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_tanh_gelu_under_a_compiler_is_the_same_function(dtype: torch.dtype) -> None:
+    act = kernels.TanhGELU()
+    # What the compiler gets is run as it is: whether inductor fuses it rightly is not a matter of formulas.
+    compiled = torch.compile(act, backend="aot_eager", fullgraph=True)
+    graphs: list[str] = []
+
+    def seen(graph: Any, examples: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    points = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e4, -90.0, 90.0, 1e4])]).to(dtype)
+    torch.compile(act, backend=seen)(points)
+    assert "sigmoid" in graphs[0]
+    assert "gelu" not in graphs[0]
+    results = []
+    for function in (act, compiled, nn.GELU(approximate="tanh")):
+        x = (points.clone() if function in (act, compiled) else points.double()).requires_grad_()
+        y = function(x)
+        y.sum().backward()
+        results.append((y.detach().double(), x.grad.double()))
+    exact = results[2]
+    # Relative to the value one rounding to the dtype; absolute a few of float32, which both compute in.
+    rounding = {torch.float32: 2**-22, torch.bfloat16: 2**-8, torch.float64: 2**-50}[dtype]
+    small = 2e-6 if dtype != torch.float64 else 1e-14
+    for result in results[:2]:
+        for ours, theirs in zip(result, exact, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=rounding, atol=small)
 
 
 def trained(*, fast: bool, bf16: bool, steps: int, monkeypatch: Any) -> list[float]:

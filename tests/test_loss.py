@@ -72,6 +72,8 @@ def test_chunked_equals_plain(
 ) -> None:
     # What the compiler gets is run as it is: whether inductor fuses it rightly is not a matter of formulas.
     monkeypatch.setattr(loss_room, "_compiled_tile", lambda: loss_room._tile_to_compile)
+    if compiled:  # as on a GPU: a CPU never compiles it
+        monkeypatch.setattr(loss_room, "whole_chunks", lambda device_type: True)
     # float64: any difference beyond rounding would be an error in a formula.
     hidden, weight, b, labels = make(37, 16, 64, 29, dtype=torch.float64, bias=bias)
     inputs = [t for t in (hidden, weight, b) if t is not None]
@@ -82,6 +84,14 @@ def test_chunked_equals_plain(
     torch.testing.assert_close(chunked, plain, rtol=1e-13, atol=1e-12)
     for ours, theirs in zip(gradients(chunked, inputs, 0.3), gradients(plain, inputs, 0.3)):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_on_a_cpu_the_softmax_is_never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_room, "_compiled_tile", lambda: pytest.fail("compiled"))
+    hidden, weight, _, labels = make(37, 16, 64, 29, dtype=torch.float32, bias=False)
+    one, _ = causal_lm_loss(hidden, weight, None, labels, chunk=16, compiled=True)
+    other, _ = causal_lm_loss(hidden, weight, None, labels, chunk=16)
+    assert torch.equal(one, other)
 
 
 @settings(max_examples=40, deadline=None)
