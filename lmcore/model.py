@@ -228,7 +228,8 @@ class ModelWithLoss(nn.Module):
                 + (f" of {len(made)}" if isinstance(made, tuple | list) else "")
             )
         loss_sum, count = made[0], torch.as_tensor(made[1], device=made[0].device)
-        if not self._counted and isinstance(batch.get("labels"), Tensor):
+        # A plan's tensors, of a class of their own, hold no numbers.
+        if not self._counted and isinstance(batch.get("labels"), Tensor) and type(count) is Tensor:
             self._counted = True
             if (given := float(count)) != (labels := int(count_labels(batch["labels"]))):
                 self._note(
