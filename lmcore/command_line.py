@@ -121,7 +121,7 @@ def _split(argv: Iterable[str]) -> _Request:
             help_section = "".join(values) if name == "help" else help_section
             print_config |= name == "print_config"
             continue
-        if not values and key is not None and key.type is bool:
+        if not values and key is not None and key.type in (bool, bool | int):
             values = ["true"]
         if not values:
             raise RequestError(f"--{name} needs a value")

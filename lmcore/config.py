@@ -237,8 +237,8 @@ class TrainConfig:
     """torch.compile, layer by layer."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option("default", "free")
     """Mode of torch.compile."""
-    activation_checkpointing: bool = option(False, "free")
-    """Recompute the layers in the backward pass: less memory, about a third more arithmetic."""
+    activation_checkpointing: bool | int = option(False, "free", at_least=0)
+    """Recompute the layers in the backward pass: less memory, about a third more arithmetic; 2: every second one."""
     deterministic: bool = option(False, "warn")
     """Deterministic kernels, and an error where there is none."""
     max_minutes: float | None = option(None, "free", above=0)

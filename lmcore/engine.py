@@ -80,7 +80,7 @@ class Engine:
         timeout_seconds: how long a collective waits for a rank before the run ends with an error.
         compile: "none", or "regional": each layer by itself.
         compile_mode: torch.compile's mode.
-        activation_checkpointing: recompute each layer in backward instead of keeping its activations.
+        activation_checkpointing: recompute each layer (2: every second one) in backward, not keep its activations.
         seed: the run's seed; dropout is derived from it.
         deterministic: bit-identical reruns on CUDA too, at the cost of speed.
         tf32: allow TF32 for fp32 matrix products on CUDA.
@@ -99,7 +99,7 @@ class Engine:
         timeout_seconds: float = 1800.0,
         compile: str = "none",
         compile_mode: str | None = None,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | int = False,
         seed: int = 0,
         deterministic: bool = False,
         tf32: bool = True,
@@ -184,7 +184,7 @@ class Engine:
         if self._compile != "none":  # before checkpointing: the recomputation is of the compiled layer
             compile_regions(module, self._compile_mode)
         if self._checkpointing:
-            enable_activation_checkpointing(self._inner.model)
+            enable_activation_checkpointing(self._inner.model, every=int(self._checkpointing))
         first = None
         if self.sharded or (self._with_zero and self.precision != "fp32"):
             # DeepSpeed alone would make its fp32 weights from rounded ones.

@@ -379,7 +379,7 @@ def compile_regions(model: nn.Module, mode: str | None = None, **options: Any) -
 
 
 def enable_activation_checkpointing(model: nn.Module, *, every: int = 1) -> int:
-    """Recompute every ``every``-th decoder layer in backward, not keep its activations; their number.
+    """Recompute every ``every``-th decoder layer in backward, the first among them; their number.
 
     Non-reentrant, and the random state is kept, so that the recomputation drops the same units.
 

@@ -148,7 +148,7 @@ class Setting:
     reduce_dtype: str = "fp32"
     micro_batch_blocks: int = 1
     accumulation: int = 1
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | int = False
     small_optimizer_state: bool = False
     offload_optimizer: bool = False
     offload_weights: bool = False
@@ -302,7 +302,7 @@ def remedies(setting: Setting) -> list[tuple[str, Setting]]:
             setting, micro_batch_blocks=micro, accumulation=setting.accumulation * blocks // micro
         )
         found.append((f"--train.micro_batch_blocks {micro}", changed))
-    if not setting.activation_checkpointing:
+    if setting.activation_checkpointing != 1:
         found.append(("--train.activation_checkpointing", replace(setting, activation_checkpointing=True)))
     if not setting.small_optimizer_state and setting.strategy in ("single", "ddp", "fsdp2"):
         found.append(("--optim.state_dtype bf16", replace(setting, small_optimizer_state=True)))

@@ -68,7 +68,7 @@ def rehearse(
     batch: Mapping[str, Tensor] | None = None,
     autocast: torch.dtype | None = None,
     weights: torch.dtype | None = None,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: bool | int = False,
     device_type: str = "cpu",
     count_flops: bool = True,
 ) -> Rehearsal:
@@ -77,7 +77,7 @@ def rehearse(
     Args:
         module: takes ``input_ids`` and ``labels``, returns (sum, count). Its tensors may be fake already.
         batch: what it takes instead, if it takes anything else; shapes and types only are looked at.
-        activation_checkpointing: recompute the layers, as the run would.
+        activation_checkpointing: recompute the layers, every n-th if it is a number, as the run would.
         autocast: the type of the matrix products, as the strategies without sharding compute.
         weights: cast the weights to this type beforehand, as sharded strategies do.
         device_type: of the planned run; the head, attention and dropout take other ways on a GPU.
@@ -86,7 +86,7 @@ def rehearse(
     with _fakes(module), _as_on(device_type):
         original, module = module, _fake_copy(module, weights)
         if activation_checkpointing:
-            enable_activation_checkpointing(module)
+            enable_activation_checkpointing(module, every=int(activation_checkpointing))
         shape = (micro_batch_blocks, block_size)
         batch = batch or {name: torch.empty(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
         batch = {name: torch.zeros(tuple(b.shape), dtype=b.dtype) for name, b in batch.items()}

@@ -318,6 +318,13 @@ def test_a_typo_in_any_name_is_an_error_with_the_right_name(tmp_path: Path) -> N
         assert name in message
 
 
+def test_a_switch_may_stand_alone() -> None:
+    assert parse(["--train.deterministic", "--seed", "3"]).train.deterministic is True
+    assert parse(["--train.activation_checkpointing", "--seed", "3"]).train.activation_checkpointing is True
+    assert parse(["--train.activation_checkpointing", "2"]).train.activation_checkpointing == 2
+    assert "at least 0" in refused("--train.activation_checkpointing", "-1")
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -185,6 +185,8 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_by_recomputation() -> Non
     deep = ModelWithLoss(build(type="gpt2", config_overrides=fields, vocab_size=640, block_size=64, seed=0))
     before = held_bytes(deep, micro_batch_blocks=8)
     recomputed = held_bytes(deep, micro_batch_blocks=8, activation_checkpointing=True)
+    second = held_bytes(deep, micro_batch_blocks=8, activation_checkpointing=2)
+    assert recomputed < second < before
     assert held_bytes(deep, micro_batch_blocks=8) == before, "the module itself is as it was"
     enable_activation_checkpointing(deep.model)
     assert held_bytes(deep, micro_batch_blocks=8) == recomputed < before / 2

@@ -310,6 +310,37 @@ def test_a_save_by_the_clock_never_keeps_training_waiting_for_the_one_before(tex
     assert saves[-1] == (40, "end")  # the horizon's own save comes whenever the last one by the clock was
 
 
+def _recomputed_layers(argv: list[str]) -> int:
+    """As ``_train``; how many layers are run by way of torch's checkpoint, in the trainer itself."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    import lmcore.model
+
+    layers, recomputed = set(), lmcore.model._recomputed
+
+    def seen(forward: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(args[0], FakeTensor):  # the plan's rehearsal
+            layers.add(id(layer))
+        return recomputed(forward, layer, *args, **kwargs)
+
+    lmcore.model._recomputed = seen
+    assert _train(argv, None, 0) == EXIT_FINISHED
+    return len(layers)
+
+
+def test_every_layer_or_every_second_one_is_recomputed_and_nothing_changes(text: Path) -> None:
+    found = {}
+    for choice in ("false", "true", "2"):
+        options = {**SHORT, "model__config__n_layer": 3, "train__activation_checkpointing": choice}
+        found[choice] = run_ranks(
+            _recomputed_layers, 1, request(text, text / f"recomputed-{choice}", **options)
+        )
+    assert found == {"false": [0], "true": [3], "2": [2]}
+    assert (
+        losses(text / "recomputed-false") == losses(text / "recomputed-true") == losses(text / "recomputed-2")
+    )
+
+
 def _train_with_an_error(argv: list[str], at_step: int) -> str:
     import train_lm
 
