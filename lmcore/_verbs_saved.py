@@ -93,8 +93,7 @@ def generate(words: list[str]) -> None:
 
     prompt = sys.stdin.read() if asked.prompt == "-" else asked.prompt
     for number in range(asked.samples):
-        sys.stdout.write(prompt)
-        for piece in room.stream(
+        pieces = room.stream(
             saved.model,
             saved.tokenizer,
             prompt,
@@ -104,7 +103,9 @@ def generate(words: list[str]) -> None:
             top_p=asked.top_p,
             seed=asked.seed + number,
             stop_at_eos=not asked.no_stop,
-        ):
+        )
+        sys.stdout.write(prompt)
+        for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n" if number + 1 == asked.samples else "\n\n")

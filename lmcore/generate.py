@@ -59,7 +59,7 @@ def stream(
     seed: int = 0,
     stop_at_eos: bool = True,
 ) -> Iterator[str]:
-    """Continue ``prompt`` and yield the new text as it comes.
+    """Continue ``prompt`` and yield the new text as it comes; what is out of range is refused at the call.
 
     Args:
         model: a transformers model, a :class:`~lmcore.model.ModelWithLoss`, or any module that takes
@@ -82,13 +82,26 @@ def stream(
         )
     digest = hashlib.sha256(f"lmcore generate {seed} {prompt}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+    return _continued(model, tokenizer, prompt, max_tokens, draw, stop_at_eos=stop_at_eos)
+
+
+def _continued(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    max_tokens: int,
+    draw: dict[str, Any],
+    *,
+    stop_at_eos: bool,
+) -> Iterator[str]:
     ids = list(tokenizer.encode(prompt)) or [tokenizer.eos_id]  # every document begins after an EOS
     start = len(ids)
     shown = start  # ids before it have been shown
     anchor = max(
         0, start - 4
     )  # decoding starts here: a piece may depend on its neighbours, not on the far past
-    for token in _tokens(model, ids, max_tokens, temperature, top_k, top_p, generator):
+    for token in _tokens(model, ids, max_tokens, draw):
         if stop_at_eos and token == tokenizer.eos_id:
             break
         ids.append(token)
@@ -105,12 +118,9 @@ def _tokens(
     model: nn.Module,
     prompt: Sequence[int],
     max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    generator: torch.Generator,
+    draw: dict[str, Any],
 ) -> Iterator[int]:
-    """Draw token after token. Beyond the model's context the older half of it is forgotten."""
+    """Token after token, by :func:`choose` with ``draw``. Beyond the model's context the older half is forgotten."""
     if isinstance(model, ModelWithLoss):
         model = model.model
     device = next(model.parameters()).device
@@ -133,13 +143,7 @@ def _tokens(
         memory = getattr(outputs, "past_key_values", None)
         cached = cached and memory is not None  # a family without a cache: read the window anew each time
         logits = _logits(outputs)[0, -1].float().cpu()
-        token = choose(
-            logits[: getattr(model, "real_vocab_size", None)],
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=generator,
-        )
+        token = choose(logits[: getattr(model, "real_vocab_size", None)], **draw)
         yield token
         fresh = [token]
         window.append(token)

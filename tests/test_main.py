@@ -154,6 +154,9 @@ def test_generate_from_run_checkpoint_and_export(
     assert text(run_dir, "--greedy") == text(run_dir, "--temperature", 0)
     monkeypatch.setattr(sys, "stdin", io.StringIO("吾輩は"))
     assert text(run_dir, "--prompt", "-") == newest
+    assert call("generate", run_dir, "--temperature", -1, "--device", "cpu") == 2
+    said = capsys.readouterr()
+    assert (said.out, "temperature -1.0 must be 0 or more" in said.err) == ("", True)
 
 
 def test_evaluate_is_the_mean_over_every_token_of_every_set(
