@@ -309,7 +309,7 @@ def _trainer(s: dict[str, Any], gate: Gate, **arguments: Any) -> None:
 
     tokens = torch.from_numpy(train_tokens(s).astype("int64"))
 
-    class Blocks(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    class Blocks(torch.utils.data.Dataset[dict[str, Any]]):
         def __len__(self) -> int:
             return len(tokens) // s["tokens"]
 

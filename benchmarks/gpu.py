@@ -218,7 +218,7 @@ def measure_trainer(case: Any, device: torch.device, steps: int, *, compiled: bo
     marks = [4 + steps * turn for turn in range(4)]
     times: list[float] = []
 
-    class Blocks(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         def __len__(self) -> int:
             return len(array)
 

@@ -117,6 +117,10 @@ def last_logged(folder: Path) -> int:
     return max(runs.losses(folder / "run"), default=0)
 
 
+def further(folder: Path, step: int) -> bool:
+    return last_logged(folder) > step
+
+
 # ---- SIGKILL at a random moment ----------------------------------------------------------------------------
 
 
@@ -208,17 +212,18 @@ def held(step: int, told: Path) -> Callable[[int], None]:
     """
 
     def inject(rank: int) -> None:
-        from lmcore.session import Session
+        from lmcore import session
 
         lighten()
-        real = Session.advance
+        kind: Any = session.Session
+        real = kind.advance
 
         def advance(self: Any, *words: Any) -> None:
             real(self, *words)
             while self.state.step >= step and not told.exists():
                 time.sleep(0.002)
 
-        Session.advance = advance  # type: ignore[method-assign]
+        kind.advance = advance
 
     return inject
 
@@ -250,7 +255,7 @@ def signals(place: Path, seed: int, folder: Path) -> Trial:
         run = runs.start(arguments(place, folder, *more), logs=logs, world_size=world_size, inject=inject)
         at_step = 0
         if phase == "any moment":
-            run.wait(120, until=lambda begin=begin: last_logged(folder) > begin)  # type: ignore[misc]
+            run.wait(120, until=functools.partial(further, folder, begin))
             run.wait(draw.uniform(0.0, 0.1 * expected["seconds"]), until=lambda: False)
             at_step = last_logged(folder)
             run.send(number, None if target is None else [target])
