@@ -14,16 +14,16 @@ from __future__ import annotations
 import os
 import sys
 
-from lmcore import command_line
+from lmcore.config import parse
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED, FaultError, RequestError
-from lmcore.guard import die_with_parent, left_on_request
+from lmcore.run.guard import die_with_parent, left_on_request
 
 IS_RANK_0 = os.environ.get("RANK", "0") == "0"
 
 if __name__ == "__main__":  # --help, a typo and --print_config must not wait for torch, which takes seconds
     die_with_parent()  # from the first moment: a rank that still imports, or waits for the others, is an orphan too
     try:
-        CONFIG = command_line.parse(say=print if IS_RANK_0 else lambda line: None)
+        CONFIG = parse.parse(say=print if IS_RANK_0 else lambda line: None)
     except RequestError as refusal:
         if IS_RANK_0:
             print(f"train_lm.py: {refusal}", file=sys.stderr)
@@ -38,20 +38,23 @@ from pathlib import Path
 
 import torch
 
-from lmcore import assemble, dev_run, optim, plan
-from lmcore._assemble_plan import auto_micro_batch, plan_here, refuse_early
-from lmcore._memory import resident_bytes
-from lmcore.assemble import on_main
-from lmcore.budget import horizon
-from lmcore.config import RunConfig, flatten, to_yaml
-from lmcore.engine import Engine
-from lmcore.guard import EXIT_STUCK, FAULT, Guard, Verdict
-from lmcore.model import parameter_counts
-from lmcore.report import Report, silence_other_bars
-from lmcore.resume import find_checkpoint
-from lmcore.run_folder import RunFolder, place, redact
-from lmcore.session import EVALUATE_DUE, LOG_DUE, SAVE_DUE, Session
-from lmcore.trackers import Trackers, tell
+from lmcore.config.schema import RunConfig, flatten, to_yaml
+from lmcore.engine.engine import Engine
+from lmcore.model import optim
+from lmcore.model.module import parameter_counts
+from lmcore.plan import plan
+from lmcore.process import resident_bytes
+from lmcore.report.redact import redact
+from lmcore.report.report import Report, silence_other_bars
+from lmcore.report.trackers import Trackers, tell
+from lmcore.run import dev_run, setup
+from lmcore.run.budget import horizon
+from lmcore.run.folder import RunFolder, place
+from lmcore.run.guard import EXIT_STUCK, FAULT, Guard, Verdict
+from lmcore.run.planning import auto_micro_batch, plan_here, refuse_early
+from lmcore.run.resume import find_checkpoint
+from lmcore.run.setup import on_main
+from lmcore.run.trainer import EVALUATE_DUE, LOG_DUE, SAVE_DUE, Session
 
 
 def run(config: RunConfig) -> int:
@@ -59,7 +62,7 @@ def run(config: RunConfig) -> int:
     silence_other_bars()
     if config.dry_run:
         return dry_run(config)
-    engine = assemble.open_engine(config)
+    engine = setup.open_engine(config)
     assert config.run_dir is not None  # the command line has filled it in
     folder = RunFolder(config.run_dir, private=config.checkpoint.private)
     ours = False  # until the lock is had, status.json may be another job's
@@ -99,12 +102,13 @@ def failed(config: RunConfig, folder: RunFolder, exit_code: int, reason: str) ->
 def dry_run(config: RunConfig) -> int:
     """The plan, and nothing else; only a budget in epochs needs the token store, which is then built."""
     if IS_RANK_0:
-        from lmcore._verbs_plan import disk, plan_rows
+        from lmcore.cli.plan import disk, plan_rows
+        from lmcore.humanize import table
 
         home = Path(config.run_dir or "") / "tokenizer"
         given = {"processes": os.environ.get("WORLD_SIZE", "1")}
-        rows = plan_rows(config, given, open_data=partial(assemble.open_data, config, home))
-        print(plan.table([("run folder", str(home.parent)), *rows, disk(home.parent)]))
+        rows = plan_rows(config, given, open_data=partial(setup.open_data, config, home))
+        print(table([("run folder", str(home.parent)), *rows, disk(home.parent)]))
     return EXIT_FINISHED
 
 
@@ -132,12 +136,12 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
     found = on_main(engine, partial(find_checkpoint, config, folder, report))
     past = found[1] if found else {}
 
-    on_main(engine, partial(refuse_early, config, engine.check_tracker))
+    on_main(engine, partial(refuse_early, config))
 
     # ---- data: text -> tokenizer -> token stores -> blocks; every rank takes its share of the work
     if engine.is_main:
         folder.write_status("preparing", step=past.get("step", 0))
-    data = assemble.open_data(
+    data = setup.open_data(
         config,
         folder.path / "tokenizer",
         rank=engine.rank,
@@ -149,7 +153,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
 
     # ---- model and optimizer; the loaders are ours and are never given to accelerate (README: why)
     bytes_before = resident_bytes()
-    module = assemble.open_model(config, data, engine, note=report.note)
+    module = setup.open_model(config, data, engine, note=report.note)
     counts = parameter_counts(module)
     flops_per_token = plan.model_flops_per_token(module, data.block_size)
     micro_batch = past.get("micro_batch_blocks") or auto_micro_batch(config, engine, module, data.block_size)
@@ -163,7 +167,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
     planned = plan_here(config, engine, module, sizes, data, note=report.note)
     engine.prepare(
         module,
-        partial(assemble.make_optimizer, config, module),
+        partial(setup.make_optimizer, config, module),
         gradient_accumulation=sizes.accumulation,
         micro_batch_blocks=sizes.micro_batch_blocks,
         clip_norm=config.optim.clip_norm,
@@ -193,7 +197,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
         past = session.restore(found[0])
         guard.load_state_dict(past["guard"])
     home = folder.path / "tokenizer"
-    on_main(engine, partial(assemble.keep_tokenizer, config, home, data, note=report.note))
+    on_main(engine, partial(setup.keep_tokenizer, config, home, data, note=report.note))
     begin = session.state
     if engine.is_main:
         folder.write_status("running", step=begin.step)
@@ -210,13 +214,12 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
             run_ids=past.get("trackers"),
             webhook=config.report.webhook,
             note=report.note,
-            open_other=engine.open_tracker,
         )
     report.start(
         [
             ("run folder", str(folder.path)),
             ("job", ", ".join(f"{name} {value}" for name, value in place().items())),
-            ("model", f"{assemble.model_name(config)}, {counts['total']:,} parameters"),
+            ("model", f"{setup.model_name(config)}, {counts['total']:,} parameters"),
             *data.rows,
             *sizes.rows(config, engine.world_size),
             *engine.describe(),

@@ -131,7 +131,7 @@ class Gate:
 
 def train_lm(s: dict[str, Any], gate: Gate) -> None:
     """The script itself. Its loop calls the engine's set_learning_rate first in every step."""
-    from lmcore.engine import Engine
+    from lmcore.engine.engine import Engine
 
     original = Engine.set_learning_rate
 
@@ -235,8 +235,9 @@ def bare(s: dict[str, Any], gate: Gate) -> None:
     """The same module, kernels, optimizer and memory setting, and no more than a loop needs."""
     import torch
 
-    from lmcore import model, optim
-    from lmcore._memory import keep_freed_memory
+    from lmcore.model import module as model
+    from lmcore.model import optim
+    from lmcore.process import keep_freed_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":

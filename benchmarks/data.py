@@ -37,12 +37,14 @@ import sentencepiece
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from lmcore import text, tokenizer, tokens
-from lmcore.batches import Batches
-from lmcore.blocks import BlockDataset
-from lmcore.order import Cursor, Order
-from lmcore.stream import StreamDataset
-from lmcore.token_store import Piece, TokenStore
+from lmcore.data.batches import Batches
+from lmcore.data.blocks import BlockDataset
+from lmcore.data.order import Cursor, Order
+from lmcore.data.store import build as tokens
+from lmcore.data.store.store import Piece, TokenStore
+from lmcore.data.stream import StreamDataset
+from lmcore.data.text import documents as text
+from lmcore.data.tokenizer import tokenizer
 
 BLOCK = 2048
 ROOT = Path(__file__).resolve().parent.parent
@@ -439,10 +441,10 @@ RESIDENT = """
 import sys, resource
 from pathlib import Path
 import numpy as np, torch
-from lmcore.batches import Batches
-from lmcore.blocks import BlockDataset
-from lmcore.order import Cursor
-from lmcore.token_store import Piece, TokenStore
+from lmcore.data.batches import Batches
+from lmcore.data.blocks import BlockDataset
+from lmcore.data.order import Cursor
+from lmcore.data.store.store import Piece, TokenStore
 def resident():
     return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1024
 n = int(sys.argv[2])

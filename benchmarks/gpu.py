@@ -28,9 +28,8 @@ import common
 import torch
 from torch import Tensor
 
-from lmcore import model as models
-from lmcore import optim
-from lmcore._late import LateNumbers
+from lmcore.model import module, optim
+from lmcore.run.late_values import LateNumbers
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -106,16 +105,16 @@ class Run:
     def __init__(self, case: Any, device: torch.device, *, ours: bool, compiled: bool) -> None:
         kind, config, vocab, tokens, blocks, self.accumulation = case
         self.device, self.ours, self.tokens_per_step = device, ours, tokens * blocks * self.accumulation
-        self.model: Any = models.build(
+        self.model: Any = module.build(
             type=kind, config_overrides=config, vocab_size=vocab, block_size=tokens, seed=0
         ).to(device)
-        self.module = models.ModelWithLoss(self.model, chunk="auto" if ours else 0)
+        self.module = module.ModelWithLoss(self.model, chunk="auto" if ours else 0)
         groups = optim.parameter_groups(self.model.named_parameters(), weight_decay=0.1)
         self.optimizer: Any = optim.build("adamw", groups, lr=1e-4)
         self.parameters = [p for g in groups for p in g["params"]]
         self.plain = torch.compile(self.model) if compiled and not ours else self.model
         if compiled and ours:
-            models.compile_regions(self.module)
+            module.compile_regions(self.module)
         self.data = batches(random_tokens(vocab, tokens), blocks, device)
         self.sequences = batches(sequences(vocab, tokens), blocks, device)
         self.tokens_per_micro_batch = tokens * blocks

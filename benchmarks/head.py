@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmcore.loss import causal_lm_loss, choose_chunk
+from lmcore.model.loss import causal_lm_loss, choose_chunk
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:

@@ -37,7 +37,7 @@ from contestants import (
     train_tokens,
 )
 
-from lmcore.metrics import read_metrics
+from lmcore.report.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS, VOCAB, BLOCKS = 256, 8000, 8
@@ -161,7 +161,7 @@ def trainer_epoch(folder: Path) -> dict[str, float]:
     import torch
     from transformers import Trainer, TrainingArguments
 
-    from lmcore.model import ModelWithLoss
+    from lmcore.model.module import ModelWithLoss
 
     settings = DEFAULTS | {"model": "demo", "tokens": TOKENS, "vocab": VOCAB}
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from examples.number_sequences.sequences import PADDING, Sequences, random_draws, to_text, unseen_pairs
 from examples.number_sequences.transformer import Transformer, greedy
-from lmcore.checkpoint import find
+from lmcore.checkpoint.writer import find
 from lmcore.errors import RequestError
-from lmcore.saved import model_of
+from lmcore.saved.load import model_of
 
 MODEL = "examples.number_sequences.transformer:build"
 """What stands in a run folder is not executed: the model and the data are named here."""

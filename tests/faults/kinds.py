@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from tests.disk_faults import FullAt
 from tests.faults import runs
 from tests.faults.runs import Run
+from tests.support.disk_faults import FullAt
 
 STEPS = 40
 SAVE_EVERY = 5
@@ -54,7 +54,7 @@ def lighten(rank: int = 0) -> None:
     """Leave out the picture and the export at the end: they take longer than the whole training, and no part
     in it.
     """
-    from lmcore import session
+    from lmcore.run import trainer as session
 
     session.write_report = lambda _runs, path: path  # type: ignore[assignment]
     session.export = lambda _checkpoint, path, **_: path  # type: ignore[assignment]
@@ -141,7 +141,7 @@ def in_save(number: int, action: Callable[[], None]) -> Callable[[int], None]:
     """An injection that acts at call ``number`` of rank 0's saves."""
 
     def inject(rank: int) -> None:
-        from lmcore import files
+        from lmcore import disk as files
 
         lighten()
         if rank == 0:
@@ -188,7 +188,7 @@ def at_forward(
     """An injection that acts at forward pass ``number``: inside an accumulation, or inside an evaluation."""
 
     def inject(rank: int) -> None:
-        from lmcore import engine
+        from lmcore.engine import engine
 
         lighten()
         if only_rank is not None and rank != only_rank:
@@ -212,7 +212,7 @@ def held(step: int, told: Path) -> Callable[[int], None]:
     """
 
     def inject(rank: int) -> None:
-        from lmcore import session
+        from lmcore.run import trainer as session
 
         lighten()
         kind: Any = session.Session
@@ -316,7 +316,7 @@ def full(place: Path, seed: int, folder: Path) -> Trial:
     capacity = draw.randrange(size * (STEPS // SAVE_EVERY - 1))
 
     def inject(_rank: int) -> None:
-        from lmcore import files
+        from lmcore import disk as files
 
         lighten()
         files.DISK.before = FullInSave(capacity, once=policy == "continue")
@@ -350,8 +350,8 @@ def poison(places: Mapping[int, int], evidence: Path) -> Callable[[int], None]:
     """
 
     def inject(rank: int) -> None:
-        from lmcore import engine
-        from lmcore.replicas import parameter_hash
+        from lmcore.engine import engine
+        from lmcore.run.replicas import parameter_hash
 
         lighten()
         forward, update, count = engine.Engine.forward, engine.Engine.update, [0]
@@ -390,12 +390,12 @@ def local_weights(engine: Any) -> list[tuple[str, Any]]:
 
 
 def prepared(strategy: str, inject: Callable[[int], None] = lighten) -> Callable[[int], None]:
-    """accelerate shards with FSDP2 on GPUs only: there its idea of the machine is changed, as in tests/test_engine.py;
+    """accelerate shards with FSDP2 on GPUs only: there its idea of the machine is changed, as in tests/engine/test_engine.py;
     the sharding and the collectives (gloo) are real.
     """
 
     def with_gpus(rank: int) -> None:
-        from tests.engine_runs import pretend_gpus
+        from tests.support.engine_runs import pretend_gpus
 
         inject(rank)
         pretend_gpus()
@@ -668,8 +668,8 @@ def damage(place: Path, seed: int, folder: Path, repeats: int = 100) -> Trial:
     """A hundred flips, truncations, zeroed pages, deleted and added files: every one is found, the older is
     taken.
     """
-    from lmcore.checkpoint import find
-    from tests.test_checkpoint import damage as hurt
+    from lmcore.checkpoint.writer import find
+    from tests.checkpoint.test_checkpoint import damage as hurt
 
     draw, trial = random.Random(seed), Trial()
     good = undisturbed(place)["run"] / "checkpoints"

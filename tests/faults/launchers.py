@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.faults import runs
 from tests.faults.kinds import Trial, children, last_logged, lighten, outcome
-from tests.fork_server import CPU_ONLY, ONE_THREAD
+from tests.support.fork_server import CPU_ONLY, ONE_THREAD
 
 STEPS, SAVE_EVERY, HELD = 200, 50, 140
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]

@@ -45,7 +45,9 @@ def write_texts(folder: Path) -> None:
 
 def build(place: Path, stores: Path, worker: int) -> None:
     """What ``prepare`` does, with small parts."""
-    from lmcore import text, tokenizer, tokens
+    from lmcore.data.store import build as tokens
+    from lmcore.data.text import documents as text
+    from lmcore.data.tokenizer import tokenizer
 
     [source] = text.resolve([{"path": str(place / "texts"), "name": "texts"}])
     tokens.prepare(
@@ -84,7 +86,7 @@ def at_call(number: int) -> Callable[[int], None]:
     """Worker 0 kills itself before call ``number`` of those that change the disk."""
 
     def inject(worker: int) -> None:
-        from lmcore import files
+        from lmcore import disk as files
 
         count = 0
 

@@ -1,7 +1,7 @@
 """Whole runs of ``train_lm.py``, cheap enough to be killed by the thousand.
 
 Imports are what a tiny run mostly consists of. The campaign's own process imports them once, runs no torch
-operation (so it has one thread, and a fork of it is safe: tests/test_fork_server.py), and every rank of
+operation (so it has one thread, and a fork of it is safe: tests/support/test_fork_server.py), and every rank of
 every run is a fork that executes ``train_lm.py`` as ``__main__``. Only the launchers' own faults go through
 real launchers.
 """
@@ -26,12 +26,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from tests.fork_server import CPU_ONLY, ONE_THREAD, PRELOADED, free_port, threads_of_this_process
+from tests.support.fork_server import CPU_ONLY, ONE_THREAD, PRELOADED, free_port, threads_of_this_process
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "train_lm.py"
-ROOMS = sorted(
-    path.stem for path in (ROOT / "lmcore").glob("*.py") if path.stem not in ("__init__", "__main__")
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "lmcore").rglob("*.py")
+    if path.stem not in ("__init__", "__main__")
 )
 WORDS = [
     "the",
@@ -56,7 +58,7 @@ def preload() -> None:
     safely.
     """
     os.environ.update(ONE_THREAD | CPU_ONLY)
-    for name in (*PRELOADED, "jsonargparse", "matplotlib.figure", *(f"lmcore.{room}" for room in ROOMS)):
+    for name in (*PRELOADED, "jsonargparse", "matplotlib.figure", *MODULES):
         importlib.import_module(name)
     _script()
     gc.collect()

@@ -59,7 +59,7 @@ def watched(times: Path) -> Callable[[int], None]:
     """An injection: when the loop begins, and when each step and each save ends, goes to a file at once."""
 
     def inject(rank: int) -> None:
-        from lmcore.session import Session
+        from lmcore.run.trainer import Session
 
         lighten()
         read, advance, save = Session.read, Session.advance, Session.save

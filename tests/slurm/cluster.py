@@ -36,7 +36,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tests.fork_server import free_port
+from tests.support.fork_server import free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NEEDED = (*DAEMONS, "sbatch", "scontrol", "scancel", "squeue", "sinfo")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from lmcore.metrics import read_metrics
+from lmcore.report.metrics import read_metrics
 
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))  # cluster.py: the helper of these tests only

@@ -1,0 +1,1 @@
+"""Verified checkpoints: written whole or not at all."""

@@ -1,0 +1,253 @@
+"""The verb ``plan``: the arithmetic of a run, from its configuration alone; a part of the command line.
+
+Comes in: the options of ``train_lm.py`` and what the machine will be. Goes out: the rows of :class:`lmcore.plan.plan.Plan`.
+What always holds: no weight is made (the model is imagined), and no text is read unless the budget is in epochs or the
+data are the user's own; only ``--probe`` trains, two steps that leave nothing but their numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lmcore.errors import RequestError
+
+MACHINE = """\
+usage: python -m lmcore plan [--probe] [--processes N] [--strategy S] [--device_gib G] [--tokens_per_second R]
+                             [--watts W] [options of train_lm.py]
+
+  --probe                train two real steps here and measure: tokens/s, time, memory against the plan
+  --processes N          devices that will train (default 1)
+  --strategy S           single, ddp, fsdp2, zero1, zero2, zero3 (default: single, or ddp for several)
+  --device_gib G         memory of each GPU (default: this machine's GPU; without one, the run is planned for its
+                         CPU and judged by the memory that is free here)
+  --tokens_per_second R  of all devices together, for time and energy
+  --watts W              of each device (with --probe, the default is the limit of this machine's GPU)
+"""
+STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+Rows = list[tuple[str, str]]
+
+
+def plan_rows(
+    config: Any,
+    given: dict[str, str],
+    *,
+    open_data: Callable[[], Any],
+    note: Callable[[str], None] = print,
+) -> Rows:
+    """The plan of a configuration as rows.
+
+    Args:
+        given: what :data:`MACHINE` names, as words.
+        open_data: opens the run's data; called only where the budget is in epochs or the data are the user's own.
+
+    Raises:
+        RequestError: what the run itself would refuse.
+    """
+    asked = _Asked(config, given, open_data=open_data, note=note)
+    rate, watts = _number(given, "tokens_per_second", 0), _number(given, "watts", 0)
+    return asked.plan(tokens_per_second=rate or None, watts_per_device=watts or None).rows()
+
+
+def probe_rows(
+    config: Any,
+    given: dict[str, str],
+    *,
+    open_data: Callable[[], Any],
+    note: Callable[[str], None] = print,
+) -> Rows:
+    """:func:`plan_rows` with what two real steps on this machine say; under a launcher every rank calls it.
+
+    Their numbers are kept in the run folder, for the run's report.
+    """
+    from lmcore.plan import probe
+    from lmcore.plan.plan import duration, size
+    from lmcore.run import setup as assemble
+    from lmcore.run.planning import PLAN_FILE
+
+    engine = assemble.open_engine(config)
+    try:
+        asked = _Asked(config, given, open_data=open_data, note=note, engine=engine)
+        sizes, here = asked.sizes, asked.setting_here(probe.MICRO_BATCHES)
+        measured = probe.probe(
+            engine,
+            partial(asked.build, note=lambda line: None),
+            partial(assemble.make_optimizer, config),
+            asked.batch_for,
+            accumulation=sizes.accumulation,
+            micro_batch_blocks=sizes.micro_batch_blocks,
+            clip_norm=config.optim.clip_norm,
+        )
+        limit = probe.board_watts(engine.device)
+        rate = sizes.tokens_per_step / measured.step_seconds
+        watts = _number(given, "watts", 0) or limit
+        made = asked.plan(tokens_per_second=rate, watts_per_device=watts)
+        expected = asked.plan(setting=here, device_type=engine.device.type).memory.total
+        kind = "tensors" if engine.device.type == "cuda" else "resident, above what Python and torch take"
+        part = "" if measured.micro_batches == sizes.accumulation else f" of {sizes.accumulation}"
+        assumed = ["the data are there in time", "nothing is evaluated or saved"]
+        if made.setting.world_size != engine.world_size:
+            assumed.append(
+                f"{made.setting.world_size} devices are {made.setting.world_size / engine.world_size:g} times as "
+                f"fast as {engine.world_size}, as if talking to one another took no time"
+            )
+        if watts is not None:
+            source = "what the board may draw, as nvidia-smi says" if watts == limit else "given by --watts"
+            assumed.append(
+                f"each device draws {watts:,.0f} W all the time ({source}); its host is not counted"
+            )
+        rows = [
+            (
+                "probe",
+                f"2 steps of {measured.micro_batches}{part} micro-batches on {engine.world_size} x "
+                f"{engine.device_name}, {engine.strategy}, {engine.precision}: "
+                f"{measured.step_seconds:.3g} s a whole step; the first took {duration(measured.first_seconds)} "
+                f"and warmed up",
+            ),
+            (
+                "memory of the probe",
+                f"{size(measured.peak_bytes)} ({kind}), {measured.peak_bytes / expected:.2f} of the "
+                f"{size(expected)} planned for it",
+            ),
+            ("assumed", "; ".join(assumed)),
+        ]
+        if engine.is_main:
+            kept = {"signature": made.signature(), "tokens_per_second": rate, "watts_per_device": watts}
+            folder = Path(config.run_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / PLAN_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        return [*made.rows(), *rows] if engine.is_main else []
+    finally:
+        engine.close()
+
+
+class _Asked:
+    """A configuration understood: its model imagined, its budget in steps, without a weight."""
+
+    def __init__(
+        self,
+        config: Any,
+        given: dict[str, str],
+        *,
+        open_data: Callable[[], Any],
+        note: Callable[[str], None],
+        engine: Any = None,
+    ) -> None:
+        import torch
+
+        from lmcore.data.tokenizer import tokenizer
+        from lmcore.run import planning
+        from lmcore.run import setup as assemble
+        from lmcore.run.budget import horizon
+
+        processes = int(_number(given, "processes", engine.world_size if engine else 1))
+        strategy = given.get("strategy")
+        if processes < 1:
+            raise RequestError(f"--processes {processes}: at least one device trains")
+        if strategy not in (None, *STRATEGIES):
+            raise RequestError(f"--strategy {strategy}: take one of {', '.join(STRATEGIES)}")
+        self.config, self.engine = config, engine
+        on_gpu = engine.device.type == "cuda" if engine else torch.cuda.is_available()
+        here = planning.device_bytes_of(torch.device("cuda" if on_gpu else "cpu"))
+        self.device_bytes = int(_number(given, "device_gib", 0) * 2**30) or here
+        precision = config.train.precision
+        if precision == "auto":
+            precision = engine.precision if engine else "bf16" if self.device_bytes else "fp32"
+        self.block_size = assemble.block_size_of(config)
+        self.encoder = None
+        if config.tokenizer.path is not None:
+            self.encoder = tokenizer.load(config.tokenizer.path, revision=config.tokenizer.revision)
+        own_data = config.data.factory is not None
+        data = open_data() if own_data or config.train.duration.unit == "epochs" else None
+        self.encoder = data.encoder if data else self.encoder
+        self.vocab_size = None if own_data else config.tokenizer.vocab_size
+        if self.encoder is not None:
+            self.vocab_size = self.encoder.vocab_size
+        self.module = planning.imagined(
+            config, vocab_size=self.vocab_size, block_size=self.block_size, note=note
+        )
+        setting = planning.setting_of(config, precision=precision, world_size=processes, strategy=strategy)
+        self.epoch_blocks = getattr(data.train, "epoch_blocks", None) if data else None
+        self.sizes = horizon(
+            config,
+            block_size=self.block_size,
+            epoch_blocks=self.epoch_blocks,
+            world_size=processes,
+            micro_batch_blocks=planning.fitting(
+                config, self.module, setting, block_size=self.block_size, device_bytes=self.device_bytes
+            ),
+        )
+        self.setting = planning.cut(setting, self.sizes)
+        self.batch = planning.first_batch(config, data, self.sizes.micro_batch_blocks) if data else None
+
+    def plan(self, *, setting: Any = None, device_type: str | None = None, **known: Any) -> Any:
+        """The plan; of another setting or device if given."""
+        from lmcore.run import planning
+
+        return planning.plan_of(
+            self.config,
+            self.module,
+            setting=setting or self.setting,
+            sizes=self.sizes,
+            device_bytes=self.device_bytes,
+            device_type=device_type or ("cuda" if self.device_bytes else "cpu"),
+            batch=self.batch,
+            epoch_tokens=self.epoch_blocks * self.block_size if self.epoch_blocks else None,
+            **known,
+        )
+
+    def setting_here(self, micro_batches: int) -> Any:
+        """What is probed: the engine's strategy and processes, a step of so many micro-batches at most."""
+        from lmcore.run import planning
+
+        engine = self.engine
+        setting = planning.setting_of(self.config, precision=engine.precision, world_size=engine.world_size)
+        return replace(
+            setting,
+            micro_batch_blocks=self.sizes.micro_batch_blocks,
+            accumulation=min(micro_batches, self.sizes.accumulation),
+        )
+
+    def build(self, *, note: Callable[[str], None]) -> Any:
+        """The model with its weights, as the run would build it."""
+        from lmcore.run import setup as assemble
+
+        return assemble.build_model(
+            self.config,
+            vocab_size=self.vocab_size,
+            special_ids=self.encoder.special_ids if self.encoder else {},
+            block_size=self.block_size,
+            weights=self.engine.needs_weights,
+            note=note,
+        )
+
+    def batch_for(self, module: Any) -> Any:
+        """A micro-batch: of the user's own data, or of random tokens that the model knows."""
+        from lmcore.plan import probe
+
+        if self.batch is not None:
+            return self.batch
+        known = module.vocab_size or self.vocab_size or 2
+        return probe.text_batch(known, self.sizes.micro_batch_blocks, self.block_size)
+
+
+def _number(given: dict[str, str], name: str, default: float) -> float:
+    try:
+        return float(given.get(name, default))
+    except ValueError:
+        raise RequestError(f"--{name} {given[name]}: give a number") from None
+
+
+def disk(folder: str | os.PathLike[str]) -> tuple[str, str]:
+    """Free space where the checkpoints will go."""
+    import shutil
+
+    place = Path(folder).resolve()
+    while not place.exists():
+        place = place.parent
+    return "disk", f"{shutil.disk_usage(place).free / 2**30:.1f} GiB free at {place}"

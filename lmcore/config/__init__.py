@@ -1,0 +1,1 @@
+"""The configuration: schema, parsing, help, checks. Imports no torch."""

@@ -1,0 +1,193 @@
+"""The user's own dataset (``data.factory``) by position.
+
+Comes in: a map-style dataset (``__len__`` and ``__getitem__``) or an iterable one, whose items are dicts:
+their keys are the arguments of the model's ``forward``. Goes out: items by position, for
+:class:`lmcore.data.batches.Batches`. What always holds:
+
+* Map-style: the order is that of :class:`lmcore.data.order.Order` over its length; it resumes at once, and
+  neither the number of ranks nor of workers changes it.
+* Iterable: every rank iterates over the whole dataset, which must give the same items everywhere, and keeps
+  its own share; the order is that of the dataset, again and again. A resume reads up to the position where
+  it was. It is read by one process: ``workers`` is 0 or 1.
+
+Integer ``labels`` can be ignored (-100), so that the last step of a map-style dataset is filled up. With
+other labels the last step runs on into the next epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmcore.data.blocks import IGNORED_LABEL, BlockDataset
+from lmcore.data.order import ORDER_VERSION, Cursor, Order, rank_slice
+from lmcore.errors import RequestError
+
+
+def wrap(data: Any, *, seed: int, shuffle: str = "full") -> MapData | IterableData:
+    """The dataset that ``data.factory`` returned, readable by position.
+
+    Raises:
+        RequestError: it is neither map-style nor iterable, or empty.
+    """
+    if isinstance(data, BlockDataset):
+        return IterableData(data.of_one_rank())
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return MapData(data, seed=seed, shuffle=shuffle)
+    if isinstance(data, Iterable):
+        return IterableData(data)
+    raise RequestError(
+        f"data.factory returned {type(data).__name__}: it must return a dataset with __len__ and "
+        f"__getitem__, or an iterable one"
+    )
+
+
+def ignored(item: Any) -> Any:
+    """The same item with all its labels ignored."""
+    labels = torch.as_tensor(item["labels"])
+    return {**item, "labels": torch.full_like(labels, IGNORED_LABEL)}
+
+
+def can_ignore(item: Any) -> bool:
+    """Has the item integer labels?"""
+    if not isinstance(item, Mapping) or "labels" not in item:
+        return False
+    labels = item["labels"]
+    if not isinstance(labels, Tensor | np.ndarray | int | list):
+        return False
+    dtype = torch.as_tensor(labels).dtype
+    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+
+
+def _name(data: Any) -> str:
+    return f"{type(data).__module__}.{type(data).__qualname__}"
+
+
+@final
+class MapData:
+    """A map-style dataset in a keyed order."""
+
+    def __init__(self, data: Any, *, seed: int, shuffle: str) -> None:
+        if len(data) == 0:
+            raise RequestError(f"data.factory returned an empty dataset ({_name(data)})")
+        self._data = data
+        self.order = Order(lengths=(len(data),), seed=seed, shuffle=shuffle)
+        self.can_pad = can_ignore(data[0])
+
+    @property
+    def fingerprint(self) -> str:
+        """Its kind and length: what the items hold is the user's own business."""
+        shuffle = self.order.shuffle
+        return f"own order={ORDER_VERSION} shuffle={shuffle} {_name(self._data)} of {self.epoch_blocks} items"
+
+    @property
+    def epoch_blocks(self) -> int:
+        """Items of an epoch."""
+        return self.order.epoch_blocks
+
+    def epoch_of(self, cursor: Cursor) -> float:
+        return self.order.epoch_at(cursor.position)
+
+    def resumed(self, cursor: Cursor) -> MapData:
+        return self
+
+    def rank_slice(self, positions: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+        return rank_slice(positions, rank, world_size)
+
+    def rows_of_worker(self, positions: np.ndarray, worker: int, workers: int) -> np.ndarray:
+        return np.arange(worker, len(positions), workers)
+
+    def count_labels(self, positions: np.ndarray) -> int | None:
+        return None  # labels may have any shape
+
+    def read(self, positions: np.ndarray) -> list[Any]:
+        """The items at these positions; -1 gives an item whose labels are ignored."""
+        _, _, index = self.order.locate(np.maximum(positions, 0))
+        return self._items(index, positions >= 0)
+
+    n_in_order = epoch_blocks
+
+    def read_in_order(self, numbers: np.ndarray) -> list[Any]:
+        """The items with these numbers, for evaluation; -1 gives one whose labels are ignored."""
+        return self._items(np.maximum(numbers, 0), numbers >= 0)
+
+    def _items(self, index: np.ndarray, real: np.ndarray) -> list[Any]:
+        many = getattr(self._data, "__getitems__", None)
+        items = many(index.tolist()) if many else [self._data[one] for one in index.tolist()]
+        return [item if one else ignored(item) for item, one in zip(items, real.tolist())]
+
+
+@final
+class IterableData:
+    """An iterable dataset, read in its own order, again and again."""
+
+    can_pad = False
+    epoch_blocks = None
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._data = data
+        self._items: Iterator[Any] | None = None
+        self._position = 0
+        self._passes: list[int] = []
+
+    @property
+    def fingerprint(self) -> str:
+        """Its kind: what it yields is the user's own business."""
+        return f"own iterable {_name(self._data)}"
+
+    def epoch_of(self, cursor: Cursor) -> float:
+        """Whole passes before the cursor, as far as this process has read."""
+        return float(sum(end <= cursor.position for end in self._passes))
+
+    def resumed(self, cursor: Cursor) -> IterableData:
+        new = copy(self)
+        new._items, new._position, new._passes = None, 0, []
+        return new
+
+    def rank_slice(self, positions: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+        return rank_slice(positions, rank, world_size)
+
+    def rows_of_worker(self, positions: np.ndarray, worker: int, workers: int) -> np.ndarray:
+        if workers > 1:
+            raise RequestError(
+                f"data.workers {workers}: an iterable data.factory is read in order by one process, give 0 or 1"
+            )
+        return np.arange(len(positions))
+
+    def count_labels(self, positions: np.ndarray) -> int | None:
+        return None
+
+    def read(self, positions: np.ndarray) -> list[Any]:
+        """The items at these positions, which rise; those between are read and dropped."""
+        if self._items is None:
+            self._items = self._endless()
+        out = []
+        for position in positions.tolist():
+            while self._position < position:
+                next(self._items)
+                self._position += 1
+            out.append(next(self._items))
+            self._position += 1
+        return out
+
+    def one_pass(self) -> Iterator[Any]:
+        """All items once, for evaluation."""
+        return iter(self._data)
+
+    def _endless(self) -> Iterator[Any]:
+        count = 0
+        for epoch in range(2**62):
+            if hasattr(self._data, "set_epoch"):
+                self._data.set_epoch(epoch)
+            before = count
+            for item in self._data:
+                count += 1
+                yield item
+            if count == before:
+                raise RequestError(f"data.factory: {_name(self._data)} yields nothing in epoch {epoch}")
+            self._passes.append(count)

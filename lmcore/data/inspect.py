@@ -1,0 +1,217 @@
+"""What the corpus is, before anyone trains on it.
+
+Comes in: the entries of ``data.train`` and, if there is one, a tokenizer. Goes out: numbers for each source,
+its bad records, and three documents as the model will see them. What always holds: nothing is written; what
+was measured on a sample is called a sample, and the sample is the same each time.
+
+    print("\\n".join(lines(run(["corpus/*.jsonl"], load("tokenizer")))))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import os
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmcore.data.text import documents as text
+from lmcore.data.tokenizer import tokenizer
+
+_BATCH_CHARACTERS = 2**20
+_SHOWN_BAD = 10
+
+
+@dataclass(kw_only=True)
+class SourceReport:
+    """One source in numbers.
+
+    ``read_share`` is the share of the source's bytes on disk that was read; the counts are of what was read.
+    ``documents_unchanged`` counts those that come back exactly from their ids. ``samples`` are (where,
+    decoded text).
+    """
+
+    name: str
+    files: int
+    ignored_files: int
+    unit: str
+    encoding: str
+    read_share: float = 1.0
+    documents: int = 0
+    empty: int = 0
+    bytes: int = 0
+    longest_bytes: int = 0
+    tokens: int | None = None
+    unknown_tokens: int = 0
+    documents_unchanged: int = 0
+    first_changed: str | None = None
+    bad: int = 0
+    bad_records: list[text.BadRecord] = field(default_factory=list)
+    samples: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def tokens_per_byte(self) -> float | None:
+        """Fertility: how many tokens a byte of this text costs."""
+        return self.tokens / self.bytes if self.tokens is not None and self.bytes else None
+
+    @property
+    def round_trip(self) -> float | None:
+        """Share of the documents that come back exactly from their ids."""
+        return (
+            self.documents_unchanged / self.documents if self.tokens is not None and self.documents else None
+        )
+
+
+def run(
+    entries: Iterable[str | Mapping[str, Any]],
+    tokenizer: tokenizer.Tokenizer | None = None,
+    *,
+    text_field: str = "text",
+    unit: str = "auto",
+    encoding: str = "utf-8",
+    max_bytes: int = 256 * 2**20,
+    samples: int = 3,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> list[SourceReport]:
+    """Read the sources and count.
+
+    Args:
+        entries: as in ``data.train``, see :func:`lmcore.data.text.documents.resolve`.
+        tokenizer: with it, tokens are counted and every document is encoded and decoded.
+        max_bytes: a source with more bytes on disk is sampled: parts of 1 MiB in seeded random order.
+        samples: decoded documents to keep for each source, drawn by a hash of their place.
+        progress: called with the bytes on disk of each part that was read.
+
+    Raises:
+        RequestError: as :func:`lmcore.data.text.documents.resolve`.
+    """
+    sources = text.resolve(entries, text_field=text_field, unit=unit, encoding=encoding)
+    return [_source(one, tokenizer, max_bytes, samples, seed, progress) for one in sources]
+
+
+def _source(
+    source: text.Source,
+    encoder: tokenizer.Tokenizer | None,
+    max_bytes: int,
+    samples: int,
+    seed: int,
+    progress: Callable[[int], None] | None,
+) -> SourceReport:
+    report = SourceReport(
+        name=source.name,
+        files=len(source.paths),
+        ignored_files=source.ignored,
+        unit=f"{source.unit} ({source.unit_reason})" if source.unit_reason else source.unit,
+        encoding=source.encoding,
+        tokens=None if encoder is None else 0,
+    )
+    # Small parts where a sample is wanted: a few large ones would show a few files only.
+    parts = text.parts(source, part_bytes=2**20)
+    total = sum(part.n_bytes for part in parts)
+    if total > max_bytes:
+        random.Random(f"{seed} inspect").shuffle(parts)
+    done = 0
+    drawn: list[tuple[int, text.Document]] = []
+    batch: list[text.Document] = []
+
+    def bad(record: text.BadRecord) -> None:
+        report.bad += 1
+        if len(report.bad_records) < _SHOWN_BAD:
+            report.bad_records.append(record)
+
+    def empty(where: str) -> None:
+        report.empty += 1
+
+    for part in parts:
+        held = 0
+        for document in text.read(source, part, bad=bad, empty=empty):
+            key = hashlib.blake2b(
+                f"{seed} {document.where}".encode("utf-8", "replace"), digest_size=8
+            ).digest()
+            heapq.heappush(drawn, (-int.from_bytes(key), document))
+            if len(drawn) > samples:
+                heapq.heappop(drawn)
+            batch.append(document)
+            held += len(document.text)
+            if held >= _BATCH_CHARACTERS:
+                _count(report, encoder, batch)
+                held = 0
+        _count(report, encoder, batch)
+        done += part.n_bytes
+        if progress is not None:
+            progress(part.n_bytes)
+        if done >= max_bytes and done < total:
+            report.read_share = done / total
+            break
+    for _, document in sorted(drawn, reverse=True):
+        shown = document.text if encoder is None else encoder.decode(encoder.encode(document.text[:2000]))
+        report.samples.append((document.where, shown))
+    return report
+
+
+def _count(report: SourceReport, encoder: tokenizer.Tokenizer | None, batch: list[text.Document]) -> None:
+    for document in batch:
+        length = len(document.text.encode())
+        report.documents += 1
+        report.bytes += length
+        report.longest_bytes = max(report.longest_bytes, length)
+    if encoder is not None and report.tokens is not None:
+        for document, ids in zip(batch, encoder.encode_batch([document.text for document in batch])):
+            report.tokens += len(ids)
+            if encoder.unk_id is not None:
+                report.unknown_tokens += int((ids == encoder.unk_id).sum())
+            if encoder.decode(ids.tolist()) == document.text:
+                report.documents_unchanged += 1
+            elif report.first_changed is None:
+                report.first_changed = document.where
+    batch.clear()
+
+
+def lines(reports: Iterable[SourceReport], *, width: int = 100) -> list[str]:
+    """The reports as plain lines for a person."""
+    result: list[str] = []
+    for report in reports:
+        result += _lines(report, width)
+    return result
+
+
+def _lines(report: SourceReport, width: int) -> list[str]:
+    files = f"{report.files:,} file{'s' * (report.files != 1)}"
+    if report.ignored_files:
+        files += f", {report.ignored_files:,} of no known kind left out"
+    rows = [("files", files), ("unit of text", report.unit), ("encoding", report.encoding)]
+    if report.read_share < 1:
+        rows.append(("sampled", f"{report.read_share:.1%} of the bytes were read; the counts are of these"))
+    mean = report.bytes / report.documents if report.documents else 0
+    rows.append(("documents", f"{report.documents:,} ({report.empty:,} empty ones dropped)"))
+    rows.append(("bytes", f"{report.bytes:,} of text (mean {mean:,.0f}, longest {report.longest_bytes:,})"))
+    if report.tokens is not None:
+        fertility = report.tokens_per_byte
+        if fertility:
+            rows.append(
+                ("tokens", f"{report.tokens:,}, {fertility:.4f} a byte ({1 / fertility:.2f} bytes a token)")
+            )
+        else:
+            rows.append(("tokens", f"{report.tokens:,}"))
+        if report.round_trip is not None:
+            changed = f"; the first that does not: {report.first_changed}" if report.first_changed else ""
+            rows.append(
+                ("round trip", f"{report.round_trip:.2%} of the documents come back exactly{changed}")
+            )
+        if report.unknown_tokens:
+            rows.append(
+                ("unknown", f"{report.unknown_tokens:,} tokens stand for text that the tokenizer loses")
+            )
+    rows.append(("bad records", f"{report.bad:,}"))
+    result = [f"source {report.name}"] + [f"  {name:<13} {value}" for name, value in rows]
+    result += [f"    {record}" for record in report.bad_records]
+    if report.bad > len(report.bad_records):
+        result.append(f"    ... and {report.bad - len(report.bad_records):,} more")
+    for where, sample in report.samples:
+        shown = sample.replace("\n", "\\n").replace("\t", "\\t")
+        shown = shown if len(shown) <= width else shown[: width - 3] + "..."
+        result += [f"  sample {os.path.basename(where)}", f"    {shown}"]
+    return result

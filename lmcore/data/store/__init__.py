@@ -1,0 +1,1 @@
+"""Documents to a memory-mapped token store."""

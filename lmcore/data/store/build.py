@@ -1,0 +1,353 @@
+"""Documents -> token store: built once, in parallel, and then only memory-mapped.
+
+Comes in: a :class:`lmcore.data.text.documents.Source` and a tokenizer. Goes out: a :class:`lmcore.data.store.store.TokenStore`.
+What always holds:
+
+* The store depends on the files, the options and the tokenizer alone: it is byte for byte the same for any
+  number of processes and ranks, and after any number of kills. Its folder is named by a fingerprint of all
+  of them, so that different corpora never meet; an unchanged one is opened at once.
+* Each part is written aside, made durable and renamed, its description last: a part is whole or does not
+  exist. A kill costs at most the part that each process was working on.
+* Ranks need nothing but the common file system. A part is claimed by a file with a heartbeat; a claim whose
+  owner died is taken over; a failure is written down where everybody sees it. Nobody waits for ever.
+* Bad records are counted and located; the policy is applied before any position exists.
+
+The folder: ``part-000000.bin`` (little-endian tokens), ``part-000000.ends`` (document ends, counted from
+the start of the part), ``part-000000.json`` (its counts and hashes), ..., and at last ``manifest.json``.
+
+    store = prepare(source, tokenizer, store_dir="token_stores", processes=8)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lmcore.data.store import token_files
+from lmcore.data.store.store import MANIFEST, STORE_VERSION, TokenStore, sample_of
+from lmcore.data.store.workers import (
+    EncodesBatches,
+    Job,
+    Progress,
+    build_all,
+    commit,
+    encoded,
+    is_done,
+    part_file,
+)
+from lmcore.data.text import documents, hub
+from lmcore.disk import DISK
+from lmcore.errors import FaultError, RequestError
+
+__all__ = ["Progress", "TokenStore", "prepare", "spooled"]
+
+
+_SAID_RECORDS = 100
+"""So many bad records are said one by one at each start; all are in the manifest."""
+
+
+class NoText(RequestError):
+    """A source, or one side of a split of it, without a single token."""
+
+
+def prepare(
+    source: documents.Source,
+    tokenizer: EncodesBatches,
+    *,
+    store_dir: str | Path,
+    split: tuple[str, float] = ("all", 0.0),
+    eos: bool = True,
+    processes: int = 1,
+    worker: int = 0,
+    on_error: str = "raise",
+    max_bad_fraction: float = 0.001,
+    progress: Callable[[Progress], None] | None = None,
+    note: Callable[[str], None] | None = None,
+    part_bytes: int | None = None,
+) -> TokenStore:
+    """Build the token store of a source, or open it if it is there. All ranks may call it together.
+
+    Args:
+        store_dir: folder of all stores, on a file system that all ranks see.
+        split: ``("train", f)`` or ``("valid", f)`` keeps one side of a split by content
+        (:func:`lmcore.data.text.documents.side`).
+        eos: end each document with ``tokenizer.eos_id``.
+        processes: tokenizing processes of this rank; 1 works in this process.
+        worker: number of this rank, so that ranks begin at different parts.
+        on_error: ``raise`` ends at the first bad record with its place; ``skip`` leaves bad records out.
+        max_bad_fraction: with ``skip``, more than this share of bad records is an error all the same.
+        progress: called about twice a second.
+        note: takes one line of text: what differs from the store that was built before, and the bad records.
+        part_bytes: text of a part; default: by the size of the corpus, 1 to 64 MiB. It changes no token.
+
+    Raises:
+        FaultError: bad records that the policy does not allow; a process was killed.
+        RequestError: nothing to read, or nowhere to write.
+    """
+    note = note or (lambda line: None)
+    if token_files.is_foreign(source.paths):
+        if split[0] != "all":
+            raise RequestError(
+                f"source {source.name!r} is tokens, not text: it cannot be split by its documents"
+            )
+        return token_files.open_files(
+            source.name,
+            source.paths,
+            source.relative_paths,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+        )
+    if documents.STDIN in source.paths:
+        with spooled(Path(store_dir)) as path:
+            source = replace(source, paths=(str(path),), relative_paths=("stdin",))
+            return prepare(
+                source,
+                tokenizer,
+                store_dir=store_dir,
+                split=split,
+                eos=eos,
+                processes=processes,
+                on_error=on_error,
+                max_bad_fraction=max_bad_fraction,
+                progress=progress,
+                note=note,
+                part_bytes=part_bytes,
+            )
+    identity = identity_of(source, tokenizer, split, eos)
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    side = "" if split[0] == "all" else f"-{split[0]}"
+    folder = Path(store_dir) / f"{source.name}{side}-{fingerprint[:16]}"
+    if not (folder / MANIFEST).exists():
+        try:
+            job = _job(source, tokenizer, folder, identity, split, eos, on_error, note, part_bytes)
+            build_all(job, processes, worker, progress)
+            _finish(job, fingerprint, identity)
+        except OSError as error:
+            # A rank that is done takes what lies aside away, also from under one that is about to be done.
+            done_by_another = isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()
+            if not done_by_another:
+                raise RequestError(
+                    f"the token store {folder} cannot be written ({error.strerror or error}): free some space, "
+                    f"or set data.store_dir to another place; what is finished is kept"
+                ) from error
+    _tidy(folder)
+    store = TokenStore.open(folder)
+    _enforce(store.manifest, on_error, max_bad_fraction)
+    for line in _left_out(store.manifest, folder):
+        note(line)
+    if store.n_tokens == 0:
+        raise NoText(f"source {source.name!r} holds no text at all ({len(source.paths)} files)")
+    return store
+
+
+@contextlib.contextmanager
+def spooled(folder: Path) -> Iterator[Path]:
+    """Standard input as a file, for as long as it is needed: it can be read only once, and by one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RequestError(
+            "standard input cannot be read by several processes: `python -m lmcore prepare` it first"
+        )
+    aside = folder / f".stdin.{os.getpid()}"
+    DISK.makedirs(aside)
+    path = aside / "stdin"  # the name is part of the store's identity: the same text makes the same store
+    try:
+        with open(path, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
+        yield path
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+# ---- what a store is made of ----
+
+
+def identity_of(
+    source: documents.Source, tokenizer: EncodesBatches, split: tuple[str, float], eos: bool
+) -> dict[str, Any]:
+    """All that the tokens depend on; its hash is the fingerprint."""
+    relative = source.relative_paths or source.paths
+    return {
+        "version": STORE_VERSION,
+        "name": source.name,
+        "tokenizer": tokenizer.fingerprint,
+        "eos": eos,
+        "split": list(split) if split[0] != "all" else ["all", 0.0],
+        "text_field": source.text_field,
+        "unit": source.unit,
+        "encoding": source.encoding,
+        "files": [
+            [name, 0, hub.fingerprint(path)] if path.startswith(hub.PREFIX) else [name, *sample_of(path)]
+            for name, path in zip(relative, source.paths)
+        ],
+    }
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What differs between two identities, for a person."""
+    words = [
+        f"{key} {old.get(key)!r} -> {new[key]!r}" if key != "tokenizer" else "another tokenizer"
+        for key in new
+        if key != "files" and old.get(key) != new[key]
+    ]
+    before, after = ({row[0]: row[1:] for row in identity["files"]} for identity in (old, new))
+    groups = {
+        "added": [name for name in after if name not in before],
+        "removed": [name for name in before if name not in after],
+        "changed": [name for name in after if name in before and before[name] != after[name]],
+    }
+    for verb, names in groups.items():
+        if names:
+            words.append(
+                f"{len(names)} files {verb} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            )
+    return "; ".join(words)
+
+
+def _job(
+    source: documents.Source,
+    tokenizer: EncodesBatches,
+    folder: Path,
+    identity: dict[str, Any],
+    split: tuple[str, float],
+    eos: bool,
+    on_error: str,
+    note: Callable[[str], None],
+    part_bytes: int | None,
+) -> Job:
+    """Agree on the parts with all other ranks, and take over what an older store of this source has."""
+    prefix = folder.name.rpartition("-")[0]
+    older = []
+    for path in folder.parent.glob(f"{prefix}-*/{MANIFEST}"):
+        with contextlib.suppress(ValueError, OSError):
+            manifest = json.loads(path.read_text())
+            if manifest["name"] == source.name and manifest["identity"]["split"][0] == split[0]:
+                older.append((path.stat().st_mtime, path.parent, manifest))
+    older.sort(key=lambda entry: entry[0])
+    DISK.makedirs(folder)
+    plan = folder / "plan.json"
+    if not plan.exists():
+        total = sum(size for _, size, _ in identity["files"])
+        part_bytes = part_bytes or min(max(1 << (total // 64).bit_length(), 2**20), 2**26)
+        if older:
+            note(f"token store {prefix}: {_changes(older[-1][2]['identity'], identity)}")
+            part_bytes = older[-1][2]["part_bytes"]  # the same cuts: unchanged parts can be taken over
+        aside = folder / f".plan.{socket.gethostname()}.{os.getpid()}.tmp"
+        DISK.write_json(aside, {"part_bytes": part_bytes})
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, plan)  # the first rank decides
+        DISK.unlink(aside)
+    parts = tuple(hub.parts_of(source, part_bytes=json.loads(plan.read_text())["part_bytes"]))
+    options = [
+        identity[key] for key in ("version", "tokenizer", "eos", "split", "text_field", "unit", "encoding")
+    ]
+    files = {name: rest for name, *rest in identity["files"]}
+    keys = []
+    for part in parts:
+        pieces = [[p.relative_path, p.start, p.stop, *files.get(p.relative_path, [])] for p in part.pieces]
+        keys.append(hashlib.sha256(json.dumps([options, pieces]).encode()).hexdigest()[:32])
+    job = Job(
+        source=source,
+        tokenizer=tokenizer,
+        folder=folder,
+        parts=parts,
+        eos=eos,
+        side=split[0],
+        fraction=split[1],
+        on_error=on_error,
+        dtype="<u2" if tokenizer.vocab_size <= 2**16 else "<u4",
+        keys=tuple(keys),
+    )
+    for _, other, manifest in reversed(older):
+        _take_over(job, other, manifest)
+    return job
+
+
+def _take_over(job: Job, other: Path, manifest: dict[str, Any]) -> None:
+    """Hard links to the parts of another store that hold the same text, made in the same way."""
+    there = {part["key"]: part for part in manifest["parts"]}
+    for part, key in zip(job.parts, job.keys):
+        name = part_file(part.index)
+        if key not in there or is_done(job, part.index):
+            continue
+        with contextlib.suppress(
+            OSError
+        ):  # no hard links here, or the older store was just removed: build it
+            for suffix in (".bin", ".ends"):
+                with contextlib.suppress(FileExistsError):
+                    os.link(other / f"{there[key]['file']}{suffix}", job.folder / f"{name}{suffix}")
+            commit(job.folder / f"{name}.json", encoded({**there[key], "file": name}))
+
+
+# ---- the end ----
+
+
+def _finish(job: Job, fingerprint: str, identity: dict[str, Any]) -> None:
+    """Write the manifest. Every rank may do it: the bytes are the same. Nothing in it tells when, where, or
+    by whom."""
+    if (job.folder / MANIFEST).exists():
+        return
+    parts = [json.loads((job.folder / f"{part_file(part.index)}.json").read_text()) for part in job.parts]
+    totals = {
+        key: sum(part[key] for part in parts)
+        for key in ("tokens", "documents", "bytes", "bad", "empty", "records")
+    }
+    manifest = {
+        "version": STORE_VERSION,
+        "name": job.source.name,
+        "fingerprint": fingerprint,
+        "dtype": job.dtype,
+        **totals,
+        "part_bytes": json.loads((job.folder / "plan.json").read_text())["part_bytes"],
+        "identity": identity,
+        "parts": parts,
+    }
+    commit(job.folder / MANIFEST, encoded(manifest))
+
+
+def _tidy(folder: Path) -> None:
+    """Take away what kills have left in a finished store: also one between the manifest and this."""
+    for pattern in (".*.tmp", ".now.*", "*.claim", "failure.json"):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):  # others tidy at the same time, or it is a store to read only
+                path.unlink()
+
+
+def _enforce(manifest: dict[str, Any], on_error: str, max_bad_fraction: float) -> None:
+    """Apply the policy on bad records to a finished store."""
+    bad, total = manifest["bad"], manifest["bad"] + manifest["records"]
+    if not bad:
+        return
+    record = next(record for part in manifest["parts"] for record in part["bad_records"])
+    first = f"the first: {record['path']}, {record['where']}: {record['reason']}"
+    if on_error == "raise":
+        raise FaultError(
+            f"{bad} of {total} records of {manifest['name']} are bad; {first}: mend them, or "
+            f"leave them out with data.on_error skip"
+        )
+    if bad > max_bad_fraction * total:
+        raise FaultError(
+            f"{bad} of {total} records of {manifest['name']} are bad, more than data.max_bad_fraction "
+            f"{max_bad_fraction}; {first}"
+        )
+
+
+def _left_out(manifest: dict[str, Any], folder: Path) -> Iterator[str]:
+    """The bad records that the policy allowed, for the log: how many, and where the first ones are."""
+    if not manifest["bad"]:
+        return
+    yield f"{manifest['name']}: {manifest['bad']:,} bad records are left out"
+    records = [record for part in manifest["parts"] for record in part["bad_records"]]
+    for record in records[:_SAID_RECORDS]:
+        yield f"  {record['path']}, {record['where']}: {record['reason']}"
+    if len(records) > _SAID_RECORDS:
+        yield f"  and {len(records) - _SAID_RECORDS:,} more, in {folder / MANIFEST}"

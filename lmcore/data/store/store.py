@@ -1,0 +1,278 @@
+"""One source's tokens as one long array, wherever its pieces lie on the disk.
+
+Comes in: a folder that :func:`lmcore.data.store.build.prepare` made (or pieces that :mod:`lmcore.data.store.token_files` found).
+Goes out: runs of tokens and the document ends among them. What always holds: the pieces are memory-mapped,
+never loaded; a read may cross them; nothing here grows with the number of tokens or blocks.
+
+    store = TokenStore.open("token_stores/wiki-1f0c...")
+    store.read(0, 1025)                       # (1025,) uint16 or uint32
+    store.document_ends(0, 1025)              # ends e with 0 < e <= 1025; the next document begins at e
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from lmcore.errors import FaultError, RequestError
+
+STORE_VERSION = 1
+MANIFEST = "manifest.json"
+_OPEN_FILES = 4096  # the kernel allows 65,530 mappings for each process
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A run of whole documents in one file: ``n_tokens`` of the store's dtype from byte ``offset_bytes`` on.
+
+    ``ends`` holds the document ends, rising, counted from the start of the piece in units of ``1 /
+    ends_scale`` tokens (``ends_dtype``, ``n_ends`` of them from byte ``ends_offset_bytes`` on); the last
+    may be missing. Without it the ends are found by the end-of-document token.
+    """
+
+    path: str
+    n_tokens: int
+    offset_bytes: int = 0
+    ends: str | None = None
+    ends_dtype: str = "<u4"
+    ends_offset_bytes: int = 0
+    ends_scale: int = 1
+    n_ends: int = 0
+
+
+@final
+class TokenStore:
+    """The tokens of one source, in order, each document followed by its end-of-document token if there is
+    one.
+
+    Args:
+        name: of the source, as it appears in the metrics.
+        fingerprint: hex digits that change whenever any token may have changed.
+        dtype: ``uint16`` or ``uint32`` (others as foreign files have them).
+        pieces: in order.
+        n_documents, n_bytes: of the texts, UTF-8; ``None`` where a foreign format does not say.
+        bad_records: how many records were skipped when it was built.
+        eos_id: ends a document in pieces that do not list their ends.
+        vocab_size: with it, every token that is read is checked; for files whose writer is not known.
+        folder: where the manifest is, if there is one.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        fingerprint: str,
+        dtype: str,
+        pieces: list[Piece],
+        n_documents: int | None = None,
+        n_bytes: int | None = None,
+        bad_records: int = 0,
+        eos_id: int | None = None,
+        vocab_size: int | None = None,
+        folder: Path | None = None,
+        manifest: dict[str, Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.fingerprint = fingerprint
+        self.dtype = np.dtype(dtype)
+        self.n_documents = n_documents
+        self.n_bytes = n_bytes
+        self.bad_records = bad_records
+        self.folder = folder
+        self.manifest = manifest or {}
+        self._eos_id = eos_id
+        self._vocab_size = vocab_size
+        self._pieces = [piece for piece in pieces if piece.n_tokens]
+        self._starts = np.cumsum([0] + [piece.n_tokens for piece in self._pieces])
+        self.n_tokens = int(self._starts[-1])
+        self._arrays: OrderedDict[int, np.ndarray] = OrderedDict()  # piece: its tokens; ~piece: its ends
+        for piece in self._pieces:
+            size = Path(piece.path).stat().st_size if Path(piece.path).exists() else -1
+            if size < piece.offset_bytes + piece.n_tokens * self.dtype.itemsize:
+                raise RequestError(
+                    f"{piece.path} {'is missing' if size < 0 else f'has only {size} bytes'}, but "
+                    f"{piece.n_tokens} tokens are expected: remove the token store, it is built again"
+                )
+
+    @staticmethod
+    def open(folder: str | Path) -> TokenStore:
+        """The finished store in ``folder``.
+
+        Raises:
+            RequestError: there is none, it is unfinished, of another version, or a file of it is missing.
+        """
+        folder = Path(folder)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+        except FileNotFoundError:
+            raise RequestError(
+                f"{folder} holds no finished token store (no {MANIFEST}): prepare it"
+            ) from None
+        except ValueError as error:
+            raise RequestError(f"{folder / MANIFEST} is damaged ({error}): remove the folder") from None
+        if manifest["version"] != STORE_VERSION:
+            raise RequestError(
+                f"{folder} is a token store of version {manifest['version']}, this is version "
+                f"{STORE_VERSION}: remove the folder, it will be built again"
+            )
+        pieces = [
+            Piece(
+                path=str(folder / f"{part['file']}.bin"),
+                n_tokens=part["tokens"],
+                ends=str(folder / f"{part['file']}.ends"),
+                ends_dtype=part["ends_dtype"],
+                n_ends=part["documents"],
+            )
+            for part in manifest["parts"]
+        ]
+        return TokenStore(
+            name=manifest["name"],
+            fingerprint=manifest["fingerprint"],
+            dtype=manifest["dtype"],
+            pieces=pieces,
+            n_documents=manifest["documents"],
+            n_bytes=manifest["bytes"],
+            bad_records=manifest["bad"],
+            folder=folder,
+            manifest=manifest,
+        )
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def n_blocks(self, block_size: int) -> int:
+        """Whole blocks of ``block_size`` inputs and as many next-token labels; what is left is the tail."""
+        return max(self.n_tokens - 1, 0) // block_size
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """(count,) tokens from ``start`` on, a copy.
+
+        Raises:
+            IndexError: they are not all there.
+        """
+        out = np.empty((1, count), dtype=self.dtype)
+        self.gather(np.array([start]), out)
+        return out[0]
+
+    def gather(self, starts: np.ndarray, out: np.ndarray) -> None:
+        """Fill row i of ``out`` (B, count) with the tokens from ``starts[i]`` on; ``starts`` is (B,)."""
+        count = out.shape[1]
+        if starts.size and (starts.min() < 0 or int(starts.max()) + count > self.n_tokens):
+            raise IndexError(
+                f"tokens [{starts.min()}, {starts.max() + count}) of {self.n_tokens} in {self.name}"
+            )
+        pieces = np.searchsorted(self._starts, starts, side="right") - 1
+        offsets = starts - self._starts[pieces]
+        for row, (piece, offset) in enumerate(zip(pieces.tolist(), offsets.tolist())):
+            tokens = self._tokens(piece)
+            if offset + count <= len(tokens):
+                out[row] = tokens[offset : offset + count]
+                continue
+            filled = 0
+            while filled < count:
+                run = self._tokens(piece)[offset : offset + count - filled]
+                out[row, filled : filled + len(run)] = run
+                filled, piece, offset = filled + len(run), piece + 1, 0
+        if self._vocab_size is not None and out.size and int(out.max()) >= self._vocab_size:
+            row = int(np.argmax(out.max(axis=1)))
+            raise FaultError(
+                f"token {int(out.max())} in {self.name}, between tokens {starts[row]} and "
+                f"{starts[row] + count}, but the tokenizer has only {self._vocab_size} ids: these files were "
+                f"made with another tokenizer"
+            )
+
+    def document_ends(self, start: int, stop: int) -> np.ndarray:
+        """(E,) int64 ends e of documents with ``start < e <= stop``, rising; a document's tokens end before
+        e."""
+        found = []
+        piece = int(np.searchsorted(self._starts, start, side="right")) - 1
+        # An end on the border of two pieces belongs to the first of them.
+        piece = max(piece - (start == self._starts[piece]), 0)
+        while piece < len(self._pieces) and self._starts[piece] < stop:
+            first = int(self._starts[piece])
+            here = self._pieces[piece]
+            if here.ends is not None:
+                ends = self._arrays.get(~piece)
+                if ends is None:
+                    ends = self._map(~piece, here.ends, here.ends_dtype, here.ends_offset_bytes, here.n_ends)
+                low, high = np.searchsorted(
+                    ends, here.ends_scale * np.array([start - first, stop - first]).clip(0), side="right"
+                )
+                found.append(ends[low:high].astype(np.int64) // here.ends_scale + first)
+            elif self._eos_id is not None:
+                low, high = max(start - first, 0), min(stop - first, here.n_tokens)
+                found.append(
+                    np.flatnonzero(self._tokens(piece)[low:high] == self._eos_id) + (first + low + 1)
+                )
+            found.append(np.array([first + here.n_tokens]))
+            piece += 1
+        ends = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+        return ends[(ends > start) & (ends <= stop)]
+
+    def verify(self) -> None:
+        """Read every byte and compare it with the manifest's hashes.
+
+        Raises:
+            RequestError: a file differs from what was built.
+        """
+        for part in self.manifest.get("parts", []):
+            for suffix in ("bin", "ends"):
+                path = self.folder / f"{part['file']}.{suffix}" if self.folder else Path(part["file"])
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+                if digest != part[f"{suffix}_hash"]:
+                    raise RequestError(
+                        f"{path} is damaged (its hash differs): remove {self.folder} to build it again"
+                    )
+
+    def _tokens(self, piece: int) -> np.ndarray:
+        array = self._arrays.get(piece)
+        if array is None:
+            here = self._pieces[piece]
+            array = self._map(piece, here.path, self.dtype.str, here.offset_bytes, here.n_tokens)
+        return array
+
+    def _map(self, key: int, path: str, dtype: str, offset: int, count: int) -> np.ndarray:
+        if count == 0:
+            return np.zeros(0, dtype=dtype)
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Not np.memmap: its slices cost several times as much as those of a plain array.
+        array = self._arrays[key] = np.frombuffer(mapped, dtype=dtype, count=count, offset=offset)
+        if len(self._arrays) > _OPEN_FILES:
+            self._arrays.popitem(last=False)
+        return array
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Mappings cannot be sent to another process; it opens its own.
+        return {**self.__dict__, "_arrays": OrderedDict()}
+
+
+def sample_of(path: str) -> tuple[int, str]:
+    """Size of a file, and a hash of its head, its tail and 14 places between; up to 1 MiB it is hashed whole.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.blake2b(digest_size=16)
+            if size <= 2**20:
+                digest.update(file.read())
+            else:
+                for number in range(16):
+                    file.seek((size - 2**16) * number // 15)
+                    digest.update(file.read(2**16))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
+    return size, digest.hexdigest()

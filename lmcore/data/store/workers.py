@@ -1,0 +1,359 @@
+"""Who builds which part of a token store, and how one part is built.
+
+Comes in: a :class:`Job` that every process and rank has alike. Goes out: the parts' files, all of them.
+What always holds: a part is whole or does not exist; a claim is only a courtesy (two processes at one part
+write the same bytes); a dead owner's claim is taken over; a failure is written where everybody sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, final
+
+import numpy as np
+
+from lmcore.data.store.claims import Claim, claimed, now_of, raise_failure, write_failure
+from lmcore.data.text import documents as text
+from lmcore.data.text import hub
+from lmcore.disk import DISK
+from lmcore.errors import FaultError, RequestError
+
+BATCH_CHARACTERS = 1 << 20
+"""Text that is encoded in one call: enough for the tokenizer's own threads, little enough to stay flat in
+memory."""
+KEPT_BAD_RECORDS = 100
+"""Bad records of one part that are written down with their place; all are counted."""
+
+
+class EncodesBatches(Protocol):
+    """What is needed of a tokenizer (:class:`lmcore.data.tokenizer.tokenizer.Tokenizer`)."""
+
+    vocab_size: int
+    eos_id: int
+    fingerprint: str
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]: ...
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far the parts of one store are, over all processes and ranks."""
+
+    read_bytes: int
+    total_bytes: int
+    documents: int
+    tokens: int
+    bad: int
+    parts: int
+    total_parts: int
+
+    def words(self) -> str:
+        """What the bytes have become, for a person."""
+        bad = f", {self.bad:,} bad records" if self.bad else ""
+        return f"{self.documents:,} documents, {self.tokens:,} tokens{bad}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a process needs in order to build any part of a store."""
+
+    source: text.Source
+    tokenizer: EncodesBatches
+    folder: Path
+    parts: tuple[text.Part, ...]
+    eos: bool
+    side: str
+    fraction: float
+    on_error: str
+    dtype: str
+    keys: tuple[str, ...]
+
+
+def part_file(index: int) -> str:
+    return f"part-{index:06d}"
+
+
+def is_done(job: Job, index: int) -> bool:
+    return (job.folder / f"{part_file(index)}.json").exists()
+
+
+def _aside(path: Path) -> Path:
+    """Where a file is written before it gets its name: another place for each process."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def commit(path: Path, data: bytes) -> None:
+    """A file that is whole and durable, or not there; several processes may write the same one."""
+    DISK.write_file(_aside(path), data)
+    DISK.rename(_aside(path), path)
+    DISK.fsync_dir(path.parent)
+
+
+def encoded(value: Any) -> bytes:
+    """JSON as it stands in the files of a store."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+# ---- who builds which part ----
+
+
+def build_all(job: Job, processes: int, worker: int, progress: Callable[[Progress], None] | None) -> None:
+    """Return when every part is there, whoever built it."""
+    report = _Reporter(job, progress)
+    pending = [part.index for part in job.parts if not is_done(job, part.index)]
+    processes = min(processes, len(pending))
+    started = now_of(job.folder)
+    if processes <= 1:
+        _build_pending(job, started, worker, report)
+        return
+    payload = pickle.dumps((job, started))
+    children = [_start_child(payload, worker * processes + number) for number in range(processes)]
+    try:
+        while any(child.poll() is None for child in children):
+            time.sleep(0.2)
+            report()
+            for child in children:
+                if child.poll():
+                    raise_failure(job.folder, started)
+                    raise FaultError(
+                        f"a tokenizing process ended with code {child.returncode}"
+                        f"{' (out of memory?): lower data.processes' if child.returncode == -9 else ''}; "
+                        f"the finished parts are kept"
+                    )
+    finally:
+        for child in children:
+            child.kill()  # a part is whole or does not exist, there is nothing to tidy up
+            child.wait()
+            assert child.stdin is not None
+            child.stdin.close()
+    _build_pending(job, started, worker, report)
+
+
+_CHILD = "import sys; from lmcore.data.store.workers import child_main; child_main()"
+
+
+def _start_child(payload: bytes, number: int) -> subprocess.Popen[bytes]:
+    """A tokenizing process. Not a fork: this process may run threads of torch or of a tokenizer that a fork
+    would cut off. Not multiprocessing's spawn: that imports the main script again, and with it torch, for
+    seconds."""
+    root = str(Path(__file__).resolve().parents[3])
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    environment.setdefault("RAYON_NUM_THREADS", "1")  # processes are the parallelism here
+    child = subprocess.Popen(
+        [sys.executable, "-c", _CHILD, str(number), *sys.path], stdin=subprocess.PIPE, env=environment
+    )
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it died at once: its exit code tells
+        child.stdin.write(len(payload).to_bytes(8, "little") + payload)
+        child.stdin.flush()
+    return child
+
+
+def child_main() -> None:
+    """What a tokenizing process runs; it ends with its parent, and leaves signals to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    size = int.from_bytes(sys.stdin.buffer.read(8), "little")
+    number, sys.path[:] = int(sys.argv[1]), sys.argv[2:]
+    job, started = pickle.loads(sys.stdin.buffer.read(size))
+
+    def end_with_parent() -> None:
+        sys.stdin.buffer.read(1)  # returns when the parent is gone
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    code = 0
+    try:
+        _build_pending(job, started, number, _Reporter(job, None))
+    except (RequestError, FaultError, OSError):
+        code = 3  # written down already, the parent tells it
+    os._exit(code)
+
+
+def _build_pending(job: Job, started: float, number: int, report: _Reporter) -> None:
+    """Build one part after another, from a place of one's own on, until all are there."""
+    count = len(job.parts)
+    first = (
+        number * 7919 % max(count, 1)
+    )  # a prime stride spreads the processes without their knowing each other
+    while True:
+        waiting = False
+        for step in range(count):
+            index = (first + step) % count
+            if is_done(job, index):
+                continue
+            raise_failure(job.folder, started)
+            with claimed(job.folder / f"{part_file(index)}.claim") as mine:
+                if mine and not is_done(job, index):
+                    try:
+                        _build(job, index, mine, report)
+                    except (FaultError, RequestError, OSError) as error:
+                        write_failure(job.folder, error)
+                        raise
+                else:
+                    waiting = True
+        report()
+        if not waiting and all(is_done(job, part.index) for part in job.parts):
+            return
+        time.sleep(0.2)
+
+
+class _Reporter:
+    """Adds up how far all processes and ranks are, from what lies in the folder."""
+
+    def __init__(self, job: Job, tell: Callable[[Progress], None] | None) -> None:
+        self._job, self._tell = job, tell
+        self._finished: dict[int, dict[str, Any]] = {}
+        self._last = 0.0
+
+    def __call__(self) -> None:
+        if self._tell is None or time.monotonic() - self._last < 0.5:
+            return
+        self._last = time.monotonic()
+        sums = {"bytes": 0, "documents": 0, "tokens": 0, "bad": 0}
+        for part in self._job.parts:
+            state = self._finished.get(part.index) or self._read(part.index)
+            sums["bytes"] += part.n_bytes if "key" in state else int(state.get("bytes", 0))
+            for key in ("documents", "tokens", "bad"):
+                sums[key] += int(state.get(key, 0))
+        self._tell(
+            Progress(
+                read_bytes=sums["bytes"],
+                total_bytes=sum(part.n_bytes for part in self._job.parts),
+                documents=sums["documents"],
+                tokens=sums["tokens"],
+                bad=sums["bad"],
+                parts=len(self._finished),
+                total_parts=len(self._job.parts),
+            )
+        )
+
+    def _read(self, index: int) -> dict[str, Any]:
+        for suffix in ("json", "claim"):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                state = json.loads((self._job.folder / f"{part_file(index)}.{suffix}").read_text())
+                if suffix == "json":
+                    self._finished[index] = state
+                return state
+        return {}
+
+
+# ---- one part ----
+
+
+def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
+    """Tokenize one part; on return it is durable, under its final name."""
+    part, name = job.parts[index], part_file(index)
+    relative = {piece.path: piece.relative_path for piece in part.pieces}
+    bad: list[text.BadRecord] = []
+    counts = {"tokens": 0, "documents": 0, "bytes": 0, "bad": 0, "empty": 0, "records": 0}
+
+    def on_bad(record: text.BadRecord) -> None:
+        if job.on_error == "raise":
+            raise FaultError(f"{record}: mend it, or leave such records out with data.on_error skip")
+        counts["bad"] += 1
+        if len(bad) < KEPT_BAD_RECORDS:
+            bad.append(record)
+
+    def on_empty(where: str) -> None:
+        counts["empty"] += 1
+
+    aside = _aside(job.folder / f"{name}.bin")
+    digest = hashlib.blake2b(digest_size=16)
+    lengths: list[np.ndarray] = []
+    file = DISK.create(aside)
+    try:
+        for texts in _batches(job, part, on_bad, on_empty, counts):
+            ids = job.tokenizer.encode_batch(texts)
+            tokens = _joined(job, ids, part)
+            DISK.write(file, tokens.data)
+            digest.update(tokens.data)
+            lengths.append(np.array([len(one) + job.eos for one in ids], dtype=np.uint64))
+            counts["tokens"] += len(tokens)
+            counts["documents"] += len(ids)
+            done = min(counts["bytes"] / max(part.n_bytes, 1), 0.99)  # the text's bytes stand for the file's
+            claim.state |= {
+                "bytes": int(part.n_bytes * done),
+                "documents": counts["documents"],
+                "tokens": counts["tokens"],
+            }
+            report()
+        DISK.fsync(file)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    finally:
+        DISK.close(file)
+    ends_dtype = "<u4" if counts["tokens"] < 2**32 else "<u8"
+    ends = np.cumsum(np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.uint64)).astype(ends_dtype)
+    description = {
+        "file": name,
+        "key": job.keys[index],
+        "pieces": [[piece.relative_path, piece.start, piece.stop] for piece in part.pieces],
+        **counts,
+        "ends_dtype": ends_dtype,
+        "bin_hash": digest.hexdigest(),
+        "ends_hash": hashlib.blake2b(ends.data, digest_size=16).hexdigest(),
+        "bad_records": [{**asdict(record), "path": relative.get(record.path, record.path)} for record in bad],
+    }
+    with contextlib.suppress(
+        FileNotFoundError
+    ):  # somebody took the part over and finished it, and cleaned up
+        DISK.rename(aside, job.folder / f"{name}.bin")
+        commit(job.folder / f"{name}.ends", ends.tobytes())
+        commit(job.folder / f"{name}.json", encoded(description))
+
+
+def _batches(
+    job: Job,
+    part: text.Part,
+    on_bad: Callable[[text.BadRecord], None],
+    on_empty: Callable[[str], None],
+    counts: dict[str, int],
+) -> Iterator[list[str]]:
+    """The texts of the wanted side, about :data:`BATCH_CHARACTERS` at a time."""
+    texts: list[str] = []
+    size = 0
+    for document in hub.documents_of(job.source, part, bad=on_bad, empty=on_empty):
+        counts["records"] += 1
+        if job.side != "all" and text.side(document.text, job.fraction) != job.side:
+            continue
+        texts.append(document.text)
+        size += len(document.text)
+        counts["bytes"] += _utf8_length(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
+
+
+def _utf8_length(value: str) -> int:
+    return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+
+
+def _joined(job: Job, ids: list[np.ndarray], part: text.Part) -> np.ndarray:
+    """All documents of a batch, each with its end, as they stand in the file."""
+    end = [np.array([job.tokenizer.eos_id], dtype=np.int32)] if job.eos else []
+    runs = [run for one in ids for run in (one, *end)]
+    tokens = np.concatenate(runs) if runs else np.zeros(0, dtype=np.int32)
+    if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < job.tokenizer.vocab_size:
+        raise FaultError(
+            f"the tokenizer gave the id {int(tokens.max())} for text of {part.path}, but says that it has "
+            f"{job.tokenizer.vocab_size} ids"
+        )
+    return np.ascontiguousarray(tokens, dtype=job.dtype)

@@ -1,0 +1,451 @@
+"""Blocks without a token store: text is tokenized while the model trains.
+
+Comes in: sources, a tokenizer, a cursor. Goes out: the same blocks by position as :mod:`lmcore.data.blocks`
+gives, for :class:`lmcore.data.batches.Batches`. It starts at once, needs no disk, and also reads the Hub
+(``hf://``).
+
+How the order stays independent of the topology: there are V *lanes*, a fixed number that is kept in the
+cursor (default: the blocks of the global batch). Position p is the block p // V of lane p % V. Lane l reads
+the parts l, l + V, l + 2V, ... of the permuted part list, one epoch after another, as one run of tokens,
+cuts it into blocks, and shuffles them in windows. Ranks own ranges of lanes and workers own lanes of their
+rank, so neither changes what a lane holds. The state of a lane is where its window began: part, document,
+token. It travels with the batch.
+
+What always holds: the global batches are the same for every world size, micro-batch and worker count; no
+token of a good document is lost or comes twice in a pass of a lane; resuming tokenizes at most one window
+for each lane. What is weaker than with a store (docs/guarantees.md): lanes read at their own speed, so that
+epochs blur into one another at their borders; the shuffle reaches as far as the windows; the length of an
+epoch in positions is not known.
+
+    dataset = StreamDataset(sources, tokenizer, block_size=1024, lanes=64, seed=1)
+    cursor = Cursor(fingerprint=dataset.fingerprint, seed=1, stream={"lanes": 64})
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from typing import Any, final
+
+import numpy as np
+
+from lmcore.data.blocks import Blocks, position_ids_of
+from lmcore.data.order import ORDER_VERSION, Cursor, Order, Phase, keys, permute
+from lmcore.data.store.build import identity_of
+from lmcore.data.store.workers import EncodesBatches
+from lmcore.data.text import documents as text
+from lmcore.data.text import hub
+from lmcore.errors import FaultError, RequestError
+
+PARTS_PER_LANE = 8
+"""The corpus is cut into about so many parts for each lane, so that lanes end their epochs near one another."""
+_MIN_PART_BYTES, _MAX_PART_BYTES = 2**16, 2**23
+_MAX_STRIDES = 64
+_ENCODED_CHARACTERS = 2**15
+"""Text that a lane encodes ahead at once, in the long run; after a start it takes only what it needs."""
+_ENDLESS = 2**60
+
+
+@final
+class StreamDataset:
+    """Blocks by position, tokenized on the fly; satisfies :class:`lmcore.data.batches.Readable`.
+
+    Args:
+        sources: files or ``hf://`` data sets.
+        block_size: T.
+        lanes: V; the global batch must be a multiple of it, and it of the world size. A resumed cursor's
+        own V wins.
+        window_blocks: blocks that are shuffled among one another, over all lanes together.
+        shuffle: ``none`` keeps the order of the files; anything else shuffles parts and windows.
+        phases: mixtures; without weights all sources are one corpus.
+        split: ``("train", f)`` or ``("valid", f)``: one side of a split by content.
+        on_error, max_bad_fraction: as in :func:`lmcore.data.store.build.prepare`; the fraction is that of each
+            process so far.
+
+    Raises:
+        RequestError: standard input, weights for some sources only, sizes that do not divide (with the
+        numbers).
+    """
+
+    can_pad = False
+
+    def __init__(
+        self,
+        sources: Sequence[text.Source],
+        tokenizer: EncodesBatches,
+        *,
+        block_size: int,
+        lanes: int,
+        seed: int,
+        window_blocks: int = 1024,
+        shuffle: str = "full",
+        phases: tuple[Phase, ...] = (Phase(),),
+        split: tuple[str, float] = ("all", 0.0),
+        eos: bool = True,
+        document_mask: bool = False,
+        on_error: str = "raise",
+        max_bad_fraction: float = 0.001,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        for source in sources:
+            if text.STDIN in source.paths:
+                raise RequestError(
+                    "standard input cannot be read again for a resume or a second epoch: "
+                    "`python -m lmcore prepare` makes a token store of it"
+                )
+        self.block_size = block_size
+        self.lanes = lanes
+        self.seed = seed
+        self.shuffle = shuffle
+        self.phases = phases
+        self.window_blocks = window_blocks
+        self.document_mask = document_mask
+        self._sources = tuple(sources)
+        self._tokenizer = tokenizer
+        self._split = split
+        self._dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+        self._eos = np.array([tokenizer.eos_id] if eos else [], dtype=np.int32)
+        self._on_error, self._max_bad_fraction = on_error, max_bad_fraction
+        self._records = 0
+        self._bad: set[tuple[str, str]] = set()  # later epochs and other lanes meet the same ones again
+        self._identities = [identity_of(source, tokenizer, split, eos) for source in sources]
+        self._cursor: Cursor | None = None
+        self._lanes: dict[int, _Lane] = {}
+        self._parts = [_cut(source, lanes) for source in sources]
+        few = min(len(parts) for parts in self._parts)
+        if few < lanes and note is not None:
+            note(
+                f"the stream has only {few} parts for {lanes} lanes: its epochs overlap widely, and each "
+                f"file is read several times; data.mode store has neither fault"
+            )
+        self._groups()
+
+    @property
+    def fingerprint(self) -> str:
+        """All that decides what a position means, beside the seed and the lanes."""
+        digest = hashlib.sha256(json.dumps(self._identities, sort_keys=True).encode()).hexdigest()[:32]
+        return (
+            f"stream order={ORDER_VERSION} block_size={self.block_size} shuffle={self.shuffle} "
+            f"window={self.window_blocks} {digest}"
+        )
+
+    def new_cursor(self) -> Cursor:
+        """The beginning."""
+        return Cursor(
+            fingerprint=self.fingerprint, seed=self.seed, phases=self.phases, stream={"lanes": self.lanes}
+        )
+
+    def resumed(self, cursor: Cursor) -> StreamDataset:
+        """This stream, ready to be read from a cursor on."""
+        lanes = int(cursor.stream.get("lanes", self.lanes))
+        if cursor.position % lanes:
+            raise RequestError(
+                f"position {cursor.position} of a stream is not a multiple of its {lanes} lanes"
+            )
+        for start, stop in cursor.skips:
+            if start % lanes or stop % lanes:
+                raise RequestError(
+                    f"data.skip_positions [{start}, {stop}) must begin and end at multiples of the "
+                    f"stream's {lanes} lanes: take [{start // lanes * lanes}, {-(-stop // lanes) * lanes})"
+                )
+        new = copy(self)
+        new.lanes, new.phases = lanes, cursor.phases
+        new._parts = self._parts if lanes == self.lanes else [_cut(source, lanes) for source in self._sources]
+        new._cursor, new._lanes = cursor, {}
+        new._groups()
+        return new
+
+    def _groups(self) -> list[list[tuple[int, int]]]:
+        """What is drawn from separately: [(source, part), ...] for each group; without weights all is one group."""
+        numbered = [[(s, p) for p in range(len(parts))] for s, parts in enumerate(self._parts)]
+        weighted = [phase.weights is not None for phase in self.phases]
+        if all(weighted):
+            return numbered
+        if any(weighted):
+            raise RequestError(
+                "a stream cannot change between weighted sources and none: give weights throughout"
+            )
+        return [[pair for group in numbered for pair in group]]
+
+    # ---- slicing ----
+
+    def rank_slice(self, positions: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+        """The positions of a rank's lanes."""
+        if len(positions) % self.lanes or self.lanes % world_size:
+            raise RequestError(
+                f"a stream of {self.lanes} lanes (data.stream_lanes, fixed when the run began) needs a "
+                f"train.global_batch_blocks that is a multiple of {self.lanes}, not {len(positions)}, and a "
+                f"number of processes that divides {self.lanes}, not {world_size}"
+            )
+        share = self.lanes // world_size
+        return positions[(positions % self.lanes) // share == rank]
+
+    def rows_of_worker(self, positions: np.ndarray, worker: int, workers: int) -> np.ndarray:
+        """Which of a rank's rows lie in the lanes of one worker."""
+        return np.flatnonzero(positions % self.lanes % workers == worker)
+
+    def count_labels(self, positions: np.ndarray) -> int:
+        return len(positions) * self.block_size
+
+    def epoch_of(self, cursor: Cursor) -> float:
+        """Epochs, averaged over the lanes whose state the cursor has; parts count as a whole when they begin."""
+        total = sum(len(parts) for parts in self._parts)
+        begun = [
+            (int(lane) + state[0][0] * self.lanes) / total
+            for lane, state in cursor.stream.items()
+            if lane != "lanes"
+        ]
+        return float(np.mean(begun)) if begun else 0.0
+
+    # ---- reading ----
+
+    def read(self, positions: np.ndarray) -> Blocks:
+        """The blocks at these positions, which rise from call to call in each lane."""
+        n, size = len(positions), self.block_size
+        ids = np.empty((n, size + 1), dtype=self._dtype)
+        position_ids = np.zeros((n, size), dtype=np.int32) if self.document_mask else None
+        lanes = [self._lane(number) for number in (positions % self.lanes).tolist()]
+        numbers = (positions // self.lanes).tolist()
+        # One round for each block of a lane: all lanes that need text encode it in one call.
+        for rows in np.split(np.arange(n), np.flatnonzero(np.diff(positions // self.lanes)) + 1):
+            feeds = [lanes[row].feed_for(numbers[row]) for row in rows.tolist()]
+            self._fill(feeds)
+            for row, (feed, block) in zip(rows.tolist(), feeds):
+                start, ids[row] = feed.block(block)
+                if position_ids is not None:
+                    position_ids[row] = position_ids_of(feed.ends_after(start) - start, size)
+                feed.close(block + 1)
+        return Blocks(
+            ids=ids,
+            n_labels=np.full(n, size),
+            position_ids=position_ids,
+            state={"lanes": self.lanes} | {str(lane.number): lane.state() for lane in lanes[-self.lanes :]},
+        )
+
+    def _lane(self, number: int) -> _Lane:
+        lane = self._lanes.get(number)
+        if lane is None:
+            cursor = self._cursor or self.new_cursor()
+            state = cursor.stream.get(str(number))
+            lane = self._lanes[number] = _Lane(
+                self, number, self._groups(), state, cursor.position // self.lanes
+            )
+        return lane
+
+    def _fill(self, feeds: list[tuple[_Feed, int]]) -> None:
+        """Give each feed the tokens of the block that is wanted of it, encoding for all of them at once."""
+        while True:
+            hungry = [(feed, missing) for feed, block in feeds if (missing := feed.missing(block)) > 0]
+            if not hungry:
+                return
+            texts = [feed.take(missing) for feed, missing in hungry]
+            encoded = iter(self._tokenizer.encode_batch([one for some in texts for one in some]))
+            for (feed, _), some in zip(hungry, texts):
+                feed.accept([np.concatenate((next(encoded), self._eos)) for _ in some])
+
+    def documents(self, source: int, part: tuple[text.Part, int, int]) -> Iterator[str | None]:
+        """The texts of a part; ``None`` stands for one of the other side of the split."""
+        piece, stride, strides = part
+        for number, document in enumerate(hub.documents_of(self._sources[source], piece, bad=self._on_bad)):
+            if number % strides == stride:
+                self._records += 1
+                wanted = self._split[0] == "all" or self._split[0] == text.side(document.text, self._split[1])
+                yield document.text if wanted else None
+
+    def _on_bad(self, record: text.BadRecord) -> None:
+        if self._on_error == "raise":
+            raise FaultError(f"{record}: mend it, or leave such records out with data.on_error skip")
+        if (record.path, record.where) not in self._bad:  # a worker process says it on standard error
+            logging.getLogger(__name__).warning("left out: %s", record)
+        self._bad.add((record.path, record.where))
+        bad, total = len(self._bad), self._records + len(self._bad)
+        if bad > max(10, self._max_bad_fraction * total):
+            raise FaultError(
+                f"{bad} of {total} records so far are bad, more than data.max_bad_fraction "
+                f"{self._max_bad_fraction}; the last: {record}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lanes": {}}  # readers are opened where they are used
+
+
+def _cut(source: text.Source, lanes: int) -> list[tuple[text.Part, int, int]]:
+    """[(part, stride, strides)]: the parts of a source. What cannot be cut (compressed files, few Hub
+    shards) is read by several lanes, each of which takes every strides-th document."""
+    total = sum(part.n_bytes for part in hub.parts_of(source, part_bytes=2**40))
+    part_bytes = min(max(total // (PARTS_PER_LANE * lanes), _MIN_PART_BYTES), _MAX_PART_BYTES)
+    pieces = hub.parts_of(source, part_bytes=part_bytes)
+    strides = min(max(-(-lanes // max(len(pieces), 1)), 1), _MAX_STRIDES)
+    return [(piece, stride, strides) for stride in range(strides) for piece in pieces]
+
+
+@final
+class _Lane:
+    """One of V independent readers. Its block k comes from one feed: the only one, or that of the source
+    which the mixture names."""
+
+    def __init__(
+        self,
+        stream: StreamDataset,
+        number: int,
+        groups: list[list[tuple[int, int]]],
+        state: list[list[int]] | None,
+        first: int,
+    ) -> None:
+        self.number = number
+        seed = int.from_bytes(
+            hashlib.blake2b(f"{stream.seed} {number}".encode(), digest_size=8).digest(), "little"
+        )
+        phases = tuple(
+            Phase(position=phase.position // stream.lanes, weights=phase.weights) for phase in stream.phases
+        )
+        # The order of an endless, unshuffled corpus: its block is the number of the draw from a source.
+        self._order = (
+            Order(lengths=(_ENDLESS,) * len(groups), seed=seed, shuffle="none", phases=phases)
+            if len(groups) > 1
+            else None
+        )
+        drawn = self._order.drawn_before(first) if self._order else (first,)
+        self._feeds = [
+            _Feed(stream, number, group, which, state[which] if state else None, drawn[which])
+            for which, group in enumerate(groups)
+        ]
+
+    def feed_for(self, number: int) -> tuple[_Feed, int]:
+        """The feed of the lane's block ``number``, and the number of the block in that feed."""
+        if self._order is None:
+            return self._feeds[0], number
+        source, _, draw = self._order.locate(np.array([number]))
+        return self._feeds[int(source[0])], int(draw[0])
+
+    def state(self) -> list[list[int]]:
+        return [feed.state for feed in self._feeds]
+
+
+@final
+class _Feed:
+    """A lane's run of tokens from one group of parts, and the window of it that is being given out.
+
+    Tokens are numbered from where this reader began. ``state`` is [part ordinal, document, token] at the
+    start of the window of the next block: what a resume needs.
+    """
+
+    def __init__(
+        self,
+        stream: StreamDataset,
+        lane: int,
+        group: list[tuple[int, int]],
+        which: int,
+        state: list[int] | None,
+        first: int,
+    ) -> None:
+        self._stream, self._lane, self._group, self._which = stream, lane, group, which
+        self.state = list(state) if state else [0, 0, 0]
+        self._size = stream.block_size
+        self._window = max(stream.window_blocks // stream.lanes, 1)
+        # The first window of a lane is shorter by a share of its own, so that lanes do not all refill in
+        # one step.
+        self._first_window = 1 + lane * self._window // stream.lanes
+        self._origin = self._window_of(first)[0]
+        self._tokens = np.zeros(0, dtype=stream._dtype)
+        self._base = 0  # the number of the first token in self._tokens
+        self._marks: deque[tuple[int, int, int]] = deque()  # (first token, part ordinal, document)
+        self._drop = self.state[2]
+        self._texts = self._read(self.state[0], self.state[1])
+        self._taken: list[tuple[int, int]] = []
+        self._ahead = 0
+        self._places_of, self._places = -1, np.zeros(0, dtype=np.int64)
+
+    def _window_of(self, block: int) -> tuple[int, int]:
+        """[first, stop) of the window that holds a block."""
+        if block < self._first_window:
+            return 0, self._first_window
+        number = (block - self._first_window) // self._window
+        first = self._first_window + number * self._window
+        return first, first + self._window
+
+    def missing(self, block: int) -> int:
+        """Tokens that must still be encoded before ``block`` can be given."""
+        stop = self._window_of(block)[1]
+        return (stop - self._origin) * self._size + 1 - (self._base + len(self._tokens))
+
+    def take(self, missing: int) -> list[str]:
+        """The next texts, about enough for so many tokens."""
+        texts: list[str] = []
+        characters = 0
+        wanted = max(2 * missing, self._ahead)
+        self._ahead = min(2 * wanted, _ENCODED_CHARACTERS + 97 * self._lane % _ENCODED_CHARACTERS)
+        while characters < wanted:
+            ordinal, document, one = next(self._texts)
+            self._taken.append((ordinal, document))
+            texts.append(one)
+            characters += len(one) + 1
+        return texts
+
+    def accept(self, runs: list[np.ndarray]) -> None:
+        """The ids of the texts that were taken."""
+        end = self._base + len(self._tokens)
+        for (ordinal, document), run in zip(self._taken, runs):
+            # Where this reader begins inside a document, its first tokens were given out before.
+            self._marks.append((end - self._drop, ordinal, document))
+            end += len(run) - self._drop
+            if self._drop:
+                runs[0], self._drop = run[self._drop :], 0
+        self._taken = []
+        self._tokens = np.concatenate((self._tokens, *(run.astype(self._tokens.dtype) for run in runs)))
+
+    def block(self, block: int) -> tuple[int, np.ndarray]:
+        """(number of the first token, the T + 1 tokens) of a block, at its shuffled place in the window."""
+        first, stop = self._window_of(block)
+        if self._places_of != first:
+            self._places_of, self._places = first, np.arange(stop - first)
+            if self._stream.shuffle != "none":
+                key = keys(self._stream.seed, "stream window", self._lane, self._which, first)
+                self._places = permute(self._places, stop - first, key)
+        start = (first - self._origin + int(self._places[block - first])) * self._size
+        return start, self._tokens[start - self._base : start - self._base + self._size + 1]
+
+    def ends_after(self, start: int) -> np.ndarray:
+        """Where the documents end that end in the block from ``start`` on: each ends where the next
+        begins."""
+        return np.array(
+            [mark[0] for mark in self._marks if start < mark[0] < start + self._size], dtype=np.int64
+        )
+
+    def close(self, following: int) -> None:
+        """``following`` is the next block that will be wanted: forget what lies before its window."""
+        first = (self._window_of(following)[0] - self._origin) * self._size
+        if first == self._base:
+            return
+        self._tokens = self._tokens[first - self._base :].copy()
+        self._base = first
+        while len(self._marks) > 1 and self._marks[1][0] <= first:
+            self._marks.popleft()
+        start, ordinal, document = self._marks[0]
+        self.state = [ordinal, document, first - start]
+
+    def _read(self, ordinal: int, skip: int) -> Iterator[tuple[int, int, str]]:
+        """(part ordinal, document, text) without end, from document ``skip`` of the ``ordinal``-th part
+        on."""
+        total = len(self._group)
+        barren = 0
+        while True:
+            number = self._lane + ordinal * self._stream.lanes
+            place = number % total
+            if self._stream.shuffle != "none":
+                key = keys(self._stream.seed, "stream parts", self._which, number // total)
+                place = int(permute(np.array([place]), total, key)[0])
+            source, part = self._group[place]
+            barren += 1
+            documents = self._stream.documents(source, self._stream._parts[source][part])
+            for document, one in enumerate(documents):
+                if document >= skip and one is not None:
+                    barren = 0
+                    yield ordinal, document, one
+            if barren > 2 * total:
+                raise RequestError(f"the sources of lane {self._lane} hold no text at all")
+            ordinal, skip = ordinal + 1, 0

@@ -1,0 +1,1 @@
+"""Files, globs and Hub datasets to documents."""

@@ -1,0 +1,118 @@
+"""Data sets of the Hugging Face Hub as sources: ``hf://owner/name``, read as a stream.
+
+Comes in: a :class:`lmcore.data.text.documents.Source` whose path is ``hf://owner/name[@revision][?config=...&split=...]``.
+Goes out: its shards as parts, and the documents of a part. What always holds: the same revision gives the
+same documents in the same order. Needs the optional package ``datasets``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+from urllib.parse import parse_qs
+
+from lmcore.data.text import documents
+from lmcore.data.text.sources import HUB
+from lmcore.errors import RequestError
+
+PREFIX = HUB
+
+
+@lru_cache(maxsize=8)
+def _open(path: str) -> tuple[Any, str]:
+    """(the streaming data set, a hash of what it is made of).
+
+    Raises:
+        RequestError: ``datasets`` is not installed, or there is no such data set.
+    """
+    try:
+        import datasets  # optional, and slow to import: only who names hf:// pays
+    except ImportError:
+        raise RequestError(f"{path} needs the package datasets: pip install datasets") from None
+    name, _, query = path.removeprefix(PREFIX).partition("?")
+    name, _, revision = name.partition("@")
+    options = {key: values[-1] for key, values in parse_qs(query).items()}
+    unknown = sorted(set(options) - {"config", "split"})
+    if unknown:
+        raise RequestError(f"{path}: {', '.join(unknown)} is not known; config= and split= are")
+    try:
+        builder = datasets.load_dataset_builder(name, options.get("config"), revision=revision or None)
+        data = builder.as_streaming_dataset(split=options.get("split", "train"))
+    except (OSError, ValueError) as error:  # no network, no such data set, config or split
+        raise RequestError(f"{path} cannot be opened: {error}") from error
+    return (
+        data,
+        f"{builder.dataset_name} {builder.config.name} {builder.hash} {options.get('split', 'train')}",
+    )
+
+
+def fingerprint(path: str) -> str:
+    """Changes whenever the data set does."""
+    return _open(path)[1]
+
+
+def is_hub(source: documents.Source) -> bool:
+    """Is it a data set of the Hub?
+
+    Raises:
+        RequestError: it is one among others.
+    """
+    found = [path.startswith(PREFIX) for path in source.paths]
+    if any(found) and len(found) > 1:
+        raise RequestError(f"{source.paths[found.index(True)]} must be a source of its own")
+    return any(found)
+
+
+def parts_of(source: documents.Source, *, part_bytes: int) -> list[documents.Part]:
+    """The parts of any source: :func:`lmcore.data.text.documents.parts`, or one part for each shard of a data set."""
+    if not is_hub(source):
+        return documents.parts(source, part_bytes=part_bytes)
+    [path] = source.paths
+    fixed: dict[str, Any] = {
+        "path": path,
+        "relative_path": path,
+        "kind": "hub",
+        "n_bytes": 0,
+        "size_bytes": 0,
+        "mtime_ns": 0,
+    }
+    return [
+        documents.Part(index=index, pieces=(documents.Piece(**fixed, start=index, stop=index + 1),))
+        for index in range(_open(path)[0].num_shards)
+    ]
+
+
+def documents_of(
+    source: documents.Source,
+    part: documents.Part,
+    *,
+    bad: Callable[[documents.BadRecord], None],
+    empty: Callable[[str], None] | None = None,
+) -> Iterator[documents.Document]:
+    """The documents of a part of any source; see :func:`lmcore.data.text.documents.read`."""
+    if not part.path.startswith(PREFIX):  # not of the source: it may have a million files
+        return documents.read(source, part, bad=bad, empty=empty)
+    return _rows(source, part, bad, empty)
+
+
+def _rows(
+    source: documents.Source,
+    part: documents.Part,
+    bad: Callable[[documents.BadRecord], None],
+    empty: Callable[[str], None] | None,
+) -> Iterator[documents.Document]:
+    data = _open(part.path)[0]
+    shard = data.shard(num_shards=data.num_shards, index=part.start) if data.num_shards > 1 else data
+    for row, record in enumerate(shard):
+        where = f"shard {part.start}, row {row}"
+        value = record.get(source.text_field)
+        if not isinstance(value, str):
+            names = ", ".join(sorted(map(str, record)))
+            bad(
+                documents.BadRecord(part.path, where, f"no text in {source.text_field!r} (there are {names})")
+            )
+        elif value.strip():
+            yield documents.Document(value, f"{part.path}#{where}")
+        elif empty is not None:
+            empty(where)

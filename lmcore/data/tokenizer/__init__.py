@@ -1,0 +1,1 @@
+"""Documents to a SentencePiece model; text to ids and back."""

@@ -1,0 +1,442 @@
+"""The one door to accelerate: DDP, FSDP2, ZeRO-1/2/3 and mixed precision behind one small face.
+
+Comes in: the launcher's environment, a module that returns ``(loss_sum, count)``, a way to make its
+optimizer. Goes
+out: the same training for every strategy, and the state by parameter name, whole tensors on the host.
+
+What always holds:
+
+- the process group, strategy and precision are those that were asked for; what accelerate would silently
+  replace (one process instead of two, DDP instead of FSDP2, fp32 instead of fp16) is refused with the right
+  command;
+- the gradient is that of the global token mean, whatever the accumulation and the number of ranks (law 8);
+- dropout depends on (seed, micro-batch key) only (law 10); the learning rate is set before the step (law 11);
+- a non-finite loss or gradient never reaches the weights (law 12);
+- nothing outside this room and its ``_strategy_*`` siblings knows which strategy runs (law 20).
+
+Example::
+
+    engine = Engine(precision="fp32", seed=1)
+    engine.prepare(module, make_optimizer, gradient_accumulation=2, micro_batch_blocks=4, clip_norm=1.0)
+    engine.set_learning_rate(3e-4)
+    for batch, key in micro_batches:
+        loss_sum, count = engine.forward(batch, key)
+        engine.backward(loss_sum, label_count)
+    norm, applied = engine.update()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lmcore.engine import accelerator, fsdp, launch, sharded_init, zero
+from lmcore.engine import state as by_name
+from lmcore.engine.gradients import WideGradients, rehearse_backward
+from lmcore.engine.ranks import Ranks
+from lmcore.engine.state import Skeleton, TensorState, clean_name, keyed_seed, persistent_buffers
+from lmcore.engine.zero_state import ZeroState
+from lmcore.errors import RequestError
+from lmcore.model import optim
+from lmcore.model.module import compile_regions, decoder_layers, enable_activation_checkpointing
+from lmcore.process import keep_freed_memory
+
+MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+Read = Callable[[str, str, str], Tensor | None]
+
+
+class Entry(NamedTuple):
+    """One tensor of the state: ``kind`` "model" or "optim"; ``slot`` "" for weights, else e.g. "exp_avg"."""
+
+    kind: str
+    name: str
+    slot: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Engine:
+    """One per process. Constructing it joins the process group; :meth:`close` leaves it.
+
+    Args:
+        precision: "fp32", "bf16", "fp16" (with loss scaling, CUDA only), "fp8" (handed to accelerate), or
+            "auto": bf16 on a CUDA device that has it, else fp32. ``engine.precision`` is the resolved one.
+        param_dtype: dtype of the weights that the optimizer updates: "fp32", or "bf16" to save memory.
+        reduce_dtype: dtype in which gradients travel between ranks under FSDP2 and ZeRO; and in which those of
+            bf16 weights are summed, by one process and DDP.
+        deepspeed: a file of ``ds_configs/``; ``None`` takes what the launcher says.
+        timeout_seconds: how long a collective waits for a rank before the run ends with an error.
+        compile: "none", or "regional": each layer by itself.
+        compile_mode: torch.compile's mode.
+        activation_checkpointing: recompute each layer (2: every second one) in backward, not keep its activations.
+        seed: the run's seed; dropout is derived from it.
+        deterministic: bit-identical reruns on CUDA too, at the cost of speed.
+        tf32: allow TF32 for fp32 matrix products on CUDA.
+
+    Raises:
+        RequestError: what was asked for cannot be had here; the message holds the remedy.
+    """
+
+    def __init__(
+        self,
+        *,
+        precision: str = "auto",
+        param_dtype: str = "fp32",
+        reduce_dtype: str = "fp32",
+        deepspeed: str | None = None,
+        timeout_seconds: float = 1800.0,
+        compile: str = "none",
+        compile_mode: str | None = None,
+        activation_checkpointing: bool | int = False,
+        seed: int = 0,
+        deterministic: bool = False,
+        tf32: bool = True,
+    ) -> None:
+        request = launch.request(os.environ, deepspeed)
+        launch.check_compile(os.environ)
+        cuda = torch.cuda.is_available() and not launch.forced_to_cpu(os.environ)
+        self.precision = launch.resolve_precision(precision, os.environ, cuda=cuda)
+        self._param_dtype = fsdp.DTYPES[param_dtype]
+        if param_dtype != "fp32" and request.strategy not in ("single", "ddp"):
+            raise RequestError(
+                f"train.param_dtype {param_dtype} has no meaning under {request.strategy}, which keeps fp32 "
+                "weights for the optimizer and computes in a copy: leave it out"
+            )
+        if param_dtype != "fp32" and self.precision in ("fp16", "fp8"):
+            raise RequestError(f"train.param_dtype bf16 is for train.precision bf16, not {self.precision}")
+        self._wide = param_dtype != "fp32" and reduce_dtype == "fp32"  # gradients wider than parameters
+        timeout = timedelta(seconds=timeout_seconds)
+        self.accelerator: Any = accelerator.build(
+            request, precision=self.precision, reduce_dtype=reduce_dtype, timeout=timeout, cuda=cuda
+        )
+        self.strategy = launch.check(self.accelerator, request, self.precision)
+        self._with_zero = self.strategy.startswith("zero")
+        self.sharded = self.strategy in ("fsdp2", "zero3")
+        """Whether no rank has the whole weights."""
+        self.device: torch.device = self.accelerator.device
+        self._memory = keep_freed_memory() if self.device.type == "cpu" else None
+        self.rank: int = self.accelerator.process_index
+        self.local_rank: int = max(0, self.accelerator.local_process_index)
+        self.world_size: int = self.accelerator.num_processes
+        self.is_main = self.rank == 0
+        self.needs_weights = self.is_main or not self.sharded
+        """Whether this rank must build the model with its weights: where it is sharded, only rank 0."""
+        self.is_local_main = self.local_rank == 0
+        self._ranks = Ranks(timeout)
+        self._compile = compile
+        self._compile_mode = compile_mode
+        self._checkpointing = activation_checkpointing
+        self.seed = seed
+        torch.manual_seed(keyed_seed(seed, "engine", 0))
+        accelerator.choose_kernels(self.device, deterministic=deterministic, tf32=tf32)
+        self.module: Any  # an nn.Module in its wrapper
+        self.optimizer: Any  # a torch optimizer, or DeepSpeed's around one
+        self._inner: Any  # the module without its wrapper; its ``model`` is the user's
+        self._state: TensorState | ZeroState
+        self._skeleton: Skeleton | None = None
+        self._micro_batch = 0
+        self._rehearse = False
+        self.updating = False  # true while an update is made: the weights may be between two steps
+
+    # ---- preparing -----------------------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        module: nn.Module,
+        make_optimizer: MakeOptimizer,
+        *,
+        gradient_accumulation: int,
+        micro_batch_blocks: int,
+        clip_norm: float = 0.0,
+    ) -> None:
+        """Place, wrap and shard the module and its optimizer.
+
+        Args:
+            module: ``module(**batch) -> (loss_sum, count)``; the user's model is ``module.model``. Every rank
+                must have built it with the same weights; where only rank 0 :attr:`needs_weights`, the others may
+                have empty (meta) parameters, and get their parts of rank 0's.
+            make_optimizer: gets ``(name, parameter)`` pairs, returns a ``torch.optim`` optimizer over them.
+            gradient_accumulation: micro-batches of one step on this rank.
+            micro_batch_blocks: blocks of one micro-batch (DeepSpeed keeps its books by it).
+            clip_norm: largest norm of the global gradient; 0 does not clip.
+        """
+        launch.check_accumulation(os.environ, gradient_accumulation)
+        self._accumulation = gradient_accumulation
+        self._clip_norm = clip_norm
+        self._inner = module
+        self._skeleton = Skeleton(self._inner.model) if self.sharded and self.is_main else None
+        if self._param_dtype is not torch.float32:
+            # Not Module.to: buffers (rotary frequencies) stay as they are.
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(self._param_dtype)
+        if self._compile != "none":  # before checkpointing: the recomputation is of the compiled layer
+            compile_regions(module, self._compile_mode)
+        if self._checkpointing:
+            enable_activation_checkpointing(self._inner.model, every=int(self._checkpointing))
+        first = None
+        if self.sharded or (self._with_zero and self.precision != "fp32"):
+            # DeepSpeed alone would make its fp32 weights from rounded ones.
+            first = sharded_init.FirstWeights(module, keep=self.is_main)
+            first.check(self.gather_object(first.kind))
+        if self.sharded:
+            sharded_init.empty(module)
+        if self._with_zero:
+            self._prepare_zero(module, make_optimizer(self._named(module)), micro_batch_blocks)
+        elif self.strategy == "fsdp2":
+            fsdp.name_layers(self.accelerator.state.fsdp_plugin, decoder_layers(self._inner.model))
+            self.module = sharded_init.shard_empty(module, self.accelerator)
+            self.optimizer = fsdp.checked(make_optimizer(self._named(module)))
+        else:
+            # Only buffers that training changes must be kept equal, and that costs every forward.
+            self.accelerator.ddp_handler.broadcast_buffers = bool(persistent_buffers(module))
+            optimizer = make_optimizer(self._named(module))
+            if self._wide:
+                sharded_init.same_on_every_rank(module, self.device)
+                self.module = self.accelerator.prepare_model(module, evaluation_mode=True)  # without DDP
+                self.optimizer = optimizer
+            else:
+                self.module, wrapped = self.accelerator.prepare(module, optimizer)
+                self.optimizer = wrapped.optimizer
+        named, buffers = dict(self._named(module)), persistent_buffers(module)
+        if self._with_zero:
+            self._state = ZeroState(named, buffers, self.optimizer, int(self.strategy[-1]))
+        else:
+            self._state = TensorState(named, buffers, self.optimizer)
+        if first is not None:
+            first.give(self._state, self.device)
+        self._rehearse = self.strategy == "ddp" and self.world_size > 2 and not self._wide
+        self._scaler = self.accelerator.scaler
+        self._trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._sums = WideGradients(self._trained, buffers.values()) if self._wide else None
+        self._gate_on_device = by_name.gates_on_device(self.optimizer)
+        self._micro_batch = 0
+
+    def _prepare_zero(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, micro_batch_blocks: int
+    ) -> None:
+        zero.check_optimizer(optimizer)
+        self.accelerator.gradient_accumulation_steps = self._accumulation
+        config = self.accelerator.deepspeed_plugin.deepspeed_config
+        zero.batch_config(
+            config,
+            micro_batch_blocks=micro_batch_blocks,
+            accumulation=self._accumulation,
+            world_size=self.world_size,
+            clip_norm=self._clip_norm,
+        )
+        if self.sharded:
+            sharded_init.partition_empty(module, optimizer, config, self.device)
+        self._norm_gate = zero.NormGate()
+        self.module, self.optimizer = zero.wrap(self.accelerator, module, optimizer)
+
+    # ---- one step ------------------------------------------------------------------------------------------
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the rate of the coming update."""
+        optim.set_learning_rate(self.optimizer, learning_rate)
+
+    def forward(self, batch: dict[str, Tensor], key: int | None = None) -> tuple[Tensor, Tensor]:
+        """``(loss_sum, count)`` of one micro-batch of this rank, two 0-dim tensors (fp32, int64).
+
+        In training ``key`` is the micro-batch's global index: with the seed it decides the dropout masks.
+        """
+        if self._rehearse and self.module.training and torch.is_grad_enabled():
+            self._rehearse = False
+            rehearse_backward(self.module, self._inner, batch)
+        if key is not None:
+            torch.manual_seed(keyed_seed(self.seed, "dropout", key))
+        if not torch.is_grad_enabled() and self.strategy == "ddp":
+            return self._inner(**batch)  # the wrapper has nothing to do without a backward
+        if self.module.training and torch.is_grad_enabled():
+            self._announce(is_last=self._micro_batch == self._accumulation - 1)
+        return self.module(**batch)
+
+    def backward(self, loss_sum: Tensor, label_count: int | Tensor, last: bool | None = None) -> None:
+        """Add this micro-batch's part to the gradient of the global token mean.
+
+        ``label_count`` is the number of labels of the whole step over all ranks. ``last`` is only checked.
+        """
+        is_last = self._micro_batch == self._accumulation - 1
+        if last is not None and last != is_last:
+            raise ValueError(f"micro-batch {self._micro_batch + 1} of {self._accumulation} with last={last}")
+        # Every strategy averages gradients over the ranks, hence the world size.
+        # A number stays a number: as a tensor it would be copied to the device, and the host would wait.
+        count = label_count.clamp(min=1) if isinstance(label_count, Tensor) else max(label_count, 1)
+        # A non-finite loss poisons its own gradient: the one gate, on the gradient's norm, sees it
+        # everywhere.
+        loss = loss_sum * torch.where(torch.isfinite(loss_sum), self.world_size / count, torch.nan)
+        if self._with_zero:
+            self.module.backward(loss, scale_wrt_gas=False)
+        else:
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+        self._micro_batch += 1
+
+    def update(self, norm_limit: float = math.inf) -> tuple[Tensor, Tensor]:
+        """Clip, gate, step, clear the gradients.
+
+        Args:
+            norm_limit: an update whose gradient norm is above this is not applied.
+
+        Returns:
+            The global gradient norm before clipping (fp32) and whether the update was applied (bool), both
+            0-dim on the device. Nothing waits for the device, except under DeepSpeed, which does so itself,
+            and with an optimizer that has no fused form.
+        """
+        if self._micro_batch != self._accumulation:
+            raise ValueError(f"update after {self._micro_batch} of {self._accumulation} micro-batches")
+        self._micro_batch = 0
+        self.updating = True
+        norm, applied = self._update_zero(norm_limit) if self._with_zero else self._update(norm_limit)
+        self.updating = False
+        return norm, applied
+
+    def _update(self, norm_limit: float) -> tuple[Tensor, Tensor]:
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizer)
+        parameters = [p for p in self._trained if p.grad is not None]
+        gradients = [p.grad for p in parameters] if self._sums is None else self._sums.reduced()
+        norm = by_name.whole(nn.utils.get_total_norm(gradients)).float()
+        applied = torch.isfinite(norm) & (norm <= norm_limit)
+        if self._sums is not None:
+            self._sums.hand_over(norm, self._clip_norm)
+        elif self._clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+        if self._gate_on_device:
+            self.optimizer.found_inf = (~applied).float()  # fused kernels obey it
+            self.optimizer.grad_scale = None
+            self.optimizer.step()
+        elif bool(applied):
+            self.optimizer.step()
+        if self._scaler is not None:
+            self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, applied
+
+    def _update_zero(self, norm_limit: float) -> tuple[Tensor, Tensor]:
+        # DeepSpeed itself clips, gates (norm of the reduced gradient) and clears; tests hold it to that.
+        self._norm_gate.begin(norm_limit)
+        self.module.step()
+        norm = self._norm_gate.held or self.module.get_global_grad_norm()
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        return norm, torch.tensor(not self.optimizer.overflow, device=self.device)
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Dropout off inside, on again afterwards."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.module.train(training)
+
+    # ---- between ranks -------------------------------------------------------------------------------------
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """A new tensor on the same device: the sum of every rank's ``tensor``."""
+        return self._ranks.sum(tensor)
+
+    def agree(self, flags: int) -> int:
+        """The bitwise OR of every rank's ``flags`` (below 2**63). On the host: no device is waited for, and
+        an error after the timeout names the rank that is missing; so do the next three."""
+        return self._ranks.agree(flags)
+
+    def barrier(self, name: str = "barrier") -> None:
+        """Wait for every rank; ``name`` is said in the error."""
+        self._ranks.barrier(name)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's ``value`` on every rank."""
+        return self._ranks.broadcast(value)
+
+    def gather_object(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, in rank order, on every rank."""
+        return self._ranks.gather(value)
+
+    # ---- state ---------------------------------------------------------------------------------------------
+
+    def state_layout(self) -> list[Entry]:
+        """What :meth:`state` will yield, on every rank, without any communication."""
+        weights = [Entry("model", name, "", shape, dtype) for name, shape, dtype in self._state.weights()]
+        return weights + [Entry("optim", *slot) for slot in self._state.slots()]
+
+    def state(self) -> Iterator[tuple[str, str, str, Tensor | None]]:
+        """``(kind, name, slot, tensor)``, one at a time, in the order of the layout. Collective.
+
+        The tensor is whole, contiguous, a copy of its own and on the host on rank 0, ``None`` on the other
+        ranks.
+        """
+        for entry in self.state_layout():
+            tensor = self._state.gather(entry.name, entry.slot)
+            copied = torch.empty(entry.shape, dtype=entry.dtype).copy_(tensor) if self.is_main else None
+            yield entry.kind, entry.name, entry.slot, copied
+
+    def load_state(self, read: Read) -> None:
+        """Take over weights and optimizer slots; ``read(kind, name, slot)`` is called on every rank.
+
+        It returns the whole tensor on the host, or ``None`` where the checkpoint has none. Every weight must
+        be there; an optimizer slot that is missing starts afresh.
+
+        Raises:
+            RequestError: a weight is missing or of another shape.
+        """
+        by_name.load(self._state, self.state_layout, read)
+
+    def optimizer_scalars(self) -> dict[str, Any]:
+        """The optimizer's numbers (Adam's step count, the fp16 loss scale), as JSON."""
+        return by_name.scalars(self._state, self._scaler, self.optimizer)
+
+    def load_optimizer_scalars(self, scalars: dict[str, Any]) -> None:
+        """The inverse of :meth:`optimizer_scalars`; call it after :meth:`load_state`."""
+        by_name.load_scalars(self._state, self._scaler, self.optimizer, scalars)
+
+    @contextlib.contextmanager
+    def full_model(self) -> Iterator[nn.Module | None]:
+        """Collective. The user's model, whole and in evaluation mode, on rank 0; ``None`` elsewhere."""
+        try:
+            with self.evaluation(), torch.no_grad():
+                model = by_name.assemble(self._skeleton, self._state) if self.sharded else self._inner.model
+                yield model if self.is_main else None
+        finally:
+            if self._skeleton is not None:
+                self._skeleton.empty()
+            self.barrier("full_model")
+
+    @property
+    def device_name(self) -> str:
+        """What the device calls itself."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Rows for the start table."""
+        devices = f"{self.world_size} x {self.device_name}"
+        if self.device.type == "cpu":
+            devices += f", {torch.get_num_threads()} threads each"
+        rows = [("devices", devices), ("strategy", self.strategy), ("precision", self.precision)]
+        return [*rows, ("memory", self._memory)] if self._memory else rows
+
+    def close(self) -> None:
+        """Leave the process group. Calling it again does nothing."""
+        self._ranks.close()
+        accelerator.forget()
+
+    # ---- private -------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        return [(clean_name(name), p) for name, p in module.named_parameters()]
+
+    def _announce(self, *, is_last: bool) -> None:
+        """Tell the wrapper, before the forward, whether this backward ends the step."""
+        if self.strategy == "ddp" and not self._wide:
+            self.module.require_backward_grad_sync = is_last  # what no_sync() sets
+        elif self._with_zero:
+            self.module.set_gradient_accumulation_boundary(is_last)
+        # FSDP2 reduces every micro-batch: holding back would keep whole gradients on every rank.

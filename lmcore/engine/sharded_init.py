@@ -1,0 +1,170 @@
+"""The first weights of a model that is sharded: only rank 0 ever holds them whole, on its host.
+
+Comes in: a module, on rank 0 with its weights, on the others perhaps of empty parameters (the meta device).
+Goes out: the same module, whose every rank has its own part of rank 0's weights. What always holds: a
+parameter at a time is whole on a device, until the next one; the values are rank 0's bits; tied parameters
+stay tied; a rank that built another model than rank 0 is refused.
+
+    first = FirstWeights(module, keep=rank == 0)
+    empty(module)                        # the structure stays
+    ...                                  # shard it, by FSDP2 or by ZeRO-3
+    first.give(state, device)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple, final
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import fsdp2_prepare_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+from torch.distributed.tensor import DTensor
+
+from lmcore.engine.state import clean_name
+from lmcore.errors import RequestError
+
+
+class Shape(NamedTuple):
+    """One parameter or buffer, by name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@final
+class FirstWeights:
+    """What the parameters of a module are before it is sharded; their values where ``keep``."""
+
+    def __init__(self, module: nn.Module, *, keep: bool) -> None:
+        named = [(clean_name(name), p) for name, p in module.named_parameters()]
+        self.shapes = [Shape(name, tuple(p.shape), p.dtype) for name, p in named]
+        self.kind = [getattr(module, "head_path", ""), *self.shapes]
+        """What must be the same on every rank."""
+        self._values = {name: p.detach() for name, p in named} if keep else {}
+
+    def check(self, all_kinds: list[list[Any]]) -> None:
+        """Raises ``RequestError``, on every rank, if two of them have another :attr:`kind`."""
+        for rank, theirs in enumerate(all_kinds):
+            if theirs != all_kinds[0]:
+                pairs = itertools.zip_longest(all_kinds[0], theirs)
+                first, other = next(pair for pair in pairs if pair[0] != pair[1])
+                raise RequestError(
+                    f"rank {rank} built another model than rank 0 ({other}, not {first}): model.factory must "
+                    "build the same on every rank"
+                )
+
+    def give(self, state: Any, device: torch.device) -> None:
+        """Every rank takes its part of rank 0's values, parameter by parameter. Collective."""
+        with torch.no_grad():
+            for name, shape, dtype in self.shapes:
+                value = self._values.pop(name, None)  # rank 0 lets it go, too
+                if value is None:
+                    value = torch.empty(shape, dtype=dtype, device=device)
+                state.put(name, "", _of_rank_0(value.to(device)))
+
+
+def empty(module: nn.Module) -> None:
+    """Leave a module without numbers: every parameter on the meta device; buffers stay as they are."""
+    replace_parameters(
+        module, lambda p: nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    )
+
+
+def replace_parameters(module: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> dict[int, Any]:
+    """Put ``make(parameter)`` in the place of every parameter, made once for all places of a tied one.
+
+    Returns the pairs (old, new) by the old one's ``id``.
+    """
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for part in module.modules():
+        for leaf, parameter in part._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    made[id(parameter)] = parameter, make(parameter)
+                part._parameters[leaf] = made[id(parameter)][1]
+    return made
+
+
+def same_buffers(module: nn.Module, device: torch.device) -> None:
+    """Rank 0's buffers on every rank, on the device. They are small, and whole everywhere."""
+    for part in module.modules():
+        for leaf, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[leaf] = _of_rank_0(buffer.detach().to(device))
+
+
+def same_on_every_rank(module: nn.Module, device: torch.device) -> None:
+    """Rank 0's weights and buffers on every rank, whole, on the device: what DDP does when it is made."""
+    for parameter in module.parameters():
+        parameter.data = _of_rank_0(parameter.data.to(device))
+    same_buffers(module, device)
+
+
+def _of_rank_0(value: Tensor) -> Tensor:
+    value = value.contiguous()
+    if dist.is_initialized() and value.numel():
+        dist.broadcast(value.view(-1).view(torch.uint8), src=0)  # bits, whatever the type
+    return value
+
+
+def shard_empty(module: nn.Module, accelerator: Any) -> Any:
+    """FSDP2 over a module on the meta device; the shards are allocated where they belong, without values."""
+    if accelerator.mixed_precision == "fp8":
+        raise RequestError(
+            "fp8 is handed to accelerate by one process, DDP and ZeRO only: use bf16 with FSDP2"
+        )
+    place = shards_live_on(accelerator.state.fsdp_plugin.cpu_offload, accelerator.device)
+    same_buffers(module, accelerator.device)
+    wrapped = fsdp2_prepare_model(accelerator, module)
+    wrapped._apply(lambda t: torch.empty_like(t, device=place) if isinstance(t, DTensor) or t.is_meta else t)
+    return wrapped
+
+
+def shards_live_on(policy: OffloadPolicy, device: torch.device) -> torch.device:
+    """The host under offloading (the base class stands for none), else the device."""
+    return torch.device("cpu") if isinstance(policy, CPUOffloadPolicy) else device
+
+
+def partition_empty(
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device
+) -> None:
+    """ZeRO-3's parameters, partitioned one by one as they are allocated, without values; the optimizer is
+    over them then. DeepSpeed alone would move the whole model to every device first, and cut it there."""
+    from deepspeed.runtime.zero import Init  # seconds, and only this strategy needs it
+
+    same_buffers(module, device)
+    dtype = next((t for t, n in _COMPUTE.items() if (config.get(n) or {}).get("enabled")), torch.float32)
+    settled = _without_auto(config)
+    first: list[Any] = []
+
+    def allocate(old: nn.Parameter) -> nn.Parameter:
+        new = nn.Parameter(
+            torch.zeros(old.shape, dtype=dtype, device=device), requires_grad=old.requires_grad
+        )
+        if first:
+            first[0].convert_to_zero_parameters(param_list=[new])
+        else:
+            Init(module=nn.ParameterList([new]), config_dict_or_path=settled, dtype=dtype)
+            first.append(new)
+        return new
+
+    made = replace_parameters(module, allocate)
+    for group in optimizer.param_groups:
+        group["params"] = [made[id(parameter)][1] for parameter in group["params"]]
+
+
+_COMPUTE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    """What accelerate fills in later has no meaning for the partitioning."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "auto"
+    }

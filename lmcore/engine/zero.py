@@ -1,0 +1,235 @@
+"""DeepSpeed's configuration: one dictionary with every value in it, nothing left to be guessed.
+
+Comes in: a JSON file of ``ds_configs/`` or the launcher's fields, and the run's own numbers. Goes out: the
+dictionary for DeepSpeed. What always holds: a value of the file that says something else than the run is an
+error that shows both; ``"auto"`` and missing values are the run's; gradients are accumulated and reduced in
+fp32 unless the run says otherwise; there is no optimizer and no scheduler in it, because the run owns both.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from lmcore.errors import RequestError
+
+ELEMENTWISE = ("Adam", "AdamW", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax", "SmallAdamW")
+"""Optimizers whose update of a number depends on that number's own gradient and state only. ZeRO flattens the
+parameters and cuts them anywhere, so that no other optimizer can be right under it."""
+
+
+def memory_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says about memory, by the names of :class:`lmcore.plan.plan.Setting`; DeepSpeed's defaults."""
+    section = content["zero_optimization"]
+    bucket, live = section.get("reduce_bucket_size"), section.get("stage3_max_live_parameters")
+    settings: dict[str, Any] = {
+        "zero_overlap": bool(section.get("overlap_comm", section["stage"] == 3)),
+        "offload_optimizer": (section.get("offload_optimizer") or {}).get("device", "none") != "none",
+        "offload_weights": (section.get("offload_param") or {}).get("device", "none") != "none",
+    }
+    settings |= {"zero_bucket": int(bucket)} if isinstance(bucket, (int, float)) else {}
+    return settings | ({"zero_live": int(live)} if isinstance(live, (int, float)) else {})
+
+
+def read(env: Mapping[str, str], path: str | None) -> dict[str, Any]:
+    """The content of the JSON file that the run or the launcher names, or the launcher's own fields.
+
+    Raises:
+        RequestError: no such file, no JSON, two different files, a stage that is not 1, 2 or 3.
+    """
+    launched = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    launched = "" if launched.lower() == "none" else launched
+    if path and launched and os.path.realpath(path) != os.path.realpath(launched):
+        raise RequestError(f"engine.deepspeed is {path} but the launcher says {launched}: name one of them")
+    path = path or launched
+    content: dict[str, Any] = {}
+    if path:
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RequestError(f"engine.deepspeed {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise RequestError(f"engine.deepspeed {path} is no JSON: {error}") from error
+    section = content.setdefault("zero_optimization", {})
+    stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+    if stage.isdigit():
+        if int(stage) != section.setdefault("stage", int(stage)):
+            raise RequestError(f"the launcher says zero_stage {stage} but {path} says {section['stage']}")
+    elif not path:
+        section["stage"] = 2  # accelerate's own default
+    if section.get("stage") not in (1, 2, 3):
+        raise RequestError(
+            f"{path}: zero_optimization.stage is {section.get('stage')}: use 1, 2 or 3 (0 is DDP: leave DeepSpeed out)"
+        )
+    for part in ("optimizer", "param"):
+        device = env.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none").lower()
+        if device != "none" and not path:
+            section[f"offload_{part}"] = {"device": device}
+    for part in ("optimizer", "scheduler"):
+        if part in content:
+            raise RequestError(
+                f"{path} has a section {part!r}: remove it; the run sets optim.name and optim.schedule"
+            )
+    return content
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what cannot be right on flattened, cut parameters."""
+    name = type(optimizer).__name__
+    if name not in ELEMENTWISE and not getattr(optimizer, "elementwise", False):
+        raise RequestError(
+            f"{name} cannot be right under ZeRO, which flattens and cuts the matrices that it works on: "
+            "use adamw, adam or sgd, or DDP or FSDP2 (an optimizer of your own that is elementwise says so by an "
+            "attribute elementwise = True)"
+        )
+
+
+def offloads(content: Mapping[str, Any]) -> bool:
+    """Whether the optimizer's state lives on the host."""
+    return _offload_device(content) != "none"
+
+
+def _offload_device(content: Mapping[str, Any]) -> str:
+    return str((content["zero_optimization"].get("offload_optimizer") or {}).get("device", "none"))
+
+
+def check_compiler(content: Mapping[str, Any]) -> None:
+    """DeepSpeed's CPU Adam is compiled when it is first used; say beforehand what would be missing."""
+    if not offloads(content) or content.get("zero_force_ds_cpu_optimizer", True) is False:
+        return
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    if missing:
+        raise RequestError(
+            f"offload_optimizer compiles DeepSpeed's CPU Adam and needs {' and '.join(missing)}: install them "
+            '(apt install g++; pip install ninja) or set "zero_force_ds_cpu_optimizer": false (slower)'
+        )
+
+
+def base_config(content: Mapping[str, Any], *, precision: str, reduce_dtype: str) -> dict[str, Any]:
+    """What is known when the process group is made: everything but the batch."""
+    config = copy.deepcopy(dict(content))
+    for name in ("bf16", "fp16"):
+        section = dict(config.get(name) or {})
+        _agree(section, "enabled", precision == name, f"{name}.enabled", "train.precision")
+        config[name] = section
+    config["bf16"].setdefault("check_grad_overflow", True)  # a non-finite gradient is never applied (law 12)
+    config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    _agree(config, "communication_data_type", reduce_dtype, "communication_data_type", "engine.reduce_dtype")
+    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
+        config.setdefault(
+            name, "auto"
+        )  # filled by batch_config; accelerate would put 1 for a missing accumulation
+    config.setdefault("gradient_clipping", "auto")
+    section = config["zero_optimization"]
+    section.setdefault("stage3_gather_16bit_weights_on_model_save", False)
+    section.setdefault("contiguous_gradients", True)
+    section.setdefault("overlap_comm", True)
+    config["zero_allow_untested_optimizer"] = True
+    config.setdefault("wall_clock_breakdown", False)
+    return config
+
+
+def batch_config(
+    config: dict[str, Any], *, micro_batch_blocks: int, accumulation: int, world_size: int, clip_norm: float
+) -> None:
+    """Fill in, in place, what is known when the run is: the batch and the clipping."""
+    micro = "train.micro_batch_blocks"
+    _agree(
+        config, "train_micro_batch_size_per_gpu", micro_batch_blocks, "train_micro_batch_size_per_gpu", micro
+    )
+    _agree(
+        config,
+        "gradient_accumulation_steps",
+        accumulation,
+        "gradient_accumulation_steps",
+        "accumulation (global_batch_blocks / world size / micro_batch_blocks)",
+    )
+    total = micro_batch_blocks * accumulation * world_size
+    _agree(config, "train_batch_size", total, "train_batch_size", "train.global_batch_blocks")
+    _agree(config, "gradient_clipping", float(clip_norm), "gradient_clipping", "optim.clip_norm")
+
+
+def _agree(section: dict[str, Any], key: str, ours: Any, name: str, option: str) -> None:
+    """Put our value where the file has none or "auto"; refuse another one."""
+    theirs = section.get(key, "auto")
+    if theirs != "auto" and theirs != ours:
+        raise RequestError(
+            f"the DeepSpeed configuration says {name} {theirs!r} but the run's {option} gives {ours!r}: "
+            'write "auto" there or change the run'
+        )
+    section[key] = ours
+
+
+def quiet_deepspeed(device_is_cpu: bool) -> None:
+    """Import DeepSpeed without its noise, and on a CPU without its compiler."""
+    import logging
+
+    if device_is_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # seconds, and only these strategies need it
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device_is_cpu:
+        # The shared memory operator is compiled at start, which takes minutes or fails; gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def alone_environment(env: Any) -> None:
+    """DeepSpeed wants a process group even for one process without a launcher."""
+    if "RANK" not in env:
+        import socket
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+@final
+class NormGate:
+    """DeepSpeed passes over an update whose gradient norm is not finite; this lets it pass over a large one too.
+
+    It stands where the three optimizers of 0.19.8 ask ``is_invalid_grad_norm``, on every rank alike and before
+    anything is clipped or written. Not for fp16, where passing over would also halve the loss scale.
+    """
+
+    def __init__(self) -> None:
+        from deepspeed.runtime import bf16_optimizer, utils
+        from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+        self._invalid = utils.is_invalid_grad_norm
+        self._limit = math.inf
+        self.held: float | None = None
+        for module in (stage_1_and_2, stage3, bf16_optimizer):
+            module.is_invalid_grad_norm = self._judge
+
+    def begin(self, limit: float) -> None:
+        """Before an update: its limit. Afterwards ``held`` is its norm if it was finite and above that, else
+        ``None``."""
+        self._limit, self.held = limit, None
+
+    def _judge(self, norm: Any) -> bool:
+        if self._invalid(norm):
+            return True
+        self.held = float(norm) if float(norm) > self._limit else None
+        return self.held is not None
+
+
+def wrap(accelerator: Any, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """DeepSpeed's engine and optimizer. Floating-point buffers keep their type: DeepSpeed would round them to
+    the precision of the weights, and spoil the rotary frequencies."""
+    saved = {name: b.detach().clone() for name, b in module.named_buffers() if b.is_floating_point()}
+    engine, wrapped = accelerator.prepare(module, optimizer)
+    for name, value in saved.items():
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._buffers[leaf] = value.to(accelerator.device)
+    return engine, wrapped.optimizer

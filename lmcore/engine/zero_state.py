@@ -1,0 +1,214 @@
+"""ZeRO's state by parameter name: the one place that knows how DeepSpeed keeps its buffers.
+
+DeepSpeed flattens the parameters of a group into one fp32 buffer, of which every rank owns a part, and hangs
+the optimizer's slots on that part. Its own per-parameter accessors
+(``deepspeed.utils.safe_get_full_fp32_param`` and siblings) cannot carry a checkpoint; seen in 0.19.8:
+
+- they fail before the first step, when the slots do not exist;
+- under stages 1 and 2 only the first parameter group is linked to its slots
+  (``_hp_optimizer_states_linked`` is one flag for all groups, set after the first);
+- under stage 3 the full setters fail for sizes that the world size does not divide, and Adam's ``step`` and
+  the low-precision copies are out of their reach.
+
+So this module reads DeepSpeed's own addresses (``_hp_mapping``, ``grad_position``) and slices the buffers
+itself. What always holds: bits are moved, never rounded (the sum over ranks that puts a tensor together adds
+zeros to integers); one parameter at a time is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lmcore.engine.state import is_scalar, is_slot, put_scalar, zero_state
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """This rank's part of one parameter: ``count`` numbers from ``start`` of the parameter, at ``offset`` of
+    ``flat``. ``count`` is 0 where this rank owns none of it."""
+
+    flat: Tensor
+    offset: int
+    start: int
+    count: int
+
+
+class ZeroState:
+    """The methods of ``TensorState`` for a DeepSpeed engine's optimizer.
+
+    Args:
+        named: the model's parameters by name (low-precision copies, or empty shells under stage 3).
+        buffers: persistent buffers by name.
+        zero: DeepSpeed's ZeRO optimizer (stage 1, 2, 3 or BF16_Optimizer); ``zero.optimizer`` is torch's.
+    """
+
+    def __init__(
+        self, named: dict[str, nn.Parameter], buffers: dict[str, Tensor], zero: Any, stage: int
+    ) -> None:
+        self._named = named
+        self._buffers = buffers
+        self._zero = zero
+        self._stage = stage
+        self._rank = dist.get_rank()
+        self._pieces = {name: self._piece(p) for name, p in named.items() if p.requires_grad}
+
+    # ---- the methods of TensorState ------------------------------------------------------------------------
+
+    def weights(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name, whole shape and dtype: trained parameters are those of the fp32 master weights."""
+        for name, parameter in self._named.items():
+            trained = self._pieces.get(name)
+            yield name, self._shape(parameter), parameter.dtype if trained is None else trained.flat.dtype
+        for name, buffer in self._buffers.items():
+            yield name, tuple(buffer.shape), buffer.dtype
+
+    def slots(self) -> Iterator[tuple[str, str, tuple[int, ...], torch.dtype]]:
+        """Name, slot, whole shape and dtype of every tensor of the optimizer."""
+        for name, piece in self._pieces.items():
+            state = self._state(piece.flat)
+            for slot in sorted(state):
+                if is_slot(state[slot]):
+                    yield name, slot, self._shape(self._named[name]), state[slot].dtype
+
+    def gather(self, name: str, slot: str) -> Tensor:
+        """The whole tensor. Collective; the result is good on rank 0."""
+        if name in self._buffers:
+            return self._buffers[name]
+        parameter, piece = self._named[name], self._pieces.get(name)
+        if piece is None:
+            return self._gather_frozen(parameter)
+        source = piece.flat if not slot else self._state(piece.flat)[slot]
+        part = source.detach().narrow(0, piece.offset, piece.count)
+        return self._put_together(part, piece.start, self._shape(parameter), parameter.device)
+
+    def put(self, name: str, slot: str, value: Tensor) -> None:
+        """Take this rank's part of a whole tensor. No communication."""
+        if name in self._buffers:
+            self._buffers[name].copy_(value)
+            return
+        parameter, piece = self._named[name], self._pieces.get(name)
+        flat_value = value.reshape(-1)
+        if piece is not None:
+            target = piece.flat if not slot else self._state(piece.flat)[slot]
+            part = flat_value.narrow(0, piece.start, piece.count)
+            target.detach().narrow(0, piece.offset, piece.count).copy_(part)
+        if not slot:
+            self._put_low_precision(parameter, flat_value)
+
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        """slot -> parameter name -> number; a parameter has those of the buffer that it lives in."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, piece in self._pieces.items():
+            for slot, value in self._state(piece.flat).items():
+                if is_scalar(value):
+                    found.setdefault(slot, {})[name] = float(value)
+        return found
+
+    def put_scalar(self, name: str, slot: str, value: float) -> None:
+        """Set one number of the optimizer's state."""
+        if name in self._pieces:
+            put_scalar(self._state(self._pieces[name].flat), slot, value)
+
+    def prime(self) -> None:
+        """Make the optimizer's slots exist, all zero, by a step with zero gradients and a zero rate."""
+        torch_optimizer = self._zero.optimizer
+        groups = torch_optimizer.param_groups
+        kept = [(group["params"], group["lr"]) for group in groups]
+        for index, flats in self._flats_of_groups().items():
+            groups[index]["params"] = flats
+            groups[index]["lr"] = groups[index]["lr"] * 0.0
+        gradients = {id(flat): flat.grad for flats in self._flats_of_groups().values() for flat in flats}
+        for flats in self._flats_of_groups().values():
+            for flat in flats:
+                flat.grad = torch.zeros_like(flat)
+        torch_optimizer.step()
+        for flats in self._flats_of_groups().values():
+            for flat in flats:
+                flat.grad = gradients[id(flat)]
+                zero_state(torch_optimizer.state[flat])
+        for group, (parameters, rate) in zip(groups, kept):
+            group["params"], group["lr"] = parameters, rate
+
+    def forget(self) -> None:
+        """Drop the optimizer's state: as before its first step."""
+        self._zero.optimizer.state.clear()
+
+    # ---- DeepSpeed's buffers -------------------------------------------------------------------------------
+
+    def _state(self, flat: Tensor) -> dict[str, Any]:
+        return self._zero.optimizer.state.get(flat, {})
+
+    def _flat_list(self) -> list[Tensor]:
+        if self._stage == 3:
+            return self._zero.fp32_partitioned_groups_flat
+        if hasattr(self._zero, "single_partition_of_fp32_groups"):
+            return self._zero.single_partition_of_fp32_groups
+        return self._zero.fp32_groups_flat_partition  # BF16_Optimizer: stage 1 with fp32 accumulation
+
+    def _flats_of_groups(self) -> dict[int, list[Tensor]]:
+        flats = self._flat_list()
+        if self._stage != 3:
+            return {index: [flat] for index, flat in enumerate(flats)}
+        groups: dict[int, list[Tensor]] = {}
+        for index, flat in enumerate(flats):
+            groups.setdefault(self._zero.sub_group_to_group_id[index], []).append(flat)
+        return groups
+
+    def _piece(self, parameter: Any) -> Piece:
+        if self._stage == 3:
+            group, offset, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            start = min(self._rank * size, parameter.ds_numel)  # the last ranks' parts may be padding only
+            count = min(size, parameter.ds_numel - start)
+            return Piece(flat=self._flat_list()[group], offset=offset, start=start, count=count)
+        mapping = parameter._hp_mapping
+        if mapping is None:  # none of it lives on this rank: any buffer of its group tells dtype and slots
+            return Piece(flat=self._flat_list()[self._group_of(parameter)], offset=0, start=0, count=0)
+        low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+        flat = self._flat_list()[mapping.param_group_index]
+        return Piece(flat=flat, offset=high.start, start=low.start, count=low.numel)
+
+    def _group_of(self, parameter: nn.Parameter) -> int:
+        groups = getattr(self._zero, "bit16_groups", None) or self._zero.bf16_groups
+        return next(i for i, group in enumerate(groups) if any(p is parameter for p in group))
+
+    def _shape(self, parameter: Any) -> tuple[int, ...]:
+        return tuple(parameter.ds_shape if self._stage == 3 else parameter.shape)
+
+    def _put_together(self, part: Tensor, start: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        integer = _INTEGERS[part.element_size()]
+        size = torch.Size(shape).numel()
+        buffer = torch.zeros(size, dtype=integer, device=device)
+        buffer.narrow(0, start, part.numel()).copy_(part.contiguous().view(integer))
+        dist.reduce(buffer, dst=0)
+        return buffer.view(part.dtype).view(shape)
+
+    def _gather_frozen(self, parameter: Any) -> Tensor:
+        if self._stage != 3:
+            return parameter.detach()
+        size = parameter.ds_tensor.ds_numel
+        start = min(self._rank * size, parameter.ds_numel)
+        part = parameter.ds_tensor.detach().narrow(0, 0, min(size, parameter.ds_numel - start))
+        device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else part.device
+        )
+        return self._put_together(part.to(device), start, self._shape(parameter), device)
+
+    def _put_low_precision(self, parameter: Any, flat_value: Tensor) -> None:
+        """The copy that the forward pass reads; a step would refresh it, but a load must too."""
+        if self._stage != 3:
+            parameter.detach().view(-1).copy_(flat_value)
+            return
+        size = parameter.ds_tensor.ds_numel
+        start = min(self._rank * size, parameter.ds_numel)
+        count = min(size, parameter.ds_numel - start)
+        parameter.ds_tensor.detach().narrow(0, 0, count).copy_(flat_value.narrow(0, start, count))
+        if parameter.numel() == parameter.ds_numel:  # small ones stay gathered
+            parameter.detach().view(-1).copy_(flat_value)

@@ -1,0 +1,1 @@
+"""A causal language model with its loss and its optimizer."""

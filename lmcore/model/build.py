@@ -1,0 +1,333 @@
+"""Building the model, a part of the room ``model``: a type and its settings in, a module out.
+
+Three ways to a model: any causal language model of transformers from scratch (``type`` and config fields),
+the same from pretrained weights, or the user's own factory ``package.module:function``, which may return any
+``nn.Module``.
+
+What always holds for a transformers model: float32 parameters; ``use_cache`` off; the vocabulary padded to a
+multiple of 64 (``model.real_vocab_size`` keeps the true one); from scratch, every module is initialized by
+its family's own rule from a generator keyed by (seed, module name), so that the weights have the same bits
+whatever the strategy, the world size and the order of construction.
+
+Example::
+
+    model = build(type="gpt2", config_overrides={"n_layer": 4}, vocab_size=8000, block_size=256, seed=0)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmcore.errors import RequestError
+from lmcore.model.config import (
+    SPECIAL_IDS,
+    context_of,
+    known_tokens,
+    make_config,
+    nearest,
+    one_line,
+    pad_vocab,
+    pretrained_config,
+    refuse_unsafe_index,
+)
+from lmcore.model.empty import without_weights
+
+ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+# ------------------------------------------------------------------------------------------------------ build
+
+
+def _is_not_about_masks(record: logging.LogRecord) -> bool:
+    # Where pad and EOS are one id, transformers asks for a mask: our ignored labels are set by position, and
+    # a mask would switch packing by position_ids off.
+    return "passing in an `attention_mask`" not in record.getMessage()
+
+
+def build(
+    *,
+    type: str = "gpt2",
+    config_overrides: Mapping[str, Any] | None = None,
+    vocab_size: int | None,
+    special_ids: Mapping[str, int] | None = None,
+    block_size: int,
+    from_pretrained: str | None = None,
+    revision: str | None = None,
+    factory: str | None = None,
+    attention: str | None = None,
+    seed: int,
+    weights: bool = True,
+    note: Callable[[str], None] = lambda text: None,
+) -> nn.Module:
+    """Build the model on the CPU, with float32 parameters.
+
+    The result carries ``real_vocab_size``, the columns of its head that count.
+
+    Args:
+        type: transformers model type (``"gpt2"``, ``"llama"``), for a model from scratch.
+        config_overrides: fields of that type's config; with a factory, further arguments of it.
+        vocab_size: V, ids that the tokenizer has; the model gets ``pad_vocab(V)`` rows. ``None`` (own data,
+            no tokenizer) only with a factory.
+        special_ids: the tokenizer's ``bos_token_id`` and so on; what it does not define becomes ``None``.
+        block_size: T; refused if the model cannot see as far.
+        from_pretrained: folder or Hub id (safetensors only; no code of the repository is ever run).
+        revision: commit, tag or branch of the Hub id; the commit that it stands for is noted.
+        factory: ``package.module:function``, called with those of ``vocab_size``, ``block_size``,
+            ``special_ids`` and ``seed`` that it names, and with ``config_overrides``.
+        attention: one of ``ATTENTION``; default: the model's own choice (sdpa nearly always).
+        seed: of the initialization.
+        weights: ``False`` for the structure alone: parameters on the meta device, real buffers. A factory's model
+            has its weights all the same.
+        note: called with one line for each thing that should be said (padding, fallbacks).
+
+    Raises:
+        RequestError: anything of the above that cannot be had.
+    """
+    overrides = dict(config_overrides or {})
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_not_about_masks)
+    ids = {name: (special_ids or {}).get(name) for name in SPECIAL_IDS}
+    for name, value in ids.items():
+        if value is not None and vocab_size is not None and not 0 <= value < vocab_size:
+            raise RequestError(f"the tokenizer's {name} {value} is outside of its vocabulary of {vocab_size}")
+    if attention is not None and attention not in ATTENTION:
+        raise RequestError(f"model.attention {attention!r} is not one of {', '.join(ATTENTION)}")
+    if factory is not None:
+        note("model.factory: initialization is the factory's own, under one seed and not one per parameter")
+        return _from_factory(factory, overrides, vocab_size, block_size, ids, seed)
+    if vocab_size is None:
+        raise RequestError("a language model needs a vocabulary: give tokenizer.path, or model.factory")
+    if from_pretrained is not None:
+        model = _pretrained(from_pretrained, revision, overrides, vocab_size, ids, attention, weights, note)
+    else:
+        given = {name: value for name, value in ids.items() if value is not None or name in SPECIAL_IDS[:3]}
+        config = make_config(type, overrides, vocab_size=pad_vocab(vocab_size), use_cache=False, **given)
+        model = _from_scratch(config, ids, attention, seed, weights)
+        model.real_vocab_size = vocab_size
+        if config.vocab_size != vocab_size:
+            note(f"vocabulary {vocab_size} padded to {config.vocab_size}; the padding takes no probability")
+    context = context_of(model.config)
+    if context is not None and block_size > context:
+        raise RequestError(
+            f"data.block_size {block_size} is more than the model's context of {context} tokens: give a "
+            "smaller data.block_size or a larger context in model.config"
+        )
+    return model
+
+
+def _model_class(config: Any) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING[config.__class__]
+
+
+def _take_special_ids(model: Any, ids: Mapping[str, int | None]) -> None:
+    for name, value in ids.items():
+        if value is None and not hasattr(model.config, name):
+            continue  # a field that the family does not know and the tokenizer does not define
+        setattr(model.config, name, value)
+        if getattr(model, "generation_config", None) is not None:
+            setattr(model.generation_config, name, value)
+
+
+def _from_scratch(
+    config: Any, ids: Mapping[str, int | None], attention: str | None, seed: int, weights: bool
+) -> Any:
+    from transformers.initialization import no_init_weights
+
+    config.dtype = torch.float32
+    if attention is not None:
+        config._attn_implementation = attention
+    model_class = _model_class(config)
+
+    def construct() -> Any:
+        # The class itself, not from_config: that one would obey a DeepSpeed or meta-device context around us.
+        try:
+            return model_class(config)
+        except (
+            ValueError,
+            TypeError,
+            AssertionError,
+            ImportError,
+            RuntimeError,
+            AttributeError,
+            KeyError,
+        ) as error:
+            raise RequestError(
+                f"{model_class.__name__} refuses this configuration: {one_line(error)}"
+            ) from error
+
+    # What the constructors would draw is drawn again below, or by rank 0.
+    with no_init_weights() if weights else without_weights():
+        model = construct()
+    if not weights:
+        _no_padding_row(model)
+        model.tie_weights()
+    elif _initialize(model, seed, poison=True):
+        # A family whose rule leaves some parameters to the constructor: let it run, then ours on top.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_key(seed, model_class.__name__))
+            model = construct()
+        _initialize(model, seed, poison=False)
+    model.float()
+    _take_special_ids(model, ids)
+    return model
+
+
+def _key(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"lmcore init {seed} {name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _no_padding_row(model: Any) -> None:
+    """A padding row is never trained and starts at zero; labels are ignored by position here, and where the
+    tokenizer has pad = EOS that row is EOS, which must learn like any other."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        embedding.padding_idx = None
+
+
+def _initialize(model: Any, seed: int, *, poison: bool) -> list[str]:
+    """Run the family's own ``_init_weights`` on each module under a generator keyed by the module's name.
+
+    Children come before their parents, as in transformers: GPT-2's attention block re-draws its own output
+    projection with the depth-scaled deviation after the projection itself was drawn. Returns the parameters
+    that no rule touched (known because they were poisoned with NaN before).
+    """
+    from transformers import PreTrainedModel
+
+    _no_padding_row(model)
+    if poison:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))
+
+    def walk(module: nn.Module, name: str, owner: Any) -> None:
+        owner = module if isinstance(module, PreTrainedModel) else owner
+        for child_name, child in module.named_children():
+            walk(child, f"{name}.{child_name}" if name else child_name, owner)
+        torch.manual_seed(_key(seed, name))
+        owner._init_weights(module)
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        walk(model, "", model)
+    # Tied only now, so that the shared tensor is the one drawn under the embedding's name.
+    model.tie_weights()
+    return [name for name, parameter in model.named_parameters() if poison and bool(parameter.isnan().any())]
+
+
+def _from_factory(
+    path: str,
+    overrides: Mapping[str, Any],
+    vocab_size: int | None,
+    block_size: int,
+    ids: Mapping[str, int | None],
+    seed: int,
+) -> nn.Module:
+    function = import_path(path, "model.factory")
+    offered = {"vocab_size": vocab_size, "block_size": block_size, "special_ids": dict(ids), "seed": seed}
+    try:
+        parameters: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
+    except ValueError:  # written in C
+        parameters = {}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in overrides:
+        if name not in parameters and not takes_any:
+            raise RequestError(f"model.config.{name} is no argument of {path}{nearest(name, parameters)}")
+    arguments = {name: value for name, value in offered.items() if name in parameters} | dict(overrides)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # the same weights on every rank
+        model = function(**arguments)
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"model.factory {path} returned {model.__class__.__name__}, not a torch.nn.Module")
+    if hasattr(getattr(model, "config", None), "use_cache"):
+        model.config.use_cache = False  # type: ignore[union-attr]  # hasattr above; packing relies on it
+    # What a checkpoint must hold to build this model again (lmcore.saved.load.describe); torch types attributes
+    # as tensors.
+    model.factory_arguments = arguments  # type: ignore[assignment]
+    return model
+
+
+def import_path(path: str, option: str) -> Callable[..., Any]:
+    """The callable that ``package.module:name`` stands for; the working directory counts."""
+    module_name, colon, name = path.partition(":")
+    if not colon or not module_name or not name:
+        raise RequestError(f"{option} {path!r} is not of the form package.module:name")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # `accelerate launch` puts the script's folder there, not this one
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise RequestError(f"{option} {path!r}: cannot import {module_name}: {one_line(error)}") from error
+    target = getattr(module, name, None)
+    if not callable(target):
+        raise RequestError(
+            f"{option} {path!r}: {module_name} has no callable {name}{nearest(name, vars(module))}"
+        )
+    return target
+
+
+# ------------------------------------------------------------------------------------------------- pretrained
+
+
+def _pretrained(
+    path: str,
+    revision: str | None,
+    overrides: Mapping[str, Any],
+    vocab_size: int,
+    ids: Mapping[str, int | None],
+    attention: str | None,
+    weights: bool,
+    note: Callable[[str], None],
+) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    source = f"model.from_pretrained {path!r}"
+    config, commit = pretrained_config(path, revision, overrides)
+    try:
+        refuse_unsafe_index(path, source, revision=commit or revision)
+        chosen = {} if attention is None else {"attn_implementation": attention}
+        if weights:
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                revision=commit or revision,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                use_safetensors=True,  # no pickle
+                **chosen,
+            )
+        else:
+            with without_weights():
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, trust_remote_code=False, **chosen
+                )
+            model.tie_weights()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise RequestError(f"{source}: {one_line(error)}") from error
+    if getattr(config, "auto_map", None):
+        note(
+            f"{path} brings code of its own (auto_map), which is not run: {type(config).__name__} is transformers' own"
+        )
+    if commit:
+        note(f"{path}: commit {commit}" + ("" if revision else " (give model.revision to pin it)"))
+    have = known_tokens(config, source, vocab_size)
+    model.real_vocab_size = have  # type: ignore[assignment]  # torch types attributes as tensors
+    if pad_vocab(have) != have:
+        model.resize_token_embeddings(pad_vocab(have), mean_resizing=False)
+        with torch.no_grad():
+            for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+                for tensor in () if part is None else part.parameters(recurse=False):
+                    tensor[have:] = 0
+        note(f"vocabulary {have} padded to {pad_vocab(have)}; the padding takes no probability")
+    _take_special_ids(model, ids)
+    return model.train()

@@ -1,0 +1,131 @@
+"""Held-out loss: the plain cross-entropy of every held-out token, exact over any number of ranks.
+
+Comes in: the engine and the batches of one held-out set. Goes out: an :class:`Evaluation`. What always holds: the
+last, partial block is scored too (its missing labels are ignored, nothing is repeated); label smoothing and z-loss
+do not enter; dropout is off while it runs and on again afterwards; logits are never held for more than one chunk of
+the vocabulary head; sums travel between ranks and the division happens once.
+
+Bits per byte = nats / ln 2 / UTF-8 bytes of the scored text, end-of-document tokens included in the nats. It does not
+depend on the tokenizer, so that models with different vocabularies can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100
+"""torch's default ``ignore_index``; set by position, so that a pad id equal to EOS never hides a real EOS."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The result on one held-out set.
+
+    ``nats`` is the sum of -ln p over the ``tokens`` scored labels; ``bytes`` the UTF-8 bytes that those labels stand
+    for, or ``None`` where the tokenizer cannot say it exactly.
+    """
+
+    nats: float
+    tokens: int
+    bytes: int | None
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinity where a float cannot hold it."""
+        return math.exp(self.loss) if self.loss < 709 else math.inf  # exp(709.8) is the largest double
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """nats / ln 2 / bytes; ``None`` where the bytes are not known exactly."""
+        return None if not self.bytes else self.nats / math.log(2) / self.bytes
+
+
+def evaluate(
+    engine: Any,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    byte_lengths: np.ndarray | None = None,
+    on_micro_batch: Callable[[], None] | None = None,
+) -> Evaluation:
+    """Score a held-out set. Collective: every rank calls it, with the same number of micro-batches.
+
+    Args:
+        engine: :class:`lmcore.engine.engine.Engine`, prepared.
+        batches: micro-batches of this rank on the device, ``labels`` (B, T) with -100 where nothing is scored.
+        byte_lengths: (V,) UTF-8 bytes that each token id stands for, or ``None`` if unknown.
+        on_micro_batch: called after each micro-batch, to move a progress bar.
+    """
+    device = engine.device
+    lengths = (
+        None if byte_lengths is None else torch.as_tensor(byte_lengths, dtype=torch.int64, device=device)
+    )
+    # float64: the sum of a large set must not lose the digits that two runs are compared by.
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    with engine.evaluation(), torch.no_grad():
+        for batch in batches:
+            loss_sum, count = engine.forward(batch)
+            sums[0] += loss_sum.double()
+            sums[1] += count.double()
+            if lengths is not None:
+                labels = batch["labels"]
+                sums[2] += lengths[labels[labels != IGNORED_LABEL]].sum().double()
+            if on_micro_batch is not None:
+                on_micro_batch()
+    nats, tokens, scored_bytes = engine.sum_over_ranks(sums).tolist()
+    return Evaluation(nats=nats, tokens=int(tokens), bytes=int(scored_bytes) if lengths is not None else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """When a run stops before its horizon: a pure function of the values of one metric, oldest first.
+
+    The values are the only state; they are kept in the checkpoint, so that a resumed run counts on.
+
+    Args:
+        metric: name of the logged value, for the message.
+        patience: evaluations in a row without an improvement by more than ``threshold``; 0 = never stop for that.
+        mode: ``min`` where lower is better, ``max`` where higher is.
+        target: stop when the metric is at least this good.
+        divergence: stop when the metric is worse than this.
+    """
+
+    metric: str = "loss"
+    patience: int = 0
+    threshold: float = 0.0
+    mode: str = "min"
+    target: float | None = None
+    divergence: float | None = None
+
+    def reason(self, values: list[float]) -> str | None:
+        """Why to stop now, or ``None``."""
+        if not values:
+            return None
+        sign = 1.0 if self.mode == "min" else -1.0
+        last, costs = values[-1], [sign * value for value in values]
+        if self.target is not None and costs[-1] <= sign * self.target:
+            return f"{self.metric} {last:.4f} has reached the target {self.target}"
+        if self.divergence is not None and not costs[-1] <= sign * self.divergence:  # NaN diverges too
+            return f"{self.metric} {last:.4f} is worse than the divergence bound {self.divergence}"
+        if self.patience:
+            best, waited = math.inf, 0
+            for cost in costs:
+                improved = cost < best - self.threshold if math.isfinite(best) else cost < best
+                best, waited = (cost, 0) if improved else (best, waited + 1)
+            if waited >= self.patience:
+                return (
+                    f"{self.metric} has not improved by more than {self.threshold} in {waited} evaluations "
+                    f"(best {sign * best:.4f}, last {last:.4f})"
+                )
+        return None

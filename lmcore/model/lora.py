@@ -1,0 +1,96 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) by ``peft``: few numbers are trained, the rest is frozen.
+
+Comes in: a transformers model with its weights. Goes out: the same model, in which the named layers carry two thin
+matrices each, ``W + alpha / rank * B A``; and back: a plain model with the adapters added to its weights. What always
+holds: everything but the adapters is frozen; at first B is zero, so that the model computes what it computed before;
+A is drawn from the seed, so that it has the same bits on every rank; the model keeps its class.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmcore.errors import RequestError
+from lmcore.model.module import vocabulary_parameters
+
+INSTALL = "pip install peft==0.21.2"
+
+
+def adapt(
+    model: Any,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Iterable[str] = (),
+    seed: int = 0,
+    weights: bool = True,
+) -> None:
+    """Put adapters into a model, in place, and freeze all else.
+
+    Args:
+        weights: ``False`` for adapters without numbers, on the meta device.
+        alpha: default: twice the rank.
+        target_modules: endings of names (``q_proj``), or ``all-linear``; default: what peft takes for this family.
+
+    Raises:
+        RequestError: peft is missing; no such layers; the embedding or the head are among them.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+    except ImportError as error:
+        raise RequestError(f"model.lora needs peft, which is not installed: {INSTALL}") from error
+    from transformers.pytorch_utils import Conv1D
+
+    targets = list(target_modules)
+    scale: Any = 2 * rank if alpha is None else alpha  # peft says int, and takes any number
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scale,
+        lora_dropout=dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    vocabulary = {name.rpartition(".")[0] for name in vocabulary_parameters(model)}
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that Linear and Conv1D lie differently, peft sees by itself
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, model, low_cpu_mem_usage=not weights)
+    except ValueError as error:
+        words = " ".join(str(error).split())
+        raise RequestError(
+            f"model.lora.target_modules {' '.join(targets) or '(none given)'}: {words}"
+        ) from error
+    found = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    if vocabulary & set(found):
+        raise RequestError(
+            f"model.lora.target_modules: {', '.join(sorted(vocabulary & set(found)))} holds the vocabulary, which is "
+            "padded and often shared by embedding and head: name layers inside of the blocks"
+        )
+    model.lora = {
+        "rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": targets, "seed": seed,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Add the adapters to the weights that they belong to and take them out, in place; all is trainable again."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, module.get_base_layer())
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    del model.lora
+    if hasattr(model, "peft_config"):
+        del model.peft_config

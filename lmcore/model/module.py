@@ -1,0 +1,445 @@
+"""Model: a causal language model (or the user's own module) with its loss, as one ``nn.Module``.
+
+Comes in: a batch by keyword, ``input_ids`` (B, T) and ``labels`` (B, T), optionally ``position_ids`` and the
+like. Goes out: the sum of the losses (float32) and the count of labels (int64), both 0-dim on the device.
+
+What always holds: labels are already shifted and never reach a transformers model, which would shift them
+again; no attention mask of our own is passed, because packing by ``position_ids`` is silently ignored
+otherwise; columns that pad the vocabulary take no probability and get no gradient; the head runs inside its
+own module's call, so that the hooks by which sharded strategies show a weight only during forward see it. The
+model does not know that it is distributed.
+
+Example::
+
+    model = build(type="gpt2", config_overrides={"n_layer": 4}, vocab_size=8000, block_size=256, seed=0)
+    module = ModelWithLoss(model)
+    loss_sum, count = module(input_ids=ids, labels=labels)
+
+Letters: B blocks, T tokens of a block, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lmcore.errors import RequestError
+from lmcore.model.build import ATTENTION, build, import_path
+from lmcore.model.config import (
+    SPECIAL_IDS,
+    context_length,
+    known_types,
+    nearest,
+    pad_vocab,
+    refuse_unsafe_config,
+    refuse_unsafe_index,
+)
+from lmcore.model.cpu_kernels import use_faster_kernels
+from lmcore.model.empty import random_weights
+from lmcore.model.loss import causal_lm_loss, count_labels, cross_entropy_sum
+
+__all__ = [
+    "ATTENTION",
+    "SPECIAL_IDS",
+    "ModelWithLoss",
+    "build",
+    "compile_regions",
+    "context_length",
+    "decoder_layers",
+    "enable_activation_checkpointing",
+    "export_config",
+    "export_state",
+    "import_path",
+    "known_types",
+    "pad_vocab",
+    "parameter_counts",
+    "refuse_unsafe_config",
+    "refuse_unsafe_index",
+    "vocabulary_parameters",
+]
+
+LossFunction = Callable[[Any, Mapping[str, Any]], tuple[Tensor, Tensor]]
+
+# Arguments that transformers takes through **kwargs (variable-length attention kernels).
+_PASSED_THROUGH = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+class ModelWithLoss(nn.Module):
+    """Body, head and loss in one module, so that DDP, FSDP2 and ZeRO wrap one forward.
+
+    ``head_path`` says how the loss is made:
+
+    - ``"chunked"``: a transformers model with a plain linear head, by a probe: :func:`causal_lm_loss`.
+    - ``"logits"``: any other (softcapped or scaled heads, the user's modules): full logits, cross-entropy.
+    - ``"factory"``: ``loss_factory(outputs, batch) -> (sum, count)`` on whatever the model returns.
+
+    Args:
+        model: from :func:`build`, or any module that takes the batch's keys (labels if it names them).
+        chunk: tokens per chunk of the head, 0 = plain, ``"auto"``.
+        label_smoothing, z_loss: in training mode only; evaluation is the plain cross-entropy.
+        loss_factory: a callable, or ``package.module:function``.
+        probe: a small model of the same kind, whose head is looked at where ``model`` has no numbers.
+        note: called with one line for each thing that should be said.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        chunk: int | str | None = "auto",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        loss_factory: LossFunction | str | None = None,
+        probe: nn.Module | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise RequestError(f"loss.label_smoothing is {label_smoothing}: give a number from 0 to below 1")
+        if z_loss < 0:
+            raise RequestError(
+                f"loss.z_loss is {z_loss}: give 0 (off) or a small positive number such as 1e-4"
+            )
+        self.model = model
+        self.vocab_size: int | None = getattr(model, "real_vocab_size", None)
+        self.chunk = chunk
+        self.compile_head = False
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.loss_factory: LossFunction | None = (
+            import_path(loss_factory, "loss.factory") if isinstance(loss_factory, str) else loss_factory
+        )
+        self._is_transformers = hasattr(model, "get_output_embeddings") and hasattr(model, "base_model")
+        if self._is_transformers:
+            use_faster_kernels(model)
+        self._arguments, self._takes_any = _forward_arguments(model)
+        if self._is_transformers:
+            body_arguments, _ = _forward_arguments(self.body)
+            self._arguments = (self._arguments | body_arguments | _PASSED_THROUGH) - {"labels"}
+            self._takes_any = False
+        self._checked: set[frozenset[str]] = set()
+        self._counted = False
+        # A function, which copy.deepcopy takes as it is: the speaker behind a bound method cannot be copied.
+        self._note: Callable[[str], None] = lambda line: note(line)
+        self.head_path = "logits" if self.loss_factory is None else "factory"
+        if self.loss_factory is None and self._is_transformers:
+            reason = why_not_linear(model if probe is None else probe)
+            if reason is None:
+                self.head_path = "chunked"
+                head: Any = self.get_output_embeddings()
+                head.forward = types.MethodType(_head_forward, head)
+            else:
+                note(f"loss: full logits, not the chunked head: {reason}")
+
+    # What accelerate looks for on the model that it wraps.
+
+    @property
+    def body(self) -> Any:
+        """The model without its head (a transformers ``base_model``), else the model."""
+        return self.model.base_model if self._is_transformers else self.model
+
+    base_model_prefix = "body"
+
+    @property
+    def config(self) -> Any:
+        """The model's own config, or ``None``."""
+        return getattr(self.model, "config", None)
+
+    @property
+    def _no_split_modules(self) -> set[str]:
+        return {layer.__class__.__name__ for layer in decoder_layers(self.model)}
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The token embedding of a transformers model, else ``None``."""
+        return self.model.get_input_embeddings() if self._is_transformers else None  # type: ignore[operator]
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The vocabulary head of a transformers model, else ``None``."""
+        return self.model.get_output_embeddings() if self._is_transformers else None  # type: ignore[operator]
+
+    def tie_weights(self) -> None:
+        """Tie head and embedding again after a wrapper replaced one of them."""
+        if hasattr(self.model, "tie_weights"):
+            self.model.tie_weights()  # type: ignore[operator]
+
+    def forward(self, **batch: Any) -> tuple[Tensor, Tensor]:
+        """(loss_sum float32, count int64), both 0-dim.
+
+        Raises:
+            RequestError: a key that the model does not take, no labels, outputs that do not fit them.
+        """
+        self._check(batch)
+        smoothing = self.label_smoothing if self.training else 0.0
+        z_loss = self.z_loss if self.training else 0.0
+        if self.head_path == "chunked":
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            with _packing_known("position_ids" in batch):
+                hidden = self.body(**inputs)[0]
+            return self.get_output_embeddings()(  # type: ignore[misc]  # there is one on this path
+                hidden,
+                batch["labels"],
+                chunk=self.chunk,
+                label_smoothing=smoothing,
+                z_loss=z_loss,
+                vocab_size=self.vocab_size,
+                compiled=self.compile_head,
+            )
+        inputs = {
+            key: value for key, value in batch.items() if key != "labels" or "labels" in self._arguments
+        }
+        with _packing_known("position_ids" in batch) if self._is_transformers else contextlib.nullcontext():
+            outputs = self.model(**inputs)
+        if self.loss_factory is not None:
+            return self._own_loss(outputs, batch)
+        labels = batch["labels"]
+        own_loss = None if self._is_transformers else _field(outputs, "loss")
+        if own_loss is not None:  # the user's model made its own mean
+            count = count_labels(labels)
+            return own_loss.float() * count, count
+        logits = _field(outputs, "logits")
+        if logits is None:
+            logits = outputs if isinstance(outputs, Tensor) else outputs[0]
+        loss_sum, count = cross_entropy_sum(
+            logits, labels, label_smoothing=smoothing, z_loss=z_loss, vocab_size=self.vocab_size
+        )
+        balance = _field(outputs, "aux_loss")
+        if (
+            self.training and balance is not None
+        ):  # mixture of experts: a mean per token, as the family defines it
+            loss_sum = loss_sum + getattr(self.config, "router_aux_loss_coef", 0.0) * balance * count
+        return loss_sum, count
+
+    def _own_loss(self, outputs: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        assert self.loss_factory is not None
+        made = self.loss_factory(outputs, batch)
+        if not isinstance(made, tuple | list) or len(made) != 2 or getattr(made[0], "ndim", None) != 0:
+            raise RequestError(
+                "loss.factory must return (sum, count): the loss summed over the batch, a tensor of one number, and "
+                f"over how many labels; it returned {made.__class__.__name__}"
+                + (f" of {len(made)}" if isinstance(made, tuple | list) else "")
+            )
+        loss_sum, count = made[0], torch.as_tensor(made[1], device=made[0].device)
+        # A plan's tensors, of a class of their own, hold no numbers.
+        if not self._counted and isinstance(batch.get("labels"), Tensor) and type(count) is Tensor:
+            self._counted = True
+            if (given := float(count)) != (labels := int(count_labels(batch["labels"]))):
+                self._note(
+                    f"loss.factory counts {given:g} where the batch has {labels} labels that are not -100: the loss "
+                    f"that is logged is the sum over {given:g}, the gradient that of the sum over {labels}"
+                )
+        return loss_sum, count
+
+    def _check(self, batch: Mapping[str, Any]) -> None:
+        keys = frozenset(batch)
+        if keys in self._checked:
+            return
+        unknown = [] if self._takes_any else sorted(keys - self._arguments - {"labels"})
+        if unknown:
+            raise RequestError(
+                f"the batch's keys {', '.join(unknown)} are no arguments of "
+                f"{self.model.__class__.__name__}.forward{nearest(unknown[0], self._arguments)}"
+            )
+        if "labels" not in keys and self.loss_factory is None:
+            raise RequestError("the batch has no 'labels': let data.factory give them, or give loss.factory")
+        if {"attention_mask", "position_ids"} <= keys and self._is_transformers:
+            raise RequestError(
+                "an attention_mask switches packing by position_ids off: leave one of them out"
+            )
+        self._checked.add(keys)
+
+
+@contextlib.contextmanager
+def _packing_known(packed: bool) -> Iterator[None]:
+    """Tell transformers whether blocks are packed by ``position_ids``, instead of letting it look.
+
+    It looks at the values, in every forward and for every model, and so makes the host wait for the device: the
+    queue of a GPU runs empty once a micro-batch (``find_packed_sequence_indices``, transformers 5.23).
+    """
+    from transformers import masking_utils
+
+    asked = masking_utils.find_packed_sequence_indices
+
+    def answered(position_ids: Tensor) -> Tensor | None:
+        if not packed:
+            return None
+        steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
+        return (steps != 1).cumsum(-1)  # the number of the document that each token belongs to
+
+    masking_utils.find_packed_sequence_indices = answered
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
+
+
+def _forward_arguments(module: nn.Module) -> tuple[set[str], bool]:
+    parameters = inspect.signature(module.forward).parameters.values()
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}, takes_any
+
+
+def _field(outputs: Any, name: str) -> Any:
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+
+
+# -------------------------------------------------------------------------------------------- the linear head
+
+
+def _head_forward(head: nn.Linear, hidden: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
+    """``nn.Linear.forward`` that, given labels, goes on to the loss. Bound to it, so that its hooks run."""
+    if labels is None:
+        return nn.functional.linear(hidden, head.weight, head.bias)
+    return causal_lm_loss(hidden, head.weight, head.bias, labels, **options)
+
+
+class _ProbeOutput(dict[str, Any]):
+    """Stands for whatever the body returns: field 0 and ``last_hidden_state`` are ours, others absent."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__("last_hidden_state") if key == 0 else super().get(key)
+
+
+def why_not_linear(model: nn.Module) -> str | None:
+    """``None`` if the logits are exactly ``head(body(...)[0])``, else the reason.
+
+    A numeric probe, not a list of names: the body's forward is replaced by large random hidden states, so
+    that a softcap, a scale, a norm after the body or any other step shows in the logits.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    body: Any = model.base_model
+    name = model.__class__.__name__
+    if head.__class__ is not nn.Linear:
+        return f"the head of {name} is {head.__class__.__name__}, not a plain Linear"
+    if body is model:
+        return f"{name} has no body apart from its head"
+    if getattr(model.config, "output_router_logits", False):
+        return "output_router_logits adds the experts' balance loss"
+    generator = torch.Generator().manual_seed(0)
+    hidden = 50 * torch.randn(1, 4, head.in_features, generator=generator)
+    body.forward = lambda *args, **kwargs: _ProbeOutput(last_hidden_state=hidden.to(head.weight))
+    inside = set(body.modules())
+    try:
+        # An empty model is given numbers where they count.
+        with torch.no_grad(), random_weights(m for m in model.modules() if m not in inside):
+            logits = model(input_ids=torch.zeros(1, 4, dtype=torch.int64, device=head.weight.device)).logits
+            expected = nn.functional.linear(hidden.to(head.weight), head.weight, head.bias)
+    except (
+        Exception
+    ) as error:  # any family may do anything with the body's output; full logits are always right
+        return f"{name} could not be probed ({error.__class__.__name__})"
+    finally:
+        del body.forward
+    other = logits.is_meta or logits.shape != expected.shape  # on meta: from weights inside of the body
+    if other or not torch.allclose(logits, expected, rtol=1e-5, atol=1e-4):
+        return f"{name} does more than a linear map between its last hidden state and its logits"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- regions
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks: those that the family names, else the longest ``ModuleList`` of one class."""
+    model = model.model if isinstance(model, ModelWithLoss) else model
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    named = set(getattr(model, "_no_split_modules", None) or ())
+    found = [layer for group in lists for layer in group if layer.__class__.__name__ in named]
+    if found:
+        return found
+    uniform = [group for group in lists if len({layer.__class__ for layer in group}) == 1]
+    return max(uniform, key=len) if uniform else []
+
+
+def compile_regions(model: nn.Module, mode: str | None = None, **options: Any) -> int:
+    """Compile each decoder layer's forward, and the loss of a :class:`ModelWithLoss`; the number of layers.
+
+    Per layer, not the whole model: one graph serves all layers of a kind (a shorter cold start), the layers
+    get no materialized attention mask (transformers #48925), and the hooks of FSDP2 and DDP stay outside of
+    the graphs. Call before :func:`enable_activation_checkpointing`.
+    """
+    if isinstance(model, ModelWithLoss):
+        model.compile_head = True
+    layers = decoder_layers(model)
+    for layer in layers:
+        compiled = torch.compile(layer.forward, mode=mode, dynamic=False, **options)
+        layer.forward = compiled
+    return len(layers)
+
+
+def enable_activation_checkpointing(model: nn.Module, *, every: int = 1) -> int:
+    """Recompute every ``every``-th decoder layer in backward, the first among them; their number.
+
+    Non-reentrant, and the random state is kept, so that the recomputation drops the same units.
+
+    Raises:
+        RequestError: the model has no repeated layers.
+    """
+    layers = decoder_layers(model)[::every]
+    if not layers:
+        raise RequestError("train.activation_checkpointing: this model has no repeated layers to recompute")
+    for layer in layers:
+        layer.forward = functools.partial(_recomputed, layer.forward, layer)
+    return len(layers)
+
+
+def _recomputed(forward: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if not (layer.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------- counting and export
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """``total``, ``trained``, ``embedding`` (positions included) and ``body`` (total - embedding).
+
+    Tied weights count once.
+    """
+    model = model.model if isinstance(model, ModelWithLoss) else model
+    seen: dict[int, nn.Parameter] = {id(p): p for p in model.parameters()}
+    embeddings = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    total = sum(p.numel() for p in seen.values())
+    embedding = sum(p.numel() for p in embeddings.values())
+    trained = sum(p.numel() for p in seen.values() if p.requires_grad)
+    return {"total": total, "trained": trained, "embedding": embedding, "body": total - embedding}
+
+
+def vocabulary_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters whose first dimension is the vocabulary: token embedding, head, its bias."""
+    if not hasattr(model, "get_output_embeddings"):
+        return set()
+    parts = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    owned = {id(p) for part in parts if part is not None for p in part.parameters(recurse=False)}
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in owned}
+
+
+def export_state(tensors: Iterable[tuple[str, Tensor]], model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Cut the padding of the vocabulary from named tensors (:func:`vocabulary_parameters`)."""
+    names = vocabulary_parameters(model)
+    real = getattr(model, "real_vocab_size", None)
+    for name, tensor in tensors:
+        yield name, tensor[:real].contiguous() if real is not None and name in names else tensor
+
+
+def export_config(model: nn.Module) -> Any:
+    """The transformers config to save beside the exported weights: the real vocabulary, the cache on."""
+    config: Any = copy.deepcopy(model.config)
+    real = getattr(model, "real_vocab_size", None)
+    if real is not None:
+        config.get_text_config().vocab_size = real
+    config.use_cache = True
+    config.architectures = [model.__class__.__name__]
+    return config

@@ -1,0 +1,503 @@
+"""What a run will need, before it runs: parameters, steps, FLOPs, memory of each device, disk, time, energy.
+
+Comes in: counts, and a :class:`~lmcore.plan.trace.Rehearsal` of one micro-batch. Goes out: a :class:`Plan` and its rows.
+What always holds: pure functions; every number can be computed by hand from the formula beside it; what a strategy
+keeps where stands in :func:`memory`, the one place.
+
+Sources: ZeRO's partitions, Rajbhandari et al. 2020, arXiv 1910.02054, section 5; what each strategy keeps beside them
+was read in DeepSpeed 0.19.8 and torch 2.13 and measured (tests/plan/test_plan.py); 6 N FLOPs a token, Kaplan et al. 2020,
+arXiv 2001.08361, and 12 L d T for the attention, Chowdhery et al. 2022, arXiv 2204.02311, appendix B; 20 tokens a
+parameter, Hoffmann et al. 2022, arXiv 2203.15556.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lmcore.errors import RequestError
+from lmcore.humanize import (
+    duration,
+    short,
+    size,  # named here, beside the rows that it shows
+)
+from lmcore.model.module import ModelWithLoss, decoder_layers
+from lmcore.plan.trace import ACTIVATIONS, COPIES, LAYER_GRADIENTS, LOGITS, OTHER_GRADIENTS, Rehearsal
+
+Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+TOKENS_PER_PARAMETER = 20
+"""About where compute is best spent, Hoffmann et al. 2022 (Chinchilla), table 3: 400 M with 8.0 B, 67 B with 1.5 T."""
+USABLE = 0.92
+"""Share of a device's memory that tensors can have: the context, the kernels' workspace and fragments take the rest."""
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+ZERO_BUCKET = 500_000_000
+"""DeepSpeed's own default of reduce_bucket_size, in numbers; ds_configs/ take a tenth."""
+
+
+# ------------------------------------------------------------------------------------------------------- parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Counts of a model. ``groups`` add up to ``total``; a tied head counts once, with the embedding."""
+
+    total: int
+    trained: int
+    groups: dict[str, int]
+    outside_layers: int
+    largest_layer: int
+    layers: int
+    width: int
+    buffer_bytes: int
+
+
+def parameters(module: nn.Module) -> Parameters:
+    """Count a model, which may be of fake or meta tensors."""
+    model = module.model if isinstance(module, ModelWithLoss) else module
+    layers = decoder_layers(model)
+    of_layer: dict[int, int] = {}
+    for number, layer in enumerate(layers):
+        of_layer |= dict.fromkeys(map(id, layer.parameters()), number)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    heads = set() if head is None else set(map(id, head.parameters()))
+    groups = dict.fromkeys(
+        ("embeddings", "attention", "feed-forward", "norms and biases", "head", "other"), 0
+    )
+    sizes = [0] * max(1, len(layers))
+    for name, p in model.named_parameters():
+        inside = id(p) in of_layer
+        if inside:
+            sizes[of_layer[id(p)]] += p.numel()
+        if id(p) in embeddings:
+            groups["embeddings"] += p.numel()
+        elif id(p) in heads:
+            groups["head"] += p.numel()
+        elif p.ndim < 2:
+            groups["norms and biases"] += p.numel()
+        elif inside:
+            groups["attention" if "att" in name.lower() else "feed-forward"] += p.numel()
+        else:
+            groups["other"] += p.numel()
+    total = sum(p.numel() for p in model.parameters())
+    config = getattr(model, "config", None)
+    return Parameters(
+        total=total,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        groups={name: count for name, count in groups.items() if count},
+        outside_layers=total - sum(sizes),
+        largest_layer=max(sizes),
+        layers=len(layers),
+        width=getattr(config, "hidden_size", 0) or 0,
+        buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
+    )
+
+
+def flops_per_token(counted: Parameters, *, positions: int, block_size: int, tied: bool) -> int:
+    """``6 N + 12 L d T``: N without what is only looked up (positions; the embedding, unless it is the head too).
+
+    ``positions`` are the parameters of learned position embeddings. The attention is counted in full, not by half
+    for being causal, as in PaLM's and nanoGPT's MFU. A frozen weight costs 4: its own gradient is not computed.
+    """
+    looked_up = positions if tied else counted.groups.get("embeddings", 0)
+    used = counted.total - looked_up
+    updated = used if counted.trained == counted.total else min(counted.trained, used)
+    return 4 * used + 2 * updated + 12 * counted.layers * counted.width * block_size
+
+
+def model_flops_per_token(module: nn.Module, block_size: int) -> int | None:
+    """:func:`flops_per_token` of a transformers model; ``None`` of a model whose shape is its own."""
+    model = module.model if isinstance(module, ModelWithLoss) else module
+    if not hasattr(model, "get_output_embeddings"):
+        return None
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return flops_per_token(
+        parameters(model),
+        positions=sum(p.numel() for name, p in model.named_parameters() if name.endswith("wpe.weight")),
+        block_size=block_size,
+        tied=head is not None and embedding is not None and head.weight is embedding.weight,
+    )
+
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+"""Dense bf16 matrix products a second, by NVIDIA's data sheets (SXM modules; others are slower, and MFU looks low)."""
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """The device's peak, where it is known; there is no MFU otherwise."""
+    if precision not in ("bf16", "fp16"):
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a model is trained, as far as memory depends on it."""
+
+    strategy: Strategy = "single"
+    world_size: int = 1
+    precision: str = "fp32"
+    param_dtype: str = "fp32"
+    reduce_dtype: str = "fp32"
+    micro_batch_blocks: int = 1
+    accumulation: int = 1
+    activation_checkpointing: bool | int = False
+    small_optimizer_state: bool = False
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+    zero_bucket: int = ZERO_BUCKET
+    zero_overlap: bool = True
+    zero_live: int = 1_000_000_000
+
+    @property
+    def casts(self) -> tuple[torch.dtype | None, torch.dtype | None]:
+        """(autocast, type of the weights in forward) for :func:`lmcore.plan.trace.rehearse`."""
+        compute = None if self.precision == "fp32" else DTYPES[self.precision]
+        if self.strategy in ("single", "ddp"):
+            return compute, None if self.param_dtype == "fp32" else DTYPES[self.param_dtype]
+        return (compute, compute) if self.strategy == "fsdp2" else (None, compute)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on each device at the fullest moment of a step, and beside it on its host (offload)."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    activations: int
+    logits: int
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.logits
+
+
+def memory(counted: Parameters, rehearsal: Rehearsal, setting: Setting, *, optimizer_bytes: int) -> Memory:
+    """The fullest moment of a step under a strategy.
+
+    With P parameters, N ranks, w and c bytes of a weight kept and computed with, O bytes of optimizer state:
+
+    ======== ================ ============================== ========= ==============================================
+    strategy weights          gradients                      optimizer buffers
+    ======== ================ ============================== ========= ==============================================
+    single   w P              as backward makes them; all    O         casts of weights by autocast
+                              of them under accumulation
+    ddp      w P              w P (the buckets), twice       O         as single
+                              under accumulation
+    fsdp2    4 P / N          4 P / N                        O / N     what is outside of the layers, and 1 layer in
+                                                                       forward, 3 and its gradient in backward
+    zero1    c P              4 P / N, 4 P under             (4P+O)/N  2 buckets
+                              accumulation or in 16 bits
+    zero2    c P              4 P / N                        (4P+O)/N  2 buckets
+    zero3    c P / N          4 P / N                        (4P+O)/N  gathered weights (at most zero_live), 1 bucket
+    ======== ================ ============================== ========= ==============================================
+
+    single and ddp with bf16 weights sum gradients in 4 P, and round them to another 2 P when activations are gone.
+
+    Under ZeRO the optimizer's part includes its fp32 weights. Offload moves that and the gradients' share to the
+    host; under stage 3 the weights too, if asked.
+    """
+    ranks, several = setting.world_size, setting.accumulation > 1
+    total, trained = counted.total, counted.trained
+    kept = BYTES[setting.param_dtype] if setting.strategy in ("single", "ddp", "fsdp2") else 4
+    compute = BYTES[setting.precision] if setting.strategy not in ("single", "ddp") else kept
+    if setting.strategy in ("single", "ddp"):
+        resident = kept * trained * ({"single": 0, "ddp": 1}[setting.strategy] + several)
+        if wide := kept < 4 and setting.reduce_dtype == "fp32":
+            resident = 4 * trained
+        share = 0.0 if resident else 1.0
+        moment = rehearsal.peak(gradients=share, other_gradients=share)
+        if wide and kept * trained > moment[ACTIVATIONS] + moment[LOGITS] + moment[COPIES]:
+            resident, moment = resident + kept * trained, (0,) * 5  # the fullest moment is the update
+        return Memory(
+            weights=kept * total + counted.buffer_bytes,
+            gradients=resident or moment[LAYER_GRADIENTS] + moment[OTHER_GRADIENTS],
+            optimizer=optimizer_bytes,
+            buffers=moment[COPIES],
+            activations=moment[ACTIVATIONS],
+            logits=moment[LOGITS],
+        )
+    if setting.strategy == "fsdp2":
+        return _memory_fsdp2(counted, rehearsal, setting, optimizer_bytes, compute)
+    # ZeRO: gradients leave for their owner as soon as a bucket is full.
+    moment = rehearsal.peak(gradients=0.0, other_gradients=0.0)
+    state = (4 * trained + optimizer_bytes) // ranks
+    gradients = 4 * trained // ranks
+    if setting.strategy == "zero1" and (several or compute < 4):
+        gradients = 4 * trained
+    bucket = setting.zero_bucket * compute
+    buffers, weights = bucket * (2 if setting.zero_overlap else 1), compute * total
+    if setting.strategy == "zero3":
+        buffers = bucket + compute * min(total, setting.zero_live)
+        weights = compute * total // ranks
+    host = 0
+    if setting.offload_optimizer:
+        host, state, gradients = state + gradients, 0, 0
+    if setting.offload_weights and setting.strategy == "zero3":
+        host, weights = host + weights, 0
+    return Memory(
+        weights=weights + counted.buffer_bytes,
+        gradients=gradients,
+        optimizer=state,
+        buffers=buffers,
+        activations=moment[ACTIVATIONS],
+        logits=moment[LOGITS],
+        host=host,
+    )
+
+
+def _memory_fsdp2(
+    counted: Parameters, rehearsal: Rehearsal, setting: Setting, optimizer_bytes: int, compute: int
+) -> Memory:
+    """Layers are gathered one after the other; what is outside of them stays gathered from forward to backward."""
+    ranks, layer = setting.world_size, counted.largest_layer
+    reduce = BYTES[setting.reduce_dtype]
+    outside = compute * counted.outside_layers
+    all_gradients = 4 * counted.trained // ranks
+    of_layers = max(1, rehearsal.moments[-1][LAYER_GRADIENTS])
+
+    def at(moment: tuple[int, ...]) -> tuple[int, int]:
+        """(gradients, gathered) at a moment."""
+        done = moment[LAYER_GRADIENTS] / of_layers
+        gathered = outside + compute * layer
+        if done:  # the next layer comes, the last one's gradient leaves
+            gathered = outside + (3 * compute + reduce) * layer
+        return int(all_gradients * (1.0 if setting.accumulation > 1 else done)), gathered
+
+    def size(moment: tuple[int, ...]) -> int:
+        return sum(at(moment)) + moment[ACTIVATIONS] + moment[LOGITS] + moment[OTHER_GRADIENTS]
+
+    moment = max(rehearsal.moments, key=size)
+    gradients, gathered = at(moment)
+    return Memory(
+        weights=4 * counted.total // ranks + counted.buffer_bytes,
+        gradients=gradients + moment[OTHER_GRADIENTS],
+        optimizer=optimizer_bytes // ranks,
+        buffers=gathered,
+        activations=moment[ACTIVATIONS],
+        logits=moment[LOGITS],
+    )
+
+
+def remedies(setting: Setting) -> list[tuple[str, Setting]]:
+    """Changes that need less memory and keep the global batch, the cheapest in time first."""
+    found: list[tuple[str, Setting]] = []
+    if setting.precision == "fp32":
+        found.append(("--train.precision bf16", replace(setting, precision="bf16")))
+    blocks = setting.micro_batch_blocks
+    smaller = [blocks // divisor for divisor in (2, 4) if blocks % divisor == 0] + [1]
+    for micro in dict.fromkeys(fewer for fewer in smaller if fewer < blocks):
+        changed = replace(
+            setting, micro_batch_blocks=micro, accumulation=setting.accumulation * blocks // micro
+        )
+        found.append((f"--train.micro_batch_blocks {micro}", changed))
+    if setting.activation_checkpointing != 1:
+        found.append(("--train.activation_checkpointing", replace(setting, activation_checkpointing=True)))
+    if not setting.small_optimizer_state and setting.strategy in ("single", "ddp", "fsdp2"):
+        found.append(("--optim.state_dtype bf16", replace(setting, small_optimizer_state=True)))
+    if setting.world_size > 1 and setting.strategy in ("ddp", "zero1", "zero2"):
+        found.append(("accelerate_configs/fsdp2.yaml", replace(setting, strategy="fsdp2")))
+    if not setting.offload_optimizer:
+        offloaded = replace(
+            setting,
+            strategy="zero2" if setting.strategy in ("single", "ddp", "zero1") else "zero3",
+            zero_bucket=ZERO_BUCKET // 10,
+            offload_optimizer=True,
+        )
+        stage = offloaded.strategy[-1]
+        found.append((f"--engine.deepspeed ds_configs/zero{stage}_offload.json", offloaded))
+    if setting.strategy in ("fsdp2", "zero3"):
+        doubled = replace(setting, world_size=2 * setting.world_size)
+        found.append((f"{doubled.world_size} devices", doubled))
+    return found
+
+
+def largest_micro_batch(share: int, capacity: int, needs: Callable[[int], int]) -> int:
+    """The largest divisor of ``share`` (a rank's blocks of a step) that fits into ``capacity`` bytes; at least 1.
+
+    ``needs(blocks)`` is asked a few times only: memory grows with the micro-batch.
+    """
+    divisors = [size for size in range(1, share + 1) if share % size == 0]
+    low, high = 0, len(divisors) - 1  # divisors[low] is taken to fit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if needs(divisors[middle]) <= capacity else (low, middle - 1)
+    return divisors[low]
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All of it. ``None`` is what nobody could know beforehand."""
+
+    parameters: Parameters
+    setting: Setting
+    memory: Memory
+    device_bytes: int | None
+    advice: tuple[tuple[str, int], ...]
+    flops_per_token: int | None
+    flops_counted: int | None
+    block_size: int
+    steps: int
+    tokens_per_step: int
+    epoch_tokens: int | None
+    checkpoint_bytes: int
+    checkpoints_kept: int
+    tokens_per_second: float | None = None
+    watts_per_device: float | None = None
+    uncounted: str | None = None
+    """Why the activations of a step could not be counted; then :attr:`memory` is a lower bound."""
+
+    @property
+    def tokens(self) -> int:
+        """Labels of the whole run."""
+        return self.steps * self.tokens_per_step
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether :attr:`memory` is within the usable share of the device."""
+        if self.device_bytes is None:
+            return None
+        within = self.memory.total <= USABLE * self.device_bytes
+        return None if within and self.uncounted else within
+
+    @property
+    def seconds(self) -> float | None:
+        """At the given rate of all devices together."""
+        return None if not self.tokens_per_second else self.tokens / self.tokens_per_second
+
+    @property
+    def kilowatt_hours(self) -> float | None:
+        """Of the devices, at the given power."""
+        if self.seconds is None or self.watts_per_device is None:
+            return None
+        return self.seconds / 3_600 * self.watts_per_device * self.setting.world_size / 1_000
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For the start table: what, how much and how it comes about."""
+        p, s, m = self.parameters, self.setting, self.memory
+        groups = ", ".join(f"{name} {short(count)}" for name, count in p.groups.items())
+        frozen = f"; {short(p.trained)} trained" if p.trained != p.total else ""
+        ratio = self.tokens / p.total
+        rows = [
+            ("parameters", f"{p.total:,} ({groups}){frozen}"),
+            (
+                "global batch",
+                f"{s.world_size} x {s.accumulation} x {s.micro_batch_blocks} x {self.block_size:,} (processes x "
+                f"accumulation x micro-batch x block) = {self.tokens_per_step:,} tokens",
+            ),
+            (
+                "budget",
+                f"{self.steps:,} steps = {short(self.tokens)} tokens"
+                + (f" = {self.tokens / self.epoch_tokens:.3g} epochs" if self.epoch_tokens else ""),
+            ),
+            (
+                "tokens per parameter",
+                f"{ratio:.3g} ({TOKENS_PER_PARAMETER} spend a given compute best: Hoffmann et al. 2022)",
+            ),
+            ("FLOPs per token", self._flops()),
+            (
+                "memory per device",
+                f"{'at least ' if self.uncounted else ''}{size(m.total)} = weights {size(m.weights)} + gradients "
+                f"{size(m.gradients)} + optimizer {size(m.optimizer)} + buffers {size(m.buffers)} + "
+                + (
+                    f"activations, which could not be counted ({self.uncounted})"
+                    if self.uncounted
+                    else f"activations {size(m.activations)} + head {size(m.logits)}"
+                )
+                + (f"; on the host {size(m.host)}" if m.host else ""),
+            ),
+        ]
+        if self.device_bytes is not None:
+            verdict = {True: "fits into", False: "does not fit into", None: "not known for"}[self.fits]
+            rows.append(("verdict", f"{verdict} {size(self.device_bytes)} ({USABLE:.0%} usable)"))
+        if self.advice:
+            changes = "; ".join(f"{change} ({size(needs)})" for change, needs in self.advice)
+            enough = max(needs for _, needs in self.advice) <= USABLE * (self.device_bytes or 0)
+            rows.append(("it would fit with" if enough else "least memory by", changes))
+        kept = f"{size(self.checkpoint_bytes)} x {self.checkpoints_kept} kept = "
+        rows.append(("checkpoints", kept + size(self.checkpoint_bytes * self.checkpoints_kept)))
+        if self.seconds is not None:
+            energy = "energy not known without the power of a device (--watts)"
+            if (used := self.kilowatt_hours) is not None:
+                energy = f"{used:.3g} kWh of the devices at {self.watts_per_device:,.0f} W each"
+            rate = f"{duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s"
+            rows.append(("time", f"{rate}, evaluating and saving not counted; {energy}"))
+        return rows
+
+    def beside_the_budget(self) -> list[tuple[str, str]]:
+        """:meth:`rows` without those that a run's start table has of itself."""
+        return [row for row in self.rows() if row[0] not in ("parameters", "global batch", "budget")]
+
+    def _flops(self) -> str:
+        """By formula and counted, as far as each is known."""
+        each = self.flops_per_token or self.flops_counted
+        if each is None:
+            return f"not counted ({self.uncounted})"
+        all_trained = self.parameters.trained == self.parameters.total
+        formula = "6 N + 12 L d T" if all_trained else "4 N + 2 N trained + 12 L d T"
+        known = [] if self.flops_per_token is None else [f"{short(self.flops_per_token)} ({formula})"]
+        known += [] if self.flops_counted is None else [f"{short(self.flops_counted)} counted"]
+        return f"{', '.join(known)}; {short(self.tokens * each)} in all"
+
+    def signature(self) -> list[Any]:
+        """What a rate that was measured depends on, beside the machine: of another one it says nothing."""
+        s = self.setting
+        how = [s.strategy, s.world_size, s.precision, s.micro_batch_blocks, s.accumulation]
+        return [self.parameters.total, self.block_size, *how, s.activation_checkpointing]
+
+    def numbers(self) -> dict[str, float]:
+        """What a report compares with what came about, under the names of ``metrics.jsonl``."""
+        known = {
+            "parameters": self.parameters.total,
+            "memory_bytes": self.memory.total,
+            "tokens_per_second": self.tokens_per_second,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "steps": self.steps,
+        }
+        if self.uncounted:
+            del known["memory_bytes"]
+        return {name: value for name, value in known.items() if value is not None}
+
+
+def advise(
+    setting: Setting, capacity: int, needs: Callable[[Setting], int], *, count: int = 3
+) -> tuple[tuple[str, int], ...]:
+    """The first ``count`` changes that make it fit, each by itself; if none does, those that help most, together
+    (which may still be too much: the bytes beside them say so).
+    """
+    tried = []
+    for name, changed in remedies(setting):
+        with suppress(RequestError):  # a model without repeated layers has nothing to recompute
+            tried.append((name, changed, needs(changed)))
+    good = [(name, least) for name, _, least in tried if least <= USABLE * capacity]
+    if good:
+        return tuple(good[:count])
+    names, current = [], setting
+    for name, changed, _ in sorted(tried, key=lambda one: one[2])[:count]:
+        fields = {f: v for f, v in vars(changed).items() if v != getattr(setting, f)}
+        names.append(name)
+        current = replace(current, **fields)
+    return ((" and ".join(names), needs(current)),) if names else ()
+
+
+def checkpoint_bytes(counted: Parameters, *, optimizer_bytes: int) -> int:
+    """fp32 weights and the optimizer's state."""
+    return 4 * counted.total + counted.buffer_bytes + optimizer_bytes

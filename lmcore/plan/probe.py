@@ -1,0 +1,123 @@
+"""Two real steps of a run, timed and measured: what a plan cannot know by arithmetic.
+
+Comes in: an engine, a way to make the module, an optimizer, a micro-batch. Goes out: a :class:`Probe`. What always
+holds: the steps are those of the run (its forward, backward, clipping and update, on this device, in its precision);
+the first one warms up and only its memory counts; a step of many micro-batches is cut to :data:`MICRO_BATCHES`, and
+its time is put together again from theirs and the update's; nothing is written.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lmcore.process import forget_peak, resident_bytes
+
+if TYPE_CHECKING:
+    from lmcore.engine.engine import Engine
+
+STEPS = 2
+MICRO_BATCHES = 4
+"""Of a step are run at most; two would do, to hold gradients as accumulation does, and more measure better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What was measured.
+
+    ``step_seconds`` is of a whole step, of whose micro-batches ``micro_batches`` were run; the slowest rank's.
+    ``peak_bytes`` is of tensors on a GPU; on a CPU of resident memory above what the process had before its model.
+    """
+
+    step_seconds: float
+    first_seconds: float
+    micro_batches: int
+    peak_bytes: int
+
+
+def probe(
+    engine: Engine,
+    make_module: Callable[[], nn.Module],
+    make_optimizer: Callable[[nn.Module, list[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
+    make_batch: Callable[[nn.Module], Mapping[str, Tensor]],
+    *,
+    accumulation: int,
+    micro_batch_blocks: int,
+    clip_norm: float,
+) -> Probe:
+    """Build, wrap and train for two steps. Collective: every rank calls it.
+
+    Args:
+        make_batch: a micro-batch of this rank for the module.
+    """
+    run = min(accumulation, MICRO_BATCHES)
+    on_gpu = engine.device.type == "cuda"
+    before = resident_bytes()
+    module = make_module()
+    batch = {name: value.to(engine.device) for name, value in make_batch(module).items()}
+    engine.prepare(
+        module,
+        lambda named: make_optimizer(module, named),
+        gradient_accumulation=run,
+        micro_batch_blocks=micro_batch_blocks,
+        clip_norm=clip_norm,
+    )
+    gc.collect()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(engine.device)
+    else:
+        forget_peak()
+    labels = (
+        engine.world_size * run * max(1, int((batch["labels"] != -100).sum()) if "labels" in batch else 1)
+    )
+    seconds: list[tuple[float, float]] = []
+    for _ in range(STEPS):
+        begin = _now(engine.device)
+        for key in range(run):
+            loss_sum, _ = engine.forward(batch, key)
+            engine.backward(loss_sum, labels)
+            del loss_sum
+        between = _now(engine.device)
+        engine.update()
+        seconds.append((between - begin, _now(engine.device) - between))
+    peak = torch.cuda.max_memory_allocated(engine.device) if on_gpu else resident_bytes(peak=True) - before
+    passes, update = seconds[-1]
+    return Probe(
+        step_seconds=max(engine.gather_object(passes / run * accumulation + update)),
+        first_seconds=sum(seconds[0]),
+        micro_batches=run,
+        peak_bytes=max(engine.gather_object(peak)),
+    )
+
+
+def text_batch(vocab_size: int, micro_batch_blocks: int, block_size: int) -> dict[str, Tensor]:
+    """A micro-batch of random tokens: what they say changes neither time nor memory."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (micro_batch_blocks, block_size + 1), generator=draw)
+    return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+
+
+def board_watts(device: Any) -> float | None:
+    """The power limit of a GPU's board, by nvidia-smi: what it can draw, not what it does; ``None``: not known."""
+    smi = shutil.which("nvidia-smi")
+    if device.type != "cuda" or smi is None:
+        return None
+    asked = [smi, "--query-gpu=power.limit", "--format=csv,noheader,nounits", "-i", str(device.index or 0)]
+    try:
+        return float(subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

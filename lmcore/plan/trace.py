@@ -1,0 +1,337 @@
+"""A training step without its arithmetic: what it would hold in memory, tensor by tensor, and its FLOPs.
+
+Comes in: a module with its loss and the shape of a micro-batch. Goes out: a :class:`Rehearsal`. How: the
+module is copied with *fake* tensors (torch's ``FakeTensorMode``: shapes and types, no numbers), and a real
+step of forward and backward runs over them, while every storage is written into a ledger from its birth to
+its death. What always holds: nothing is allocated, so that a model of any size can be planned on any machine;
+the module that came in is not changed; kernels, casts of autocast, recomputation and the chunked head are
+those of the real run, because it is its code that runs.
+
+Fake tensors stand for the CPU unless torch here was built for the device that is planned; then the two differ
+in the workspace of kernels only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import unittest.mock
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers.initialization import no_init_weights
+
+from lmcore.errors import RequestError
+from lmcore.model.build import _model_class
+from lmcore.model.config import SPECIAL_IDS, known_tokens, make_config, one_line, pretrained_config
+from lmcore.model.module import ModelWithLoss, decoder_layers, enable_activation_checkpointing, pad_vocab
+
+ACTIVATIONS, LOGITS, COPIES, LAYER_GRADIENTS, OTHER_GRADIENTS = range(5)
+"""Columns of a moment: activations; the vocabulary head; autocast's casts of weights; gradients of the repeated
+layers; gradients of the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What one micro-batch of a step holds, beside weights and optimizer, in bytes.
+
+    ``moments`` are rows of five numbers, see :data:`ACTIVATIONS`. Gradients are there as torch makes them:
+    they grow during backward. ``flops`` of forward and backward, of ``tokens`` tokens.
+    """
+
+    moments: tuple[tuple[int, ...], ...]
+    flops: int
+    tokens: int
+
+    def peak(
+        self, *, gradients: float = 1.0, other_gradients: float = 1.0, copies: float = 1.0
+    ) -> tuple[int, ...]:
+        """The moment at which activations, logits and these shares of the rest are the most."""
+        shares = (1.0, 1.0, copies, gradients, other_gradients)
+        return max(self.moments, key=lambda moment: sum(s * part for s, part in zip(shares, moment)))
+
+
+def rehearse(
+    module: nn.Module,
+    *,
+    micro_batch_blocks: int,
+    block_size: int,
+    batch: Mapping[str, Tensor] | None = None,
+    autocast: torch.dtype | None = None,
+    weights: torch.dtype | None = None,
+    activation_checkpointing: bool | int = False,
+    device_type: str = "cpu",
+    count_flops: bool = True,
+) -> Rehearsal:
+    """Run a micro-batch of ``micro_batch_blocks`` x ``block_size`` tokens over fake tensors.
+
+    Args:
+        module: takes ``input_ids`` and ``labels``, returns (sum, count). Its tensors may be fake already.
+        batch: what it takes instead, if it takes anything else; shapes and types only are looked at.
+        activation_checkpointing: recompute the layers, every n-th if it is a number, as the run would.
+        autocast: the type of the matrix products, as the strategies without sharding compute.
+        weights: cast the weights to this type beforehand, as sharded strategies do.
+        device_type: of the planned run; the head, attention and dropout take other ways on a GPU.
+        count_flops: another pass; without it ``flops`` is 0.
+    """
+    with _fakes(module), _as_on(device_type):
+        original, module = module, _fake_copy(module, weights)
+        if activation_checkpointing:
+            enable_activation_checkpointing(module, every=int(activation_checkpointing))
+        shape = (micro_batch_blocks, block_size)
+        batch = batch or {name: torch.empty(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+        batch = {name: torch.zeros(tuple(b.shape), dtype=b.dtype) for name, b in batch.items()}
+        constant = [*module.parameters(), *module.buffers(), *batch.values()]
+        ledger = _Ledger(constant, weights=list(module.parameters()))
+        _watch_head(module, ledger)
+        of_layers = {id(p) for layer in decoder_layers(module) for p in layer.parameters()}
+        for parameter in (p for p in module.parameters() if p.requires_grad):
+            kind = LAYER_GRADIENTS if id(parameter) in of_layers else OTHER_GRADIENTS
+            parameter.register_post_accumulate_grad_hook(partial(ledger.is_gradient, kind=kind))
+        with ledger:
+            _forward_and_backward(module, batch, autocast)
+        # A pass of its own: the counter's hooks hold tensors that recomputation has let go of.
+        flops = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+        if count_flops:
+            with flops:
+                _forward_and_backward(_fake_copy(original, weights), batch, autocast)
+    return Rehearsal(
+        moments=tuple(ledger.moments), flops=flops.get_total_flops(), tokens=micro_batch_blocks * block_size
+    )
+
+
+def _forward_and_backward(
+    module: nn.Module, batch: Mapping[str, Tensor], autocast: torch.dtype | None
+) -> None:
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        loss_sum, _ = module(**batch)
+    (loss_sum / loss_sum.new_ones(())).backward()
+
+
+def optimizer_bytes(
+    module: nn.Module,
+    make_optimizer: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
+    *,
+    weights: torch.dtype | None = None,
+) -> int:
+    """What an optimizer keeps between updates: one update over fake tensors, then its state is counted.
+
+    An optimizer that looks at numbers cannot be rehearsed; it is taken for Adam, two float32 numbers a
+    parameter.
+    """
+    with _fakes(module):
+        module = _fake_copy(module, weights)
+        optimizer = make_optimizer([(n.removeprefix("model."), p) for n, p in module.named_parameters()])
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        try:
+            optimizer.step()
+        except (DataDependentOutputException, NotImplementedError, RuntimeError):
+            return 8 * sum(p.numel() for p in trained)
+        kept = [value for state in optimizer.state.values() for value in tree_leaves(state)]
+        return sum(value.numel() * value.element_size() for value in kept if isinstance(value, Tensor))
+
+
+def imagine(
+    *,
+    type: str | None,
+    config_overrides: Mapping[str, Any],
+    vocab_size: int,
+    from_pretrained: str | None = None,
+    revision: str | None = None,
+    attention: str | None = None,
+    adapt: Callable[[Any], None] = lambda model: None,
+) -> tuple[Any, Any]:
+    """The model that a run would build, of fake tensors: any size, at once; no weight is read.
+
+    Args:
+        adapt: changes the model in place, as the run does after its weights are read; what it adds may be on the
+            meta device.
+
+    Returns:
+        The model, and a small real one of the same kind, at whose head :class:`~lmcore.model.module.ModelWithLoss` looks.
+
+    Raises:
+        RequestError: unknown type, field or folder, as the run would.
+    """
+    real = vocab_size
+    if from_pretrained is not None:
+        config, _ = pretrained_config(from_pretrained, revision, config_overrides)
+        real = known_tokens(config, f"model.from_pretrained {from_pretrained!r}", vocab_size)
+        config.get_text_config().vocab_size = pad_vocab(real)
+        for name in SPECIAL_IDS:  # as below
+            setattr(config, name, None)
+    else:
+        # The family's own special ids may lie outside of this vocabulary, and no FLOP depends on them.
+        fields = {"vocab_size": pad_vocab(vocab_size), "use_cache": False, **dict.fromkeys(SPECIAL_IDS)}
+        config = make_config(type or "", config_overrides, **fields)
+    if attention in ("eager", "sdpa"):  # the others have kernels for a GPU only, and hold what sdpa holds
+        config._attn_implementation = attention
+    small = copy.deepcopy(config)
+    for name in ("num_hidden_layers", "vocab_size"):
+        setattr(small, name, {"num_hidden_layers": 1, "vocab_size": 64}[name])
+    try:
+        try:
+            probe = _model_class(small)(small)
+        except Exception:  # a family whose layers are listed one by one; then the whole of it must be probed
+            probe = _model_class(config)(config)
+        with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
+            model = _model_class(config)(config)
+            model.tie_weights()
+    except Exception as error:  # constructors raise what they like
+        named = from_pretrained or _model_class(config).__name__
+        raise RequestError(f"{named} refuses this configuration: {one_line(error)}") from error
+    adapt(model)
+    model.real_vocab_size = real
+    return model, probe
+
+
+def imagine_own(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model of the user's own code, made of fake tensors. Its code may raise anything that it asks of numbers."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return make()
+
+
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(q, k, v)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+"""torch counts the FLOPs of the kernels of GPUs only."""
+
+
+def _fakes(module: nn.Module) -> FakeTensorMode:
+    """The mode of a module's fake tensors, or a new one."""
+    modes = (getattr(parameter, "fake_mode", None) for parameter in module.parameters())
+    return next((mode for mode in modes if mode is not None), None) or FakeTensorMode(
+        allow_non_fake_inputs=True
+    )
+
+
+def _watch_head(module: nn.Module, ledger: _Ledger) -> None:
+    """What is born inside of the vocabulary head is the head's."""
+    head = module.get_output_embeddings() if isinstance(module, ModelWithLoss) else None
+    if head is not None:
+        head.register_forward_pre_hook(lambda *args: setattr(ledger, "in_head", True))
+        head.register_forward_hook(lambda *args: setattr(ledger, "in_head", False))
+        ledger.vocabulary = getattr(head, "out_features", -1)
+
+
+def _fake_copy(module: nn.Module, weights: torch.dtype | None) -> nn.Module:
+    """The same structure over fake tensors; shared ones stay shared."""
+
+    def like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty(tensor.shape, dtype=dtype, device="cpu")
+
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        value = like(parameter, weights if weights and parameter.is_floating_point() else parameter.dtype)
+        memo[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = like(buffer, buffer.dtype)
+    return copy.deepcopy(module, memo)
+
+
+@contextlib.contextmanager
+def _as_on(device_type: str) -> Iterator[None]:
+    """Let the code under rehearsal take the ways that it takes on the planned device, with plain blocks."""
+    with contextlib.ExitStack() as stack:
+        # Whether positions start anew inside a block is a question about numbers, and there are none here.
+        # They do not, and then the real run passes no mask; fake tensors would be given one.
+        stack.enter_context(
+            unittest.mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
+        )
+        if device_type != "cpu":
+            from lmcore.model import loss
+
+            # The fused attention of a GPU drops units itself, and its dropout keeps a mask of one byte; on a CPU
+            # the one falls back to the whole matrix of scores, and the other keeps numbers.
+            attention, functional = nn.functional.scaled_dot_product_attention, nn.functional
+
+            def without_scores(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
+                return attention(*args, **kwargs)
+
+            def with_mask(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+                return torch.native_dropout(x, p, True)[0] if training and p else x
+
+            stack.enter_context(
+                unittest.mock.patch.object(functional, "scaled_dot_product_attention", without_scores)
+            )
+            stack.enter_context(unittest.mock.patch.object(functional, "dropout", with_mask))
+            stack.enter_context(
+                unittest.mock.patch("lmcore.model.cpu_kernels._plain_is_faster", return_value=False)
+            )
+            for name in ("choose_chunk", "whole_chunks"):
+                plain = getattr(loss, name)
+
+                def there(*args: Any, plain: Any = plain, **kwargs: Any) -> Any:
+                    return plain(*args, **{**kwargs, "device_type": device_type})
+
+                stack.enter_context(unittest.mock.patch.object(loss, name, there))
+        yield
+
+
+class _Ledger(TorchDispatchMode):
+    """Every storage that comes to life under it, by kind, until it dies."""
+
+    def __init__(self, constant: list[Tensor], *, weights: list[Tensor]) -> None:
+        super().__init__()
+        self._known = {t.untyped_storage()._cdata for t in constant}
+        self._keep = constant  # their addresses must not be taken by others
+        self._weights = {t.untyped_storage()._cdata for t in weights}
+        self.vocabulary = -1
+        self.in_head = False
+        self._live: dict[int, tuple[int, int]] = {}
+        self._now = [0] * 5
+        self.moments: list[tuple[int, ...]] = [tuple(self._now)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._born(tensor, func, args)
+        return result
+
+    def _born(self, tensor: Tensor, func: Any, args: Any) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or key in self._live:
+            return
+        kind = ACTIVATIONS
+        if func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights:
+            kind = COPIES
+        elif self.in_head or (tensor.ndim and tensor.shape[-1] == self.vocabulary):
+            kind = LOGITS
+        self._live[key] = (kind, storage.nbytes())
+        self._change(kind, storage.nbytes())
+        weakref.finalize(storage, self._died, key)
+
+    def _died(self, key: int) -> None:
+        kind, size = self._live.pop(key)
+        self._now[kind] -= size
+
+    def is_gradient(self, parameter: Tensor, kind: int) -> None:
+        """From now on this parameter's ``grad`` is a gradient."""
+        key = None if parameter.grad is None else parameter.grad.untyped_storage()._cdata
+        if key in self._live:
+            before, size = self._live[key]
+            self._live[key] = (kind, size)
+            self._now[before] -= size
+            self._change(kind, size)
+
+    def _change(self, kind: int, size: int) -> None:
+        self._now[kind] += size
+        self.moments.append(tuple(self._now))

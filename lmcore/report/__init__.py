@@ -1,0 +1,1 @@
+"""Console, logs, metrics, trackers and the HTML report."""

@@ -1,0 +1,1 @@
+"""One training run: setup, loop state, guard, run folder."""

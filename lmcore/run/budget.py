@@ -1,0 +1,133 @@
+"""What the budget means here: global batch, micro-batch, accumulation and steps, with the arithmetic shown.
+
+Comes in: the configuration, the blocks of an epoch, the number of ranks. Goes out: :class:`Sizes`. What always holds:
+the global batch and the number of steps do not depend on the number of ranks; what does not divide is refused with the
+numbers; nothing is rounded in silence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from lmcore.config.durations import Duration
+from lmcore.config.schema import RunConfig, global_batch_blocks
+from lmcore.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the budget means here. ``end_position`` is ``None`` unless the horizon is a number of epochs."""
+
+    global_batch_blocks: int
+    micro_batch_blocks: int
+    accumulation: int
+    block_size: int
+    steps_per_epoch: Fraction | None
+    total_steps: int
+    end_position: int | None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Labels of a full step."""
+        return self.global_batch_blocks * self.block_size
+
+    def rows(self, config: RunConfig, world_size: int) -> list[tuple[str, str]]:
+        """The arithmetic, for the start table."""
+        known = self.steps_per_epoch
+        blocks = (
+            "not known beforehand" if known is None else f"{int(known * self.global_batch_blocks):,} blocks"
+        )
+        epochs = "" if known is None else f" = {float(self.total_steps / known):.2f} epochs"
+        return [
+            ("epoch", f"{blocks} of {self.block_size:,} tokens"),
+            (
+                "global batch",
+                f"{world_size} x {self.accumulation} x {self.micro_batch_blocks} (processes x accumulation x "
+                f"micro-batch) = {self.global_batch_blocks} blocks = {self.tokens_per_step:,} tokens",
+            ),
+            (
+                "budget",
+                f"{config.train.duration} = {self.total_steps:,} steps = "
+                f"{self.total_steps * self.tokens_per_step:,} tokens{epochs}",
+            ),
+        ]
+
+    def steps_of(self, duration: Duration) -> int:
+        """A duration of the configuration in whole steps; 0 for never."""
+        steps = duration.to_steps(
+            tokens_per_step=self.tokens_per_step,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
+        return steps or 0
+
+
+def horizon(
+    config: RunConfig,
+    *,
+    block_size: int,
+    epoch_blocks: int | None,
+    world_size: int,
+    micro_batch_blocks: int | None = None,
+) -> Sizes:
+    """Global batch, accumulation and steps, from the configuration, the data and the number of ranks.
+
+    Args:
+        epoch_blocks: ``None`` where only the end of the data will tell.
+        micro_batch_blocks: what ``auto`` was resolved to before (a checkpoint remembers it).
+
+    Raises:
+        RequestError: the global batch does not divide; the numbers are named.
+    """
+    blocks = global_batch_blocks(config, block_size)
+    if blocks % world_size:
+        raise RequestError(
+            f"train.global_batch_blocks {blocks} is not a multiple of the {world_size} processes: make it "
+            f"{blocks // world_size * world_size or world_size}, or start another number of processes"
+        )
+    share = blocks // world_size
+    asked = config.train.micro_batch_blocks
+    micro = asked if isinstance(asked, int) else micro_batch_blocks or largest_share(share, block_size)
+    if share % micro and isinstance(asked, int):
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        raise RequestError(
+            f"train.global_batch_blocks {blocks} over {world_size} processes is {share} blocks each, which "
+            f"train.micro_batch_blocks {micro} does not divide: take one of {', '.join(map(str, divisors))}"
+        )
+    if share % micro:  # what a checkpoint remembers of another number of ranks
+        micro = largest_share(share, block_size, at_most=micro)
+    duration = config.train.duration
+    steps_per_epoch = None if epoch_blocks is None else Fraction(epoch_blocks, blocks)
+    if duration.unit == "epochs" and epoch_blocks is None:
+        raise RequestError(
+            f"train.duration {duration}: how long an epoch is, only a token store or a dataset with a length knows "
+            f"beforehand; give steps or tokens"
+        )
+    total = duration.to_steps(tokens_per_step=blocks * block_size, steps_per_epoch=steps_per_epoch)
+    if total is None or total < 1:
+        raise RequestError(f"train.duration {duration} is not one step: a step has {blocks} blocks")
+    end = None
+    if duration.unit == "epochs" and epoch_blocks is not None:
+        # N epochs end with their last block; the last step is filled up with blocks without labels.
+        end = int(duration.exact() * epoch_blocks)
+    return Sizes(
+        global_batch_blocks=blocks,
+        micro_batch_blocks=micro,
+        accumulation=share // micro,
+        block_size=block_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        end_position=end,
+    )
+
+
+AUTO_MICRO_BATCH_TOKENS = 8192
+"""Without a measured limit ``auto`` takes at most so many tokens per forward pass: enough to fill the matrix units of
+a CPU core or a GPU for small models, and little enough to fit (docs/log.md)."""
+
+
+def largest_share(share: int, block_size: int, at_most: int | None = None) -> int:
+    """The largest divisor of ``share`` whose tokens stay within :data:`AUTO_MICRO_BATCH_TOKENS`."""
+    limit = at_most or max(1, AUTO_MICRO_BATCH_TOKENS // block_size)
+    return max(divisor for divisor in range(1, min(share, limit) + 1) if share % divisor == 0)

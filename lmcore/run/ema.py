@@ -1,0 +1,73 @@
+"""An exponential moving average of the weights: updated after every step, evaluated, kept, exported.
+
+Comes in: the names and weights of the model, whole (strategies that do not shard). Goes out: float32 tensors of kind
+``ema`` in every checkpoint. What always holds: the average is a pure function of the weights of the steps and the
+decay; looking at it leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lmcore.errors import RequestError
+from lmcore.model.optim import start_average, update_average
+
+Weights = Callable[[], list[tuple[str, Tensor]]]
+
+
+@final
+class MovingAverage:
+    """``average <- decay * average + (1 - decay) * weights``; empty and free with ``decay`` 0.
+
+    Raises:
+        RequestError: the strategy shards the weights.
+    """
+
+    def __init__(self, weights: Weights, *, decay: float, strategy: str) -> None:
+        if decay and strategy not in ("single", "ddp"):
+            raise RequestError(
+                f"optim.ema_decay keeps a whole copy of the weights, which {strategy} shards: use ddp, or set it to 0"
+            )
+        self._weights, self._decay = weights, decay
+        self._average = start_average(weights()) if decay else {}
+
+    def __bool__(self) -> bool:
+        return bool(self._average)
+
+    def update(self) -> None:
+        """One step is done."""
+        if self._average:
+            update_average(self._average, self._weights(), self._decay)
+
+    def layout(self) -> list[tuple[str, str, str, tuple[int, ...], torch.dtype]]:
+        """(kind, name, slot, shape, dtype), as :meth:`lmcore.engine.engine.Engine.state_layout`."""
+        return [("ema", name, "", tuple(t.shape), t.dtype) for name, t in self._average.items()]
+
+    def tensors(self) -> Iterator[tuple[str, str, str, Tensor]]:
+        """(kind, name, slot, tensor) in the order of :meth:`layout`."""
+        return (("ema", name, "", tensor) for name, tensor in self._average.items())
+
+    def load(self, read: Callable[[str, str, str], Tensor | None]) -> None:
+        """From a checkpoint; one that was made without an average starts it from its weights."""
+        for name, weight in self._weights() if self._average else []:
+            stored = read("ema", name, "")
+            self._average[name].copy_(weight.detach() if stored is None else stored)
+
+    @contextmanager
+    def in_place(self) -> Iterator[Any]:
+        """Inside, the model has the average for its weights."""
+        own = [tensor.detach().clone() for _, tensor in self._weights()]
+        with torch.no_grad():
+            for name, tensor in self._weights():
+                tensor.copy_(self._average[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (_, tensor), kept in zip(self._weights(), own):
+                    tensor.copy_(kept)

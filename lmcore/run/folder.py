@@ -1,0 +1,354 @@
+"""The folder of one run: one writer at a time, an honest status, confined names, no secrets.
+
+Comes in: the path of a run. Goes out: a locked folder with ``status.json`` and the places of its files. What
+always
+holds: two jobs never write one run; the lock of a dead job is taken over by itself; ``status.json`` is whole
+    at any
+instant; a name that came from a file cannot lead out of the folder; a secret cannot come in.
+
+Example::
+
+    folder = RunFolder("runs/demo")
+    folder.lock(say=print)                      # RequestError, naming the holder, if another job has it
+    folder.write_status("running", step=0)
+    ...
+    folder.write_status("finished", step=1000, exit_code=0)
+    folder.unlock()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import socket
+import threading
+import time
+import unicodedata
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, final
+
+from lmcore.disk import DISK, Disk
+from lmcore.errors import RequestError
+from lmcore.report.redact import redact
+
+BEAT_SECONDS: Final = 5.0
+"""A holder writes a new number into the lock this often; whoever watches for twice as long sees whether it
+lives.
+"""
+STATES: Final = ("preparing", "running", "saved", "finished", "failed")
+MAX_NAME_BYTES: Final = 200
+_JOB_VARIABLES: Final = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
+
+_held: dict[str, int] = {}
+"""Folders that this very process holds; the kernel's record locks do not tell two holders of one process
+apart.
+"""
+
+
+def job_id() -> str | None:
+    """The batch system's name of this job, or ``None`` outside of one."""
+    for variable in _JOB_VARIABLES:
+        if value := os.environ.get(variable):
+            step = os.environ.get("SLURM_STEP_ID") if variable == "SLURM_JOB_ID" else None
+            return f"{variable}={value}" + (f".{step}" if step else "")
+    return None
+
+
+def place() -> dict[str, Any]:
+    """Where this run is now, as far as it is known: host, batch job, its nodes, how often it was requeued."""
+    found: dict[str, Any] = {"host": socket.gethostname()}
+    if job_id() is None:
+        return found
+    name, _, number = (job_id() or "").partition("=")
+    found["job_id"] = number.partition(".")[0]
+    if name == "SLURM_JOB_ID":
+        found["nodes"] = os.environ.get("SLURM_JOB_NODELIST", "")
+        found["restart_count"] = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return found
+
+
+@final
+class RunFolder:
+    """The folder of one run. Making the object touches nothing; :meth:`lock` makes the folder.
+
+    Args:
+        path: the folder; the user's own choice, so any path.
+        private: folders that are made get mode 0700, whatever the umask says.
+    """
+
+    def __init__(self, path: Path | str, *, private: bool = False, disk: Disk = DISK) -> None:
+        self.path = Path(path)
+        self.private = private
+        self._disk = disk
+        self._lock_fd: int | None = None
+        self._stop_beating = threading.Event()
+        self._beating: threading.Thread | None = None
+        self._status: dict[str, Any] = {}
+
+    # ---- places -------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def rank_log(self, rank: int) -> Path:
+        """Where a rank other than 0 writes its lines."""
+        return self.logs / f"rank-{rank:05d}.log"
+
+    def create(self) -> None:
+        """Make the folder and ``logs``. Raises ``RequestError`` if that is impossible."""
+        try:
+            self._disk.makedirs(self.path, mode=0o700 if self.private else 0o777)
+            if self.private:
+                os.chmod(self.path, 0o700)
+            self._disk.makedirs(self.logs)
+        except OSError as error:
+            raise RequestError(
+                f"run folder {self.path} cannot be written: {error.strerror}; choose another with --run_dir"
+            ) from None
+
+    # ---- lock ---------------------------------------------------------------------------------------------
+
+    def lock(
+        self,
+        *,
+        say: Callable[[str], None] = print,
+        beat_seconds: float = BEAT_SECONDS,
+        wait_seconds: float = 0.0,
+    ) -> None:
+        """Become the only writer of this folder, making it if need be. Only rank 0 calls this.
+
+        The kernel's record lock decides between jobs that share a kernel, and on network file systems that
+        carry it, also between machines; it dies with its process, not with the process's children. For file
+        systems that do not carry it the holder also counts upwards in the file: a lock that was left by
+        another machine is watched for two beats and taken only if the number stands still. A requeued job
+        (same job id) takes its own lock at once.
+
+        Args:
+            wait_seconds: how long to wait for a holder that is about to leave (an automatic restart may
+                overlap the last seconds of the process it replaces).
+
+        Raises:
+            RequestError: another job holds it (its host, pid and job id are named).
+        """
+        self.create()
+        path = self.path / ".lock"
+        key = os.path.realpath(path)
+        if _held.get(key) == os.getpid():
+            raise RequestError(f"run folder {self.path} is in use by this very process")
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise RequestError(
+                f"run folder {self.path} cannot be locked: {error.strerror}; choose another with --run_dir"
+            ) from None
+        try:
+            self._take(fd, say=say, beat_seconds=beat_seconds, wait_seconds=wait_seconds)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._lock_fd, _held[key] = fd, os.getpid()
+        self._stop_beating.clear()
+        holder = _myself()
+        _write_holder(fd, holder)
+        self._beating = threading.Thread(
+            target=self._beat, args=(fd, holder, beat_seconds), name="run-folder-lock", daemon=True
+        )
+        self._beating.start()
+
+    def _take(self, fd: int, *, say: Callable[[str], None], beat_seconds: float, wait_seconds: float) -> None:
+        give_up = time.monotonic() + wait_seconds
+        while not (carried := _record_lock(fd)):
+            if carried is None:
+                say(f"{self.path}: this file system carries no locks; watching the lock file instead")
+                break
+            if time.monotonic() >= give_up:
+                raise self._refusal(_read_holder(fd))
+            time.sleep(min(0.2, beat_seconds))
+        holder = _read_holder(fd)
+        if holder is None:
+            return
+        mine = _myself()
+        same_kernel = holder.get("host") == mine["host"] and holder.get("boot") == mine["boot"]
+        same_job = mine["job_id"] is not None and holder.get("job_id") == mine["job_id"]
+        if not (same_kernel and carried) and not same_job:
+            say(f"{self.path}: locked by {_describe(holder)}; watching {2 * beat_seconds:.0f} s if it lives")
+            _record_unlock(fd)  # on NFS, locking again is what brings fresh content
+            time.sleep(2 * beat_seconds)
+            if _record_lock(fd) is False or _read_holder(fd) not in (holder, None):
+                raise self._refusal(_read_holder(fd) or holder)
+        say(f"{self.path}: took over the lock of {_describe(holder)}, which is gone")
+
+    def _refusal(self, holder: Mapping[str, Any] | None) -> RequestError:
+        return RequestError(
+            f"run folder {self.path} is in use by {_describe(holder)}: wait for that job, stop it "
+            f"(touch {self.path}/STOP), or choose another --run_dir"
+        )
+
+    def _beat(self, fd: int, holder: dict[str, Any], beat_seconds: float) -> None:
+        while not self._stop_beating.wait(beat_seconds):
+            holder["beat"] += 1
+            # A full disk must not end the run here: the beat only matters to other machines.
+            with contextlib.suppress(OSError):
+                _write_holder(fd, holder)
+
+    def unlock(self) -> None:
+        """Let go; the next job starts at once. What was never locked is fine."""
+        if self._lock_fd is None:
+            return
+        fd, self._lock_fd = self._lock_fd, None
+        self._stop_beating.set()
+        if self._beating is not None:
+            self._beating.join()  # a beat on its way would go to whatever file gets this descriptor next
+        _held.pop(os.path.realpath(self.path / ".lock"), None)
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
+        os.close(fd)
+
+    # ---- status -------------------------------------------------------------------------------------------
+
+    def write_status(
+        self,
+        state: str,
+        *,
+        step: int | None = None,
+        exit_code: int | None = None,
+        reason: str = "",
+        **more: Any,
+    ) -> None:
+        """Replace ``status.json`` as a whole. It is what scripts read: launchers turn every failure into
+        exit 1.
+
+        ``step`` and ``more`` are kept from the last call where they are not given anew.
+        """
+        if state not in STATES:
+            raise ValueError(f"state {state!r} is none of {STATES}")
+        self._status |= more
+        if step is not None:
+            self._status["step"] = step
+        status = {
+            "state": state,
+            "exit_code": exit_code,
+            "reason": redact(reason),
+            "step": self._status.get("step"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "parent_pid": os.getppid(),
+            "job_id": job_id(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        # "running" comes at every save, between two steps: how the run ended must outlive a power cut, this need not.
+        self._disk.write_json(self.path / "status.json", self._status | status, durable=state != "running")
+
+    def read_status(self) -> dict[str, Any] | None:
+        """The last status, or ``None``."""
+        try:
+            value = json.loads((self.path / "status.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        return value if isinstance(value, dict) else None
+
+
+def _myself() -> dict[str, Any]:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job_id": job_id(),
+        "boot": boot.read_text().strip() if boot.exists() else "",
+        "token": uuid.uuid4().hex,
+        "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "beat": 0,
+    }
+
+
+def _describe(holder: Mapping[str, Any] | None) -> str:
+    if not holder:
+        return "another process that has not yet said its name"
+    job = f", job {holder['job_id']}" if holder.get("job_id") else ""
+    return f"pid {holder.get('pid')} on {holder.get('host')}{job} (since {holder.get('since')})"
+
+
+def _record_lock(fd: int) -> bool | None:
+    """True: ours. False: somebody else's. None: the file system has no such locks."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        return None
+    return True
+
+
+def _record_unlock(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.lockf(fd, fcntl.LOCK_UN)
+
+
+def _read_holder(fd: int) -> dict[str, Any] | None:
+    """What the lock file says, read through the descriptor that we hold: closing another one would drop the
+    lock.
+    """
+    text = os.pread(fd, 65536, 0)
+    try:
+        value = json.loads(text) if text.strip() else None
+    except ValueError:
+        return {
+            "torn": text.decode(errors="replace")
+        }  # killed while writing: still somebody's, and comparable
+    return value if isinstance(value, dict) else None
+
+
+def _write_holder(fd: int, holder: Mapping[str, Any]) -> None:
+    text = json.dumps(holder).encode() + b"\n"
+    os.pwrite(fd, text, 0)
+    os.ftruncate(fd, len(text))
+
+
+# ---- names -------------------------------------------------------------------------------------------------
+
+
+def safe_name(name: str) -> str:
+    """``name`` if it can be one part of a path: letters and digits of any script, ``.``, ``_``, ``-``,
+    ``+``, ``=``.
+
+    It may begin with a letter, a digit or ``_`` only: no hidden files, no options, no ``..``. Raises
+    ``RequestError``.
+    """
+    fine = (
+        isinstance(name, str)
+        and re.fullmatch(r"\w[\w.+=\-]*", name) is not None
+        and unicodedata.normalize("NFC", name) == name  # two spellings of one name would be two files or one
+        and name.isprintable()
+        and not name.endswith(".")
+        and len(name.encode(errors="replace")) <= MAX_NAME_BYTES
+    )
+    if not fine:
+        shown = repr(name)[:80]
+        raise RequestError(
+            f"{shown} cannot be a name: letters, digits, '.', '_', '-', '+', '=' only, beginning with a "
+            f"letter or digit, at most {MAX_NAME_BYTES} bytes"
+        )
+    return name
+
+
+def confined(root: Path | str, relative: str) -> Path:
+    """``root/relative``, if every part is a :func:`safe_name` and links do not lead outside. Raises
+    ``RequestError``.
+    """
+    parts = relative.split("/") if isinstance(relative, str) else [relative]
+    path = Path(root).joinpath(*(safe_name(part) for part in parts))
+    real_root, real = os.path.realpath(root), os.path.realpath(path)
+    if os.path.commonpath([real_root, real]) != real_root or real == real_root:
+        raise RequestError(f"{relative!r} leads out of {root}")
+    return path

@@ -1,0 +1,453 @@
+"""The configuration -> the arguments of the rooms: data, model, optimizer, and what the budget means in steps.
+
+Comes in: a :class:`lmcore.config.schema.RunConfig`. Goes out: blocks, a model with its loss, an optimizer, and
+:class:`Sizes`. This is the only room beside the command line that knows the configuration: ``train_lm.py`` and the
+verbs of ``python -m lmcore`` both build their parts here, so that they cannot differ. Nothing here decides anything:
+each function hands plain values to the room that does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmcore.config.schema import RunConfig, global_batch_blocks
+from lmcore.data import corpus, custom
+from lmcore.data.blocks import BlockDataset
+from lmcore.data.order import Phase
+from lmcore.data.stream import StreamDataset
+from lmcore.data.tokenizer import tokenizer
+from lmcore.data.tokenizer.tokenizer import Tokenizer
+from lmcore.errors import FaultError, RequestError
+from lmcore.model import lora, optim
+from lmcore.model import module as model
+from lmcore.model.module import ModelWithLoss
+
+if TYPE_CHECKING:  # the verbs that need no engine must not pay for accelerate's import
+    from lmcore.engine.engine import Engine
+
+LONGEST_DEFAULT_BLOCK_TOKENS = 1024
+"""A block is the model's context by default, but no longer than this: attention grows with the square."""
+
+Task = Callable[..., AbstractContextManager[Callable[..., None]]]
+Note = Callable[[str], None]
+
+
+def silent_task(*_: Any, **__: Any) -> AbstractContextManager[Callable[..., None]]:
+    """A task that nobody watches."""
+    return nullcontext(lambda *_, **__: None)
+
+
+def on_main(engine: Engine, work: Callable[[], Any]) -> Any:
+    """Rank 0 does the work; every rank gets its result, or the same refusal."""
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if engine.is_main:
+        try:
+            outcome = (work(), None)
+        except (RequestError, FaultError) as refusal:
+            outcome = (None, refusal)
+    result, refused = engine.broadcast_object(outcome)
+    if refused is not None:
+        raise refused
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run reads: training blocks, held-out blocks by name, the tokenizer (none with ``data.factory``)."""
+
+    train: Any
+    valid: dict[str, Any]
+    test: dict[str, Any]
+    encoder: Tokenizer | None
+    block_size: int
+    phases: tuple[Phase, ...] = (Phase(),)
+    collate: Callable[[list[Any]], dict[str, Any]] | None = None
+    rows: list[tuple[str, str]] = field(default_factory=list)
+
+
+def block_size_of(config: RunConfig) -> int:
+    """``data.block_size``, by default the model's context.
+
+    Raises:
+        RequestError: larger than the context; both numbers are named.
+    """
+    named = config.model
+    context = None
+    if named.type is not None or named.from_pretrained is not None:
+        context = model.context_length(named.type, named.config, named.from_pretrained, named.revision)
+    asked = config.data.block_size
+    if asked is None:
+        return min(context or LONGEST_DEFAULT_BLOCK_TOKENS, LONGEST_DEFAULT_BLOCK_TOKENS)
+    if context is not None and asked > context:
+        raise RequestError(
+            f"data.block_size {asked} is larger than the model's context {context}: make it smaller, or give the "
+            f"model a longer context in model.config"
+        )
+    return asked
+
+
+def reading_of(config: RunConfig) -> corpus.Reading:
+    """How text is read where a source does not say it itself."""
+    return corpus.Reading(
+        text_field=config.data.text_field, unit=config.data.unit, encoding=config.data.encoding
+    )
+
+
+def valid_fraction_of(config: RunConfig) -> float:
+    """The share of the training documents that is held out: none where ``data.valid`` is given."""
+    return 0.0 if config.data.valid else config.data.valid_fraction or 0.0
+
+
+def train_tokenizer(
+    config: RunConfig, folder: Path | None, *, note: Note, task: Task = silent_task
+) -> Tokenizer:
+    """Train the tokenizer that the configuration describes, into ``folder`` if there is one."""
+    bad: list[str] = []
+    with task("training the tokenizer"):
+        made = tokenizer.train(
+            corpus.training_texts(
+                config.data.train,
+                reading=reading_of(config),
+                valid_fraction=valid_fraction_of(config),
+                max_bytes=config.tokenizer.sample_bytes,
+                seed=config.seed,
+                bad=lambda record: bad.append(str(record)),
+            ),
+            folder=folder,
+            vocab_size=config.tokenizer.vocab_size or 0,
+            seed=config.seed,
+            model_type=config.tokenizer.model_type,
+            character_coverage=config.tokenizer.character_coverage,
+            split_digits=config.tokenizer.split_digits,
+            byte_fallback=config.tokenizer.byte_fallback,
+            normalization_rule_name=config.tokenizer.normalization,
+            user_defined_symbols=list(config.tokenizer.user_symbols),
+            model_max_length=block_size_of(config),
+        )
+    for line in made.notes:
+        note(f"tokenizer: {line}")
+    if bad and config.data.on_error == "raise":
+        raise RequestError(f"{bad[0]}: mend it, or let --data.on_error skip leave such records out")
+    return made
+
+
+def open_data(
+    config: RunConfig,
+    home: Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    on_main: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+    note: Note = print,
+    task: Task = silent_task,
+) -> Data:
+    """Text -> tokenizer -> token stores -> blocks. All ranks call it; each takes its share of the work.
+
+    Args:
+        home: folder of the run's tokenizer.
+        on_main: runs something on rank 0 and gives every rank its result or its refusal.
+    """
+    block_size = block_size_of(config)
+    encoder = None
+    if config.data.factory is None or config.tokenizer.path is not None:
+        encoder = open_tokenizer(config, home, on_main=on_main, note=note, task=task)
+    if config.data.factory is not None:
+        return open_own_data(config, encoder, block_size)
+    assert encoder is not None
+    streamed = config.data.mode == "stream"
+    with task("tokenizing", unit="bytes") as advance:
+        sets = corpus.open_corpus(
+            encoder,
+            train=() if streamed else config.data.train or [corpus.STDLIB],
+            valid=config.data.valid,
+            test=config.data.test,
+            valid_fraction=0.0 if streamed else valid_fraction_of(config),
+            reading=reading_of(config),
+            store_dir=config.data.store_dir,
+            eos=config.data.eos,
+            processes=config.data.processes or max(1, len(os.sched_getaffinity(0)) // world_size),
+            worker=rank,
+            on_error=config.data.on_error,
+            max_bad_fraction=config.data.max_bad_fraction,
+            progress=lambda progress: advance(
+                done=progress.read_bytes, total=progress.total_bytes, also=progress.words()
+            ),
+            note=note,
+        )
+    on_main(lambda: None)  # nobody goes on before every rank has all stores
+    pad_id = encoder.eos_id if encoder.pad_id is None else encoder.pad_id
+    blocks = partial(
+        BlockDataset.from_stores,
+        block_size=block_size,
+        document_mask=config.data.document_mask,
+        pad_id=pad_id,
+    )
+    rows = [("tokenizer", f"{encoder.vocab_size:,} pieces, {encoder.fingerprint[:12]}")]
+    if streamed:
+        sources = reading_of(config).sources(config.data.train or [corpus.STDLIB])
+        phases = phases_of(config, [s.name for s in sources], corpus.mixture_weights(sources))
+        train: Any = StreamDataset(
+            sources,
+            encoder,
+            block_size=block_size,
+            lanes=config.data.stream_lanes or global_batch_blocks(config, block_size),
+            seed=config.seed,
+            window_blocks=config.data.shuffle_window,
+            shuffle=config.data.shuffle,
+            phases=phases,
+            eos=config.data.eos,
+            document_mask=config.data.document_mask,
+            on_error=config.data.on_error,
+            max_bad_fraction=config.data.max_bad_fraction,
+            note=note,
+        )
+        rows += [(f"text ({source.name})", f"{len(source.paths):,} files, streamed") for source in sources]
+        if not config.data.valid:
+            note(
+                "data.mode stream holds nothing out of the training text: name held-out text with data.valid"
+            )
+    else:
+        phases = phases_of(config, [store.name for store in sets.train], sets.weights)
+        train = blocks(sets.train, seed=config.seed, shuffle=config.data.shuffle, phases=phases)
+        rows += [(f"text ({store.name})", describe_store(store)) for store in sets.train]
+    rows += [(f"held out ({name})", describe_store(store)) for name, store in sets.valid.items()]
+    rows += [(name, describe_store(store)) for name, store in sets.test.items()]
+    return Data(
+        train=train,
+        valid={name: blocks([store], drop_last=False) for name, store in sets.valid.items()},
+        test={name: blocks([store], drop_last=False) for name, store in sets.test.items()},
+        encoder=encoder,
+        block_size=block_size,
+        phases=phases,
+        rows=rows,
+    )
+
+
+def open_tokenizer(
+    config: RunConfig, home: Path, *, on_main: Callable[[Callable[[], Any]], Any], note: Note, task: Task
+) -> Tokenizer:
+    """The run's tokenizer, brought along (:func:`keep_tokenizer` copies it) or trained into ``home``."""
+    if config.tokenizer.path is not None:
+        return tokenizer.load(config.tokenizer.path, revision=config.tokenizer.revision)
+
+    def make() -> None:
+        if not (home / "tokenizer.json").exists():
+            train_tokenizer(config, home, note=note, task=task)
+
+    on_main(make)
+    return tokenizer.load(home)
+
+
+def keep_tokenizer(config: RunConfig, home: Path, data: Data, *, note: Note) -> None:
+    """A tokenizer that was brought along goes to ``home``, once no checkpoint there refuses it."""
+    if data.encoder is not None and config.tokenizer.path is not None:
+        data.encoder.save(home, model_max_length=data.block_size)
+        for line in data.encoder.notes:
+            note(f"tokenizer: {line}")
+
+
+def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int) -> Data:
+    """``data.factory(**data.config)``: a dataset, or a mapping with ``train`` and, if wanted, ``valid``, ``test``
+    (datasets, or mappings of them by name) and ``collate``."""
+    made = model.import_path(config.data.factory or "", "data.factory")(**config.data.config)
+    parts = dict(made) if isinstance(made, Mapping) else {"train": made}
+    unknown = sorted(parts.keys() - {"train", "valid", "test", "collate"})
+    if unknown or "train" not in parts:
+        raise RequestError(
+            f"data.factory {config.data.factory} returned the keys {', '.join(map(str, parts))}: give train, and "
+            f"optionally valid, test and collate"
+        )
+    wrap = partial(custom.wrap, seed=config.seed)
+
+    def named(name: str) -> dict[str, Any]:
+        sets = parts.get(name) or {}
+        sets = sets if isinstance(sets, Mapping) else {name: sets}
+        return {key: wrap(value) for key, value in sets.items()}
+
+    train = wrap(parts["train"], shuffle=config.data.shuffle)
+    return Data(
+        train=train,
+        valid=named("valid"),
+        test=corpus.as_tests(named("test")),
+        encoder=encoder,
+        block_size=block_size,
+        collate=parts.get("collate"),
+        rows=[("data", config.data.factory or "")],
+    )
+
+
+def phases_of(config: RunConfig, names: list[str], weights: tuple[float, ...] | None) -> tuple[Phase, ...]:
+    """The mixtures: the sources' own weights from position 0, then what ``data.phases`` appends.
+
+    Raises:
+        RequestError: a phase without a position, or with a source that is none.
+    """
+    phases = [Phase(weights=weights)]
+    for item in config.data.phases:
+        given = item.get("weights")
+        if set(item) != {"position", "weights"} or not (given is None or isinstance(given, Mapping)):
+            raise RequestError(f"data.phases: {item} must have a position and weights by source name")
+        unknown = sorted(set(given or ()) - set(names))
+        if unknown:
+            raise RequestError(f"data.phases: no source {unknown[0]!r}; the sources are {', '.join(names)}")
+        mixed = None if given is None else tuple(float(given.get(name, 0.0)) for name in names)
+        phases.append(Phase(position=int(item["position"]), weights=mixed))
+    return tuple(phases)
+
+
+def describe_store(store: Any) -> str:
+    """Documents, bytes and tokens of a store, as far as its format says."""
+    words = [f"{store.n_tokens:,} tokens"]
+    if store.n_documents is not None:
+        words.insert(0, f"{store.n_documents:,} documents")
+    if store.n_bytes is not None:
+        words.insert(-1, f"{store.n_bytes / 1e6:,.1f} MB")
+    return ", ".join(words)
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+
+def model_name(config: RunConfig) -> str:
+    """What the user called the model."""
+    return config.model.factory or config.model.from_pretrained or config.model.type or ""
+
+
+def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = print) -> ModelWithLoss:
+    """The model with its loss; without weights on ranks that get their parts of them from rank 0."""
+    encoder = data.encoder
+    if config.model.factory is not None and engine.sharded:
+        note("model.factory: every rank builds the whole model on its host, before it keeps its own part")
+    module, refused = None, None
+    try:
+        module = build_model(
+            config,
+            vocab_size=encoder.vocab_size if encoder else None,
+            special_ids=encoder.special_ids if encoder else {},
+            block_size=data.block_size,
+            weights=engine.needs_weights,
+            note=note,
+        )
+    except RequestError as refusal:  # perhaps of this rank alone: the others must not wait for it
+        refused = refusal
+    for word in engine.gather_object(refused):
+        if word is not None:
+            raise word
+    assert module is not None
+    return module
+
+
+def build_model(
+    config: RunConfig,
+    *,
+    vocab_size: int | None,
+    special_ids: Mapping[str, int],
+    block_size: int,
+    weights: bool = True,
+    note: Note = print,
+) -> ModelWithLoss:
+    """:func:`open_model` where the numbers of the tokenizer are all that is known of it."""
+    built = model.build(
+        type=config.model.type or "",
+        config_overrides=config.model.config,
+        vocab_size=vocab_size,
+        special_ids=special_ids,
+        block_size=block_size,
+        from_pretrained=config.model.from_pretrained,
+        revision=config.model.revision,
+        factory=config.model.factory,
+        attention=config.model.attention,
+        seed=config.seed,
+        weights=weights,
+        note=note,
+    )
+    adapt(config, built)
+    return with_loss(config, built, note=note)
+
+
+def adapt(config: RunConfig, built: torch.nn.Module, *, weights: bool = True) -> None:
+    """Low-rank adapters, if they are asked for."""
+    if config.model.lora.rank:
+        lora.adapt(built, seed=config.seed, weights=weights, **vars(config.model.lora))
+
+
+def with_loss(
+    config: RunConfig, built: torch.nn.Module, *, probe: torch.nn.Module | None = None, note: Note = print
+) -> ModelWithLoss:
+    """What is trained of a model is chosen, and its loss put behind it; ``probe`` as in :class:`ModelWithLoss`."""
+    optim.choose_trained(
+        built.named_parameters(), train_only=config.optim.train_only, freeze=config.optim.freeze
+    )
+    own_loss: Any = None
+    if config.loss.factory is not None:
+        own_loss = partial(model.import_path(config.loss.factory, "loss.factory"), **config.loss.config)
+    return ModelWithLoss(
+        built,
+        chunk="auto" if config.loss.chunk is None else config.loss.chunk,
+        label_smoothing=config.loss.label_smoothing,
+        z_loss=config.loss.z_loss,
+        loss_factory=own_loss,
+        probe=probe,
+        note=note,
+    )
+
+
+def make_optimizer(
+    config: RunConfig, module: ModelWithLoss, named: list[tuple[str, torch.nn.Parameter]]
+) -> torch.optim.Optimizer:
+    """The optimizer over the named parameters that the engine hands out."""
+    groups = optim.parameter_groups(
+        named,
+        weight_decay=config.optim.weight_decay,
+        train_only=config.optim.train_only,
+        freeze=config.optim.freeze,
+        vocabulary=model.vocabulary_parameters(module.model),
+    )
+    return optim.build(
+        config.optim.name,
+        groups,
+        lr=config.optim.lr,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        momentum=config.optim.momentum,
+        fused=config.optim.fused,
+        state_dtype="bfloat16" if config.optim.state_dtype == "bf16" else None,
+        **config.optim.config,
+    )
+
+
+def open_engine(config: RunConfig) -> Engine:
+    """Join the processes of the run."""
+    from lmcore.engine.engine import Engine  # lazily, as above
+
+    engine = Engine(
+        precision=config.train.precision,
+        param_dtype=config.train.param_dtype,
+        reduce_dtype=config.engine.reduce_dtype,
+        deepspeed=config.engine.deepspeed,
+        timeout_seconds=config.engine.timeout_seconds,
+        compile="regional" if config.train.compile else "none",
+        compile_mode=config.train.compile_mode,
+        activation_checkpointing=config.train.activation_checkpointing,
+        seed=config.seed,
+        deterministic=config.train.deterministic,
+        tf32=config.train.tf32,
+    )
+    if config.model.lora.rank and engine.strategy not in ("single", "ddp"):
+        engine.close()
+        raise RequestError(
+            f"model.lora is tested with one process and with DDP, not with {engine.strategy}: frozen weights have "
+            "neither gradients nor moments to shard; take accelerate_configs/ddp.yaml"
+        )
+    return engine

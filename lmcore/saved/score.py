@@ -1,0 +1,117 @@
+"""A saved model and some text -> loss, perplexity, bits per byte; without any training around it.
+
+Comes in: :class:`lmcore.saved.load.Saved` (a checkpoint or an export, or any folder that transformers opens) and
+named sets of text. Goes out: one :class:`lmcore.model.evaluate.Evaluation` per set. What always holds: the same
+arithmetic as the evaluation inside a run: every token once, tails included, sums first and one division;
+nothing stays on disk.
+
+    >>> score(open_saved("runs/demo"), {"held": ["held.txt"]})["held"].bits_per_byte
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lmcore.data.batches import EvalBatches
+from lmcore.data.blocks import BlockDataset
+from lmcore.data.store import build
+from lmcore.data.text import documents
+from lmcore.errors import RequestError
+from lmcore.model.evaluate import Evaluation, evaluate
+from lmcore.model.module import ModelWithLoss
+from lmcore.saved.load import Saved
+
+LONGEST_DEFAULT_BLOCK_TOKENS = 1024
+"""As in training: a block is the model's context, but by default no longer than this."""
+TOKENS_AT_ONCE = 8192
+
+Task = Callable[..., AbstractContextManager[Callable[..., None]]]
+
+
+@final
+class Alone:
+    """What :func:`lmcore.model.evaluate.evaluate` needs of an engine, for one process without training."""
+
+    def __init__(self, module: ModelWithLoss, device: torch.device, precision: str) -> None:
+        self.module = module.to(device).eval()
+        self.device = device
+        self._precision = precision
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(loss_sum, count) of one micro-batch."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+            return self.module(**batch)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """The module is in evaluation mode anyway."""
+        yield
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """There is one rank."""
+        return tensor
+
+
+def score(
+    saved: Saved,
+    sets: Mapping[str, Sequence[str | dict[str, Any]]],
+    *,
+    block_size: int | None = None,
+    blocks: int | None = None,
+    precision: str = "fp32",
+    text_field: str = "text",
+    unit: str = "auto",
+    encoding: str = "utf-8",
+    on_error: str = "raise",
+    task: Task = lambda *_, **__: nullcontext(lambda *_, **__: None),
+) -> dict[str, Evaluation]:
+    """Score each set.
+
+    Args:
+        sets: name -> entries as in ``data.train``; the sources of one set are scored together.
+        block_size: tokens that the model sees at once; default: its context, at most 1,024, as in training.
+        blocks: of each set at most so many, spread over it; default: all.
+        precision: ``fp32`` or ``bf16`` (autocast).
+        task: makes a progress bar (:meth:`lmcore.report.report.Report.task`).
+
+    Raises:
+        RequestError: no such text, or blocks longer than the model's context.
+    """
+    size = _block_size(saved.model, block_size)
+    encoder = saved.tokenizer
+    device = next(saved.model.parameters()).device
+    engine = Alone(ModelWithLoss(saved.model), device, precision)
+    pad_id = encoder.eos_id if encoder.pad_id is None else encoder.pad_id
+    results: dict[str, Evaluation] = {}
+    for name, entries in sets.items():
+        sources = documents.resolve(list(entries), text_field=text_field, unit=unit, encoding=encoding)
+        with tempfile.TemporaryDirectory(prefix="lmcore-score-") as folder:
+            stores = [
+                build.prepare(source, encoder, store_dir=folder, on_error=on_error, max_bad_fraction=1.0)
+                for source in sources
+            ]
+            dataset = BlockDataset.from_stores(stores, block_size=size, drop_last=False, pad_id=pad_id)
+            batches = EvalBatches(
+                dataset, micro_batch_blocks=max(1, TOKENS_AT_ONCE // size), limit=blocks, device=device
+            )
+            with task(f"scoring {name}", total=len(batches)) as advance:
+                results[name] = evaluate(
+                    engine, batches, byte_lengths=encoder.byte_lengths(), on_micro_batch=advance
+                )
+    return results
+
+
+def _block_size(model: Any, asked: int | None) -> int:
+    config = getattr(model, "config", None)
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if asked is None:
+        return min(context or LONGEST_DEFAULT_BLOCK_TOKENS, LONGEST_DEFAULT_BLOCK_TOKENS)
+    if context is not None and asked > context:
+        raise RequestError(f"--block_size {asked} is more than the model's context of {context} tokens")
+    return asked

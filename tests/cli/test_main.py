@@ -1,0 +1,306 @@
+"""``python -m lmcore``: quick help, one-line refusals, and verbs that do what they say, without a training."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmcore.checkpoint.writer import Checkpoints
+from lmcore.cli import doctor
+from lmcore.cli.main import VERBS, main
+from lmcore.data.tokenizer import tokenizer
+from lmcore.errors import RequestError
+from lmcore.model import module
+from lmcore.saved.load import describe
+from lmcore.saved.score import score
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = ["def f(x):\n    return x + 1\n", "吾輩は猫である。名前はまだ無い。\n"] * 40
+
+
+def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "lmcore", *words], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with checkpoints of steps 2 and 4 (the earlier one is the better one) and its tokenizer."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    words = tokenizer.train(TEXTS, vocab_size=330, folder=folder / "tokenizer")
+    model = module.build(
+        type="gpt2",
+        config_overrides={"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 32},
+        vocab_size=words.vocab_size,
+        special_ids=words.special_ids,
+        block_size=32,
+        seed=1,
+    )
+    saves = Checkpoints(folder / "checkpoints", background=False, say=lambda text: None)
+    for step in (2, 4):
+        with torch.no_grad():
+            model.transformer.wpe.weight.add_(0.1)  # type: ignore[union-attr, operator]
+        tensors = [("model", name, "", tensor.detach()) for name, tensor in model.named_parameters()]
+        saves.save(
+            step,
+            layout=[(kind, name, slot, tuple(t.shape), t.dtype) for kind, name, slot, t in tensors],
+            tensors=iter(tensors),
+            state={"model": describe(model)},
+            metrics={"loss": 2.0 + step},
+            tokens=64 * step,
+        )
+        saves.wait()
+    return folder
+
+
+def call(*words: Any) -> int:
+    return main([str(word) for word in words])
+
+
+def test_help_is_there_at_once() -> None:
+    """0.06 s on an idle machine: beside Python's own it imports the verbs and nothing else."""
+    done = run("--help")
+    assert done.returncode == 0
+    for verb in VERBS:
+        assert f"  {verb} " in done.stdout
+    code = (
+        "import sys; before = set(sys.modules); import lmcore.cli.main as m; m.main(['--help']); "
+        "new = set(sys.modules) - before; "
+        "print(*sorted(name for name in new if name.partition('.')[0] not in sys.stdlib_module_names))"
+    )
+    alone = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    words = alone.stdout.splitlines()[-1].split()
+    assert words == ["lmcore", "lmcore.cli", "lmcore.cli.main", "lmcore.cli.saved", "lmcore.errors"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):  # argparse and the configuration leave by themselves
+        assert call(verb, "--help") == 0
+    assert verb in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["genrate"], "did you mean generate?"),
+        (["generate", "nowhere"], "no such folder"),
+        (["generate"], "arguments are required: path"),
+        (["generate", "x", "--tempratur", "1"], "--tempratur"),
+        (["export", "."], "neither a checkpoint nor an export"),
+        (["report", "."], "no metrics.jsonl"),
+        (["checkpoints", "."], "no checkpoints there"),
+        (["order", ".", "--step", "1"], "no config.yaml"),
+        (["tokenizer", "test"], "takes one word: train"),
+        (["inspect", "--data.trian", "x"], "data.train"),
+        (["inspect", "--data.train", "/no/such/file.txt"], "/no/such/file.txt"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_code_2(
+    words: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(*words) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert expected in said[-1]
+    assert said[-1].startswith("lmcore: ")
+    assert "Traceback" not in "\n".join(said)
+    with pytest.raises(RequestError):
+        call(*words, "--debug")
+
+
+def test_a_closed_pipe_is_no_error(run_dir: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m lmcore checkpoints {run_dir} | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_generate_from_run_checkpoint_and_export(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def text(*words: Any) -> str:
+        assert call("generate", *words, "--max_tokens", 12, "--device", "cpu") == 0
+        return capsys.readouterr().out
+
+    assert call("export", run_dir, "--out", tmp_path / "export") == 0
+    assert "logits verified" in capsys.readouterr().out
+    newest = text(run_dir, "--prompt", "吾輩は")
+    assert newest.startswith("吾輩は")
+    assert newest == text(run_dir / "checkpoints" / "step-00000004", "--prompt", "吾輩は")
+    assert newest == text(tmp_path / "export", "--prompt", "吾輩は")
+    assert text(run_dir, "--checkpoint", "best") == text(run_dir, "--checkpoint", 2)
+    two = text(run_dir, "--prompt", "def", "--samples", 2, "--seed", 7)
+    assert two == text(run_dir, "--prompt", "def", "--seed", 7) + "\n" + text(
+        run_dir, "--prompt", "def", "--seed", 8
+    )
+    assert text(run_dir, "--greedy") == text(run_dir, "--temperature", 0)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("吾輩は"))
+    assert text(run_dir, "--prompt", "-") == newest
+    assert call("generate", run_dir, "--temperature", -1, "--device", "cpu") == 2
+    said = capsys.readouterr()
+    assert (said.out, "temperature -1.0 must be 0 or more" in said.err) == ("", True)
+
+
+def test_evaluate_is_the_mean_over_every_token_of_every_set(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("def f(x):\n\n吾輩は猫である。\n\n" * 9, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("x\n", encoding="utf-8")
+    places = [tmp_path / "a.txt", f"short={tmp_path / 'b.txt'}"]
+    assert call("evaluate", run_dir, "--data", *places, "--unit", "paragraph", "--json", "-") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["step"] == 4
+    assert set(result["sets"]) == {"a.txt", "short"}
+    opened = pytest.importorskip("lmcore.saved.load").open_saved(run_dir, device="cpu")
+    # By hand: documents, each ended by EOS, in blocks of the context; nothing shifted, nothing padded.
+    ids: list[int] = []
+    for document in ("def f(x):", "吾輩は猫である。") * 9:
+        ids += [*opened.tokenizer.encode(document), opened.tokenizer.eos_id]
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 32):
+            piece = torch.tensor([ids[start : start + 33]])
+            logits = opened.model(input_ids=piece[:, :-1]).logits[..., : opened.tokenizer.vocab_size]
+            labels = piece[0, 1:]
+            nats += float(torch.nn.functional.cross_entropy(logits[0].double(), labels, reduction="sum"))
+    one = result["sets"]["a.txt"]
+    assert one["tokens"] == len(ids) - 1
+    assert one["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    assert one["perplexity"] == pytest.approx(math.exp(one["loss"]))
+    size = 9 * len("def f(x):吾輩は猫である。".encode()) - len(opened.tokenizer.decode(ids[:1]).encode())
+    assert one["bytes"] == size, "the bytes of what was predicted: all but the first token"
+    assert one["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    out = tmp_path / "result.json"
+    assert call("evaluate", run_dir, "--data", *places, "--unit", "paragraph", "--json", out) == 0
+    assert "a.txt: loss " in capsys.readouterr().out
+    assert json.loads(out.read_text()) == result
+    with pytest.raises(RequestError, match="context of 32"):
+        score(opened, {"a": [str(tmp_path / "a.txt")]}, block_size=64)
+
+
+def test_checkpoints_lists_and_verifies(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("checkpoints", run_dir, "--verify") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["step-00000002", "step-00000004"]
+    assert "held-out loss 4.0000" in lines[0]
+    assert all("verified" in line for line in lines)
+    assert call("checkpoints", run_dir, "--json") == 0
+    assert [row["step"] for row in json.loads(capsys.readouterr().out)] == [2, 4]
+
+
+def test_the_corpus_verbs_speak_about_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("\n".join(f"line {n} of the text" for n in range(600)))
+    common = ["--data.train", "text.txt", "--data.valid_fraction", "0.1", "--data.block_size", "16",
+              "--data.unit", "line", "--run_dir", "runs/x", "--model.config.n_positions", "32"]  # fmt: skip
+    assert call("inspect", "--tokenizer.vocab_size", "300", *common) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"  tokens +[\d,]+, 0\.\d+ a byte", said), "before anything is trained"
+    assert "a tokenizer of 300 pieces that was trained on 4 MB of this text at most, for this count" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"], "inspect writes nothing"
+    assert call("tokenizer", "train", "--tokenizer.vocab_size", "300", *common) == 0
+    assert "runs/x/tokenizer: 300 pieces" in capsys.readouterr().out
+    assert call("tokenizer", "train", "--out", "runs/x/tokenizer", *common) == 2
+    assert "holds a tokenizer already" in capsys.readouterr().err
+    assert call("inspect", *common) == 0
+    said = capsys.readouterr().out
+    assert "600" in said
+    assert "sample" in said
+    assert "round trip" in said
+    monkeypatch.setattr(
+        "lmcore.report.console.PLAIN_TASK_SECONDS", 0.0
+    )  # each time instead of twice a minute
+    assert call("prepare", *common) == 0
+    said, progress = capsys.readouterr()
+    assert re.search(
+        r"tokenizing: [\d.,kM]+/[\d.,kM]+ bytes \d+%, .*\d documents, [\d,]+ tokens, \d:", progress
+    )
+    assert "held out" in said
+    assert "blocks in an epoch" in said
+    assert list((tmp_path / "token_stores").glob("*/manifest.json"))
+
+
+def test_plan_says_what_a_run_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = ["--model.config.n_layer", "2", "--model.config.n_embd", "64", "--model.config.n_head", "2"]
+    common = [*model, "--tokenizer.vocab_size", "640", "--train.duration", "10 steps", "--data.block_size", "64",
+              "--model.config.n_positions", "64", "--train.global_batch_blocks", "8",
+              "--train.micro_batch_blocks", "4"]  # fmt: skip
+    assert call("plan", *common, "--processes", 2, "--strategy", "fsdp2", "--tokens_per_second", 100) == 0
+    said = capsys.readouterr().out
+    total = 640 * 64 + 64 * 64 + 2 * (12 * 64 * 64 + 13 * 64) + 2 * 64
+    assert f"{total:,} (" in said
+    assert "2 x 1 x 4 x 64" in said
+    assert "= 512 tokens" in said
+    assert "51 s at 100 tokens/s" in said
+    assert call("plan", *common, "--device_gib", "0.001") == 0
+    assert "does not fit" in capsys.readouterr().out
+    assert call("plan", *common, "--strategy", "fsdp3") == 2
+    assert "fsdp3" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_doctor_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("doctor", "--json") in (0, 1)
+    found = json.loads(capsys.readouterr().out)
+    names = {one["name"] for one in found}
+    assert {"python", "torch", "transformers", "disk", "open files", "memory", "cores"} <= names
+    assert not [one for one in found if "could not be checked" in one["value"]]
+    assert all(one["remedy"] for one in found if one["state"] in ("warn", "bad"))
+
+    def old(package: str) -> str:
+        return "2.6.0" if package == "torch" else "99"
+
+    monkeypatch.setattr(doctor, "version", old)
+    found_now = list(doctor._packages(Path()))
+    assert [one.state for one in found_now if one.name == "torch"] == ["bad"]
+    assert "pip install -U torch" in next(one.remedy for one in found_now if one.name == "torch")
+    assert [one.state for one in found_now if one.name == "transformers"] == ["ok"]
+
+    class Small:
+        free, f_files, f_favail = 1 << 30, 100_000, 12
+
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: Small)
+    monkeypatch.setattr(doctor.os, "statvfs", lambda place: Small)
+    states = {one.name: one.state for one in doctor._disk(Path())}
+    assert (states["disk"], states["files"]) == ("warn", "warn")
+
+    def broken(folder: Path) -> Any:
+        raise OSError("no such thing here")
+        yield
+
+    monkeypatch.setattr(doctor, "_memory", broken)
+    monkeypatch.setattr(doctor.examine, "__defaults__", (".",))
+    said = [one.line() for one in doctor.examine()]
+    assert any("could not be checked: OSError" in line for line in said), "the other checks still count"
+    assert len(said) > 8
+
+
+def test_every_verb_has_one_line_of_help() -> None:
+    work: Callable[..., Any]
+    for work in VERBS.values():
+        assert work.__doc__
+        assert len(work.__doc__.strip().splitlines()[0]) < 100

@@ -1,0 +1,89 @@
+"""``python -m lmcore order``: what it shows is what the run has read, of every kind of data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcore.cli.main import main
+from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST
+from lmcore.saved.load import open_saved
+from tests.e2e.test_run import _train, request, words
+from tests.support.fork_server import run_ranks
+
+SHORT = {"evaluate__every": "never", "checkpoint__every": "4 steps"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "train.txt").write_text(words(600, 0), encoding="utf-8")
+    (folder / "held.txt").write_text(words(30, 1), encoding="utf-8")
+    return folder
+
+
+def _train_and_tell(argv: list[str], out: str) -> int:
+    """As ``_train``; the blocks of each step are written down as the model has seen them."""
+    import train_lm
+
+    advance = train_lm.Session.advance
+
+    def written(self: Any, batch: Any, *numbers: Any) -> None:
+        advance(self, batch, *numbers)
+        blocks = [row.tolist() for micro_batch in batch.micro_batches for row in micro_batch["input_ids"]]
+        with open(out, "a") as file:
+            file.write(json.dumps([self.state.step, blocks]) + "\n")
+
+    train_lm.Session.advance = written
+    return _train(argv, None, 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="store"),
+        pytest.param({"data__skip_positions": "[24-35, 60-71]"}, id="skipped"),
+        pytest.param({"data__mode": "stream", "data__shuffle_window": 48}, id="stream"),
+        pytest.param({"data__mode": "stream", "data__skip_positions": "24-35"}, id="stream-skipped"),
+    ],
+)
+def test_what_a_step_saw_is_shown_decoded(
+    text: Path, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the beginning, before and after the checkpoints that are kept, at the end."""
+    argv = request(text, tmp_path / "run", **SHORT, **options, data__store_dir=tmp_path / "stores")
+    assert run_ranks(_train_and_tell, 1, argv, str(tmp_path / "seen")) == [EXIT_FINISHED]
+    seen = dict(json.loads(line) for line in (tmp_path / "seen").read_text().splitlines())
+    decode = open_saved(tmp_path / "run").tokenizer.decode
+    for step in (1, 3, 13, 20):
+        assert main(["order", str(tmp_path / "run"), "--step", str(step), "--text", "10000"]) == EXIT_FINISHED
+        shown = [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()]
+        assert sorted(shown) == sorted(repr(decode(ids)) for ids in seen[step])
+
+
+def test_items_of_an_own_dataset_are_numbered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {
+        "run_dir": tmp_path / "own",
+        "data.factory": "tests.support.own_parts:data",
+        "data.config.count": 64,
+        "model.type": "null",
+        "model.factory": "tests.support.own_parts:model",
+        "model.config.width": 8,
+        "loss.factory": "tests.support.own_parts:squares",
+        "train.duration": "2 steps",
+        "train.global_batch_blocks": 8,
+        "train.micro_batch_blocks": 4,
+        "train.precision": "fp32",
+        "evaluate.every": "never",
+        "report.trackers": "[]",
+    }
+    argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    assert run_ranks(_train, 1, argv, None, 0) == [EXIT_FINISHED]
+    assert main(["order", str(tmp_path / "own"), "--position", "0-63"]) == EXIT_FINISHED
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(int(line.split()[3].rstrip(",")) for line in lines) == list(range(64))
+    assert all(line.endswith("epoch 0") for line in lines)
+    assert main(["order", str(tmp_path / "own"), "--step", "0"]) == EXIT_REQUEST

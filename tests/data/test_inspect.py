@@ -1,0 +1,89 @@
+"""Inspect: the numbers are those of the corpus, and what is a sample says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lmcore.data.inspect import lines, run
+from lmcore.data.tokenizer.tokenizer import Tokenizer, train
+from lmcore.errors import RequestError
+
+TEXTS = ["吾輩は猫である。", "名前はまだ無い。\n\tどこで", "plain text  with ▁ in it"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Tokenizer:
+    return train(TEXTS * 5, vocab_size=330)
+
+
+def corpus(folder: Path, copies: int = 1) -> str:
+    rows = [json.dumps({"text": text}) for text in [*TEXTS, ""] * copies]
+    (folder / "a.jsonl").write_text("\n".join([*rows, "{", '{"text": 1}']) + "\n")
+    (folder / "image.png").write_bytes(b"\x89PNG")
+    return str(folder)
+
+
+def test_the_numbers(tmp_path: Path, encoder: Tokenizer) -> None:
+    read: list[int] = []
+    [report] = run([corpus(tmp_path)], encoder, progress=read.append)
+    assert (report.files, report.ignored_files, report.documents, report.empty, report.bad) == (1, 1, 3, 1, 2)
+    assert report.bytes == sum(len(text.encode()) for text in TEXTS)
+    assert report.longest_bytes == max(len(text.encode()) for text in TEXTS)
+    assert report.tokens == sum(len(encoder.encode(text)) for text in TEXTS)
+    assert report.tokens_per_byte == report.tokens / report.bytes
+    assert report.round_trip == 2 / 3  # the literal U+2581 comes back as a space
+    assert report.first_changed is not None
+    assert sorted(text for _, text in report.samples) == sorted(
+        encoder.decode(encoder.encode(t)) for t in TEXTS
+    )
+    assert [b.reason.split(":")[0] for b in report.bad_records] == [
+        "not JSON",
+        "field 'text' must be a string, not int",
+    ]
+    assert sum(read) == (tmp_path / "a.jsonl").stat().st_size
+    shown = "\n".join(lines([report]))
+    for words in (
+        "1 file, 1 of no known kind left out",
+        "3 (1 empty ones dropped)",
+        "66.67%",
+        "a.jsonl, byte",
+        "\\n\\tどこで",
+    ):
+        assert words in shown
+
+
+def test_without_a_tokenizer(tmp_path: Path) -> None:
+    [report] = run([corpus(tmp_path)], samples=1)
+    assert (report.tokens, report.tokens_per_byte, report.round_trip) == (None, None, None)
+    assert len(report.samples) == 1
+    assert report.samples[0][1] in TEXTS
+    assert "tokens" not in "\n".join(lines([report]))
+
+
+def test_a_large_source_is_sampled_and_says_so(tmp_path: Path) -> None:
+    path = corpus(tmp_path, copies=30_000)
+    [whole], [some] = run([path]), run([path], max_bytes=2 * 2**20)
+    assert (whole.read_share, whole.documents) == (1.0, 90_000)
+    assert 0.2 < some.read_share < 0.6
+    assert abs(some.documents / 90_000 - some.read_share) < 0.02
+    assert "of the bytes were read" in "\n".join(lines([some]))
+    assert some == run([path], max_bytes=2 * 2**20)[0]
+    assert some.samples != run([path], max_bytes=2 * 2**20, seed=1)[0].samples
+
+
+def test_several_sources_and_wrong_requests(tmp_path: Path) -> None:
+    path = corpus(tmp_path)
+    (tmp_path / "b.txt").write_text("one\ntwo\n")
+    (tmp_path / "c.bin").write_bytes(b"\0\0")
+    assert [
+        report.name for report in run([f"{path}/a.jsonl", {"path": f"{path}/b.txt", "name": "lines"}])
+    ] == ["a", "lines"]
+    assert run([f"{path}/b.txt"])[0].unit == "line (auto: no blank lines in b.txt)"
+    for entry, message in {"nothing.txt": "no such file", "c.bin": "holds tokens"}.items():
+        with pytest.raises(RequestError, match=message):
+            run([f"{path}/{entry}"])
+    with pytest.raises(RequestError, match="training and prepare read it"):
+        run(["hf://owner/name"])

@@ -1,0 +1,644 @@
+"""Laws 2, 5, 6 and 7 where tokens are made: nothing lost, nobody waits for ever, bad input costs only itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmcore.data.store import build as tokens_room
+from lmcore.data.store import claims
+from lmcore.data.store.build import Progress, prepare
+from lmcore.data.store.store import MANIFEST, TokenStore
+from lmcore.data.text import documents as text
+from lmcore.disk import DISK, Call
+from lmcore.errors import FaultError, RequestError
+from tests.support.data import Bytes, counting_store
+from tests.support.disk_faults import Counter, KillAt, forked
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def corpus(folder: Path, n: int = 12, size: int = 900) -> text.Source:
+    """n files of one document each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(n):
+        words = " ".join(f"{number}.{place} 文" for place in range(size // 8))
+        (folder / f"{number:03}.txt").write_text(words)
+    return text.resolve([{"path": str(folder), "unit": "file", "name": "small"}])[0]
+
+
+def contents(folder: Path | None) -> dict[str, bytes]:
+    assert folder is not None
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def documents(source: text.Source) -> list[str]:
+    return [Path(path).read_text() for path in source.paths]
+
+
+@final
+class Counting:
+    """Bytes, and how many texts it has encoded."""
+
+    vocab_size, eos_id, fingerprint = 257, 256, "bytes"
+
+    def __init__(self) -> None:
+        self.texts = 0
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        self.texts += len(texts)
+        return Bytes().encode_batch(texts)
+
+
+# ---- what a store holds ----
+
+
+def test_a_store_is_the_documents_with_their_ends(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "text")
+    store = prepare(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
+    expected, ends = [], []
+    for document in documents(source):
+        expected += [*document.encode(), 256]
+        ends.append(len(expected))
+    assert store.read(0, store.n_tokens).tolist() == expected
+    assert store.document_ends(0, store.n_tokens).tolist() == ends
+    assert store.n_documents == 12
+    assert store.n_bytes == len(expected) - 12
+    assert store.dtype == np.uint16
+    assert len(store.manifest["parts"]) > 4
+    store.verify()
+
+
+def test_without_eos_and_with_a_large_vocabulary(tmp_path: Path) -> None:
+    @final
+    class Large:
+        vocab_size, eos_id, fingerprint = 70_000, 0, "large"
+
+        def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+            return [ids + 69_000 for ids in Bytes().encode_batch(texts)]
+
+    source = corpus(tmp_path / "text", 3)
+    store = prepare(source, Large(), store_dir=tmp_path / "stores", eos=False)
+    assert store.dtype == np.uint32
+    assert (store.read(0, store.n_tokens) - 69_000).tolist() == list("".join(documents(source)).encode())
+    assert store.document_ends(0, store.n_tokens)[-1] == store.n_tokens
+
+
+def test_the_two_sides_of_a_split_are_the_whole(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "text", 60)
+    sides = [
+        prepare(source, Bytes(), store_dir=tmp_path / "stores", split=(side, 0.3))
+        for side in ("train", "valid")
+    ]
+    found: list[str] = []
+    for store in sides:
+        whole = Bytes().decode([one if one < 256 else 0 for one in store.read(0, store.n_tokens).tolist()])
+        found += whole.split("\0")[:-1]
+    assert sorted(found) == sorted(documents(source))
+    assert all(store.n_documents for store in sides)
+    assert sides[0].folder != sides[1].folder
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_number_of_processes_changes_no_byte(tmp_path: Path, processes: int) -> None:
+    source = corpus(tmp_path / "text")
+    (tmp_path / "text" / "004.txt").write_bytes(b"broken \xff\xfe here")
+    [source] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
+    options = {"part_bytes": 2000, "on_error": "skip", "max_bad_fraction": 0.5}
+    one = prepare(source, Bytes(), store_dir=tmp_path / "one", **options)
+    seen: list[Progress] = []
+    many = prepare(
+        source, Bytes(), store_dir=tmp_path / "many", processes=processes, progress=seen.append, **options
+    )
+    assert contents(one.folder) == contents(many.folder)
+    assert many.bad_records == 1
+    assert seen
+    assert seen[-1].total_parts == len(many.manifest["parts"])
+
+
+def test_an_unchanged_corpus_is_opened_at_once(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "text")
+    first = prepare(source, Bytes(), store_dir=tmp_path / "stores")
+    before = contents(first.folder)
+    tokenizer = Counting()
+    again = prepare(source, tokenizer, store_dir=tmp_path / "stores")
+    assert tokenizer.texts == 0
+    assert contents(again.folder) == before
+
+
+def test_appended_files_only_add_parts_and_the_change_is_said(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "text", 12)
+    first = prepare(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
+    (tmp_path / "text" / "zzz.txt").write_text("new " * 600)
+    [grown] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
+    tokenizer, notes = Counting(), []
+    second = prepare(grown, tokenizer, store_dir=tmp_path / "stores", note=notes.append)
+    assert tokenizer.texts == 1
+    assert "1 files added (zzz.txt)" in notes[0]
+    assert second.folder != first.folder
+    assert second.fingerprint != first.fingerprint
+    assert second.n_tokens == first.n_tokens + 2400 + 1
+    clean = prepare(grown, Bytes(), store_dir=tmp_path / "clean", part_bytes=2000)
+    assert contents(second.folder) == contents(clean.folder)
+
+
+def test_every_change_is_noticed(tmp_path: Path) -> None:
+    """A fingerprint for each: content, tokenizer, options. Two corpora never share a folder."""
+    source = corpus(tmp_path / "text")
+
+    @final
+    class Other(Counting):  # type: ignore[misc]  # a fake of a fake
+        fingerprint = "other"
+
+    fingerprints = {prepare(source, Bytes(), store_dir=tmp_path / "stores").fingerprint}
+    notes: list[str] = []
+    fingerprints.add(prepare(source, Other(), store_dir=tmp_path / "stores", note=notes.append).fingerprint)
+    assert "another tokenizer" in notes[-1]
+    fingerprints.add(
+        prepare(source, Bytes(), store_dir=tmp_path / "stores", eos=False, note=notes.append).fingerprint
+    )
+    assert "eos True -> False" in notes[-1] or "tokenizer" in notes[-1]
+    path = Path(source.paths[5])
+    path.write_text(path.read_text().replace("5.3", "5.4"))  # the same size
+    changed = prepare(source, Bytes(), store_dir=tmp_path / "stores", note=notes.append)
+    fingerprints.add(changed.fingerprint)
+    assert "1 files changed (005.txt)" in notes[-1]
+    moved = tmp_path / "moved"
+    (tmp_path / "text").rename(moved)
+    [again] = text.resolve([{"path": str(moved), "unit": "file", "name": "small"}])
+    fingerprints.add(prepare(again, Bytes(), store_dir=tmp_path / "stores").fingerprint)
+    assert len(fingerprints) == 4  # a moved corpus is the same corpus
+
+
+# ---- kills, peers, failures ----
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from lmcore.data.text import documents as text
+from lmcore.data.store import build as tokens
+from lmcore.disk import DISK
+from tests.support.data import SlowBytes
+from tests.support.disk_faults import KillAt
+
+DISK.before = KillAt({kill_at}, torn=True)
+[source] = text.resolve([{{"path": {path!r}, "unit": "file", "name": "small"}}])
+tokens.prepare(
+    source, SlowBytes({delay}), store_dir={stores!r}, part_bytes=2000, worker={worker}, processes={processes}
+)
+print("done")
+"""
+
+
+def start(
+    path: Path, stores: Path, *, delay: float = 0.0, worker: int = 0, processes: int = 1, kill_at: int = -1
+) -> subprocess.Popen[str]:
+    """``prepare`` in a process of its own; ``delay``: seconds of each call of its tokenizer; ``kill_at``: the call to
+    the disk before which it kills itself."""
+    script = SCRIPT.format(
+        root=str(ROOT),
+        path=str(path),
+        stores=str(stores),
+        delay=delay,
+        worker=worker,
+        processes=processes,
+        kill_at=kill_at,
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition: object, seconds: float = 120) -> None:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+FOR_EVER = 600.0
+"""Seconds of a call of the tokenizer that only a kill ends."""
+
+
+def test_ten_kills_lose_at_most_a_part_each_and_change_no_byte(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "text", 80)
+    counter = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DISK, "before", counter)
+        whole = prepare(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
+    parts, per_part = len(whole.manifest["parts"]), len(counter.calls) // len(whole.manifest["parts"])
+    assert parts >= 20
+    stores = tmp_path / "killed"
+    draw = random.Random(1)
+    built = 0
+    for _ in range(10):
+        # Before one of the calls of the next two parts (the first few are those of the store itself).
+        process = start(tmp_path / "text", stores, kill_at=draw.randrange(2 * per_part + 6))
+        assert process.wait(timeout=120) == -signal.SIGKILL
+        process.communicate()
+        done = len(list(stores.glob("*/part-*.json")))
+        assert done >= built  # what was finished stays
+        built = done
+    assert 0 < built < parts
+    tokenizer = Counting()
+    finished = prepare(source, tokenizer, store_dir=stores, part_bytes=2000)
+    assert tokenizer.texts == 80 * (parts - built) // parts  # and is not made again
+    assert contents(finished.folder) == contents(whole.folder)
+    finished.verify()
+
+
+def test_a_kill_at_any_call_of_the_end_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Also one that comes when the manifest is there and what earlier kills have left is not yet taken away."""
+    source = corpus(tmp_path / "text", 3)
+    whole = prepare(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
+
+    def build(stores: Path, hook: Callable[[Call], None]) -> None:
+        DISK.before = hook
+        prepare(source, Bytes(), store_dir=stores, part_bytes=2000)
+
+    counter = Counter()
+    assert whole.folder is not None
+    begun = tmp_path / "begun"
+    assert forked(lambda: build(begun, KillAt(8, torn=True))) == -signal.SIGKILL
+    left = {name for name in contents(next(begun.iterdir())) if name.startswith(".") or "claim" in name}
+    assert left, "a claim, and a part that is not whole"
+    shutil.copytree(begun, tmp_path / "count")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DISK, "before", counter)
+        prepare(source, Bytes(), store_dir=tmp_path / "count", part_bytes=2000)
+    for number in range(len(counter.calls) - 5, len(counter.calls)):
+        stores = tmp_path / f"killed-{number}"
+        shutil.copytree(begun, stores)
+        assert forked(lambda s=stores, n=number: build(s, KillAt(n))) == -signal.SIGKILL
+        finished = prepare(source, Bytes(), store_dir=stores, part_bytes=2000)
+        assert contents(finished.folder) == contents(whole.folder)
+
+
+def test_tokenizing_processes_end_with_their_parent(tmp_path: Path) -> None:
+    corpus(tmp_path / "text", 40)
+    stores = tmp_path / "stores"
+    process = start(tmp_path / "text", stores, delay=FOR_EVER, processes=2)
+    wait_for(lambda: len(list(stores.glob("*/part-*.claim"))) == 2)
+    pids = [json.loads(path.read_text())["pid"] for path in stores.glob("*/part-*.claim")]
+    assert process.pid not in pids
+    process.kill()
+    process.communicate(timeout=120)  # also the pipes of the children are closed
+    wait_for(lambda: not any(claims._lives(pid) for pid in pids))
+    assert (
+        prepare(
+            text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])[0],
+            Bytes(),
+            store_dir=stores,
+        ).n_documents
+        == 40
+    )
+
+
+def test_ranks_share_the_work_and_outlive_a_killed_one(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "text", 24)
+    whole = prepare(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
+    stores = tmp_path / "shared"
+    ranks = {1: start(tmp_path / "text", stores, delay=FOR_EVER, worker=1)}
+    wait_for(lambda: list(stores.glob("*/part-*.claim")))  # it has a part, and will never be done with it
+    ranks |= {rank: start(tmp_path / "text", stores, worker=rank) for rank in (0, 2)}
+    others = len(whole.manifest["parts"]) - 1
+    wait_for(lambda: len(list(stores.glob("*/part-*.json"))) == others)
+    assert [ranks[rank].poll() for rank in (0, 1, 2)] == [None] * 3, "they wait for the last part"
+    ranks[1].kill()
+    for rank in (0, 2):
+        out, err = ranks[rank].communicate(timeout=120)
+        assert "done" in out, err
+    ranks[1].communicate()
+    assert contents(next(stores.iterdir())) == contents(whole.folder)
+
+
+def test_a_failure_ends_all_processes_with_the_same_words(tmp_path: Path) -> None:
+    corpus(tmp_path / "text", 30)
+    (tmp_path / "text" / "017.txt").write_bytes(b"broken \xff here")
+    [source] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
+    with pytest.raises(FaultError, match=r"017\.txt, byte .*data\.on_error skip"):
+        prepare(source, Bytes(), store_dir=tmp_path / "stores", processes=2, part_bytes=2000)
+    # Mended, it goes on; the old failure is forgotten.
+    (tmp_path / "text" / "017.txt").write_text("mended")
+    [source] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
+    assert prepare(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000).n_documents == 30
+
+
+def test_the_dead_hold_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 3600.0)  # two claims of one process share a file aside
+    path = tmp_path / "x.claim"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = os.uname().nodename
+    path.write_text(json.dumps({"host": host, "pid": gone.pid}))
+    with claims.claimed(path) as mine:
+        assert mine is not None
+        with claims.claimed(path) as other:
+            assert other is None  # this process lives
+    assert not path.exists()
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    wait_for(lambda: " Z " in Path(f"/proc/{zombie.pid}/stat").read_text())
+    path.write_text(json.dumps({"host": host, "pid": zombie.pid}))
+    with claims.claimed(path) as mine:
+        assert mine is not None  # killed, but not yet waited for
+    zombie.wait()
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    with claims.claimed(path) as mine:
+        assert mine is None
+    monkeypatch.setattr(claims, "STALE_SECONDS", -1.0)
+    with claims.claimed(path) as mine:
+        assert mine is not None  # no heartbeat from elsewhere
+
+
+def test_a_full_disk_is_a_refusal_that_keeps_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = corpus(tmp_path / "text")
+    calls = 0
+
+    def full(call: Call) -> None:
+        nonlocal calls
+        calls += call.operation == "write" and call.path.endswith(".tmp") and ".bin." in call.path
+        if calls > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DISK, "before", full)
+        with pytest.raises(RequestError, match=r"No space left.*data\.store_dir"):
+            prepare(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
+    tokenizer = Counting()
+    store = prepare(source, tokenizer, store_dir=tmp_path / "stores", part_bytes=2000)
+    assert 0 < tokenizer.texts < 12
+    whole = prepare(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
+    assert contents(store.folder) == contents(whole.folder)
+
+
+def test_nowhere_to_write_is_a_refusal(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "text", 2)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match=r"cannot be written"):
+        prepare(source, Bytes(), store_dir=tmp_path / "file" / "stores")
+
+
+# ---- bad input ----
+
+
+def test_bad_records_are_counted_and_located_and_cost_no_good_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"good {number}"}) for number in range(50)]
+    lines[7], lines[20], lines[33] = "{broken", json.dumps({"text": 5}), json.dumps({"other": "x"})
+    path.write_text("\n".join(lines))
+    [source] = text.resolve([str(path)])
+    with pytest.raises(FaultError, match=r"a\.jsonl, byte \d+: .*skip"):
+        prepare(source, Bytes(), store_dir=tmp_path / "stores")
+    with pytest.raises(FaultError, match=r"3 of 50 records of a are bad, more than data\.max_bad_fraction"):
+        prepare(source, Bytes(), store_dir=tmp_path / "stores", on_error="skip", max_bad_fraction=0.05)
+    store = prepare(source, Bytes(), store_dir=tmp_path / "stores", on_error="skip", max_bad_fraction=0.06)
+    assert (store.n_documents, store.bad_records) == (47, 3)
+    [part] = store.manifest["parts"]
+    offsets = [int(record["where"].split()[1]) for record in part["bad_records"]]
+    assert [path.read_bytes()[at:].split(b"\n")[0].decode() for at in offsets] == [
+        lines[7],
+        lines[20],
+        lines[33],
+    ]
+    with pytest.raises(FaultError, match=r"3 of 50 records"):  # the policy is asked each time
+        prepare(source, Bytes(), store_dir=tmp_path / "stores")
+
+
+def test_no_text_at_all_is_a_refusal(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    [source] = text.resolve([str(tmp_path / "empty.txt")])
+    with pytest.raises(RequestError, match=r"no text at all"):
+        prepare(source, Bytes(), store_dir=tmp_path / "stores")
+
+
+def test_a_tokenizer_that_exceeds_its_vocabulary_is_found_out(tmp_path: Path) -> None:
+    @final
+    class Liar:
+        vocab_size, eos_id, fingerprint = 100, 1, "liar"
+
+        def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+            return Bytes().encode_batch(texts)
+
+    with pytest.raises(FaultError, match=r"gave the id \d+ .* 100 ids"):
+        prepare(corpus(tmp_path / "text", 2), Liar(), store_dir=tmp_path / "stores")
+
+
+def test_standard_input_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [source] = text.resolve(["-"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    store = prepare(source, Bytes(), store_dir=tmp_path / "stores")
+    assert store.read(0, store.n_tokens).tolist() == [*b"one", 256, *b"two", 256]
+    assert [path.name for path in (tmp_path / "stores").iterdir()] == [
+        store.folder.name if store.folder else ""
+    ]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RequestError, match=r"several processes"):
+        prepare(source, Bytes(), store_dir=tmp_path / "stores")
+
+
+# ---- reading ----
+
+
+@given(data=st.data(), total=st.integers(1, 300), pieces=st.integers(1, 7))
+@settings(max_examples=40, deadline=None)
+def test_the_pieces_are_one_array(data: st.DataObject, total: int, pieces: int, tmp_path_factory) -> None:
+    store = counting_store(tmp_path_factory.mktemp("store"), total, pieces=pieces, documents=7)
+    cuts = np.linspace(0, total, pieces + 1).astype(int)
+    ends = sorted({e for a, b in pairwise(cuts) for e in [*range(a + 7, b, 7), b] if b > a})
+    for _ in range(5):
+        start = data.draw(st.integers(0, total - 1))
+        count = data.draw(st.integers(0, total - start))
+        assert store.read(start, count).tolist() == list(range(start, start + count))
+        found = store.document_ends(start, start + count).tolist()
+        assert found == [end for end in ends if start < end <= start + count]
+    with pytest.raises(IndexError):
+        store.read(total, 1)
+
+
+def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
+    store = prepare(corpus(tmp_path / "text"), Bytes(), store_dir=tmp_path / "stores")
+    folder = store.folder
+    assert folder is not None
+    with pytest.raises(RequestError, match=r"no finished token store"):
+        TokenStore.open(tmp_path)
+    path = folder / "part-000000.bin"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    with pytest.raises(RequestError, match=r"has only \d+ bytes"):
+        TokenStore.open(folder)
+    path.write_bytes(b"\1" + good[1:])
+    with pytest.raises(RequestError, match=r"is damaged"):
+        TokenStore.open(folder).verify()
+    path.unlink()
+    with pytest.raises(RequestError, match=r"is missing"):
+        TokenStore.open(folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "version": 99}))
+    with pytest.raises(RequestError, match=r"version 99"):
+        TokenStore.open(folder)
+    (folder / MANIFEST).write_text("{")
+    with pytest.raises(RequestError, match=r"is damaged"):
+        TokenStore.open(folder)
+
+
+# ---- what others wrote ----
+
+
+def opened(path: Path | str, **options: object) -> TokenStore:
+    [source] = text.resolve([str(path)])
+    tokenizer = Bytes()
+    if options:
+        tokenizer.__dict__.update(options)
+    return prepare(source, tokenizer, store_dir="never-made")
+
+
+TOKENS = np.array([5, 6, 256, 7, 256, 8, 9, 10, 256])
+
+
+def test_nanogpt_and_llmc_files(tmp_path: Path) -> None:
+    TOKENS.astype("<u2").tofile(tmp_path / "nano.bin")
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(TOKENS)
+    (tmp_path / "llmc.bin").write_bytes(header.tobytes() + TOKENS.astype("<u2").tobytes())
+    header[:3] = 20240801, 7, len(TOKENS)
+    (tmp_path / "llama3.bin").write_bytes(header.tobytes() + TOKENS.astype("<u4").tobytes())
+    TOKENS.astype("<u4").tofile(tmp_path / "wide.bin")
+    np.save(tmp_path / "numpy.npy", TOKENS.astype("<u2"))
+    TOKENS.astype("<u2").tofile(tmp_path / "olmo.npy")
+    for name in ("nano.bin", "llmc.bin", "llama3.bin", "numpy.npy", "olmo.npy"):
+        store = opened(tmp_path / name)
+        assert store.read(0, store.n_tokens).tolist() == TOKENS.tolist(), name
+        assert store.document_ends(0, 9).tolist() == [3, 5, 9]
+        assert store.document_ends(3, 8).tolist() == [5]
+    assert opened(tmp_path / "wide.bin", vocab_size=70_000).read(0, 9).tolist() == TOKENS.tolist()
+
+
+def write_megatron(path: Path, lengths: list[int], code: int, dtype: str, documents: list[int]) -> None:
+    TOKENS.astype(dtype).tofile(path.with_suffix(".bin"))
+    width = np.dtype(dtype).itemsize
+    pointers = np.concatenate([[0], np.cumsum(lengths)[:-1]]) * width
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(lengths), len(documents))
+    path.write_bytes(
+        head
+        + np.array(lengths, dtype="<i4").tobytes()
+        + pointers.astype("<i8").tobytes()
+        + np.array(documents, dtype="<i8").tobytes()
+    )
+
+
+def test_megatron_and_datatrove_files_know_their_documents(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "m.idx", [3, 2, 4], 8, "<u2", [0, 1, 2, 3])
+    write_megatron(tmp_path / "n.idx", [2, 3, 4], 4, "<i4", [0, 1, 2, 3])
+    store = opened(tmp_path / "m.bin")
+    assert store.read(0, 9).tolist() == TOKENS.tolist()
+    assert store.document_ends(0, 9).tolist() == [3, 5, 9]
+    both = opened(tmp_path / "m.*")
+    assert both.fingerprint != store.fingerprint or both.n_tokens == store.n_tokens
+    assert opened(tmp_path / "n.bin").document_ends(0, 9).tolist() == [2, 5, 9]  # the index, not the tokens
+    write_megatron(tmp_path / "parts.idx", [1, 2, 2, 4], 8, "<u2", [0, 2, 3, 4])
+    assert opened(tmp_path / "parts.bin").document_ends(0, 9).tolist() == [3, 5, 9]
+    TOKENS.astype("<u2").tofile(tmp_path / "d.ds")
+    np.array([4, 9], dtype="<u8").tofile(tmp_path / "d.ds.index")
+    assert opened(tmp_path / "d.ds").document_ends(0, 9).tolist() == [4, 9]
+
+
+def test_a_store_of_ours_is_a_source_too(tmp_path: Path) -> None:
+    store = prepare(corpus(tmp_path / "text"), Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
+    again = opened(f"{store.folder}/*.bin")
+    assert again.fingerprint == store.fingerprint
+    with pytest.raises(RequestError, match=r"tokenizer\.path"):
+        opened(f"{store.folder}/*.bin", fingerprint="other")
+
+
+def test_damaged_and_mixed_token_files_are_refused(tmp_path: Path) -> None:
+    TOKENS.astype("<u2").tofile(tmp_path / "a.bin")
+    (tmp_path / "odd.bin").write_bytes(b"123")
+    np.save(tmp_path / "square.npy", np.zeros((2, 2), dtype="<u2"))
+    np.save(tmp_path / "wide.npy", TOKENS.astype("<u4"))
+    (tmp_path / "bad.bin").write_bytes(b"12")
+    (tmp_path / "bad.idx").write_bytes(b"nonsense")
+    write_megatron(tmp_path / "torn.idx", [3, 2, 4], 8, "<u2", [0, 1, 2, 3])
+    (tmp_path / "torn.idx").write_bytes((tmp_path / "torn.idx").read_bytes()[:50])
+    write_megatron(tmp_path / "float.idx", [3, 2, 4], 6, "<u2", [0, 1, 2, 3])
+    (tmp_path / "alone.idx").write_bytes(b"")
+    TOKENS.astype("<u2").tofile(tmp_path / "d.ds")
+    (tmp_path / "empty.bin").write_bytes(b"")
+    for name, words in {
+        "odd.bin": "whole number",
+        "square.npy": "one row",
+        "bad.bin": "MMIDIDX",
+        "torn.bin": "shorter",
+        "float.bin": "type 6",
+        "alone.idx": "missing",
+        "d.ds": "beside",
+        "empty.bin": "no tokens",
+        "[aw]*[ie].[bn]*": "",
+    }.items():
+        if words:
+            with pytest.raises(RequestError, match=words):
+                opened(tmp_path / name)
+    [source] = text.resolve([{"paths": [str(tmp_path / "a.bin"), str(tmp_path / "wide.npy")]}])
+    with pytest.raises(RequestError, match=r"different widths"):
+        prepare(source, Bytes(), store_dir=tmp_path / "stores")
+    [source] = text.resolve([str(tmp_path / "a.bin")])
+    with pytest.raises(RequestError, match=r"cannot be split"):
+        prepare(source, Bytes(), store_dir=tmp_path / "stores", split=("train", 0.1))
+    (tmp_path / "b.txt").write_text("text")
+    mixed = dataclasses.replace(source, paths=(*source.paths, str(tmp_path / "b.txt")))
+    with pytest.raises(RequestError, match=r"two sources"):
+        prepare(mixed, Bytes(), store_dir=tmp_path / "stores")
+
+
+def test_foreign_tokens_beyond_the_vocabulary_are_a_fault(tmp_path: Path) -> None:
+    np.array([1, 2, 300, 4], dtype="<u2").tofile(tmp_path / "a.bin")
+    store = opened(tmp_path / "a.bin")
+    assert store.read(0, 2).tolist() == [1, 2]
+    with pytest.raises(FaultError, match=r"token 300 .* another tokenizer"):
+        store.read(1, 3)
+
+
+def test_a_rank_that_finishes_first_may_tidy_up_under_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks write the same manifest; the first to be done takes the other's file from under it."""
+    source = corpus(tmp_path / "text", 4)
+    stores = tmp_path / "stores"
+    commit, rival = tokens_room.commit, []
+
+    def robbed(path: Path, data: bytes) -> None:
+        if path.name == "manifest.json" and not rival:
+            rival.append(path)
+            commit(path, data)  # the other rank is quicker, and removes what this one had laid aside
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        commit(path, data)
+
+    monkeypatch.setattr(tokens_room, "commit", robbed)
+    store = prepare(source, Bytes(), store_dir=stores, part_bytes=2000)
+    assert rival
+    assert store.n_documents == 4

@@ -1,0 +1,447 @@
+"""Law 4: without a token store the order is still independent of the topology, and a resume costs one window."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import pytest
+
+from lmcore.data.batches import Batches, StepBatch, merge_cursors
+from lmcore.data.order import Cursor, Phase
+from lmcore.data.stream import StreamDataset
+from lmcore.data.text import documents
+from lmcore.errors import FaultError, RequestError
+from tests.support.data import Bytes
+
+SIZE = 16
+STEPS = 12
+
+
+@final
+class Tagged:
+    """A document ``7 12`` becomes 12 tokens that tell document and place: 1000 * 7 + 0, 1, ..., and an end."""
+
+    vocab_size, eos_id, fingerprint = 10**8, 10**8 - 1, "tagged"
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        out = []
+        for one in texts:
+            number, length = map(int, one.split())
+            out.append(1000 * number + np.arange(length, dtype=np.int64))
+            self.tokens += length + 1
+        return out
+
+
+def tagged(folder: Path, name: str = "a", n: int = 400, first: int = 0, files: int = 1) -> Path:
+    """n documents of 1 to 40 tokens in text files, one to a line, padded so that files have several parts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(files):
+        lines = [f"{first + i} {(i * 7) % 40 + 1}" for i in range(number, n, files)]
+        (folder / f"{name}{number}.txt").write_text("\n".join(line + " " * 500 for line in lines))
+    return folder
+
+
+def stream(*folders: Path, tokenizer: Any = None, lanes: int = 8, **options: Any) -> StreamDataset:
+    sources = documents.resolve([{"path": str(folder), "unit": "line"} for folder in folders])
+    defaults = {"block_size": SIZE, "lanes": lanes, "seed": 5, "window_blocks": 4 * lanes}
+    return StreamDataset(sources, tokenizer or Tagged(), **{**defaults, **options})
+
+
+def run(
+    dataset: StreamDataset,
+    cursor: Cursor | None = None,
+    *,
+    count: int = STEPS,
+    size: int = 16,
+    world_size: int = 1,
+    micro: int = 1,
+    **options: Any,
+) -> tuple[np.ndarray, list[Cursor], list[list[StepBatch]]]:
+    """(steps, blocks in the order of the positions, 3, T) inputs, labels, position ids; the cursor after each step."""
+    cursor = cursor or dataset.new_cursor()
+    ranks = []
+    for rank in range(world_size):
+        batches = Batches(
+            dataset,
+            cursor=cursor,
+            global_batch_blocks=size,
+            micro_batch_blocks=micro,
+            rank=rank,
+            world_size=world_size,
+            **options,
+        )
+        iterator = iter(batches)
+        ranks.append([next(iterator) for _ in range(count)])
+        iterator.close()  # type: ignore[attr-defined]  # a generator
+    steps, cursors = [], []
+    for number in range(count):
+        rows: dict[int, list[Any]] = {}
+        for rank, taken in enumerate(ranks):
+            first, last = taken[number].positions
+            mine = dataset.resumed(cursor).rank_slice(np.arange(first, last + 1), rank, world_size)
+            blocks = [
+                [batch[key][row].tolist() for key in ("input_ids", "labels", "position_ids") if key in batch]
+                for batch in taken[number].micro_batches
+                for row in range(len(batch["input_ids"]))
+            ]
+            rows |= dict(zip(mine.tolist(), blocks))
+        steps.append([rows[position] for position in sorted(rows)])
+        cursors.append(merge_cursors([taken[number].cursor for taken in ranks]))
+    return np.array(steps), cursors, ranks
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tagged(tmp_path_factory.mktemp("corpus"), files=3)
+
+
+# ---- topology and resume ----
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_no_topology_changes_the_global_batches(
+    corpus: Path, lanes: int, world_size: int, micro: int
+) -> None:
+    dataset = stream(corpus, lanes=lanes, document_mask=True)
+    expected, cursors, _ = run(dataset)
+    found, theirs, _ = run(dataset, world_size=world_size, micro=micro)
+    assert np.array_equal(found, expected)
+    assert theirs == cursors
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (2, 2), (1, 5)])
+def test_no_number_of_workers_changes_the_global_batches(corpus: Path, world_size: int, workers: int) -> None:
+    dataset = stream(corpus)
+    expected, cursors, _ = run(dataset)
+    found, theirs, _ = run(dataset, world_size=world_size, workers=workers)
+    assert np.array_equal(found, expected)
+    assert theirs == cursors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("workers", [0, 1, 2, 5])
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_the_whole_matrix(corpus: Path, world_size: int, workers: int, lanes: int) -> None:
+    dataset = stream(corpus, lanes=lanes, document_mask=True)
+    expected, cursors, _ = run(dataset)
+    for micro in (1, 2):
+        found, theirs, _ = run(dataset, world_size=world_size, workers=workers, micro=micro)
+        assert np.array_equal(found, expected)
+        assert theirs == cursors
+    middle, _, _ = run(dataset, cursors[4], world_size=world_size, workers=workers, count=STEPS - 5)
+    assert np.array_equal(middle, expected[5:])
+
+
+def test_resumed_at_every_step_and_again_and_again(corpus: Path) -> None:
+    dataset = stream(corpus)
+    expected, cursors, _ = run(dataset)
+    for first in range(STEPS - 2):
+        cursor = Cursor.from_json(json.loads(json.dumps(cursors[first].to_json())))
+        assert cursor == cursors[first]
+        fresh = stream(corpus)  # another process
+        found, again, _ = run(fresh, cursor, count=STEPS - 1 - first, world_size=2 ** (first % 4))
+        assert np.array_equal(found, expected[first + 1 :])
+        assert again == cursors[first + 1 :]
+        twice, third, _ = run(
+            fresh, again[0], count=STEPS - 2 - first, micro=2
+        )  # saved right after the resume
+        assert np.array_equal(twice, expected[first + 2 :])
+        thrice, _, _ = (
+            run(fresh, third[0], count=STEPS - 3 - first) if first < STEPS - 3 else (twice[1:], 0, 0)
+        )
+        assert np.array_equal(thrice, expected[first + 3 :])
+
+
+def test_resumed_far_into_later_epochs(tmp_path: Path) -> None:
+    """A small corpus, read several times over."""
+    folder = tagged(tmp_path, n=40)
+    expected, cursors, ranks = run(stream(folder), count=60)
+    assert ranks[0][-1].epoch > 4
+    for first in (17, 38, 58):
+        found, _, _ = run(stream(folder), cursors[first], count=59 - first, world_size=2)
+        assert np.array_equal(found, expected[first + 1 :])
+
+
+def test_a_resume_tokenizes_at_most_a_window_of_each_lane(corpus: Path) -> None:
+    _, cursors, _ = run(stream(corpus), count=40)
+    for step in (9, 22, 39):
+        tokenizer = Tagged()
+        dataset = stream(corpus, tokenizer=tokenizer).resumed(cursors[step])
+        position = cursors[step].position
+        dataset.read(np.arange(position, position + 8))
+        window = 4 * SIZE + 1
+        # Besides the window: the rest of a document (40 tokens) and twice what was missing, taken ahead.
+        assert tokenizer.tokens <= 8 * (2 * window + 80)
+        assert len(json.dumps(cursors[step].to_json())) < 1024
+
+
+def test_the_global_batch_may_change_by_multiples_of_the_lanes(corpus: Path) -> None:
+    dataset = stream(corpus)
+    expected, cursors, _ = run(dataset, count=12, size=16)
+    found, _, _ = run(dataset, cursors[3], count=16, size=8, world_size=2)
+    assert np.array_equal(found.reshape(8, 16, 2, SIZE), expected[4:])
+
+
+def test_the_lanes_of_the_checkpoint_win(corpus: Path) -> None:
+    expected, cursors, _ = run(stream(corpus, lanes=8, window_blocks=32))
+    found, _, _ = run(stream(corpus, lanes=16, window_blocks=32), cursors[3], count=STEPS - 4)
+    assert np.array_equal(found, expected[4:])
+
+
+# ---- what a lane holds ----
+
+
+def lane_tokens(batches: np.ndarray, lane: int, lanes: int) -> np.ndarray:
+    """The blocks of one lane in order: (k, T + 1)."""
+    blocks = batches.reshape(-1, *batches.shape[2:])[lane::lanes]
+    return np.concatenate([blocks[:, 0], blocks[:, 1, -1:]], axis=1)
+
+
+def test_a_lane_loses_no_token_and_repeats_none(tmp_path: Path) -> None:
+    """Unshuffled, a lane is the documents of its parts, one after another, epoch by epoch."""
+    folder = tagged(tmp_path, n=120, files=5)
+    dataset = stream(folder, lanes=4, shuffle="none")
+    batches, _, _ = run(dataset, size=8, count=60)
+    parts = [
+        [list(map(int, one.split())) for one in dataset.documents(0, part) if one]
+        for part in dataset._parts[0]
+    ]
+    for lane in range(4):
+        found = lane_tokens(batches, lane, 4)
+        assert np.array_equal(found[:-1, -1], found[1:, 0])  # blocks share one token, nothing lies between
+        run_of = np.concatenate([found[:, :-1].ravel(), found[-1, -1:]])
+        expected: list[int] = []
+        ordinal = lane
+        while len(expected) < len(run_of):
+            for number, length in parts[ordinal % len(parts)]:
+                expected += [*range(1000 * number, 1000 * number + length), Tagged.eos_id]
+            ordinal += 4
+        assert run_of.tolist() == expected[: len(run_of)]
+    everything = sorted(number for part in parts for number, _ in part)
+    assert everything == list(range(120))  # each document is in one part
+
+
+def test_a_window_is_a_permutation_of_its_blocks(corpus: Path) -> None:
+    """The shuffle moves blocks inside windows only; the first window of each lane is shorter, by another share."""
+    plain, _, _ = run(stream(corpus, window_blocks=8), count=20, size=8)  # one block a window: nothing moves
+    shuffled, _, _ = run(stream(corpus), count=20, size=8)
+    moved = 0
+    for lane in range(8):
+        before, after = lane_tokens(plain, lane, 8).tolist(), lane_tokens(shuffled, lane, 8).tolist()
+        start, stop = 0, 1 + lane * 4 // 8
+        while stop <= 20:
+            assert sorted(before[start:stop]) == sorted(after[start:stop])
+            moved += before[start:stop] != after[start:stop]
+            start, stop = stop, stop + 4
+    assert moved > 20
+
+
+def test_documents_behind_a_mask_are_those_of_the_text(corpus: Path) -> None:
+    batches, _, _ = run(stream(corpus, document_mask=True), count=6)
+    for inputs, _, position_ids in batches.reshape(-1, 3, SIZE):
+        expected, count = [], 0
+        for token in inputs.tolist():
+            expected.append(count)
+            count = 0 if token == Tagged.eos_id else count + 1
+        assert position_ids.tolist() == expected
+
+
+def test_compressed_files_are_shared_out_by_document(tmp_path: Path) -> None:
+    """A file that cannot be cut is read by several lanes; each document still comes once in a pass."""
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        for number in range(90):
+            file.write(json.dumps({"text": f"{number} {number % 30 + 1}"}) + "\n")
+    notes: list[str] = []
+    sources = documents.resolve([str(tmp_path / "a.jsonl.gz")])
+    dataset = StreamDataset(sources, Tagged(), block_size=SIZE, lanes=8, seed=1, note=notes.append)
+    numbers = [int(one.split()[0]) for part in dataset._parts[0] for one in dataset.documents(0, part) if one]
+    assert sorted(numbers) == list(range(90))
+    assert len(dataset._parts[0]) == 8
+    expected, cursors, _ = run(dataset, size=8)
+    found, _, _ = run(dataset, cursors[2], size=8, count=STEPS - 3, world_size=4)
+    assert np.array_equal(found, expected[3:])
+
+
+def test_few_parts_are_said(tmp_path: Path) -> None:
+    notes: list[str] = []
+    with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
+        file.write("1 5\n")
+    sources = documents.resolve([str(tmp_path / "a.txt.gz")])
+    StreamDataset(sources, Tagged(), block_size=SIZE, lanes=100, seed=1, note=notes.append)
+    assert "64 parts for 100 lanes" in notes[0]
+
+
+# ---- mixtures ----
+
+
+def test_a_mixture_is_exact_in_each_lane_and_resumes(tmp_path: Path) -> None:
+    folders = [tagged(tmp_path / "x", n=200), tagged(tmp_path / "y", n=200, first=5000)]
+    phases = (Phase(weights=(3, 1)),)
+    dataset = stream(*folders, lanes=2, phases=phases)
+    expected, cursors, _ = run(dataset, count=512, size=4)
+    blocks = expected.reshape(-1, 2, SIZE)[:, 0]
+    second = np.array([[5_000_000 <= t < Tagged.eos_id for t in row] for row in blocks]).any(axis=1)
+    first = (blocks < 5_000_000).any(axis=1)
+    assert not (first & second).any()  # a block is of one source
+    for lane in range(2):
+        assert second[lane::2][:1024].sum() == 256
+    for step in (3, 100, 400):
+        found, _, _ = run(
+            stream(*folders, lanes=2, phases=phases), cursors[step], count=40, size=4, world_size=2
+        )
+        assert np.array_equal(found, expected[step + 1 : step + 41])
+    changed = cursors[99].with_weights([1, 3])
+    after, later, _ = run(dataset, changed, count=60, size=4)
+    again, _, _ = run(dataset, later[20], count=30, size=4, world_size=2)
+    assert np.array_equal(again, after[21:51])
+    with pytest.raises(RequestError, match="weights throughout"):
+        run(dataset, cursors[99].with_weights(None), count=1)
+
+
+def test_sources_without_weights_are_one_corpus(tmp_path: Path) -> None:
+    folders = [tagged(tmp_path / "x", n=60), tagged(tmp_path / "y", n=60, first=500)]
+    dataset = stream(*folders, lanes=2, shuffle="none")
+    batches, _, _ = run(dataset, count=200, size=2)
+    seen = {int(t) // 1000 for t in batches[:, :, 0].ravel() if t != Tagged.eos_id}
+    assert seen == {*range(60), *range(500, 560)}
+
+
+# ---- refusals, skips, bad input ----
+
+
+def test_what_does_not_divide_is_refused_with_its_numbers(corpus: Path) -> None:
+    for size, world_size in ((12, 1), (24, 3)):
+        with pytest.raises(
+            RequestError, match=rf"8 lanes .* multiple of 8, not {size}.* divides 8, not {world_size}"
+        ):
+            run(stream(corpus), size=size, world_size=world_size, count=1)
+
+
+def test_skipped_positions_are_whole_rounds_of_the_lanes(corpus: Path) -> None:
+    dataset = stream(corpus)
+    expected, _, _ = run(dataset, count=8, size=8)
+    found, _, _ = run(dataset, dataset.new_cursor().with_skips([(16, 32)]), count=6, size=8, world_size=2)
+    assert np.array_equal(found, np.concatenate([expected[:2], expected[4:]]))
+    with pytest.raises(RequestError, match=r"take \[16, 32\)"):
+        run(dataset, dataset.new_cursor().with_skips([(17, 30)]), count=1)
+
+
+def test_standard_input_is_refused() -> None:
+    with pytest.raises(RequestError, match="prepare"):
+        StreamDataset(documents.resolve(["-"]), Tagged(), block_size=SIZE, lanes=2, seed=1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_records_end_the_stream_or_are_left_out(tmp_path: Path, workers: int) -> None:
+    lines = [json.dumps({"text": f"{number} 30"}) for number in range(200)]
+    lines[50] = "{broken"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    sources = documents.resolve([str(tmp_path / "a.jsonl")])
+    options: dict[str, Any] = {"block_size": SIZE, "lanes": 2, "seed": 1}
+    with pytest.raises(FaultError, match=r"a\.jsonl, byte .*on_error skip"):
+        run(StreamDataset(sources, Tagged(), **options), size=2, count=200, workers=workers)
+    dataset = StreamDataset(sources, Tagged(), on_error="skip", **options)
+    batches, _, _ = run(dataset, size=2, count=400)
+    seen = {int(t) // 1000 for t in batches[:, :, 0].ravel() if t != Tagged.eos_id}
+    assert seen == set(range(200)) - {50}
+
+
+def test_too_many_bad_records_end_the_stream_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(["{broken"] * 40 + [json.dumps({"text": "1 3"})] * 40))
+    sources = documents.resolve([str(tmp_path / "a.jsonl")])
+    dataset = StreamDataset(sources, Tagged(), block_size=SIZE, lanes=1, seed=1, on_error="skip")
+    with pytest.raises(FaultError, match=r"more than data\.max_bad_fraction"):
+        run(dataset, size=1, count=1)
+
+
+def test_a_stream_of_nothing_is_refused_and_does_not_turn_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n")
+    dataset = StreamDataset(
+        documents.resolve([str(tmp_path / "a.txt")]), Bytes(), block_size=4, lanes=1, seed=1
+    )
+    with pytest.raises(RequestError, match="no text at all"):
+        run(dataset, size=1, count=1)
+
+
+def test_one_side_of_a_split(tmp_path: Path) -> None:
+    folder = tagged(tmp_path, n=200)
+    seen = []
+    for side in ("train", "valid"):
+        batches, _, _ = run(stream(folder, lanes=2, split=(side, 0.3)), size=2, count=400)
+        seen.append({int(t) // 1000 for t in batches[:, :, 0].ravel() if t != Tagged.eos_id})
+    assert not seen[0] & seen[1]
+    assert seen[0] | seen[1] == set(range(200))
+
+
+def test_another_corpus_under_the_cursor_is_refused(corpus: Path, tmp_path: Path) -> None:
+    cursor = stream(corpus).new_cursor()
+    assert cursor.check(fingerprint=stream(corpus).fingerprint, seed=5) == cursor
+    for other in (stream(tagged(tmp_path)), stream(corpus, block_size=8), stream(corpus, window_blocks=8)):
+        with pytest.raises(RequestError, match="other data"):
+            cursor.check(fingerprint=other.fingerprint, seed=5)
+    with pytest.raises(RequestError, match="multiple of its 8 lanes"):
+        stream(corpus).resumed(replace(cursor, position=3))
+
+
+# ---- the Hub ----
+
+
+def test_a_hub_data_set_streams_and_prepares(tmp_path: Path) -> None:
+    """From a local folder: the same code path as the Hub, without the network."""
+    from lmcore.data.store.build import prepare
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for shard in range(3):
+        rows = [{"content": f"{shard * 50 + number} {number % 20 + 1}"} for number in range(50)]
+        (folder / f"train-{shard}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    [source] = documents.resolve([{"path": f"hf://{folder}", "text_field": "content"}])
+    dataset = StreamDataset([source], Tagged(), block_size=SIZE, lanes=2, seed=1)
+    expected, cursors, _ = run(dataset, size=2, count=150)
+    assert {int(t) // 1000 for t in expected[:, :, 0].ravel() if t != Tagged.eos_id} == set(range(150))
+    found, _, _ = run(dataset, cursors[30], size=2, count=20, world_size=2)
+    assert np.array_equal(found, expected[31:51])
+    store = prepare(source, Tagged(), store_dir=tmp_path / "stores")
+    assert store.n_documents == 150
+    with pytest.raises(FaultError, match="no text in 'text'"):
+        prepare(replace(source, text_field="text"), Tagged(), store_dir=tmp_path / "stores")
+    with pytest.raises(RequestError, match="cannot be opened"):
+        StreamDataset(documents.resolve([f"hf://{tmp_path}/none"]), Tagged(), block_size=4, lanes=1, seed=1)
+    with pytest.raises(RequestError, match="splitt is not known"):
+        StreamDataset(documents.resolve([f"hf://{folder}?splitt=x"]), Tagged(), block_size=4, lanes=1, seed=1)
+
+
+@final
+class Numbered:
+    """A document is fifteen times its first three digits, and an end."""
+
+    vocab_size, eos_id, fingerprint = 1001, 1000, "numbered"
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.full(15, int(one[:3]), dtype=np.int32) for one in texts]
+
+
+def test_a_window_mixes_as_well_as_the_documents_say(tmp_path: Path) -> None:
+    """Of 1,000 neighbours, how many of 1,000 parts of the corpus: as guarantees.md has it, 16 and 64 lanes."""
+    path = tmp_path / "numbered.txt"
+    path.write_text("".join(f"{number // 100:03d}{number:045d}\n" for number in range(100_000)))
+    [source] = documents.resolve([{"path": str(path), "unit": "line"}])
+    for lanes, low, high in ((16, 25, 40), (64, 70, 90)):
+        data = StreamDataset([source], Numbered(), block_size=16, lanes=lanes, seed=3, window_blocks=1024)
+        data = data.resumed(data.new_cursor())
+        seen = np.concatenate([data.read(np.arange(at, at + 64)).ids[:, 1] for at in range(0, 1000, 64)])[
+            :1000
+        ]
+        assert low < len(np.unique(seen)) < high

@@ -1,0 +1,791 @@
+"""Text: the same documents however the files are cut, and no good document lost, whatever is wrong with its
+neighbours."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as arrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmcore.data.text import compression, formats
+from lmcore.data.text import documents as text
+from lmcore.data.text.documents import BadRecord, Document, Source, parts, read, resolve, side
+from lmcore.errors import FaultError, RequestError
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+JAPANESE = [
+    "吾輩は猫である。",
+    "　全角ＡＢＣ、１２３！",
+    "ｶﾞｷﾞｸﾞﾊﾟ",
+    "𠮷野家で𩸽",
+    "👨‍👩‍👧‍👦🇯🇵👍🏽",
+    "か\u3099と\u2028行",
+]
+
+
+def source_of(path: Path | str, **options: Any) -> Source:
+    return Source(name="test", paths=(str(path),), relative_paths=(os.path.basename(path),), **options)
+
+
+def read_all(source: Source, *, part_bytes: int = 2**26) -> tuple[list[Document], list[BadRecord], list[str]]:
+    bad: list[BadRecord] = []
+    empty: list[str] = []
+    cut = parts(source, part_bytes=part_bytes)
+    assert [part.index for part in cut] == list(range(len(cut)))
+    documents = [d for part in cut for d in read(source, part, bad=bad.append, empty=empty.append)]
+    return documents, bad, empty
+
+
+def texts_of(source: Source, *, part_bytes: int = 2**26) -> list[str]:
+    documents, bad, _ = read_all(source, part_bytes=part_bytes)
+    assert bad == []
+    return [document.text for document in documents]
+
+
+# --- the same documents, however the files are cut ---
+
+
+def plain_oracle(data: bytes, unit: str) -> list[str]:
+    """What the documents are, said in another way, over the whole file at once."""
+    content = data.decode().removeprefix("\ufeff").replace("\r\n", "\n")
+    if unit == "file":
+        found = [content]
+    elif unit == "line":
+        found = content.split("\n")
+    else:
+        found = [p.strip("\n") for p in re.split(r"(?:^|(?<=\n))[ \t\r\f\v]*(?:\n|$)", content)]
+    return [one.removesuffix("\r") if unit != "file" else one for one in found if one.strip()]
+
+
+PIECES = st.sampled_from(
+    ["\n", "\n\n", "\r\n", " ", " \n", "\t\n", "a", "bc", "ｶﾞ", "𠮷野家", "\u3000", "\u2028", "x" * 40]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    content=st.lists(PIECES, max_size=30).map("".join),
+    unit=st.sampled_from(["line", "paragraph", "file"]),
+    part_bytes=st.integers(1, 60),
+    bom=st.booleans(),
+)
+def test_plain_text_is_the_same_however_it_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, content: str, unit: str, part_bytes: int, bom: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "plain.txt"
+    data = (b"\xef\xbb\xbf" if bom else b"") + content.encode()
+    path.write_bytes(data)
+    source = source_of(path, unit=unit)
+    assert texts_of(source, part_bytes=part_bytes) == plain_oracle(data, unit)
+    # Not the texts alone: the place, the empty ones, and what one process after another would see.
+    assert read_all(source, part_bytes=part_bytes) == read_all(source)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lines=st.lists(
+        st.one_of(
+            st.text(st.characters(codec="utf-8"), max_size=20).map(
+                lambda text: json.dumps({"text": text}, ensure_ascii=False)
+            ),
+            st.sampled_from(
+                ["", "{", '{"text": 3}', '{"other": ""}', '{"text": "\\ud800"}', "[]", "\x00", "é"]
+            ),
+        ),
+        max_size=12,
+    ),
+    part_bytes=st.integers(1, 80),
+    end=st.sampled_from(["", "\n", "\r\n"]),
+)
+def test_json_lines_are_the_same_however_they_are_cut(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], part_bytes: int, end: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "lines.jsonl"
+    path.write_bytes("\n".join(lines).encode() + end.encode())
+    assert read_all(source_of(path), part_bytes=part_bytes) == read_all(source_of(path))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    pieces=st.lists(
+        st.one_of(st.binary(max_size=8), st.sampled_from([b"\n", b"\n\n", b"ab\ncd"])), max_size=12
+    ),
+    broken_at=st.integers(0, 12),
+)
+def test_lines_do_not_depend_on_how_the_bytes_arrive(pieces: list[bytes], broken_at: int) -> None:
+    whole = b"".join(pieces)
+    expected = whole.split(b"\n")
+    if not expected[-1]:
+        expected.pop()
+    got = list(compression.lines(iter(pieces)))
+    assert [line for _, line in got] == expected
+    assert all(whole[offset : offset + len(line)] == line for offset, line in got if isinstance(line, bytes))
+    # A damage in between costs the line that it is in, and nothing else.
+    before, after = b"".join(pieces[:broken_at]), b"".join(pieces[broken_at:])
+    hurt = [*pieces[:broken_at], compression.Damage("x"), *pieces[broken_at:]]
+    kept = [line for _, line in compression.lines(iter(hurt)) if isinstance(line, bytes)]
+    tail = after.split(b"\n")
+    assert kept == before.split(b"\n")[:-1] + (tail if tail[-1] else tail[:-1])
+
+
+def test_small_files_share_a_part_and_large_ones_are_cut(tmp_path: Path) -> None:
+    for number in range(10):
+        (tmp_path / f"{number}.txt").write_text(f"document {number}\n" * 10)
+    [source] = resolve([str(tmp_path)])
+    assert source.unit == "file"
+    cut = parts(source, part_bytes=300)
+    assert [len(part.pieces) for part in cut] == [2, 2, 2, 2, 2]
+    assert texts_of(source, part_bytes=300) == texts_of(source) == [f"document {n}\n" * 10 for n in range(10)]
+    lines = Source(**{**source.__dict__, "unit": "line"})
+    assert len(parts(lines, part_bytes=16)) > 60
+    assert read_all(lines, part_bytes=16) == read_all(lines)
+
+
+# --- formats ---
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "ndjson", "json", "array", "objects", "csv", "tsv", "line", "utf-16", "cp932"]
+)
+def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str, suffix: str) -> None:
+    documents = ['first, "quoted"\tand more', *JAPANESE, "last"]
+    encoding = "utf-8"
+    if kind in ("jsonl", "ndjson"):
+        content = "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(documents))
+    elif kind == "json":
+        content = "\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in documents)
+    elif kind == "array":
+        content = json.dumps(
+            [{"meta": {"text": "no"}, "text": t} for t in documents], indent=2, ensure_ascii=False
+        )
+    elif kind == "objects":
+        content = "\n".join(json.dumps({"text": t}, indent=1) for t in documents)
+    elif kind in ("csv", "tsv"):
+        import csv
+
+        documents.append("over\nthree\nlines")
+        out = io.StringIO()
+        writer = csv.writer(out, delimiter="\t" if kind == "tsv" else ",")
+        writer.writerows([["id", "text"], *([str(i), t] for i, t in enumerate(documents))])
+        content = out.getvalue()
+    else:
+        content = "\r\n".join(documents) + "\r\n"
+        if kind == "cp932":
+            documents = [d for d in documents if d.isascii() or d in JAPANESE[:3]]
+            content = "\r\n".join(documents)
+        encoding = "utf-8" if kind == "line" else kind
+    name = {"array": "json", "objects": "json", "line": "txt", "utf-16": "txt", "cp932": "txt"}.get(
+        kind, kind
+    )
+    path = tmp_path / f"corpus.{name}{suffix}"
+    path.write_bytes(COMPRESS[suffix](content.encode(encoding)))
+    [source] = resolve([str(path)], encoding=encoding, unit="line")
+    assert texts_of(source) == documents
+    assert texts_of(source, part_bytes=7) == documents
+
+
+def write_parquet(path: Path, documents: list[Any], **options: Any) -> None:
+    table = arrow.table({"id": list(range(len(documents))), "text": documents})
+    arrow.parquet.write_table(table, path, row_group_size=5, write_page_checksum=True, **options)
+
+
+def test_json_offsets_are_those_of_the_file(tmp_path: Path) -> None:
+    content = '\n \n[\n\n\n{"text":\n\n"猫"},\n\n {"text": 1},\r\n\n\n{"text": "b"}\n]'.encode()
+    (tmp_path / "a.json").write_bytes(content)
+    documents, bad, _ = read_all(source_of(tmp_path / "a.json"))
+    at = [m.start() for m in re.finditer(rb"{", content)]
+    assert [d.where.split("@")[1] for d in documents] == [str(at[0]), str(at[2])]
+    assert [b.where for b in bad] == [f"byte {at[1]}"]
+
+
+def test_parquet_row_groups_are_parts(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    documents = [f"{number} {JAPANESE[number % 6]}" for number in range(23)]
+    write_parquet(path, documents)
+    [source] = resolve([str(path)])
+    assert len(parts(source, part_bytes=1)) == 5
+    assert len(parts(source)) == 1
+    assert texts_of(source, part_bytes=1) == texts_of(source) == documents
+    found, _, _ = read_all(source, part_bytes=1)
+    assert found[17].where.endswith("a.parquet#17")
+    for kind in (arrow.large_string(), arrow.binary(), arrow.dictionary(arrow.int32(), arrow.string())):
+        column = (
+            arrow.array(documents).cast(kind)
+            if kind != arrow.binary()
+            else arrow.array([d.encode() for d in documents])
+        )
+        arrow.parquet.write_table(arrow.table({"text": column}), path)
+        assert texts_of(source_of(path)) == documents
+
+
+def test_parquet_bad_values(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, ["a", None, "b", "", "c\0"])
+    documents, bad, empty = read_all(source_of(path))
+    assert [d.text for d in documents] == ["a", "b"]
+    assert [(b.where, b.reason.split(":")[0]) for b in bad] == [
+        ("row 1", "column 'text' is null"),
+        ("row 4", "NUL byte"),
+    ]
+    assert empty == [f"{path}#3"]
+    arrow.parquet.write_table(arrow.table({"text": [1, 2]}), path)
+    assert [b.reason for b in read_all(source_of(path))[1]] == ["column 'text' must hold strings, not int64"]
+    arrow.parquet.write_table(arrow.table({"text": arrow.array([b"a", b"\xff", b"c"])}), path)
+    documents, bad, _ = read_all(source_of(path))
+    assert [d.text for d in documents] == ["a", "c"]
+    assert [b.where for b in bad] == ["row 1"]
+
+
+def test_several_frames_are_one_stream(tmp_path: Path) -> None:
+    for suffix, compress in COMPRESS.items():
+        path = tmp_path / f"a.txt{suffix}"
+        path.write_bytes(
+            compress(b"one\ntw") + compress(b"") + compress("o\n三\n".encode()) + compress(b"four")
+        )
+        assert texts_of(source_of(path)) == ["one", "two", "三", "four"], suffix
+    # Padding behind a gzip member is no damage.
+    (tmp_path / "a.txt.gz").write_bytes(
+        gzip.compress(b"one\n") + bytes(700) + gzip.compress(b"two\n") + bytes(3)
+    )
+    assert texts_of(source_of(tmp_path / "a.txt.gz")) == ["one", "two"]
+
+
+def test_text_is_otherwise_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    kept = "  two  spaces \t Å e\u0301 ﬁ \u200b\u00a0 \x1b[0m \x0b"
+    path.write_bytes(f"{kept}\nlone\rreturn\n\n \u3000\n".encode())
+    documents, bad, empty = read_all(source_of(path, unit="line"))
+    assert ([d.text for d in documents], bad) == ([kept, "lone\rreturn"], [])
+    assert len(empty) == 2
+    assert [d.where for d in documents] == [f"{path}@0", f"{path}@{len(kept.encode()) + 1}"]
+
+
+# --- bad records ---
+
+
+def test_each_bad_record_is_located_and_costs_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = json.dumps({"text": "good"}).encode()
+    cases = {
+        b"{": "not JSON",
+        b'{"text": "a" "b"}': "not JSON",
+        b'{"text": 3}': "must be a string, not int",
+        b'{"text": null}': "must be a string, not NoneType",
+        b'{"txt": "a"}': "no field 'text' (it has 'txt')",
+        b'["a"]': "must be an object, not list",
+        b'{"text": "\xff"}': "not utf-8",
+        b'{"text": "\\u0000"}': "NUL",
+        b'{"text": "\\ud83d"}': "lone surrogate",
+        b"\0" * 50: "NUL",
+        b'{"text": ' + b"[" * 100_000: "not JSON",
+        b'{"text": ' + b"9" * 10_000 + b"}": "",
+        "{'text': '𠮷'}".encode(): "not JSON",
+    }
+    path.write_bytes(b"".join(good + b"\n" + case + b"\n" for case in cases) + good)
+    documents, bad, _ = read_all(source_of(path))
+    assert [d.text for d in documents] == ["good"] * (len(cases) + 1)
+    offset = 0
+    for record, (case, reason) in zip(bad, cases.items(), strict=True):
+        offset += len(good) + 1
+        assert (record.path, record.where) == (str(path), f"byte {offset}")
+        assert reason in record.reason
+        offset += len(case) + 1
+    assert str(bad[0]) == f"{path}, byte {len(good) + 1}: {bad[0].reason}"
+    assert read_all(source_of(path), part_bytes=100)[1] == bad
+
+
+def test_a_quote_too_many_costs_its_own_line_of_a_csv_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.csv"
+    lines = [
+        "n,text",
+        "1,good 1",
+        '2,5" disk',  # opens a quote ...
+        "3,good 3",
+        '4,"good ""4"""',
+        '5,3" disk',  # ... and this one would close it, three lines later
+        '6,"good',
+        '6"',
+        '7,"never closed',
+        *(f"{number},good {number}" for number in range(8, 40)),
+    ]
+    good = ["good 1", "good 3", 'good "4"', "good\n6", *(f"good {number}" for number in range(8, 40))]
+    path.write_text("\n".join(lines) + "\n")
+    places = [sum(len(line) + 1 for line in lines[:number]) for number in range(len(lines))]
+    for most in (10_000, 10, 4):
+        monkeypatch.setattr(formats, "_MAX_CSV_LINES", most)
+        documents, bad, _ = read_all(source_of(path))
+        assert [document.text for document in documents] == good
+        assert [record.where for record in bad] == [f"byte {places[at]}" for at in (2, 5, 8)]
+    # Not a stray quote, but bytes of another encoding in a row of several lines: one bad record, not its lines.
+    path.write_bytes(b'text\n"a\nb \xff\nc"\nd\n')
+    documents, bad, _ = read_all(source_of(path))
+    assert ([document.text for document in documents], [record.where for record in bad]) == (
+        ["d"],
+        ["byte 5"],
+    )
+    assert "not utf-8" in bad[0].reason
+
+
+def test_other_encodings_are_bad_records_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good\n" + "漢字カナ".encode("cp932") + b"\ngood")
+    documents, bad, _ = read_all(source_of(path, unit="line"))
+    assert [d.text for d in documents] == ["good", "good"]
+    assert "cp932 for Shift-JIS" in bad[0].reason
+    path.write_bytes("日本\n語".encode("utf-16"))
+    assert "looks like utf-16" in read_all(source_of(path, unit="line"))[1][0].reason
+    # One broken character in UTF-16 costs its line.
+    data = bytearray("一行目\n二行目\n三行目\n".encode("utf-16-le"))
+    data[8:10] = b"\x00\xd8"
+    path.write_bytes(data)
+    documents, bad, _ = read_all(source_of(path, unit="line", encoding="utf-16-le"))
+    assert ([d.text for d in documents], len(bad)) == (["一行目", "三行目"], 1)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+def test_a_damaged_frame_does_not_cost_the_others(tmp_path: Path, suffix: str) -> None:
+    compress = COMPRESS[suffix]
+    frames = [compress("".join(f"frame {f} line {n}\n" for n in range(2000)).encode()) for f in range(3)]
+    path = tmp_path / f"a.txt{suffix}"
+    wanted = [[f"frame {f} line {n}" for n in range(2000)] for f in range(3)]
+    for damaged in range(3):
+        for place in (1, len(frames[damaged]) // 2, len(frames[damaged]) - 3):
+            hurt = list(frames)
+            hurt[damaged] = (
+                hurt[damaged][:place] + bytes([hurt[damaged][place] ^ 0x55]) + hurt[damaged][place + 1 :]
+            )
+            path.write_bytes(b"".join(hurt))
+            documents, bad, _ = read_all(source_of(path, unit="line"))
+            found = [d.text for d in documents]
+            others = [t for f in range(3) if f != damaged for t in wanted[f]]
+            kept = set(others)
+            assert [t for t in found if t in kept] == others, (damaged, place)
+            assert bad, (damaged, place)
+    path.write_bytes(b"plain text that is called compressed\n")
+    assert "not found" in read_all(source_of(path, unit="line"))[1][0].reason
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+def test_a_truncated_stream_keeps_everything_before(tmp_path: Path, suffix: str) -> None:
+    source_lines = [f"{n} {random.Random(n).getrandbits(64)}" for n in range(30_000)]
+    data = COMPRESS[suffix]("\n".join(source_lines).encode())
+    path = tmp_path / f"a.txt{suffix}"
+    for place in (0, 5, len(data) // 3, len(data) - 1):
+        path.write_bytes(data[:place])
+        documents, bad, _ = read_all(source_of(path, unit="line"))
+        assert [d.text for d in documents] == source_lines[: len(documents)]
+        # bzip2 gives nothing of a block that is not whole (900 kB); the others give nearly everything.
+        if place > 1000 and suffix != ".bz2":
+            assert len(documents) >= 30_000 * place / len(data) * 0.4
+        assert [b.reason.split(" at ")[0] for b in bad] == (
+            [f"{compression.CODECS[suffix]} data is cut off"] if place else []
+        )
+
+
+def test_a_record_is_good_if_only_its_line_end_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b"}')[:-4])  # in the middle of the checksum
+    documents, bad, _ = read_all(source_of(path))
+    assert ([d.text for d in documents], len(bad)) == (["a", "b"], 1)
+
+
+def test_a_line_of_100_megabytes_is_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with path.open("wb") as file:
+        file.write("前\n".encode())
+        for _ in range(100):
+            file.write(b"0123456789abcdef" * 65536)
+        file.write("\n後\n".encode())
+    documents, bad, _ = read_all(source_of(path, unit="line"), part_bytes=2**24)
+    assert [len(d.text) for d in documents] == [1, 100 * 2**20, 1]
+    assert bad == []
+
+
+@pytest.mark.parametrize("unit", ["line", "paragraph", "file"])
+def test_what_is_too_large_is_a_bad_record(
+    tmp_path: Path, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compression, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(text.records, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(compression, "_READ_BYTES", 64)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a\n\n" + b"x" * 5000 + b"\n\n" + b"b\n" * 700 + b"\nc\n")
+    documents, bad, _ = read_all(source_of(path, unit=unit))
+    expected = {"line": (["a", *"b" * 700, "c"], 1), "paragraph": (["a", "c"], 2), "file": ([], 1)}[unit]
+    assert ([d.text for d in documents], len(bad)) == expected
+    assert "1,000" in bad[0].reason
+
+
+def test_vanished_and_changed_files_are_noticed(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"{name}1\n{name}2\n")
+    [source] = resolve([str(tmp_path)], unit="line")
+    [part] = parts(source)
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "c.txt").write_text("c1\nc2\nc3\n")
+    bad: list[BadRecord] = []
+    found = [d.text for d in read(source, part, bad=bad.append)]
+    assert found[:2] == ["a1", "a2"]
+    assert found[2:4] == ["c1", "c2"]
+    assert [(os.path.basename(b.path), b.reason) for b in bad] == [
+        ("b.txt", "the file vanished after it was listed"),
+        ("c.txt", "the file was changed after it was listed"),
+    ]
+    # Already gone when the parts are listed.
+    assert [b.reason.split()[2] for b in read_all(source)[1]] == ["vanished"]
+
+
+def test_a_policy_that_raises_ends_the_reading(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{\n')
+
+    def refuse(record: BadRecord) -> None:
+        raise FaultError(str(record))
+
+    source = source_of(path)
+    documents = read(source, parts(source)[0], bad=refuse)
+    assert next(documents).text == "a"
+    with pytest.raises(FaultError, match="byte 14"):
+        next(documents)
+
+
+# --- damaged files by the thousand ---
+
+DAMAGES = ["truncate", "flip", "nul", "overwrite", "insert", "delete", "bom", "bad line"]
+
+
+def damage(rng: random.Random, data: bytes, how: str) -> tuple[bytes, int, int]:
+    """The damaged data, and the range [first, last] of bytes of the original that are not what they were."""
+    at = rng.randrange(len(data))
+    length = rng.choice([1, 2, 3, rng.randrange(1, 60)])
+    stop = min(at + length, len(data))
+    if how == "truncate":
+        return data[:at], at - 1, len(data)
+    if how == "flip":
+        return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :], at, at
+    if how == "nul":
+        return data[:at] + bytes(stop - at) + data[stop:], at, stop - 1
+    if how == "overwrite":
+        return data[:at] + rng.randbytes(stop - at) + data[stop:], at, stop - 1
+    if how == "insert":
+        return data[:at] + rng.randbytes(length) + data[at:], at - 1, at
+    if how == "delete":
+        return data[:at] + data[stop:], at - 1, stop
+    begin = data.rfind(b"\n", 0, at) + 1
+    if how == "bom":
+        return data[:begin] + b"\xef\xbb\xbf" + data[begin:], begin, begin
+    broken = rng.choice(
+        [b"{", b"\xff\xfe", b'{"text": "\\udfff"}', b"[1]", b'{"text": {}}', b"\0\0", b'"', b"\xed\xa0\x80"]
+    )
+    return data[:begin] + broken + b"\n" + data[begin:], begin - 1, begin - 1
+
+
+def fuzz_documents(rng: random.Random) -> list[str]:
+    words = [
+        "猫",
+        "吾輩",
+        "ｶﾞ",
+        "𠮷",
+        "👨‍👩‍👧",
+        "text",
+        '"quoted"',
+        "{",
+        '{"text": 1}',
+        "a,b",
+        "\\",
+        "\\n",
+        "é",
+        " ",
+    ]
+    return [
+        f"{n}#" + "".join(rng.choices(words, k=rng.randrange(1, 12))) for n in range(rng.randrange(2, 12))
+    ]
+
+
+def in_order(wanted: list[str], found: list[str]) -> bool:
+    rest = iter(found)
+    return all(any(one == other for other in rest) for one in wanted)
+
+
+def fuzz_one(folder: Path, seed: int) -> None:
+    """One damaged file: no exception, no good document lost, the same for every cut; loss is never silent."""
+    rng = random.Random(seed)
+    documents = fuzz_documents(rng)
+    kind = rng.choice(["jsonl", "array", "line", "paragraph", "gz", "zst", "bz2", "xz", "parquet", "csv"])
+    how = rng.choice(DAMAGES)
+    pretty = rng.choice([None, 1])
+    if kind == "array":
+        rows = [
+            json.dumps({"text": t, "meta": {"a": [1, {}]}}, ensure_ascii=False, indent=pretty)
+            for t in documents
+        ]
+        first, between, last = "[", rng.choice([",", ", ", ",\n"]), "]"
+    elif kind == "paragraph":
+        documents = [d.replace("#", "#\nx") for d in documents]
+        rows, (first, between, last) = documents, ("", rng.choice(["\n\n", "\n \n"]), "\n")
+    elif kind in ("line", "csv"):
+        rows, (first, between, last) = documents, ("", "\n", "\n")
+        if kind == "csv":
+            rows, first = ['"{}"'.format(d.replace('"', '""')) for d in documents], "text\n"
+    else:
+        rows, (first, between, last) = [json.dumps({"text": t}) for t in documents], ("", "\n", "\n")
+    ranges, data = [], first.encode()
+    for row in rows:
+        ranges.append((len(data), len(data) + len(row.encode())))
+        data += (row + between).encode()
+    data = data[: len(data) - len(between.encode())] + last.encode()
+    name = {"array": "a.json", "paragraph": "a.txt", "line": "a.txt"}.get(kind, f"a.{kind}")
+    good: list[str] = []
+    must_be_noticed = False
+    if kind in ("gz", "zst", "bz2", "xz"):
+        name = f"a.jsonl.{kind}"
+        cut = rng.randrange(len(documents))
+        frames = [COMPRESS[f".{kind}"](data[: ranges[cut][0]]), COMPRESS[f".{kind}"](data[ranges[cut][0] :])]
+        data, low, high = damage(rng, b"".join(frames), how if how not in ("bom", "bad line") else "flip")
+        # Whole frames that are not touched are good; of the damaged one nobody knows.
+        if high < len(frames[0]) - 1:
+            good = documents[cut:]
+        elif low > len(frames[0]):
+            good = documents[:cut]
+        must_be_noticed = low + 1 not in (0, len(frames[0]))  # a cut between frames cannot be seen
+    elif kind == "parquet":
+        path = folder / "a.parquet"
+        write_parquet(path, documents)
+        data, low, high = damage(rng, path.read_bytes(), how if how not in ("bom", "bad line") else "flip")
+        metadata = arrow.parquet.read_metadata(path)
+        if (
+            len(data) == path.stat().st_size
+        ):  # else every offset behind the damage is wrong, and the footer with it
+            for group in range(metadata.num_row_groups):
+                column = metadata.row_group(group).column(1)
+                begin = column.dictionary_page_offset or column.data_page_offset
+                footer = path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[-8:-4], "little")
+                if high < footer and (high < begin or low >= begin + column.total_compressed_size):
+                    good += documents[5 * group : 5 * group + 5]
+    else:
+        data, low, high = damage(rng, data, how)
+        # The line end behind a record belongs to it: without it the next record is part of the same line.
+        reach = 1 if kind in ("jsonl", "line", "csv") else len(between) + 1 if kind == "paragraph" else 0
+        before = 1 if reach else 0
+        good = [d for d, (a, b) in zip(documents, ranges) if high < a - before * reach or low >= b + reach]
+        if how == "bom" and kind in ("jsonl", "line", "csv"):
+            good = documents  # it is taken away at the beginning of a line; inside a paragraph it is text
+        if kind == "csv" and low < len(first):
+            good = []  # without its header nothing is known
+        if kind == "array" and low < 1:
+            good = [d for d, (a, _) in zip(documents, ranges) if a > high]
+        must_be_noticed = kind in ("jsonl", "array") and how in ("nul", "bad line")
+    path = folder / name
+    path.write_bytes(data)
+    source = source_of(path, unit="paragraph" if kind == "paragraph" else "line")
+    found, bad, empty = read_all(source)
+    texts = [d.text for d in found]
+    assert in_order(good, texts), (seed, kind, how, good, texts, bad)
+    if must_be_noticed and not in_order(documents, texts):
+        assert bad, (seed, kind, how)
+    for one in texts:
+        one.encode()
+        assert one.strip()
+        assert "\0" not in one
+    if kind in ("jsonl", "line", "paragraph", "parquet"):
+        assert read_all(source, part_bytes=rng.randrange(1, 50)) == (found, bad, empty), (seed, kind, how)
+
+
+def test_fuzz_2500_damaged_files(tmp_path: Path) -> None:
+    for seed in range(2500):
+        fuzz_one(tmp_path, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)  # three minutes on an idle machine
+def test_fuzz_50000_damaged_files(tmp_path: Path) -> None:
+    for seed in range(10_000, 60_000):
+        fuzz_one(tmp_path, seed)
+
+
+# --- what the user named ---
+
+
+def make(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("text\n")
+
+
+def test_files_are_sorted_and_named_relatively(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "b.txt", "a/z.txt", "a/y.md", "a/.hidden.txt", ".git/x.txt", "a/image.png", "c.txt.gz")
+    [source] = resolve([str(tmp_path)])
+    assert source.relative_paths == ("a/y.md", "a/z.txt", "b.txt", "c.txt.gz")
+    assert source.ignored == 1
+    assert source.name == re.sub(r"[^\w.-]+", "-", tmp_path.name)
+    monkeypatch.chdir(tmp_path)
+    [one, deep] = resolve(["*.txt", "a/**"])
+    assert (one.relative_paths, one.name) == (("b.txt",), Path(tmp_path).name)
+    assert (deep.relative_paths, deep.name) == (("image.png", "y.md", "z.txt"), "a")
+    assert all(os.path.isabs(path) for path in deep.paths)
+    [named] = resolve(
+        [{"paths": ["b.txt", "a/z.txt"], "name": "books", "weight": 2, "encoding": "cp932", "unit": "file"}]
+    )
+    assert (named.name, named.weight, named.encoding, named.unit) == ("books", 2.0, "cp932", "file")
+    assert [s.name for s in resolve(["a/z.txt", "b.txt", {"path": "a/y.md", "name": "z-2"}])] == [
+        "z",
+        "b",
+        "z-2",
+    ]
+    assert resolve(["hf://owner/name", "-"])[0].paths == ("hf://owner/name",)
+    assert resolve("b.txt")[0].paths == (str(tmp_path / "b.txt"),)
+
+
+def test_the_same_file_twice_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, "a.txt", "sub/b.txt")
+    (tmp_path / "sub/link.txt").symlink_to(tmp_path / "a.txt")
+    (tmp_path / "folder").symlink_to(tmp_path / "sub")
+    for entries in (
+        ["a.txt", "a.txt"],
+        ["a.txt", "./*.txt"],
+        ["a.txt", "sub/link.txt"],
+        ["sub/b.txt", "folder/b.txt"],
+        ["."],
+    ):
+        with pytest.raises(RequestError, match="twice"):
+            resolve([str(tmp_path / entry) for entry in entries])
+
+
+def test_links_in_a_circle_end(tmp_path: Path) -> None:
+    make(tmp_path, "sub/b.txt")
+    (tmp_path / "sub/up").symlink_to(tmp_path)
+    assert resolve([str(tmp_path)])[0].relative_paths == ("sub/b.txt",)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("corpus.tx", r"no such file or folder: .*corpus\.tx \(did you mean 'corpus\.txt'\?\)"),
+        ("*.nothing", r"no file matches '.*\*\.nothing'"),
+        ("fold*", r"no file matches .*only folders: folder.*\*\*"),
+        ("folder", r"no file of a known kind.*wiki_00.*/\*\*'"),
+        ("s3://bucket/a", "remote files are not read"),
+        ("pipe", "not a regular file"),
+        ({"path": "corpus.txt", "wieght": 1}, r"no option 'wieght' \(did you mean 'weight'\?\)"),
+        ({"weight": 1}, "without a path"),
+        ({"path": "corpus.txt", "weight": 0}, "positive"),
+        ({"path": "corpus.txt", "unit": "lines"}, r"unit 'lines' is not known \(did you mean 'line'\?\)"),
+        ({"path": "corpus.txt", "encoding": "shift-jiss"}, "encoding 'shift-jiss' is not known"),
+        ({"path": "corpus.txt", "encoding": "rot13"}, "encoding 'rot13' is not known"),
+        (
+            {"path": "a.jsonl", "text_field": "txt"},
+            r"no field 'txt' \(did you mean 'text'\?\); it has 'text', 'url'",
+        ),
+        ({"path": "a.csv", "text_field": "body"}, "no field 'body'.*it has 'id', 'text'"),
+        ({"path": "a.parquet", "text_field": "texts"}, "no field 'texts'.*'text'"),
+    ],
+)
+def test_wrong_requests(tmp_path: Path, entry: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path, "corpus.txt", "folder/wiki_00")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.jsonl").write_text('broken\n{"text": "a", "url": "b"}\n')
+    (tmp_path / "a.csv").write_text("id,text\n1,a\n")
+    write_parquet(tmp_path / "a.parquet", ["a"])
+    with pytest.raises(RequestError, match=message) as caught:
+        resolve([entry])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_field_that_only_some_records_lack_is_no_wrong_request(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"title": "a"}\n{"text": "b"}\n')
+    documents, bad, _ = read_all(resolve([str(tmp_path / "a.jsonl")])[0])
+    assert ([d.text for d in documents], len(bad)) == (["b"], 1)
+
+
+def test_the_rule_of_unit_auto(tmp_path: Path) -> None:
+    def unit(files: dict[str, str]) -> tuple[str, str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_text(content)
+        [source] = resolve([str(folder)])
+        return source.unit, source.unit_reason
+
+    assert unit({"a.py": "x\n\ny", "b.py": "", "c.txt": ""}) == ("file", "auto: mostly source code or markup")
+    assert unit({"a.txt": "x", "b.txt": "y"}) == ("file", "auto: 2 files, the median at most 1 MiB")
+    assert unit({"a.txt": "x\n\ny\n"}) == ("paragraph", "auto: blank lines in a.txt")
+    assert unit({"a.txt": "x\ny\n"}) == ("line", "auto: no blank lines in a.txt")
+    assert unit({"a.txt": "\n\nx\ny\n\n"})[0] == "line"
+    big = "line\n" * 250_000
+    assert unit({"a.txt": big, "b.txt": big + "\n\nx"})[0] == "line"
+    assert unit({"a.jsonl": '{"text": "a"}'})[1] == "auto: no plain text files"
+
+
+def test_the_standard_library_is_a_corpus() -> None:
+    [source] = resolve(["stdlib"])
+    assert (source.name, source.unit) == ("stdlib", "file")
+    assert all(path.endswith(".py") for path in source.paths)
+    assert not any(
+        "test" in path.split("/")[:-1] or "site-packages" in path for path in source.relative_paths
+    )
+    documents, bad, _ = read_all(source, part_bytes=2**20)
+    assert bad == []
+    assert 8e6 < sum(len(d.text.encode()) for d in documents) < 20e6
+    assert read_all(source)[0] == documents
+
+
+def test_standard_input(tmp_path: Path) -> None:
+    program = (
+        "from lmcore.data.text.documents import *\n[s] = resolve(['-'])\n"
+        "print([d.text for p in parts(s) for d in read(s, p, bad=print)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], input="a\n二\n".encode(), capture_output=True, check=True
+    )
+    assert done.stdout.decode().strip() == "['a', '二']"
+
+
+# --- splitting ---
+
+
+def test_the_held_out_side_is_decided_by_the_content_alone() -> None:
+    texts = [f"document {n} 猫" for n in range(20_000)]
+    held = [t for t in texts if side(t, 0.05) == "valid"]
+    assert 900 < len(held) < 1100  # 1,000 expected, standard deviation 31
+    assert held == [t for t in reversed(texts) if side(t, 0.05) == "valid"][::-1]
+    # A larger fraction only adds: what was held out stays held out.
+    assert set(held) <= {t for t in texts if side(t, 0.1) == "valid"}
+    assert {side(t, 0.0) for t in texts} == {"train"}
+    assert {side(t, 1.0) for t in texts} == {"valid"}
+    assert side("猫", 0.5) == "valid"  # golden: a new hash would mix training and held-out text
+
+
+def test_nothing_heavy_is_imported() -> None:
+    program = (
+        "import sys, lmcore.data.text.documents, lmcore.data.tokenizer.tokenizer, lmcore.data.inspect\n"
+        "print([m for m in ('torch', 'transformers', 'pyarrow', 'zstandard') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,510 @@
+"""Tokenizer: nothing is lost, nothing is found that was not there, and transformers sees the same ids."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmcore.data.text.documents import Source, resolve
+from lmcore.data.tokenizer import tokenizer, training, word_cache
+from lmcore.data.tokenizer.convert import HARD_TEXTS
+from lmcore.data.tokenizer.tokenizer import Tokenizer, load, sample_texts, train
+from lmcore.errors import RequestError
+
+NEKO = """吾輩は猫である。名前はまだ無い。
+　どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所でニャーニャー泣いていた事だけは記憶している。
+吾輩はここで始めて人間というものを見た。しかもあとで聞くとそれは書生という人間中で一番獰悪な種族であったそうだ。
+この書生というのは時々我々を捕えて煮て食うという話である。しかしその当時は何という考もなかったから別段恐しいとも思わなかった。
+ただ彼の掌に載せられてスーと持ち上げられた時何だかフワフワした感じがあったばかりである。
+"""
+"""夏目漱石『吾輩は猫である』(1905), public domain."""
+CODE = Path(__file__).read_text(encoding="utf-8").replace("▁", "_")
+CORPUS = [NEKO, NEKO.replace("。", "。\n"), CODE, "ＡＢＣ　１２３ ｶﾞｷﾞ 3.14\t2 ** 10\n" * 20]
+
+# Any text, with what is interesting more often than chance would have it.
+ANY_TEXT = st.lists(
+    st.one_of(
+        st.text(max_size=12),
+        st.sampled_from(
+            [*NEKO.split("。"), *CODE.splitlines()[:60], *HARD_TEXTS, "\n\n", "    ", "\0", "</s>", "<pad>"]
+        ),
+    ),
+    max_size=8,
+).map(lambda parts: "".join(parts).encode("utf-8", "ignore").decode().replace("▁", "_"))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizers") / "bpe"
+    train(CORPUS, vocab_size=900, folder=path, model_max_length=128)
+    return path
+
+
+@pytest.fixture(scope="session")
+def ours(folder: Path) -> Tokenizer:
+    return load(folder)
+
+
+@pytest.fixture(scope="session")
+def hub(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+# --- the laws of our own tokenizer ---
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=ANY_TEXT)
+def test_every_text_comes_back_and_transformers_agrees(ours: Tokenizer, hub: Any, text: str) -> None:
+    ids = ours.encode(text)
+    assert ours.decode(ids) == text
+    assert hub(text)["input_ids"] == ids
+    assert hub.decode(ids) == text
+    lengths = ours.byte_lengths()
+    assert lengths is not None
+    assert lengths[ids].sum() == len(text.encode())
+
+
+@settings(max_examples=300, deadline=None)
+@given(texts=st.lists(ANY_TEXT, max_size=4), size=st.integers(1, 9))
+def test_a_long_text_is_cut_where_it_changes_nothing(ours: Tokenizer, texts: list[str], size: int) -> None:
+    whole = [ours._model.encode(text) for text in texts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "_CUT_CHARACTERS", size)
+        pieces = [list(ours._cut(text)) for text in texts]
+        assert [ids.tolist() for ids in ours.encode_batch(texts)] == whole
+        assert [ids.tolist() for ids in ours.encode_batch(texts, threads=2)] == whole
+    assert ["".join(one) for one in pieces] == texts
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=ANY_TEXT | st.text(st.sampled_from("aB猫é１2_ ,\n\t(ー\u3099"), max_size=30))
+def test_whether_words_are_cut_depends_on_two_characters(text: str) -> None:
+    for words in word_cache._WORDS:
+        found = words.findall(text)
+        assert "".join(found) == text
+        cuts = set(np.cumsum([len(word) for word in found]).tolist()) - {len(text)}
+        assert cuts == {at for at in range(1, len(text)) if not words.fullmatch(text[at - 1 : at + 1])}
+        if text.isascii():
+            assert re.compile(words.pattern, re.ASCII).findall(text) == found
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(ANY_TEXT, max_size=5))
+def test_words_met_before_give_the_ids_of_the_whole(ours: Tokenizer, texts: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        # So small that words are forgotten, and looking them up is given up and tried again, within a few texts.
+        for name, value in (("GROUP", 50), ("KEPT", 300), ("CALL", 20), ("TRIAL", 100), ("REST", 100)):
+            patch.setattr(word_cache, f"_{name}_CHARACTERS", value)
+        for _ in range(2):
+            assert [one.tolist() for one in ours.encode_batch(texts)] == [
+                ours._model.encode(t) for t in texts
+            ]
+
+
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [
+        ({}, 0),
+        ({"split_digits": False}, 1),
+        ({"user_defined_symbols": ["a1"]}, 2),
+        ({"split_by_whitespace": False}, None),
+        ({"user_defined_symbols": ["\n\n"]}, None),
+    ],
+)
+def test_no_piece_of_the_vocabulary_is_cut(options: dict[str, Any], way: int | None) -> None:
+    made = train([*CORPUS, "100 200 1000 2000\n" * 40], vocab_size=900, **options)
+    assert (made._words._words if made._words else None) == (None if way is None else word_cache._WORDS[way])
+    texts = [*CORPUS, *HARD_TEXTS, "a1 a b\n\na b1 2000\n\n\n"]
+    assert [one.tolist() for one in made.encode_batch(texts)] == [made._model.encode(text) for text in texts]
+
+
+def test_words_are_forgotten_and_given_up_where_they_do_not_pay(
+    ours: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pickle.loads(pickle.dumps(ours))
+    monkeypatch.setattr(word_cache, "_KEPT_CHARACTERS", 2000)
+    rng = np.random.default_rng(1)
+    made.encode_batch([CODE] * 20)
+    assert made._words._rest <= 0  # the same text again: it pays
+    noise = ["".join(map(chr, rng.integers(0x4E00, 0x6000, 2000))) for _ in range(200)]
+    for one in noise:
+        assert made.encode(one) == ours._model.encode(one)
+        assert sum(map(len, made._words._ids)) <= 2000 + 2001
+    assert made._words._rest > 0
+
+
+def test_the_cuts_are_real_and_bounded(ours: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = NEKO * 200
+    assert max(map(len, ours._cut(long))) < 4200
+    assert ours.encode(long) == ours._model.encode(long)
+    # A run in which every pair of characters stands in some piece has no provable cut: it is cut in the end.
+    monkeypatch.setattr(tokenizer, "_LONGEST_CHARACTERS", 10_000)
+    run = " " * 50_000
+    assert max(map(len, ours._cut(run))) <= 10_000
+    assert ours.decode(ours.encode(run)) == run
+
+
+def test_control_strings_in_a_text_are_text(ours: Tokenizer, hub: Any) -> None:
+    text = "<s>本文</s><pad><unk>"
+    assert not set(ours.encode(text)) & set(ours.special_ids.values())
+    assert hub.encode(text) == ours.encode(text)
+    assert ours.decode([ours.eos_id]) == ""
+
+
+def test_special_ids(ours: Tokenizer, hub: Any) -> None:
+    assert ours.special_ids == {"bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0, "pad_token_id": 3}
+    assert (ours.eos_id, ours.bos_id, ours.pad_id, ours.unk_id) == (2, 1, 3, 0)
+    assert {
+        f"{k}_id": getattr(hub, f"{k}_id") for k in ("bos_token", "eos_token", "unk_token", "pad_token")
+    } == ours.special_ids
+    assert (hub.eos_token, hub.pad_token, len(hub)) == ("</s>", "<pad>", ours.vocab_size)
+    assert hub.model_max_length == 128
+    assert hub("猫")["input_ids"] == hub.encode("猫", add_special_tokens=True)  # no BOS, no EOS of its own
+
+
+def test_what_sentencepiece_usually_loses(ours: Tokenizer) -> None:
+    """Full-width forms, half-width kana, double spaces, line ends and characters it has never seen."""
+    for text in HARD_TEXTS:
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.encode("ＡＢＣ") != ours.encode("ABC")
+    assert ours.encode("ｶﾞ") != ours.encode("ガ")
+    assert len(ours.encode("2026")) == 4  # digits one by one
+    assert ours.encode("a\nb") == [*ours.encode("a"), *ours.encode("\n"), *ours.encode("b")]
+    assert len(ours.encode("吾輩は猫である。")) < 8  # no spaces needed
+    assert ours.decode(ours.encode("▁")) == " "  # the one loss that every SentencePiece model has
+
+
+def test_ids_fit_and_are_int32(ours: Tokenizer) -> None:
+    arrays = ours.encode_batch([CODE, "", NEKO])
+    assert [a.dtype for a in arrays] == [np.int32] * 3
+    assert arrays[1].shape == (0,)
+    assert max(int(a.max()) for a in arrays if len(a)) < ours.vocab_size == len(ours)
+    assert ours.encode_batch([]) == []
+
+
+def test_it_travels_to_other_processes(ours: Tokenizer) -> None:
+    other = pickle.loads(pickle.dumps(ours))
+    assert other.fingerprint == ours.fingerprint
+    assert other.encode(NEKO) == ours.encode(NEKO)
+
+
+# --- training ---
+
+
+def test_training_is_deterministic(ours: Tokenizer) -> None:
+    again = train(CORPUS, vocab_size=900, seed=5)
+    assert again.files[tokenizer.MODEL_FILE] == ours.files[tokenizer.MODEL_FILE]
+    assert again.fingerprint == ours.fingerprint
+    assert train(CORPUS, vocab_size=901).fingerprint != ours.fingerprint
+    program = (
+        "import sys; sys.path.insert(0, 'tests')\nfrom test_tokenizer import CORPUS, train\n"
+        "print(train(CORPUS, vocab_size=900).fingerprint)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"OMP_NUM_THREADS": "2"},
+    )
+    assert done.stdout.strip() == ours.fingerprint
+
+
+def test_a_long_line_does_not_vanish_from_training() -> None:
+    filler = "".join(chr(0x4E00 + n % 500) for n in range(20_000))  # 60 kB without a line end
+    line = filler + "深山幽谷" * 300 + filler
+    trained = train([line, "short\n" * 50], vocab_size=1500)
+    assert trained.encode("深山幽谷") == [trained._model.piece_to_id("深山幽谷")]
+    assert any(
+        "1 lines of more than 16,384 bytes were cut, none was left out" in note for note in trained.notes
+    )
+    record = json.loads(trained.files[tokenizer.RECORD_FILE])
+    assert (record["documents"], record["lines"], record["cut_lines"]) == (2, 51, 1)
+    assert record["bytes"] == len(line.encode()) + 250
+
+
+def test_reserved_characters_do_not_drop_their_line() -> None:
+    trained = train(["東西南北▅ 東西南北\n" * 50, "x" * 10], vocab_size=300)
+    assert trained.encode("東西南北") == [trained._model.piece_to_id("東西南北")]
+    assert trained.decode(trained.encode("▅")) == "▅"
+    assert any("▅" in note for note in trained.notes)
+
+
+def test_japanese_without_a_single_space_keeps_spaces() -> None:
+    trained = train([NEKO.replace("\u3000", "") * 3], vocab_size=500)
+    assert trained.decode(trained.encode(" a  b ")) == " a  b "
+    assert trained._model.piece_to_id("▁") != trained.unk_id
+
+
+def test_options_that_lose_text_say_so() -> None:
+    trained = train(
+        CORPUS, vocab_size=900, normalization_rule_name="nmt_nfkc", user_defined_symbols=["<mark>"]
+    )
+    assert trained.encode("ＡＢＣ") == trained.encode("ABC")
+    assert any("do not come back exactly" in note for note in trained.notes)
+    assert trained.byte_lengths() is None
+    assert trained.encode("<mark>") == [trained._model.piece_to_id("<mark>")]
+
+
+def test_a_small_corpus_gives_a_small_vocabulary_and_says_so() -> None:
+    trained = train(["ab ab ab"], vocab_size=5000)
+    assert trained.vocab_size < 300
+    assert any("not 5,000" in note for note in trained.notes)
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ([], {}, "there is no text to train a tokenizer on"),
+        (["\n\n", ""], {}, "there is no text"),
+        (
+            [NEKO],
+            {"vocab_size": 300},
+            r"vocab_size 300 is too small: .* need 3\d\d: set tokenizer.vocab_size",
+        ),
+        ([NEKO], {"no_such_option": 1}, "SentencePiece cannot train this: .*no_such_option"),
+        ([NEKO], {"model_type": "word"}, "model_type 'word': bpe, char or unigram"),
+    ],
+)
+def test_wrong_requests_for_training(texts: list[str], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        train(texts, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_in_the_texts_comes_out_as_it_is() -> None:
+    def texts() -> Iterator[str]:
+        yield NEKO
+        raise KeyError("the reader's own error")
+
+    with pytest.raises(KeyError, match="the reader's own error"):
+        train(texts(), vocab_size=500)
+
+
+def test_characters_as_tokens(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    trained = train(CORPUS, vocab_size=700, model_type="char", folder=tmp_path)
+    assert len(trained.encode("吾輩は猫である。")) == 8
+    hub = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*HARD_TEXTS, NEKO, CODE[:2000]]:
+        assert trained.decode(trained.encode(text)) == text
+        assert hub.encode(text) == trained.encode(text)
+
+
+def test_samples_of_a_corpus_are_bounded_and_repeatable(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text(f"{number} " + "x" * 100_000)
+    sources: list[Source] = resolve([str(tmp_path)])
+    bad: list[Any] = []
+    everything = list(sample_texts(sources, bad=bad.append))
+    assert [text.split()[0] for text in everything] == [str(n) for n in range(40)]
+    some = list(sample_texts(sources, max_bytes=1_000_000, seed=1, bad=bad.append))
+    assert 10 <= len(some) <= 11
+    assert some == list(sample_texts(sources, max_bytes=1_000_000, seed=1, bad=bad.append))
+    assert some != list(sample_texts(sources, max_bytes=1_000_000, seed=2, bad=bad.append))
+    assert bad == []
+
+
+# --- loading what others made ---
+
+
+def foreign_model(**options: Any) -> bytes:
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in CORPUS for line in text.split("\n")]),
+        model_writer=out,
+        minloglevel=2,
+        **{"vocab_size": 600, "hard_vocab_limit": False, **options},
+    )
+    return out.getvalue()
+
+
+def test_a_data_set_of_the_hub_is_text_to_train_on(tmp_path: Path) -> None:
+    """From a local folder: the same code path as the Hub, without the network."""
+    for shard in range(2):
+        rows = [json.dumps({"text": f"line {number} of {shard}"}) for number in range(40)]
+        (tmp_path / f"train-{shard}.jsonl").write_text("\n".join(rows))
+    bad: list[Any] = []
+    found = list(sample_texts(resolve([f"hf://{tmp_path}"]), bad=bad.append))
+    assert found == [f"line {number} of {shard}" for shard in range(2) for number in range(40)]
+    assert list(sample_texts(resolve([f"hf://{tmp_path}"]), max_bytes=30, bad=bad.append)) == found[:3]
+    assert bad == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "bpe"},
+        {"model_type": "bpe", "byte_fallback": True, "vocab_size": 800},
+        {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+        {"model_type": "unigram", "byte_fallback": True, "vocab_size": 800, "pad_id": 3},
+        {
+            "model_type": "bpe",
+            "add_dummy_prefix": False,
+            "user_defined_symbols": ["<sep>"],
+            "control_symbols": ["[CLS]"],
+        },
+    ],
+)
+def test_a_model_of_others_keeps_its_behaviour(tmp_path: Path, options: dict[str, Any]) -> None:
+    from transformers import AutoTokenizer
+
+    data = foreign_model(**options)
+    path = tmp_path / "spiece.model"
+    path.write_bytes(data)
+    loaded = load(path)
+    native = sentencepiece.SentencePieceProcessor(model_proto=data)
+    # transformers normalizes half-width kana with a voicing mark otherwise, and writes unknown text as <unk>.
+    lines = [line for text in CORPUS for line in text.split("\n") if "ﾞ" not in line and "ﾟ" not in line]
+    texts = [line for line in lines if line and native.unk_id() not in native.encode(line)][:150]
+    assert [ids.tolist() for ids in loaded.encode_batch(texts)] == native.encode(texts)
+    assert loaded.encode(NEKO * 30) == native.encode(NEKO * 30)
+    assert loaded.byte_lengths() is None  # it normalizes, or puts a space in front
+    loaded.save(tmp_path / "folder")
+    assert "in transformers some texts are not the same" in str(loaded.notes)
+    hub = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    if options["model_type"] == "bpe":
+        assert [hub.encode(text) for text in texts] == native.encode(texts)
+    assert [hub.decode(ids) for ids in native.encode(texts)] == native.decode(native.encode(texts))
+    again = load(tmp_path / "folder")
+    assert (again.fingerprint, again.special_ids) == (loaded.fingerprint, loaded.special_ids)
+    if "control_symbols" in options:
+        assert loaded.special_ids["cls_token_id"] == native.piece_to_id("[CLS]")
+        assert loaded.special_ids["sep_token_id"] == native.piece_to_id("<sep>")
+
+
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer folder like that of GPT-2, made by transformers."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    fast.train_from_iterator(CORPUS, trainer)
+    path = tmp_path_factory.mktemp("byte_level")
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast, eos_token="<|endoftext|>", model_max_length=77
+    ).save_pretrained(path)
+    return path
+
+
+def test_a_folder_of_transformers(byte_level: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    loaded = load(byte_level)
+    hub = AutoTokenizer.from_pretrained(byte_level)
+    assert (loaded.eos_id, loaded.pad_id, loaded.special_ids) == (0, None, {"eos_token_id": 0})
+    assert loaded.vocab_size == len(hub)
+    lengths = loaded.byte_lengths()
+    assert lengths is not None
+    for text in [*HARD_TEXTS, NEKO, CODE.replace("<|endoftext|>", "")]:
+        ids = loaded.encode(text)
+        assert ids == hub.encode(text, add_special_tokens=False)
+        assert loaded.decode(ids) == text
+        assert lengths[ids].sum() == len(text.encode())
+    assert 0 not in loaded.encode("a<|endoftext|>b")
+    assert loaded.decode(loaded.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
+    (byte_level / "config.json").write_text('{"model_type": "gpt2"}')
+    loaded.save(tmp_path, model_max_length=512)
+    again = load(tmp_path)
+    assert again.fingerprint == loaded.fingerprint
+    assert pickle.loads(pickle.dumps(loaded)).encode(NEKO) == loaded.encode(NEKO)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert (saved.model_max_length, saved.encode(NEKO)) == (512, loaded.encode(NEKO))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_the_hub_is_asked_with_the_revision(byte_level: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def snapshot(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        assert not any(pattern.endswith((".py", "*")) for pattern in allow_patterns)
+        return str(byte_level)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert load("owner/name", revision="abc").encode("猫") == load(byte_level).encode("猫")
+    commit = byte_level.name  # the Hub's cache names the folder after it
+    assert load("owner/name@v1").notes == (f"owner/name: commit {commit}",)
+    assert load("gpt2").notes == (f"gpt2: commit {commit} (give tokenizer.revision to pin it)",)
+    assert asked == [("owner/name", "abc"), ("owner/name", "v1"), ("gpt2", None)]
+
+
+def test_code_of_a_stranger_is_never_run(byte_level: Path, tmp_path: Path) -> None:
+    for file in byte_level.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    ignored = config | {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(ignored))
+    assert load(tmp_path).notes == ("it brings code of its own (auto_map), which is not run",)
+    config = ignored | {"tokenizer_class": "Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    mark = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    (tmp_path / "config.json").unlink(missing_ok=True)
+    with pytest.raises(RequestError):
+        load(tmp_path)
+    assert not mark.exists()
+
+
+def test_wrong_requests_for_loading(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.model").write_bytes(b"no model at all")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "changed").mkdir()
+    for name in (tokenizer.MODEL_FILE, tokenizer.RECORD_FILE):
+        (tmp_path / "changed" / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "changed" / tokenizer.MODEL_FILE).write_bytes(foreign_model(model_type="bpe"))
+    (tmp_path / "no_eos.model").write_bytes(foreign_model(model_type="bpe", eos_id=-1))
+    for path, message in {
+        "broken.model": "not a SentencePiece model",
+        "missing.model": "no such tokenizer",
+        "a/b/c": "no such tokenizer",
+        "empty": "holds no tokenizer",
+        "changed": "is not the model that",
+        "no_eos.model": "no end-of-text token",
+    }.items():
+        with pytest.raises(RequestError, match=message) as caught:
+            load(tmp_path / path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(RequestError, match="none from the Hub"):
+        load("owner/certainly-not-here")
+
+
+def test_a_bare_model_in_a_folder(folder: Path, tmp_path: Path, ours: Tokenizer) -> None:
+    (tmp_path / "my.model").write_bytes((folder / tokenizer.MODEL_FILE).read_bytes())
+    assert load(tmp_path).fingerprint == ours.fingerprint
+    assert load(tmp_path / "my.model").fingerprint == ours.fingerprint
+
+
+def test_the_trainer_is_given_every_line() -> None:
+    lines = training.TrainingLines(["a\n\nb", "c" * 40_000, "", "猫" * 10_000])
+    given_lines = list(lines)
+    assert "".join(given_lines) == "ab" + "c" * 40_000 + "猫" * 10_000
+    assert max(len(line.encode()) for line in given_lines) <= 16_384
+    assert lines.counts() == {"documents": 4, "lines": 4, "bytes": 70_002, "cut_lines": 2}

@@ -1,0 +1,153 @@
+"""The commands in the documentation work: every ``sh`` block of a page is run, in order, in a folder of its own.
+
+A block whose first line begins with ``# not run:`` is not run, and says why. What runs is exactly what is printed, but
+small: every training command also gets a configuration with a tiny model and a few steps (the command line still wins).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    path
+    for path in [ROOT / "README.md", ROOT / "README.ja.md", *sorted((ROOT / "docs").glob("*.md"))]
+    if "```sh\n" in path.read_text(encoding="utf-8")
+]
+
+TINY = """\
+data: {block_size: 32, processes: 1}
+tokenizer: {vocab_size: 300}
+model: {config: {n_layer: 1, n_head: 2, n_embd: 16, n_positions: 64}}
+train: {duration: 6 steps, global_batch_blocks: 4, micro_batch_blocks: 2, compile: false}
+checkpoint: {every: 3}
+evaluate: {every: 3, prompts: [The], sample_tokens: 4}
+report: {every: 1, trackers: []}
+"""
+
+SHIM = """\
+#!/bin/bash
+# Adds the tiny configuration behind train_lm.py, or behind a verb that takes the same options.
+words=()
+previous=
+for word in "$@"; do
+  words+=("$word")
+  case "$previous $word" in
+    *train_lm.py|*" recipes/"*_small.yaml) words+=(--config "$TINY") ;;
+    "lmcore prepare"|"lmcore inspect"|"lmcore plan"|"tokenizer train") words+=(--config "$TINY") ;;
+  esac
+  previous="$word"
+done
+exec "$REAL_{name}" "${{words[@]}}"
+"""
+
+
+def blocks(page: Path) -> list[str]:
+    """The ``sh`` blocks that are to be run."""
+    found = re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [block for block in found if not block.startswith("# not run:")]
+
+
+def text(seed: int, sentences: int) -> str:
+    draw = random.Random(seed)
+    words = ["the", "cat", "dog", "tree", "river", "sees", "likes", "finds", "old", "red", "small", "quietly"]
+    return "\n\n".join(
+        f"The {draw.choice(words)} {' '.join(draw.choices(words, k=9))}." for _ in range(sentences)
+    )
+
+
+def test_every_block_without_a_command_says_why() -> None:
+    for page in PAGES:
+        for block in re.findall(
+            r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+        ):
+            first = block.splitlines()[0]
+            assert not first.startswith("# not run") or len(first) > len("# not run: xxxx"), page.name
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem.replace(".", "-")
+)
+def test_the_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:
+    place, programs = tmp_path / "here", tmp_path / "bin"
+    (place / "mytext").mkdir(parents=True)
+    programs.mkdir()
+    for name in ("train_lm.py", "recipes", "accelerate_configs", "ds_configs", "lmcore", "examples"):
+        (place / name).symlink_to(ROOT / name)
+    for number in range(3):
+        (place / "mytext" / f"{number}.txt").write_text(text(number, 120), encoding="utf-8")
+    lines = (f'{{"text": "{line}"}}\n' for line in text(7, 60).split("\n\n"))
+    (place / "mytext" / "articles.jsonl").write_text("".join(lines), encoding="utf-8")
+    (place / "held.txt").write_text(text(8, 40), encoding="utf-8")
+    (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
+    real = {"python": sys.executable, "accelerate": str(Path(sys.executable).parent / "accelerate")}
+    for name in real:
+        shim = programs / name
+        shim.write_text(SHIM.format(name=name), encoding="utf-8")
+        shim.chmod(0o755)
+    environment = {
+        **os.environ,
+        **{f"REAL_{name}": path for name, path in real.items()},
+        "TINY": str(tmp_path / "tiny.yaml"),
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HOME": str(tmp_path / "hub"),
+    }
+    script = "set -euo pipefail\n" + "\n".join(blocks(page))
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=place, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{page.name}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+def named(page: str) -> set[str]:
+    """Every word in code font on a page."""
+    text_of = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return {
+        word for code in re.findall(r"`([^`\n]+)`", text_of) for word in re.findall(r"[A-Za-z_0-9]+", code)
+    }
+
+
+def test_every_training_argument_has_a_place() -> None:
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    there = {field.name for field in fields(TrainingArguments)}
+    assert there - named("from_trainer.md") == set()
+
+
+def test_the_tables_name_options_that_exist() -> None:
+    """Whatever looks like ``section.name`` in the documentation is an option."""
+    from lmcore.config.schema import keys
+
+    known = set(keys())
+    sections = {key.split(".")[0] for key in known if "." in key}
+    for page in (ROOT / "docs").glob("*.md"):
+        if page.name == "log.md":
+            continue  # it tells of the past
+        for name in re.findall(r"(?:`|--)((?:[a-z_]+\.)+[a-z_0-9]+)", page.read_text(encoding="utf-8")):
+            if name.split(".")[0] not in sections or name.endswith(
+                (".py", ".md", ".json", ".yaml", ".bin", ".html", ".model", ".png", ".safetensors")
+            ):
+                continue
+            free = any(name.startswith(form) for form in ("model.config.", "data.config.", "optim.config."))
+            section = any(key.startswith(f"{name}.") for key in known)
+            assert name in known or free or section, f"{page.name} names {name}"

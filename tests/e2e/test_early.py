@@ -1,0 +1,58 @@
+"""What cannot be is refused before the text is read: tokenizing may take hours."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+
+from lmcore.errors import EXIT_REQUEST
+from tests.e2e.test_run import _train, request, words
+from tests.support.fork_server import run_ranks
+
+
+def _train_and_say(argv: list[str]) -> tuple[int, str]:
+    """As ``_train``, with what it says on standard error."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        return _train(argv, None, 0), said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"report.trackers": "[wandbb]"}, "report.trackers: 'wandbb' is not one of"),
+        ({"report.trackers": "[clearml]"}, "report.trackers: clearml is not installed: pip install clearml"),
+        ({"report.webhook": "ftp://hooks"}, "report.webhook: not a http:// or https:// address"),
+        (
+            {"loss.factory": "tests.support.own_parts:nothing"},
+            "loss.factory 'tests.support.own_parts:nothing'",
+        ),
+        (
+            {"model.type": "null", "model.factory": "nowhere:model"},
+            "model.factory 'nowhere:model': cannot import",
+        ),
+        (
+            {"model.config.n_head": 3},
+            "GPT2LMHeadModel refuses this configuration: `embed_dim` must be divisible",
+        ),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_before_the_text_is_read(
+    tmp_path: Path, options: dict[str, object], said: str
+) -> None:
+    (tmp_path / "train.txt").write_text(words(20, 0), encoding="utf-8")
+    (tmp_path / "held.txt").write_text(words(10, 1), encoding="utf-8")
+    argv = request(tmp_path, tmp_path / "run")
+    if "model.type" in options:
+        pairs = zip(argv[::2], argv[1::2])
+        argv = [word for pair in pairs if not pair[0].startswith("--model.") for word in pair]
+    argv += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    [(code, line)] = run_ranks(_train_and_say, 1, argv)
+    assert code == EXIT_REQUEST
+    assert line.startswith(f"train_lm.py: {said}")
+    assert line.count("\n") == 1
+    assert not (tmp_path / "run" / "tokenizer").exists()
+    assert not (tmp_path / "run" / "status.json").exists(), "nothing was changed"
+    assert not (tmp_path / "stores").exists()

@@ -1,0 +1,378 @@
+"""Whole runs with an option each: what the option promises is seen in what the run leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcore.errors import EXIT_FAULT, EXIT_FINISHED
+from lmcore.report.metrics import read_metrics
+from tests.e2e.test_run import ROOT, _train, assert_same_state, losses, request, train, weights, words
+from tests.support.fork_server import run_ranks
+
+SHORT = {"train__duration": "6 steps", "evaluate__every": "3 steps", "checkpoint__every": "never"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "train.txt").write_text(words(400, 0), encoding="utf-8")
+    (folder / "more.txt").write_text(words(200, 2), encoding="utf-8")
+    (folder / "held.txt").write_text(words(40, 1), encoding="utf-8")
+    return folder
+
+
+def test_a_stream_gives_one_and_two_processes_the_same_blocks(text: Path) -> None:
+    options = {**SHORT, "data__mode": "stream"}
+    one, two = text / "stream-1", text / "stream-2"
+    assert train(request(text, one, **options)) == [EXIT_FINISHED]
+    assert train(request(text, two, **options), 2) == [EXIT_FINISHED] * 2
+    for step, loss in losses(one).items():  # the same tolerance and reason as in test_run.py
+        assert math.isclose(loss, losses(two)[step], rel_tol=1e-5), step
+
+
+def test_a_stream_continues_with_exactly_the_next_blocks(text: Path) -> None:
+    options = {**SHORT, "data__mode": "stream"}
+    stopped = text / "stream-stopped"
+    train(request(text, stopped, **options), kill_before_step=2)
+    assert train(request(text, stopped, **options)) == [EXIT_FINISHED]
+    assert losses(stopped) == losses(text / "stream-1")
+
+
+def test_weights_mix_sources(text: Path) -> None:
+    run_dir = text / "mixed"
+    sources = [
+        {"path": str(text / "train.txt"), "weight": 3, "name": "a"},
+        {"path": str(text / "more.txt"), "weight": 1, "name": "b"},
+    ]
+    assert train(request(text, run_dir, **SHORT, data__train=json.dumps(sources))) == [EXIT_FINISHED]
+    state = json.loads(next((run_dir / "checkpoints").glob("step-*/state.json")).read_text())
+    assert state["cursor"]["phases"] == [[0, [3.0, 1.0]]]
+
+
+def test_the_users_own_model_data_and_loss(text: Path) -> None:
+    """No tokenizer, no token: a regression, on one process and on two."""
+    options = {
+        "data.factory": "tests.support.own_parts:data",
+        "data.config.count": 64,
+        "model.type": "null",
+        "model.factory": "tests.support.own_parts:model",
+        "model.config.width": 8,
+        "loss.factory": "tests.support.own_parts:squares",
+        "train.duration": "20 epochs",
+        "train.global_batch_blocks": 8,
+        "train.micro_batch_blocks": 4,
+        "train.precision": "fp32",
+        "optim.lr": 0.05,
+        "evaluate.every": "5 epochs",
+        "report.every": 1,
+        "report.trackers": "[]",
+        "checkpoint.every": "never",
+    }
+    one, two = text / "own-1", text / "own-2"
+    for run_dir, world_size in ((one, 1), (two, 2)):
+        argv = [p for k, v in {"run_dir": run_dir, **options}.items() for p in (f"--{k}", str(v))]
+        assert train(argv, world_size) == [EXIT_FINISHED] * world_size
+    assert losses(one)[160] < 0.01 < losses(one)[1]
+    assert math.isclose(losses(one)[160], losses(two)[160], rel_tol=1e-4)
+    evaluations = read_metrics(one / "metrics.jsonl", kind="eval")
+    assert [r["set"] for r in evaluations] == ["line"] * len(evaluations)
+    assert evaluations[-1]["loss"] < 0.01
+
+
+def test_the_moving_average_is_kept_evaluated_and_exported(text: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    run_dir = text / "average"
+    options = {**SHORT, "optim__ema_decay": 0.5}
+    train(request(text, run_dir, **options), kill_before_step=3)
+    assert train(request(text, run_dir, **options)) == [EXIT_FINISHED]
+    straight = text / "average-straight"
+    assert train(request(text, straight, **options)) == [EXIT_FINISHED]
+    sets = {r["set"] for r in read_metrics(run_dir / "metrics.jsonl", kind="eval")}
+    assert sets == {"held", "held-ema"}
+    exported = load_file(run_dir / "export" / "model.safetensors")
+    for name, tensor in load_file(straight / "export" / "model.safetensors").items():
+        assert torch.equal(exported[name], tensor), name
+    trained = weights(run_dir)
+    name = next(n for n in exported if "attn.c_attn.weight" in n)
+    raw = next(
+        t for n, t in trained.items() if name.removeprefix("transformer.") in n and n.startswith("model")
+    )
+    assert not torch.equal(exported[name], raw), "the export holds the weights, not their average"
+
+
+def test_early_stopping_says_why_and_still_saves(text: Path) -> None:
+    run_dir = text / "early"
+    options = {**SHORT, "train__duration": "30 steps", "evaluate__early_stopping__target": 100.0}
+    assert train(request(text, run_dir, **options)) == [EXIT_FINISHED]
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status["step"] == 3
+    assert "target" in status["reason"]
+    assert (run_dir / "checkpoints" / "step-00000003" / "manifest.json").exists()
+    assert (run_dir / "export" / "model.safetensors").exists()
+
+
+def test_a_profile_window_is_written(text: Path) -> None:
+    run_dir = text / "profile"
+    assert train(request(text, run_dir, **SHORT, train__profile="2-3")) == [EXIT_FINISHED]
+    assert (run_dir / "profile" / "steps-2-3.json.gz").stat().st_size > 0
+    assert "aten::" in (run_dir / "profile" / "steps-2-3.txt").read_text()
+
+
+def _train_with_nan(argv: list[str], positions: list[int]) -> int:
+    """As ``_train``, with a loss that is not a number in every step that holds one of these positions."""
+    import train_lm
+
+    forward = train_lm.Engine.forward
+    read = train_lm.Session.read
+
+    def poisoned_read(self: Any) -> Any:
+        for batch in read(self):
+            first, last = batch.positions
+            self.engine.poison = any(first <= position <= last for position in positions)
+            yield batch
+
+    def poisoned_forward(self: Any, batch: Any, key: int | None = None) -> Any:
+        loss_sum, count = forward(self, batch, key)
+        return (loss_sum * math.nan if key is not None and self.poison else loss_sum), count
+
+    train_lm.Session.read, train_lm.Engine.forward = poisoned_read, poisoned_forward
+    return _train(argv, None, 0)
+
+
+def test_a_rewind_is_the_run_that_was_told_to_skip(text: Path) -> None:
+    """Replay: blocks that give no number are rewound over; the result is that of a run told beforehand to skip them."""
+    options = {
+        "train__duration": "8 steps",
+        "checkpoint__every": "2 steps",
+        "evaluate__every": "never",
+        "guard__max_skips": 0,
+    }
+    rewound, told = text / "rewound", text / "told"
+    assert run_ranks(_train_with_nan, 1, request(text, rewound, **options), [37]) == [EXIT_FINISHED]
+    events = [r["event"] for r in read_metrics(rewound / "metrics.jsonl", kind="event")]
+    assert "rewind" in events
+    assert train(request(text, told, **options, data__skip_positions="36-47")) == [EXIT_FINISHED]
+    assert losses(rewound) == losses(told)
+    assert_same_state(weights(rewound), weights(told))
+
+
+def test_too_many_rewinds_end_the_run_with_the_evidence(text: Path) -> None:
+    run_dir = text / "hopeless"
+    options = {"train__duration": "8 steps", "checkpoint__every": "2 steps", "evaluate__every": "never"}
+    argv = request(text, run_dir, **options, guard__max_skips=0, guard__max_rewinds=1)
+    assert run_ranks(_train_with_nan, 1, argv, list(range(36, 10_000))) == [EXIT_FAULT]
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", EXIT_FAULT)
+    assert "positions" in status["reason"]
+
+
+def _train_with_a_flipped_bit(argv: list[str], at_step: int, victim: int) -> int:
+    """As ``_train``; after step ``at_step`` one bit of one weight of one rank is another, as a faulty device leaves
+    it.
+    """
+    import torch
+
+    import train_lm
+
+    advance = train_lm.Session.advance
+
+    def flips(self: Any, *step: Any) -> None:
+        if self.state.step + 1 == at_step and self.engine.rank == victim:
+            _, weight = self._weights()[3]
+            weight.detach().view(-1).view(torch.int32)[5] ^= 1 << 12
+        advance(self, *step)
+
+    train_lm.Session.advance = flips
+    return _train(argv, None, 0)
+
+
+def test_a_rank_that_has_silently_diverged_is_found_at_the_next_check(text: Path) -> None:
+    run_dir, straight = text / "diverged", text / "not-diverged"
+    options = {
+        "train__duration": "12 steps",
+        "train__micro_batch_blocks": 4,
+        "checkpoint__every": "5 steps",
+        "evaluate__every": "never",
+        "guard__hash_every": "4 steps",
+    }
+    argv = request(text, run_dir, **options)
+    assert run_ranks(_train_with_a_flipped_bit, 3, argv, 6, 1, timeout=240) == [EXIT_FAULT] * 3
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", EXIT_FAULT)
+    assert "the weights of rank 1 differ from the others' at step 8" in status["reason"]
+    assert train(argv, 3) == [EXIT_FINISHED] * 3, "the checkpoint before it was good"
+    assert train(request(text, straight, **options), 3) == [EXIT_FINISHED] * 3
+    assert losses(run_dir) == losses(straight)
+    assert_same_state(weights(run_dir), weights(straight))
+
+
+def _train_with_a_large_gradient(argv: list[str], at_step: int, factor: float) -> int:
+    """As ``_train``; the loss of the last rank is ``factor`` times itself in one step."""
+    import train_lm
+
+    backward = train_lm.Engine.backward
+    rate = train_lm.optim.learning_rate
+    now = [-1]
+
+    def noted(step: int, **schedule: Any) -> float:
+        now[0] = step
+        return rate(step, **schedule)
+
+    def scaled(self: Any, loss_sum: Any, labels: Any) -> None:
+        large = now[0] + 1 == at_step and self.rank == self.world_size - 1
+        backward(self, loss_sum * factor if large else loss_sum, labels)
+
+    train_lm.optim.learning_rate, train_lm.Engine.backward = noted, scaled
+    return _train(argv, None, 0)
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_spike_skip_holds_the_update_back_on_every_rank(text: Path, world_size: int, stage: int) -> None:
+    """The run whose gradient was 1,000 times too large in one step is that in which the same step had no number."""
+    options = {
+        "train__duration": "16 steps",
+        "checkpoint__every": "never",
+        "evaluate__every": "never",
+        "guard__spike": "skip",
+        "guard__spike_window": 10,
+        "guard__spike_sigma": 30,
+        **({"engine__deepspeed": ROOT / "ds_configs" / f"zero{stage}.json"} if stage else {}),
+    }
+    env = {"ACCELERATE_USE_DEEPSPEED": "true"} if stage else {}
+    found = {}
+    for name, factor in (("large", 1e3), ("nan", math.nan)):
+        run_dir = found[name] = text / f"spike-{name}-{world_size}-{stage}"
+        argv = request(text, run_dir, **options)
+        codes = run_ranks(_train_with_a_large_gradient, world_size, argv, 13, factor, timeout=240, env=env)
+        assert codes == [EXIT_FINISHED] * world_size
+        skips = [r for r in read_metrics(run_dir / "metrics.jsonl", kind="event") if r["event"] == "skip"]
+        assert [skip["step"] for skip in skips] == [13]
+        assert skips[0]["positions"] == [[144, 156]]
+        assert ("above the spike limit" in skips[0]["reason"]) == (name == "large")
+    assert losses(found["large"]) == losses(found["nan"])
+    assert_same_state(weights(found["large"]), weights(found["nan"]))
+
+
+def _train_with_a_slow_disk(argv: list[str], steps: int) -> int:
+    """As ``_train``; a save is committed when training has gone on by three steps, no sooner and no later. (If training
+    waits for it, after 60 s.)
+    """
+    import train_lm
+    from lmcore import disk as files
+
+    advance, save, now, moved = train_lm.Session.advance, train_lm.Session.save, [0], threading.Condition()
+    saved_at = [steps]
+
+    def noted(self: Any, reason: str) -> None:
+        save(self, reason)
+        saved_at[0] = self.state.step
+
+    def told(self: Any, *step: Any) -> None:
+        advance(self, *step)
+        with moved:
+            now[0] = self.state.step
+            moved.notify_all()
+        while self.engine.is_main and now[0] >= saved_at[0] + 3 and self.saves.busy:
+            time.sleep(0.002)  # a slow disk or a thread without a core: not what this is about
+
+    def slow(call: Any) -> None:
+        name = Path(call.target).name
+        if call.operation == "rename" and name.startswith("step-"):
+            goal = min(int(name.removeprefix("step-")) + 3, steps)
+            with moved:
+                moved.wait_for(lambda: now[0] >= goal, timeout=60)
+
+    train_lm.Session.advance, train_lm.Session.save, files.DISK.before = told, noted, slow
+    return _train(argv, None, 0)
+
+
+def test_a_save_by_the_clock_never_keeps_training_waiting_for_the_one_before(text: Path) -> None:
+    run_dir = text / "slow-disk"
+    options = {**SHORT, "train__duration": "40 steps", "checkpoint__every": "0.001 s"}
+    assert run_ranks(_train_with_a_slow_disk, 2, request(text, run_dir, **options), 40) == [EXIT_FINISHED] * 2
+    events = read_metrics(run_dir / "metrics.jsonl", kind="event")
+    saves = [(r["step"], r["reason"]) for r in events if r["event"] == "checkpoint"]
+    by_the_clock = [step for step, reason in saves if reason == "interval"]
+    assert by_the_clock[0] == 1
+    assert len(by_the_clock) >= 2  # and it does come again, long before the horizon
+    assert all(later - earlier >= 3 for earlier, later in pairwise(by_the_clock)), saves
+    assert saves[-1] == (40, "end")  # the horizon's own save comes whenever the last one by the clock was
+
+
+def _recomputed_layers(argv: list[str]) -> int:
+    """As ``_train``; how many layers are run by way of torch's checkpoint, in the trainer itself."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    import lmcore.model.module
+
+    layers, recomputed = set(), lmcore.model.module._recomputed
+
+    def seen(forward: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(args[0], FakeTensor):  # the plan's rehearsal
+            layers.add(id(layer))
+        return recomputed(forward, layer, *args, **kwargs)
+
+    lmcore.model.module._recomputed = seen
+    assert _train(argv, None, 0) == EXIT_FINISHED
+    return len(layers)
+
+
+def test_every_layer_or_every_second_one_is_recomputed_and_nothing_changes(text: Path) -> None:
+    found = {}
+    for choice in ("false", "true", "2"):
+        options = {**SHORT, "model__config__n_layer": 3, "train__activation_checkpointing": choice}
+        found[choice] = run_ranks(
+            _recomputed_layers, 1, request(text, text / f"recomputed-{choice}", **options)
+        )
+    assert found == {"false": [0], "true": [3], "2": [2]}
+    assert (
+        losses(text / "recomputed-false") == losses(text / "recomputed-true") == losses(text / "recomputed-2")
+    )
+
+
+def _train_with_an_error(argv: list[str], at_step: int) -> str:
+    import train_lm
+
+    rate = train_lm.optim.learning_rate
+
+    def fails(step: int, **schedule: Any) -> float:
+        if step == at_step:
+            raise OSError("the disk of the data is gone")
+        return rate(step, **schedule)
+
+    train_lm.optim.learning_rate = fails
+    try:
+        _train(argv, None, 0)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def test_an_exception_is_saved_first_and_not_swallowed(text: Path) -> None:
+    run_dir = text / "exception"
+    assert "gone" in run_ranks(_train_with_an_error, 1, request(text, run_dir, **SHORT), 4)[0]
+    assert [p.name for p in (run_dir / "checkpoints").glob("step-*")] == ["step-00000004"]
+    assert train(request(text, run_dir, **SHORT)) == [EXIT_FINISHED]
+    straight = text / "no-exception"
+    assert train(request(text, straight, **SHORT)) == [EXIT_FINISHED]
+    assert losses(run_dir) == losses(straight)
+
+
+def test_fast_dev_run_goes_through_every_part(text: Path) -> None:
+    run_dir = text / "fast"
+    argv = [*request(text, run_dir, data__train=str(text / "*.txt")), "--fast_dev_run"]
+    assert train(argv) == [EXIT_FINISHED]
+    for name in ("export/model.safetensors", "report.html", "checkpoints/step-00000004/manifest.json"):
+        assert (run_dir / name).exists(), name
+    assert os.listdir(run_dir / "sample")

@@ -1,0 +1,153 @@
+"""What must not happen in a step: the host waits for the device, or the compiler starts anew. Counted, not timed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lmcore.engine.engine import Engine
+from lmcore.model import module as m
+from lmcore.model import optim
+
+V, T = 100, 16
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+GQA = {**SMALL, "num_key_value_heads": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 12,
+        "n_head": 2,
+    },  # more layers than the compiler's limit of recompilations
+    "llama": {**GQA, "num_hidden_layers": 12},
+    "qwen2": GQA,
+    "qwen3": {**GQA, "head_dim": 16},
+    "mistral": GQA,
+    "mixtral": {**GQA, "num_local_experts": 2},
+    "gemma2": {**GQA, "head_dim": 16},
+    "gpt_neox": SMALL,
+    "phi": SMALL,
+    "olmo2": GQA,
+}
+
+# What makes the host wait: reading a number, an output whose size depends on values, a tensor made from Python
+# numbers (on a GPU: a copy from unpinned memory, which waits for the whole stream).
+WAITS = {
+    "aten._local_scalar_dense.default",
+    "aten.nonzero.default",
+    "aten.masked_select.default",
+    "aten.equal.default",
+    "aten._unique2.default",
+    "aten.unique_dim.default",
+    "aten.lift_fresh.default",
+}
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations inside for which the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        by_mask = name in ("aten.index.Tensor", "aten.index_put_.default") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if name in WAITS or by_mask:
+            self.seen[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def batch(seed: int, rows: int = 2) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, V, (rows, T + 1), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+
+
+def make(family: str) -> m.ModelWithLoss:
+    return m.ModelWithLoss(
+        m.build(type=family, config_overrides=FAMILIES[family], vocab_size=V, block_size=T, seed=0)
+    )
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = Engine(precision="bf16", seed=0)
+    yield made
+    made.close()
+
+
+def test_the_counter_sees_what_waits() -> None:
+    x = torch.arange(4.0)
+    for work, name in (
+        (lambda: x.sum().item(), "aten._local_scalar_dense.default"),
+        (lambda: bool(x.isfinite().all()), "aten._local_scalar_dense.default"),
+        (lambda: x[x > 1], "aten.index.Tensor"),
+        (lambda: torch.as_tensor(3), "aten.lift_fresh.default"),
+    ):
+        with Waits() as waits:
+            work()
+        assert waits.seen[name] == 1, name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mixtral"])
+def test_no_step_waits_for_the_device(family: str, engine: Engine) -> None:
+    module = make(family)
+
+    def make_optimizer(named: Any) -> torch.optim.Optimizer:
+        return optim.build("adamw", optim.parameter_groups(named, weight_decay=0.1), lr=1e-3)
+
+    engine.prepare(module, make_optimizer, gradient_accumulation=2, micro_batch_blocks=2, clip_norm=1.0)
+    for step in range(3):
+        with Waits() as waits:
+            engine.set_learning_rate(1e-3)
+            for key in (0, 1):
+                loss_sum, _ = engine.forward(batch(key), key)
+                engine.backward(loss_sum, 4 * T)
+            engine.update()
+        if step > 0:  # the first makes the optimizer's state
+            assert not waits.seen, waits.seen
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at every input's .grad
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_graph_breaks_and_no_recompilation_after_the_warm_up(family: str) -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    module = make(family)
+    layers = m.compile_regions(
+        module, backend="eager"
+    )  # dynamo's part alone: what it captures, and how often
+    assert layers == len(m.decoder_layers(module)) > 0
+
+    def step(seed: int) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss_sum = module(**batch(seed))[0]
+        loss_sum.backward()
+
+    def evaluate() -> None:
+        module.eval()
+        with torch.no_grad():
+            module(**batch(0))
+        module.train()
+
+    step(0)
+    evaluate()
+    warm = counters["stats"]["unique_graphs"]
+    for seed in range(1, 4):
+        step(seed)
+    evaluate()
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    assert counters["stats"]["unique_graphs"] == warm
+    # Training and evaluation, of each kind of layer and of the loss: the layers share their graphs.
+    kinds = 2 if family == "gemma2" else 1
+    assert warm <= 2 * kinds + 2, warm
+    assert not counters["recompile_limit"]

@@ -1,0 +1,490 @@
+"""The engine: every strategy gives the training of thirty lines of plain PyTorch, and takes over every
+other's state.
+
+The default tests hold one pairing of every mode; ``test_engine_matrix.py`` has the rest. Tolerances: fp32
+losses and norms 1e-5 relative (seen: 5e-7); SGD weights 1e-5. Under Adam a parameter whose true gradient is
+zero, as a key's bias is (softmax does not see a shift of all keys' scores), moves by its sign of rounding
+noise: such are left to SGD. bf16: a difference of 1e-8 between two orders of summation can flip the rounding
+of a weight's bf16 copy (4e-3 relative), so that the first step is held tightly and twenty steps to 2e-3.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support import engine_runs
+from tests.support.engine_runs import SEVEN, Job, Trace
+from tests.support.fork_server import RankFailure, run_ranks
+
+# mode -> model and accumulation: every value of each meets every kind of strategy.
+PAIRING = {
+    "single": ("gpt2-tied", 3),
+    "ddp2": ("llama", 1),
+    "ddp3": ("gpt2-untied", 3),
+    "fsdp2": ("gpt2-tied", 3),
+    "zero1": ("gpt2-untied", 1),
+    "zero2": ("llama-tied", 3),
+    "zero3": ("gpt2-tied", 1),
+}
+HALF = 10
+
+
+def job_of(mode: str, **changes: Any) -> Job:
+    model, accumulation = PAIRING[mode]
+    return replace(Job(mode=mode, model=model, accumulation=accumulation), **changes)
+
+
+def close(ours: list[float], theirs: list[float], tolerance: float) -> None:
+    assert len(ours) == len(theirs)
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=tolerance, atol=0)
+
+
+def largest_difference(ours: dict[Any, Tensor], theirs: dict[Any, Tensor], skip: str = "none") -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[key] - theirs[key]).abs().max()) for key in theirs if skip not in str(key))
+
+
+def assert_follows(ours: Trace, theirs: Trace) -> None:
+    """fp32: the losses, the norms, Adam's moments and the weights, key biases apart."""
+    close(ours.losses, theirs.losses, 1e-5)
+    close(ours.norms, theirs.norms, 1e-5)
+    assert largest_difference(ours.weights, theirs.weights, skip="attn.c_attn.bias") < 1e-5
+    assert largest_difference(ours.slots, theirs.slots) < 1e-6
+
+
+def assert_same_bits(ours: Trace, theirs: Trace) -> None:
+    assert ours.losses == theirs.losses[-len(ours.losses) :]
+    assert ours.norms == theirs.norms[-len(ours.norms) :]
+    for mine, other in ((ours.weights, theirs.weights), (ours.slots, theirs.slots)):
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[key], other[key]) for key in mine)
+    assert ours.scalars == theirs.scalars
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """mode -> (trace of twenty fp32 Adam steps, folder of the checkpoint of its tenth), each run once."""
+    done: dict[str, tuple[Trace, str]] = {}
+
+    def of(mode: str) -> tuple[Trace, str]:
+        if mode not in done:
+            folder = str(tmp_path_factory.mktemp(mode))
+            done[mode] = engine_runs.run(job_of(mode, save=folder, save_at=HALF)), folder
+        return done[mode]
+
+    return of
+
+
+# ---- the same training (laws 8, 9, 11) ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", SEVEN)
+def test_fp32_follows_the_plain_reference(mode: str, straight: Any) -> None:
+    """Ragged labels, accumulation, clipping, two groups, a rate that changes every step."""
+    ours, _ = straight(mode)
+    theirs = engine_runs.reference(job_of(mode))
+    assert largest_difference(ours.initial, theirs.initial) == 0  # bit for bit, from one seed
+    assert_follows(ours, theirs)
+    assert ours.rates == theirs.rates
+    assert ours.applied == [True] * 20
+    assert ours.scalars["slots"] == {"step": 20.0}
+
+
+@pytest.mark.parametrize("mode", SEVEN)
+def test_sgd_weights_follow_the_plain_reference(mode: str) -> None:
+    """Every weight, the biases of the keys too; with the other accumulation."""
+    job = job_of(mode, optimizer="sgd", model="gpt2-tied", accumulation=4 - PAIRING[mode][1])
+    ours, theirs = engine_runs.run(job), engine_runs.reference(job)
+    close(ours.losses, theirs.losses, 1e-5)
+    assert largest_difference(ours.weights, theirs.weights) < 1e-5
+    assert largest_difference(ours.slots, theirs.slots) < 1e-5
+
+
+@pytest.mark.parametrize("mode", SEVEN)
+def test_bf16_follows_the_reference_that_rounds_at_the_same_places(mode: str) -> None:
+    job = job_of(mode, precision="bf16", accumulation=4 - PAIRING[mode][1])
+    ours, theirs = engine_runs.run(job), engine_runs.reference(job)
+    assert largest_difference(ours.initial, theirs.initial) == 0  # DeepSpeed alone would round them
+    assert all(weight.dtype == torch.float32 for weight in ours.weights.values())
+    assert abs(ours.losses[0] / theirs.losses[0] - 1) < 1e-6
+    # Three ranks scale the loss by 3, which is no power of two: gradients round elsewhere.
+    assert abs(ours.norms[0] / theirs.norms[0] - 1) < (1e-3 if mode == "ddp3" else 1e-5)
+    close(ours.losses, theirs.losses, 2e-3)
+
+
+@pytest.mark.parametrize("mode", ["fsdp2", "zero1", "zero2", "zero3"])
+def test_the_clipping_is_the_runs_own(mode: str) -> None:
+    """DeepSpeed would take 1.0 where it is told nothing, and accelerate's own clipping does nothing there."""
+    job = job_of(mode, optimizer="sgd", steps=3, clip_norm=0.1)
+    ours, theirs = engine_runs.run(job), engine_runs.reference(job)
+    assert min(theirs.norms) > 0.5  # it clips
+    close(ours.norms, theirs.norms, 1e-5)
+    assert largest_difference(ours.weights, theirs.weights) < 1e-5
+    free = engine_runs.reference(replace(job, clip_norm=1.0))
+    assert largest_difference(theirs.weights, free.weights) > 1e-3  # and 1.0 would show
+
+
+@pytest.mark.parametrize(("mode", "accumulation"), [("single", 9), ("ddp2", 1), ("ddp3", 3)])
+def test_gradients_of_bf16_weights_are_summed_in_fp32(mode: str, accumulation: int) -> None:
+    """Over micro-batches and over ranks, rounded once, against a reference that does so."""
+    job = Job(mode=mode, accumulation=accumulation, precision="bf16", param_dtype="bf16", steps=8)
+    ours, theirs = engine_runs.run(job), engine_runs.reference(job)
+    assert all(weight.dtype == torch.bfloat16 for weight in ours.weights.values())
+    assert ours.losses[0] == pytest.approx(theirs.losses[0], rel=1e-6)
+    # Three ranks scale the loss by 3, which is no power of two: gradients round elsewhere.
+    assert ours.norms[0] == pytest.approx(theirs.norms[0], rel=1e-3 if mode == "ddp3" else 1e-6)
+    close(ours.losses, theirs.losses, 2e-3)
+    # Summed in bf16 they are others.
+    narrow = engine_runs.run(job, reduce_dtype="bf16", steps=1)
+    assert narrow.norms[0] != pytest.approx(theirs.norms[0], rel=1e-4)
+
+
+def test_bf16_weights_resume_bit_exactly_and_skip_a_step_that_is_not_finite(tmp_path: Path) -> None:
+    job = Job(mode="ddp2", accumulation=3, precision="bf16", param_dtype="bf16", steps=6, poison=(1, 0))
+    whole = engine_runs.run(job, save=str(tmp_path), save_at=3)
+    assert whole.applied == [True, False, True, True, True, True]
+    assert_same_bits(engine_runs.run(job, load=str(tmp_path), first_step=3, steps=3), whole)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in SEVEN if mode not in ("single", "ddp3")])
+def test_dropout_is_keyed_by_the_micro_batch(mode: str) -> None:
+    """Two ranks have the masks of one rank with accumulation, and layers recomputed in backward have them
+    too."""
+    job = Job(accumulation=2, dropout=0.3, steps=4)
+    alone = engine_runs.run(job)
+    together = engine_runs.run(job, mode=mode, accumulation=1, checkpointing=True)
+    close(together.losses, alone.losses, 1e-5)
+    close(together.norms, alone.norms, 1e-5)
+    assert alone.losses != engine_runs.run(job, dropout=0.0).losses
+
+
+# ---- one state for all (law 16) ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", SEVEN)
+def test_a_resume_is_bit_exact(mode: str, straight: Any) -> None:
+    """Saved in the middle, continued in new processes; saving itself changed nothing (the run was saved)."""
+    whole, folder = straight(mode)
+    rest = engine_runs.run(job_of(mode, load=folder, first_step=HALF, steps=20 - HALF))
+    assert_same_bits(rest, whole)
+
+
+RING = [("single", "ddp3"), ("ddp3", "fsdp2"), ("fsdp2", "zero1"), ("zero1", "zero3"), ("zero3", "zero2")]
+RING += [("zero2", "ddp2"), ("ddp2", "single")]
+
+
+@pytest.mark.parametrize(("before", "after"), RING)
+def test_a_checkpoint_opens_under_another_strategy(before: str, after: str, tmp_path: Path) -> None:
+    """One ring through all seven; weights, moments and losses as if the strategy had never changed."""
+    model = PAIRING[before][0]
+    first = engine_runs.run(job_of(before, save=str(tmp_path), steps=4, optimizer="adamw"))
+    job = job_of(after, model=model, load=str(tmp_path), first_step=4, steps=4)
+    rest, theirs = engine_runs.run(job), engine_runs.reference(Job(model=model, steps=8))
+    close(first.losses + rest.losses, theirs.losses, 1e-5)
+    close(first.norms + rest.norms, theirs.norms, 1e-5)
+    assert largest_difference(rest.slots, theirs.slots) < 1e-6
+    assert rest.scalars == {"slots": {"step": 8.0}}
+
+
+def take_state_of_another_model(folder: str) -> str:
+    engine = engine_runs.make_engine(Job())
+    engine.prepare(
+        engine_runs.make_model("llama"),
+        engine_runs.make_optimizer("sgd"),
+        gradient_accumulation=1,
+        micro_batch_blocks=1,
+    )
+    try:
+        engine_runs.load(engine, folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        engine.close()
+    return ""
+
+
+def test_a_checkpoint_of_another_model_is_refused(straight: Any) -> None:
+    _, folder = straight("single")
+    assert (
+        "RequestError: the checkpoint has no tensor" in run_ranks(take_state_of_another_model, 1, folder)[0]
+    )
+
+
+# ---- the finite gate (law 12) ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", SEVEN)
+def test_a_step_with_a_non_finite_loss_is_not_applied(mode: str) -> None:
+    """NaN in one micro-batch of one rank: no rank takes the step, the next ones go on as if it had not
+    been."""
+    job = job_of(mode, steps=4, poison=(1, 0), model="gpt2-tied")
+    ours, theirs = engine_runs.run(job), engine_runs.reference(job)
+    assert ours.applied == [True, False, True, True]
+    assert not torch.isfinite(torch.tensor(ours.norms[1]))
+    close(ours.losses[:1] + ours.losses[2:], theirs.losses[:1] + theirs.losses[2:], 1e-5)
+    assert largest_difference(ours.slots, theirs.slots) < 1e-6
+    assert ours.scalars["slots"] == {"step": 3.0}
+
+
+# ---- the whole model, and talking between ranks ------------------------------------------------------------
+
+
+def sample_and_talk(mode: str) -> dict[str, Any]:
+    """Two steps; then the model for sampling, its logits, and one step more; and every way to talk."""
+    engine = engine_runs.make_engine(Job(mode=mode))
+    model = engine_runs.make_model("gpt2-tied")
+    # A frozen parameter and a persistent buffer: both belong to a checkpoint.
+    model.model.transformer.wpe.weight.requires_grad_(False)
+    model.model.register_buffer("note", torch.arange(3.0))
+    micro = 6 // engine.world_size
+    engine.prepare(
+        model,
+        engine_runs.make_optimizer("adamw"),
+        gradient_accumulation=1,
+        micro_batch_blocks=micro,
+        clip_norm=1.0,
+    )
+    state: dict[str, Tensor] = {}
+    logits = None
+    for step in range(3):
+        batch = {
+            k: v[engine.rank * micro : (engine.rank + 1) * micro]
+            for k, v in engine_runs.batch_of(step).items()
+        }
+        engine.set_learning_rate(1e-2)
+        loss_sum, _ = engine.forward(batch, step)
+        engine.backward(loss_sum, 40)
+        engine.update()
+        if step == 1:
+            state = {name: t for kind, name, _, t in engine.state() if kind == "model" and t is not None}
+            with engine.full_model() as whole:
+                assert (whole is None) == (not engine.is_main)
+                if whole is not None:
+                    assert not whole.training
+                    logits = whole(input_ids=engine_runs.batch_of(9)["input_ids"]).logits
+            with engine.evaluation(), torch.no_grad():
+                held_out, _ = engine.forward(batch)
+            assert model.training
+    flags = engine.agree(1 << engine.rank | 1 << 40)
+    ranks = engine.gather_object(engine.rank)
+    word = engine.broadcast_object("from 0" if engine.is_main else "wrong")
+    total = engine.sum_over_ranks(torch.tensor([1.0, engine.rank]))
+    engine.barrier("here")
+    answer = {"state": state, "logits": logits, "held_out": float(held_out), "final": float(loss_sum)}
+    answer |= {
+        "flags": flags,
+        "ranks": ranks,
+        "word": word,
+        "total": total.tolist(),
+        "rows": engine.describe(),
+    }
+    engine.close()
+    return answer
+
+
+def as_a_plain_model(state: dict[str, Tensor]) -> nn.Module:
+    model = engine_runs.make_model("gpt2-tied").model
+    missing = model.load_state_dict({k: v for k, v in state.items() if k != "note"}, strict=False)
+    assert set(missing.missing_keys) <= {"lm_head.weight"}  # tied
+    return model.eval()
+
+
+@pytest.mark.parametrize("mode", ["single", "ddp2", "fsdp2", "zero2", "zero3"])
+def test_the_whole_model_is_the_trained_one(mode: str) -> None:
+    strategy, world_size = engine_runs.MODES[mode]
+    answers = run_ranks(sample_and_talk, world_size, mode, launched=strategy != "single")
+    main = answers[0]
+    with torch.no_grad():
+        logits = as_a_plain_model(main["state"])(input_ids=engine_runs.batch_of(9)["input_ids"]).logits
+    torch.testing.assert_close(main["logits"], logits, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(main["state"]["note"], torch.arange(3.0))
+    frozen = engine_runs.make_model("gpt2-tied").model.transformer.wpe.weight
+    torch.testing.assert_close(main["state"]["transformer.wpe.weight"], frozen.detach(), rtol=0, atol=0)
+    for answer in answers:
+        assert answer["flags"] == (1 << world_size) - 1 | 1 << 40
+        assert answer["ranks"] == list(range(world_size))
+        assert answer["word"] == "from 0"
+        assert answer["total"] == [world_size, sum(range(world_size))]
+        assert ("strategy", strategy) in answer["rows"]
+
+
+def stay_away(done: str) -> str:
+    import time
+    from datetime import timedelta
+
+    from lmcore.engine.engine import Engine
+    from lmcore.engine.ranks import Ranks
+
+    engine = Engine(precision="fp32", timeout_seconds=200)
+    engine.barrier()  # both are here: the short timeout is not for starting up
+    ranks = Ranks(timedelta(seconds=8))
+    if engine.rank == 1:
+        while not Path(done).exists():
+            time.sleep(0.05)
+        return ""
+    try:
+        ranks.agree(1)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        Path(done).touch()
+    return "no error"
+
+
+def test_a_stuck_rank_is_named(tmp_path: Path) -> None:
+    """Rank 1 does not come: rank 0 says so after the timeout, instead of hanging or only dying."""
+    assert "dead or stuck" in (message := run_ranks(stay_away, 2, str(tmp_path / "done"))[0])
+    assert "1" in message.split("dead or stuck")[1]
+
+
+# ---- what cannot be right is refused -----------------------------------------------------------------------
+
+
+def build_engine(settings: dict[str, Any]) -> str:
+    from lmcore.engine.engine import Engine
+
+    try:
+        Engine(**settings).close()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "built"
+
+
+@pytest.mark.parametrize(
+    ("env", "settings", "message"),
+    [
+        (
+            {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"},
+            {},
+            "started one process where several were asked for.*cpu_2.yaml",
+        ),
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP version 1 .* accelerate_configs/fsdp2.yaml"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            {},
+            r"fsdp2 was asked for but accelerate built .* on a CPU use DDP or ZeRO",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {},
+            "dropout masks .* --train.activation_checkpointing",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"},
+            {},
+            "DeepSpeed is silently dropped",
+        ),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, "dynamo_backend 'INDUCTOR'.*--train.compile"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"precision": "fp32"}, "mixed_precision 'bf16' .* 'fp32'"),
+        ({}, {"precision": "fp16"}, "fp16 needs a GPU .* silently train in fp32"),
+        ({}, {"precision": "int4"}, "'int4' is unknown"),
+        ({}, {"precision": "fp8"}, "fp8 needs a GPU"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, "PARALLELISM_CONFIG_TP_SIZE=2"),
+        ({}, {"deepspeed": "no/such.json"}, "no/such.json: No such file"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {"param_dtype": "bf16"}, "param_dtype bf16 has no meaning"),
+    ],
+)
+def test_silent_traps_are_refused_with_the_remedy(
+    env: dict[str, str], settings: dict[str, Any], message: str
+) -> None:
+    [answer] = run_ranks(build_engine, 1, settings, env=env)
+    assert answer.startswith("RequestError: ")
+    assert re.search(message, answer), answer
+
+
+def prepare_with_mistake(kind: str) -> str:
+    content: dict[str, Any] = {
+        "accumulation": {"gradient_accumulation_steps": 4},
+        "clipping": {"gradient_clipping": 0.5},
+        "micro-batch": {"train_micro_batch_size_per_gpu": 3},
+        "batch": {"train_batch_size": 99},
+        "precision": {"bf16": {"enabled": True}},
+        "reduction": {"communication_data_type": "bf16"},
+        "optimizer": {"optimizer": {"type": "Adam"}},
+    }.get(kind, {})
+    if kind == "launcher":
+        os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "4"
+    if kind == "compiler":
+        content = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+        os.environ["PATH"] = ""
+    try:
+        engine = engine_runs.make_engine(
+            Job(mode="zero2" if kind == "compiler" else "zero1", deepspeed=content)
+        )
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    try:
+        engine.prepare(
+            engine_runs.make_model("gpt2-tied"),
+            engine_runs.make_optimizer("muon" if kind == "muon" else "adamw"),
+            gradient_accumulation=2,
+            micro_batch_blocks=5,
+            clip_norm=1.0,
+        )
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        engine.close()
+    return "prepared"
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs", "ours"),
+    [
+        ("accumulation", "4", "2"),
+        ("clipping", "0.5", "1.0"),
+        ("micro-batch", "3", "5"),
+        ("batch", "99", "10"),
+        ("muon", "MuonWithAdamW", "use adamw"),
+        ("precision", "bf16.enabled True", "False"),
+        ("reduction", "'bf16'", "'fp32'"),
+        ("optimizer", "section 'optimizer'", "optim.name"),
+        ("launcher", "gradient_accumulation_steps 4", "give 2"),
+        ("compiler", "g++ and ninja", "zero_force_ds_cpu_optimizer"),
+    ],
+)
+def test_a_deepspeed_value_that_disagrees_is_refused_with_both(kind: str, theirs: str, ours: str) -> None:
+    [answer] = run_ranks(prepare_with_mistake, 1, kind, launched=True)
+    assert answer.startswith("RequestError: ")
+    assert theirs in answer
+    assert ours in answer
+
+
+def test_deepspeed_files_agree_with_their_names() -> None:
+    """Each says its stage, leaves to the run what is the run's, and has no optimizer and no scheduler."""
+    from lmcore.engine import zero
+
+    for path in sorted(Path("ds_configs").glob("*.json")):
+        content = zero.read({}, str(path))
+        assert f"zero{content['zero_optimization']['stage']}" == path.stem.removesuffix("_offload")
+        assert zero.offloads(content) == path.stem.endswith("_offload")
+        config = zero.base_config(content, precision="bf16", reduce_dtype="fp32")
+        zero.batch_config(config, micro_batch_blocks=4, accumulation=2, world_size=8, clip_norm=0.0)
+        assert config["train_batch_size"] == 64
+        assert config["gradient_clipping"] == 0.0  # a missing one would be 1.0
+        assert "auto" not in str(config)
+
+
+def test_a_rank_that_fails_to_prepare_is_told_at_once() -> None:
+    with pytest.raises(RankFailure, match="with last=True"):
+        run_ranks(call_out_of_turn, 1)
+
+
+def call_out_of_turn() -> None:
+    engine = engine_runs.make_engine(Job())
+    engine.prepare(
+        engine_runs.make_model("gpt2-tied"),
+        engine_runs.make_optimizer("sgd"),
+        gradient_accumulation=2,
+        micro_batch_blocks=9,
+    )
+    loss_sum, count = engine.forward({k: v[:9] for k, v in engine_runs.batch_of(0).items()}, 0)
+    engine.backward(loss_sum, count, last=True)

@@ -1,0 +1,342 @@
+"""Hostile checkpoint, config, tokenizer and run folders: whatever they hold, no code of theirs runs.
+
+Every payload would make the file ``EXECUTED`` if it were executed. What is asked of the reader is not that
+it accepts or refuses, but that the file does not appear, and that a refusal is one of ours (a line, not a
+crash deep inside).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from lmcore.checkpoint import writer
+from lmcore.checkpoint.manifest import manifest_bytes
+from lmcore.data.tokenizer import tokenizer
+from lmcore.errors import RequestError
+from lmcore.model import module as models
+from lmcore.saved import load
+
+
+class Bomb:
+    """Unpickling it makes the file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, (f"touch {self.mark}",))
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Path:
+    return tmp_path / "EXECUTED"
+
+
+TINY = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 4, "n_positions": 8, "vocab_size": 64}
+
+
+def module_text(mark: Path) -> str:
+    return (
+        f"import os; os.system('touch {mark}')\n"
+        "from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast\n"
+        "class Evil(GPT2LMHeadModel): pass\nclass EvilConfig(GPT2Config): model_type = 'evil'\n"
+        "class EvilTokenizer(PreTrainedTokenizerFast): pass\n"
+    )
+
+
+def attempt(work: Callable[[], Any]) -> str:
+    """What came of it; only refusals of ours are allowed to be raised."""
+    try:
+        work()
+    except RequestError as refusal:
+        return str(refusal)
+    return "opened"
+
+
+def model_folder(folder: Path, mark: Path, config: dict[str, Any], weights: str = "safetensors") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "evil.py").write_text(module_text(mark))
+    (folder / "config.json").write_text(json.dumps(TINY | {"architectures": ["GPT2LMHeadModel"]} | config))
+    tensors = {"transformer.wte.weight": torch.zeros(64, 4)}
+    if weights == "safetensors":
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    elif weights == "pickle":
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
+    elif weights == "index":
+        index = {"metadata": {}, "weight_map": {"transformer.wte.weight": "../../evil.bin"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder.parent.parent / "evil.bin").write_bytes(pickle.dumps(Bomb(mark)))
+    elif weights == "named":
+        (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb(mark)))
+    return folder
+
+
+AUTO = {
+    "AutoConfig": "evil.EvilConfig",
+    "AutoModelForCausalLM": "evil.Evil",
+    "AutoTokenizer": ["evil.EvilTokenizer", None],
+}
+MODEL_PAYLOADS: dict[str, tuple[dict[str, Any], str]] = {
+    "auto_map beside a known type": ({"auto_map": AUTO}, "safetensors"),
+    "auto_map of an unknown type": ({"auto_map": AUTO, "model_type": "evil"}, "safetensors"),
+    "auto_map to another repository": (
+        {"auto_map": {"AutoModelForCausalLM": "evil/repo--evil.Evil"}},
+        "safetensors",
+    ),
+    "trust_remote_code in the config": (
+        {"auto_map": AUTO, "model_type": "evil", "trust_remote_code": True},
+        "safetensors",
+    ),
+    "trust_remote_code in a nested config": ({"text_config": {"trust_remote_code": True}}, "safetensors"),
+    "CVE-2026-4372": ({"_attn_implementation_internal": "evil/kernel"}, "safetensors"),
+    "a kernel as attention": ({"attn_implementation": "evil/kernel@main:Evil"}, "safetensors"),
+    "another private key": ({"_experts_implementation_internal": "evil/kernel"}, "safetensors"),
+    "pickled weights": ({}, "pickle"),
+    "an index that leads out": ({}, "index"),
+    "a pickle that is called safetensors": ({}, "named"),
+    "a quantization that loads code": ({"quantization_config": {"quant_method": "evil.Evil"}}, "safetensors"),
+    "custom generation code": ({"custom_generate": "evil"}, "safetensors"),
+    "architectures of its own": ({"architectures": ["evil.Evil"]}, "safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", MODEL_PAYLOADS)
+def test_model_folders(tmp_path: Path, mark: Path, name: str) -> None:
+    config, weights = MODEL_PAYLOADS[name]
+    folder = model_folder(tmp_path / "deep" / "model", mark, config, weights)
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(module_text(mark))
+    before = set(sys.modules)
+    attempt(
+        lambda: models.build(
+            from_pretrained=str(folder),
+            vocab_size=64,
+            special_ids={},
+            block_size=8,
+            seed=0,
+            type=None,
+            config_overrides={},
+        )
+    )
+    attempt(lambda: _export(folder))
+    assert not mark.exists()
+    assert not any("evil" in module for module in set(sys.modules) - before)
+
+
+def _export(folder: Path) -> Any:
+    """As ``generate`` opens an export; what transformers itself finds wrong there is its own kind of
+    refusal.
+    """
+    try:
+        return load.open_export(folder)
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        raise RequestError(str(error)) from error
+
+
+TOKENIZER_PAYLOADS: dict[str, dict[str, Any]] = {
+    "auto_map": {"auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]}},
+    "a class of its own": {
+        "tokenizer_class": "EvilTokenizer",
+        "auto_map": {"AutoTokenizer": "evil.EvilTokenizer"},
+    },
+    "a class by path": {"tokenizer_class": "evil.EvilTokenizer"},
+    "a class of the system": {"tokenizer_class": "os.system"},
+    "trust_remote_code": {
+        "trust_remote_code": True,
+        "auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", None]},
+    },
+    "a template": {"chat_template": "{{ cycler.__init__.__globals__.os.system('touch MARK') }}"},
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZER_PAYLOADS)
+def test_tokenizer_folders(tmp_path: Path, mark: Path, name: str) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "evil.py").write_text(module_text(mark))
+    (folder / "tokenization_evil.py").write_text(module_text(mark))
+    Tokenizer(WordLevel({"a": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")).save(
+        str(folder / "tokenizer.json")
+    )
+    config = {"eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    text = json.dumps(config | TOKENIZER_PAYLOADS[name]).replace("MARK", str(mark))
+    (folder / "tokenizer_config.json").write_text(text)
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": AUTO}))
+    for pickled in ("tokenizer.pkl", "tokenizer.bin", "vocab.pt"):
+        (folder / pickled).write_bytes(pickle.dumps(Bomb(mark)))
+
+    def work() -> None:
+        opened = tokenizer.load(folder)
+        opened.decode(opened.encode("a a"))
+        opened.save(tmp_path / "again")
+
+    attempt(work)
+    assert not mark.exists()
+    assert not any(module.startswith(("evil", "tokenization_evil")) for module in sys.modules)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04", b"\x0a" * 100, b"PK\x03\x04"])
+def test_a_pickle_as_sentencepiece_model(tmp_path: Path, mark: Path, content: bytes) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content + pickle.dumps(Bomb(mark)))
+    assert attempt(lambda: tokenizer.load(path)) != "opened"
+    assert not mark.exists()
+
+
+def a_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
+    saves = writer.Checkpoints(folder / "checkpoints", say=lambda _: None)
+    tensor = torch.zeros(2)
+    layout = [("model", "w", None, (2,), torch.float32)]
+    saves.save(1, layout=layout, tensors=iter([("model", "w", None, tensor)]), state=state)
+    saves.wait(final=True)
+    return folder / "checkpoints" / "step-00000001"
+
+
+STATE_PAYLOADS: dict[str, Callable[[Path], Any]] = {
+    "a factory of the system": lambda mark: {
+        "kind": "factory",
+        "factory": "os:system",
+        "arguments": {"command": f"touch {mark}"},
+    },
+    "a factory of subprocess": lambda mark: {
+        "kind": "factory",
+        "factory": "subprocess:run",
+        "arguments": {"args": ["touch", str(mark)]},
+    },
+    "a factory beside it": lambda mark: {"kind": "factory", "factory": "evil:Evil", "arguments": {}},
+    "an unsafe config": lambda mark: {
+        "kind": "transformers",
+        "config": TINY | {"_attn_implementation_internal": "evil/kernel"},
+        "real_vocab_size": 64,
+    },
+    "an unknown type": lambda mark: {
+        "kind": "transformers",
+        "config": TINY | {"model_type": "evil", "auto_map": AUTO},
+        "real_vocab_size": 64,
+    },
+    "nothing": lambda mark: {},
+    "a list": lambda mark: {"kind": "transformers", "config": [], "real_vocab_size": 64},
+}
+
+
+@pytest.mark.parametrize("name", STATE_PAYLOADS)
+def test_states_of_checkpoints(
+    tmp_path: Path, mark: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text(module_text(mark))
+    path = a_checkpoint(tmp_path / "run", {"model": STATE_PAYLOADS[name](mark)})
+    for given in (path, tmp_path / "run"):
+        assert attempt(lambda given=given: load.open_saved(given, device="cpu")) != "opened"
+    assert not mark.exists()
+
+
+def test_only_the_named_factory_runs(tmp_path: Path, mark: Path) -> None:
+    description = STATE_PAYLOADS["a factory of the system"](mark)
+    with pytest.raises(RequestError, match=r"--factory os:system"):
+        load.empty_model(description)
+    with pytest.raises(RequestError, match=r"--factory os:system"):
+        load.empty_model(description, factory="torch.nn:Linear")
+    built = load.empty_model(
+        {"kind": "factory", "factory": "torch.nn:Linear", "arguments": {"in_features": 1, "out_features": 1}},
+        factory="torch.nn:Linear",
+    )
+    assert isinstance(built, torch.nn.Linear)
+    assert not mark.exists()
+
+
+def _pickle_as(name: str) -> Callable[[Path, Path], None]:
+    def hurt(folder: Path, mark: Path) -> None:
+        (folder / name).write_bytes(pickle.dumps(Bomb(mark)))
+
+    return hurt
+
+
+def _torch_archive(folder: Path, mark: Path) -> None:
+    with zipfile.ZipFile(folder / "model.safetensors", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Bomb(mark)))
+        archive.writestr("archive/version", "3")
+
+
+def _signed(folder: Path, mark: Path) -> None:
+    """The attacker computes the hashes as well."""
+    import hashlib
+
+    data = pickle.dumps(Bomb(mark))
+    (folder / "model.safetensors").write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["files"]["model.safetensors"] = entry
+    (folder / "manifest.json").write_bytes(manifest_bytes(manifest))
+
+
+def _signed_state(folder: Path, mark: Path) -> None:
+    import hashlib
+
+    data = b"[" * 100_000
+    (folder / "state.json").write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_bytes(manifest_bytes(manifest))
+
+
+FOLDER_PAYLOADS: dict[str, Callable[[Path, Path], None]] = {
+    "training_args.bin": _pickle_as("training_args.bin"),
+    "optimizer.pt": _pickle_as("optimizer.pt"),
+    "rng_state.pth": _pickle_as("rng_state.pth"),
+    ".metadata of DCP": _pickle_as(".metadata"),
+    "a pickle for a manifest": _pickle_as("manifest.json"),
+    "a pickle for a state": _pickle_as("state.json"),
+    "a pickle for weights": _pickle_as("model.safetensors"),
+    "an archive of torch for weights": _torch_archive,
+    "with matching hashes": _signed,
+    "a state without end": _signed_state,
+    "a script": lambda folder, mark: (folder / "sitecustomize.py").write_text(module_text(mark)) and None,
+}
+
+
+@pytest.mark.parametrize("name", FOLDER_PAYLOADS)
+def test_checkpoint_folders(tmp_path: Path, mark: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = a_checkpoint(tmp_path / "run", {})
+    FOLDER_PAYLOADS[name](path, mark)
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    monkeypatch.chdir(path)
+    for work in (
+        lambda: writer.open_checkpoint(path, verify_bytes=True),
+        lambda: writer.open_checkpoint(copy),
+        lambda: writer.find(path.parent, repair=False, say=lambda _: None),
+        lambda: writer.find(path.parent, say=lambda _: None),
+        lambda: writer.listing(path.parent, verify_bytes=True),
+    ):
+        attempt(work)
+    assert attempt(lambda: writer.open_checkpoint(copy)) != "opened"
+    assert not mark.exists()
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(MODEL_PAYLOADS) + len(TOKENIZER_PAYLOADS) + len(STATE_PAYLOADS) + len(FOLDER_PAYLOADS) >= 20

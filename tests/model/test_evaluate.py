@@ -1,0 +1,141 @@
+"""Held-out loss against a slow, obvious reference; early stopping by its table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lmcore.data.batches import EvalBatches
+from lmcore.data.blocks import BlockDataset
+from lmcore.data.store.store import Piece, TokenStore
+from lmcore.model.evaluate import EarlyStopping, evaluate
+from lmcore.model.module import ModelWithLoss, build
+
+V, T = 50, 8
+
+
+class OneProcess:
+    """What evaluate asks of an engine, for one process."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.module(**batch)
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        self.module.eval()
+        yield
+        self.module.train()
+
+
+@pytest.fixture(scope="module")
+def module() -> ModelWithLoss:
+    shape = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": T, "resid_pdrop": 0.5}
+    return ModelWithLoss(
+        build(type="gpt2", config_overrides=shape, vocab_size=V, block_size=T, seed=0),
+        label_smoothing=0.3,
+        z_loss=0.1,
+    )
+
+
+def store(tmp_path: Any, count: int) -> TokenStore:
+    ids = np.random.default_rng(0).integers(0, V, count).astype(np.uint16)
+    path = tmp_path / f"{count}.bin"
+    ids.tofile(path)
+    return TokenStore(
+        name="held",
+        fingerprint="x",
+        dtype=np.dtype(np.uint16),
+        pieces=[Piece(path=path, n_tokens=count, offset_bytes=0)],
+    )
+
+
+def reference(module: ModelWithLoss, ids: np.ndarray) -> tuple[float, int]:
+    """Every block by itself, in float64, with full logits."""
+    module.eval()
+    nats, count = 0.0, 0
+    for start in range(0, len(ids) - 1, T):
+        inputs = torch.tensor(ids[start : start + T].astype(np.int64))[None]
+        labels = ids[start + 1 : start + T + 1].astype(np.int64)
+        inputs = inputs[:, : len(labels)]
+        with torch.no_grad():
+            logits = module.model(input_ids=inputs).logits[0, :, :V].double()
+        nats -= float(torch.log_softmax(logits, -1)[range(len(labels)), labels].sum())
+        count += len(labels)
+    return nats, count
+
+
+@pytest.mark.parametrize("count", [2, T, T + 1, 3 * T + 1, 5 * T + 4])
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_every_token_is_scored_once_tail_included(
+    tmp_path: Any, module: ModelWithLoss, count: int, micro_batch: int
+) -> None:
+    """No smoothing, no z-loss, no dropout enters; float32 logits against float64: 1e-5 relative."""
+    held = store(tmp_path, count)
+    blocks = BlockDataset.from_stores([held], block_size=T, drop_last=False)
+    lengths = np.arange(V, dtype=np.int32) % 5
+    module.train()
+    result = evaluate(
+        OneProcess(module), EvalBatches(blocks, micro_batch_blocks=micro_batch), byte_lengths=lengths
+    )
+    assert module.training, "dropout is on again"
+    ids = held.read(0, count)
+    nats, tokens = reference(module, ids)
+    assert result.tokens == tokens == count - 1
+    assert math.isclose(result.nats, nats, rel_tol=1e-5)
+    assert result.bytes == int(lengths[ids[1:]].sum())
+    if result.bytes:
+        assert math.isclose(result.bits_per_byte or 0, nats / math.log(2) / result.bytes, rel_tol=1e-5)
+    assert math.isclose(result.perplexity, math.exp(nats / tokens), rel_tol=1e-5)
+
+
+def test_ranks_share_a_set_and_their_sums_are_the_whole(tmp_path: Any, module: ModelWithLoss) -> None:
+    held = store(tmp_path, 7 * T + 3)
+    blocks = BlockDataset.from_stores([held], block_size=T, drop_last=False)
+    whole = evaluate(OneProcess(module), EvalBatches(blocks, micro_batch_blocks=2))
+    parts = [EvalBatches(blocks, micro_batch_blocks=2, rank=rank, world_size=3) for rank in range(3)]
+    assert len({len(part) for part in parts}) == 1, "every rank makes the same number of micro-batches"
+    results = [evaluate(OneProcess(module), part) for part in parts if len(part)]
+    assert sum(r.tokens for r in results) == whole.tokens
+    assert math.isclose(sum(r.nats for r in results), whole.nats, rel_tol=1e-6)
+
+
+STOPS = {
+    "nothing seen": ({"patience": 1}, [], False),
+    "off": ({}, [1.0, 2.0, 3.0], False),
+    "still improving": ({"patience": 2}, [3.0, 2.0, 1.0], False),
+    "patience used up": ({"patience": 2}, [3.0, 1.0, 1.1, 1.2], True),
+    "one good value resets the patience": ({"patience": 2}, [3.0, 1.0, 1.1, 0.9, 1.0], False),
+    "too small to count": ({"patience": 2, "threshold": 0.5}, [3.0, 2.9, 2.8], True),
+    "slowly but enough": ({"patience": 2, "threshold": 0.5}, [3.0, 2.7, 2.4], False),
+    "higher is better": ({"patience": 1, "mode": "max"}, [1.0, 2.0, 1.5], True),
+    "target reached": ({"target": 2.0}, [3.0, 2.0], True),
+    "target not reached": ({"target": 2.0}, [3.0, 2.1], False),
+    "target from below": ({"target": 2.0, "mode": "max"}, [1.0, 2.5], True),
+    "diverged": ({"divergence": 10.0}, [3.0, 11.0], True),
+    "not a number diverges": ({"divergence": 10.0}, [3.0, math.nan], True),
+    "infinite first": ({"patience": 2}, [math.inf, math.inf], True),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_early_stopping(case: str) -> None:
+    settings, values, stops = STOPS[case]
+    reason = EarlyStopping(**settings).reason(values)
+    assert (reason is not None) == stops
+    if reason is not None:
+        assert "loss" in reason

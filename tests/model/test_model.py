@@ -1,0 +1,578 @@
+"""Models of any family with their loss in one module: initialization, vocabulary, packing, the user's own."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmcore.errors import RequestError
+from lmcore.model import module as m
+from lmcore.model.loss import IGNORED_LABEL
+
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+GQA = {**LLAMA, "num_key_value_heads": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": GPT2,
+    "llama": GQA,
+    "qwen2": GQA,
+    "qwen3": {**GQA, "head_dim": 16},
+    "mistral": GQA,
+    "mixtral": {**GQA, "num_local_experts": 2},
+    "gemma2": {**GQA, "head_dim": 16, "attn_implementation": None},
+    "gpt_neox": LLAMA,
+    "phi": LLAMA,
+    "olmo2": GQA,
+    "cohere": GQA,
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 32,
+    },
+    "bert": LLAMA,
+}
+FAMILIES["gemma2"].pop("attn_implementation")
+CHUNKED = {"gpt2", "llama", "qwen2", "qwen3", "mistral", "mixtral", "gpt_neox", "phi", "olmo2", "bloom"}
+V = 100
+IDS = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+    "unk_token_id": 0,
+    "sep_token_id": 4,
+    "cls_token_id": 5,
+}
+
+
+def build(type: str = "gpt2", overrides: dict[str, Any] | None = None, **options: Any) -> Any:
+    given: dict[str, Any] = {"vocab_size": V, "special_ids": IDS, "block_size": 32, "seed": 0} | options
+    return m.build(type=type, config_overrides=FAMILIES[type] if overrides is None else overrides, **given)
+
+
+def batch(rows: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, Tensor]:
+    ids = torch.randint(6, V, (rows, tokens + 1), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:].clone()}
+
+
+def reference(model: Any, b: dict[str, Tensor]) -> Tensor:
+    logits = model(**{k: v for k, v in b.items() if k != "labels"}).logits[..., :V]
+    return F.cross_entropy(logits.reshape(-1, V).float(), b["labels"].reshape(-1), reduction="sum")
+
+
+# ------------------------------------------------------------------------------------- every family, one door
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_that_of_the_familys_own_logits_without_a_second_shift(family: str) -> None:
+    model = build(family)
+    notes: list[str] = []
+    module = m.ModelWithLoss(model, chunk=5, note=notes.append).eval()
+    b = batch()
+    b["labels"][0, :3] = IGNORED_LABEL
+    loss_sum, count = module(**b)
+    assert int(count) == 29
+    assert loss_sum.dtype == torch.float32
+    # The chunks are summed in another order: float32 rounding of 29 losses of about 4.6.
+    torch.testing.assert_close(loss_sum, reference(model, b), rtol=1e-5, atol=1e-4)
+    assert (module.head_path == "chunked") == (family in CHUNKED)
+    assert bool(notes) == (family not in CHUNKED)  # the fallback is said, once
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_sees_the_future(family: str) -> None:
+    model = build(family).eval()
+    ids = batch(rows=1)["input_ids"]
+    changed = ids.clone()
+    changed[0, 10] = (changed[0, 10] + 1) % V
+    with torch.no_grad():
+        one, two = model(input_ids=ids).logits, model(input_ids=changed).logits
+    torch.testing.assert_close(one[:, :10], two[:, :10])
+    assert not torch.allclose(one[:, 10:], two[:, 10:])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "mistral", "gpt_neox"])
+def test_packed_by_position_ids_equals_separate(family: str) -> None:
+    # Silently ignored by transformers unless the cache is off and no attention mask is given.
+    module = m.ModelWithLoss(build(family)).eval()
+    b = batch(rows=2, tokens=18)
+    cuts = [(0, 7), (7, 12), (12, 18)]
+    positions = torch.cat([torch.arange(stop - start) for start, stop in cuts]).expand(2, -1)
+    packed, count = module(**b, position_ids=positions)
+    parts = [module(**{k: v[:, start:stop] for k, v in b.items()}) for start, stop in cuts]
+    assert int(count) == sum(int(c) for _, c in parts)
+    torch.testing.assert_close(packed, sum(s for s, _ in parts), rtol=1e-5, atol=1e-4)
+    mixed, _ = module(**b)
+    assert abs(float((mixed - packed).detach())) > 1e-3
+
+
+# --------------------------------------------------------------------------------------------- initialization
+
+
+def same_structure(empty: Any, real: Any) -> None:
+    """Names in their order, shapes, types, what is tied; every buffer, bit for bit; how the loss is made."""
+    for (name, p), (other, q) in zip(empty.named_parameters(), real.named_parameters(), strict=True):
+        assert p.is_meta, name
+        assert (name, p.shape, p.dtype, p.requires_grad) == (other, q.shape, q.dtype, q.requires_grad)
+    for (name, p), (other, q) in zip(empty.named_buffers(), real.named_buffers(), strict=True):
+        assert name == other
+        assert torch.equal(p, q), name
+    assert empty.get_input_embeddings().padding_idx == real.get_input_embeddings().padding_idx
+    assert m.vocabulary_parameters(empty) == m.vocabulary_parameters(real)
+    assert m.ModelWithLoss(empty).head_path == m.ModelWithLoss(real).head_path
+    assert all(p.is_meta for p in empty.parameters())  # the probe has given back what it borrowed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_weights_is_the_same_model(family: str) -> None:
+    same_structure(build(family, weights=False), build(family))
+
+
+def test_a_pretrained_model_without_weights_is_the_same_model(tmp_path: Path) -> None:
+    build("gpt2").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    given = {"overrides": {}, "from_pretrained": str(tmp_path)}
+    same_structure(build("gpt2", weights=False, **given), build("gpt2", **given))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
+def test_weights_are_keyed_by_seed_and_name_and_nothing_else(family: str) -> None:
+    one = build(family)
+    torch.manual_seed(123)
+    torch.randn(7)
+    state = torch.get_rng_state()
+    two = build(family)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is left alone
+    for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    other = build(family, seed=1)
+    moved = [n for (n, p), q in zip(one.named_parameters(), other.parameters()) if not torch.equal(p, q)]
+    assert {n for n, p in one.named_parameters() if p.ndim >= 2} <= set(moved)
+
+
+def test_a_layer_keeps_its_bits_when_other_layers_come_or_go() -> None:
+    base = {"initializer_range": 0.02, **LLAMA}
+    small, large = (dict(build("llama", {**base, "num_hidden_layers": n}).named_parameters()) for n in (1, 3))
+    assert all(torch.equal(p, large[name]) for name, p in small.items())
+
+
+def test_the_familys_own_distributions_survive() -> None:
+    model = build("gpt2", {**GPT2, "n_embd": 128, "n_layer": 8}, vocab_size=1000)
+    p = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert float(p["transformer.wte.weight"].std()) == pytest.approx(0.02, rel=0.02)
+    assert float(p["transformer.h.3.attn.c_attn.weight"].std()) == pytest.approx(0.02, rel=0.02)
+    for name in ("attn", "mlp"):  # 1 / sqrt(2 * layers): the GPT-2 paper's residual scaling
+        assert float(p[f"transformer.h.3.{name}.c_proj.weight"].std()) == pytest.approx(0.02 / 4, rel=0.03)
+    assert p["transformer.h.3.attn.c_proj.bias"].eq(0).all()
+    assert p["transformer.ln_f.weight"].eq(1).all()
+    layers = [p[f"transformer.h.{i}.attn.c_attn.weight"] for i in range(8)]
+    assert len({float(w[0, 0]) for w in layers}) == 8
+
+
+def test_no_parameter_is_left_uninitialized_or_in_another_precision() -> None:
+    for family in FAMILIES:
+        for name, p in build(family).named_parameters():
+            assert p.isfinite().all(), (family, name)
+            assert p.dtype == torch.float32, (family, name)
+
+
+def test_eos_learns_even_where_pad_is_eos() -> None:
+    model = build("llama", special_ids={"eos_token_id": 2, "pad_token_id": 2})
+    assert not model.get_input_embeddings().weight[2].eq(0).all()
+    b = batch()
+    b["input_ids"][:, 4] = 2
+    m.ModelWithLoss(model)(**b)[0].backward()
+    assert not model.get_input_embeddings().weight.grad[2].eq(0).all()
+
+
+# ------------------------------------------------------------------------------------------------- vocabulary
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "phi", "gemma2"]
+)  # tied, untied, head with bias, softcapped
+def test_padding_of_the_vocabulary_gets_no_gradient_and_is_cut_on_export(family: str) -> None:
+    model = build(family)
+    assert model.config.vocab_size == 128
+    assert model.real_vocab_size == V
+    module = m.ModelWithLoss(model, chunk=7, label_smoothing=0.1, z_loss=1e-3)
+    module(**batch())[0].backward()
+    names = m.vocabulary_parameters(model)
+    for name, p in model.named_parameters():
+        if name in names:
+            assert p.grad[V:].eq(0).all(), name
+    exported = type(model)(m.export_config(model))
+    exported.load_state_dict(dict(m.export_state(model.state_dict().items(), model)))
+    assert exported.config.vocab_size == exported.get_output_embeddings().weight.shape[0] == V
+    assert exported.config.use_cache
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            exported.eval()(input_ids=ids).logits,
+            model.eval()(input_ids=ids).logits[..., :V],
+            rtol=0,
+            atol=1e-6,
+        )
+
+
+def test_a_vocabulary_that_fits_is_not_padded() -> None:
+    notes: list[str] = []
+    assert build(vocab_size=128, note=notes.append).config.vocab_size == 128
+    assert notes == []
+
+
+def test_gpt2_takes_every_special_id_and_forgets_its_own() -> None:
+    model = build()
+    for config in (model.config, model.generation_config):
+        assert {name: getattr(config, name) for name in IDS} == IDS
+    assert json.loads(model.config.to_json_string())["cls_token_id"] == 5
+    bare = build(special_ids={"eos_token_id": 2})
+    assert (bare.config.bos_token_id, bare.config.eos_token_id) == (None, 2)  # and not 50,256
+    assert bare.generation_config.bos_token_id is None
+
+
+def test_counts_of_parameters() -> None:
+    model = build()
+    counts = m.parameter_counts(m.ModelWithLoss(model))
+    assert counts["total"] == counts["trained"] == sum(p.numel() for p in model.parameters())
+    assert counts["embedding"] == 128 * 32 + 64 * 32  # tokens and positions; the tied head counts once
+    assert counts["body"] == counts["total"] - counts["embedding"]
+
+
+# --------------------------------------------------------------------------------------------- wrong requests
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"type": "gtp2"}, r"'gtp2' is no causal language model.*did you mean 'gpt2'"),
+        (
+            {"overrides": {"n_layers": 4}},
+            r"model\.config\.n_layers is no field of GPT2Config; did you mean 'n_layer'",
+        ),
+        ({"overrides": {"vocab_size": 4}}, "it is the tokenizer's"),
+        ({"overrides": {"n_layer": "four"}}, "n_layer.*expected int"),
+        ({"overrides": {"n_embd": 33, "n_head": 2}}, "GPT2LMHeadModel refuses"),
+        ({"overrides": {"_attn_implementation_internal": "x/y"}}, "is no field"),
+        ({"block_size": 65}, "65 is more than the model's context of 64"),
+        ({"attention": "someone/kernel"}, r"'someone/kernel' is not one of eager, sdpa"),
+        ({"special_ids": {"eos_token_id": 100}}, "eos_token_id 100 is outside of its vocabulary of 100"),
+        ({"factory": "nothing"}, "package.module:name"),
+        ({"factory": "no.such.module:f"}, "cannot import"),
+        ({"factory": "collections:OrderedDic"}, "did you mean 'OrderedDict'"),
+        ({"factory": "collections:OrderedDict", "overrides": {}}, "not a torch.nn.Module"),
+        ({"from_pretrained": "/no/such/folder"}, "model.from_pretrained '/no/such/folder'"),
+    ],
+)
+def test_wrong_requests_name_the_value_and_the_remedy(options: dict[str, Any], message: str) -> None:
+    type = options.pop("type", "gpt2")
+    with pytest.raises(RequestError, match=message) as caught:
+        m.build(
+            **{
+                "type": type,
+                "config_overrides": options.pop("overrides", GPT2),
+                "vocab_size": V,
+                "block_size": 32,
+                "seed": 0,
+                **options,
+            }
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_context_length() -> None:
+    assert m.context_length("gpt2", {}) == 1024
+    assert m.context_length("gpt2", {"n_positions": 77}) == 77
+    assert m.context_length("llama", {"max_position_embeddings": 99}) == 99
+    assert m.context_length("bloom", {}) is None
+
+
+# ------------------------------------------------------------------------------------------------- pretrained
+
+
+def save(model: Any, folder: Path) -> Path:
+    model.config.vocab_size = model.get_output_embeddings().weight.shape[0]
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_start_keeps_its_logits(tmp_path: Path) -> None:
+    source = build("llama", vocab_size=128).eval()
+    folder = save(source, tmp_path / "model")
+    loaded = build("llama", {}, from_pretrained=str(folder), vocab_size=V)
+    assert loaded.real_vocab_size == 128  # the model's own, though this tokenizer uses fewer
+    assert not loaded.config.use_cache
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(input_ids=ids).logits, source(input_ids=ids).logits)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "own.Own"}})
+    )
+    notes: list[str] = []
+    build("llama", {}, from_pretrained=str(folder), vocab_size=V, note=notes.append)
+    assert "code of its own (auto_map), which is not run: LlamaConfig" in notes[0]
+    with pytest.raises(RequestError, match="knows 128 tokens, the tokenizer has 200"):
+        build("llama", {}, from_pretrained=str(folder), vocab_size=200)
+    with pytest.raises(RequestError, match="num_layers"):
+        build("llama", {"num_layers": 3}, from_pretrained=str(folder))
+
+
+def test_the_commit_of_a_model_of_the_hub_is_taken_for_all_files_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of the Hub, with two commits of one model; ``main`` moves on while it is being loaded."""
+    from transformers import AutoModelForCausalLM
+
+    cache, commits = tmp_path / "models--owner--name", ("a" * 40, "b" * 40)
+    for seed, commit in enumerate(commits):
+        save(build("gpt2", vocab_size=128, seed=seed), cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commits[0])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    load = AutoModelForCausalLM.from_pretrained
+
+    def later(*words: Any, **options: Any) -> Any:
+        (cache / "refs" / "main").write_text(commits[1])
+        return load(*words, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", later)
+    notes: list[str] = []
+    model = build("gpt2", {}, from_pretrained="owner/name", vocab_size=128, note=notes.append)
+    expected = build("gpt2", vocab_size=128, seed=0)
+    assert torch.equal(model.get_input_embeddings().weight, expected.get_input_embeddings().weight)
+    assert notes[0] == f"owner/name: commit {commits[0]} (give model.revision to pin it)"
+    build("gpt2", {}, from_pretrained="owner/name", revision=commits[1], vocab_size=128, note=notes.append)
+    assert notes[-1] == f"owner/name: commit {commits[1]}"
+
+
+def test_a_pretrained_vocabulary_is_padded_with_zeros_and_cut_again(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    source = GPT2LMHeadModel(GPT2Config(**GPT2, vocab_size=V)).eval()
+    source.save_pretrained(tmp_path / "model")
+    loaded = build("gpt2", {}, from_pretrained=str(tmp_path / "model"))
+    assert loaded.config.vocab_size == 128
+    assert loaded.get_input_embeddings().weight[V:].eq(0).all()
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    b = batch()
+    loss_sum, _ = m.ModelWithLoss(loaded).eval()(**b)
+    torch.testing.assert_close(loss_sum, reference(source, b), rtol=1e-5, atol=1e-4)
+    exported = dict(m.export_state(loaded.state_dict().items(), loaded))
+    assert all(torch.equal(exported[name], tensor) for name, tensor in source.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        {"_attn_implementation_internal": "someone/kernel"},
+        {"_experts_implementation_internal": "x"},
+        {"attn_implementation": "someone/kernel"},
+        {"text_config": {"trust_remote_code": True}},
+    ],
+)
+def test_a_hostile_config_is_refused_before_anything_is_loaded(key: dict[str, Any], tmp_path: Path) -> None:
+    folder = save(build("llama", vocab_size=128), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | key))
+    with pytest.raises(RequestError, match="unsafe key"):
+        build("llama", {}, from_pretrained=str(folder))
+
+
+def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
+    model = build("llama", vocab_size=128)
+    folder = save(model, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(RequestError, match="safetensors"):
+        build("llama", {}, from_pretrained=str(folder))
+
+
+# --------------------------------------------------------------------------------------- the user's own parts
+
+
+class Regression(nn.Module):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        for layer in self.layers:
+            features = features + layer(features).relu()
+        return self.out(features).squeeze(-1)
+
+
+class Classifier(nn.Module):
+    def __init__(self, vocab_size: int, block_size: int, seed: int, depth: int = 1) -> None:
+        super().__init__()
+        self.given = (vocab_size, block_size, seed, depth)
+        self.embed = nn.Embedding(vocab_size, 4)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
+        return {"logits": self.out(self.embed(ids).mean(1))}
+
+
+class OwnLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        from types import SimpleNamespace
+
+        return SimpleNamespace(loss=(self.out(x).squeeze(-1) - labels).square().mean())
+
+
+def squared_error(outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return (outputs - batch["labels"]).square().sum(), torch.tensor(batch["labels"].numel())
+
+
+def test_own_model_and_own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = m.ModelWithLoss(Regression(), loss_factory=squared_error)
+    x, y = torch.randn(6, 4), torch.randn(6)
+    loss_sum, count = module(features=x, labels=y)
+    assert module.head_path == "factory"
+    assert int(count) == 6
+    torch.testing.assert_close(loss_sum, (module.model(x) - y).square().sum())
+    loss_sum.backward()
+    monkeypatch.setitem(__import__("sys").modules, "user_parts", __import__("types").ModuleType("user_parts"))
+    __import__("sys").modules["user_parts"].squared_error = squared_error  # type: ignore[attr-defined]
+    plain = m.ModelWithLoss(Regression(), loss_factory=lambda outputs, batch: (outputs.sum(), 6))
+    assert int(plain(features=x, labels=y)[1]) == 6, "a number counts as well as a tensor"
+    for wrong in (lambda o, b: o.sum(), lambda o, b: (o, 6), lambda o, b: (o.sum(), 6, 7)):
+        with pytest.raises(RequestError, match=r"must return \(sum, count\)"):
+            m.ModelWithLoss(Regression(), loss_factory=wrong)(features=x, labels=y)
+    notes: list[str] = []
+    other = m.ModelWithLoss(Regression(), loss_factory=lambda o, b: (o.sum(), 2), note=notes.append)
+    for _ in range(2):
+        other(features=x, labels=y)
+    assert len(notes) == 1
+    assert "counts 2 where the batch has 6 labels" in notes[0]
+    by_path = m.ModelWithLoss(Regression(), loss_factory="user_parts:squared_error")
+    assert by_path.loss_factory is squared_error
+
+
+def test_a_factory_gets_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    parts = types.ModuleType("user_parts")
+    parts.Classifier = Classifier  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "user_parts", parts)
+    notes: list[str] = []
+    model = build(overrides={"depth": 2}, factory="user_parts:Classifier", seed=5, note=notes.append)
+    assert model.given == (V, 32, 5, 2)
+    assert len(notes) == 1  # its initialization is its own
+    again = build(overrides={"depth": 2}, factory="user_parts:Classifier", seed=5)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+    with pytest.raises(RequestError, match="did you mean 'depth'"):
+        build(overrides={"dept": 2}, factory="user_parts:Classifier")
+    module = m.ModelWithLoss(model, label_smoothing=0.1)
+    ids, labels = torch.randint(0, V, (4, 5)), torch.tensor([0, 2, IGNORED_LABEL, 1])
+    loss_sum, count = module(ids=ids, labels=labels)
+    expected = F.cross_entropy(model(ids)["logits"], labels, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(loss_sum, expected)
+    assert int(count) == 3
+
+
+def test_a_model_that_takes_labels_makes_its_own_mean() -> None:
+    module = m.ModelWithLoss(OwnLoss())
+    x, y = torch.randn(6, 4), torch.randn(6)
+    loss_sum, count = module(x=x, labels=y)
+    torch.testing.assert_close(loss_sum / count, (module.model.out(x).squeeze(-1) - y).square().mean())
+
+
+def test_unknown_keys_missing_labels_and_masks_are_refused() -> None:
+    module = m.ModelWithLoss(Regression(), loss_factory=squared_error)
+    with pytest.raises(
+        RequestError, match=r"feature are no arguments of Regression.forward; did you mean 'features'"
+    ):
+        module(feature=torch.randn(2, 4), labels=torch.randn(2))
+    lm = m.ModelWithLoss(build())
+    b = batch()
+    with pytest.raises(RequestError, match="keys tokens are no arguments"):
+        lm(**b, tokens=b["input_ids"])
+    with pytest.raises(RequestError, match="no 'labels'"):
+        lm(input_ids=b["input_ids"])
+    with pytest.raises(RequestError, match="switches packing by position_ids off"):
+        lm(**b, attention_mask=torch.ones(2, 16), position_ids=torch.arange(16).expand(2, -1))
+    with pytest.raises(RequestError, match=r"give loss\.factory"):
+        m.ModelWithLoss(Regression())(features=torch.randn(2, 4), labels=torch.randn(2))
+
+
+def test_smoothing_and_z_loss_are_for_training_only() -> None:
+    module = m.ModelWithLoss(build("llama"), label_smoothing=0.1, z_loss=1e-2)
+    plain = m.ModelWithLoss(build("llama"))
+    b = batch()
+    assert torch.equal(module.eval()(**b)[0], plain.eval()(**b)[0])
+    assert float((module.train()(**b)[0] - plain.train()(**b)[0]).detach()) > 1
+    for wrong in ({"label_smoothing": 1.0}, {"z_loss": -1.0}):
+        with pytest.raises(RequestError, match="loss"):
+            m.ModelWithLoss(build("llama"), **wrong)
+
+
+def test_a_mixture_of_experts_adds_its_balance_loss_in_training() -> None:
+    overrides = {**FAMILIES["mixtral"], "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    notes: list[str] = []
+    module = m.ModelWithLoss(build("mixtral", overrides), note=notes.append)
+    assert module.head_path == "logits"
+    assert "balance" in notes[0]
+    b = batch()
+    trained, count = module.train()(**b)
+    evaluated, _ = module.eval()(**b)
+    aux = module.model(input_ids=b["input_ids"], output_router_logits=True).aux_loss
+    torch.testing.assert_close(trained - evaluated, 0.5 * aux * count, rtol=1e-3, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- regions
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_recomputed_activations_give_the_same_gradients_with_dropout(family: str, every: int) -> None:
+    overrides = {
+        **FAMILIES[family],
+        **({"attention_dropout": 0.3} if family == "llama" else {"resid_pdrop": 0.3}),
+    }
+    plain = m.ModelWithLoss(build(family, overrides))
+    recomputed = m.ModelWithLoss(build(family, overrides))
+    assert m.enable_activation_checkpointing(recomputed.model, every=every) == 2 // every
+    for module in (plain, recomputed):
+        torch.manual_seed(5)
+        module.train()(**batch())[0].backward()
+    for (name, p), q in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-6, msg=name)
+    with pytest.raises(RequestError, match="no repeated layers"):
+        m.enable_activation_checkpointing(nn.Linear(2, 2))
+
+
+def test_layers_of_any_model() -> None:
+    assert [type(layer).__name__ for layer in m.decoder_layers(build())] == ["GPT2Block"] * 2
+    assert len(m.decoder_layers(Regression())) == 3
+    assert m.decoder_layers(nn.Linear(2, 2)) == []
+    assert m.ModelWithLoss(Regression())._no_split_modules == {"Linear"}
+
+
+def test_a_deep_copy_is_independent_of_its_original() -> None:
+    module = m.ModelWithLoss(build(), chunk=4).eval()
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    b = batch()
+    assert float(twin(**b)[0].detach()) == pytest.approx(32 * float(torch.tensor(float(V)).log()), rel=1e-5)
+    assert float(module(**b)[0].detach()) != float(twin(**b)[0].detach())

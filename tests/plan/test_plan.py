@@ -1,0 +1,328 @@
+"""The plan: its memory against what torch's profiler counts, its FLOPs against the formula, its arithmetic by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache, partial
+
+import pytest
+import torch
+from torch import nn
+
+from lmcore.model import optim
+from lmcore.model.module import ModelWithLoss, build, enable_activation_checkpointing
+from lmcore.plan import plan
+from lmcore.plan.trace import Rehearsal, imagine, optimizer_bytes, rehearse
+from tests.support.plan_runs import Case, make_module, measure, measured_peak_bytes, measured_resident_bytes
+
+GPT2 = {"n_layer": 6, "n_embd": 256, "n_head": 4}
+LLAMA = {
+    "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 704,
+}  # fmt: skip
+# DeepSpeed's buckets are of a fixed size, which would hide everything else in a model of a few million parameters.
+ZERO = {"reduce_bucket_size": 200_000, "stage3_prefetch_bucket_size": 100_000}
+GPT2_CASE = Case(fields=GPT2, vocab_size=4_000, block_size=128, micro_batch_blocks=4)
+LLAMA_CASE = replace(GPT2_CASE, type="llama", fields=LLAMA, precision="bf16")
+LARGE = {"n_layer": 12, "n_embd": 512, "n_head": 8}
+LARGE_CASE = replace(GPT2_CASE, fields=LARGE, vocab_size=16_000, micro_batch_blocks=2)
+
+QUICK = {
+    "gpt2 fp32": replace(GPT2_CASE, fields=GPT2 | {"n_layer": 4}, vocab_size=2_000, block_size=64),
+    "llama bf16, recomputed, accumulated": replace(
+        LLAMA_CASE,
+        fields=LLAMA | {"num_hidden_layers": 4},
+        vocab_size=2_000,
+        block_size=64,
+        checkpointing=True,
+        accumulation=2,
+    ),
+}
+SLOW = {
+    "gpt2 fp32, longer": GPT2_CASE,
+    "llama bf16, recomputed, accumulated, longer": replace(LLAMA_CASE, checkpointing=True, accumulation=2),
+    "llama bf16, accumulated": replace(LLAMA_CASE, accumulation=2),
+    "gpt2 large fp32": LARGE_CASE,
+    "gpt2 large bf16 weights": replace(LARGE_CASE, precision="bf16", param_dtype="bf16"),
+    "gpt2 sgd, plain head": replace(GPT2_CASE, optimizer="sgd", chunk=0),
+    "ddp gpt2": replace(GPT2_CASE, strategy="ddp", world_size=2),
+    "ddp llama, accumulated": replace(LLAMA_CASE, strategy="ddp", world_size=2, accumulation=2),
+    "fsdp2 gpt2": replace(GPT2_CASE, strategy="fsdp2", world_size=2),
+    "fsdp2 llama bf16": replace(LLAMA_CASE, strategy="fsdp2", world_size=2),
+    "zero1 gpt2": replace(GPT2_CASE, strategy="zero1", world_size=2, zero=ZERO),
+    "zero2 gpt2 bf16": replace(GPT2_CASE, strategy="zero2", world_size=2, zero=ZERO, precision="bf16"),
+    "zero2 gpt2, accumulated": replace(GPT2_CASE, strategy="zero2", world_size=2, zero=ZERO, accumulation=2),
+    "zero3 gpt2": replace(GPT2_CASE, strategy="zero3", world_size=2, zero=ZERO),
+    "zero3 llama bf16": replace(LLAMA_CASE, strategy="zero3", world_size=2, zero=ZERO),
+}
+# About 100 million parameters: short blocks, so that weights, gradients and moments are most of it, and few steps.
+GPT2_100M = Case(vocab_size=50_257, block_size=64, micro_batch_blocks=1, steps=2)
+LLAMA_100M = replace(
+    GPT2_100M,
+    type="llama",
+    fields={
+        "hidden_size": 640, "num_hidden_layers": 12, "num_attention_heads": 10, "num_key_value_heads": 5,
+        "intermediate_size": 1_728,
+    },
+    vocab_size=32_000,
+)  # fmt: skip
+LARGE_MODELS = {
+    "gpt2 124M fp32": GPT2_100M,
+    "gpt2 124M bf16, recomputed, longer": replace(
+        GPT2_100M, precision="bf16", checkpointing=True, block_size=256, micro_batch_blocks=2
+    ),
+    "gpt2 124M bf16 weights": replace(GPT2_100M, precision="bf16", param_dtype="bf16"),
+    "llama 100M fp32": LLAMA_100M,
+    "llama 100M bf16, accumulated": replace(LLAMA_100M, precision="bf16", accumulation=2),
+    "llama 100M sgd, longer": replace(LLAMA_100M, optimizer="sgd", block_size=256),
+    "ddp llama 100M": replace(LLAMA_100M, strategy="ddp", world_size=2),
+    "zero2 llama 100M": replace(
+        LLAMA_100M, strategy="zero2", world_size=2, precision="bf16", zero={"reduce_bucket_size": 20_000_000}
+    ),
+}
+
+
+def make_optimizer(name: str, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    return optim.build(name, optim.parameter_groups(named, weight_decay=0.1), lr=1e-3)
+
+
+def planned_bytes(case: Case) -> int:
+    module = make_module(case)
+    if case.checkpointing:
+        enable_activation_checkpointing(module.model)
+    setting = plan.Setting(
+        strategy=case.strategy,  # type: ignore[arg-type]  # a plain word there
+        world_size=case.world_size,
+        precision=case.precision,
+        param_dtype=case.param_dtype,
+        micro_batch_blocks=case.micro_batch_blocks,
+        accumulation=case.accumulation,
+        activation_checkpointing=case.checkpointing,
+        zero_bucket=case.zero.get("reduce_bucket_size", plan.ZERO_BUCKET),
+    )
+    autocast, weights = setting.casts
+    held = rehearse(
+        module,
+        micro_batch_blocks=case.micro_batch_blocks,
+        block_size=case.block_size,
+        autocast=autocast,
+        weights=weights,
+        count_flops=False,
+    )
+    state = optimizer_bytes(
+        module,
+        partial(make_optimizer, case.optimizer),
+        weights=weights if setting.param_dtype == "bf16" else None,
+    )
+    return plan.memory(plan.parameters(module), held, setting, optimizer_bytes=state).total
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_planned_memory_is_within_a_tenth_of_the_measured_peak(name: str) -> None:
+    assert planned_bytes(QUICK[name]) == pytest.approx(measure(QUICK[name]), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_planned_memory_of_every_strategy(name: str) -> None:
+    planned, measured = planned_bytes(SLOW[name]), measure(SLOW[name])
+    for _ in range(5 if SLOW[name].world_size > 1 else 0):
+        # gloo's threads hold buffers of finished collectives, more or fewer as the ranks are ahead of one another (188
+        # to 206 MB were measured for one case): that only adds, so the least of some launches is what is needed.
+        if measured <= planned / 0.9:
+            break
+        measured = min(measured, measure(SLOW[name]))
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE_MODELS)
+def test_planned_memory_of_100_million_parameters(name: str) -> None:
+    """Tensors within a tenth; what is in RAM, with fragments and libraries, within a quarter."""
+    case, planned = LARGE_MODELS[name], planned_bytes(LARGE_MODELS[name])
+    assert planned == pytest.approx(measure(case), rel=0.1)
+    if not case.strategy.startswith(
+        "zero"
+    ):  # which holds copies while it prepares, and a CPU keeps what is freed
+        assert planned == pytest.approx(measure(case, measured_resident_bytes), rel=0.25)
+
+
+# --- the rehearsal ---
+
+
+def imagined(fields: dict[str, int], vocab_size: int) -> ModelWithLoss:
+    model, probe = imagine(type="gpt2", config_overrides=fields, vocab_size=vocab_size)
+    return ModelWithLoss(model, probe=probe)
+
+
+@cache
+def small() -> ModelWithLoss:
+    fields = {"n_layer": 3, "n_embd": 64, "n_head": 2, "n_positions": 64}
+    return ModelWithLoss(build(type="gpt2", config_overrides=fields, vocab_size=640, block_size=64, seed=0))
+
+
+def held_bytes(module: nn.Module = None, **options: int) -> int:  # type: ignore[assignment]  # None: the small one
+    blocks = options.pop("micro_batch_blocks", 2)
+    found = rehearse(
+        module or small(), micro_batch_blocks=blocks, block_size=64, count_flops=False, **options
+    )  # type: ignore[arg-type]
+    return sum(found.peak())
+
+
+def test_a_rehearsal_changes_nothing_and_computes_nothing() -> None:
+    before = {name: p.detach().clone() for name, p in small().named_parameters()}
+    state = torch.get_rng_state()
+    rehearse(small(), micro_batch_blocks=4, block_size=64)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in small().named_parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_imagined_model_is_the_one_that_is_built() -> None:
+    fields = {"n_layer": 3, "n_embd": 64, "n_head": 2, "n_positions": 64}
+    bare = imagined(fields, 640)
+    assert bare.head_path == small().head_path == "chunked"
+    assert plan.parameters(bare) == plan.parameters(small())
+    real, fake = (rehearse(module, micro_batch_blocks=2, block_size=64) for module in (small(), bare))
+    assert (real.peak(), real.flops) == (fake.peak(), fake.flops)
+
+
+def test_memory_grows_with_the_micro_batch_and_shrinks_by_recomputation() -> None:
+    sizes = [held_bytes(micro_batch_blocks=blocks) for blocks in (1, 2, 4, 8)]
+    assert sizes == sorted(sizes)
+    fields = {"n_layer": 8, "n_embd": 64, "n_head": 2, "n_positions": 64}
+    deep = ModelWithLoss(build(type="gpt2", config_overrides=fields, vocab_size=640, block_size=64, seed=0))
+    before = held_bytes(deep, micro_batch_blocks=8)
+    recomputed = held_bytes(deep, micro_batch_blocks=8, activation_checkpointing=True)
+    second = held_bytes(deep, micro_batch_blocks=8, activation_checkpointing=2)
+    assert recomputed < second < before
+    assert held_bytes(deep, micro_batch_blocks=8) == before, "the module itself is as it was"
+    enable_activation_checkpointing(deep.model)
+    assert held_bytes(deep, micro_batch_blocks=8) == recomputed < before / 2
+
+
+def test_flops_are_those_of_the_formula() -> None:
+    fields = {"n_layer": 4, "n_embd": 128, "n_head": 4, "n_positions": 128}
+    module = imagined(fields, 8_000)
+    found = rehearse(module, micro_batch_blocks=2, block_size=128)
+    counted = plan.parameters(module)
+    formula = plan.flops_per_token(counted, positions=128 * 128, block_size=128, tied=True)
+    assert formula == 6 * (counted.total - 128 * 128) + 12 * 4 * 128 * 128
+    assert found.flops / found.tokens == pytest.approx(formula, rel=0.05)  # biases and norms are no products
+
+
+@pytest.mark.parametrize(("name", "per_parameter"), [("adamw", 8), ("sgd", 4)])
+def test_optimizer_state_is_counted(name: str, per_parameter: int) -> None:
+    total = plan.parameters(small()).total
+    assert optimizer_bytes(small(), partial(make_optimizer, name)) == pytest.approx(
+        per_parameter * total, rel=0.01
+    )
+    # Adafactor looks at numbers, and there are none: it is taken for Adam, which is too much rather than too little.
+    assert optimizer_bytes(small(), partial(make_optimizer, "adafactor")) == 8 * total
+
+
+# --- the formulas, by hand ---
+
+COUNTED = plan.Parameters(
+    total=1_000, trained=1_000, groups={"embeddings": 200, "attention": 800}, outside_layers=200,
+    largest_layer=200, layers=4, width=10, buffer_bytes=0,
+)  # fmt: skip
+HELD = Rehearsal(
+    moments=((0, 0, 0, 0, 0), (50, 30, 0, 0, 0), (40, 0, 0, 1_600, 0), (0, 0, 0, 3_200, 800)),
+    flops=1,
+    tokens=1,
+)
+
+
+@pytest.mark.parametrize(
+    ("setting", "weights", "gradients", "optimizer"),
+    [
+        (plan.Setting(), 4_000, 4_000, 8_000),
+        (plan.Setting(accumulation=2), 4_000, 4_000, 8_000),
+        (plan.Setting(strategy="ddp", world_size=4), 4_000, 4_000, 8_000),
+        (plan.Setting(strategy="ddp", world_size=4, accumulation=2), 4_000, 8_000, 8_000),
+        # 1,000 in shards and 800 of what is outside of the layers, not reduced yet
+        (plan.Setting(strategy="fsdp2", world_size=4, accumulation=2), 1_000, 1_800, 2_000),
+        (plan.Setting(strategy="zero1", world_size=4), 4_000, 1_000, 3_000),
+        (plan.Setting(strategy="zero1", world_size=4, precision="bf16"), 2_000, 4_000, 3_000),
+        (plan.Setting(strategy="zero2", world_size=4, precision="bf16"), 2_000, 1_000, 3_000),
+        (plan.Setting(strategy="zero3", world_size=4, precision="bf16"), 500, 1_000, 3_000),
+        (plan.Setting(strategy="zero3", world_size=4, precision="bf16", offload_optimizer=True), 500, 0, 0),
+    ],
+)  # fmt: skip
+def test_what_each_strategy_keeps(
+    setting: plan.Setting, weights: int, gradients: int, optimizer: int
+) -> None:
+    found = plan.memory(COUNTED, HELD, setting, optimizer_bytes=8_000)
+    assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, optimizer)
+    assert found.host == (4_000 if setting.offload_optimizer else 0)
+
+
+def test_the_largest_micro_batch_divides_and_fits() -> None:
+    for share in (1, 12, 30, 64):
+        for capacity in (0, 5, 17, 10_000):
+            fitting = [size for size in range(1, share + 1) if share % size == 0 and 3 * size <= capacity]
+            assert plan.largest_micro_batch(share, capacity, lambda size: 3 * size) == max(fitting, default=1)
+
+
+def test_advice_names_changes_that_fit() -> None:
+    setting = plan.Setting(micro_batch_blocks=8)
+
+    def needs(changed: plan.Setting) -> int:
+        return changed.micro_batch_blocks * (1 if changed.precision == "bf16" else 2)
+
+    advice = plan.advise(setting, 10, needs)
+    assert len(advice) == 3
+    assert all(size <= plan.USABLE * 10 for _, size in advice)
+    assert advice[0] == ("--train.precision bf16", 8)
+    (together,) = plan.advise(setting, 2, needs)
+    assert " and " in together[0]
+    assert together[1] < 8
+
+
+def test_the_plan_shows_its_arithmetic() -> None:
+    made = plan.Plan(
+        parameters=COUNTED, setting=plan.Setting(world_size=2, micro_batch_blocks=4, accumulation=3),
+        memory=plan.memory(COUNTED, HELD, plan.Setting(), optimizer_bytes=8_000), device_bytes=1_000,
+        advice=(("x", 5),),
+        flops_per_token=6_000, flops_counted=5_900, block_size=10, steps=100, tokens_per_step=240, epoch_tokens=12_000,
+        checkpoint_bytes=12_000, checkpoints_kept=4, tokens_per_second=10, watts_per_device=500,
+    )  # fmt: skip
+    text = plan.table(made.rows())
+    for word in (
+        "2 x 3 x 4 x 10",
+        "240 tokens",
+        "100 steps",
+        "2 epochs",
+        "24 (20",
+        "does not fit",
+        "would fit with",
+    ):
+        assert word in text, text
+    assert (made.tokens, made.seconds, made.fits) == (24_000, 2_400, False)
+    assert made.kilowatt_hours == pytest.approx(2_400 / 3_600 * 500 * 2 / 1_000)
+    assert made.numbers()["steps"] == 100
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (59, "59 s"), (3_600, "1 h"), (90_061, "1 d 1 h"), (330, "5 min 30 s")]
+)
+def test_times_for_people(seconds: int, text: str) -> None:
+    assert plan.duration(seconds) == text
+
+
+def test_the_measuring_itself_sees_every_tensor() -> None:
+    assert measured_peak_bytes.__module__ == "tests.support.plan_runs"  # found by name in the forked ranks
+    assert plan.size(3 * 2**30) == "3 GiB"
+    assert plan.short(124_400_000) == "124.4 M"
+
+
+def test_advice_that_is_not_enough_does_not_say_that_it_is() -> None:
+    setting = plan.Setting()
+    needed = plan.memory(COUNTED, HELD, setting, optimizer_bytes=8_000)
+    for bytes_needed, label in ((900, "it would fit with"), (950, "least memory by")):
+        made = plan.Plan(
+            parameters=COUNTED, setting=setting, memory=needed, device_bytes=1_000, advice=(("x", bytes_needed),),
+            flops_per_token=1, flops_counted=1, block_size=10, steps=1, tokens_per_step=10, epoch_tokens=None,
+            checkpoint_bytes=1, checkpoints_kept=1,
+        )  # fmt: skip
+        assert label in dict(made.rows())

@@ -1,0 +1,421 @@
+"""What a run says: exact numbers in the record, calm screens for people, plain lines for files."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmcore.report import console, meters
+from lmcore.report.console import Console, duration, is_interactive, one_line, short
+from lmcore.report.meters import Timer
+from lmcore.report.metrics import MetricsFile, read_metrics
+from lmcore.report.report import Report, silence_other_bars
+
+
+def make(run_dir: Path, **options: Any) -> Report:
+    return Report(run_dir, **{"interactive": False, "stream": io.StringIO(), **options})
+
+
+def feed(
+    report: Report, first: int, last: int, *, losses: Callable[[int], float] = lambda s: 1 / (s + 0.1)
+) -> None:
+    for step in range(first, last + 1):
+        count = 100 + step % 3
+        report.step(
+            step=step,
+            epoch=step / 50,
+            tokens=1000 * step,
+            position=8 * step,
+            loss_sum=torch.tensor(losses(step) * count, dtype=torch.float32),
+            count=torch.tensor(count),
+            lr=1e-3 / step,
+            norm=torch.tensor(0.5 + step),
+            applied=torch.tensor(True),
+            wait_seconds=0.0,
+        )
+
+
+def trained(run_dir: Path) -> list[tuple[Any, ...]]:
+    keys = ("step", "loss", "lr", "grad_norm", "tokens", "position")
+    return [tuple(record[key] for key in keys) for record in read_metrics(run_dir, "train")]
+
+
+# ---- numbers
+
+
+def test_the_logged_loss_is_the_exact_mean_since_the_last_line(tmp_path: Path) -> None:
+    with make(tmp_path, every=10) as report:
+        report.begin(total_steps=25)
+        feed(report, 1, 25)
+    records = read_metrics(tmp_path, "train")
+    assert [record["step"] for record in records] == [1, 10, 20, 25], "the first, every tenth, the last"
+    for previous, record in zip([0, 1, 10, 20], records):
+        steps = range(previous + 1, record["step"] + 1)
+        counts = [100 + step % 3 for step in steps]
+        sums = [
+            Fraction(float(torch.tensor(c / (s + 0.1), dtype=torch.float32))) for s, c in zip(steps, counts)
+        ]
+        assert record["loss"] == pytest.approx(float(sum(sums) / sum(counts)), rel=1e-15)
+        assert record["grad_norm"] == 0.5 + record["step"]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert repr(records[1]["loss"]) in lines[1], "all digits"
+    design = {"kind", "step", "epoch", "tokens", "position", "loss", "lr", "grad_norm", "tokens_per_second"}
+    assert design | {"data_wait", "time"} <= set(records[0])
+
+
+def test_between_lines_nothing_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make(tmp_path, every=100) as report:
+        report.begin(total_steps=1000)
+        feed(report, 1, 1)
+
+        def forbidden(*arguments: Any) -> Any:
+            raise AssertionError("a step asked the device for a number")
+
+        with monkeypatch.context() as patch:
+            for name in ("item", "tolist", "__float__", "__bool__", "__int__", "cpu", "numpy"):
+                patch.setattr(torch.Tensor, name, forbidden)
+            for step in range(2, 100):
+                ready = {
+                    "loss_sum": torch.ones(()),
+                    "count": torch.ones(()),
+                    "applied": torch.ones(()).bool(),
+                }
+                report.step(
+                    step=step, epoch=0.0, tokens=step, position=step, lr=1.0, norm=torch.ones(()), **ready
+                )
+        feed(report, 100, 100)
+    assert [record["step"] for record in read_metrics(tmp_path, "train")] == [1, 100]
+
+
+def test_ranks_are_summed_exactly_and_only_rank_0_writes(tmp_path: Path) -> None:
+    sent: list[torch.Tensor] = []
+
+    def from_rank_1(tensor: torch.Tensor) -> torch.Tensor:
+        sent.append(tensor.clone())
+        return tensor
+
+    stream = io.StringIO()
+    with (
+        make(tmp_path, rank=0, world_size=2, every=3) as main,
+        make(tmp_path, rank=1, world_size=2, every=3, stream=stream) as other,
+    ):
+        other.begin(total_steps=6, reduce=from_rank_1)
+        main.begin(total_steps=6, reduce=lambda tensor: tensor + sent.pop())
+        for step in range(1, 7):
+            for report, scale in ((other, 3.0), (main, 1.0)):
+                sums = {"loss_sum": torch.tensor(scale * step), "count": 10 if scale == 1 else 30}
+                report.step(step=step, epoch=0.1, tokens=step, position=step, lr=1.0, **sums)
+        other.epoch(epoch=1, step=6)
+        assert main.epoch(epoch=1, step=6, valid_loss=2.0, valid_step=4) == (4 * 21) / (40 * 6)
+        other.note("rank 1 has something to say")
+    records = read_metrics(tmp_path, "train")
+    assert [(r["step"], r["loss"]) for r in records] == [(1, 4 / 40), (3, 4 * 5 / 80), (6, 4 * 15 / 120)]
+    ended = read_metrics(tmp_path, "epoch")[0]
+    assert (ended["valid_loss"], ended["valid_step"]) == (2.0, 4)
+    assert "valid loss 2.0000 (of step 4)" in (tmp_path / "train.log").read_text()
+    assert stream.getvalue() == ""
+    assert "rank 1 has something to say" in (tmp_path / "logs" / "rank-00001.log").read_text()
+
+
+def test_a_resumed_run_logs_what_the_unbroken_one_logs(tmp_path: Path) -> None:
+    """Killed at step 17 after a checkpoint at 14: inside an interval, with records beyond the checkpoint."""
+    states: dict[str, dict[str, Any]] = {}
+    for name in ("whole", "killed"):
+        with make(tmp_path / name, every=5) as report:
+            report.begin(total_steps=40)
+            feed(report, 1, 14)
+            states[name] = json.loads(json.dumps(report.state()))
+            feed(report, 15, 40 if name == "whole" else 17)
+            if name == "whole":
+                report.epoch(epoch=1, step=40)
+    with make(tmp_path / "killed", every=5) as report:
+        report.begin(step=14, total_steps=40, tokens=14_000)
+        report.load_state(states["killed"])
+        report.event("resume", step=14)
+        feed(report, 15, 40)
+        report.epoch(epoch=1, step=40)
+    assert trained(tmp_path / "killed") == trained(tmp_path / "whole")
+    ends = [read_metrics(tmp_path / name, "epoch")[0]["train_loss"] for name in ("whole", "killed")]
+    assert ends[0] == ends[1]
+
+
+def test_a_rewind_forgets_the_abandoned_past(tmp_path: Path) -> None:
+    with make(tmp_path, every=2) as report:
+        report.begin(total_steps=8)
+        feed(report, 1, 3)
+        state = report.state()
+        feed(report, 4, 6, losses=lambda step: 99.0)
+        report.rewind(step=3, state=state)
+        feed(report, 4, 8)
+    with make(tmp_path / "straight", every=2) as report:
+        report.begin(total_steps=8)
+        feed(report, 1, 8)
+    assert trained(tmp_path) == trained(tmp_path / "straight")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert 99.0 in [json.loads(line).get("loss") for line in lines], "the file itself forgets nothing"
+
+
+def test_a_loss_that_is_not_finite_is_shown_and_hides_nothing(tmp_path: Path) -> None:
+    with make(tmp_path, every=4) as report:
+        report.begin(total_steps=4)
+        for step in (1, 2, 3, 4):
+            loss = torch.tensor(float("nan") if step == 3 else 20.0)
+            sums = {"loss_sum": loss, "count": 10, "norm": loss, "applied": torch.tensor(step != 3)}
+            report.step(step=step, epoch=0.0, tokens=step, position=step, lr=1.0, **sums)
+    record = read_metrics(tmp_path, "train")[-1]
+    assert (record["loss"], record["nonfinite_losses"], record["skipped_steps"]) == (2.0, 1, 1)
+    assert "skipped 1 non-finite 1" in (tmp_path / "train.log").read_text()
+
+
+def test_evaluating_and_saving_are_not_step_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: clock[0])
+    timer = Timer()
+    timer.start()
+    clock[0] += 60  # the first step compiles
+    timer.step(0.0)
+    assert timer.seconds_per_step is None
+    for _ in range(20):
+        clock[0] += 1.0
+        with timer.pause(), timer.pause():
+            clock[0] += 500
+        timer.step(0.25)
+    clock[0] += 90  # one slow step
+    timer.step(0.0)
+    assert timer.seconds_per_step == 1.0
+    assert timer.interval() == (60 + 20 + 90, 5.0, 22)
+    assert timer.total_seconds == 170
+    assert timer.interval() == (0.0, 0.0, 0)
+
+
+# ---- files
+
+
+def test_a_torn_line_spoils_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write = MetricsFile(path)
+    write({"kind": "train", "step": 1, "loss": 0.1 + 0.2, "note": "日本"})
+    write({"kind": "train", "step": 2, "loss": float("nan"), "more": [float("inf")]})
+    write.close()
+    with open(path, "ab") as file:
+        file.write('{"kind": "train", "step": 3, "日'.encode()[:-1])
+    write = MetricsFile(path)
+    write({"kind": "train", "step": 4, "loss": 1.0})
+    write({"kind": "train", "step": 2, "loss": 5.0})
+    write.close()
+    assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(1, 0.1 + 0.2), (4, 1.0), (2, 5.0)]
+    assert json.loads(path.read_text(errors="replace").splitlines()[1], parse_constant=pytest.fail)[
+        "more"
+    ] == [None]
+
+
+def test_what_others_log_becomes_one_note(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with make(tmp_path, stream=stream) as report, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        report.capture_logging()
+        for _ in range(3):
+            logging.getLogger("some.library").warning("your %s is old", "driver")
+        logging.getLogger("some.library").info("chatter")
+        warnings.warn("this will go away", FutureWarning, stacklevel=1)
+    assert stream.getvalue().count("your driver is old") == 1
+    assert "this will go away" in stream.getvalue()
+    assert "chatter" not in stream.getvalue()
+
+
+def test_other_libraries_bars_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    silence_other_bars()
+    assert os.environ["TQDM_DISABLE"] == "1"
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        monkeypatch.delenv(name)
+
+
+def test_reading_metrics_needs_no_torch() -> None:
+    code = "import sys, lmcore.report.report, lmcore.report.html; assert not {'torch', 'rich', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+# ---- screens
+
+
+def run_through(report: Report, shown: Callable[..., None] = lambda *words: None) -> None:
+    """Everything that a run shows; ``shown`` waits until the screen holds all these words at once."""
+    report.start([("model", "gpt2 " * 40), ("data", "標準ライブラリ")], title="a run")
+    with report.task("tokenizing", 4, "files") as advance:
+        advance(4)
+    report.begin(total_steps=6)
+    for step in range(1, 7):
+        feed(report, step, step)
+    with report.task("evaluate valid", 10, "blocks") as advance:
+        advance(5)
+        shown("evaluate valid", "5/10")
+    report.evaluation(
+        set="valid", step=6, epoch=0.1, tokens=6000, loss=2.25, perplexity=9.49, bits_per_byte=1.125
+    )
+    report.samples(6, [("def ", "f(x):\n\treturn \x1b[31mx\x07")])
+    report.event("checkpoint", step=6)
+    feed(report, 6, 6)
+    shown("checkpoint 6")
+    report.warn_once("something fell back")
+    report.warn_once("something fell back")
+    report.end(
+        "finished", [("held-out loss", "2.2500")], commands=[("generate", "python -m lmcore generate x")]
+    )
+
+
+@contextmanager
+def terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[str], list[bytes]]]:
+    """A pseudo-terminal: (its stream, pictures of the screen over time, the raw bytes)."""
+    pyte = pytest.importorskip("pyte")
+    for name in ("SLURM_JOB_ID", "CI", "LMCORE_CONSOLE", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", "40")
+    ours, theirs = os.openpty()
+    screen = pyte.Screen(columns, 40)
+    feed_screen = pyte.ByteStream(screen)
+    pictures: list[str] = []
+    raw: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                data = os.read(ours, 65536)
+            except OSError:
+                return
+            raw.append(data)
+            feed_screen.feed(data)
+            pictures.append("\n".join(line.rstrip() for line in screen.display).rstrip())
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    with open(theirs, "w", encoding="utf-8") as stream:
+        yield stream, pictures, raw
+    reader.join(120)
+    os.close(ours)
+
+
+@pytest.mark.parametrize("columns", [80, 44, 160])
+def test_a_terminal_shows_one_calm_display(
+    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with terminal(columns, monkeypatch) as (stream, pictures, raw):
+        assert is_interactive(stream)
+        started = time.monotonic()
+
+        def whole(*words: str) -> list[str]:
+            """Pictures that hold all these words; a bar has no place for its numbers on a narrow screen."""
+            words = tuple(word for word in words if columns >= 60 or word != "5/10")
+            return [picture for picture in pictures[:] if all(word in picture for word in words)]
+
+        def shown(*words: str) -> None:
+            give_up = time.monotonic() + 120
+            while not whole(*words, "train", "loss", "lr"):
+                assert time.monotonic() < give_up, (words, pictures[-1:])
+                time.sleep(0.02)
+
+        with Report(tmp_path, every=2, stream=stream) as report:
+            run_through(report, shown)
+        elapsed = time.monotonic() - started
+    # Evaluation is a task of the same display.
+    picture = whole("evaluate valid", "5/10", "train", "6/6 100%", "loss", "lr")[-1]
+    cells = [line for line in picture.splitlines() if " · " in line or line.startswith("loss")]
+    assert all(len(line) <= columns for line in cells), "cells are not broken"
+    assert any("checkpoint 6" in picture for picture in pictures)
+    last = pictures[-1]
+    assert "step 6 valid loss 2.2500" in last.replace("\n", " ")
+    assert last.count("something fell back") == 1
+    assert "finished" in last
+    assert "python -m lmcore generate x" in last.replace("\n", ""), "can be copied as one command"
+    assert "evaluate valid" not in last, "the display is gone, what was said stays"
+    assert b"\x07" not in b"".join(raw), "what the model writes cannot ring the bell"
+    assert b"\x1b[31mx" not in b"".join(raw)
+    assert b"\x1b[?25h" in raw[-1] + raw[-2] + b"".join(raw), "the cursor is back"
+    redraws = b"".join(raw).count(b"\x1b[2K")
+    assert redraws < 40 * (elapsed + 2), "a few redraws a second, not a flood"
+
+
+@pytest.mark.parametrize("why", ["redirected", "TERM=dumb", "SLURM_JOB_ID=7", "CI=true"])
+def test_elsewhere_each_line_is_plain_and_whole(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why == "redirected":
+        stream: Any = io.StringIO()
+        assert not is_interactive(stream)
+        with Report(tmp_path, every=2, stream=stream) as report:
+            run_through(report)
+        text = stream.getvalue()
+    else:
+        with terminal(80, monkeypatch) as (stream, _, raw):
+            monkeypatch.setenv(*why.split("="))
+            assert not is_interactive(stream)
+            with Report(tmp_path, every=2, stream=stream) as report:
+                run_through(report)
+        text = b"".join(raw).decode().replace("\r\n", "\n")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text), "no control characters"
+    steps = [line for line in text.splitlines() if re.search(r" step \d/6", line)]
+    assert [int(line.split(" step ")[1][0]) for line in steps] == [1, 2, 4, 6, 6]
+    for line in steps:
+        assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d step ", line)
+        for word in (" loss ", " lr ", " norm ", " tok/s ", " wait ", " eta "):
+            assert word in line, "one line says it all, however long"
+    assert "gpt2 " * 39 in text, "nothing is cut or wrapped"
+    assert "  | \treturn" not in text
+    assert text.count("something fell back") == 1
+
+
+def test_a_long_task_speaks_up_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    screen = Console(interactive=False, stream=stream)
+    key = screen.add("tokenizing", 2_000_000, "bytes")
+    screen._tasks[key].started = screen._tasks[key].said = 0.0
+    screen.update(key, 200_000)  # what an earlier start has done is no rate
+    for second in range(5, 100, 5):
+        clock[0] = second
+        screen.update(key, 200_000 + 10_000 * second, also=f"{second} documents")
+    clock[0] = 100
+    screen.update(key, 0, total=9_000, also="")  # the next source begins anew
+    clock[0] = 140
+    screen.update(key, 4_000, also="7 documents")
+    screen.remove(key)
+    assert stream.getvalue().splitlines() == [
+        "tokenizing: 500k/2M bytes 25%, 10k/s, left 0:02:30, 30 documents, 0:00:30",
+        "tokenizing: 800k/2M bytes 40%, 10k/s, left 0:02:00, 60 documents, 0:01:00",
+        "tokenizing: 1.1M/2M bytes 55%, 10k/s, left 0:01:30, 90 documents, 0:01:30",
+        "tokenizing: 4,000/9,000 bytes 44%, 100/s, left 0:00:50, 7 documents, 0:02:20",
+    ]
+
+
+def test_words_for_numbers() -> None:
+    assert [short(n) for n in (0, 999, 9_999, 12_345, 1_234_567, 2.5e9)] == [
+        "0",
+        "999",
+        "9,999",
+        "12.3k",
+        "1.23M",
+        "2.5G",
+    ]
+    assert [duration(s) for s in (0, 59.6, 3_661, 93_784)] == ["0:00:00", "0:01:00", "1:01:01", "1d 2:03:04"]
+    assert one_line("a\r\nb\tc\x1b[1m\u2028") == "a\\nb    c\\x1b[1m\\x2028"

@@ -1,0 +1,534 @@
+"""One writer of a run at a time, an honest status, names that cannot lead out, secrets that cannot come
+in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcore.disk import Disk
+from lmcore.errors import RequestError
+from lmcore.report.redact import HIDDEN, is_secret_name, redact
+from lmcore.run import folder as room
+from lmcore.run.folder import RunFolder, confined, job_id, safe_name
+from tests.support.disk_faults import Counter, KillAt, forked
+
+ROOT = Path(room.__file__).parents[2]
+QUICK = 0.1
+
+
+@pytest.fixture(autouse=True)
+def _no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("SLURM_JOB_ID", "SLURM_STEP_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def heard() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Start another process that locks the folder, and then does what it is told."""
+    processes = []
+
+    def start(then: str = "time.sleep(60)", **environment: str) -> subprocess.Popen[str]:
+        script = (
+            f"import sys, time, os; sys.path.insert(0, {str(ROOT)!r})\n"
+            "from lmcore.run.folder import RunFolder\n"
+            f"folder = RunFolder({str(tmp_path / 'run')!r}); folder.lock()\n"
+            f"print('locked', flush=True)\n{then}\n"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+# ---- lock --------------------------------------------------------------------------------------------------
+
+
+def test_a_second_job_is_refused_and_told_who_has_it(
+    tmp_path: Path, holder: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = holder(SLURM_JOB_ID="4711", SLURM_STEP_ID="0")
+    with pytest.raises(
+        RequestError, match=rf"in use by pid {process.pid} on .*SLURM_JOB_ID=4711\.0.*STOP"
+    ) as seen:
+        RunFolder(tmp_path / "run").lock()
+    assert os.uname().nodename in str(seen.value)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_lock_of_a_dead_job_is_taken_at_once(
+    tmp_path: Path,
+    holder: Callable[..., subprocess.Popen[str]],
+    heard: list[str],
+    how: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = holder()
+    process.send_signal(how)
+    process.wait()
+    folder = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", pytest.fail)
+        folder.lock(say=heard.append)
+    assert len(heard) == 1
+    assert f"pid {process.pid}" in heard[0]
+    folder.unlock()
+
+
+def test_children_of_a_dead_holder_do_not_keep_the_lock(
+    tmp_path: Path, holder: Callable[..., subprocess.Popen[str]], heard: list[str]
+) -> None:
+    """Data workers are forks of the trainer and outlive its SIGKILL by some seconds."""
+    process = holder(
+        "pid = os.fork()\nif pid == 0: time.sleep(600); os._exit(0)\nprint(pid, flush=True); time.sleep(60)"
+    )
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    folder = RunFolder(tmp_path / "run")
+    folder.lock(say=heard.append)
+    folder.unlock()
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_restart_waits_for_the_process_it_replaces(
+    tmp_path: Path, holder: Callable[..., subprocess.Popen[str]]
+) -> None:
+    holder("time.sleep(1)")
+    folder = RunFolder(tmp_path / "run")
+    folder.lock(say=lambda _: None, wait_seconds=30)
+    folder.unlock()
+
+
+def test_unlocked_is_free_and_said_by_nobody(tmp_path: Path, heard: list[str]) -> None:
+    for _ in range(3):
+        folder = RunFolder(tmp_path / "run")
+        folder.lock(say=heard.append)
+        with pytest.raises(RequestError, match="this very process"):
+            RunFolder(tmp_path / "run").lock()
+        folder.unlock()
+        folder.unlock()
+    assert heard == []
+
+
+def foreign(path: Path, **changes: Any) -> None:
+    """A lock that another machine has left, or holds."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = {
+        "host": "elsewhere",
+        "pid": 1,
+        "job_id": None,
+        "boot": "x",
+        "token": "t",
+        "since": "2026",
+        "beat": 3,
+    }
+    (path / ".lock").write_text(json.dumps(lock | changes) + "\n")
+
+
+def test_a_lock_of_another_machine_that_stands_still_is_taken(tmp_path: Path, heard: list[str]) -> None:
+    foreign(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    folder.lock(say=heard.append, beat_seconds=QUICK)
+    assert "watching" in heard[0]
+    assert "took over the lock of pid 1 on elsewhere" in heard[1]
+    folder.unlock()
+
+
+def test_a_lock_of_another_machine_that_beats_is_respected(
+    tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machines may not share the kernel's locks: then the number in the file decides, and no clock."""
+    foreign(tmp_path / "run")
+    monkeypatch.setattr(time, "sleep", lambda _seconds: foreign(tmp_path / "run", beat=4))
+    with pytest.raises(RequestError, match="in use by pid 1 on elsewhere"):
+        RunFolder(tmp_path / "run").lock(say=heard.append)
+
+
+def test_a_requeued_job_takes_its_own_lock_at_once(
+    tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert job_id() == "SLURM_JOB_ID=12.0"
+    foreign(tmp_path / "run", job_id="SLURM_JOB_ID=12.0")
+    folder = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", pytest.fail)
+        folder.lock(say=heard.append, beat_seconds=30)
+    folder.unlock()
+
+
+def test_a_torn_lock_file_is_no_wall(tmp_path: Path, heard: list[str]) -> None:
+    (tmp_path / "run").mkdir()
+    for content in (b"", b"{", b"\xff\x00", b"[1]", b"null"):
+        (tmp_path / "run" / ".lock").write_bytes(content)
+        folder = RunFolder(tmp_path / "run")
+        folder.lock(say=heard.append, beat_seconds=0.02)
+        folder.unlock()
+
+
+def test_where_there_are_no_locks_the_beat_decides(
+    tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_record_lock", lambda _fd: None)
+    first = RunFolder(tmp_path / "run")
+    first.lock(say=heard.append, beat_seconds=QUICK)
+    monkeypatch.setattr(room, "_held", {})  # as another process would see it
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _seconds: until_it_beats(tmp_path / "run"))
+        with pytest.raises(RequestError, match=f"in use by pid {os.getpid()}"):
+            RunFolder(tmp_path / "run").lock(say=heard.append, beat_seconds=QUICK)
+    first.unlock()
+    second = RunFolder(tmp_path / "run")
+    second.lock(say=heard.append, beat_seconds=QUICK)
+    second.unlock()
+    assert "carries no locks" in heard[0]
+
+
+def until_it_beats(run: Path, fd: int | None = None) -> None:
+    """Return when the number in the lock has grown. ``fd``: of the holder, where closing another one would drop the
+    kernel's lock.
+    """
+    opened = os.open(run / ".lock", os.O_RDONLY) if fd is None else fd
+    first, give_up = json.loads(os.pread(opened, 10000, 0))["beat"], time.monotonic() + 120
+    while json.loads(os.pread(opened, 10000, 0))["beat"] <= first:
+        assert time.monotonic() < give_up, "no beat"
+        threading.Event().wait(0.01)
+    if fd is None:
+        os.close(opened)
+
+
+def test_the_holder_beats(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.lock(say=print, beat_seconds=0.02)
+    until_it_beats(tmp_path / "run", folder._lock_fd)
+    folder.unlock()
+
+
+def test_a_beat_on_its_way_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would write to whatever file gets the descriptor next, or make the free lock look taken."""
+    write, begun, unlocked = room._write_holder, threading.Event(), threading.Event()
+
+    def late(fd: int, holder: dict[str, Any]) -> None:
+        if holder["beat"]:
+            begun.set()
+            unlocked.wait(0.5)  # longer than an unlock that waits for nobody
+        write(fd, holder)
+
+    monkeypatch.setattr(room, "_write_holder", late)
+    folder = RunFolder(tmp_path / "run")
+    folder.lock(say=print, beat_seconds=0.01)
+    assert begun.wait(120)
+    folder.unlock()
+    with open(tmp_path / "next", "w+") as following:
+        unlocked.set()
+        for thread in [t for t in threading.enumerate() if t.name == "run-folder-lock"]:
+            thread.join()
+        assert following.read() == ""
+    assert (tmp_path / "run" / ".lock").read_text() == ""
+
+
+def test_a_folder_that_cannot_be_made_is_a_wrong_request(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match=r"cannot be written: .*--run_dir"):
+        RunFolder(tmp_path / "file" / "run").lock()
+    with pytest.raises(RequestError, match="cannot be written"):
+        RunFolder("/proc/nowhere/run").lock()
+
+
+def test_private_folders(tmp_path: Path) -> None:
+    previous = os.umask(0)
+    try:
+        folder = RunFolder(tmp_path / "a" / "run", private=True)
+        folder.create()
+        assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+        RunFolder(tmp_path / "open").create()
+        assert stat.S_IMODE((tmp_path / "open").stat().st_mode) == 0o777
+    finally:
+        os.umask(previous)
+
+
+# ---- status ------------------------------------------------------------------------------------------------
+
+
+def test_status_says_who_where_and_how_far(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    assert folder.read_status() is None
+    folder.write_status("running", step=7, version="1")
+    folder.write_status("saved", exit_code=75, reason="SIGTERM")
+    status = folder.read_status()
+    assert status is not None
+    assert {key: status[key] for key in ("state", "exit_code", "reason", "step", "pid", "version")} == {
+        "state": "saved",
+        "exit_code": 75,
+        "reason": "SIGTERM",
+        "step": 7,
+        "pid": os.getpid(),
+        "version": "1",
+    }
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", status["time"])
+    with pytest.raises(ValueError, match="none of"):
+        folder.write_status("happy")
+    (folder.path / "status.json").write_text("{")
+    assert folder.read_status() is None
+
+
+def test_status_is_whole_at_any_instant(tmp_path: Path) -> None:
+    counter = Counter()
+    folder = RunFolder(tmp_path / "run", disk=Disk(counter))
+    folder.create()
+    before = len(counter.calls)
+    folder.write_status("running", step=1)
+    assert "fsync" not in counter.calls[before:], "training waits for no disk"
+    before = len(counter.calls)
+    folder.write_status("saved", step=1)
+    assert "fsync" in counter.calls[before:]
+    for number in range(len(counter.calls) - before):
+        killed = RunFolder(tmp_path / "run", disk=Disk(KillAt(number, torn=True)))
+        assert forked(lambda f=killed: f.write_status("finished", step=2)) == -9
+        status = folder.read_status()
+        assert status is not None
+        assert status["step"] in (1, 2)
+
+
+# ---- names -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "run-1", "gpt2_small.v2", "2026", "_x", "日本語の実験", "Ωmega", "lr=3e-4+b", "x" * 200]
+)
+def test_good_names(name: str) -> None:
+    assert safe_name(name) == name
+
+
+BAD_NAMES = [
+    "",
+    ".",
+    "..",
+    "-rf",
+    "--help",
+    ".hidden",
+    "a/b",
+    "/abs",
+    "a\0b",
+    "a\nb",
+    "a b",
+    "a\\b",
+    "a:b",
+    "~root",
+]
+BAD_NAMES += [
+    "$(id)",
+    "`id`",
+    "a;b",
+    "a|b",
+    "a*",
+    "a?",
+    "x" * 201,
+    "語" * 70,
+    "a\u202eb",
+    "e\u0301",
+    "a.",
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_bad_names(name: str) -> None:
+    with pytest.raises(RequestError, match="cannot be a name"):
+        safe_name(name)
+
+
+def test_fuzzed_names_never_lead_out(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    (root / "inner").mkdir(parents=True)
+    (root / "escape").symlink_to("/")
+    (root / "up").symlink_to("..")
+    (root / "loop").symlink_to("loop")
+    draw = random.Random(5)
+    pieces = [
+        "..",
+        ".",
+        "/",
+        "//",
+        "a",
+        "inner",
+        "escape",
+        "up",
+        "etc",
+        "passwd",
+        "\0",
+        "\\",
+        "-",
+        "~",
+        "%2e",
+        "語",
+        " ",
+        "\n",
+        "loop",
+    ]
+    inside = 0
+    for _ in range(1000):
+        name = "".join(draw.choice(pieces) for _ in range(draw.randrange(1, 7)))
+        try:
+            path = confined(root, name)
+        except RequestError:
+            continue
+        inside += 1
+        real = os.path.realpath(path)
+        assert real.startswith(os.path.realpath(root) + os.sep), name
+        assert "\0" not in real
+    assert inside > 20
+    for name in ("escape/etc", "up", "up/other", "escape", "", "inner/..", "inner//a", None, 3):
+        with pytest.raises(RequestError):
+            confined(root, name)  # type: ignore[arg-type]
+    assert confined(root, "inner/part-1.bin") == root / "inner" / "part-1.bin"
+
+
+# ---- secrets -----------------------------------------------------------------------------------------------
+
+CANARY = "cAnArY0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "WANDB_BASE_URL",
+        "OPENAI_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "my_password",
+        "PASSWD",
+        "--report.api_key",
+        "hub.token",
+        "GITHUB_TOKEN",
+        "MY_KEY",
+        "client_secret",
+        "Authorization",
+        "report.webhook",
+    ],
+)
+def test_secret_names(name: str) -> None:
+    assert is_secret_name(name)
+    assert redact({name: CANARY}, environ={}) == {name: HIDDEN}
+    assert CANARY not in redact(f"x {name}={CANARY} y", environ={})
+    assert CANARY not in str(redact(["train_lm.py", f"--{name.lstrip('-')}", CANARY], environ={}))
+    assert CANARY not in str(redact(["train_lm.py", f"--{name.lstrip('-')}={CANARY}"], environ={}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eos_token",
+        "pad_token_id",
+        "tokenizer",
+        "tokens",
+        "n_tokens",
+        "data.train",
+        "seed",
+        "keyboard",
+        "monkey",
+        "key_size",
+        "WANDB_PROJECT",
+        "WANDB_MODE",
+        "sample_tokens",
+        "vocab_size",
+        "text_field",
+    ],
+)
+def test_names_that_are_no_secrets(name: str) -> None:
+    assert not is_secret_name(name)
+    assert redact({name: "value"}, environ={}) == {name: "value"}
+
+
+def test_values_of_secret_variables_are_hidden_wherever_they_are() -> None:
+    environ = {"HF_TOKEN": CANARY, "HOME": "/home/someone", "SHORT_KEY": "ab"}
+    nested = {"a": [f"url?x={CANARY}", {"b": (CANARY, 1, None, 2.5, True)}], "c": "ab", CANARY: 1}
+    hidden = redact(nested, environ=environ)
+    assert CANARY not in json.dumps(hidden)
+    assert hidden["c"] == "ab"
+    assert hidden["a"][1]["b"][1:] == (1, None, 2.5, True)
+    assert redact("/home/someone", environ=environ) == "/home/someone"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf_" + "a" * 34,
+        "sk-" + "b" * 40,
+        "ghp_" + "c" * 36,
+        "AKIA" + "D" * 16,
+        "https://hooks.slack.com/services/T0/B0/xyz",
+        "Bearer " + "e" * 30,
+        "https://user:" + CANARY + "@host/path",
+        "xoxb-" + "1" * 20,
+    ],
+)
+def test_well_known_kinds_of_keys_are_hidden(text: str) -> None:
+    hidden = redact(f"before {text} after", environ={})
+    assert HIDDEN in hidden
+    assert text.split(" ")[-1] not in hidden
+    assert hidden.startswith("before ")
+
+
+def test_ordinary_text_stays_as_it_is() -> None:
+    for text in (
+        "step 100: loss=2.5, tokens: 1000",
+        "runs/demo/checkpoints/step-00000010",
+        "a = b",
+        "日本語: はい",
+    ):
+        assert redact(text, environ={}) == text
+    assert redact(["train_lm.py", "--model.config.n_layer", "8"], environ={}) == [
+        "train_lm.py",
+        "--model.config.n_layer",
+        "8",
+    ]
+    assert redact(["--api_key", "--data.train", "x"], environ={}) == ["--api_key", "--data.train", "x"]
+    assert redact({"optim": {"lr": 0.1, "betas": (0.9, 0.95)}}, environ={}) == {
+        "optim": {"lr": 0.1, "betas": (0.9, 0.95)}
+    }
+
+
+@pytest.mark.parametrize(
+    "line", ["  webhook: null", "api_key: ~", "token=None", 'hf_token: ""', "password: false"]
+)
+def test_a_secret_that_is_not_there_stays_not_there(line: str) -> None:
+    """Hidden, a `null` of config.yaml would be read back as a value."""
+    assert redact(line, environ={}) == line

@@ -1,0 +1,148 @@
+"""Generation: seeded, streamed in whole characters, within the context, and without a trace on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lmcore.data.tokenizer import tokenizer
+from lmcore.errors import RequestError
+from lmcore.model import module
+from lmcore.saved.generate import choose, sample, stream
+
+
+@pytest.fixture(scope="module")
+def words() -> Any:
+    texts = ["def f(x):\n    return x + 1\n", "吾輩は猫である。\n"] * 40
+    return tokenizer.train(texts, vocab_size=300)
+
+
+def build(words: Any, context: int = 64) -> Any:
+    return module.build(
+        type="gpt2",
+        config_overrides={"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": context},
+        vocab_size=words.vocab_size,
+        special_ids=words.special_ids,
+        block_size=8,
+        seed=1,
+    )
+
+
+class Script(nn.Module):
+    """Returns plain logits that make a given text the most probable one, whatever was said before."""
+
+    def __init__(self, ids: Sequence[int], prompt: int, vocabulary: int) -> None:
+        super().__init__()
+        self.ids, self.prompt, self.vocabulary = list(ids), prompt, vocabulary
+        self.scale = nn.Parameter(torch.tensor(9.0))
+        self.dropout = nn.Dropout(0.5)
+        self.seen: list[int] = []
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.seen.append(input_ids.shape[1])
+        logits = torch.zeros(1, input_ids.shape[1], self.vocabulary)
+        written = input_ids.shape[1] - self.prompt
+        logits[0, -1, self.ids[written]] = self.scale
+        return self.dropout(logits) if self.training else logits
+
+
+def test_greedy_is_what_transformers_writes(words: Any) -> None:
+    model = build(words).eval()
+    model.generation_config.pad_token_id = words.eos_id
+    ids = words.encode("def f(x):")
+    ours = sample(model, words, ["def f(x):"], 30, temperature=0)[0]
+    limit = torch.arange(model.config.vocab_size) >= model.real_vocab_size
+    forbid: Any = lambda _, scores: scores.masked_fill(limit, -torch.inf)  # noqa: E731 - what generate() calls
+    theirs = model.generate(
+        torch.tensor([ids]), max_new_tokens=30, do_sample=False, logits_processor=[forbid]
+    )
+    new = [token for token in theirs[0, len(ids) :].tolist() if token != words.eos_id]
+    assert ours == words.decode(new)
+    assert len(new) > 5
+
+
+def test_the_seed_decides_and_prompts_do_not_touch_each_other(words: Any) -> None:
+    model = build(words)
+    both = sample(model, words, ["def ", "吾輩"], 20, seed=3)
+    assert both == [sample(model, words, [p], 20, seed=3)[0] for p in ("def ", "吾輩")]
+    assert both != sample(model, words, ["def ", "吾輩"], 20, seed=4)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    sample(model, words, ["x"], 5)
+    assert torch.equal(before, torch.get_rng_state()), "training's random state is not touched"
+
+
+def test_characters_are_never_shown_half(words: Any) -> None:
+    text = "猫と𠮷野家で😀を見た。"
+    ids = words.encode(text)
+    assert len(ids) > len(text), "some characters are spelt in bytes here"
+    prompt = "名前は"
+    model = Script([*ids, words.eos_id], len(words.encode(prompt)), words.vocab_size)
+    pieces = list(stream(model, words, prompt, 100, temperature=0))
+    assert "".join(pieces) == text
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+    assert len(pieces) > 5, "it streams"
+    broken = list(stream(model, words, prompt, len(words.encode("猫と")) + 2, temperature=0))
+    assert "".join(broken).startswith("猫と"), "what ends half is shown as it is, not lost"
+
+
+def test_the_model_is_left_as_it_was_and_dropout_is_off(words: Any) -> None:
+    ids = words.encode("猫である")
+    model = Script(ids, 1, words.vocab_size)
+    model.train()
+    model.dropout.eval()
+    assert sample(model, words, ["x"], len(ids), temperature=0) == ["猫である"]
+    assert model.training
+    assert not model.dropout.training
+    assert model.scale.grad is None
+
+
+def test_beyond_the_context_it_goes_on(words: Any) -> None:
+    model = build(words, context=16)
+    pieces = list(stream(model, words, "def f(x):\n    return", 60, stop_at_eos=False))
+    assert len(words.encode("".join(pieces))) >= 30
+    loss_module = module.ModelWithLoss(model)
+    assert list(stream(loss_module, words, "def f(x):\n    return", 60, stop_at_eos=False)) == pieces
+
+
+def test_an_empty_prompt_is_the_start_of_a_document(words: Any) -> None:
+    model = Script([*words.encode("ab"), words.eos_id], 1, words.vocab_size)
+    assert sample(model, words, [""], 10, temperature=0) == ["ab"]
+    assert model.seen == [1, 2, 3]
+
+
+def test_choices_keep_to_their_limits() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**settings: Any) -> set[int]:
+        base = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        return {choose(logits, generator=generator, **(base | settings)) for _ in range(300)}
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(temperature=0) == {3}
+    assert drawn(top_k=2) == {2, 3}
+    assert drawn(top_k=9) == {0, 1, 2, 3}
+    # softmax: .032 .087 .237 .644
+    assert drawn(top_p=0.6) == {3}
+    assert drawn(top_p=0.7) == {2, 3}
+    assert drawn(top_p=0.9) == {1, 2, 3}
+    counts = torch.zeros(4)
+    for _ in range(2000):
+        counts[choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=generator)] += 1
+    torch.testing.assert_close(counts / 2000, torch.softmax(logits, 0), atol=0.04, rtol=0)
+
+
+def test_wrong_requests_and_broken_weights_are_said(words: Any) -> None:
+    model = Script([5], 1, words.vocab_size)
+    for wrong in ({"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}):
+        with pytest.raises(RequestError, match="must be"):
+            sample(model, words, ["x"], 1, **wrong)
+    with torch.no_grad():
+        model.scale.fill_(torch.nan)
+    with pytest.raises(RequestError, match="not finite"):
+        sample(model, words, ["x"], 1)
