@@ -1,12 +1,20 @@
-"""Numbers for people, a part of the room ``plan``: bytes, counts, times, and a table of them."""
+"""Text for people: sizes, counts, durations, a table of two columns, and the suggestion for a mistyped word.
+
+Every message, log line, plan and report uses these functions, so that one number has one format everywhere.
+"""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
 def size(number: float) -> str:
-    """Bytes for a person: ``3.4 GiB``."""
+    """Bytes with a binary unit.
+
+    >>> size(3_650_722_201)
+    '3.4 GiB'
+    """
     for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(number) >= scale:
             return f"{number / scale:.3g} {unit}"
@@ -14,28 +22,45 @@ def size(number: float) -> str:
 
 
 def short(number: float) -> str:
-    """Counts for a person: ``124.4 M``."""
-    for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    """A count of tokens, parameters or floating point operations, with three digits from 10,000 on.
+
+    >>> short(9_999), short(124_439_808)
+    ('9,999', '124M')
+    """
+    for scale, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(number) >= scale:
-            return f"{number / scale:.4g} {unit}"
-    return f"{number:.4g}"
+            return f"{number / (1e3 if letter == 'k' else scale):.3g}{letter}"
+    return f"{number:,.0f}"
 
 
 def duration(seconds: float) -> str:
-    """``2 d 3 h``, ``5 min``, ``12 s``: the two largest units."""
-    parts: list[str] = []
-    rest = round(seconds)
-    for unit, scale in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
-        if rest >= scale or (unit == "s" and not parts):
-            parts.append(f"{rest // scale} {unit}")
-            rest %= scale
-        elif parts:
-            break
-    return " ".join(parts[:2])
+    """Hours, minutes and seconds, with days in front where there are any.
+
+    >>> duration(178), duration(93_784)
+    ('0:02:58', '1d 2:03:04')
+    """
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def did_you_mean(word: str, choices: Iterable[object], *, at_most: int = 1, cutoff: float = 0.5) -> str:
+    """The end of an error message about an unknown ``word``: the choices that look most like it, or nothing.
+
+    >>> did_you_mean("AdamV", ["adamw", "sgd"])
+    "; did you mean 'adamw'?"
+    >>> did_you_mean("xyz", ["adamw", "sgd"])
+    ''
+    """
+    by_lower = {str(choice).lower(): str(choice) for choice in choices}
+    found = difflib.get_close_matches(str(word).lower(), by_lower, n=at_most, cutoff=cutoff)
+    near = " or ".join(repr(by_lower[match]) for match in found)
+    return f"; did you mean {near}?" if near else ""
 
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
-    """Plain lines, labels in one column."""
+    """Plain lines, the labels in one column."""
     rows = list(rows)
-    width = max(len(label) for label, _ in rows)
+    width = max((len(label) for label, _ in rows), default=0)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)

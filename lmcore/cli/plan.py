@@ -65,8 +65,8 @@ def probe_rows(
 
     Their numbers are kept in the run folder, for the run's report.
     """
+    from lmcore.humanize import duration, size
     from lmcore.plan import probe
-    from lmcore.plan.plan import duration, size
     from lmcore.run import setup as assemble
     from lmcore.run.planning import PLAN_FILE
 

@@ -275,7 +275,7 @@ def checkpoints(words: list[str]) -> None:
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(words)
     from lmcore.checkpoint import writer as checkpoint
-    from lmcore.report.console import short
+    from lmcore.humanize import short
 
     folder = Path(asked.run) / "checkpoints"
     if not folder.is_dir():

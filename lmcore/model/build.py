@@ -17,11 +17,8 @@ Example::
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import logging
-import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,6 +38,7 @@ from lmcore.model.config import (
     refuse_unsafe_index,
 )
 from lmcore.model.empty import without_weights
+from lmcore.plugins import import_path
 
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -254,25 +252,6 @@ def _from_factory(
     # as tensors.
     model.factory_arguments = arguments  # type: ignore[assignment]
     return model
-
-
-def import_path(path: str, option: str) -> Callable[..., Any]:
-    """The callable that ``package.module:name`` stands for; the working directory counts."""
-    module_name, colon, name = path.partition(":")
-    if not colon or not module_name or not name:
-        raise RequestError(f"{option} {path!r} is not of the form package.module:name")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # `accelerate launch` puts the script's folder there, not this one
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise RequestError(f"{option} {path!r}: cannot import {module_name}: {one_line(error)}") from error
-    target = getattr(module, name, None)
-    if not callable(target):
-        raise RequestError(
-            f"{option} {path!r}: {module_name} has no callable {name}{nearest(name, vars(module))}"
-        )
-    return target
 
 
 # ------------------------------------------------------------------------------------------------- pretrained

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lmcore.errors import RequestError
-from lmcore.model.build import ATTENTION, build, import_path
+from lmcore.model.build import ATTENTION, build
 from lmcore.model.config import (
     SPECIAL_IDS,
     context_length,
@@ -46,6 +46,7 @@ from lmcore.model.config import (
 from lmcore.model.cpu_kernels import use_faster_kernels
 from lmcore.model.empty import random_weights
 from lmcore.model.loss import causal_lm_loss, count_labels, cross_entropy_sum
+from lmcore.plugins import import_path
 
 __all__ = [
     "ATTENTION",
@@ -58,7 +59,6 @@ __all__ = [
     "enable_activation_checkpointing",
     "export_config",
     "export_state",
-    "import_path",
     "known_types",
     "pad_vocab",
     "parameter_counts",

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from lmcore.errors import RequestError
+from lmcore.plugins import import_path
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
@@ -213,11 +213,7 @@ def _dtype(value: str | torch.dtype) -> torch.dtype:
 def _by_path(
     path: str, groups: list[dict[str, Any]], offered: Mapping[str, Any], config: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    module_name, _, attribute = path.partition(":")
-    try:
-        factory: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise RequestError(f"optim.name {path!r}: {error}") from error
+    factory = import_path(path, "optim.name")
     try:
         known: Collection[str] = inspect.signature(factory).parameters
     except ValueError:  # written in C

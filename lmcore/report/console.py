@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from lmcore.humanize import duration, short
 from lmcore.report.redact import redact
 
 REFRESHES_PER_SECOND = 2
@@ -73,22 +74,6 @@ def one_line(text: str) -> str:
 def printable(text: str) -> str:
     """``text`` with its line breaks, without the characters that could move a cursor or ring a bell."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
-
-
-def duration(seconds: float) -> str:
-    """``93784`` -> ``1d 2:03:04``; hours are not cut."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return (f"{days}d " if days else "") + f"{hours}:{minutes:02d}:{rest:02d}"
-
-
-def short(number: float) -> str:
-    """``1234567`` -> ``1.23M``: for a display, never for a record."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(number) >= size:
-            return f"{number / (1e3 if letter == 'k' else size):.3g}{letter}"
-    return f"{number:,.0f}"
 
 
 def step_cells(record: dict[str, Any], smoothed: float, world_size: int) -> dict[str, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lmcore.errors import RequestError
-from lmcore.report.console import short
+from lmcore.humanize import short
 from lmcore.report.metrics import read_metrics
 
 Points = list[tuple[float, float]]

@@ -24,7 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lmcore.report.console import STEP_CELLS, Voice, duration, now, short, silence_other_bars, step_cells
+from lmcore.humanize import duration, short
+from lmcore.report.console import STEP_CELLS, Voice, now, silence_other_bars, step_cells
 from lmcore.report.meters import PeakMemory, Sums, Timer, Totals
 from lmcore.report.metrics import MetricsFile, read_metrics, versions
 from lmcore.report.redact import redact

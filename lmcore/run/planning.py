@@ -28,6 +28,7 @@ from lmcore.model import module as model
 from lmcore.model.module import ModelWithLoss
 from lmcore.plan import plan, trace
 from lmcore.plan.fit import fitting_micro_batch
+from lmcore.plugins import import_path
 from lmcore.report import trackers
 from lmcore.run.budget import Sizes
 from lmcore.run.setup import Data, Note, adapt, make_optimizer, with_loss
@@ -98,7 +99,7 @@ def refuse_early(config: RunConfig) -> None:
     """Refuse what would otherwise be refused when the text has been tokenized, which may take hours."""
     for path, option in ((config.model.factory, "model.factory"), (config.loss.factory, "loss.factory")):
         if path is not None:
-            model.import_path(path, option)
+            import_path(path, option)
     trackers.check(config.report.trackers, config.report.webhook)
     if config.model.type is not None:
         trace.imagine(

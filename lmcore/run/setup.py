@@ -29,6 +29,7 @@ from lmcore.errors import FaultError, RequestError
 from lmcore.model import lora, optim
 from lmcore.model import module as model
 from lmcore.model.module import ModelWithLoss
+from lmcore.plugins import import_path
 
 if TYPE_CHECKING:  # the verbs that need no engine must not pay for accelerate's import
     from lmcore.engine.engine import Engine
@@ -260,7 +261,7 @@ def keep_tokenizer(config: RunConfig, home: Path, data: Data, *, note: Note) -> 
 def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int) -> Data:
     """``data.factory(**data.config)``: a dataset, or a mapping with ``train`` and, if wanted, ``valid``, ``test``
     (datasets, or mappings of them by name) and ``collate``."""
-    made = model.import_path(config.data.factory or "", "data.factory")(**config.data.config)
+    made = import_path(config.data.factory or "", "data.factory")(**config.data.config)
     parts = dict(made) if isinstance(made, Mapping) else {"train": made}
     unknown = sorted(parts.keys() - {"train", "valid", "test", "collate"})
     if unknown or "train" not in parts:
@@ -391,7 +392,7 @@ def with_loss(
     )
     own_loss: Any = None
     if config.loss.factory is not None:
-        own_loss = partial(model.import_path(config.loss.factory, "loss.factory"), **config.loss.config)
+        own_loss = partial(import_path(config.loss.factory, "loss.factory"), **config.loss.config)
     return ModelWithLoss(
         built,
         chunk="auto" if config.loss.chunk is None else config.loss.chunk,

@@ -24,6 +24,7 @@ from lmcore.checkpoint import writer
 from lmcore.data.tokenizer import tokenizer as tokenizers
 from lmcore.errors import RequestError
 from lmcore.model import lora, module
+from lmcore.plugins import import_path
 
 
 @final
@@ -178,7 +179,7 @@ def empty_model(description: dict[str, Any], *, factory: str | None = None) -> n
             raise RequestError(
                 f"this checkpoint's model is made by {named!r}, which is code: if you know it, say --factory {named}"
             )
-        return module.import_path(factory, "--factory")(**description["arguments"])
+        return import_path(factory, "--factory")(**description["arguments"])
     try:
         return _empty_transformers_model(description)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from lmcore import humanize
 from lmcore.model import optim
 from lmcore.model.module import ModelWithLoss, build, enable_activation_checkpointing
 from lmcore.plan import plan
 from lmcore.plan.trace import Rehearsal, imagine, optimizer_bytes, rehearse
-from tests.support.plan_runs import Case, make_module, measure, measured_peak_bytes, measured_resident_bytes
+from tests.support.plan_runs import Case, make_module, measure, measured_resident_bytes
 
 GPT2 = {"n_layer": 6, "n_embd": 256, "n_head": 4}
 LLAMA = {
@@ -287,7 +288,7 @@ def test_the_plan_shows_its_arithmetic() -> None:
         flops_per_token=6_000, flops_counted=5_900, block_size=10, steps=100, tokens_per_step=240, epoch_tokens=12_000,
         checkpoint_bytes=12_000, checkpoints_kept=4, tokens_per_second=10, watts_per_device=500,
     )  # fmt: skip
-    text = plan.table(made.rows())
+    text = humanize.table(made.rows())
     for word in (
         "2 x 3 x 4 x 10",
         "240 tokens",
@@ -301,19 +302,6 @@ def test_the_plan_shows_its_arithmetic() -> None:
     assert (made.tokens, made.seconds, made.fits) == (24_000, 2_400, False)
     assert made.kilowatt_hours == pytest.approx(2_400 / 3_600 * 500 * 2 / 1_000)
     assert made.numbers()["steps"] == 100
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0 s"), (59, "59 s"), (3_600, "1 h"), (90_061, "1 d 1 h"), (330, "5 min 30 s")]
-)
-def test_times_for_people(seconds: int, text: str) -> None:
-    assert plan.duration(seconds) == text
-
-
-def test_the_measuring_itself_sees_every_tensor() -> None:
-    assert measured_peak_bytes.__module__ == "tests.support.plan_runs"  # found by name in the forked ranks
-    assert plan.size(3 * 2**30) == "3 GiB"
-    assert plan.short(124_400_000) == "124.4 M"
 
 
 def test_advice_that_is_not_enough_does_not_say_that_it_is() -> None:

@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 import torch
 
+from lmcore.humanize import duration, short
 from lmcore.report import console, meters
-from lmcore.report.console import Console, duration, is_interactive, one_line, short
+from lmcore.report.console import Console, is_interactive, one_line
 from lmcore.report.meters import Timer
 from lmcore.report.metrics import MetricsFile, read_metrics
 from lmcore.report.report import Report, silence_other_bars
