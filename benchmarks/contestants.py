@@ -235,9 +235,9 @@ def bare(s: dict[str, Any], gate: Gate) -> None:
     """The same module, kernels, optimizer and memory setting, and no more than a loop needs."""
     import torch
 
+    from lmcore.engine.allocator import keep_freed_memory
     from lmcore.model import module as model
     from lmcore.model import optim
-    from lmcore.process import keep_freed_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":

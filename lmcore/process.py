@@ -1,71 +1,109 @@
-"""On a CPU: let the process keep the memory that it frees, for the next step.
+"""Memory of this process and of this machine, and whether a process is alive (by psutil).
 
-glibc takes a block above 32 MB straight from the kernel and hands it back when it is freed. A training step frees and
-asks for the same few hundred large blocks again and again, so each step pays a page fault for every 4 KiB of them;
-on a virtual machine that costs more than some of the arithmetic (docs/log.md). ``mallopt`` turns it off from inside:
-no package, no LD_PRELOAD. What always holds: whoever chose an allocator or its settings themselves is left alone.
+Example::
 
-    said = keep_freed_memory()      # before the first large tensor
-
-And how much of it is in use: :func:`resident_bytes`.
+    free = available_bytes()        # what this process may still take, in bytes; None where nobody knows
+    if free is not None and needed > 0.8 * free: ...
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
+import contextlib
+import resource
 import sys
+from pathlib import Path
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
-_TOP_PAD_BYTES = 64 * 2**20
-_LARGEST_INT = 2**31 - 1
-_CHOSEN_BY_HAND = (
-    "LD_PRELOAD",
-    "GLIBC_TUNABLES",
-    "MALLOC_MMAP_MAX_",
-    "MALLOC_TRIM_THRESHOLD_",
-    "MALLOC_CONF",
-)
-
-
-def keep_freed_memory() -> str | None:
-    """Tell glibc to keep what is freed. One line that says so, or ``None`` where nothing was done."""
-    if not sys.platform.startswith("linux") or any(os.environ.get(name) for name in _CHOSEN_BY_HAND):
-        return None
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # not glibc
-        return None
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _LARGEST_INT), (_M_TOP_PAD, _TOP_PAD_BYTES))
-    done = [mallopt(name, value) for name, value in settings]
-    return "freed memory is kept for the next step (glibc mallopt)" if all(done) else None
+import psutil
 
 
 def resident_bytes(*, peak: bool = False) -> int:
-    """Memory of this process that is in RAM now, or the most since :func:`forget_peak` (or its start)."""
-    if sys.platform.startswith("linux"):
-        wanted = "VmHWM:" if peak else "VmRSS:"
+    """Memory of this process that is in RAM now; with ``peak`` the most since :func:`forget_peak` (or its start)."""
+    if not peak:
+        return int(psutil.Process().memory_info().rss)
+    if sys.platform.startswith("linux"):  # psutil has no peak there, and getrusage's cannot be reset
         with open("/proc/self/status", encoding="ascii") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(wanted)) * 1024
-    import resource  # not on Windows, where lmcore does not run
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes; it tells nothing but the peak
-
-
-def available_bytes() -> int | None:
-    """What this machine could give to programs without swapping; ``None`` where the kernel does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) * 1024
-    except (OSError, StopIteration):
-        return None
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
 
 
 def forget_peak() -> bool:
-    """Let the peak count from now on; ``False`` where the kernel does not let a process do that."""
+    """Start the peak of :func:`resident_bytes` anew; ``False`` where the kernel does not allow that."""
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
     except OSError:
         return False
     return True
+
+
+def available_bytes(proc: Path = Path("/proc/self")) -> int | None:
+    """Bytes that this process can still take without swapping, or ``None`` where the system does not say.
+
+    The least of: what the machine has free, what ``ulimit -v`` leaves of the address space, and what each control
+    group around this process (Slurm's job, a container; version 1 and 2) has left. Never below zero.
+    """
+    found = []
+    with contextlib.suppress(
+        OSError, RuntimeError
+    ):  # a sandbox without /proc; the limits below may still be known
+        found.append(int(psutil.virtual_memory().available))
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        found.append(limit - int(psutil.Process().memory_info().vms))
+    found += [left for folder in _memory_groups(proc) if (left := _left_in_group(folder)) is not None]
+    return max(0, min(found)) if found else None
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs. One that has ended and was not waited for yet (a zombie) does not."""
+    if pid <= 0:
+        return False
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _memory_groups(proc: Path) -> list[Path]:
+    """Folders of the control groups that limit the memory of this process: its own and all above it."""
+    try:
+        mounts = (proc / "mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (proc / "cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []  # not Linux
+    own = {}  # controllers -> path of the group; version 2 has one line with no controllers
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        own["memory" if "memory" in controllers.split(",") else controllers] = path
+    folders: list[Path] = []
+    for line in mounts:
+        left, _, right = line.partition(" - ")
+        root, mountpoint = left.split()[3:5]
+        kind, _, options = right.split()[:3]
+        name = {"cgroup2": "", "cgroup": "memory"}.get(kind)
+        if name is None or name not in own or (name == "memory" and "memory" not in options.split(",")):
+            continue
+        inside = own[name].removeprefix(root.rstrip("/")).strip("/")  # a container sees a part of the tree
+        folder, top = Path(mountpoint) / inside, Path(mountpoint)
+        folders += [group for group in (folder, *folder.parents) if group.is_relative_to(top)]
+    return folders
+
+
+def _left_in_group(folder: Path) -> int | None:
+    """Bytes that a control group has left; the page cache that it can drop counts as free. ``None``: no limit."""
+    for limit, usage, reclaimable in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            allowed = (folder / limit).read_text().strip()
+            if not allowed.isdigit() or int(allowed) >= 1 << 60:  # "max", or version 1's largest number
+                continue
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / usage).read_text())
+        except (OSError, ValueError):
+            continue
+        return int(allowed) - used + int(statistics.get(reclaimable, 0))
+    return None

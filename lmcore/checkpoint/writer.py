@@ -71,6 +71,7 @@ from lmcore.checkpoint.reader import (
 from lmcore.checkpoint.tensors import Layout, Plan, in_order, plan, raw, write_planned
 from lmcore.disk import DISK, Disk
 from lmcore.errors import FaultError, RequestError
+from lmcore.process import available_bytes
 
 __all__ = ["Checkpoint", "Checkpoints", "abandon_after", "find", "listing", "open_checkpoint", "step_name"]
 
@@ -303,7 +304,7 @@ class Checkpoints:
         sizes = dict(save.plan.data_bytes)
         if {name: len(buffer) for name, buffer in self._buffers.items()} != sizes:
             self._buffers.clear()
-            needed, available = sum(sizes.values()), _available_memory_bytes()
+            needed, available = sum(sizes.values()), available_bytes()
             if available is not None and needed > 0.8 * available:
                 self._say(
                     f"checkpoint of {needed / 1e9:.3g} GB is written in the foreground: only "
@@ -432,18 +433,3 @@ def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in metrics.items()
     }
-
-
-def _available_memory_bytes() -> int | None:
-    """What can be allocated without swapping, as Linux and the control group see it; else ``None``."""
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except OSError:
-        pass  # no Linux, or no control group of version 2: what was found so far stands
-    return min(found, default=None)

@@ -25,6 +25,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, final
 
+from lmcore.process import available_bytes
+
 GIB = 2**30
 FLOORS = {  # package -> (lowest version, why)
     "torch": ("2.11", "an unsafe loader was mended in 2.10; Muon and the fused CPU AdamW"),
@@ -204,11 +206,10 @@ def _processor(folder: Path) -> Iterator[Finding]:
 
 
 def _memory(folder: Path) -> Iterator[Finding]:
-    facts = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
-    available = int(facts["MemAvailable"]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, int(text))
+    available = available_bytes()
+    if available is None:
+        yield Finding("note", "memory", "free memory is not known on this system")
+        return
     low = available < 2 * GIB
     remedy = "a small model only; close other programs or ask the batch system for more" if low else ""
     yield Finding("warn" if low else "ok", "memory", f"{available / GIB:.1f} GiB available", remedy)

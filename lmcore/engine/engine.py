@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from lmcore.engine import accelerator, fsdp, launch, sharded_init, zero
 from lmcore.engine import state as by_name
+from lmcore.engine.allocator import keep_freed_memory
 from lmcore.engine.gradients import WideGradients, rehearse_backward
 from lmcore.engine.ranks import Ranks
 from lmcore.engine.state import Skeleton, TensorState, clean_name, keyed_seed, persistent_buffers
@@ -46,7 +47,6 @@ from lmcore.engine.zero_state import ZeroState
 from lmcore.errors import RequestError
 from lmcore.model import optim
 from lmcore.model.module import compile_regions, decoder_layers, enable_activation_checkpointing
-from lmcore.process import keep_freed_memory
 
 MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 Read = Callable[[str, str, str], Tensor | None]

@@ -793,7 +793,7 @@ def test_buffers_are_used_again(tmp_path: Path) -> None:
 def test_without_memory_it_writes_in_the_foreground_and_says_so(
     tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_available_memory_bytes", lambda: 100)
+    monkeypatch.setattr(writer, "available_bytes", lambda: 100)
     saves = Checkpoints(tmp_path, say=heard.append)
     save(saves, 1)
     assert saves.poll() == 1

@@ -19,6 +19,7 @@ from typing import Any
 
 from lmcore.disk import DISK
 from lmcore.errors import FaultError, RequestError
+from lmcore.process import is_alive
 
 HEARTBEAT_SECONDS = 2.0
 STALE_SECONDS = 120.0
@@ -101,24 +102,9 @@ def _is_stale(path: Path) -> bool:
         owner = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return False  # just being made or removed
-    if owner.get("host") == socket.gethostname() and not _lives(owner.get("pid", 0)):
+    if owner.get("host") == socket.gethostname() and not is_alive(owner.get("pid", 0)):
         return True
     return age > STALE_SECONDS
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    if not Path("/proc/self/stat").exists():
-        return True
-    # A zombie still takes signals: it was killed, and its parent has not looked yet.
-    with contextlib.suppress(FileNotFoundError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
 
 
 def write_failure(folder: Path, error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""The process keeps what it frees on a CPU; numbers are read late without being changed."""
+"""A training process on a CPU keeps the memory that it frees."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-from lmcore import process as _memory
-from lmcore.run.late_values import LateNumbers
+from lmcore.engine import allocator
 
 FAULTS = """
 import resource, sys
 import numpy as np
-from lmcore.process import keep_freed_memory
+from lmcore.engine.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def work():
@@ -42,15 +40,7 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     assert returned > 100 * max(kept, 1)  # 64 MB are 15,625 pages, five times
 
 
-@pytest.mark.parametrize("name", _memory._CHOSEN_BY_HAND)
-def test_a_choice_made_by_hand_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", allocator.CHOSEN_BY_USER)
+def test_the_users_own_allocator_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "x")
-    assert _memory.keep_freed_memory() is None
-
-
-def test_late_numbers_are_the_numbers() -> None:
-    numbers = torch.tensor([1.5, float("nan"), 3.0], dtype=torch.float64)
-    late = LateNumbers(numbers)
-    first, second, third = late.tolist()
-    assert (first, third) == (1.5, 3.0)
-    assert second != second
+    assert allocator.keep_freed_memory() is None
