@@ -32,6 +32,7 @@ from lmcore.data.store.store import MANIFEST, TokenStore
 from lmcore.data.text import documents as text
 from lmcore.disk import DISK, Call
 from lmcore.errors import FaultError, RequestError
+from lmcore.process import is_alive
 from tests.support.data import Bytes, counting_store
 from tests.support.disk_faults import Counter, KillAt, forked
 
@@ -307,7 +308,7 @@ def test_tokenizing_processes_end_with_their_parent(tmp_path: Path) -> None:
     assert process.pid not in pids
     process.kill()
     process.communicate(timeout=120)  # also the pipes of the children are closed
-    wait_for(lambda: not any(claims._lives(pid) for pid in pids))
+    wait_for(lambda: not any(is_alive(pid) for pid in pids))
     assert (
         prepare(
             text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])[0],
