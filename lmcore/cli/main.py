@@ -16,8 +16,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -119,47 +118,18 @@ def prepare(words: list[str]) -> None:
 
     display = tasks()
     home = _run_dir(config) / "tokenizer"
-    with _standard_input_as_file(config) as readable:
-        data = assemble.open_data(
-            readable,
-            home,
-            rank=int(worker),
-            on_main=partial(_one_at_a_time, home.parent / ".prepare.lock"),
-            note=display.note,
-            task=display.task,
-        )
+    data = assemble.open_data(
+        config,
+        home,
+        rank=int(worker),
+        on_main=partial(_one_at_a_time, home.parent / ".prepare.lock"),
+        note=display.note,
+        task=display.task,
+    )
     display.close()
     for name, value in data.rows:
         print(f"{name}: {value}")
     print(f"blocks in an epoch: {data.train.epoch_blocks:,} of {data.block_size:,} tokens")
-    if readable is not config:
-        sides = {"train": [data.train], "valid": [] if config.data.valid else list(data.valid.values())}
-        named = [
-            f"--data.{side} {' '.join(str(one.folder) for blocks in sets for one in blocks.stores)}"
-            for side, sets in sides.items()
-            if sets
-        ]
-        print(f"train with: {' '.join(named)} --tokenizer.path {home}")
-
-
-@contextmanager
-def _standard_input_as_file(config: RunConfig) -> Iterator[RunConfig]:
-    """The configuration with ``-`` in data.train as a file: the tokenizer, the training text and what is held out
-    all read it, and it can be read only once.
-    """
-    entries = [{"path": entry} if isinstance(entry, str) else dict(entry) for entry in config.data.train]
-    if not any(entry.get("path") == "-" for entry in entries):
-        yield config
-        return
-    from lmcore.data.store.build import spooled
-
-    with spooled(Path(config.data.store_dir)) as path:
-        unit = "line" if config.data.unit == "auto" else config.data.unit
-        train: list[str | dict[str, Any]] = [
-            {"name": "stdin", "unit": unit, **entry, "path": str(path)} if entry.get("path") == "-" else entry
-            for entry in entries
-        ]
-        yield replace(config, data=replace(config.data, train=train))
 
 
 def _one_at_a_time(lock: Path, work: Callable[[], Any]) -> Any:

@@ -48,17 +48,11 @@ class Reading:
         """The entries as sources.
 
         Raises:
-            RequestError: standard input, which only the verb ``prepare`` takes; and see :func:`lmcore.data.text.documents.resolve`.
+            RequestError: see :func:`lmcore.data.text.documents.resolve`.
         """
-        found = documents.resolve(
+        return documents.resolve(
             list(entries), text_field=self.text_field, unit=self.unit, encoding=self.encoding
         )
-        if any(documents.STDIN in source.paths for source in found):
-            raise RequestError(
-                "standard input cannot be read again for a resume or a second epoch: `... | python -m lmcore prepare "
-                "--data.train -` makes a token store of it, and data.train takes its folder"
-            )
-        return found
 
 
 def mixture_weights(sources: Sequence[documents.Source]) -> tuple[float, ...] | None:

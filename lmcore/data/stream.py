@@ -67,7 +67,7 @@ class StreamDataset:
             process so far.
 
     Raises:
-        RequestError: standard input, weights for some sources only, sizes that do not divide (with the
+        RequestError: weights for some sources only, sizes that do not divide (with the
         numbers).
     """
 
@@ -91,12 +91,6 @@ class StreamDataset:
         max_bad_fraction: float = 0.001,
         note: Callable[[str], None] | None = None,
     ) -> None:
-        for source in sources:
-            if text.STDIN in source.paths:
-                raise RequestError(
-                    "standard input cannot be read again for a resume or a second epoch: "
-                    "`python -m lmcore prepare` makes a token store of it"
-                )
         self.block_size = block_size
         self.lanes = lanes
         self.seed = seed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import io
 import json
 import os
 import random
@@ -448,19 +447,6 @@ def test_a_tokenizer_that_exceeds_its_vocabulary_is_found_out(tmp_path: Path) ->
 
     with pytest.raises(FaultError, match=r"gave the id \d+ .* 100 ids"):
         prepare(corpus(tmp_path / "text", 2), Liar(), store_dir=tmp_path / "stores")
-
-
-def test_standard_input_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [source] = text.resolve(["-"])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
-    store = prepare(source, Bytes(), store_dir=tmp_path / "stores")
-    assert store.read(0, store.n_tokens).tolist() == [*b"one", 256, *b"two", 256]
-    assert [path.name for path in (tmp_path / "stores").iterdir()] == [
-        store.folder.name if store.folder else ""
-    ]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RequestError, match=r"several processes"):
-        prepare(source, Bytes(), store_dir=tmp_path / "stores")
 
 
 # ---- reading ----

@@ -338,11 +338,6 @@ def test_skipped_positions_are_whole_rounds_of_the_lanes(corpus: Path) -> None:
         run(dataset, dataset.new_cursor().with_skips([(17, 30)]), count=1)
 
 
-def test_standard_input_is_refused() -> None:
-    with pytest.raises(RequestError, match="prepare"):
-        StreamDataset(documents.resolve(["-"]), Tagged(), block_size=SIZE, lanes=2, seed=1)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_records_end_the_stream_or_are_left_out(tmp_path: Path, workers: int) -> None:
     lines = [json.dumps({"text": f"{number} 30"}) for number in range(200)]

@@ -658,7 +658,7 @@ def test_files_are_sorted_and_named_relatively(tmp_path: Path, monkeypatch: pyte
         "b",
         "z-2",
     ]
-    assert resolve(["hf://owner/name", "-"])[0].paths == ("hf://owner/name",)
+    assert resolve(["hf://owner/name"])[0].paths == ("hf://owner/name",)
     assert resolve("b.txt")[0].paths == (str(tmp_path / "b.txt"),)
 
 
@@ -691,7 +691,8 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
         ("fold*", r"no file matches .*only folders: folder.*\*\*"),
         ("folder", r"no file of a known kind.*wiki_00.*/\*\*'"),
         ("s3://bucket/a", "remote files are not read"),
-        ("pipe", "not a regular file"),
+        ("pipe", "not a regular file.*write its text to a file"),
+        ("-", "standard input.*write it to a file"),
         ({"path": "corpus.txt", "wieght": 1}, r"no option 'wieght' \(did you mean 'weight'\?\)"),
         ({"weight": 1}, "without a path"),
         ({"path": "corpus.txt", "weight": 0}, "positive"),
@@ -754,17 +755,6 @@ def test_the_standard_library_is_a_corpus() -> None:
     assert bad == []
     assert 8e6 < sum(len(d.text.encode()) for d in documents) < 20e6
     assert read_all(source)[0] == documents
-
-
-def test_standard_input(tmp_path: Path) -> None:
-    program = (
-        "from lmcore.data.text.documents import *\n[s] = resolve(['-'])\n"
-        "print([d.text for p in parts(s) for d in read(s, p, bad=print)])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], input="a\n二\n".encode(), capture_output=True, check=True
-    )
-    assert done.stdout.decode().strip() == "['a', '二']"
 
 
 # --- splitting ---

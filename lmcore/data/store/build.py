@@ -24,11 +24,8 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +45,7 @@ from lmcore.data.text import documents, hub
 from lmcore.disk import DISK
 from lmcore.errors import FaultError, RequestError
 
-__all__ = ["Progress", "TokenStore", "prepare", "spooled"]
+__all__ = ["Progress", "TokenStore", "prepare"]
 
 
 _SAID_RECORDS = 100
@@ -107,22 +104,6 @@ def prepare(
             eos_id=tokenizer.eos_id,
             tokenizer_fingerprint=tokenizer.fingerprint,
         )
-    if documents.STDIN in source.paths:
-        with spooled(Path(store_dir)) as path:
-            source = replace(source, paths=(str(path),), relative_paths=("stdin",))
-            return prepare(
-                source,
-                tokenizer,
-                store_dir=store_dir,
-                split=split,
-                eos=eos,
-                processes=processes,
-                on_error=on_error,
-                max_bad_fraction=max_bad_fraction,
-                progress=progress,
-                note=note,
-                part_bytes=part_bytes,
-            )
     identity = identity_of(source, tokenizer, split, eos)
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     side = "" if split[0] == "all" else f"-{split[0]}"
@@ -148,24 +129,6 @@ def prepare(
     if store.n_tokens == 0:
         raise NoText(f"source {source.name!r} holds no text at all ({len(source.paths)} files)")
     return store
-
-
-@contextlib.contextmanager
-def spooled(folder: Path) -> Iterator[Path]:
-    """Standard input as a file, for as long as it is needed: it can be read only once, and by one process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RequestError(
-            "standard input cannot be read by several processes: `python -m lmcore prepare` it first"
-        )
-    aside = folder / f".stdin.{os.getpid()}"
-    DISK.makedirs(aside)
-    path = aside / "stdin"  # the name is part of the store's identity: the same text makes the same store
-    try:
-        with open(path, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
-        yield path
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 # ---- what a store is made of ----

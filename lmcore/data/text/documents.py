@@ -37,13 +37,12 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import IO, Literal, NamedTuple
 
 from lmcore.data.text import formats
 from lmcore.data.text.compression import CODECS, Damage, encoding_is_wide, is_blank, lines, stream
-from lmcore.data.text.sources import FOREIGN_SUFFIXES, HUB, STDIN, Source, file_kind, resolve
+from lmcore.data.text.sources import FOREIGN_SUFFIXES, HUB, Source, file_kind, resolve
 from lmcore.errors import RequestError
 
 __all__ = ["BadRecord", "Document", "Part", "Piece", "Source", "parts", "read", "resolve", "side"]
@@ -149,7 +148,7 @@ def _pieces(source: Source, path: str, relative_path: str, part_bytes: int) -> I
     if path.startswith(HUB):
         raise RequestError(f"{path} is no file: training and prepare read it, this does not")
     try:
-        stat = os.stat(path) if path != STDIN else None
+        stat = os.stat(path)
     except OSError:
         stat = None  # vanished since it was resolved: read() reports it
     size, mtime = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
@@ -219,11 +218,11 @@ def _watched(source: Source, piece: Piece) -> Iterator[tuple[int, str | Damage]]
     """The texts of a piece, and a ``Damage`` if the file vanished, changed or could not be read."""
     at = piece.start
     try:
-        with nullcontext(sys.stdin.buffer) if piece.path == STDIN else open(piece.path, "rb") as file:
+        with open(piece.path, "rb") as file:
             for at, value in _texts(source, piece, file):
                 yield at, value
-            stat = os.fstat(file.fileno()) if piece.path != STDIN else None
-        if stat and (stat.st_size, stat.st_mtime_ns) != (piece.size_bytes, piece.mtime_ns):
+            stat = os.fstat(file.fileno())
+        if (stat.st_size, stat.st_mtime_ns) != (piece.size_bytes, piece.mtime_ns):
             yield at, Damage("the file was changed after it was listed")
     except FileNotFoundError:
         yield at, Damage("the file vanished after it was listed")

@@ -1,6 +1,6 @@
 """What the user wrote under ``data.train`` -> the files of each source.
 
-Comes in: paths, globs, folders, ``stdlib``, ``hf://...``, ``-`` or mappings. Goes out: one :class:`Source`
+Comes in: paths, globs, folders, ``stdlib``, ``hf://...`` or mappings. Goes out: one :class:`Source`
 for each, its files sorted by relative path. What always holds: no file is in two places (also not by a link);
 every refusal names the value and the remedy.
 """
@@ -22,7 +22,6 @@ from lmcore.data.text import formats
 from lmcore.data.text.compression import CODECS, chunks, encoding_is_wide
 from lmcore.errors import RequestError
 
-STDIN = "-"
 HUB = "hf://"
 FOREIGN_SUFFIXES = (".bin", ".idx", ".npy", ".ds", ".index")
 """Files of tokens that other programs wrote: passed on by :func:`resolve`, never read as text."""
@@ -58,7 +57,7 @@ _STDLIB_WITHOUT = frozenset(
 class Source:
     """One entry of the corpus.
 
-    ``paths`` are absolute (or ``hf://...``, or ``-`` for standard input); ``relative_paths`` are the same
+    ``paths`` are absolute (or ``hf://...``); ``relative_paths`` are the same
     files as the user sees them, below the folder that was named: they do not change when the corpus is moved.
     ``unit`` is never ``auto`` here; ``unit_reason`` says how it was decided. ``ignored`` counts the files of
     named folders that are of no known kind.
@@ -96,7 +95,7 @@ def resolve(
 
     An entry is a path, a folder (all files of known kinds in it, hidden ones aside; or a token store), a glob
     (``**`` for any depth; all files that match), ``stdlib`` (the Python standard library's own source),
-    ``hf://name`` or ``-`` (passed on), or a mapping with ``path`` or ``paths`` and ``weight``, ``name``,
+    ``hf://name`` (passed on), or a mapping with ``path`` or ``paths`` and ``weight``, ``name``,
     ``text_field``, ``unit``, ``encoding``.
 
     Raises:
@@ -109,7 +108,7 @@ def resolve(
         source = _source(entry, text_field, unit, encoding)
         for path in source.paths:
             real = os.path.realpath(path)
-            if path != STDIN and not path.startswith(HUB) and owners.setdefault(real, path) is not path:
+            if not path.startswith(HUB) and owners.setdefault(real, path) is not path:
                 raise RequestError(f"{path} is in the corpus twice (also as {owners[real]}): give it once")
         taken = [other.name for other in sources]
         if source.name in taken:
@@ -194,7 +193,12 @@ def _expand(pattern: str) -> tuple[list[tuple[str, str]], int]:
     """[(absolute path, relative path)], and the number of files in a folder that are of no known kind."""
     if pattern == "stdlib":
         return _stdlib(), 0
-    if pattern == STDIN or pattern.startswith(HUB):
+    if pattern == "-":
+        raise RequestError(
+            "'-' (standard input) is not a corpus, because a resume and a second epoch could not read it again:"
+            " write it to a file (`... > corpus.txt`; compressed files are read as they are) and name that file"
+        )
+    if pattern.startswith(HUB):
         return [(pattern, pattern)], 0
     if re.match(r"[a-z0-9]+://", pattern):
         raise RequestError(
@@ -238,7 +242,7 @@ def _expand(pattern: str) -> tuple[list[tuple[str, str]], int]:
         return [(_readable(p), os.path.relpath(p, root)) for p in found], 0
     if os.path.exists(path):
         raise RequestError(
-            f"{pattern} is not a regular file and cannot be read twice: '-' with `prepare` reads it once"
+            f"{pattern} is not a regular file and cannot be read twice: write its text to a file"
         )
     folder, name = os.path.split(path)
     siblings = os.listdir(folder) if os.path.isdir(folder) else []
@@ -280,8 +284,6 @@ def _stdlib() -> list[tuple[str, str]]:
 
 def _name(pattern: str) -> str:
     """A name for the metrics: what stands before the first wildcard or suffix."""
-    if pattern == STDIN:
-        return "stdin"
     fixed = pattern.removeprefix(HUB).rstrip("/")
     while glob.has_magic(os.path.basename(fixed)):
         stem = re.split(r"[*?\[]", os.path.basename(fixed))[0].strip("._- ")
@@ -292,10 +294,10 @@ def _name(pattern: str) -> str:
 
 def _auto_unit(paths: Sequence[str], encoding: str) -> tuple[str, str]:
     """The stated rule of ``unit: auto`` (see :mod:`lmcore.data.text.documents`)."""
-    plain = [p for p in paths if not file_kind(p) and not p.startswith(HUB) and p != STDIN]
+    plain = [p for p in paths if not file_kind(p) and not p.startswith(HUB)]
     plain = [p for p in plain if not p.endswith(FOREIGN_SUFFIXES)]
     if not plain:
-        return "line", "auto: no plain text files" if STDIN not in paths else "auto: standard input"
+        return "line", "auto: no plain text files"
     if 2 * sum(_suffix(p) in _CODE for p in plain) > len(plain):
         return "file", "auto: mostly source code or markup"
     if len(plain) > 1 and statistics.median(os.path.getsize(p) for p in plain) <= _SMALL_FILE_BYTES:
