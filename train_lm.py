@@ -40,7 +40,7 @@ import torch
 
 from lmcore.config.schema import RunConfig, flatten, to_yaml
 from lmcore.engine.engine import Engine
-from lmcore.model import optim
+from lmcore.model import schedules
 from lmcore.model.module import parameter_counts
 from lmcore.plan import plan
 from lmcore.process import resident_bytes
@@ -173,7 +173,7 @@ def train(config: RunConfig, engine: Engine, folder: RunFolder, report: Report) 
         clip_norm=config.optim.clip_norm,
     )
     learning_rate = partial(
-        optim.learning_rate,
+        schedules.learning_rate,
         schedule=config.optim.schedule,
         peak=config.optim.lr,
         warmup_steps=sizes.steps_of(config.optim.warmup),

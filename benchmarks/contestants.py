@@ -236,21 +236,21 @@ def bare(s: dict[str, Any], gate: Gate) -> None:
     import torch
 
     from lmcore.engine.allocator import keep_freed_memory
+    from lmcore.model import build, optim
     from lmcore.model import module as model
-    from lmcore.model import optim
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()
     config = MODELS[s["model"]] | NO_DROPOUT | {"n_positions": s["tokens"]}
-    built = model.build(
+    built = build.build_model(
         type="gpt2", config_overrides=config, vocab_size=s["vocab"], block_size=s["tokens"], seed=0
     )
     module = model.ModelWithLoss(built.to(device))
     if s["compile"]:
         model.compile_regions(module)
     groups = optim.parameter_groups(built.named_parameters(), weight_decay=0.1)
-    optimizer: Any = optim.build("adamw", groups, lr=3e-4)
+    optimizer: Any = optim.build_optimizer("adamw", groups, lr=3e-4)
     parameters = [p for g in groups for p in g["params"]]
     batches = _batches(s, device)
     while True:

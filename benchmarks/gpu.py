@@ -28,7 +28,7 @@ import common
 import torch
 from torch import Tensor
 
-from lmcore.model import module, optim
+from lmcore.model import build, module, optim
 from lmcore.run.late_values import LateNumbers
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -105,12 +105,12 @@ class Run:
     def __init__(self, case: Any, device: torch.device, *, ours: bool, compiled: bool) -> None:
         kind, config, vocab, tokens, blocks, self.accumulation = case
         self.device, self.ours, self.tokens_per_step = device, ours, tokens * blocks * self.accumulation
-        self.model: Any = module.build(
+        self.model: Any = build.build_model(
             type=kind, config_overrides=config, vocab_size=vocab, block_size=tokens, seed=0
         ).to(device)
         self.module = module.ModelWithLoss(self.model, chunk="auto" if ours else 0)
         groups = optim.parameter_groups(self.model.named_parameters(), weight_decay=0.1)
-        self.optimizer: Any = optim.build("adamw", groups, lr=1e-4)
+        self.optimizer: Any = optim.build_optimizer("adamw", groups, lr=1e-4)
         self.parameters = [p for g in groups for p in g["params"]]
         self.plain = torch.compile(self.model) if compiled and not ours else self.model
         if compiled and ours:

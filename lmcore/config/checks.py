@@ -14,13 +14,14 @@ from typing import Any
 
 from lmcore.config.durations import NEVER
 from lmcore.config.schema import Entries, Key, RunConfig, global_batch_blocks, keys, ranges, to_dict
+from lmcore.conventions import OPTIMIZERS
 from lmcore.errors import RequestError
+from lmcore.humanize import did_you_mean
 
 METRICS = ("loss", "perplexity", "bits_per_byte")
 """What every evaluation gives for every held-out set."""
 TRAIN_METRICS = ("train/loss", "train/grad_norm")
 """Of the last line about training before a save."""
-OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "muon")
 SOURCE_KEYS = ("path", "paths", "weight", "name", "text_field", "unit", "encoding")
 
 
@@ -66,11 +67,15 @@ def check(config: RunConfig) -> None:
             raise RequestError(
                 f"optim.{name} {length} is no part of the run: give steps, tokens, epochs or 0-100%"
             )
-    if ":" not in optim.name and optim.name not in OPTIMIZERS:  # not after hours of preparing text
-        meant = get_close_matches(optim.name, OPTIMIZERS, 1)
-        hint = f"; did you mean {meant[0]!r}?" if meant else ""
+    if ":" not in optim.name and optim.name.lower() not in OPTIMIZERS:  # not after hours of preparing text
         raise RequestError(
-            f"optim.name {optim.name!r} is none of {', '.join(OPTIMIZERS)}, nor package.module:Class{hint}"
+            f"unknown optim.name {optim.name!r}; choose from {', '.join(OPTIMIZERS)}, or give package.module:Class"
+            f"{did_you_mean(optim.name, OPTIMIZERS)}"
+        )
+    if optim.state_dtype != "fp32":
+        raise RequestError(
+            f"optim.state_dtype {optim.state_dtype} is no longer offered: take an optimizer with small state, such as "
+            "--optim.name torchao.optim:AdamW8bit (pip install torchao) or --optim.name adafactor"
         )
     if optim.schedule == "wsd":
         if optim.decay == NEVER:

@@ -28,12 +28,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from lmcore.conventions import IGNORED_LABEL
 from lmcore.data.order import ORDER_VERSION, Cursor, Order, Phase, rank_slice
 from lmcore.data.store.store import TokenStore
 from lmcore.errors import RequestError
-
-IGNORED_LABEL = -100
-"""torch's default ``ignore_index``."""
 
 _TEXTS_AT_ONCE = 64
 _LOCATED_AHEAD = 1024

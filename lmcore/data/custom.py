@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmcore.data.blocks import IGNORED_LABEL, BlockDataset
+from lmcore.conventions import IGNORED_LABEL
+from lmcore.data.blocks import BlockDataset
 from lmcore.data.order import ORDER_VERSION, Cursor, Order, rank_slice
 from lmcore.errors import RequestError
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lmcore.data.blocks import IGNORED_LABEL, Blocks
+from lmcore.conventions import IGNORED_LABEL
+from lmcore.data.blocks import Blocks
 from lmcore.errors import RequestError
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]

@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lmcore.conventions import torch_dtype
 from lmcore.engine import accelerator, fsdp, launch, sharded_init, zero
 from lmcore.engine import state as by_name
 from lmcore.engine.allocator import keep_freed_memory
@@ -103,7 +104,7 @@ class Engine:
         launch.check_compile(os.environ)
         cuda = torch.cuda.is_available() and not launch.forced_to_cpu(os.environ)
         self.precision = launch.resolve_precision(precision, os.environ, cuda=cuda)
-        self._param_dtype = fsdp.DTYPES[param_dtype]
+        self._param_dtype = torch_dtype(param_dtype)
         if param_dtype != "fp32" and request.strategy not in ("single", "ddp"):
             raise RequestError(
                 f"train.param_dtype {param_dtype} has no meaning under {request.strategy}, which keeps fp32 "

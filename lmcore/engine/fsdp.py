@@ -14,18 +14,19 @@ from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from lmcore.conventions import torch_dtype
 from lmcore.errors import RequestError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def plugin(*, precision: str, reduce_dtype: str) -> Any:
     """Fields that are not named here come from the launcher's environment (``FSDP_*``)."""
-    compute = None if precision == "fp32" else DTYPES[precision]
+    compute = None if precision == "fp32" else torch_dtype(precision)
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=DTYPES[reduce_dtype]),
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=torch_dtype(reduce_dtype)
+        ),
         activation_checkpointing=False,  # its own draws other dropout masks in the recomputation
         cpu_ram_efficient_loading=False,  # _strategy_start has rank 0's weights distributed
     )

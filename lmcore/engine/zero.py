@@ -22,7 +22,7 @@ from torch import nn
 
 from lmcore.errors import RequestError
 
-ELEMENTWISE = ("Adam", "AdamW", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax", "SmallAdamW")
+ELEMENTWISE = ("Adam", "AdamW", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax")
 """Optimizers whose update of a number depends on that number's own gradient and state only. ZeRO flattens the
 parameters and cuts them anywhere, so that no other optimizer can be right under it."""
 

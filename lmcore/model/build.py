@@ -11,33 +11,34 @@ whatever the strategy, the world size and the order of construction.
 
 Example::
 
-    model = build(type="gpt2", config_overrides={"n_layer": 4}, vocab_size=8000, block_size=256, seed=0)
+    model = build_model(type="gpt2", config_overrides={"n_layer": 4}, vocab_size=8000, block_size=256, seed=0)
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+import unittest.mock
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lmcore.errors import RequestError
+from lmcore.humanize import did_you_mean
 from lmcore.model.config import (
     SPECIAL_IDS,
-    context_of,
+    context_length,
     known_tokens,
     make_config,
-    nearest,
     one_line,
     pad_vocab,
     pretrained_config,
     refuse_unsafe_index,
 )
-from lmcore.model.empty import without_weights
 from lmcore.plugins import import_path
 
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -51,7 +52,7 @@ def _is_not_about_masks(record: logging.LogRecord) -> bool:
     return "passing in an `attention_mask`" not in record.getMessage()
 
 
-def build(
+def build_model(
     *,
     type: str = "gpt2",
     config_overrides: Mapping[str, Any] | None = None,
@@ -112,7 +113,7 @@ def build(
         model.real_vocab_size = vocab_size
         if config.vocab_size != vocab_size:
             note(f"vocabulary {vocab_size} padded to {config.vocab_size}; the padding takes no probability")
-    context = context_of(model.config)
+    context = context_length(model)
     if context is not None and block_size > context:
         raise RequestError(
             f"data.block_size {block_size} is more than the model's context of {context} tokens: give a "
@@ -121,7 +122,7 @@ def build(
     return model
 
 
-def _model_class(config: Any) -> Any:
+def model_class_of(config: Any) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return MODEL_FOR_CAUSAL_LM_MAPPING[config.__class__]
@@ -144,7 +145,7 @@ def _from_scratch(
     config.dtype = torch.float32
     if attention is not None:
         config._attn_implementation = attention
-    model_class = _model_class(config)
+    model_class = model_class_of(config)
 
     def construct() -> Any:
         # The class itself, not from_config: that one would obey a DeepSpeed or meta-device context around us.
@@ -239,7 +240,9 @@ def _from_factory(
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in overrides:
         if name not in parameters and not takes_any:
-            raise RequestError(f"model.config.{name} is no argument of {path}{nearest(name, parameters)}")
+            raise RequestError(
+                f"model.config.{name} is no argument of {path}{did_you_mean(name, parameters)}"
+            )
     arguments = {name: value for name, value in offered.items() if name in parameters} | dict(overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the same weights on every rank
@@ -252,6 +255,46 @@ def _from_factory(
     # as tensors.
     model.factory_arguments = arguments  # type: ignore[assignment]
     return model
+
+
+# -------------------------------------------------------------------------------------------- without weights
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Inside, every parameter goes to the meta device as soon as a module registers it; nothing is drawn."""
+    from transformers.initialization import no_init_weights
+
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(
+                torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+            )
+        register(module, name, parameter)
+
+    with no_init_weights(), unittest.mock.patch.object(nn.Module, "register_parameter", register_empty):
+        yield
+
+
+@contextlib.contextmanager
+def random_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the empty parameters of these modules (not of their children) have random values."""
+    generator = torch.Generator().manual_seed(0)
+    kept = [
+        (module, leaf, parameter)
+        for module in modules
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_meta
+    ]
+    for module, leaf, parameter in kept:
+        module._parameters[leaf] = nn.Parameter(0.02 * torch.randn(parameter.shape, generator=generator))
+    try:
+        yield
+    finally:
+        for module, leaf, parameter in kept:
+            module._parameters[leaf] = parameter
 
 
 # ------------------------------------------------------------------------------------------------- pretrained

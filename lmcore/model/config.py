@@ -7,14 +7,14 @@ holds: an unknown field is refused with the nearest name; what lmcore sets itsel
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from lmcore.errors import RequestError
+from lmcore.humanize import did_you_mean
 
 VOCAB_MULTIPLE = 64
 """Matrix units want such columns: 50,304 instead of 50,257 gave +13.7 % (LLMs-from-scratch, A100)."""
@@ -38,12 +38,6 @@ def pad_vocab(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the known name that looks most like ``name``, or nothing."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
 # --------------------------------------------------------------------------------------------- configurations
 
 
@@ -53,6 +47,15 @@ def known_types() -> list[str]:
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
+
+_CONTEXT_FIELDS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "block_size",
+)
 
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads")
 
@@ -67,7 +70,7 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
 
     if type not in known_types():
         raise RequestError(
-            f"model.type {type!r} is no causal language model of transformers{nearest(type, known_types())}"
+            f"model.type {type!r} is no causal language model of transformers{did_you_mean(type, known_types())}"
         )
     config_class = CONFIG_MAPPING[type]
     if is_dataclass(config_class):
@@ -80,7 +83,7 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
             raise RequestError(f"model.config.{name} cannot be set: {_OWNED[name]}")
         if name not in known:
             raise RequestError(
-                f"model.config.{name} is no field of {config_class.__name__}{nearest(name, known)}"
+                f"model.config.{name} is no field of {config_class.__name__}{did_you_mean(name, known)}"
             )
     if "is_decoder" in known:
         owned.setdefault("is_decoder", True)  # BERT and its kin see the future without it
@@ -95,7 +98,7 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
     return made
 
 
-def context_length(
+def configured_context_length(
     type: str | None,
     overrides: Mapping[str, Any],
     from_pretrained: str | None = None,
@@ -103,15 +106,27 @@ def context_length(
 ) -> int | None:
     """Tokens that the model sees at once, by its config; ``None`` where positions have no end."""
     if from_pretrained is not None:
-        return context_of(pretrained_config(from_pretrained, revision, overrides)[0])
-    return context_of(make_config(type or "", overrides))
+        return context_length(pretrained_config(from_pretrained, revision, overrides)[0])
+    return context_length(make_config(type or "", overrides))
 
 
-def context_of(config: Any) -> int | None:
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
+def context_length(model: Any) -> int | None:
+    """Tokens that a model sees at once; ``None`` where positions have no end (or it does not say).
+
+    The one place that knows the names which model families use.
+
+    Args:
+        model: a transformers model or its config, or a module of the user's with such an attribute.
+    """
+    config = getattr(model, "config", None)
+    places = [model, config]
+    if hasattr(config or model, "get_text_config"):
+        places.append((config or model).get_text_config())
+    for place in places:
+        for name in _CONTEXT_FIELDS:
+            value = getattr(place, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
     return None
 
 
@@ -185,7 +200,7 @@ def pretrained_config(
         if name in _OWNED or not hasattr(config, name):
             reason = _OWNED.get(name) or f"no field of {config.__class__.__name__}"
             raise RequestError(
-                f"model.config.{name} cannot be set: {reason}{nearest(name, config.to_dict())}"
+                f"model.config.{name} cannot be set: {reason}{did_you_mean(name, config.to_dict())}"
             )
         setattr(config, name, value)
     config.use_cache = False

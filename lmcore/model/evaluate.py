@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORED_LABEL = -100
-"""torch's default ``ignore_index``; set by position, so that a pad id equal to EOS never hides a real EOS."""
+from lmcore.conventions import IGNORED_LABEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,47 +84,3 @@ def evaluate(
                 on_micro_batch()
     nats, tokens, scored_bytes = engine.sum_over_ranks(sums).tolist()
     return Evaluation(nats=nats, tokens=int(tokens), bytes=int(scored_bytes) if lengths is not None else None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EarlyStopping:
-    """When a run stops before its horizon: a pure function of the values of one metric, oldest first.
-
-    The values are the only state; they are kept in the checkpoint, so that a resumed run counts on.
-
-    Args:
-        metric: name of the logged value, for the message.
-        patience: evaluations in a row without an improvement by more than ``threshold``; 0 = never stop for that.
-        mode: ``min`` where lower is better, ``max`` where higher is.
-        target: stop when the metric is at least this good.
-        divergence: stop when the metric is worse than this.
-    """
-
-    metric: str = "loss"
-    patience: int = 0
-    threshold: float = 0.0
-    mode: str = "min"
-    target: float | None = None
-    divergence: float | None = None
-
-    def reason(self, values: list[float]) -> str | None:
-        """Why to stop now, or ``None``."""
-        if not values:
-            return None
-        sign = 1.0 if self.mode == "min" else -1.0
-        last, costs = values[-1], [sign * value for value in values]
-        if self.target is not None and costs[-1] <= sign * self.target:
-            return f"{self.metric} {last:.4f} has reached the target {self.target}"
-        if self.divergence is not None and not costs[-1] <= sign * self.divergence:  # NaN diverges too
-            return f"{self.metric} {last:.4f} is worse than the divergence bound {self.divergence}"
-        if self.patience:
-            best, waited = math.inf, 0
-            for cost in costs:
-                improved = cost < best - self.threshold if math.isfinite(best) else cost < best
-                best, waited = (cost, 0) if improved else (best, waited + 1)
-            if waited >= self.patience:
-                return (
-                    f"{self.metric} has not improved by more than {self.threshold} in {waited} evaluations "
-                    f"(best {sign * best:.4f}, last {last:.4f})"
-                )
-        return None

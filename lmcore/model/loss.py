@@ -29,10 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmcore.conventions import IGNORED_LABEL
 from lmcore.errors import RequestError
-
-IGNORED_LABEL = -100
-"""torch's default ``ignore_index``; set by position, so that a pad id equal to EOS never hides a real EOS."""
 
 CHUNK_BYTES = 128 * 2**20
 """Size of one chunk's logits under ``chunk="auto"`` on a CPU: the chunked head keeps one such buffer."""

@@ -11,7 +11,7 @@ model does not know that it is distributed.
 
 Example::
 
-    model = build(type="gpt2", config_overrides={"n_layer": 4}, vocab_size=8000, block_size=256, seed=0)
+    model = build_model(type="gpt2", config_overrides={"n_layer": 4}, vocab_size=8000, block_size=256, seed=0)
     module = ModelWithLoss(model)
     loss_sum, count = module(input_ids=ids, labels=labels)
 
@@ -33,39 +33,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lmcore.errors import RequestError
-from lmcore.model.build import ATTENTION, build
-from lmcore.model.config import (
-    SPECIAL_IDS,
-    context_length,
-    known_types,
-    nearest,
-    pad_vocab,
-    refuse_unsafe_config,
-    refuse_unsafe_index,
-)
+from lmcore.humanize import did_you_mean
+from lmcore.model.build import random_weights
 from lmcore.model.cpu_kernels import use_faster_kernels
-from lmcore.model.empty import random_weights
 from lmcore.model.loss import causal_lm_loss, count_labels, cross_entropy_sum
 from lmcore.plugins import import_path
-
-__all__ = [
-    "ATTENTION",
-    "SPECIAL_IDS",
-    "ModelWithLoss",
-    "build",
-    "compile_regions",
-    "context_length",
-    "decoder_layers",
-    "enable_activation_checkpointing",
-    "export_config",
-    "export_state",
-    "known_types",
-    "pad_vocab",
-    "parameter_counts",
-    "refuse_unsafe_config",
-    "refuse_unsafe_index",
-    "vocabulary_parameters",
-]
 
 LossFunction = Callable[[Any, Mapping[str, Any]], tuple[Tensor, Tensor]]
 
@@ -246,7 +218,7 @@ class ModelWithLoss(nn.Module):
         if unknown:
             raise RequestError(
                 f"the batch's keys {', '.join(unknown)} are no arguments of "
-                f"{self.model.__class__.__name__}.forward{nearest(unknown[0], self._arguments)}"
+                f"{self.model.__class__.__name__}.forward{did_you_mean(unknown[0], self._arguments)}"
             )
         if "labels" not in keys and self.loss_factory is None:
             raise RequestError("the batch has no 'labels': let data.factory give them, or give loss.factory")
@@ -415,6 +387,17 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     embedding = sum(p.numel() for p in embeddings.values())
     trained = sum(p.numel() for p in seen.values() if p.requires_grad)
     return {"total": total, "trained": trained, "embedding": embedding, "body": total - embedding}
+
+
+def head_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters of a vocabulary head that is not tied to the token embedding."""
+    if not hasattr(model, "get_output_embeddings"):
+        return set()
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    tied = {id(p) for p in (() if embedding is None else embedding.parameters(recurse=False))}
+    owned = {id(p) for p in (() if head is None else head.parameters(recurse=False))} - tied
+    return {name for name, p in model.named_parameters() if id(p) in owned}
 
 
 def vocabulary_parameters(model: nn.Module) -> set[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lmcore.conventions import torch_dtype
 from lmcore.model.module import ModelWithLoss
 from lmcore.plan import plan, trace
 
@@ -35,7 +36,7 @@ def fitting_micro_batch(
     """
     counted = plan.parameters(module)
     autocast, weights = setting.casts
-    kept = None if setting.param_dtype == "fp32" else plan.DTYPES[setting.param_dtype]
+    kept = None if setting.param_dtype == "fp32" else torch_dtype(setting.param_dtype)
     state_bytes = trace.optimizer_bytes(module, make_optimizer, weights=kept)
 
     def needs(blocks: int) -> int:

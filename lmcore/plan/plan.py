@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lmcore.conventions import torch_dtype
 from lmcore.errors import RequestError
 from lmcore.humanize import (
     duration,
@@ -35,7 +36,6 @@ TOKENS_PER_PARAMETER = 20
 USABLE = 0.92
 """Share of a device's memory that tensors can have: the context, the kernels' workspace and fragments take the rest."""
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 ZERO_BUCKET = 500_000_000
 """DeepSpeed's own default of reduce_bucket_size, in numbers; ds_configs/ take a tenth."""
 
@@ -152,7 +152,6 @@ class Setting:
     micro_batch_blocks: int = 1
     accumulation: int = 1
     activation_checkpointing: bool | int = False
-    small_optimizer_state: bool = False
     offload_optimizer: bool = False
     offload_weights: bool = False
     zero_bucket: int = ZERO_BUCKET
@@ -162,9 +161,9 @@ class Setting:
     @property
     def casts(self) -> tuple[torch.dtype | None, torch.dtype | None]:
         """(autocast, type of the weights in forward) for :func:`lmcore.plan.trace.rehearse`."""
-        compute = None if self.precision == "fp32" else DTYPES[self.precision]
+        compute = None if self.precision == "fp32" else torch_dtype(self.precision)
         if self.strategy in ("single", "ddp"):
-            return compute, None if self.param_dtype == "fp32" else DTYPES[self.param_dtype]
+            return compute, None if self.param_dtype == "fp32" else torch_dtype(self.param_dtype)
         return (compute, compute) if self.strategy == "fsdp2" else (None, compute)
 
 
@@ -307,8 +306,6 @@ def remedies(setting: Setting) -> list[tuple[str, Setting]]:
         found.append((f"--train.micro_batch_blocks {micro}", changed))
     if setting.activation_checkpointing != 1:
         found.append(("--train.activation_checkpointing", replace(setting, activation_checkpointing=True)))
-    if not setting.small_optimizer_state and setting.strategy in ("single", "ddp", "fsdp2"):
-        found.append(("--optim.state_dtype bf16", replace(setting, small_optimizer_state=True)))
     if setting.world_size > 1 and setting.strategy in ("ddp", "zero1", "zero2"):
         found.append(("accelerate_configs/fsdp2.yaml", replace(setting, strategy="fsdp2")))
     if not setting.offload_optimizer:

@@ -31,9 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers.initialization import no_init_weights
 
 from lmcore.errors import RequestError
-from lmcore.model.build import _model_class
-from lmcore.model.config import SPECIAL_IDS, known_tokens, make_config, one_line, pretrained_config
-from lmcore.model.module import ModelWithLoss, decoder_layers, enable_activation_checkpointing, pad_vocab
+from lmcore.model.build import model_class_of
+from lmcore.model.config import SPECIAL_IDS, known_tokens, make_config, one_line, pad_vocab, pretrained_config
+from lmcore.model.module import ModelWithLoss, decoder_layers, enable_activation_checkpointing
 
 ACTIVATIONS, LOGITS, COPIES, LAYER_GRADIENTS, OTHER_GRADIENTS = range(5)
 """Columns of a moment: activations; the vocabulary head; autocast's casts of weights; gradients of the repeated
@@ -182,14 +182,14 @@ def imagine(
         setattr(small, name, {"num_hidden_layers": 1, "vocab_size": 64}[name])
     try:
         try:
-            probe = _model_class(small)(small)
+            probe = model_class_of(small)(small)
         except Exception:  # a family whose layers are listed one by one; then the whole of it must be probed
-            probe = _model_class(config)(config)
+            probe = model_class_of(config)(config)
         with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
-            model = _model_class(config)(config)
+            model = model_class_of(config)(config)
             model.tie_weights()
     except Exception as error:  # constructors raise what they like
-        named = from_pretrained or _model_class(config).__name__
+        named = from_pretrained or model_class_of(config).__name__
         raise RequestError(f"{named} refuses this configuration: {one_line(error)}") from error
     adapt(model)
     model.real_vocab_size = real

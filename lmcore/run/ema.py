@@ -7,7 +7,7 @@ decay; looking at it leaves the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lmcore.errors import RequestError
-from lmcore.model.optim import start_average, update_average
 
 Weights = Callable[[], list[tuple[str, Tensor]]]
 
@@ -71,3 +70,18 @@ class MovingAverage:
             with torch.no_grad():
                 for (_, tensor), kept in zip(self._weights(), own):
                     tensor.copy_(kept)
+
+
+def start_average(named_tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Float32 copies by name: the exponential moving average of the weights before the first update."""
+    return {name: tensor.detach().float().clone() for name, tensor in named_tensors}
+
+
+@torch.no_grad()
+def update_average(
+    average: dict[str, Tensor], named_tensors: Iterable[tuple[str, Tensor]], decay: float
+) -> None:
+    """``average <- decay * average + (1 - decay) * tensor``, by name, in place."""
+    pairs = [(average[name], tensor.detach().float()) for name, tensor in named_tensors]
+    if pairs:
+        torch._foreach_lerp_([a for a, _ in pairs], [t for _, t in pairs], 1 - decay)

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from lmcore import process as _memory
 from lmcore.config.schema import RunConfig, global_batch_blocks
+from lmcore.conventions import torch_dtype
 from lmcore.data.batches import Batches
 from lmcore.data.order import Cursor
 from lmcore.engine import launch
 from lmcore.engine.zero import memory_settings
-from lmcore.model import module as model
+from lmcore.model.build import build_model
 from lmcore.model.module import ModelWithLoss
 from lmcore.plan import plan, trace
 from lmcore.plan.fit import fitting_micro_batch
@@ -54,7 +55,6 @@ def setting_of(
         param_dtype=config.train.param_dtype,
         reduce_dtype=config.engine.reduce_dtype,
         activation_checkpointing=config.train.activation_checkpointing,
-        small_optimizer_state=config.optim.state_dtype == "bf16",
         **zero,
     )
 
@@ -81,7 +81,7 @@ def imagined(
         )
         return with_loss(config, bare, probe=probe, note=note)
     make = partial(
-        model.build,
+        build_model,
         factory=named.factory,
         config_overrides=named.config,
         vocab_size=vocab_size,
@@ -149,7 +149,7 @@ def plan_of(
     if device_bytes is None and device_type == "cpu" and (free := _memory.available_bytes()) is not None:
         device_bytes = free // int(os.environ.get("LOCAL_WORLD_SIZE", setting.world_size))
     counted = plan.parameters(module)
-    weights = None if config.train.param_dtype == "fp32" else plan.DTYPES[config.train.param_dtype]
+    weights = None if config.train.param_dtype == "fp32" else torch_dtype(config.train.param_dtype)
     state_bytes = trace.optimizer_bytes(module, partial(make_optimizer, config, module), weights=weights)
 
     average = average_bytes(config, counted)
@@ -169,8 +169,7 @@ def plan_of(
         )
 
     def needs(one: plan.Setting) -> plan.Memory:
-        kept = state_bytes // 2 if one.small_optimizer_state > setting.small_optimizer_state else state_bytes
-        return plan.memory(counted, held(one), one, optimizer_bytes=kept + average)
+        return plan.memory(counted, held(one), one, optimizer_bytes=state_bytes + average)
 
     uncounted = None
     advice: tuple[tuple[str, int], ...] = ()

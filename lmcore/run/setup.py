@@ -26,9 +26,9 @@ from lmcore.data.stream import StreamDataset
 from lmcore.data.tokenizer import tokenizer
 from lmcore.data.tokenizer.tokenizer import Tokenizer
 from lmcore.errors import FaultError, RequestError
-from lmcore.model import lora, optim
-from lmcore.model import module as model
-from lmcore.model.module import ModelWithLoss
+from lmcore.model import build, lora, optim
+from lmcore.model.config import configured_context_length
+from lmcore.model.module import ModelWithLoss, head_parameters, vocabulary_parameters
 from lmcore.plugins import import_path
 
 if TYPE_CHECKING:  # the verbs that need no engine must not pay for accelerate's import
@@ -86,7 +86,7 @@ def block_size_of(config: RunConfig) -> int:
     named = config.model
     context = None
     if named.type is not None or named.from_pretrained is not None:
-        context = model.context_length(named.type, named.config, named.from_pretrained, named.revision)
+        context = configured_context_length(named.type, named.config, named.from_pretrained, named.revision)
     asked = config.data.block_size
     if asked is None:
         return min(context or LONGEST_DEFAULT_BLOCK_TOKENS, LONGEST_DEFAULT_BLOCK_TOKENS)
@@ -359,7 +359,7 @@ def build_model(
     note: Note = print,
 ) -> ModelWithLoss:
     """:func:`open_model` where the numbers of the tokenizer are all that is known of it."""
-    built = model.build(
+    built = build.build_model(
         type=config.model.type or "",
         config_overrides=config.model.config,
         vocab_size=vocab_size,
@@ -413,9 +413,10 @@ def make_optimizer(
         weight_decay=config.optim.weight_decay,
         train_only=config.optim.train_only,
         freeze=config.optim.freeze,
-        vocabulary=model.vocabulary_parameters(module.model),
+        vocabulary=vocabulary_parameters(module.model),
+        head=head_parameters(module.model),
     )
-    return optim.build(
+    return optim.build_optimizer(
         config.optim.name,
         groups,
         lr=config.optim.lr,
@@ -423,7 +424,6 @@ def make_optimizer(
         eps=config.optim.eps,
         momentum=config.optim.momentum,
         fused=config.optim.fused,
-        state_dtype="bfloat16" if config.optim.state_dtype == "bf16" else None,
         **config.optim.config,
     )
 

@@ -27,13 +27,14 @@ from lmcore.data.batches import Batches, EvalBatches, StepBatch, merge_cursors
 from lmcore.data.order import Cursor, merge_skips
 from lmcore.engine.engine import Engine
 from lmcore.errors import FaultError, RequestError
-from lmcore.model.evaluate import EarlyStopping, evaluate
+from lmcore.model.evaluate import evaluate
 from lmcore.model.module import ModelWithLoss
 from lmcore.report.html import read_run, write_report
 from lmcore.report.redact import redact
 from lmcore.report.report import Report
 from lmcore.report.trackers import Trackers
 from lmcore.run.budget import Sizes
+from lmcore.run.early_stopping import EarlyStopping
 from lmcore.run.ema import MovingAverage
 from lmcore.run.folder import RunFolder
 from lmcore.run.guard import Action, Guard

@@ -24,9 +24,11 @@ from torch import nn
 
 from lmcore import __version__
 from lmcore.checkpoint.writer import Checkpoint
+from lmcore.conventions import torch_dtype
 from lmcore.data.tokenizer import tokenizer as tokenizers
 from lmcore.errors import FaultError, RequestError
 from lmcore.model import lora, module
+from lmcore.model.config import SPECIAL_IDS, context_length
 from lmcore.saved import card, load
 from lmcore.saved.load import describe
 
@@ -34,7 +36,6 @@ __all__ = ["describe", "export", "push"]
 
 RECORD_FILE = "lmcore_export.json"
 """Marks a folder as ours (only such a one is replaced) and says where it came from."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOGITS_TOLERANCE = 1e-4
 """Largest difference of logits, as a share of the largest logit. Both sides are float32 of the same weights;
 only the shape of the last product differs (the padding is gone), and with it the order of its sums."""
@@ -63,8 +64,8 @@ def export(
         RequestError: a model that transformers does not know, or a folder that is something else.
         FaultError: the written folder does not give the trainer's logits (nothing appears under its name).
     """
-    if dtype not in DTYPES:
-        raise RequestError(f"export dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype not in ("fp32", "bf16"):
+        raise RequestError(f"export dtype {dtype!r} must be fp32 or bf16")
     description = opened.state.get("model") or {}
     if description.get("kind") != "transformers":
         raise RequestError(
@@ -81,9 +82,9 @@ def export(
         if hasattr(trained, "lora"):
             _merge(trained)
         tokenizer = tokenizers.load(run_dir / "tokenizer")
-        _write_model(trained, aside, DTYPES[dtype], max_shard_bytes)
-        tokenizer.save(aside, model_max_length=_context(trained.config))
-        difference = verify(aside, trained, DTYPES[dtype])
+        _write_model(trained, aside, torch_dtype(dtype), max_shard_bytes)
+        tokenizer.save(aside, model_max_length=context_length(trained))
+        difference = verify(aside, trained, torch_dtype(dtype))
         record = {
             "lmcore": __version__,
             "run": run_dir.resolve().name,
@@ -104,7 +105,7 @@ def export(
 @torch.no_grad()
 def _merge(trained: Any) -> None:
     """Low-rank adapters become part of the weights. Raises :class:`FaultError` if that changes what it computes."""
-    ids = torch.arange(min(64, trained.real_vocab_size)).reshape(1, -1)[:, : _context(trained.config)]
+    ids = torch.arange(min(64, trained.real_vocab_size)).reshape(1, -1)[:, : context_length(trained)]
     before = trained(input_ids=ids).logits
     lora.merge(trained)
     difference = float((trained(input_ids=ids).logits - before).abs().max())
@@ -138,7 +139,7 @@ def _write_model(trained: Any, folder: Path, dtype: torch.dtype, max_shard_bytes
     load.load_weights(small, module.export_state(tied.items(), trained), "the checkpoint")
     small.load_state_dict(dict(trained.named_buffers()), strict=False)
     small.tie_weights()
-    for name in module.SPECIAL_IDS[:3]:
+    for name in SPECIAL_IDS[:3]:
         setattr(small.generation_config, name, getattr(config, name, None))
     small.to(dtype).save_pretrained(folder, max_shard_size=max_shard_bytes, safe_serialization=True)
     path = folder / "config.json"
@@ -173,7 +174,7 @@ def verify(folder: Path, trained: nn.Module, dtype: torch.dtype) -> float:
     opened: Any = load.open_export(folder)
     vocabulary = opened.config.get_text_config().vocab_size
     reference: Any = trained.to(dtype).float().eval()  # the same rounding as in the file
-    length = min(64, _context(trained.config) or 64)
+    length = min(64, context_length(trained) or 64)
     ids = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
     expected = reference(input_ids=ids).logits[..., :vocabulary]
     got = opened.eval()(input_ids=ids).logits
@@ -206,11 +207,3 @@ def push(folder: str | os.PathLike[str], repository: str, *, private: bool = Tru
 
 def _count(model: nn.Module) -> int:
     return module.parameter_counts(model)["total"]
-
-
-def _context(config: Any) -> int | None:
-    for name in ("max_position_embeddings", "n_positions"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
-    return None

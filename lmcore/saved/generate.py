@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lmcore.errors import RequestError
+from lmcore.model.config import context_length
 from lmcore.model.module import ModelWithLoss
 
 _HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
@@ -124,7 +125,7 @@ def _tokens(
     if isinstance(model, ModelWithLoss):
         model = model.model
     device = next(model.parameters()).device
-    context = _context(model)
+    context = context_length(model)
     cached = hasattr(model, "prepare_inputs_for_generation")  # a transformers model: keys and values are kept
     window = list(prompt)
     fresh = window
@@ -198,12 +199,3 @@ def _logits(outputs: Any) -> Tensor:
             f"the model returned {tuple(logits.shape)}, not logits (blocks, tokens, vocabulary)"
         )
     return logits
-
-
-def _context(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "block_size"):
-        value = getattr(config, name, None) or getattr(model, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None

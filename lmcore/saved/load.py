@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from lmcore.checkpoint import writer
 from lmcore.data.tokenizer import tokenizer as tokenizers
 from lmcore.errors import RequestError
-from lmcore.model import lora, module
+from lmcore.model import lora
+from lmcore.model.config import refuse_unsafe_config, refuse_unsafe_index
 from lmcore.plugins import import_path
 
 
@@ -50,9 +51,9 @@ def describe(
     """What :func:`model_of` needs to build this model again; JSON, kept in every checkpoint as ``model``.
 
     Args:
-        model: what :func:`lmcore.model.module.build` gave.
+        model: what :func:`lmcore.model.build.build_model` gave.
         factory, arguments: ``model.factory`` and its own arguments, for the user's own model; those that
-            :func:`lmcore.model.module.build` added (``vocab_size``, ...) are known to the model.
+            :func:`lmcore.model.build.build_model` added (``vocab_size``, ...) are known to the model.
     """
     if factory is not None:
         known: Any = getattr(model, "factory_arguments", {})
@@ -159,8 +160,8 @@ def open_export(folder: Path) -> nn.Module:
     """The model of an export on the CPU, in float32."""
     from transformers import AutoModelForCausalLM
 
-    module.refuse_unsafe_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), str(folder))
-    module.refuse_unsafe_index(str(folder), str(folder))
+    refuse_unsafe_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), str(folder))
+    refuse_unsafe_index(str(folder), str(folder))
     return AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
     )
@@ -191,7 +192,7 @@ def _empty_transformers_model(description: dict[str, Any]) -> nn.Module:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     values = dict(description["config"])
-    module.refuse_unsafe_config(values, "state.json")
+    refuse_unsafe_config(values, "state.json")
     config = CONFIG_MAPPING[values.pop("model_type")].from_dict(values)
     config.dtype = torch.float32
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config.__class__]

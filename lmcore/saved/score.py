@@ -23,6 +23,7 @@ from lmcore.data.blocks import BlockDataset
 from lmcore.data.store import build
 from lmcore.data.text import documents
 from lmcore.errors import RequestError
+from lmcore.model.config import context_length
 from lmcore.model.evaluate import Evaluation, evaluate
 from lmcore.model.module import ModelWithLoss
 from lmcore.saved.load import Saved
@@ -108,8 +109,7 @@ def score(
 
 
 def _block_size(model: Any, asked: int | None) -> int:
-    config = getattr(model, "config", None)
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    context = context_length(model)
     if asked is None:
         return min(context or LONGEST_DEFAULT_BLOCK_TOKENS, LONGEST_DEFAULT_BLOCK_TOKENS)
     if context is not None and asked > context:

@@ -22,7 +22,7 @@ from lmcore.cli import doctor
 from lmcore.cli.main import VERBS, main
 from lmcore.data.tokenizer import tokenizer
 from lmcore.errors import RequestError
-from lmcore.model import module
+from lmcore.model.build import build_model
 from lmcore.saved.load import describe
 from lmcore.saved.score import score
 
@@ -42,7 +42,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with checkpoints of steps 2 and 4 (the earlier one is the better one) and its tokenizer."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
     words = tokenizer.train(TEXTS, vocab_size=330, folder=folder / "tokenizer")
-    model = module.build(
+    model = build_model(
         type="gpt2",
         config_overrides={"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 32},
         vocab_size=words.vocab_size,

@@ -14,7 +14,7 @@ from torch import nn
 
 from lmcore.cli.main import main
 from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST
-from lmcore.model import module as models
+from lmcore.model.build import build_model
 from lmcore.plan import plan, probe
 from lmcore.report import html
 from lmcore.report.metrics import read_metrics
@@ -51,7 +51,7 @@ def test_weights_from_elsewhere_are_planned_by_their_config_alone(
     )  # what is free here changes all the time
     Path("base.yaml").write_text("run_dir: runs/x\n")  # so that the demo's sizes do not stand in
     base = ["--config", "base.yaml", "--tokenizer.vocab_size", 500, *SIZES]
-    model: Any = models.build(type="gpt2", config_overrides=SHAPE, vocab_size=500, block_size=64, seed=0)
+    model: Any = build_model(type="gpt2", config_overrides=SHAPE, vocab_size=500, block_size=64, seed=0)
     model.config.save_pretrained("weights")  # and no weights
     scratch = [part for name, value in SHAPE.items() for part in (f"--model.config.{name}", value)]
     rows = planned(capsys, *base, *scratch)

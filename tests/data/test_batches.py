@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from lmcore.conventions import IGNORED_LABEL
 from lmcore.data.batches import Batches, EvalBatches, Readable, StepBatch, merge_cursors
-from lmcore.data.blocks import IGNORED_LABEL, BlockDataset
+from lmcore.data.blocks import BlockDataset
 from lmcore.data.custom import wrap
 from lmcore.data.order import Cursor, Phase
 from lmcore.errors import FaultError, RequestError

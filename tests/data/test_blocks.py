@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lmcore.data.blocks import IGNORED_LABEL, BlockDataset, collate
+from lmcore.conventions import IGNORED_LABEL
+from lmcore.data.blocks import BlockDataset, collate
 from lmcore.data.locate import show
 from lmcore.data.order import Cursor, Phase
 from lmcore.data.store.build import prepare

@@ -222,7 +222,7 @@ def _train_with_a_large_gradient(argv: list[str], at_step: int, factor: float) -
     import train_lm
 
     backward = train_lm.Engine.backward
-    rate = train_lm.optim.learning_rate
+    rate = train_lm.schedules.learning_rate
     now = [-1]
 
     def noted(step: int, **schedule: Any) -> float:
@@ -233,7 +233,7 @@ def _train_with_a_large_gradient(argv: list[str], at_step: int, factor: float) -
         large = now[0] + 1 == at_step and self.rank == self.world_size - 1
         backward(self, loss_sum * factor if large else loss_sum, labels)
 
-    train_lm.optim.learning_rate, train_lm.Engine.backward = noted, scaled
+    train_lm.schedules.learning_rate, train_lm.Engine.backward = noted, scaled
     return _train(argv, None, 0)
 
 
@@ -344,14 +344,14 @@ def test_every_layer_or_every_second_one_is_recomputed_and_nothing_changes(text:
 def _train_with_an_error(argv: list[str], at_step: int) -> str:
     import train_lm
 
-    rate = train_lm.optim.learning_rate
+    rate = train_lm.schedules.learning_rate
 
     def fails(step: int, **schedule: Any) -> float:
         if step == at_step:
             raise OSError("the disk of the data is gone")
         return rate(step, **schedule)
 
-    train_lm.optim.learning_rate = fails
+    train_lm.schedules.learning_rate = fails
     try:
         _train(argv, None, 0)
     except OSError as error:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lmcore.engine.engine import Engine
 from lmcore.model import module as m
 from lmcore.model import optim
+from lmcore.model.build import build_model
 
 V, T = 100, 16
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -71,7 +72,7 @@ def batch(seed: int, rows: int = 2) -> dict[str, torch.Tensor]:
 
 def make(family: str) -> m.ModelWithLoss:
     return m.ModelWithLoss(
-        m.build(type=family, config_overrides=FAMILIES[family], vocab_size=V, block_size=T, seed=0)
+        build_model(type=family, config_overrides=FAMILIES[family], vocab_size=V, block_size=T, seed=0)
     )
 
 
@@ -100,7 +101,7 @@ def test_no_step_waits_for_the_device(family: str, engine: Engine) -> None:
     module = make(family)
 
     def make_optimizer(named: Any) -> torch.optim.Optimizer:
-        return optim.build("adamw", optim.parameter_groups(named, weight_decay=0.1), lr=1e-3)
+        return optim.build_optimizer("adamw", optim.parameter_groups(named, weight_decay=0.1), lr=1e-3)
 
     engine.prepare(module, make_optimizer, gradient_accumulation=2, micro_batch_blocks=2, clip_norm=1.0)
     for step in range(3):

@@ -34,13 +34,14 @@ def resident(word: str) -> int:
 
 def build_and_shard(mode: str) -> dict[str, float]:
     """Growth of the process in shares of the whole model: when it is built, and at most until it is sharded."""
-    from lmcore.model.module import ModelWithLoss, build
+    from lmcore.model.build import build_model
+    from lmcore.model.module import ModelWithLoss
 
     engine = engine_runs.make_engine(Job(mode=mode))
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     before = resident("VmRSS")
     settings = {"vocab_size": 64, "block_size": 16, "seed": 1, "weights": engine.needs_weights}
-    module = ModelWithLoss(build(type="llama", config_overrides=WIDE, **settings))
+    module = ModelWithLoss(build_model(type="llama", config_overrides=WIDE, **settings))
     whole = 4 * sum(p.numel() for p in module.parameters())
     built = resident("VmRSS") - before
     engine.prepare(module, engine_runs.make_optimizer("sgd"), gradient_accumulation=1, micro_batch_blocks=1)
@@ -128,11 +129,12 @@ class Own(nn.Module):
 
 def shard_own(mode: str, folder: str) -> dict[str, Any]:
     """The state after preparing: of a factory's model, or of a pretrained one in ``folder``."""
-    from lmcore.model.module import ModelWithLoss, build
+    from lmcore.model.build import build_model
+    from lmcore.model.module import ModelWithLoss
 
     engine = engine_runs.make_engine(Job(mode=mode, precision="bf16"))
     settings = {"vocab_size": engine_runs.VOCAB, "block_size": 8, "seed": 1, "weights": engine.needs_weights}
-    own = build(from_pretrained=folder, **settings) if folder else Own(engine.rank)
+    own = build_model(from_pretrained=folder, **settings) if folder else Own(engine.rank)
     module = ModelWithLoss(own)
     engine.prepare(module, engine_runs.make_optimizer("adamw"), gradient_accumulation=1, micro_batch_blocks=2)
     state = {name: t for kind, name, _, t in engine.state() if kind == "model"}

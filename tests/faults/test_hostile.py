@@ -26,7 +26,7 @@ from lmcore.checkpoint import writer
 from lmcore.checkpoint.manifest import manifest_bytes
 from lmcore.data.tokenizer import tokenizer
 from lmcore.errors import RequestError
-from lmcore.model import module as models
+from lmcore.model.build import build_model
 from lmcore.saved import load
 
 
@@ -121,7 +121,7 @@ def test_model_folders(tmp_path: Path, mark: Path, name: str) -> None:
     (folder / "custom_generate" / "generate.py").write_text(module_text(mark))
     before = set(sys.modules)
     attempt(
-        lambda: models.build(
+        lambda: build_model(
             from_pretrained=str(folder),
             vocab_size=64,
             special_ids={},

@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import lmcore.model.cpu_kernels as kernels
 from lmcore.model import module as model
+from lmcore.model.build import build_model
 from lmcore.model import optim
 
 B, H, T, D, V = 2, 3, 48, 16, 160
@@ -100,7 +101,7 @@ def test_only_plain_causal_attention_in_bf16_goes_the_other_way(monkeypatch: Any
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
 def test_the_tanh_form_of_gelu_is_the_fused_kernel(activation: str) -> None:
-    built: Any = model.build(
+    built: Any = build_model(
         type="gpt2",
         config_overrides={"n_layer": 1, "n_embd": 32, "n_head": 2, "activation_function": activation},
         vocab_size=V,
@@ -153,7 +154,7 @@ def trained(*, fast: bool, bf16: bool, steps: int, monkeypatch: Any) -> list[flo
     with monkeypatch.context() as patch:
         if not fast:
             patch.setattr(model, "use_faster_kernels", lambda built: None)
-        built = model.build(
+        built = build_model(
             type="gpt2",
             config_overrides={
                 "n_layer": 2,
@@ -169,7 +170,7 @@ def trained(*, fast: bool, bf16: bool, steps: int, monkeypatch: Any) -> list[flo
         )
         module = model.ModelWithLoss(built)
     assert (built.config._attn_implementation == kernels.ATTENTION) is fast
-    optimizer = optim.build(
+    optimizer = optim.build_optimizer(
         "adamw", optim.parameter_groups(built.named_parameters(), weight_decay=0.1), lr=3e-3
     )
     losses = []
@@ -204,7 +205,7 @@ def test_a_hundred_steps_lose_nothing(monkeypatch: Any) -> None:
 
 def test_the_saved_configuration_knows_nothing_of_it(tmp_path: Path) -> None:
     for family, width in (("gpt2", {}), ("llama", {"intermediate_size": 64})):
-        built: Any = model.build(
+        built: Any = build_model(
             type=family,
             config_overrides={"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, **width},
             vocab_size=V,
@@ -220,7 +221,7 @@ def test_the_saved_configuration_knows_nothing_of_it(tmp_path: Path) -> None:
 
 
 def test_an_attention_that_was_asked_for_stays() -> None:
-    built: Any = model.build(
+    built: Any = build_model(
         type="gpt2",
         config_overrides={"n_layer": 1, "n_embd": 32, "n_head": 2},
         vocab_size=V,

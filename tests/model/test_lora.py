@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lmcore.errors import EXIT_FINISHED, EXIT_SAVED, RequestError
-from lmcore.model import lora, module
+from lmcore.model import lora
+from lmcore.model.build import build_model
 from lmcore.saved import load
 from tests.e2e.test_run import assert_same_state, losses, request, train, weights, words
 
@@ -123,7 +124,7 @@ FIELDS = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32}
 
 
 def small(type: str = "gpt2") -> Any:
-    return module.build(type=type, config_overrides=FIELDS, vocab_size=100, block_size=16, seed=0)
+    return build_model(type=type, config_overrides=FIELDS, vocab_size=100, block_size=16, seed=0)
 
 
 @pytest.mark.parametrize(

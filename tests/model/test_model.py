@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from lmcore.errors import RequestError
 from lmcore.model import module as m
-from lmcore.model.loss import IGNORED_LABEL
+from lmcore.model.build import build_model
+from lmcore.model.config import configured_context_length, context_length
+from lmcore.conventions import IGNORED_LABEL
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -56,7 +58,7 @@ IDS = {
 
 def build(type: str = "gpt2", overrides: dict[str, Any] | None = None, **options: Any) -> Any:
     given: dict[str, Any] = {"vocab_size": V, "special_ids": IDS, "block_size": 32, "seed": 0} | options
-    return m.build(type=type, config_overrides=FAMILIES[type] if overrides is None else overrides, **given)
+    return build_model(type=type, config_overrides=FAMILIES[type] if overrides is None else overrides, **given)
 
 
 def batch(rows: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, Tensor]:
@@ -276,7 +278,7 @@ def test_counts_of_parameters() -> None:
 def test_wrong_requests_name_the_value_and_the_remedy(options: dict[str, Any], message: str) -> None:
     type = options.pop("type", "gpt2")
     with pytest.raises(RequestError, match=message) as caught:
-        m.build(
+        build_model(
             **{
                 "type": type,
                 "config_overrides": options.pop("overrides", GPT2),
@@ -290,10 +292,10 @@ def test_wrong_requests_name_the_value_and_the_remedy(options: dict[str, Any], m
 
 
 def test_context_length() -> None:
-    assert m.context_length("gpt2", {}) == 1024
-    assert m.context_length("gpt2", {"n_positions": 77}) == 77
-    assert m.context_length("llama", {"max_position_embeddings": 99}) == 99
-    assert m.context_length("bloom", {}) is None
+    assert configured_context_length("gpt2", {}) == 1024
+    assert configured_context_length("gpt2", {"n_positions": 77}) == 77
+    assert configured_context_length("llama", {"max_position_embeddings": 99}) == 99
+    assert configured_context_length("bloom", {}) is None
 
 
 # ------------------------------------------------------------------------------------------------- pretrained

@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 
 from lmcore.model import optim
-from lmcore.model.module import ModelWithLoss, build
+from lmcore.model.build import build_model
+from lmcore.model.module import ModelWithLoss
 from lmcore.plan import plan, trace
 from lmcore.plan.fit import fitting_micro_batch
 
@@ -17,12 +18,14 @@ SHARE, T = 24, 64
 
 
 def make(named: list) -> object:
-    return optim.build("adamw", optim.parameter_groups(named, weight_decay=0.1), lr=1e-3)
+    return optim.build_optimizer("adamw", optim.parameter_groups(named, weight_decay=0.1), lr=1e-3)
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "zero2"])
 def test_the_largest_divisor_that_fits(strategy: str) -> None:
-    module = ModelWithLoss(build(type="gpt2", config_overrides=SHAPE, vocab_size=500, block_size=T, seed=0))
+    module = ModelWithLoss(
+        build_model(type="gpt2", config_overrides=SHAPE, vocab_size=500, block_size=T, seed=0)
+    )
     world_size = 1 if strategy == "single" else 4
     setting = plan.Setting(strategy=strategy, world_size=world_size, zero_bucket=100_000)  # type: ignore[arg-type]
     counted, state = plan.parameters(module), trace.optimizer_bytes(module, make)  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ from torch import nn
 
 from lmcore import humanize
 from lmcore.model import optim
-from lmcore.model.module import ModelWithLoss, build, enable_activation_checkpointing
+from lmcore.model.build import build_model
+from lmcore.model.module import ModelWithLoss, enable_activation_checkpointing
 from lmcore.plan import plan
 from lmcore.plan.trace import Rehearsal, imagine, optimizer_bytes, rehearse
 from tests.support.plan_runs import Case, make_module, measure, measured_resident_bytes
@@ -84,7 +85,7 @@ LARGE_MODELS = {
 
 
 def make_optimizer(name: str, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    return optim.build(name, optim.parameter_groups(named, weight_decay=0.1), lr=1e-3)
+    return optim.build_optimizer(name, optim.parameter_groups(named, weight_decay=0.1), lr=1e-3)
 
 
 def planned_bytes(case: Case) -> int:
@@ -159,7 +160,9 @@ def imagined(fields: dict[str, int], vocab_size: int) -> ModelWithLoss:
 @cache
 def small() -> ModelWithLoss:
     fields = {"n_layer": 3, "n_embd": 64, "n_head": 2, "n_positions": 64}
-    return ModelWithLoss(build(type="gpt2", config_overrides=fields, vocab_size=640, block_size=64, seed=0))
+    return ModelWithLoss(
+        build_model(type="gpt2", config_overrides=fields, vocab_size=640, block_size=64, seed=0)
+    )
 
 
 def held_bytes(module: nn.Module = None, **options: int) -> int:  # type: ignore[assignment]  # None: the small one
@@ -191,7 +194,9 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_by_recomputation() -> Non
     sizes = [held_bytes(micro_batch_blocks=blocks) for blocks in (1, 2, 4, 8)]
     assert sizes == sorted(sizes)
     fields = {"n_layer": 8, "n_embd": 64, "n_head": 2, "n_positions": 64}
-    deep = ModelWithLoss(build(type="gpt2", config_overrides=fields, vocab_size=640, block_size=64, seed=0))
+    deep = ModelWithLoss(
+        build_model(type="gpt2", config_overrides=fields, vocab_size=640, block_size=64, seed=0)
+    )
     before = held_bytes(deep, micro_batch_blocks=8)
     recomputed = held_bytes(deep, micro_batch_blocks=8, activation_checkpointing=True)
     second = held_bytes(deep, micro_batch_blocks=8, activation_checkpointing=2)

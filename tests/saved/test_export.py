@@ -19,7 +19,7 @@ from safetensors import safe_open
 from lmcore.checkpoint.writer import Checkpoint, Checkpoints, find
 from lmcore.data.tokenizer import tokenizer
 from lmcore.errors import FaultError, RequestError
-from lmcore.model import module
+from lmcore.model.build import build_model
 from lmcore.report.report import Report
 from lmcore.saved import export as room
 from lmcore.saved import load
@@ -53,7 +53,7 @@ TYPES: dict[str, dict[str, Any]] = {
 def make_run(run_dir: Path, type: str = "gpt2", *, ema: bool = False, steps: int = 3) -> torch.nn.Module:
     """A run folder with one checkpoint, as the trainer leaves it."""
     words = tokenizer.train(TEXTS, vocab_size=VOCABULARY, folder=run_dir / "tokenizer")
-    model = module.build(
+    model = build_model(
         type=type,
         config_overrides=TYPES[type],
         vocab_size=words.vocab_size,

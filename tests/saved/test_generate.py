@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lmcore.data.tokenizer import tokenizer
 from lmcore.errors import RequestError
-from lmcore.model import module
+from lmcore.model.build import build_model
+from lmcore.model.module import ModelWithLoss
 from lmcore.saved.generate import choose, sample, stream
 
 
@@ -22,7 +23,7 @@ def words() -> Any:
 
 
 def build(words: Any, context: int = 64) -> Any:
-    return module.build(
+    return build_model(
         type="gpt2",
         config_overrides={"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": context},
         vocab_size=words.vocab_size,
@@ -105,7 +106,7 @@ def test_beyond_the_context_it_goes_on(words: Any) -> None:
     model = build(words, context=16)
     pieces = list(stream(model, words, "def f(x):\n    return", 60, stop_at_eos=False))
     assert len(words.encode("".join(pieces))) >= 30
-    loss_module = module.ModelWithLoss(model)
+    loss_module = ModelWithLoss(model)
     assert list(stream(loss_module, words, "def f(x):\n    return", 60, stop_at_eos=False)) == pieces
 
 

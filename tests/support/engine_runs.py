@@ -82,7 +82,8 @@ class Trace:
 def make_model(name: str, dropout: float = 0.0, weights: bool = True) -> nn.Module:
     """A tiny model with its loss, the same weights in every process, or none; odd sizes, which no world size
     divides."""
-    from lmcore.model.module import ModelWithLoss, build
+    from lmcore.model.build import build_model
+    from lmcore.model.module import ModelWithLoss
 
     common = {"block_size": BLOCK_SIZE, "vocab_size": VOCAB, "special_ids": {}, "seed": 3}
     common |= {"weights": weights}
@@ -90,7 +91,7 @@ def make_model(name: str, dropout: float = 0.0, weights: bool = True) -> nn.Modu
         fields: dict[str, Any] = {"n_layer": 2, "n_embd": 15, "n_head": 3, "n_positions": 16}
         fields |= {f"{part}_pdrop": dropout for part in ("embd", "resid", "attn")}
         fields["tie_word_embeddings"] = name == "gpt2-tied"
-        model = build(type="gpt2", config_overrides=fields, **common)
+        model = build_model(type="gpt2", config_overrides=fields, **common)
     else:
         fields = {
             "num_hidden_layers": 2,
@@ -100,7 +101,7 @@ def make_model(name: str, dropout: float = 0.0, weights: bool = True) -> nn.Modu
         }
         fields |= {"num_key_value_heads": 1, "max_position_embeddings": 16}
         fields["tie_word_embeddings"] = name == "llama-tied"
-        model = build(type="llama", config_overrides=fields, **common)
+        model = build_model(type="llama", config_overrides=fields, **common)
     return ModelWithLoss(model)
 
 
@@ -127,7 +128,7 @@ def make_optimizer(name: str) -> Any:
         from lmcore.model import optim
 
         groups = optim.parameter_groups(named, weight_decay=0.1)
-        return optim.build(name, groups, lr=0.5, momentum=0.9)
+        return optim.build_optimizer(name, groups, lr=0.5, momentum=0.9)
 
     return make
 

@@ -38,9 +38,10 @@ class Case:
 
 
 def make_module(case: Case) -> nn.Module:
-    from lmcore.model.module import ModelWithLoss, build
+    from lmcore.model.build import build_model
+    from lmcore.model.module import ModelWithLoss
 
-    model = build(
+    model = build_model(
         type=case.type,
         config_overrides=case.fields,
         vocab_size=case.vocab_size,
@@ -76,7 +77,7 @@ def prepare(engine: Any, case: Case) -> None:
 
     def make_optimizer(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         groups = optim.parameter_groups(named, weight_decay=0.1)
-        return optim.build(case.optimizer, groups, lr=1e-3)
+        return optim.build_optimizer(case.optimizer, groups, lr=1e-3)
 
     engine.prepare(
         make_module(case),

@@ -1,0 +1,71 @@
+"""Learning-rate schedules: pure functions of the step, so that a resumed run needs no scheduler state."""
+
+from __future__ import annotations
+
+import math
+
+from lmcore.conventions import SCHEDULES
+from lmcore.errors import RequestError
+from lmcore.humanize import did_you_mean
+
+
+def learning_rate(
+    step: int,
+    *,
+    schedule: str,
+    peak: float,
+    warmup_steps: int,
+    total_steps: int,
+    decay_steps: int = 0,
+    min_ratio: float = 0.1,
+) -> float:
+    """The learning rate of update ``step``, counted from 0.
+
+    The warm-up is linear, ``peak * (step + 1) / warmup_steps``: the first update is not wasted, the last one
+    of the warm-up is at the peak. Then, with ``t`` from 0 to 1 over the rest of the run and the floor
+    ``f = min_ratio * peak``:
+
+    - ``constant``: peak
+    - ``linear``: ``peak - (peak - f) * t``; to zero with ``min_ratio=0``
+    - ``cosine``: ``f + (peak - f) * (1 + cos(pi t)) / 2`` (Loshchilov & Hutter 2017)
+    - ``wsd``: peak, then linear to the floor over the last ``decay_steps`` (Hu et al. 2024, arXiv 2404.06395)
+    - ``inverse_sqrt``: ``max(f, peak * sqrt(max(warmup_steps, 1) / (step + 1)))`` (Vaswani et al. 2017)
+
+    After the last step the rate stays where it ended.
+
+    Example::
+
+        learning_rate(700, schedule="wsd", peak=6e-4, warmup_steps=20, total_steps=1_000, decay_steps=200)  # 6e-4
+
+    Raises:
+        RequestError: an unknown schedule, or a warm-up (and decay) longer than the run.
+    """
+    check_schedule(schedule, warmup_steps=warmup_steps, total_steps=total_steps, decay_steps=decay_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    floor = min_ratio * peak
+    t = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if schedule == "linear":
+        return peak - (peak - floor) * t
+    if schedule == "cosine":
+        return floor + (peak - floor) * (1 + math.cos(math.pi * t)) / 2
+    if schedule == "wsd":
+        done = (step - (total_steps - decay_steps)) / max(1, decay_steps)
+        return peak - (peak - floor) * min(1.0, max(0.0, done))
+    if schedule == "inverse_sqrt":
+        return max(floor, peak * math.sqrt(max(warmup_steps, 1) / (step + 1)))
+    return peak
+
+
+def check_schedule(schedule: str, *, warmup_steps: int, total_steps: int, decay_steps: int = 0) -> None:
+    """Raise RequestError if there is no such schedule, or its parts are longer than the run."""
+    if schedule not in SCHEDULES:
+        hint = did_you_mean(schedule, SCHEDULES)
+        raise RequestError(f"unknown optim.schedule {schedule!r}; choose from {', '.join(SCHEDULES)}{hint}")
+    decay = decay_steps if schedule == "wsd" else 0
+    if warmup_steps + decay > total_steps:
+        parts = f"{warmup_steps} steps" + (f" and optim.decay of {decay}" if decay else "")
+        raise RequestError(
+            f"optim.warmup of {parts} do not fit into a run of {total_steps} steps: shorten them, or give a "
+            "longer train.duration"
+        )
