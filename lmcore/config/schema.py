@@ -212,7 +212,7 @@ class OptimConfig:
     fused: bool | None = option(None, "free")
     """torch's fused update; default: where it exists."""
     state_dtype: Literal["fp32", "bf16"] = option("fp32", "refuse")
-    """Type of the optimizer's moments."""
+    """Type of the optimizer's moments: fp32. For smaller ones: optim.name torchao.optim:AdamW8bit, or adafactor."""
     ema_decay: float = option(0.0, "refuse", at_least=0, below=1)
     """Exponential moving average of the weights, evaluated and exported; 0: off."""
 

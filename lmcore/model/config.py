@@ -54,6 +54,7 @@ _CONTEXT_FIELDS = (
     "n_ctx",
     "max_seq_len",
     "max_sequence_length",
+    "max_target_positions",
     "block_size",
 )
 
@@ -121,7 +122,7 @@ def context_length(model: Any) -> int | None:
     config = getattr(model, "config", None)
     places = [model, config]
     if hasattr(config or model, "get_text_config"):
-        places.append((config or model).get_text_config())
+        places.append((config or model).get_text_config(decoder=True))
     for place in places:
         for name in _CONTEXT_FIELDS:
             value = getattr(place, name, None)

@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import lmcore.model.cpu_kernels as kernels
 from lmcore.model import module as model
-from lmcore.model.build import build_model
 from lmcore.model import optim
+from lmcore.model.build import build_model
 
 B, H, T, D, V = 2, 3, 48, 16, 160
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmcore.conventions import IGNORED_LABEL
 from lmcore.errors import RequestError
 from lmcore.model import module as m
 from lmcore.model.build import build_model
 from lmcore.model.config import configured_context_length, context_length
-from lmcore.conventions import IGNORED_LABEL
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -58,7 +58,9 @@ IDS = {
 
 def build(type: str = "gpt2", overrides: dict[str, Any] | None = None, **options: Any) -> Any:
     given: dict[str, Any] = {"vocab_size": V, "special_ids": IDS, "block_size": 32, "seed": 0} | options
-    return build_model(type=type, config_overrides=FAMILIES[type] if overrides is None else overrides, **given)
+    return build_model(
+        type=type, config_overrides=FAMILIES[type] if overrides is None else overrides, **given
+    )
 
 
 def batch(rows: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, Tensor]:
@@ -268,7 +270,7 @@ def test_counts_of_parameters() -> None:
         ({"block_size": 65}, "65 is more than the model's context of 64"),
         ({"attention": "someone/kernel"}, r"'someone/kernel' is not one of eager, sdpa"),
         ({"special_ids": {"eos_token_id": 100}}, "eos_token_id 100 is outside of its vocabulary of 100"),
-        ({"factory": "nothing"}, "package.module:name"),
+        ({"factory": "nothing"}, "package.module:function"),
         ({"factory": "no.such.module:f"}, "cannot import"),
         ({"factory": "collections:OrderedDic"}, "did you mean 'OrderedDict'"),
         ({"factory": "collections:OrderedDict", "overrides": {}}, "not a torch.nn.Module"),
@@ -296,6 +298,21 @@ def test_context_length() -> None:
     assert configured_context_length("gpt2", {"n_positions": 77}) == 77
     assert configured_context_length("llama", {"max_position_embeddings": 99}) == 99
     assert configured_context_length("bloom", {}) is None
+
+
+def test_every_family_has_one_context_length() -> None:
+    """Training, generation, export and scoring ask the same function, whatever the family calls the number."""
+    small = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 64}
+    mpt = build_model(type="mpt", config_overrides=small, vocab_size=V, block_size=64, seed=0)
+    assert context_length(mpt) == context_length(mpt.config) == 64
+    assert (
+        context_length(build_model(type="gpt2", config_overrides=GPT2, vocab_size=V, block_size=64, seed=0))
+        == 64
+    )
+    assert context_length(nn.Linear(2, 2)) is None
+    own = nn.Linear(2, 2)
+    own.block_size = 32  # type: ignore[assignment]
+    assert context_length(own) == 32
 
 
 # ------------------------------------------------------------------------------------------------- pretrained

@@ -136,7 +136,10 @@ def test_muon_is_torchs_muon_on_hidden_matrices_and_adamw_on_the_rest() -> None:
         muon.step()
         adamw.step()
     for (n, a), b in zip(ours.named_parameters(), theirs.parameters()):
-        assert torch.equal(a, b), n
+        if "h." not in n or "bias" in n:
+            assert torch.equal(a, b), n
+        # Products in bfloat16, whose sums a batch may order in another way: 2**-8 of an update of 0.01 x 0.4.
+        torch.testing.assert_close(a, b, rtol=0, atol=4 * 0.01 * 0.4 * 2**-7, msg=n)
 
 
 def test_muon_state_is_one_mapping_addressed_by_parameter() -> None:
@@ -178,7 +181,7 @@ def test_wrong_names_are_refused() -> None:
         optim.build_optimizer("torch.optim:Nothing", groups, lr=1e-3)
     with pytest.raises(RequestError, match="not a torch Optimizer"):
         optim.build_optimizer("builtins:dict", [("a", 1)], lr=1e-3)
-    with pytest.raises(RequestError, match="cautious_weight_decay is for optim.name muon"):
+    with pytest.raises(RequestError, match="cautious_weight_decay is for optim"):
         optim.build_optimizer("sgd", groups, lr=1e-3, cautious_weight_decay=True)
 
 
