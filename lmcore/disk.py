@@ -1,15 +1,13 @@
-"""The one seam through which a run's state reaches the disk.
+"""Durable, atomic changes of the disk. Everything that keeps the state of a run is written through :class:`Disk`.
 
-Comes in: paths and bytes. Goes out: files that are whole or do not exist. What always holds: every call that
-changes the disk (create, write, fsync, rename, unlink, link, mkdir, rmdir) passes :class:`Disk`, and
-announces itself to ``before`` first. A test hangs a hook there and kills the process, fails the call or
-writes down what a power cut would leave, at every single call; nothing else in lmcore needs to know that
-such tests exist.
+Each change (create, write, fsync, rename, unlink, link, mkdir, rmdir) is one method, which calls ``before`` first.
+Tests pass a ``before`` that kills the process, raises an error, or records what a power cut would leave, at every
+single call. Files are never created or appended to through a symbolic link.
 
 Example::
 
     disk = Disk()
-    disk.write_json(Path("runs/a/status.json"), {"state": "running"})    # whole, durable, or not there
+    disk.write_json(Path("runs/a/status.json"), {"state": "running"})    # the old content or the new one, never half
 """
 
 from __future__ import annotations
@@ -17,10 +15,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, final
+from typing import Any, Final, NamedTuple, TextIO, final
+
+from lmcore.errors import RequestError
 
 CHUNK_BYTES: Final = 4 << 20
 """The largest single write: long enough to be fast, short enough that other threads get their turn."""
@@ -63,10 +63,26 @@ class Disk:
     # ---- one system call each ------------------------------------------------------------------------------
 
     def create(self, path: Path | str, *, exclusive: bool = False) -> Opened:
-        """A new, empty file; what was there is cut to nothing, or with ``exclusive`` refused."""
+        """A new, empty file. An existing file is truncated; with ``exclusive`` it is an error.
+
+        Raises:
+            OSError: among others ``ELOOP`` if ``path`` is a symbolic link.
+        """
         self._announce(Call(operation="create", path=str(path)))
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if exclusive else os.O_TRUNC)
-        return Opened(str(path), os.open(path, flags, 0o666))
+        return Opened(str(path), os.open(path, flags | os.O_NOFOLLOW, 0o666))
+
+    def append(self, path: Path | str) -> TextIO:
+        """A text file (UTF-8) opened for appending, created if it is missing: logs and ``metrics.jsonl``.
+
+        What is written to it does not pass ``before``: a log may lose its last lines.
+
+        Raises:
+            OSError: among others ``ELOOP`` if ``path`` is a symbolic link.
+        """
+        self._announce(Call(operation="create", path=str(path)))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8")
 
     def write(self, file: Opened, data: bytes | memoryview) -> None:
         """All of ``data``, in pieces of at most :data:`CHUNK_BYTES`; a short write is continued."""
@@ -121,7 +137,7 @@ class Disk:
         self._announce(Call(operation="rmdir", path=str(path)))
         os.rmdir(path)
 
-    # ---- what is made of them ------------------------------------------------------------------------------
+    # ---- built from the calls above ------------------------------------------------------------------------
 
     def makedirs(self, path: Path, *, mode: int = 0o777) -> None:
         """``path`` and its missing parents, each durable in its parent; fine if it is there already."""
@@ -162,6 +178,7 @@ class Disk:
             self.fsync_dir(path.parent)
 
     def write_text(self, path: Path, text: str, *, durable: bool = True) -> None:
+        """:meth:`write_bytes` of UTF-8 text."""
         self.write_bytes(path, text.encode(), durable=durable)
 
     def write_json(self, path: Path, value: Any, *, durable: bool = True) -> None:
@@ -169,8 +186,23 @@ class Disk:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         self.write_text(path, text, durable=durable)
 
+    def fsync_tree(self, path: Path) -> None:
+        """Make all files and folders below ``path`` durable that a library has written there."""
+        for entry in sorted(path.iterdir()):
+            if entry.is_symlink():
+                continue
+            if entry.is_dir():
+                self.fsync_tree(entry)
+                continue
+            fd = os.open(entry, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self.fsync(Opened(str(entry), fd))
+            finally:
+                os.close(fd)
+        self.fsync_dir(path)
+
     def remove_tree(self, path: Path) -> None:
-        """A folder and all below it. Links are removed, never followed."""
+        """Remove a folder and all below it, or a file. Links are removed, never followed."""
         if path.is_symlink() or not path.is_dir():
             self.unlink(path)
             return
@@ -179,10 +211,10 @@ class Disk:
         self.rmdir(path)
 
     def remove_quietly(self, path: Path) -> bool:
-        """Remove what a failed write left behind, as far as the disk lets us; says whether it is gone.
+        """Remove what a failed write left behind, without raising; whether it is gone.
 
-        Never hides the first failure with a second one: on a disk that has become read-only nothing can be
-        removed, and leftovers are recognized by their name and cleared by the next save.
+        On a disk that has become read-only nothing can be removed: leftovers are recognized by their name and
+        removed by the next save.
         """
         try:
             if path.is_symlink() or path.exists():
@@ -193,4 +225,34 @@ class Disk:
 
 
 DISK: Final = Disk()
-"""The disk that everybody uses who was not given another one."""
+"""The default of every ``disk`` argument."""
+
+
+def refuse_links_out(folder: Path, *, allowed: Collection[str] = ("checkpoints",)) -> None:
+    """Refuse a folder that is about to be written if an entry of it is a link that leads elsewhere.
+
+    A run folder from somebody else may hold ``train.log -> ~/.bashrc``. Links inside the folder are fine, and so is
+    ``checkpoints``, which people move to a larger disk.
+
+    Args:
+        folder: a run folder; it may be a link itself, and may be missing.
+        allowed: names at its top that may be links to anywhere.
+
+    Raises:
+        RequestError: names the link and its target.
+    """
+    root = os.path.realpath(folder)
+    for place in (folder, folder / "logs", folder / "tokenizer"):
+        try:
+            entries = list(os.scandir(place))
+        except OSError:
+            continue  # not there yet; whoever writes there reports what is wrong
+        for entry in entries:
+            if not entry.is_symlink() or (place == folder and entry.name in allowed):
+                continue
+            target = os.path.realpath(entry.path)
+            if os.path.commonpath([root, target]) != root:
+                raise RequestError(
+                    f"{entry.path} is a link to {target}, outside of the run folder, and would be written through: "
+                    "replace the link by a copy, or choose another --run_dir"
+                )

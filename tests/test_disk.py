@@ -1,6 +1,4 @@
-"""The IO seam: files are whole or not there, every change passes the hook, and killing at any call shows
-neither.
-"""
+"""Durable writes: a file is complete or absent, after a kill or an error at any call of the disk."""
 
 from __future__ import annotations
 
@@ -12,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lmcore.disk import CHUNK_BYTES, Call, Disk
+from lmcore.disk import CHUNK_BYTES, Call, Disk, refuse_links_out
+from lmcore.errors import RequestError
 from tests.support.disk_faults import Counter, FailAt, KillAt, PowerCut, PoweredDisk, forked
 
 
@@ -25,7 +24,7 @@ def test_write_json_replaces_as_a_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["status.json"]
 
 
-def test_killed_at_every_call_there_is_the_old_or_the_new(tmp_path: Path) -> None:
+def test_kill_at_every_call_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
     counter = Counter()
     path = tmp_path / "a.txt"
     Disk(counter).write_text(path, "old" * 100)
@@ -36,12 +35,12 @@ def test_killed_at_every_call_there_is_the_old_or_the_new(tmp_path: Path) -> Non
             hook = KillAt(number, torn=torn)
             assert forked(lambda hook=hook: Disk(hook).write_text(path, "new" * 200)) == -9
             assert path.read_text() in ("old" * 100, "new" * 200)
-            Disk().write_text(path, "next")  # what a kill leaves behind is in nobody's way
+            Disk().write_text(path, "next")  # leftovers of a kill do not disturb the next write
             assert path.read_text() == "next"
             assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_a_power_cut_at_every_call_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+def test_power_cut_at_every_call_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
     for number in range(6):
         for seed in range(6):
             root = tmp_path / f"{number}-{seed}"
@@ -58,8 +57,8 @@ def test_a_power_cut_at_every_call_leaves_the_old_or_the_new(tmp_path: Path) -> 
             assert (outcome / "a").read_text() in (("newer",) if finished else ("old", "newer"))
 
 
-def test_the_model_of_the_power_cut_can_fail(tmp_path: Path) -> None:
-    """Without the fsync the same test finds the fault: the model is no rubber stamp."""
+def test_power_cut_without_fsync_tears_the_file(tmp_path: Path) -> None:
+    """The model of the power cut finds a missing fsync."""
     root = tmp_path / "run"
     root.mkdir()
     (root / "a").write_text("old")
@@ -73,7 +72,7 @@ def test_the_model_of_the_power_cut_can_fail(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
-def test_a_failing_call_leaves_the_old_file(tmp_path: Path, error: int) -> None:
+def test_io_error_leaves_the_old_file(tmp_path: Path, error: int) -> None:
     path = tmp_path / "a"
     path.write_text("old")
     for number in range(4):
@@ -83,9 +82,7 @@ def test_a_failing_call_leaves_the_old_file(tmp_path: Path, error: int) -> None:
         assert os.listdir(tmp_path) == ["a"]
 
 
-def test_large_writes_come_in_pieces_and_short_writes_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_and_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = os.urandom(CHUNK_BYTES + 12345)
     counter = Counter()
     Disk(counter).write_file(tmp_path / "a", data)
@@ -96,7 +93,7 @@ def test_large_writes_come_in_pieces_and_short_writes_go_on(
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == data
 
 
-def test_remove_tree_follows_no_link(tmp_path: Path) -> None:
+def test_remove_tree_does_not_follow_links(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("x")
@@ -120,7 +117,7 @@ def test_makedirs_is_durable_and_repeatable(tmp_path: Path) -> None:
         Disk().makedirs(tmp_path / "file")
 
 
-def test_a_folder_that_cannot_be_synced_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsync_dir_ignores_file_systems_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_fd: int) -> None:
         raise OSError(errno.EINVAL, "no fsync of folders here")
 
@@ -156,7 +153,7 @@ def test_nobody_goes_around_the_seam() -> None:
                 assert fine, f"{room}.py:{node.lineno}: {owner}.{node.func.attr}"
 
 
-def test_the_hook_sees_what_is_about_to_happen(tmp_path: Path) -> None:
+def test_before_is_called_ahead_of_each_change(tmp_path: Path) -> None:
     seen: list[Call] = []
     Disk(seen.append).write_bytes(tmp_path / "a", b"xyz")
     assert [(call.operation, Path(call.path).name) for call in seen[:3]] == [
@@ -165,3 +162,48 @@ def test_the_hook_sees_what_is_about_to_happen(tmp_path: Path) -> None:
         ("fsync", ".a.tmp"),
     ]
     assert seen[3].target == str(tmp_path / "a")
+
+
+def test_files_are_not_written_through_links(tmp_path: Path) -> None:
+    outside = tmp_path / "precious"
+    outside.write_text("x")
+    (tmp_path / "log").symlink_to(outside)
+    for work in (
+        lambda: Disk().create(tmp_path / "log"),
+        lambda: Disk().append(tmp_path / "log"),
+        lambda: Disk().write_file(tmp_path / "log", b"new"),
+    ):
+        with pytest.raises(OSError, match="symbolic links"):
+            work()
+    assert outside.read_text() == "x"
+    Disk().write_text(tmp_path / "log", "new")  # replaces the link
+    assert outside.read_text() == "x"
+    assert not (tmp_path / "log").is_symlink()
+
+
+def test_append_adds_to_the_end(tmp_path: Path) -> None:
+    for word in ("a\n", "名\n"):
+        with Disk().append(tmp_path / "log") as file:
+            file.write(word)
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "a\n名\n"
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "train.log", "logs", "logs/rank-00001.log", "tokenizer", "tokenizer/a"]
+)
+def test_links_that_lead_out_of_a_run_folder_are_refused(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    (run / "tokenizer").mkdir()
+    (run / "checkpoints").symlink_to(tmp_path)
+    (run / "inside").symlink_to("logs")
+    (tmp_path / "linked").symlink_to(run)
+    for folder in (run, tmp_path / "linked", tmp_path / "missing"):
+        refuse_links_out(folder)
+    place = run / name
+    if place.is_dir():
+        place.rmdir()
+    place.symlink_to(tmp_path / "outside")
+    for folder in (run, tmp_path / "linked"):
+        with pytest.raises(RequestError, match=r"is a link to .*, outside of the run folder"):
+            refuse_links_out(folder)

@@ -1,16 +1,14 @@
-"""One checkpoint folder against its manifest: what must be in it, byte for byte; part of ``checkpoint.py``.
+"""One checkpoint folder and its manifest: which files it must hold, and the size and SHA-256 of each.
 
-Comes in: a folder. Goes out: its manifest, or :class:`Damaged` with the first thing that is wrong. What
-always
-holds: a file that is missing, extra, shorter, longer, changed, or no regular file is found, the manifest
-    itself
-included; nothing is believed because of its name; nothing here writes.
+:func:`verify` compares a folder with its manifest and raises :class:`Damaged` with the first difference: a file that
+is missing, extra, shorter, longer, changed, or not a regular file; the manifest itself included. Nothing here writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -30,10 +28,12 @@ VERSION: Final = 1
 _STEP: Final = re.compile(r"step-(\d{8,15})")
 _FILE: Final = re.compile(r"[a-z][a-z0-9_-]*\.(safetensors|json)")
 _MAX_JSON_BYTES: Final = 1 << 30
+_NOT_FINITE: Final = "__float__"
+"""``{"__float__": "inf"}`` stands for a number that JSON does not have."""
 
 
 class Damaged(Exception):
-    """What is wrong with a checkpoint, in one line. Never leaves the checkpoint rooms."""
+    """What is wrong with a checkpoint, in one line. Callers outside of this package get a ``RequestError``."""
 
 
 def step_name(step: int) -> str:
@@ -42,7 +42,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a folder (also of one that is being written or was set aside)."""
+    """The step in the name of a folder, also of one that is being written or was set aside."""
     match = _STEP.search(path.name)
     if match is None:
         raise ValueError(f"{path.name} names no step")
@@ -50,18 +50,39 @@ def step_of(path: Path) -> int:
 
 
 def committed(folder: Path) -> list[Path]:
-    """The folders whose name says committed checkpoint, oldest first. Links are none."""
+    """The checkpoints of a folder by name, oldest first.
+
+    A link to a checkpoint counts like the checkpoint (people move some to another disk and link them back); a link
+    that leads nowhere is listed too, so that whoever opens it reports it.
+    """
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)]
-    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of)
+    with os.scandir(folder) as entries:
+        found = [
+            Path(entry.path)
+            for entry in entries
+            if _STEP.fullmatch(entry.name) and (entry.is_symlink() or entry.is_dir())
+        ]
+    return sorted(found, key=step_of)
 
 
 def verify(path: Path, *, content: bool) -> dict[str, Any]:
-    """Compare a folder with its manifest: names and sizes, and with ``content`` every byte. The manifest."""
+    """Compare a folder with its manifest: names and sizes, and with ``content`` every byte.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        Damaged: the first difference.
+        RequestError: a checkpoint of another format version.
+    """
+    if not path.is_dir():
+        raise Damaged(
+            f"a link to {os.readlink(path)}, which is no folder" if path.is_symlink() else "no folder"
+        )
     manifest = read_manifest(path)
     listed = manifest["files"]
-    # NFS renames a file that is deleted while open; such a name is the file system's, not ours.
+    # NFS renames a file that is deleted while it is open.
     present = {entry.name for entry in os.scandir(path) if not entry.name.startswith(".nfs")} - {MANIFEST}
     if missing := sorted(set(listed) - present):
         raise Damaged(f"{missing[0]} is missing")
@@ -75,7 +96,7 @@ def verify(path: Path, *, content: bool) -> dict[str, Any]:
             raise Damaged(f"{name} has {info.st_size:,} bytes instead of {entry['bytes']:,}")
     if content:
         workers = max(1, min(8, len(os.sched_getaffinity(0)), len(listed)))
-        with ThreadPoolExecutor(workers) as pool:  # hashing releases the interpreter
+        with ThreadPoolExecutor(workers) as pool:  # hashing releases the interpreter lock
             digests = pool.map(lambda name: digest(path / name), listed)
             for name, found in zip(listed, digests, strict=True):
                 if found != listed[name]["sha256"]:
@@ -84,13 +105,14 @@ def verify(path: Path, *, content: bool) -> dict[str, Any]:
 
 
 def digest(path: Path, *, from_disk: bool = False) -> str:
-    """sha256 of a file, or a word on why it cannot be read.
+    """SHA-256 of a file in hexadecimal, or ``unreadable: ...``, which equals no hash.
 
-    ``from_disk`` asks the kernel to forget its copy first, so that what is hashed is what the disk holds.
+    Args:
+        from_disk: ask the kernel to drop its cached copy first, so that what is hashed is what the disk holds.
     """
     state = hashlib.sha256()
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, max(4096, path.stat().st_size))))
     try:
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(4096, path.stat().st_size))))
         with open(path, "rb", buffering=0) as file:
             if from_disk and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -101,34 +123,37 @@ def digest(path: Path, *, from_disk: bool = False) -> str:
     return state.hexdigest()
 
 
+# ---- JSON --------------------------------------------------------------------------------------------------
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a sane size. Raises ``Damaged``."""
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise Damaged(f"{path.name} is larger than any that is written here")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"{path.name}: {error}") from None
-    if not isinstance(value, dict):
-        raise Damaged(f"{path.name} is no JSON object")
-    return value
+    """A JSON object from a regular file. Raises ``Damaged``."""
+    return _parsed(path.name, _content(path))
+
+
+def state_bytes(state: Mapping[str, Any]) -> bytes:
+    """The content of ``state.json``: strict JSON, in which infinities and NaN survive (:data:`_NOT_FINITE`)."""
+    return json.dumps(_strict(state), ensure_ascii=False, allow_nan=False).encode()
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
-    """The one way in which this content is written; it carries a hash over all the rest of itself."""
+    """The only form in which this content is written; it carries a hash over all the rest of itself."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return (json.dumps(content | {"sha256": own}, indent=1, sort_keys=True) + "\n").encode()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a folder. Raises ``Damaged``, or ``RequestError`` for one of another version."""
-    manifest_path = path / MANIFEST
-    if manifest_path.is_symlink():
-        raise Damaged(f"{MANIFEST} is no regular file")
-    manifest = read_json(manifest_path)
-    # Written anew it must give the same bytes: so a flip in a space is found like any other.
-    if manifest_path.read_bytes() != manifest_bytes(manifest):
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        Damaged: it is missing, changed, or describes no checkpoint.
+        RequestError: it is of another format version.
+    """
+    data = _content(path / MANIFEST)
+    manifest = _parsed(MANIFEST, data)
+    # Written anew it must give the same bytes: a flip in white space is found like any other.
+    if data != manifest_bytes(manifest):
         raise Damaged(f"{MANIFEST} does not match its own hash")
     if manifest.get("format") != FORMAT:
         raise Damaged(f"{MANIFEST} is not of the format {FORMAT}")
@@ -139,9 +164,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     files, step = manifest.get("files"), manifest.get("step")
     if not (isinstance(files, dict) and STATE in files and type(step) is int):
-        raise Damaged(f"{MANIFEST} lists no sound files")
-    if not all(_is_sound(name, entry) for name, entry in files.items()):
-        raise Damaged(f"{MANIFEST} lists no sound files")
+        raise Damaged(f"{MANIFEST} has no valid list of files")
+    if not all(_is_valid_entry(name, entry) for name, entry in files.items()):
+        raise Damaged(f"{MANIFEST} has no valid list of files")
     if not isinstance(manifest.get("metrics"), dict) or not isinstance(manifest.get("reason"), str):
         raise Damaged(f"{MANIFEST} has no metrics or reason")
     if _STEP.fullmatch(path.name) and step != step_of(path):
@@ -149,7 +174,52 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _is_sound(name: str, entry: Any) -> bool:
+def _content(path: Path) -> bytes:
+    """All bytes of a regular file: a FIFO would block, a link would lead out of the checkpoint."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise Damaged(f"{path.name} is no regular file")
+            if info.st_size > _MAX_JSON_BYTES:
+                raise Damaged(
+                    f"{path.name} has {info.st_size:,} bytes, more than the allowed {_MAX_JSON_BYTES:,}"
+                )
+            return file.read()
+    except OSError as error:
+        if path.is_symlink():
+            raise Damaged(f"{path.name} is no regular file") from None
+        raise Damaged(f"{path.name}: {error.strerror}") from None
+
+
+def _parsed(name: str, data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data, object_hook=_restored)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{name}: {error}") from None
+    if not isinstance(value, dict):
+        raise Damaged(f"{name} is no JSON object")
+    return value
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_NOT_FINITE: repr(value)}
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value
+
+
+def _restored(value: dict[str, Any]) -> Any:
+    if value.keys() == {_NOT_FINITE} and value[_NOT_FINITE] in ("inf", "-inf", "nan"):
+        return float(value[_NOT_FINITE])
+    return value
+
+
+def _is_valid_entry(name: str, entry: Any) -> bool:
     return (
         _FILE.fullmatch(name) is not None
         and name != MANIFEST

@@ -1,14 +1,20 @@
-"""Which checkpoint to go on from, and the open checkpoint itself; the reading half of ``checkpoint.py``.
+"""Finding the checkpoint to resume from, and reading tensors from an open one.
 
-Comes in: a run's ``checkpoints`` folder. Goes out: the newest (or best) checkpoint whose every byte has been
-compared with its manifest. What always holds: nothing of a checkpoint is used before that; a damaged one is
-set aside with a word and the next older one is taken; a run never starts afresh in silence over a wreck.
+:func:`find` returns the newest (or best) checkpoint whose every byte has been compared with its manifest; damaged ones
+are set aside with a message. It never returns ``None`` where checkpoints exist but none of them is good: a run must not
+silently start from scratch.
+
+Example::
+
+    with open_checkpoint("runs/demo/checkpoints/step-00001000") as checkpoint:
+        checkpoint.step, checkpoint.state["tokens"], checkpoint.read("model", "transformer.wte.weight")
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, final
 
@@ -32,7 +38,14 @@ from lmcore.errors import RequestError
 
 @final
 class Checkpoint:
-    """An open checkpoint: ``path``, ``step``, ``manifest`` (dict), ``state`` (dict), and tensors by name."""
+    """An open checkpoint. Use it as a context manager, or call :meth:`close`.
+
+    Attributes:
+        path: its folder.
+        step: the step after which it was saved.
+        manifest: content of ``manifest.json``.
+        state: content of ``state.json``.
+    """
 
     def __init__(self, path: Path, manifest: dict[str, Any], state: dict[str, Any]) -> None:
         self.path = path
@@ -43,13 +56,17 @@ class Checkpoint:
         for name in sorted(name for name in manifest["files"] if name.endswith(".safetensors")):
             try:
                 file = TensorFile(path / name)
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 raise Damaged(f"{name}: {error}") from None
             self._files.append((name.removesuffix(".safetensors").split("-")[0], file))
 
     def read(self, kind: str, name: str, slot: str | None = None) -> Tensor | None:
-        """One tensor, or ``None`` if there is none of this name. A view of the file: copy what is to live
-        on.
+        """One tensor, or ``None`` if there is no such tensor. A view of the file: copy it to keep it.
+
+        Args:
+            kind: ``model``, ``optim`` or ``ema``.
+            name: of the parameter.
+            slot: of the optimizer, such as ``exp_avg``.
         """
         key = key_of(name, slot)
         for file_kind, file in self._files:
@@ -61,8 +78,12 @@ class Checkpoint:
         """The names of all tensors of one kind (``name`` or ``name/slot``)."""
         return [key for file_kind, file in self._files if file_kind == kind for key in file.names()]
 
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Name and shape of all tensors of one kind, without reading them."""
+        return {key: file.shape(key) for of, file in self._files if of == kind for key in file.names()}
+
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files. Tensors that were read stay valid."""
         self._files.clear()
 
     def __enter__(self) -> Checkpoint:
@@ -72,16 +93,27 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(path: Path | str, *, verify_bytes: bool = False) -> Checkpoint:
-    """Open one checkpoint folder; ``verify_bytes`` compares every byte first.
+def open_checkpoint(path: Path | str, *, verify_bytes: bool = True) -> Checkpoint:
+    """Open one checkpoint folder.
 
-    Ranks other than the one that called :func:`find` open without verifying again. Raises ``RequestError``.
+    Args:
+        path: such as ``runs/demo/checkpoints/step-00001000``.
+        verify_bytes: compare every byte with the hashes first. Switch it off only where this process or rank 0 of
+            this run has just done that.
+
+    Raises:
+        RequestError: it is damaged, of another format version, or not there.
+
+    Example::
+
+        with open_checkpoint("runs/demo/checkpoints/step-00001000") as checkpoint:
+            embedding = checkpoint.read("model", "transformer.wte.weight")
     """
     try:
         return _open(Path(path), content=verify_bytes)
     except Damaged as damage:
         raise RequestError(
-            f"checkpoint {path} is damaged ({damage}): take another one, or --resume auto"
+            f"checkpoint {path} is damaged ({damage}): use another one, or --resume auto"
         ) from None
 
 
@@ -101,25 +133,25 @@ def find(
     metric: str | None = None,
     mode: str | None = None,
     repair: bool = True,
-    say: Callable[[str], None] = print,
+    note: Callable[[str], None] = print,
     disk: Disk = DISK,
 ) -> Checkpoint | None:
-    """The checkpoint to go on from, verified to the last byte; ``None`` if the folder has none.
+    """The checkpoint to resume from, every byte verified; ``None`` if the folder has none.
 
-    Call it on one rank only; the others open the path it found with :func:`open_checkpoint`.
+    Call it on one rank; the others open the path it found with ``open_checkpoint(path, verify_bytes=False)``.
 
     Args:
         folder: the run's ``checkpoints``.
-        which: ``auto`` (the newest good one), ``best`` (by ``metric`` and ``mode``; without them by what the
-            run itself kept), or the path of one checkpoint.
-        before_step: only checkpoints of an earlier step than this: what a rewind needs.
-        repair: set damaged ones aside and finish a commit that a kill interrupted. Only for whoever holds the
-            lock of the run folder; without it nothing on disk changes.
-        say: gets one line for everything that was set aside, finished or passed over.
+        which: ``auto`` (the newest good one), ``best`` (by ``metric`` and ``mode``; without them by the setting of
+            ``checkpoint.keep_best`` that the run was saved with), or the path of one checkpoint.
+        before_step: only checkpoints of an earlier step than this, for a rewind.
+        repair: set damaged ones aside and finish a commit that a kill interrupted. Only for the holder of the run
+            folder's lock; without it nothing on disk changes.
+        note: gets one line for each checkpoint that was set aside, finished or skipped.
 
     Raises:
-        RequestError: a path was asked for and is not a good checkpoint; ``best`` and none has the metric; or
-            there are checkpoints, but no good one (a run must not start afresh in silence over a wreck).
+        RequestError: the given path is not a good checkpoint; ``best`` and none has the metric; there are
+            checkpoints, but no good one; or one of them is a link to a folder that is not there.
     """
     folder = Path(folder)
     if str(which) not in ("auto", "best"):
@@ -127,77 +159,97 @@ def find(
         if not path.is_dir() and (folder / path).is_dir():
             path = folder / path
         if not path.is_dir():
-            raise RequestError(f"checkpoint {which}: there is no such folder; --resume auto takes the newest")
-        return open_checkpoint(path.resolve(), verify_bytes=True)
+            raise RequestError(
+                f"checkpoint {which}: no such folder; --resume auto uses the newest checkpoint"
+            )
+        return open_checkpoint(path.resolve())
+    _refuse_broken_links([folder])
     if not folder.is_dir():
         return None
     if repair:
-        _finish_commits(folder, say=say, disk=disk)
+        _finish_commits(folder, note=note, disk=disk)
     paths = [path for path in committed(folder) if before_step is None or step_of(path) < before_step]
+    _refuse_broken_links(paths)
     if which == "best" and paths:
         paths = ranked(paths, metric=metric, mode=mode)
         if not paths:
             raise RequestError(
                 f"{folder}: no checkpoint has the metric {metric or 'of checkpoint.keep_best'}; "
-                "--resume auto takes the newest"
+                "--resume auto uses the newest checkpoint"
             )
     for path in reversed(paths):
         try:
             return _open(path, content=True)
         except Damaged as damage:
-            outcome = set_aside(path, "damaged", disk) if repair else "passed over"
-            say(f"checkpoint {path.name} is damaged ({damage}); {outcome}")
-    wrecks = sorted(path.name for path in folder.glob("step-*.damaged-*")) or [path.name for path in paths]
-    if wrecks and before_step is None:
+            outcome = set_aside(path, "damaged", disk) if repair else "skipped"
+            note(f"checkpoint {path.name} is damaged ({damage}); {outcome}")
+    damaged = sorted(path.name for path in folder.glob("step-*.damaged-*")) or [path.name for path in paths]
+    if damaged and before_step is None:
         raise RequestError(
-            f"{folder}: no good checkpoint is left (damaged: {', '.join(wrecks)}); restore one from a copy, "
+            f"{folder}: no good checkpoint is left (damaged: {', '.join(damaged)}); restore one from a copy, "
             "or start over with --resume never"
         )
     return None
 
 
-def ranked(paths: list[Path], *, metric: str | None = None, mode: str | None = None) -> list[Path]:
-    """The checkpoints that have the metric, the best last (of equals the newest).
+def _refuse_broken_links(paths: Iterable[Path]) -> None:
+    """A link to a disk that is not mounted must not look like a run without checkpoints."""
+    for path in paths:
+        if path.is_symlink() and not path.is_dir():
+            raise RequestError(
+                f"{path} is a link to {os.readlink(path)}, which is not there: mount or restore it, or remove the link"
+            )
 
-    Without ``metric`` and ``mode``: by what the newest of them that says so was told to keep.
+
+def ranked(paths: Iterable[Path], *, metric: str | None = None, mode: str | None = None) -> list[Path]:
+    """The checkpoints that have the metric, the best last (of equal ones the newest).
+
+    Without ``metric`` and ``mode``: by the setting of ``checkpoint.keep_best`` in the newest that has one.
     """
     manifests: dict[Path, dict[str, Any]] = {}
     for path in paths:
         try:
             manifests[path] = read_manifest(path)
         except (Damaged, RequestError):
-            continue  # whoever opens it finds and says the same
+            continue  # whoever opens it reports the same
     for path in reversed(manifests):
         kept = manifests[path].get("keep_best") or {}
         metric, mode = metric or kept.get("metric"), mode or kept.get("mode")
-    scored: list[tuple[float, int, Path]] = []
-    for path, manifest in manifests.items():
-        value = manifest["metrics"].get(metric)
-        if isinstance(value, int | float) and math.isfinite(value):
-            scored.append((value if mode == "max" else -value, step_of(path), path))
+    return best_last(((path, m["metrics"].get(metric)) for path, m in manifests.items()), mode)
+
+
+def best_last(values: Iterable[tuple[Path, Any]], mode: str | None) -> list[Path]:
+    """The paths whose value is a finite number, sorted so that the best is the last (``mode``: ``min`` or ``max``)."""
+    scored = [
+        (value if mode == "max" else -value, step_of(path), path)
+        for path, value in values
+        if isinstance(value, int | float) and math.isfinite(value)
+    ]
     return [path for _, _, path in sorted(scored)]
 
 
 def abandon_after(
-    folder: Path | str, step: int, *, say: Callable[[str], None] = print, disk: Disk = DISK
+    folder: Path | str, step: int, *, note: Callable[[str], None] = print, disk: Disk = DISK
 ) -> None:
-    """Set the checkpoints of later steps aside: whoever goes on from ``step`` begins another past.
+    """Move the checkpoints of later steps aside, because training continues from ``step``.
 
-    Without this an automatic restart would take the newest number, which belongs to the abandoned one.
-    ``step=-1`` sets all aside.
+    Otherwise an automatic restart would resume from the newest number, which belongs to the abandoned branch.
+    ``step=-1`` moves all aside.
     """
     for path in committed(Path(folder)):
         if step_of(path) > step:
-            say(f"checkpoint {path.name} is of an abandoned past; {set_aside(path, 'abandoned', disk)}")
+            outcome = set_aside(path, "abandoned", disk)
+            note(f"checkpoint {path.name} is newer than the step to continue from; {outcome}")
     for aside in Path(folder).glob(".step-*.tmp"):
-        disk.remove_tree(aside)  # or a whole one of them would be taken for a commit that a kill interrupted
+        disk.remove_tree(aside)  # a whole one would be taken for a commit that a kill interrupted
 
 
 def listing(folder: Path | str, *, verify_bytes: bool = False) -> list[dict[str, Any]]:
-    """One row per checkpoint, oldest first: name, step, epoch, tokens, reason, time, bytes, metrics, best,
-    problem.
+    """One row per checkpoint, oldest first, as ``lmcore checkpoints`` shows them.
 
-    ``problem`` is empty for a good one; without ``verify_bytes`` only names, sizes and the manifest count.
+    Returns:
+        Dicts with name, step, problem, best, and of readable ones epoch, tokens, reason, time, metrics, bytes.
+        ``problem`` is empty for a good one; without ``verify_bytes`` only names, sizes and the manifest are checked.
     """
     paths = committed(Path(folder))
     best = ranked(paths)[-1:]
@@ -208,38 +260,38 @@ def listing(folder: Path | str, *, verify_bytes: bool = False) -> list[dict[str,
             manifest = verify(path, content=verify_bytes)
             row |= {key: manifest.get(key) for key in ("epoch", "tokens", "reason", "time", "metrics")}
             row["bytes"] = sum(entry["bytes"] for entry in manifest["files"].values())
-        except Damaged as damage:
-            row["problem"] = str(damage)
+        except (Damaged, RequestError) as problem:
+            row["problem"] = str(problem)
         rows.append(row)
     return rows
 
 
-def set_aside(path: Path, word: str, disk: Disk) -> str:
-    """Rename a checkpoint so that nobody takes it; says what became of it."""
+def set_aside(path: Path, suffix: str, disk: Disk) -> str:
+    """Rename a checkpoint (or the link to it) so that it is not resumed from; says what became of it."""
     number = 1
-    while (target := path.with_name(f"{path.name}.{word}-{number}")).exists():
+    while os.path.lexists(target := path.with_name(f"{path.name}.{suffix}-{number}")):
         number += 1
     try:
         disk.rename(path, target)
         disk.fsync_dir(path.parent)
     except OSError as error:
-        return f"it could not be set aside ({error.strerror}) and is passed over"
+        return f"skipped: it could not be renamed ({error.strerror})"
     return f"set aside as {target.name}"
 
 
-def _finish_commits(folder: Path, *, say: Callable[[str], None], disk: Disk) -> None:
-    """A save that was killed after its manifest was written is whole: give it its name."""
+def _finish_commits(folder: Path, *, note: Callable[[str], None], disk: Disk) -> None:
+    """A save that was killed after its manifest was written is complete: give it its name."""
     for aside in sorted(folder.glob(".step-*.tmp")):
         if not (aside / MANIFEST).is_file():
             continue
         try:
             target = folder / step_name(step_of(aside))
             verify(aside, content=True)
-            if target.exists():
+            if os.path.lexists(target):
                 continue
             disk.fsync_dir(aside)
             disk.rename(aside, target)
             disk.fsync_dir(folder)
         except (Damaged, RequestError, ValueError, OSError):
-            continue  # half a save, or a disk that takes no more: the next save clears it away
-        say(f"checkpoint {target.name} had been written in full before the run was killed; taken")
+            continue  # half a save, or a read-only disk: the next save removes it
+        note(f"checkpoint {target.name} was complete when the run was killed; committed now")

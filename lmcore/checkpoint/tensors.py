@@ -1,11 +1,9 @@
-"""safetensors files, written as a stream and read through a memory map; the private half of
-``checkpoint.py``.
+"""Tensors as safetensors files: written as a stream, read through the library's memory map.
 
-Comes in: a layout (kind, name, slot, shape, dtype) and tensors in that order. Goes out: files that the
-safetensors library opens, and tensors by name. What always holds: a file is an 8-byte little-endian header
-length, a JSON header and the raw bytes, nothing else; all tensors of one file have elements of one size, so
-that each starts at a multiple of it; a header from disk is believed only after every number in it has been
-checked against the size of the file.
+:func:`plan` lays out all files of a save before the first byte is written: a file holds tensors of one kind
+(``model``, ``optim``, ``ema``) and one element size, so that each tensor starts at a multiple of it.
+:func:`write_planned` then writes tensors that come one at a time in that order and hashes every byte on its way to the
+disk; the safetensors library would need all tensors of a file at once. :class:`TensorFile` reads.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -15,20 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lmcore.disk import CHUNK_BYTES, Disk
 
-DTYPES: Final[Mapping[str, torch.dtype]] = {
+_DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -42,10 +40,8 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""safetensors name -> torch dtype; what is not here cannot be in a checkpoint."""
-_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER_BYTES: Final = 100_000_000
-"""The limit of the safetensors library."""
+"""safetensors name -> torch dtype; a checkpoint holds no others."""
+_NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 
 Layout = Sequence[tuple[str, str, str | None, Sequence[int], torch.dtype]]
 """(kind, name, slot, shape, dtype) of every tensor, in the order in which they come."""
@@ -73,9 +69,7 @@ class Planned:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All files of a save, known before the first byte is written: entries in order, and header + data
-    sizes.
-    """
+    """All files of a save: entries in the order of their coming; header and data size of each file."""
 
     entries: tuple[Planned, ...]
     headers: Mapping[str, bytes]
@@ -87,15 +81,24 @@ class Plan:
 
 
 def plan(layout: Layout, *, shard_bytes: int) -> Plan:
-    """Lay out the files. A file holds one kind and one element size, and about ``shard_bytes`` at most."""
+    """Lay out the files of a save.
+
+    Args:
+        layout: all tensors, in the order in which they will come.
+        shard_bytes: a file that would grow beyond this is split.
+
+    Raises:
+        ValueError: two tensors of one name, a dtype that safetensors does not have, or a kind that cannot be a
+            file name.
+    """
     groups: dict[tuple[str, int], list[list[Any]]] = {}
     fill: dict[tuple[str, int], int] = {}
     placed: list[tuple[tuple[str, int], int, Any]] = []
     for kind, name, slot, shape, dtype in layout:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", kind):
-            raise ValueError(f"kind {kind!r} is no part of a file name")
+            raise ValueError(f"kind {kind!r} cannot be part of a file name")
         if dtype not in _NAMES:
-            raise ValueError(f"{name}: {dtype} has no place in a safetensors file")
+            raise ValueError(f"{name}: {dtype} cannot be stored in a safetensors file")
         group = (kind, dtype.itemsize)
         size = math.prod(shape) * dtype.itemsize
         shards = groups.setdefault(group, [[]])
@@ -144,13 +147,13 @@ def _header(content: dict[str, Any]) -> bytes:
 
 
 def raw(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor as a flat uint8 tensor on its device; no copy if it is contiguous."""
+    """The bytes of a tensor as a flat uint8 tensor (bytes,) on its device; no copy if it is contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 @final
 class HashedFile:
-    """A file being written: every byte passes the hash on its way to the disk, so none is read twice."""
+    """A file being written and hashed at the same time."""
 
     def __init__(self, disk: Disk, path: Path) -> None:
         self._disk = disk
@@ -159,42 +162,63 @@ class HashedFile:
         self.size_bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``."""
         view = memoryview(data).cast("B")
         for start in range(0, len(view), CHUNK_BYTES):
             piece = view[start : start + CHUNK_BYTES]
-            self._hash.update(piece)  # releases the interpreter, like the write: training goes on beside it
+            self._hash.update(piece)  # like the write, it releases the interpreter lock: training goes on
             self._disk.write(self._file, piece)
             self.size_bytes += len(piece)
 
     def finish(self) -> dict[str, Any]:
-        """Make it durable; its entry in the manifest."""
+        """Make the file durable and return its entry in the manifest."""
         self._disk.fsync(self._file)
         return {"bytes": self.size_bytes, "sha256": self._hash.hexdigest()}
 
     def close(self) -> None:
+        """Close the file."""
         self._disk.close(self._file)
 
 
 def in_order(
     planned: Plan, tensors: Iterator[tuple[str, str, str | None, Tensor | None]]
 ) -> Iterator[Tensor]:
-    """The tensors alone, each compared with what was announced. ``ValueError`` for a layout that lied."""
+    """The tensors alone, each compared with its entry in the plan.
+
+    Raises:
+        ValueError: another name, shape, dtype or number of tensors than was planned.
+    """
     expected = iter(planned.entries)
     for kind, name, slot, tensor in tensors:
         entry = next(expected, None)
         if entry is None or (entry.kind, entry.key) != (kind, key_of(name, slot)):
-            raise ValueError(f"{kind} {key_of(name, slot)} came where the layout has {entry and entry.key}")
+            raise ValueError(f"got {kind} {key_of(name, slot)}, the layout has {entry and entry.key} next")
         if tensor is None or tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
-            raise ValueError(f"{entry.key}: the layout says {entry.dtype} {entry.shape}, another tensor came")
+            raise ValueError(
+                f"{entry.key} is not of the dtype and shape in the layout: {entry.dtype} {entry.shape}"
+            )
         yield tensor
     if (rest := next(expected, None)) is not None:
-        raise ValueError(f"{rest.key} did not come")
+        raise ValueError(f"{rest.key} of the layout is missing")
 
 
 def write_planned(
-    disk: Disk, folder: Path, plan: Plan, tensors: Iterable[Tensor]
+    disk: Disk,
+    folder: Path,
+    plan: Plan,
+    tensors: Iterable[Tensor],
+    *,
+    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """Write all files of a plan from tensors that come in its order; manifest entries by file name."""
+    """Write all files of a plan.
+
+    Args:
+        tensors: in the order of ``plan.entries``.
+        progress: called after each tensor.
+
+    Returns:
+        Entries of the manifest (``bytes``, ``sha256``) by file name.
+    """
     open_files: dict[str, HashedFile] = {}
     try:
         for entry, tensor in zip(plan.entries, tensors, strict=True):
@@ -203,6 +227,7 @@ def write_planned(
                 file = open_files[entry.file] = HashedFile(disk, folder / entry.file)
                 file.write(plan.headers[entry.file])
             file.write(raw(tensor).cpu().numpy().data)
+            progress()
         return {name: file.finish() for name, file in open_files.items()}
     finally:
         for file in open_files.values():
@@ -211,70 +236,36 @@ def write_planned(
 
 @final
 class TensorFile:
-    """A safetensors file for reading. Raises ``ValueError`` for anything that is not exactly the format."""
+    """A safetensors file for reading, through a private memory map. The hashes were compared before.
+
+    Raises:
+        ValueError: not a safetensors file, or tensors in it that no checkpoint holds.
+    """
 
     def __init__(self, path: Path) -> None:
-        with open(path, "rb") as file:
-            # A private, writable map: torch wants writable memory, and nothing reaches the file.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        if len(self._map) < 8:
-            raise ValueError("shorter than its own header length")
-        length = struct.unpack("<Q", self._map[:8])[0]
-        if not 2 <= length <= min(MAX_HEADER_BYTES, len(self._map) - 8):
-            raise ValueError(f"a header of {length:,} bytes in a file of {len(self._map):,}")
-        self._data_start = 8 + length
-        self._entries = _parse_header(self._map[8 : 8 + length], len(self._map) - self._data_start)
+        try:
+            self._file: Any = safe_open(path, framework="pt")
+            self._shapes = {name: self._checked(name) for name in self._file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, OverflowError) as error:
+            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+    def _checked(self, name: str) -> tuple[int, ...]:
+        part = self._file.get_slice(name)
+        if part.get_dtype() not in _DTYPES:
+            raise ValueError(f"{name}: unknown dtype {part.get_dtype()}")
+        return tuple(part.get_shape())
 
     def __contains__(self, key: str) -> bool:
-        return key in self._entries
+        return key in self._shapes
 
     def names(self) -> list[str]:
-        return list(self._entries)
+        """The names of all tensors."""
+        return list(self._shapes)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return self._shapes[key]
 
     def get(self, key: str) -> Tensor:
-        """The tensor, a view of the map: copy it before the file is closed if it is to live on."""
-        dtype, shape, start, stop = self._entries[key]
-        if start == stop:
-            return torch.empty(shape, dtype=dtype)
-        flat = torch.frombuffer(
-            self._map, dtype=dtype, count=(stop - start) // dtype.itemsize, offset=self._data_start + start
-        )
-        return flat.view(shape)
-
-
-def _parse_header(text: bytes, data_bytes: int) -> dict[str, tuple[torch.dtype, tuple[int, ...], int, int]]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"header is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError("header is no JSON object")
-    content.pop("__metadata__", None)
-    entries: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {}
-    spans: list[tuple[int, int]] = []
-    for key, entry in content.items():
-        dtype = DTYPES.get(str(entry.get("dtype"))) if isinstance(entry, dict) else None
-        if dtype is None:
-            raise ValueError(f"{key}: unknown dtype")
-        shape, offsets = entry.get("shape"), entry.get("data_offsets")
-        if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
-            raise ValueError(f"{key}: shape and offsets must be lists of sizes")
-        start, stop = offsets
-        if not (start <= stop <= data_bytes and stop - start == math.prod(shape) * dtype.itemsize):
-            raise ValueError(f"{key}: bytes {start}..{stop} do not hold its shape, or lie outside the file")
-        if start % dtype.itemsize:
-            raise ValueError(f"{key}: not aligned")
-        entries[key] = (dtype, tuple(shape), start, stop)
-        spans.append((start, stop))
-    end = 0
-    for start, stop in sorted(spans):
-        if start != end:
-            raise ValueError("tensors overlap, or leave a hole")
-        end = stop
-    if end != data_bytes:
-        raise ValueError(f"{data_bytes - end} bytes behind the last tensor")
-    return entries
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+        """A tensor, a view of the map: copy it if it is to outlive the file."""
+        return self._file.get_tensor(key)

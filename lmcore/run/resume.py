@@ -30,7 +30,7 @@ def find_checkpoint(
         RequestError: no good checkpoint although there should be one, or a changed past.
     """
     if config.resume == "never":
-        writer.abandon_after(folder.checkpoints, -1, say=report.note)
+        writer.abandon_after(folder.checkpoints, -1, note=report.note)
         return None
     best = config.checkpoint.keep_best if config.resume == "best" else None
     found = writer.find(
@@ -38,7 +38,7 @@ def find_checkpoint(
         config.resume,
         metric=best.metric if best else None,
         mode=best.mode if best else None,
-        say=report.note,
+        note=report.note,
     )
     if found is None:
         return None
@@ -47,7 +47,7 @@ def find_checkpoint(
         changed = refuse_changes(changes(found.state["config"], now), config.allow_changes)
         for change in changed:
             report.warn_once(f"{change.key} was {change.old} up to step {found.step}, is {change.new} now")
-        writer.abandon_after(folder.checkpoints, found.step, say=report.note)
+        writer.abandon_after(folder.checkpoints, found.step, note=report.note)
         return str(found.path), found.state
 
 

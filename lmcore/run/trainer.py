@@ -94,7 +94,7 @@ class Session:
             background=config.checkpoint.background,
             on_full_disk=config.checkpoint.on_full_disk,
             is_main=engine.is_main,
-            say=report.note,
+            note=report.note,
         )
         self._skips = merge_skips(ranges(config.data.skip_positions, "data.skip_positions"))
         self.state = State(
@@ -152,7 +152,7 @@ class Session:
 
     def restore(self, path: str) -> dict[str, Any]:
         """Weights, optimizer and state of a checkpoint that is known to be good. Returns what was kept."""
-        with writer.open_checkpoint(path) as saved:
+        with writer.open_checkpoint(path, verify_bytes=False) as saved:
             self.engine.load_state(saved.read)
             self._average.load(saved.read)
             self.saves.resumed(saved)
@@ -278,13 +278,15 @@ class Session:
         """
 
         def find() -> str:
-            found = writer.find(self.folder.checkpoints, before_step=action.before_step, say=self.report.note)
+            found = writer.find(
+                self.folder.checkpoints, before_step=action.before_step, note=self.report.note
+            )
             if found is None:
                 raise FaultError(
                     f"{action.reason}: no checkpoint before step {action.before_step} to rewind to"
                 )
             with found:
-                writer.abandon_after(self.folder.checkpoints, found.step, say=self.report.note)
+                writer.abandon_after(self.folder.checkpoints, found.step, note=self.report.note)
                 return str(found.path)
 
         self.saves.wait()
@@ -420,7 +422,7 @@ class Session:
     def _finish(self, tests: dict[str, float]) -> None:
         config, path, report = self.config, self.folder.path, self.report
         best = "best" if config.checkpoint.export == "best" else "auto"
-        chosen = writer.find(self.folder.checkpoints, best, say=report.note)
+        chosen = writer.find(self.folder.checkpoints, best, note=report.note)
         if chosen is None:
             raise FaultError(f"{self.folder.checkpoints} has no checkpoint to export")
         with chosen:

@@ -89,13 +89,13 @@ def resolve(path: str | os.PathLike[str], which: str = "auto", *, quiet: bool = 
         which = writer.step_name(int(which))
     say = (lambda text: None) if quiet else print
     try:
-        found = writer.find(folder / "checkpoints", which, repair=False, say=say)
+        found = writer.find(folder / "checkpoints", which, repair=False, note=say)
     except RequestError:
         if which != "best":
             raise
         # The run kept no best by a metric of its own: the held-out loss of its checkpoints decides.
         places = folder / "checkpoints"
-        found = writer.find(places, which, metric="loss", mode="min", repair=False, say=say)
+        found = writer.find(places, which, metric="loss", mode="min", repair=False, note=say)
     if found is not None:
         found.close()
         return "checkpoint", found.path

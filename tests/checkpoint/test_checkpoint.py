@@ -1,4 +1,4 @@
-"""Law 13 to 15: whole or not there, verified to the last byte, old ones go last, and nothing can unpickle."""
+"""Laws 13 to 15: a checkpoint is complete or absent, verified to the last byte, and never unpickled."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def save(saves: Checkpoints, step: int, **more: Any) -> None:
 
 
 def saved(folder: Path, steps: list[int], **options: Any) -> Checkpoints:
-    saves = Checkpoints(folder, say=lambda _: None, **options)
+    saves = Checkpoints(folder, note=lambda _: None, **options)
     for step in steps:
         save(saves, step)
     saves.wait(final=True)
@@ -116,7 +116,7 @@ def heard() -> list[str]:
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 40])
-def test_what_is_saved_is_read_back(tmp_path: Path, background: bool, shard_bytes: int) -> None:
+def test_checkpoint_roundtrip(tmp_path: Path, background: bool, shard_bytes: int) -> None:
     saved(tmp_path, [5], background=background, shard_bytes=shard_bytes)
     with find(tmp_path) as checkpoint:  # type: ignore[union-attr]
         check(checkpoint, 5)
@@ -127,7 +127,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path, background: bool, shard_byte
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 40])
-def test_the_safetensors_library_opens_our_files(tmp_path: Path, shard_bytes: int) -> None:
+def test_safetensors_library_opens_checkpoint_files(tmp_path: Path, shard_bytes: int) -> None:
     saved(tmp_path, [3], shard_bytes=shard_bytes)
     found: dict[str, Tensor] = {}
     for path in (tmp_path / "step-00000003").glob("model*.safetensors"):
@@ -139,10 +139,10 @@ def test_the_safetensors_library_opens_our_files(tmp_path: Path, shard_bytes: in
     }
 
 
-def test_live_and_strided_tensors_are_copied_before_save_returns(tmp_path: Path) -> None:
+def test_background_save_copies_live_and_strided_tensors(tmp_path: Path) -> None:
     live = torch.arange(12.0).view(3, 4)
     entries = [("model", "a", None, (4, 3), torch.float32)]
-    saves = Checkpoints(tmp_path, say=lambda _: None)
+    saves = Checkpoints(tmp_path, note=lambda _: None)
     gate = threading.Event()
     saves._disk = Disk(lambda call: None if call.operation != "create" else _wait(gate))
     saves.save(1, layout=entries, tensors=iter([("model", "a", None, live.t())]), state={})
@@ -160,7 +160,7 @@ def _wait(gate: threading.Event) -> None:
     assert gate.wait(240)
 
 
-def test_a_layout_that_lies_is_refused(tmp_path: Path) -> None:
+def test_tensors_that_differ_from_the_layout_raise(tmp_path: Path) -> None:
     entries = [("model", "a", None, (2,), torch.float32), ("model", "b", None, (2,), torch.float32)]
     a, b = torch.ones(2), torch.zeros(2)
     wrong: list[list[tuple[str, str, None, Tensor | None]]] = [
@@ -172,7 +172,7 @@ def test_a_layout_that_lies_is_refused(tmp_path: Path) -> None:
         [("model", "a", None, a), ("model", "b", None, b), ("model", "c", None, b)],
     ]
     for given in wrong:
-        with pytest.raises(ValueError, match=r"layout|come|longer|shorter"):
+        with pytest.raises(ValueError, match=r"layout|longer|shorter"):
             Checkpoints(tmp_path).save(1, layout=entries, tensors=iter(given), state={})
     with pytest.raises(ValueError, match="two tensors of one name"):
         plan([entries[0], entries[0]], shard_bytes=100)
@@ -182,7 +182,7 @@ def test_a_layout_that_lies_is_refused(tmp_path: Path) -> None:
         plan([("../m", "a", None, (1,), torch.float32)], shard_bytes=100)
 
 
-def test_other_ranks_consume_and_touch_nothing(tmp_path: Path) -> None:
+def test_other_ranks_consume_tensors_and_write_nothing(tmp_path: Path) -> None:
     seen = []
 
     def stream() -> Iterator[tuple[str, str, None, None]]:
@@ -218,7 +218,7 @@ def test_killed_at_every_call_of_a_save(tmp_path: Path, two: Path) -> None:
             options: dict[str, Any] = {"keep": 2, "disk": disk, "background": background}
             assert forked(lambda o=options, f=folder: saved(f, [3], **o)) == -9, (number, operation)
             heard: list[str] = []
-            checkpoint = find(folder, say=heard.append)
+            checkpoint = find(folder, note=heard.append)
             assert checkpoint is not None
             check(checkpoint, checkpoint.step)
             assert checkpoint.step in (2, 3)
@@ -237,7 +237,7 @@ def test_killed_at_every_call_of_a_save(tmp_path: Path, two: Path) -> None:
     "ignore::pytest.PytestUnhandledThreadExceptionWarning"
 )  # the power is out there, too
 @pytest.mark.parametrize("background", [False, True])
-def test_a_power_cut_at_every_call_of_a_save(tmp_path: Path, two: Path, background: bool) -> None:
+def test_power_cut_at_every_call_of_a_save(tmp_path: Path, two: Path, background: bool) -> None:
     counter = Counter()
     shutil.copytree(two, tmp_path / "count")
     saved(tmp_path / "count", [3], keep=2, disk=Disk(counter), background=False)
@@ -254,7 +254,7 @@ def test_a_power_cut_at_every_call_of_a_save(tmp_path: Path, two: Path, backgrou
         for seed in range(4):
             outcome = tmp_path / f"after-{number}-{seed}"
             model.after_power_cut(outcome, seed)
-            checkpoint = find(outcome, say=lambda _: None)
+            checkpoint = find(outcome, note=lambda _: None)
             assert checkpoint is not None
             check(checkpoint, checkpoint.step)
             assert checkpoint.step in ((3,) if committed else (2, 3))
@@ -283,7 +283,7 @@ def test_killed_while_metrics_are_added(tmp_path: Path, two: Path) -> None:
         check(find(folder), 3)
 
 
-def test_a_full_disk_at_any_byte_leaves_the_last_one_intact(tmp_path: Path, two: Path) -> None:
+def test_disk_full_at_any_byte_keeps_the_previous_checkpoint(tmp_path: Path, two: Path) -> None:
     counter = Counter()
     shutil.copytree(two, tmp_path / "count")
     saved(tmp_path / "count", [3], disk=Disk(counter), background=False)
@@ -295,7 +295,7 @@ def test_a_full_disk_at_any_byte_leaves_the_last_one_intact(tmp_path: Path, two:
         policy = ("stop", "continue")[trial % 2]
         disk = Disk(FullAt(draw.randrange(counter.bytes)))
         saves = Checkpoints(
-            folder, disk=disk, on_full_disk=policy, background=trial % 4 < 2, say=heard.append
+            folder, disk=disk, on_full_disk=policy, background=trial % 4 < 2, note=heard.append
         )
         save(saves, 3)
         if policy == "stop":
@@ -317,7 +317,7 @@ def test_a_full_disk_at_any_byte_leaves_the_last_one_intact(tmp_path: Path, two:
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EROFS, errno.EDQUOT])
-def test_a_disk_that_fails_at_any_call(tmp_path: Path, two: Path, error: int) -> None:
+def test_io_error_at_any_call_keeps_a_good_checkpoint(tmp_path: Path, two: Path, error: int) -> None:
     counter = Counter()
     shutil.copytree(two, tmp_path / "count")
     saved(tmp_path / "count", [3], keep=2, disk=Disk(counter), background=False)
@@ -326,7 +326,7 @@ def test_a_disk_that_fails_at_any_call(tmp_path: Path, two: Path, error: int) ->
             folder = tmp_path / "run"
             shutil.copytree(two, folder)
             saves = Checkpoints(
-                folder, keep=2, disk=Disk(FailAt(number, error, lasting=lasting)), say=lambda _: None
+                folder, keep=2, disk=Disk(FailAt(number, error, lasting=lasting)), note=lambda _: None
             )
             save(saves, 3)
             try:
@@ -335,14 +335,14 @@ def test_a_disk_that_fails_at_any_call(tmp_path: Path, two: Path, error: int) ->
             except FaultError:
                 expected = 2
             # Failing in the last fsync of the parent: renamed, but not said to be committed.
-            checkpoint = find(folder, say=lambda _: None)
+            checkpoint = find(folder, note=lambda _: None)
             assert checkpoint is not None
             assert checkpoint.step in (expected, 3)
             check(checkpoint, checkpoint.step)
             shutil.rmtree(folder)
 
 
-def test_needed_space_is_checked_beforehand(
+def test_free_space_is_checked_before_saving(
     tmp_path: Path, two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Little:
@@ -356,7 +356,7 @@ def test_needed_space_is_checked_beforehand(
         saves.poll()
     assert counter.calls == []
     heard: list[str] = []
-    going_on = Checkpoints(two, disk=Disk(counter), on_full_disk="continue", say=heard.append)
+    going_on = Checkpoints(two, disk=Disk(counter), on_full_disk="continue", note=heard.append)
     save(going_on, 3)
     assert going_on.poll() is None
     assert "are free" in heard[0]
@@ -401,18 +401,18 @@ def damage(folder: Path, draw: random.Random) -> str:
     return f"{kind} {path.name}"
 
 
-def test_all_of_500_damages_are_found(tmp_path: Path, two: Path) -> None:
+def test_500_damaged_checkpoints_are_all_detected(tmp_path: Path, two: Path) -> None:
     draw = random.Random(7)
     good = two / "step-00000002"
     for _ in range(500):
         folder = tmp_path / "run"
         (folder).mkdir()
-        os.symlink(two / "step-00000001", folder / "best")  # a link is no checkpoint
+        os.symlink(two / "step-00000001", folder / "best")
         shutil.copytree(two / "step-00000001", folder / "step-00000001")
         shutil.copytree(good, folder / "step-00000002")
         how = damage(folder / "step-00000002", draw)
         heard: list[str] = []
-        checkpoint = find(folder, say=heard.append)
+        checkpoint = find(folder, note=heard.append)
         assert checkpoint is not None
         check(checkpoint, 1)
         assert len(heard) == 1, how
@@ -421,34 +421,34 @@ def test_all_of_500_damages_are_found(tmp_path: Path, two: Path) -> None:
         shutil.rmtree(folder)
 
 
-def test_reading_verbs_change_nothing(two: Path) -> None:
+def test_find_without_repair_changes_nothing(two: Path) -> None:
     (two / "step-00000002" / "state.json").write_bytes(b"{}")
     before = sorted(os.listdir(two))
     heard: list[str] = []
-    check(find(two, repair=False, say=heard.append), 1)
-    assert "passed over" in heard[0]
+    check(find(two, repair=False, note=heard.append), 1)
+    assert "skipped" in heard[0]
     assert sorted(os.listdir(two)) == before
     assert [row["problem"] for row in listing(two)] == ["", "state.json has 2 bytes instead of 53"]
 
 
-def test_a_wreck_is_never_taken_for_a_fresh_start(two: Path) -> None:
+def test_all_checkpoints_damaged_raises(two: Path) -> None:
     for step in (1, 2):
         (two / f"step-0000000{step}" / "manifest.json").unlink()
     for _ in range(2):  # the second start finds only what the first has set aside
         with pytest.raises(RequestError, match=r"no good checkpoint is left .* --resume never"):
-            find(two, say=lambda _: None)
+            find(two, note=lambda _: None)
     saved(two, [3])
     check(find(two), 3)
 
 
-def test_nothing_to_find(tmp_path: Path) -> None:
+def test_find_in_an_empty_folder_returns_none(tmp_path: Path) -> None:
     assert find(tmp_path / "nowhere") is None
     assert find(tmp_path) is None
     assert find(tmp_path, "best") is None
     assert listing(tmp_path / "nowhere") == []
 
 
-def test_an_explicit_path_is_taken_or_refused(two: Path) -> None:
+def test_find_by_path(two: Path) -> None:
     check(find(two, two / "step-00000001"), 1)
     check(find(two, "step-00000001"), 1)
     with pytest.raises(RequestError, match="no such"):
@@ -460,7 +460,7 @@ def test_an_explicit_path_is_taken_or_refused(two: Path) -> None:
         open_checkpoint(two / "step-00000001")
 
 
-def test_another_format_version_is_not_damage(two: Path) -> None:
+def test_other_format_version_raises(two: Path) -> None:
     path = two / "step-00000002" / "manifest.json"
     path.write_bytes(manifest_bytes(json.loads(path.read_text()) | {"version": 2}))
     with pytest.raises(RequestError, match=r"version 2, this lmcore .* reads 1"):
@@ -513,12 +513,97 @@ def test_hostile_manifests(two: Path) -> None:
         open_checkpoint(folder)
 
 
-def test_links_in_a_checkpoint_are_refused(two: Path) -> None:
+def test_linked_file_inside_a_checkpoint_is_refused(two: Path) -> None:
     model = next((two / "step-00000002").glob("model*.safetensors"))
     os.rename(model, two / "elsewhere")
     model.symlink_to(two / "elsewhere")
     with pytest.raises(RequestError, match="no regular file"):
         open_checkpoint(two / "step-00000002", verify_bytes=True)
+
+
+# ---- links and other kinds of files -------------------------------------------------------------------------
+
+
+def moved_and_linked(folder: Path, step: int, elsewhere: Path) -> Path:
+    """Move a checkpoint to another place and link it back."""
+    path = folder / f"step-{step:08d}"
+    elsewhere.mkdir(exist_ok=True)
+    shutil.move(path, elsewhere / path.name)
+    path.symlink_to(elsewhere / path.name)
+    return path
+
+
+def test_linked_checkpoints_are_resumed_kept_and_removed(tmp_path: Path, two: Path) -> None:
+    elsewhere = tmp_path / "disk2"
+    for step in (1, 2):
+        moved_and_linked(two, step, elsewhere)
+    check(find(two), 2)
+    assert [row["problem"] for row in listing(two, verify_bytes=True)] == ["", ""]
+    saved(two, [3], keep=2, background=False)
+    assert names(two) == [2, 3], "retention counts linked checkpoints"
+    assert (elsewhere / "step-00000001" / "manifest.json").is_file(), "only the link is removed"
+    check(find(two, "step-00000002"), 2)
+
+
+def test_damaged_linked_checkpoint_is_detected_and_its_target_left(tmp_path: Path, two: Path) -> None:
+    link = moved_and_linked(two, 2, tmp_path / "disk2")
+    (link / "state.json").write_bytes(b"{}")
+    heard: list[str] = []
+    check(find(two, note=heard.append), 1)
+    assert "step-00000002 is damaged" in heard[0]
+    assert (two / "step-00000002.damaged-1").is_symlink()
+    assert (tmp_path / "disk2" / "step-00000002").is_dir()
+
+
+@pytest.mark.parametrize("what", ["one checkpoint", "the folder of all"])
+def test_link_to_a_missing_disk_is_refused(tmp_path: Path, two: Path, what: str) -> None:
+    """An unmounted disk must not look like a run that has not saved yet."""
+    if what == "one checkpoint":
+        moved_and_linked(two, 2, tmp_path / "disk2")
+        shutil.rmtree(tmp_path / "disk2")
+        folder = two
+    else:
+        folder = tmp_path / "checkpoints"
+        folder.symlink_to(tmp_path / "unmounted")
+    for repair in (True, False):
+        with pytest.raises(RequestError, match=r"is a link to .*, which is not there: mount or restore it"):
+            find(folder, repair=repair)
+    assert sorted(os.listdir(two)) == ["step-00000001", "step-00000002"]
+
+
+def test_checkpoints_folder_may_be_a_link(tmp_path: Path, two: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(two)
+    saved(tmp_path / "checkpoints", [3], keep=2)
+    check(find(tmp_path / "checkpoints"), 3)
+    assert names(two) == [2, 3]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_fifo_in_a_checkpoint_is_damage(two: Path, name: str) -> None:
+    path = two / "step-00000002" / name
+    path.unlink()
+    os.mkfifo(path)  # opening it would wait for ever
+    heard: list[str] = []
+    assert [row["problem"] for row in listing(two)][1] == f"{name} is no regular file"
+    check(find(two, note=heard.append), 1)
+    assert f"{name} is no regular file" in heard[0]
+
+
+def test_numbers_that_json_lacks_survive_in_strict_json(tmp_path: Path) -> None:
+    state = {"losses": [float("inf"), float("-inf"), 1.5], "norm": {"last": float("nan")}, "name": "NaN"}
+    saves = Checkpoints(tmp_path, note=lambda _: None)
+    saves.save(1, layout=[], tensors=iter([]), state=state)
+    saves.wait(final=True)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    json.loads((tmp_path / "step-00000001" / "state.json").read_bytes(), parse_constant=refuse)
+    checkpoint = find(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.state["losses"] == state["losses"]
+    assert checkpoint.state["name"] == "NaN"
+    assert checkpoint.state["norm"]["last"] != checkpoint.state["norm"]["last"]
 
 
 def test_hostile_tensor_files(tmp_path: Path) -> None:
@@ -548,6 +633,7 @@ def test_hostile_tensor_files(tmp_path: Path) -> None:
         {"a": entry | {"data_offsets": [True, 8]}},
         {"a": entry, "b": entry},
         {"a": entry | {"shape": [1], "data_offsets": [4, 8]}},
+        {"a": entry | {"dtype": "U16", "shape": [4]}},
         {"a": 3},
     ]
     for header in bad:
@@ -560,7 +646,7 @@ def test_hostile_tensor_files(tmp_path: Path) -> None:
             TensorFile(path)
 
 
-def test_mutated_tensor_files_never_do_worse_than_an_error(tmp_path: Path) -> None:
+def test_mutated_tensor_files_raise_value_error(tmp_path: Path) -> None:
     saved(tmp_path, [1])
     data = next((tmp_path / "step-00000001").glob("model-00001*")).read_bytes()
     draw = random.Random(3)
@@ -594,7 +680,7 @@ RESUME_PATH = [
 
 
 @pytest.mark.parametrize("name", RESUME_PATH)
-def test_nothing_on_the_resume_path_can_unpickle(name: str) -> None:
+def test_resume_path_has_no_pickle(name: str) -> None:
     banned_modules = {
         "pickle",
         "marshal",
@@ -618,7 +704,7 @@ def test_nothing_on_the_resume_path_can_unpickle(name: str) -> None:
             assert text not in ("torch.load", "np.load", "numpy.load", "torch.save")
 
 
-def test_no_global_is_looked_up_while_resuming(two: Path) -> None:
+def test_resume_runs_no_code_of_the_checkpoint(two: Path) -> None:
     def resume() -> None:
         def audit(event: str, _args: Any) -> None:
             if event in ("pickle.find_class", "marshal.loads", "exec", "compile"):
@@ -637,14 +723,14 @@ def names(folder: Path) -> list[int]:
     return [row["step"] for row in listing(folder)]
 
 
-def test_the_newest_stay_and_every_mth_for_ever(tmp_path: Path) -> None:
+def test_keep_and_keep_every(tmp_path: Path) -> None:
     saved(tmp_path, list(range(1, 12)), keep=2, keep_every=4)
     assert names(tmp_path) == [4, 8, 10, 11]
 
 
-def test_the_best_stay_and_best_is_found(tmp_path: Path) -> None:
+def test_keep_best(tmp_path: Path) -> None:
     saves = Checkpoints(
-        tmp_path, keep=1, keep_best={"k": 2, "metric": "valid/loss", "mode": "min"}, say=lambda _: None
+        tmp_path, keep=1, keep_best={"k": 2, "metric": "valid/loss", "mode": "min"}, note=lambda _: None
     )
     for step, loss in enumerate([5.0, 3.0, 4.0, float("nan"), 3.5, 9.0], 1):
         save(saves, step, metrics={"train/loss": loss * 2}, epoch=step / 2)
@@ -662,9 +748,9 @@ def test_the_best_stay_and_best_is_found(tmp_path: Path) -> None:
         find(tmp_path, "best", metric="accuracy")
 
 
-def test_best_by_a_metric_that_should_grow(tmp_path: Path) -> None:
+def test_keep_best_mode_max(tmp_path: Path) -> None:
     best = {"k": 1, "metric": "accuracy", "mode": "max"}
-    saves = Checkpoints(tmp_path, keep=1, keep_best=best, say=lambda _: None)
+    saves = Checkpoints(tmp_path, keep=1, keep_best=best, note=lambda _: None)
     for step, value in enumerate([0.1, 0.9, 0.9, 0.5], 1):
         save(saves, step, metrics={"accuracy": value})
     saves.wait(final=True)
@@ -672,8 +758,8 @@ def test_best_by_a_metric_that_should_grow(tmp_path: Path) -> None:
     check(find(tmp_path, "best"), 3)
 
 
-def test_a_preemption_checkpoint_rolls(tmp_path: Path) -> None:
-    saves = Checkpoints(tmp_path, keep=2, say=lambda _: None)
+def test_preemption_checkpoints_are_removed_by_the_next_save(tmp_path: Path) -> None:
+    saves = Checkpoints(tmp_path, keep=2, note=lambda _: None)
     for step, reason in enumerate(["interval", "interval", "signal", "deadline", "interval", "signal"], 1):
         save(saves, step, reason=reason)
         saves.wait()
@@ -682,7 +768,7 @@ def test_a_preemption_checkpoint_rolls(tmp_path: Path) -> None:
     assert names(tmp_path) == [2, 5, 6]
 
 
-def test_old_ones_go_only_after_the_new_one_is_committed(tmp_path: Path) -> None:
+def test_old_checkpoints_are_removed_after_the_commit_only(tmp_path: Path) -> None:
     events: list[tuple[str, str]] = []
 
     def before(call: Call) -> None:
@@ -702,7 +788,7 @@ def test_old_ones_go_only_after_the_new_one_is_committed(tmp_path: Path) -> None
     )
 
 
-def test_what_reads_back_differently_is_not_committed(two: Path) -> None:
+def test_checkpoint_that_reads_back_differently_is_not_committed(two: Path) -> None:
     def corrupt(call: Call) -> None:  # a disk that lies: the bytes change after they were hashed
         if call.operation == "fsync" and "model" in call.path:
             with open(call.path, "r+b") as file:
@@ -716,13 +802,13 @@ def test_what_reads_back_differently_is_not_committed(two: Path) -> None:
     assert names(two) == [1, 2]
 
 
-def test_saving_a_step_twice(tmp_path: Path) -> None:
+def test_saving_the_same_step_twice_writes_once(tmp_path: Path) -> None:
     saves = saved(tmp_path, [1])
     stamp = (tmp_path / "step-00000001" / "manifest.json").stat().st_mtime_ns
     save(saves, 1, reason="signal")
     saves.wait()
     assert (tmp_path / "step-00000001" / "manifest.json").stat().st_mtime_ns == stamp
-    again = Checkpoints(tmp_path, say=lambda _: None)
+    again = Checkpoints(tmp_path, note=lambda _: None)
     checkpoint = find(tmp_path)
     assert checkpoint is not None
     again.resumed(checkpoint)
@@ -730,19 +816,19 @@ def test_saving_a_step_twice(tmp_path: Path) -> None:
     assert (tmp_path / "step-00000001" / "manifest.json").stat().st_mtime_ns == stamp
 
 
-def test_another_past_is_set_aside(tmp_path: Path, heard: list[str]) -> None:
+def test_abandon_after_moves_later_checkpoints_aside(tmp_path: Path, heard: list[str]) -> None:
     saved(tmp_path, [1, 2, 3], keep=3)
-    abandon_after(tmp_path, 1, say=heard.append)
+    abandon_after(tmp_path, 1, note=heard.append)
     assert len(heard) == 2
     check(find(tmp_path), 1)
     saved(tmp_path, [2], keep=3)  # the same number again, of the new past
     check(find(tmp_path), 2)
-    abandon_after(tmp_path, -1, say=heard.append)
+    abandon_after(tmp_path, -1, note=heard.append)
     assert find(tmp_path) is None
     assert (tmp_path / "step-00000002.abandoned-2").is_dir()
 
 
-def test_a_rewind_asks_for_an_earlier_one(tmp_path: Path) -> None:
+def test_find_before_step(tmp_path: Path) -> None:
     saved(tmp_path, [2, 4, 6], keep=3)
     check(find(tmp_path, before_step=6), 4)
     check(find(tmp_path, before_step=7), 6)
@@ -752,7 +838,7 @@ def test_a_rewind_asks_for_an_earlier_one(tmp_path: Path) -> None:
 # ---- background --------------------------------------------------------------------------------------------
 
 
-def test_training_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
+def test_background_save_does_not_block(tmp_path: Path) -> None:
     gate = threading.Event()
     priorities = []
     own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
@@ -762,7 +848,7 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
             priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
             _wait(gate)
 
-    saves = Checkpoints(tmp_path, disk=Disk(before), say=lambda _: None)
+    saves = Checkpoints(tmp_path, disk=Disk(before), note=lambda _: None)
     save(saves, 1)  # the gate is shut: what waited for the disk would be here in four minutes, with an error
     assert saves.poll() is None
     assert saves.last_step is None
@@ -781,7 +867,7 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
 
 
-def test_buffers_are_used_again(tmp_path: Path) -> None:
+def test_background_buffers_are_reused(tmp_path: Path) -> None:
     saves = saved(tmp_path, [1])
     first = {name: buffer.data_ptr() for name, buffer in saves._buffers.items()}
     save(saves, 2)
@@ -790,30 +876,96 @@ def test_buffers_are_used_again(tmp_path: Path) -> None:
     assert {name: buffer.data_ptr() for name, buffer in saves._buffers.items()} == first
 
 
-def test_without_memory_it_writes_in_the_foreground_and_says_so(
+def test_save_falls_back_to_the_foreground_without_memory(
     tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "available_bytes", lambda: 100)
-    saves = Checkpoints(tmp_path, say=heard.append)
+    saves = Checkpoints(tmp_path, note=heard.append)
     save(saves, 1)
     assert saves.poll() == 1
     assert "written in the foreground" in heard[0]
     check(find(tmp_path), 1)
 
 
-def test_a_fault_in_the_background_that_is_no_disk_fault_surfaces(tmp_path: Path) -> None:
+def test_save_falls_back_to_the_foreground_if_the_copy_cannot_be_allocated(
+    tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimate says yes and the system says no (RLIMIT_AS, a control group)."""
+    real = torch.empty
+
+    def empty(*size: Any, **options: Any) -> Tensor:
+        if options.get("dtype") == torch.uint8:
+            raise RuntimeError("can't allocate memory: you tried to allocate 344948736 bytes")
+        return real(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    saves = Checkpoints(tmp_path, note=heard.append)
+    save(saves, 1)
+    assert saves.poll() == 1
+    assert "written in the foreground: can't allocate memory" in heard[0]
+    check(find(tmp_path), 1)
+
+
+def test_save_falls_back_to_the_foreground_if_no_thread_can_start(
+    tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoThread(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading, "Thread", NoThread)
+    saves = Checkpoints(tmp_path, note=heard.append)
+    save(saves, 1)
+    assert saves.poll() == 1
+    monkeypatch.undo()
+    assert "can't start new thread" in heard[0]
+    check(find(tmp_path), 1)
+
+
+def test_foreground_save_reports_progress(tmp_path: Path) -> None:
+    beats: list[None] = []
+    saves = Checkpoints(tmp_path, background=False, progress=lambda: beats.append(None), note=lambda _: None)
+    save(saves, 1)
+    assert len(beats) >= 2 * len(SHAPES), "at each tensor: a watchdog must not take a long save for a hang"
+    in_thread: list[None] = []
+    saves = Checkpoints(tmp_path, progress=lambda: in_thread.append(None), note=lambda _: None)
+    save(saves, 2)
+    saves.wait(final=True)
+    assert not in_thread, "a save in the background says nothing about the training"
+
+
+def test_a_save_reads_only_manifests_that_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With thousands of kept checkpoints a save must not read all of them again."""
+    best = {"k": 1, "metric": "loss", "mode": "min"}
+    saves = saved(tmp_path, list(range(1, 9)), keep=100, keep_best=best)
+    read: list[str] = []
+    real = writer.read_manifest
+    monkeypatch.setattr(writer, "read_manifest", lambda path: read.append(path.name) or real(path))
+    save(saves, 9, metrics={"loss": 1.0})
+    saves.wait(final=True)
+    assert read == ["step-00000009"]
+    saves.record(4, {"loss": 0.5})
+    assert set(read) == {"step-00000009", "step-00000004"}
+    assert os.readlink(tmp_path / "best") == "step-00000004"
+    shutil.rmtree(tmp_path / "step-00000005")
+    save(saves, 10)
+    saves.wait(final=True)
+    assert names(tmp_path) == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+
+
+def test_background_exception_is_raised_by_wait(tmp_path: Path) -> None:
     def before(call: Call) -> None:
         if call.operation == "fsync":
             raise RuntimeError("a fault of our own")
 
-    saves = Checkpoints(tmp_path, disk=Disk(before), say=lambda _: None)
+    saves = Checkpoints(tmp_path, disk=Disk(before), note=lambda _: None)
     save(saves, 1)
     with pytest.raises(FaultError, match="a fault of our own"):
         saves.wait()
     assert find(tmp_path) is None
 
 
-def test_a_killed_run_exits_with_the_save_still_on_its_way(tmp_path: Path) -> None:
+def test_interpreter_exit_waits_for_the_background_save(tmp_path: Path) -> None:
     """An exception in the trainer does not tear the save that is on its way: the interpreter waits for it."""
     script = f"""
 import sys, time; sys.path.insert(0, {str(PACKAGE.parent)!r})

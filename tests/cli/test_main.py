@@ -50,7 +50,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         block_size=32,
         seed=1,
     )
-    saves = Checkpoints(folder / "checkpoints", background=False, say=lambda text: None)
+    saves = Checkpoints(folder / "checkpoints", background=False, note=lambda text: None)
     for step in (2, 4):
         with torch.no_grad():
             model.transformer.wpe.weight.add_(0.1)  # type: ignore[union-attr, operator]

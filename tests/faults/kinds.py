@@ -681,7 +681,7 @@ def damage(place: Path, seed: int, folder: Path, repeats: int = 100) -> Trial:
         shutil.copytree(newest, folder / newest.name)
         how = hurt(folder / newest.name, draw)
         heard: list[str] = []
-        found = find(folder, say=heard.append)
+        found = find(folder, note=heard.append)
         assert found is not None, how
         assert found.step == STEPS - SAVE_EVERY, f"{how} was not found"
         assert len(heard) == 1, (how, heard)

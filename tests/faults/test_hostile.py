@@ -208,7 +208,7 @@ def test_a_pickle_as_sentencepiece_model(tmp_path: Path, mark: Path, content: by
 
 
 def a_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
-    saves = writer.Checkpoints(folder / "checkpoints", say=lambda _: None)
+    saves = writer.Checkpoints(folder / "checkpoints", note=lambda _: None)
     tensor = torch.zeros(2)
     layout = [("model", "w", None, (2,), torch.float32)]
     saves.save(1, layout=layout, tensors=iter([("model", "w", None, tensor)]), state=state)
@@ -329,8 +329,8 @@ def test_checkpoint_folders(tmp_path: Path, mark: Path, name: str, monkeypatch: 
     for work in (
         lambda: writer.open_checkpoint(path, verify_bytes=True),
         lambda: writer.open_checkpoint(copy),
-        lambda: writer.find(path.parent, repair=False, say=lambda _: None),
-        lambda: writer.find(path.parent, say=lambda _: None),
+        lambda: writer.find(path.parent, repair=False, note=lambda _: None),
+        lambda: writer.find(path.parent, note=lambda _: None),
         lambda: writer.listing(path.parent, verify_bytes=True),
     ):
         attempt(work)

@@ -69,7 +69,7 @@ def make_run(run_dir: Path, type: str = "gpt2", *, ema: bool = False, steps: int
     tensors = [("model", name, "", tensor) for name, tensor in weights]
     if ema:
         tensors += [("ema", name, "", 0.5 * tensor) for name, tensor in model.named_parameters()]
-    saves = Checkpoints(run_dir / "checkpoints", background=False, say=lambda text: None)
+    saves = Checkpoints(run_dir / "checkpoints", background=False, note=lambda text: None)
     saves.save(
         steps,
         layout=[(kind, name, slot, tuple(t.shape), t.dtype) for kind, name, slot, t in tensors],
@@ -99,7 +99,7 @@ def make_run(run_dir: Path, type: str = "gpt2", *, ema: bool = False, steps: int
 
 
 def newest(run_dir: Path) -> Checkpoint:
-    found = find(run_dir / "checkpoints", say=pytest.fail)
+    found = find(run_dir / "checkpoints", note=pytest.fail)
     assert found is not None
     return found
 
