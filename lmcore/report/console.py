@@ -1,23 +1,26 @@
-"""What a person sees while a run goes on: one calm display on a terminal, one plain line at a time elsewhere.
+"""What a run prints: a live display on a terminal, plain lines elsewhere, and a log file for every rank.
 
-Comes in: lines, tables, progress. Goes out: text on a stream. What always holds: without a terminal that can
-move its cursor (redirected, Slurm, ``TERM=dumb``, CI) there are no control characters, no colour and no
-wrapping, each line is complete and flushed; with one, everything lives in a single display that is redrawn
-twice a second, and permanent lines are printed above it.
+Without a terminal that can move its cursor (a pipe, a file, Slurm, a notebook, ``TERM=dumb``, CI) every line is
+printed whole, without control characters. On a terminal all bars and numbers live in one display that is redrawn
+twice a second; lines are printed above it and stay. Output that fails (a closed pipe, a full disk) is given up with a
+note in ``train.log`` and never ends the program.
 
-    >>> console = Console(interactive=False)
+    >>> console = Console()
     >>> console.line("step 1/4000 loss 9.0108")
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import shlex
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,72 +30,181 @@ from lmcore.report.redact import redact
 
 REFRESHES_PER_SECOND = 2
 PLAIN_TASK_SECONDS = 30.0
-"""Without a terminal a long sub-task (tokenizing, evaluating) says how far it is this often."""
+"""Without a terminal a long task (tokenizing, evaluating) prints its progress this often."""
 
-STEP_CELLS = frozenset(
-    (
-        "loss",
-        "smoothed",
-        "lr",
-        "norm",
-        "tok/s",
-        "per device",
-        "MFU",
-        "memory",
-        "wait",
-        "skipped",
-        "non-finite",
-    )
-)
-"""The names that :func:`step_cells` may give."""
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\u2028\u2029]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that act instead of being shown: C0, DEL, C1, line separators, changes of direction; and lone
+surrogates, which no encoding can write."""
 
 
-def is_interactive(stream: TextIO) -> bool:
-    """A terminal that can move its cursor, with a person before it. ``LMCORE_CONSOLE=rich|plain`` decides
-    otherwise.
+# ---- text that is safe to show
+
+
+def one_line(text: str) -> str:
+    """``text`` as one line without control characters: a line break becomes ``\\n``, an escape ``\\x1b``."""
+    text = text.replace("\r\n", "\n").replace("\n", "\\n").replace("\t", "    ")
+    return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+def printable(text: str) -> str:
+    """``text`` with its line breaks, control characters replaced by U+FFFD: nothing can move a cursor or ring a bell."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
+
+
+# ---- commands that can be pasted
+
+
+def shell_quote(word: str) -> str:
+    """``word`` as one word of a POSIX shell; one with control characters as ``$'...'`` (bash, zsh, ksh), on one line."""
+    if not _CONTROL.search(word) and "\n" not in word and "\t" not in word:
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\t", "\\t")
+    return "$'" + _CONTROL.sub(lambda match: _dollar_escape(match.group()), escaped) + "'"
+
+
+def _dollar_escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}"
+
+
+def shell_command(*words: str | os.PathLike[str]) -> str:
+    """A command line for the shell that the user sits at, every word quoted as needed.
+
+    The first word may be ``python``, ``lmcore`` or ``accelerate``: it becomes the program of the environment that runs
+    now, with its whole path where that is not the one that the shell would find.
+
+        >>> shell_command("lmcore", "generate", "runs/my run")
+        "lmcore generate 'runs/my run'"
     """
-    forced = os.environ.get("LMCORE_CONSOLE", "")
+    program, *rest = [os.fspath(word) for word in words]
+    module = {"lmcore": "lmcore", "accelerate": "accelerate.commands.accelerate_cli"}.get(program)
+    if (program != "python" and module is None) or _is_on_path(program):
+        start = [program]
+    else:
+        start = ["python" if _is_on_path("python") else sys.executable]
+        start += ["-m", module] if module else []
+    return " ".join(map(shell_quote, [*start, *rest]))
+
+
+def _is_on_path(program: str) -> bool:
+    """Whether the shell would find this program in the environment of the running interpreter."""
+    found = shutil.which(program)
+    return found is not None and Path(found).parent == Path(sys.executable).parent
+
+
+# ---- streams that never end a program
+
+
+class SafeStream:
+    """A text stream that loses what it cannot write instead of raising.
+
+    Characters that its encoding lacks are written as escapes (``\\u3042``). After the first failure (a closed pipe, a
+    full disk) nothing more is written; :attr:`failure` says why. With ``filtered`` control characters are replaced
+    (:func:`printable`); ``unfiltered`` is the same stream for a display that moves the cursor on purpose.
+    """
+
+    def __init__(self, stream: TextIO, *, filtered: bool = False) -> None:
+        self._stream = stream
+        self.unfiltered: SafeStream = self._unwrapped(stream) if filtered else self
+        self._filtered = filtered
+        self._failure: str | None = None
+
+    @staticmethod
+    def _unwrapped(stream: TextIO) -> SafeStream:
+        return stream.unfiltered if isinstance(stream, SafeStream) else SafeStream(stream)
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is written any more, or ``None``."""
+        return self.unfiltered._failure
+
+    def write(self, text: str) -> int:
+        if self._filtered:
+            return self.unfiltered.write(printable(text))
+        if self._failure is None:
+            try:
+                try:
+                    self._stream.write(text)
+                except UnicodeEncodeError as error:
+                    self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+            except (OSError, ValueError) as error:  # ValueError: the file object is closed
+                self._give_up(error)
+        return len(text)
+
+    def writelines(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        if self._filtered:
+            self.unfiltered.flush()
+        elif self._failure is None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError) as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._failure = f"{type(error).__name__}: {error}"
+        try:
+            descriptor = self._stream.fileno()
+        except (OSError, ValueError, AttributeError):
+            return
+        if descriptor in (1, 2):
+            # What is still in buffers would fail again when the interpreter exits, and change the exit code.
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), descriptor)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stream)
+
+
+def protect_output() -> None:
+    """Make ``sys.stdout`` and ``sys.stderr`` safe: call it first in a program.
+
+    A descriptor that is closed is opened on ``/dev/null`` (the next file would get its number, and other people's
+    messages); both streams then never raise and pass no control characters from text, names or model output.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
+        if not isinstance(stream, SafeStream):
+            setattr(sys, name, SafeStream(stream, filtered=True))
+
+
+def is_interactive(stream: Any) -> bool:
+    """Whether ``stream`` is a terminal that can move its cursor, with a person before it.
+
+    ``LMCORE_CONSOLE=rich`` or ``plain`` overrides. A cell of a notebook runs on a pseudo-terminal but keeps every
+    line that was ever drawn, so it counts as plain.
+    """
+    environment = os.environ
+    forced = environment.get("LMCORE_CONSOLE", "")
     if forced in ("rich", "plain"):
         return forced == "rich"
-    environment = os.environ
+    try:
+        terminal = stream.isatty()
+    except (AttributeError, ValueError):  # closed
+        return False
     return (
-        stream.isatty()
+        terminal
         and environment.get("TERM", "dumb") not in ("dumb", "unknown", "")
         and "SLURM_JOB_ID" not in environment
+        and "JPY_PARENT_PID" not in environment
         and environment.get("CI", "").lower() in ("", "0", "false")
     )
 
 
-def one_line(text: str) -> str:
-    """``text`` as one line without control characters; line breaks become visible as ``\\n``."""
-    text = text.replace("\r\n", "\n").replace("\n", "\\n").replace("\t", "    ")
-    return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
-
-
-def printable(text: str) -> str:
-    """``text`` with its line breaks, without the characters that could move a cursor or ring a bell."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
-
-
-def step_cells(record: dict[str, Any], smoothed: float, world_size: int) -> dict[str, str]:
-    """What a person wants to know of a train record, in words; what is not known is left out."""
-    rate, norm = record["tokens_per_second"], record["grad_norm"]
-    cells = {
-        "loss": f"{record['loss']:.4f}",
-        "smoothed": f"{smoothed:.4f}",
-        "lr": f"{record['lr']:.2e}",
-        "norm": None if norm is None else f"{norm:.3g}",
-        "tok/s": short(rate),
-        "per device": None if world_size == 1 else short(rate / world_size),
-        "MFU": f"{100 * record['mfu']:.1f}%" if "mfu" in record else None,
-        "memory": f"{record['memory_bytes'] / 2**30:.2f} GiB",
-        "wait": f"{100 * record['data_wait']:.1f}%",
-        "skipped": str(record["skipped_steps"]) if "skipped_steps" in record else None,
-        "non-finite": str(record["nonfinite_losses"]) if "nonfinite_losses" in record else None,
-    }
-    return {name: value for name, value in cells.items() if value is not None}
+# ---- the display
 
 
 @dataclass
@@ -104,18 +216,22 @@ class _Task:
     text: str = ""
     also: str = ""
     started: float = field(default_factory=time.monotonic)
-    said: float = field(default_factory=time.monotonic)
+    printed: float = field(default_factory=time.monotonic)
     first: tuple[float, float] | None = None
     """(time, done) of the first update: what an earlier start had done already is no rate."""
 
 
 class Console:
-    """One stream, written by one process. Build it on rank 0 only."""
+    """One stream, written by one process: lines, tables, progress bars. Build it on rank 0 only."""
 
-    def __init__(self, *, interactive: bool | None = None, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stdout
-        self.interactive = is_interactive(self.stream) if interactive is None else interactive
+    def __init__(self, stream: TextIO | None = None) -> None:
+        stream = stream or sys.stdout
+        self.stream = (
+            SafeStream(stream).unfiltered if not isinstance(stream, SafeStream) else stream.unfiltered
+        )
+        self.interactive = is_interactive(self.stream)
         self.cells: Sequence[tuple[str, str]] = ()
+        """Names and numbers below the bars."""
         self._tasks: dict[int, _Task] = {}
         self._next = 0
         self._rich: Any = None
@@ -123,7 +239,12 @@ class Console:
         if self.interactive:
             import rich.console  # lazily: a redirected run does not need rich
 
-            self._rich = rich.console.Console(file=self.stream, highlight=False, force_terminal=True)
+            self._rich = rich.console.Console(file=self.stream, highlight=False, force_terminal=True)  # type: ignore[arg-type]
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is printed any more, or ``None``."""
+        return self.stream.failure
 
     def line(self, text: str, *, style: str = "") -> None:
         """One permanent line; above the display on a terminal."""
@@ -138,58 +259,49 @@ class Console:
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Names and values in two columns; the values are never cut."""
         if self._rich is not None:
-            from rich.table import Table
-            from rich.text import Text
-
-            table = Table(
-                title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
-            )
-            table.add_column(style="cyan", no_wrap=True)
-            table.add_column(overflow="fold")
-            for name, value in rows:
-                table.add_row(Text(printable(name)), Text(printable(value)))
-            self._rich.print(table)
+            self._rich.print(self._grid(rows, title=printable(title), title_justify="left"))
             return
         width = max((len(name) for name, _ in rows), default=0)
         self.line(title)
         for name, value in rows:
             self.line(f"  {name:<{width}}  {value}")
 
-    def panel(self, title: str, rows: Sequence[tuple[str, str]], *, good: bool = True) -> None:
-        """The last word of a run."""
-        if self._rich is None:
+    def panel(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """The results at the end of a run."""
+        if self._rich is None or not rows:
             self.table(title, rows)
             return
         from rich.panel import Panel
+        from rich.text import Text
+
+        self._rich.print(
+            Panel(
+                self._grid(rows),
+                title=Text(printable(title)),
+                title_align="left",
+                border_style="green",
+                expand=False,
+            )
+        )
+
+    @staticmethod
+    def _grid(rows: Sequence[tuple[str, str]], **options: Any) -> Any:
         from rich.table import Table
         from rich.text import Text
 
-        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid = Table(show_header=False, box=None, padding=(0, 2, 0, 0), **options)
         grid.add_column(style="cyan", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, value in rows:
             grid.add_row(Text(printable(name)), Text(printable(value)))
-        self._rich.print(
-            Panel(grid, title=title, title_align="left", border_style="green" if good else "red")
-        )
-
-    # The display: tasks (bars) and cells (numbers).
+        return grid
 
     def add(self, description: str, total: float | None, unit: str = "") -> int:
-        """A new bar; ``total`` None draws a moving one. Returns its key."""
+        """A new bar; ``total`` None: without an end. Returns its key."""
         key, self._next = self._next, self._next + 1
         self._tasks[key] = _Task(description, total, unit)
         if self._rich is not None and self._live is None:
-            from rich.live import Live
-
-            self._live = Live(
-                get_renderable=self._render,
-                console=self._rich,
-                refresh_per_second=REFRESHES_PER_SECOND,
-                transient=True,  # what stays is the lines above and the panel at the end
-                redirect_stdout=True,
-                redirect_stderr=True,
-            )
+            self._live = _make_live(self._rich, self._display_lines)
             self._live.start()
         return key
 
@@ -205,7 +317,7 @@ class Console:
     ) -> None:
         """Move a bar to ``done``, of another ``total`` if given; ``also``: further words behind its own.
 
-        ``text`` stands in place of them all; ``quiet`` never prints a plain line (the caller prints its own).
+        ``text`` replaces them all; ``quiet`` never prints a plain line (the caller prints its own).
         """
         task = self._tasks[key]
         if task.first is None or done < task.done or total not in (None, task.total):
@@ -215,11 +327,12 @@ class Console:
         task.also = task.also if also is None else also
         if text is not None:
             task.text = text
-        if self._rich is None and not quiet and time.monotonic() - task.said >= PLAIN_TASK_SECONDS:
-            task.said = time.monotonic()
-            self.line(f"{task.description}: {_progress(task)}, {duration(task.said - task.started)}")
+        if self._rich is None and not quiet and time.monotonic() - task.printed >= PLAIN_TASK_SECONDS:
+            task.printed = time.monotonic()
+            self.line(f"{task.description}: {_progress(task)}, {duration(task.printed - task.started)}")
 
     def remove(self, key: int) -> None:
+        """Take a bar away."""
         self._tasks.pop(key, None)
         if not self._tasks:
             self.close()
@@ -231,21 +344,24 @@ class Console:
             self._live.stop()
             self._live = None
 
-    def _render(self) -> Any:
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
+    def _display_lines(self, width: int) -> list[Any]:
+        """The display as lines of at most ``width`` columns: a bar for each task, then the numbers."""
         from rich.text import Text
 
-        bars = Table.grid(padding=(0, 1, 0, 0), expand=True)
-        bars.add_column(no_wrap=True)
-        bars.add_column(ratio=1, min_width=8)
-        bars.add_column(no_wrap=True, overflow="ellipsis")
+        lines = []
         for task in list(self._tasks.values()):
-            total = None if not task.total else float(task.total)
-            bar = ProgressBar(total=total, completed=min(task.done, total or task.done), pulse=total is None)
-            bars.add_row(Text(task.description, style="bold"), bar, Text(task.text or _progress(task)))
-        return Group(bars, *[Text(line, no_wrap=True) for line in self._cell_lines(self._rich.width)])
+            words = task.text or _progress(task)
+            space = min(40, width - len(task.description) - len(words) - 2)
+            line = Text(f"{task.description} ", style="bold")
+            if space >= 8 and task.total:
+                full = round(space * min(1.0, task.done / task.total))
+                line.append("━" * full, style="green").append("━" * (space - full), style="bright_black")
+                line.append(" ")
+            lines.append(line.append(words, style="none"))
+        lines += [Text(printable(line)) for line in self._cell_lines(width)]
+        for line in lines:
+            line.truncate(width, overflow="ellipsis")
+        return lines
 
     def _cell_lines(self, width: int) -> list[str]:
         """The numbers, packed into as few lines as the width allows; never broken inside a cell."""
@@ -257,6 +373,46 @@ class Console:
             else:
                 lines.append(cell)
         return lines
+
+
+def _make_live(console: Any, lines: Callable[[int], list[Any]]) -> Any:
+    """rich's Live, which also erases its last frame completely after the terminal has become narrower."""
+    from rich.control import Control
+    from rich.live import Live
+    from rich.segment import ControlType
+
+    class Frame:
+        columns = 0
+        widths: Sequence[int] = ()
+
+        def __rich_console__(self, console: Any, options: Any) -> Any:
+            # One column stays free: a line that fills the last one wraps in some terminals.
+            texts = lines(max(8, options.max_width - 1))
+            self.columns, self.widths = options.max_width, [text.cell_len for text in texts]
+            yield from texts
+
+    class Display(Live):
+        def process_renderables(self, renderables: Any) -> Any:
+            drawn = super().process_renderables(renderables)
+            columns = self.console.width
+            if frame.widths and columns < frame.columns:
+                # The terminal has broken the lines of the last frame: erase as many rows as they have become.
+                rows = sum(max(1, -(-width // columns)) for width in frame.widths)
+                erase = ((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2))
+                drawn[0] = Control(
+                    ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2), *(erase * (rows - 1))
+                )
+            return drawn
+
+    frame = Frame()
+    return Display(
+        frame,
+        console=console,
+        refresh_per_second=REFRESHES_PER_SECOND,
+        transient=True,  # what stays is the lines above and the panel at the end
+        redirect_stdout=True,
+        redirect_stderr=True,
+    )
 
 
 def _progress(task: _Task) -> str:
@@ -272,85 +428,122 @@ def _progress(task: _Task) -> str:
     return ", ".join([*words, task.also] if task.also else words)
 
 
-class Voice:
-    """Words of one rank: rank 0 to the person and into ``train.log``, others into ``logs/rank-*.log``
-    only.
+# ---- the messages of a rank
+
+
+class RankLog:
+    """Messages of one rank: rank 0 prints them and writes ``train.log``, others write ``logs/rank-*.log`` only.
+
+    Secrets are hidden (:mod:`lmcore.report.redact`). Neither a stream nor a log file that cannot be written raises;
+    what is lost is said where it still can be.
     """
 
-    def __init__(self, run_dir: Path, rank: int, *, interactive: bool | None, stream: TextIO | None) -> None:
+    def __init__(self, run_dir: Path, rank: int, stream: TextIO | None = None) -> None:
         self.rank = rank
-        self.console = Console(interactive=interactive, stream=stream) if rank == 0 else None
+        self._console = Console(stream) if rank == 0 else None
         self._path = run_dir / "train.log" if rank == 0 else run_dir / "logs" / f"rank-{rank:05d}.log"
-        self._log: TextIO | None = None  # opened by the first word: most ranks never say one
-        self._said: set[str] = set()
+        self._log_file: TextIO | None = None  # opened by the first line: most ranks never write one
+        self._lost_lines = 0
+        self._warned: set[str] = set()
         self._handler: logging.Handler | None = None
-        # Trackers and other threads speak too.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # trackers write from threads of their own
 
     def note(self, text: str) -> None:
         """One line."""
-        with self._lock:
-            if self.console is not None:
-                self.console.line(text)
-            self.log(text)
+        self._say(text)
 
     def warn_once(self, text: str) -> None:
-        """A warning, said once however often it is true."""
+        """A warning, printed once however often it is true."""
         with self._lock:
-            if text in self._said:
-                return
-            self._said.add(text)
-            if self.console is not None:
-                self.console.line(f"warning: {text}", style="yellow")
-            self.log(f"warning: {text}")
+            if text not in self._warned:
+                self._warned.add(text)
+                self._say(f"warning: {text}", style="yellow")
 
     def error(self, text: str) -> None:
-        """A fault: every rank says it on standard error too."""
+        """A fault: every rank prints it on standard error too."""
+        text = redact(text)
         self.log(f"error: {text}")
-        if self.console is not None and self.console.interactive:
-            self.console.line(f"error: {text}", style="bold red")
+        if self._console is not None and self._console.interactive:
+            self._console.line(f"error: {text}", style="bold red")
         else:
-            who = "" if self.rank == 0 else f"[rank {self.rank}] "
-            sys.stderr.write(f"{who}error: {one_line(text)}\n")
-            sys.stderr.flush()
+            prefix = "" if self.rank == 0 else f"[rank {self.rank}] "
+            errors = SafeStream(sys.stderr)
+            errors.write(f"{prefix}error: {one_line(text)}\n")
+            errors.flush()
+
+    def _say(self, text: str, *, style: str = "") -> None:
+        with self._lock:
+            text = redact(text)
+            if self._console is not None:
+                self._console.line(text, style=style)
+            self.log(text)
 
     def log(self, text: str) -> None:
         """One line for the file only."""
         with self._lock:
-            if self._log is None:
+            if (
+                self._console is not None
+                and self._console.failure
+                and self._console.failure not in self._warned
+            ):
+                self._warned.add(self._console.failure)
+                self._write_line(
+                    f"standard output is gone ({self._console.failure}): the run goes on, see this file"
+                )
+            self._write_line(text)
+
+    def _write_line(self, text: str) -> None:
+        try:
+            if self._log_file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._log = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-            self._log.write(f"{now()} {redact(one_line(text))}\n")  # errors quote what they were given
-            self._log.flush()
+                self._log_file = open(self._path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            if self._lost_lines:
+                self._log_file.write(f"{now()} {self._lost_lines} lines are missing here\n")
+            self._log_file.write(f"{now()} {redact(one_line(text))}\n")
+            self._log_file.flush()
+        except OSError as error:
+            self._drop_log_file()
+            self._lost_lines += 1
+            if self._lost_lines == 1 and self._console is not None:
+                self._console.line(
+                    f"warning: {self._path} cannot be written ({error.strerror}): lines are lost"
+                )
+        else:
+            self._lost_lines = 0
+
+    def _drop_log_file(self) -> None:
+        """Close the file; one that cannot be written would raise here once more."""
+        if self._log_file is not None:
+            with contextlib.suppress(OSError):  # counted by the caller
+                self._log_file.close()
+            self._log_file = None
 
     def capture_logging(self, level: int = logging.WARNING) -> None:
         """Send what other libraries log, and Python's warnings, through :meth:`warn_once`."""
-        voice = self
+        log = self
 
         class Handler(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
-                voice.warn_once(f"{record.name}: {record.getMessage().strip()}")
+                log.warn_once(f"{record.name}: {record.getMessage().strip()}")
 
         self._handler = Handler(level)
         logging.getLogger().addHandler(self._handler)
         logging.captureWarnings(True)
 
     def close(self) -> None:
-        """Let go of the log, the logging of others and the display."""
+        """Close the display and the file, and stop capturing what others log."""
         if self._handler is not None:
             logging.getLogger().removeHandler(self._handler)
             logging.captureWarnings(False)
             self._handler = None
-        if self.console is not None:
-            self.console.close()
+        if self._console is not None:
+            self._console.close()
         with self._lock:
-            if self._log is not None:
-                self._log.close()
-                self._log = None
+            self._drop_log_file()
 
 
 def now() -> str:
-    """Local time, as it stands in logs."""
+    """Local time, as logs have it."""
     return time.strftime("%Y-%m-%dT%H:%M:%S")
 
 

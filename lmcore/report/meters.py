@@ -1,24 +1,31 @@
-"""What steps add up to between two log lines: exact sums on the device, and honest step times.
+"""Sums over the steps between two log lines, the time of steps, and peak memory.
 
-Comes in: tensors of each step, and the moments at which steps end. Goes out: the sums over all ranks when
-somebody asks, and the median seconds per step. What always holds: adding never waits for the device; a sum
-that is saved and loaded goes on exactly as if it had not been.
+Adding to a sum never waits for the device; reading one does. Sums that are saved and loaded continue exactly.
+
+    >>> sums = Sums()
+    >>> sums.add(loss_sum, count, applied, {"accuracy": (correct, count)})
+    >>> sums.total(engine.sum_over_ranks, is_main=True).loss
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lmcore.errors import RequestError
 from lmcore.process import forget_peak, resident_bytes
 
-if TYPE_CHECKING:  # torch costs seconds to import; whoever hands in a tensor has it already
+if TYPE_CHECKING:  # torch costs seconds to import; the caller who hands in a tensor has it already
     from torch import Tensor
+
+    Number = float | Tensor
+    Metrics = Mapping[str, "Number | tuple[Number, Number]"]
 
 CHUNK_SECONDS = 2.0
 """Steps are timed in groups of at least this long: on a GPU the host runs ahead of the device, so that
@@ -33,40 +40,60 @@ class Totals:
     count: float = 0.0
     nonfinite: float = 0.0
     skipped: float = 0.0
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """The user's own numbers by name: [sum, count]."""
 
     @property
     def loss(self) -> float:
         """Mean loss per label; NaN if nothing finite was added."""
         return self.loss_sum / self.count if self.count else float("nan")
 
+    @property
+    def metric_means(self) -> dict[str, float]:
+        """The user's own numbers as means; NaN where nothing finite was added."""
+        return {
+            name: total / count if count else float("nan") for name, (total, count) in self.metrics.items()
+        }
+
 
 class Sums:
-    """Running sums (loss, labels, non-finite losses, skipped updates) of this rank, in float64 on the
-    device.
+    """Running sums of this rank (loss, labels, non-finite losses, skipped updates, the user's own numbers), in
+    float64 on the device.
     """
 
     def __init__(self) -> None:
         self._held: Tensor | None = None
+        self._metrics: dict[str, Tensor] = {}
         self._carry: Totals | None = None
 
-    def add(self, loss_sum: Tensor, count: Tensor | int, applied: Tensor | bool | None) -> None:
-        """Add one step. A loss that is not finite is counted, not summed: it would hide all others."""
+    def add(
+        self,
+        loss_sum: Tensor,
+        count: Tensor | int,
+        applied: Tensor | bool | None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """Add one step. What is not finite is counted, not summed: it would hide everything else."""
         import torch  # lazily: reading a report needs no torch
 
         device = loss_sum.device
         real = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        loss_sum = loss_sum.detach().to(real)
+
+        def scalar(value: Any) -> Tensor:
+            value = value.detach() if isinstance(value, torch.Tensor) else value
+            return torch.as_tensor(value, device=device).to(real)
+
+        loss_sum, count = scalar(loss_sum), scalar(count)
         finite = torch.isfinite(loss_sum)
-        count = torch.as_tensor(count, device=device).to(real)
         zero = torch.zeros((), dtype=real, device=device)
-        skipped = zero if applied is None else 1 - torch.as_tensor(applied, device=device).to(real)
+        skipped = zero if applied is None else 1 - scalar(applied)
         if self._held is None:
             self._held = torch.zeros(4, dtype=real, device=device)
-            if self._carry is not None:
-                carry = self._carry
-                self._held += torch.tensor(
-                    [carry.loss_sum, carry.count, carry.nonfinite, carry.skipped], dtype=real, device=device
-                )
+            if (carry := self._carry) is not None:
+                known = [carry.loss_sum, carry.count, carry.nonfinite, carry.skipped]
+                self._held += torch.tensor(known, dtype=real, device=device)
+                for name, pair in carry.metrics.items():
+                    self._metrics[name] = torch.tensor(pair, dtype=real, device=device)
                 self._carry = None
         self._held += torch.stack(
             [
@@ -76,30 +103,67 @@ class Sums:
                 skipped,
             ]
         )
+        for name, value in (metrics or {}).items():
+            parts = value if isinstance(value, tuple) else (value, 1)
+            if len(parts) != 2 or any(isinstance(part, torch.Tensor) and part.numel() != 1 for part in parts):
+                raise RequestError(
+                    f"metrics[{name!r}] must be a number, a tensor of one element, or a tuple (sum, count) of two"
+                )
+            total, weight = (scalar(part).reshape(()) for part in parts)
+            finite = torch.isfinite(total)
+            if name not in self._metrics:
+                self._metrics[name] = torch.zeros(2, dtype=real, device=device)
+            self._metrics[name] += torch.stack(
+                [torch.where(finite, total, zero), torch.where(finite, weight, zero)]
+            )
 
     def total(self, reduce: Callable[[Tensor], Tensor], *, is_main: bool) -> Totals:
         """Collective: the sums over all ranks; they are folded into rank 0 and zeroed elsewhere.
 
         Folding makes a run that saves here and goes on equal, bit for bit, to one that resumes from here:
         both continue from the same number on the same rank.
+
+        Raises:
+            RequestError: on every rank, if the ranks do not have the same names of metrics.
         """
         if self._held is None:
             return self._carry or Totals()
-        total = reduce(self._held.clone())
+        import torch  # lazily, as above
+
+        names = sorted(self._metrics)
+        # Ranks with other names would reduce tensors of other lengths and hang. All of ``mark`` are equal if and only
+        # if (sum of mark)^2 = ranks * sum of mark^2; small integers, so exact, and every rank sees the same sums.
+        mark = zlib.crc32("\n".join(names).encode()) % 4093 if names else 0
+        check = torch.tensor([1.0, mark, mark**2], dtype=self._held.dtype, device=self._held.device)
+        base = reduce(torch.cat([self._held, check]))
+        loss_sum, count, nonfinite, skipped, ranks, marks, squares = base.tolist()
+        if int(marks) ** 2 != int(ranks) * int(squares):
+            raise RequestError(
+                f"metrics: the ranks do not have the same names (here: {', '.join(names) or 'none'}); "
+                f"give every rank the same ones"
+            )
         self._held.zero_()
+        pairs: dict[str, list[float]] = {}
+        if names:
+            reduced = reduce(torch.stack([self._metrics[name] for name in names]).reshape(-1)).reshape(-1, 2)
+            pairs = dict(zip(names, reduced.tolist()))
+            for name, pair in zip(names, reduced):
+                self._metrics[name] = pair.clone() if is_main else torch.zeros_like(pair)
         if is_main:
-            self._held += total
-        return Totals(*[float(value) for value in total.tolist()])
+            self._held += base[:4]
+        return Totals(loss_sum, count, nonfinite, skipped, pairs)
 
     def zero(self) -> None:
         """Start again."""
         self._carry = None
+        self._metrics.clear()
         if self._held is not None:
             self._held.zero_()
 
-    def load(self, totals: Totals | None) -> None:
-        """Go on from ``totals`` (on rank 0; ``None`` elsewhere)."""
+    def load(self, totals: Totals) -> None:
+        """Go on from ``totals``: on rank 0 all of it, elsewhere zeros under the same names of metrics."""
         self._held, self._carry = None, totals
+        self._metrics.clear()
 
 
 class Timer:
@@ -116,9 +180,7 @@ class Timer:
         self._depth = 0
 
     def start(self) -> None:
-        """The loop begins now; the first step warms up (compiles, allocates) and says nothing about the
-        others.
-        """
+        """The loop begins now; the first step warms up (compiles, allocates) and is not in the estimate."""
         self._last, self._paused, self._warm = time.perf_counter(), 0.0, False
 
     @contextmanager
@@ -146,9 +208,7 @@ class Timer:
             self._close_chunk()
 
     def interval(self) -> tuple[float, float, int]:
-        """Seconds, seconds of waiting and steps since the last call; call it after the device has caught
-        up.
-        """
+        """Seconds, seconds of waiting and steps since the last call; call it after the device has caught up."""
         seconds = self._lap()
         if self._chunk_steps:
             self._chunk_seconds += seconds

@@ -1,10 +1,8 @@
-"""``metrics.jsonl``: the truth about a run, one JSON object a line.
+"""``metrics.jsonl``: the record of a run, one JSON object a line.
 
-Comes in: records (dictionaries) in the order in which things happened. Goes out: a file that is only ever
-appended to, and a reader. What always holds: every number keeps all its digits (Python's ``repr``), so that
-two runs can be compared exactly; a line that a kill has torn is skipped by the reader and never glued to the
-next record; after a resume or a rewind the reader keeps what the run went on with and drops what it threw
-away.
+The file is only ever appended to. Every number keeps all its digits (Python's ``repr``), so that two runs can be
+compared exactly; NaN and infinity, which JSON does not have, are written as null. After a resume or a rewind the
+reader drops what the run threw away. A line that a kill has torn is skipped, and never glued to the next record.
 
     >>> write = MetricsFile("runs/demo/metrics.jsonl")
     >>> write({"kind": "train", "step": 1, "loss": 9.0108})
@@ -14,29 +12,44 @@ away.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import platform
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ABANDONING_EVENTS = frozenset({"resume", "rewound"})
+ABANDONING_EVENTS = frozenset({"start", "resume", "rewound"})
 """Events after which the records of later steps belong to a past that was given up."""
+WAITING_RECORDS = 100_000
+"""Records that wait in memory while the file cannot be written; beyond that the oldest are lost."""
 
 
 class MetricsFile:
-    """Appends records; a last line torn by a kill is closed first, so that it spoils nothing but itself."""
+    """Appends records. Calling it never raises ``OSError``: what cannot be written waits and is written later.
+
+    ``unwritten`` counts the records that wait, ``lost`` those that waited too long, ``problem`` says why.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Raises ``OSError`` if the file cannot be opened."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.path.exists() and self.path.stat().st_size > 0 and self._last_byte() != b"\n"
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        if torn:
-            self._file.write("\n")
+        self._torn = self.path.exists() and self.path.stat().st_size > 0 and self._last_byte() != b"\n"
+        # Without a buffer: after a failed write it is known what is in the file.
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
+        self._waiting: deque[bytes] = deque()
+        self.lost = 0
+        self.problem = ""
+
+    @property
+    def unwritten(self) -> int:
+        return len(self._waiting)
 
     def _last_byte(self) -> bytes:
         with open(self.path, "rb") as file:
@@ -45,15 +58,37 @@ class MetricsFile:
 
     def __call__(self, record: dict[str, Any]) -> None:
         """Write one record and hand it to the operating system at once."""
-        self._file.write(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+        self._waiting.append(line.encode("utf-8", "backslashreplace"))
+        if len(self._waiting) > WAITING_RECORDS:
+            self._waiting.popleft()
+            self.lost += 1
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                line = self._waiting[0]
+                if self._torn:
+                    line = b"\n" + line  # the torn line spoils nothing but itself
+                written = self._file.write(line) or 0
+                if written != len(line):  # the last page of a full disk
+                    self._torn = self._torn or written > 0
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._torn = False
+                self._waiting.popleft()
+        except OSError as error:
+            self.problem = error.strerror or str(error)
 
     def close(self) -> None:
-        self._file.close()
+        """Try once more what waits, and close."""
+        self._write_waiting()
+        with suppress(OSError):
+            self._file.close()
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null, which every reader of JSON understands."""
+    """The value without NaN and infinity: they become null, which every reader of JSON understands."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -63,53 +98,86 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def iterate_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The records of a run one by one, in the order of the file, without those that the run threw away.
+
+    A ``start``, ``resume`` or ``rewound`` event at step S drops earlier records of steps beyond S; events always
+    stay. Lines that are no record (torn, no JSON object, a step that is no number) are skipped. The file is read
+    twice and never held: memory does not grow with it, except for one number for each such event.
+
+    Args:
+        path: ``metrics.jsonl`` or the run folder that holds it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "metrics.jsonl"
+    limits: list[tuple[int, int]] = []  # (line, step): records before that line are kept up to that step
+    lines = 0
+    with open(path, "rb") as file:
+        for line in file:
+            lines += 1
+            if b'"event"' in line:
+                record = _parse(line)
+                if record and record["kind"] == "event" and record.get("event") in ABANDONING_EVENTS:
+                    step = record.get("step")
+                    if isinstance(step, int):
+                        while (
+                            limits and limits[-1][1] >= step
+                        ):  # a later event that reaches further back covers it
+                            limits.pop()
+                        limits.append((lines, step))
+    # What remains has rising steps: the first limit after a line is the strictest of all that follow it.
+    ahead = deque(limits)
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if number > lines:  # written meanwhile: its events have not been seen
+                return
+            record = _parse(line)
+            if record is None:
+                continue
+            while ahead and ahead[0][0] <= number:
+                ahead.popleft()
+            if record["kind"] == "event" or not ahead or record.get("step", 0) <= ahead[0][1]:
+                yield record
+
+
 def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a run, in the order of the file, without what the run threw away.
+    """All records of a run as a list; :func:`iterate_metrics` takes no memory for them.
 
     Args:
         path: ``metrics.jsonl`` or the run folder that holds it.
         kind: only ``train``, ``eval``, ``epoch``, ``event`` or ``sample`` records.
 
-    Of two records of one kind, set and step the last is kept; a ``resume`` or ``rewound`` event at step S
-    drops earlier records of steps beyond S (events themselves always stay). Torn lines are skipped.
+    Of two records of one kind, set and step the last is kept.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "metrics.jsonl"
     kept: dict[tuple[Any, ...], dict[str, Any]] = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file):
-            record = _parse(line)
-            if record is None:
-                continue
-            if record["kind"] == "event":
-                if record.get("event") in ABANDONING_EVENTS and isinstance(record.get("step"), int):
-                    step = record["step"]
-                    kept = {
-                        key: old
-                        for key, old in kept.items()
-                        if key[0] == "event" or old.get("step", 0) <= step
-                    }
-                kept["event", number] = record
-                continue
+    for number, record in enumerate(iterate_metrics(path)):
+        if kind is not None and record["kind"] != kind:
+            continue
+        key: tuple[Any, ...] = ("event", number)
+        if record["kind"] != "event":
             key = (record["kind"], record.get("set"), record.get("step", record.get("epoch")))
-            kept.pop(key, None)  # so that the order stays that of the last writing
-            kept[key] = record
-    return [record for record in kept.values() if kind is None or record["kind"] == kind]
+        kept.pop(key, None)  # so that the order stays that of the last writing
+        kept[key] = record
+    return list(kept.values())
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = json.loads(line, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("kind"), str) else None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    if record["kind"] == "event":
+        return record
+    whole = all(type(record.get(name, 0)) is int for name in ("step", "tokens", "position"))
+    named = isinstance(record.get("set", ""), str)
+    return record if whole and named else None
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that decide what a run computes; those that are not installed are left
-    out.
-    """
+    """Of Python and the packages that decide what a run computes; those that are not installed are left out."""
     found = {"python": platform.python_version()}
     for package in ("torch", "transformers", "accelerate", "deepspeed", "sentencepiece", "tokenizers"):
         with suppress(PackageNotFoundError):

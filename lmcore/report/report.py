@@ -1,14 +1,13 @@
-"""Sums over time -> console, ``train.log``, ``metrics.jsonl``, trackers.
+"""What a run records and shows: steps, evaluations, samples and events go to metrics.jsonl, console and trackers.
 
-Comes in: what each step did, as device tensors and host numbers; evaluations, events, samples, notes. Goes
-out: what a person sees (:mod:`lmcore.report.console`), the record of the run (:mod:`lmcore.report.metrics`) and what
-trackers get. What always holds: the logged loss is the exact mean over all tokens of all ranks since the
-last line; the device is asked for numbers only when a line is due; the time of evaluating and saving is not
-step time; only rank 0 speaks, other ranks write into ``logs/rank-*.log``.
+Every rank builds a :class:`Report` and calls the same methods; rank 0 writes. The logged loss is the exact mean over
+all labels of all ranks since the last log line, never smoothed. The device is asked for numbers only when a line is
+due, and the time of evaluating and saving is not step time.
 
-    >>> with Report("runs/demo", every=100) as report:
+    >>> with Report("runs/demo") as report:
     ...     report.begin(step=0, total_steps=4000)
-    ...     report.step(step=1, epoch=0.0, tokens=8192, position=8, loss_sum=loss_sum, count=count, lr=3e-4)
+    ...     report.step(step=1, epoch=0.0, tokens=8192, position=8, loss_sum=loss_sum, count=count, lr=3e-4,
+    ...                 metrics={"accuracy": (correct, count)}, due=True)
 """
 
 from __future__ import annotations
@@ -24,24 +23,54 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lmcore.errors import RequestError
 from lmcore.humanize import duration, short
-from lmcore.report.console import STEP_CELLS, Voice, now, silence_other_bars, step_cells
+from lmcore.report.console import RankLog, now, one_line, silence_other_bars
 from lmcore.report.meters import PeakMemory, Sums, Timer, Totals
 from lmcore.report.metrics import MetricsFile, read_metrics, versions
 from lmcore.report.redact import redact
 
-if TYPE_CHECKING:  # torch costs seconds to import, and this room only calls methods of tensors it is handed
+if TYPE_CHECKING:  # torch costs seconds to import, and this module only calls methods of tensors it is handed
     from torch import Tensor
+
+    from lmcore.report.meters import Metrics
 
 __all__ = ["Report", "read_metrics", "silence_other_bars"]
 
 DISPLAY_SECONDS = 0.25
-SMOOTHING = 0.9
-"""Weight of the past in the smoothed loss of the display; the record holds the exact means."""
+PLAIN_STEP_SECONDS = 30.0
+"""Without a terminal the latest step is printed this often between two log lines; metrics.jsonl does not get it."""
+
+RECORD_KEYS = frozenset(
+    {
+        "kind",
+        "step",
+        "epoch",
+        "tokens",
+        "position",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "data_wait",
+        "step_seconds",
+        "memory_bytes",
+        "tensor_bytes",
+        "train_seconds",
+        "mfu",
+        "nonfinite_losses",
+        "skipped_steps",
+        "time",
+        "set",
+    }
+)
+"""Keys of a train record; the user's own metrics have other names."""
 
 
-class Report:
-    """The voice of a run. Every rank builds one and calls the same methods; each says who speaks."""
+class Report(RankLog):
+    """The record and the display of a run, with :class:`~lmcore.report.console.RankLog`'s ``note``, ``warn_once`` and
+    ``error`` for messages.
+    """
 
     def __init__(
         self,
@@ -49,33 +78,34 @@ class Report:
         *,
         rank: int = 0,
         world_size: int = 1,
-        every: int | Callable[[int], bool] | None = 100,
-        interactive: bool | None = None,
+        on_full_disk: str = "continue",
         stream: TextIO | None = None,
     ) -> None:
         """
         Args:
             run_dir: the run folder; created if missing.
-            every: a line and a record every so many steps, or a function of the step; ``None``: never. The
-                first step of a run and the last one are always logged.
-            interactive: ``None`` finds out whether a person sits before the stream (``is_interactive``).
-            stream: standard output by default.
+            on_full_disk: ``checkpoint.on_full_disk``. If metrics.jsonl cannot be written, ``continue`` keeps its
+                records in memory until it can be, ``stop`` also sets :attr:`failed`.
+            stream: where rank 0 prints; standard output by default.
+
+        Raises:
+            RequestError: the folder cannot be created or written.
         """
         self.run_dir = Path(run_dir)
-        self.rank = rank
         self.world_size = world_size
-        self.every = every
         self.is_main = rank == 0
+        self._file: MetricsFile | None = None
         if self.is_main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._voice = Voice(self.run_dir, rank, interactive=interactive, stream=stream)
-        self._console = self._voice.console
-        self.note = self._voice.note
-        """One line for the person and for ``train.log``; on other ranks into their own file only."""
-        self.warn_once = self._voice.warn_once
-        self.error = self._voice.error
-        self.capture_logging = self._voice.capture_logging
-        self._file = MetricsFile(self.run_dir / "metrics.jsonl") if self.is_main else None
+            try:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                self._file = MetricsFile(self.run_dir / "metrics.jsonl")
+            except OSError as error:
+                raise RequestError(
+                    f"run_dir {self.run_dir} cannot be written: {error.strerror}; choose another with --run_dir"
+                ) from error
+        super().__init__(self.run_dir, rank, stream)
+        self._stop_on_full_disk = on_full_disk == "stop"
+        self._unwritten = 0
         self._start_rows: dict[str, str] = {}
         self._bar: int | None = None
         self._trackers: Any = None
@@ -87,12 +117,13 @@ class Report:
         self._interval, self._epoch = Sums(), Sums()
         self._timer = Timer()
         self._tokens_logged = 0
-        self._smoothed = 0.0
-        self._smoothing_weight = 0.0
         self.logged: dict[str, float | None] = {}
-        """Of the last line about training (rank 0): what a checkpoint can be the best by."""
-        self._drawn = 0.0
+        """Of the last log line (rank 0), as ``train/NAME``: what a checkpoint can be the best by."""
+        self._evaluations: dict[str, dict[str, Any]] = {}
+        self._drawn = self._printed = time.monotonic()
+        self._latest: tuple[int, float] | None = None
         self._cells: dict[str, str] = {}
+        self._held_cells: dict[str, str] = {}
         self._rates: list[float] = []
 
     def __enter__(self) -> Report:
@@ -101,41 +132,78 @@ class Report:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # ---- words
+    # ---- tables and records
 
     def start(self, rows: Sequence[tuple[str, str]], *, title: str = "lmcore") -> None:
         """The table of what is about to happen; it is also kept with the ``start`` or ``resume`` event."""
+        rows = redact(rows)
         self._start_rows = dict(rows)
         if self._console is None:
             return
         self._console.table(title, rows)
         for name, value in rows:
-            self._voice.log(f"{name}: {value}")
+            self.log(f"{name}: {value}")
 
     def end(
         self,
         title: str,
-        rows: Sequence[tuple[str, str]],
+        rows: Sequence[tuple[str, str]] = (),
         *,
         commands: Sequence[tuple[str, str]] = (),
-        good: bool = True,
     ) -> None:
-        """The last panel: results, where the model is, and the commands to go on with."""
+        """The last panel: :meth:`results`, then ``rows``; below it ``commands`` (name, command line) to continue with."""
         if self._console is None:
             return
         self._console.close()
         self._bar = None
-        self._console.panel(title, rows, good=good)
+        rows = redact([*self.results(), *rows])
+        self._console.panel(title, rows)
         width = max((len(name) for name, _ in commands), default=0)
         for name, command in commands:  # outside of the frame: a broken line could not be copied
             self._console.line(f"  {name:<{width}}  {command}")
-        self._voice.log(title)
+        self.log(title)
         for name, value in [*rows, *commands]:
-            self._voice.log(f"{name}: {value}")
+            self.log(f"{name}: {value}")
+
+    def results(self) -> list[tuple[str, str]]:
+        """What was reached, as (name, value): training loss, the loss of every set, time, tokens per second."""
+        rows: list[tuple[str, str]] = []
+        loss = self.logged.get("train/loss")
+        if loss is not None:
+            rows.append(("training loss", f"{loss:.4f}"))
+        for name, result in self._evaluations.items():
+            bits = result.get("bits_per_byte")
+            words = f"{_number(result['loss'])}  perplexity {_number(result['perplexity'], '.4g')}"
+            words += "" if bits is None else f"  bits/byte {bits:.4f}"
+            rows.append((f"{name} loss", f"{words}  (step {result['step']:,})"))
+        if self.train_seconds > 0:
+            rows.append(("time in steps", duration(self.train_seconds)))
+        if self.tokens_per_second is not None:
+            rows.append(("tokens/s", f"{short(self.tokens_per_second)} (median)"))
+        return rows
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run has to stop: metrics.jsonl cannot be written and ``on_full_disk`` is ``stop``."""
+        return self._stop_on_full_disk and self._unwritten > 0
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file({**record, "time": time.time()})
+        if self._file is None:
+            return
+        self._file({**record, "time": time.time()})
+        before, self._unwritten = self._unwritten, self._file.unwritten
+        if self._unwritten and not before:
+            then = (
+                "the run stops; free space, or train on: --checkpoint.on_full_disk continue"
+                if self._stop_on_full_disk
+                else "the run goes on, and the records are written as soon as that is possible"
+            )
+            self._say(
+                f"warning: {self._file.path} cannot be written ({self._file.problem}): {then}", style="yellow"
+            )
+        elif before and not self._unwritten:
+            lost = f"{self._file.lost} records are missing" if self._file.lost else "no record is missing"
+            self.note(f"{self._file.path} is written again; {lost}")
 
     # ---- time
 
@@ -187,8 +255,7 @@ class Report:
             step, tokens: what is already done (resume).
             reduce: sums a tensor over ranks; collective, called on every rank when a line is due.
             trackers: :class:`lmcore.report.trackers.Trackers` on rank 0, or ``None``.
-            flops_per_token, peak_flops_per_device: for the share of the device's peak (MFU); unknown: left
-                out.
+            flops_per_token, peak_flops_per_device: for the share of the device's peak (MFU); left out if unknown.
             bytes_before: resident memory of the process before it built its model.
         """
         self._memory = PeakMemory(device, bytes_before)
@@ -216,7 +283,8 @@ class Report:
         norm: Tensor | float | None = None,
         applied: Tensor | bool | None = None,
         wait_seconds: float = 0.0,
-        due: bool | None = None,
+        due: bool = False,
+        metrics: Metrics | None = None,
     ) -> dict[str, Any] | None:
         """Add a step; every rank, every step. Collective when a line is due.
 
@@ -225,26 +293,38 @@ class Report:
             loss_sum, count: sums of this rank's micro-batches; tensors stay on the device.
             norm: gradient norm of the update. applied: whether the update reached the weights.
             wait_seconds: how long the step waited for its data.
-            due: instead of what ``every`` says; must be equal on all ranks. The first and the last step of
-                a run are always logged.
+            due: write a record and a line; must be equal on all ranks. The first and the last step of a run are
+                always logged.
+            metrics: numbers of your own: for each name a number or a 0-d tensor of this rank and step, or a tuple
+                (sum, count) of two. They are summed over the steps since the last line and over the ranks like the
+                loss, and logged as sum / count (a single number counts 1); tensors stay on the device. Every rank
+                gives the same names. They appear under their names in metrics.jsonl, on the console and, as
+                ``train/NAME``, in the trackers.
 
         Returns:
             The record that was written, on rank 0 and when one was due.
+
+        Raises:
+            RequestError: a metric has the name of a key of the record, or the ranks give different names.
+
+        Example:
+            ``report.step(..., metrics={"accuracy": (correct, labels), "temperature": 0.7})``
         """
-        self._interval.add(loss_sum, count, applied)
+        if metrics and (taken := RECORD_KEYS & metrics.keys()):
+            raise RequestError(
+                f"metrics: {', '.join(sorted(taken))} is a key of the record itself; choose another name"
+            )
+        self._interval.add(loss_sum, count, applied, metrics)
         self._epoch.add(loss_sum, count, applied)
         self._timer.step(wait_seconds)
-        if due is None:
-            due = self._is_due(step)
         due = due or step in (1, self._total_steps)
         record = self._record(step, epoch, tokens, position, lr, norm) if due else None
-        self._draw(step, epoch, tokens, force=due)
+        self._show_latest(step, epoch, tokens, force=due)
         return record
 
-    def _is_due(self, step: int) -> bool:
-        if callable(self.every):
-            return self.every(step)
-        return bool(self.every) and step % int(self.every or 1) == 0
+    def latest(self, *, step: int, loss: float) -> None:
+        """The loss of one step, when the host has it anyway: the display shows it, nothing records it."""
+        self._latest = (step, loss)
 
     def _record(
         self, step: int, epoch: float, tokens: int, position: int, lr: float, norm: Tensor | float | None
@@ -257,14 +337,13 @@ class Report:
         self._tokens_logged = tokens
         if not self.is_main:
             return None
-        loss = totals.loss
         record: dict[str, Any] = {
             "kind": "train",
             "step": step,
             "epoch": epoch,
             "tokens": tokens,
             "position": position,
-            "loss": loss,
+            "loss": totals.loss,
             "lr": lr,
             "grad_norm": None if norm is None else float(norm),
             "tokens_per_second": rate,
@@ -281,42 +360,62 @@ class Report:
             record["nonfinite_losses"] = int(totals.nonfinite)
         if totals.skipped:
             record["skipped_steps"] = round(totals.skipped / self.world_size)
-        if math.isfinite(loss):
-            self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss
-            self._smoothing_weight = SMOOTHING * self._smoothing_weight + (1 - SMOOTHING)
-        self.logged = {"train/loss": loss, "train/grad_norm": record["grad_norm"]}
+        record |= totals.metric_means
+        self.logged = {
+            f"train/{name}": _finite(value)
+            for name, value in {
+                "loss": totals.loss,
+                "grad_norm": record["grad_norm"],
+                **totals.metric_means,
+            }.items()
+        }
         if math.isfinite(rate):
             self._rates.append(rate)
         self._write(record)
         if self._trackers is not None:
             self._trackers.log("train", {k: v for k, v in record.items() if k not in ("kind", "step")}, step)
-        self._say_step(record)
+        self._print_step(record, totals.metric_means)
         return record
 
-    def _say_step(self, record: dict[str, Any]) -> None:
-        smoothed = self._smoothed / self._smoothing_weight if self._smoothing_weight else math.nan
+    def _print_step(self, record: dict[str, Any], own: dict[str, float]) -> None:
+        """One line for the log and the console; a shorter one on a terminal, where it stays above the display."""
+        self._cells = step_cells(record, own, self.world_size)
         step = record["step"]
-        cells = step_cells(record, smoothed, self.world_size)
-        held = {name: value for name, value in self._cells.items() if name not in STEP_CELLS}
-        self._cells = {**cells, **held}
         share = f"/{self._total_steps} {100 * step / self._total_steps:.1f}%" if self._total_steps else ""
-        words = " ".join(f"{name} {value}" for name, value in cells.items())
+        words = " ".join(f"{name} {value}" for name, value in self._cells.items())
         where = f"step {step}{share} epoch {record['epoch']:.3f} tokens {short(record['tokens'])}"
         text = f"{where} {words} eta {self._eta(step)}"
-        self._voice.log(text)
-        if self._console is not None and not self._console.interactive:
+        self.log(text)
+        self._printed = time.monotonic()
+        if self._console is None:
+            return
+        if self._console.interactive:
+            names = ("loss", *own, "lr", "norm", "tok/s", "skipped", "non-finite")
+            cells = [f"{name} {self._cells[name]}" for name in names if name in self._cells]
+            self._console.line(f"step {step}{share} · {' · '.join(cells)}")
+        else:
             self._console.line(f"{now()} {text}")
 
-    def _draw(self, step: int, epoch: float, tokens: int, *, force: bool) -> None:
-        if self._console is None or self._bar is None or not self._console.interactive:
+    def _show_latest(self, step: int, epoch: float, tokens: int, *, force: bool) -> None:
+        if self._console is None or self._bar is None:
             return
-        now = time.monotonic()
-        if not force and now - self._drawn < DISPLAY_SECONDS:
-            return
-        self._drawn = now
-        cells = {"epoch": f"{epoch:.3f}", "tokens": short(tokens), **self._cells}
-        self._console.cells = [(name, value) for name, value in cells.items() if value]
+        moment = time.monotonic()
         share = f"/{self._total_steps:,} {100 * step / self._total_steps:.0f}%" if self._total_steps else ""
+        if not self._console.interactive:
+            if self._latest is not None and moment - self._printed >= PLAIN_STEP_SECONDS:
+                self._printed = moment
+                at, loss = self._latest
+                self.note(
+                    f"step {step:,}{share}, loss {loss:.4f} (of step {at:,} alone), eta {self._eta(step)}"
+                )
+            return
+        if not force and moment - self._drawn < DISPLAY_SECONDS:
+            return
+        self._drawn = moment
+        cells = {"epoch": f"{epoch:.3f}", "tokens": short(tokens), **self._cells, **self._held_cells}
+        if self._latest is not None:
+            cells["loss"] = f"{self._latest[1]:.4f}"
+        self._console.cells = list(cells.items())
         text = f"{step:,}{share} {duration(self.train_seconds)} left {self._eta(step)}"
         self._console.update(self._bar, step, text, quiet=True)
 
@@ -352,7 +451,7 @@ class Report:
         bits_per_byte: float | None,
         **more: Any,
     ) -> None:
-        """The result on one held-out set; ``set`` is its name, or ``test`` or ``test/NAME``.
+        """The result on one validation or test set; ``set`` is its name, or ``test`` or ``test/NAME``.
 
         Trackers get it as ``valid/loss``, ``valid/NAME/loss``, ``test/loss`` or ``test/NAME/loss``.
         """
@@ -360,11 +459,12 @@ class Report:
             return
         values = {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
         where = {"set": set, "step": step, "epoch": epoch, "tokens": tokens}
-        self._write({"kind": "eval", **where, **values, **more})
+        self._write(redact({"kind": "eval", **where, **values, **more}))
         if self._trackers is not None:
             group = set if set.partition("/")[0] in ("valid", "test") else f"valid/{set}"
             self._trackers.log(group, {"epoch": epoch, **values}, step)
-        self._cells[set] = f"{loss:.4f}"
+        self._evaluations[set] = {"step": step, **{key: _finite(value) for key, value in values.items()}}
+        self._held_cells[one_line(set)] = f"{loss:.4f}"
         bits = "" if bits_per_byte is None else f" bits/byte {bits_per_byte:.4f}"
         self.note(f"step {step} {set} loss {loss:.4f} perplexity {perplexity:.4g}{bits}")
 
@@ -389,21 +489,22 @@ class Report:
         return loss
 
     def event(self, event: str, *, step: int | None = None, **fields: Any) -> None:
-        """Something happened: start, resume, checkpoint, skip, rewind, signal, end. Recorded, not said."""
+        """Something happened: start, resume, checkpoint, skip, rewind, signal, end. Recorded, not printed."""
         if not self.is_main:
             return
         record = {"kind": "event", "event": event, **({} if step is None else {"step": step})}
         if event in ("start", "resume"):
             record |= {"rows": self._start_rows, "command": sys.argv, "versions": versions()}
         record |= fields
-        self._write(redact(record))  # the command line is in it, and words of errors
+        self._write(redact(record))  # the command line is in it, and texts of errors
         if event == "checkpoint" and step is not None:
-            self._cells["checkpoint"] = f"{step:,}"
+            self._held_cells["checkpoint"] = f"{step:,}"
 
     def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         """What the model writes; (prompt, continuation) pairs."""
         if not self.is_main:
             return
+        samples = redact(samples)  # a prompt may hold anything
         for prompt, text in samples:
             self._write({"kind": "sample", "step": step, "set": prompt, "prompt": prompt, "text": text})
             self.note(f"sample at step {step}:")
@@ -415,37 +516,72 @@ class Report:
     # ---- resume
 
     def state(self) -> dict[str, Any]:
-        """Collective: what :meth:`load_state` needs to go on with the same means. JSON."""
+        """Collective: what :meth:`load_state` needs to go on with the same means. JSON without NaN."""
         return {
             "interval": asdict(self._interval.total(self._reduce, is_main=self.is_main)),
             "epoch": asdict(self._epoch.total(self._reduce, is_main=self.is_main)),
-            "smoothed": [self._smoothed, self._smoothing_weight],
             "logged": self.logged,
+            "evaluations": self._evaluations,
             "train_seconds": self.train_seconds,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`; before the first step."""
         for sums, name in ((self._interval, "interval"), (self._epoch, "epoch")):
-            sums.load(Totals(**state[name]) if self.is_main else None)
-        self._smoothed, self._smoothing_weight = state["smoothed"]
+            totals = Totals(**state[name])
+            names = {metric: [0.0, 0.0] for metric in totals.metrics}  # equal on all ranks
+            sums.load(totals if self.is_main else Totals(metrics=names))
         self.logged = state.get("logged", {})
+        self._evaluations = dict(state.get("evaluations", {}))
         self._timer.total_seconds = state["train_seconds"]
 
     def rewind(self, *, step: int, state: dict[str, Any]) -> None:
-        """Training goes on from an earlier checkpoint, whose :meth:`state` this is; the time spent stays
-        spent.
-        """
+        """Training goes on from an earlier checkpoint, whose :meth:`state` this is; the time spent stays spent."""
         spent = self.train_seconds
         self.load_state({**state, "train_seconds": spent})
+        self._latest = None
         self.event("rewound", step=step)
         self._timer.start()
 
     def close(self) -> None:
-        """Take the display down and close the files; of a run that fails, the trackers get what they were told."""
+        """Take the display down and close the files; the trackers of a run that fails get what they were told."""
         if self._trackers is not None:
             self._trackers.close()
-        self._voice.close()
-        self._bar = None
         if self._file is not None:
             self._file.close()
+            if self._file.unwritten:
+                lost = self._file.unwritten + self._file.lost
+                self._say(
+                    f"warning: {lost} records of {self._file.path} could not be written ({self._file.problem})"
+                )
+            self._file = None
+        super().close()
+        self._bar = None
+
+
+def step_cells(record: dict[str, Any], own: dict[str, float], world_size: int) -> dict[str, str]:
+    """The numbers of a train record and the user's ``own``, in words; what is not known is left out."""
+    rate, norm = record["tokens_per_second"], record["grad_norm"]
+    cells = {
+        "loss": f"{record['loss']:.4f}",
+        **{one_line(name): f"{value:.5g}" for name, value in own.items()},
+        "lr": f"{record['lr']:.2e}",
+        "norm": None if norm is None else f"{norm:.3g}",
+        "tok/s": short(rate),
+        "per device": None if world_size == 1 else short(rate / world_size),
+        "MFU": f"{100 * record['mfu']:.1f}%" if "mfu" in record else None,
+        "memory": f"{record['memory_bytes'] / 2**30:.2f} GiB",
+        "wait": f"{100 * record['data_wait']:.1f}%",
+        "skipped": str(record["skipped_steps"]) if "skipped_steps" in record else None,
+        "non-finite": str(record["nonfinite_losses"]) if "nonfinite_losses" in record else None,
+    }
+    return {name: value for name, value in cells.items() if value is not None}
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _number(value: float | None, format: str = ".4f") -> str:
+    return "not finite" if value is None else f"{value:{format}}"

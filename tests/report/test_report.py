@@ -21,20 +21,26 @@ from typing import Any
 import pytest
 import torch
 
+from lmcore.errors import RequestError
 from lmcore.humanize import duration, short
 from lmcore.report import console, meters
 from lmcore.report.console import Console, is_interactive, one_line
-from lmcore.report.meters import Timer
+from lmcore.report.meters import Sums, Timer
 from lmcore.report.metrics import MetricsFile, read_metrics
 from lmcore.report.report import Report, silence_other_bars
 
 
 def make(run_dir: Path, **options: Any) -> Report:
-    return Report(run_dir, **{"interactive": False, "stream": io.StringIO(), **options})
+    return Report(run_dir, **{"stream": io.StringIO(), **options})
 
 
 def feed(
-    report: Report, first: int, last: int, *, losses: Callable[[int], float] = lambda s: 1 / (s + 0.1)
+    report: Report,
+    first: int,
+    last: int,
+    *,
+    every: int = 2,
+    losses: Callable[[int], float] = lambda s: 1 / (s + 0.1),
 ) -> None:
     for step in range(first, last + 1):
         count = 100 + step % 3
@@ -49,6 +55,7 @@ def feed(
             norm=torch.tensor(0.5 + step),
             applied=torch.tensor(True),
             wait_seconds=0.0,
+            due=step % every == 0,
         )
 
 
@@ -61,9 +68,9 @@ def trained(run_dir: Path) -> list[tuple[Any, ...]]:
 
 
 def test_the_logged_loss_is_the_exact_mean_since_the_last_line(tmp_path: Path) -> None:
-    with make(tmp_path, every=10) as report:
+    with make(tmp_path) as report:
         report.begin(total_steps=25)
-        feed(report, 1, 25)
+        feed(report, 1, 25, every=10)
     records = read_metrics(tmp_path, "train")
     assert [record["step"] for record in records] == [1, 10, 20, 25], "the first, every tenth, the last"
     for previous, record in zip([0, 1, 10, 20], records):
@@ -81,7 +88,7 @@ def test_the_logged_loss_is_the_exact_mean_since_the_last_line(tmp_path: Path) -
 
 
 def test_between_lines_nothing_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with make(tmp_path, every=100) as report:
+    with make(tmp_path) as report:
         report.begin(total_steps=1000)
         feed(report, 1, 1)
 
@@ -100,7 +107,7 @@ def test_between_lines_nothing_waits_for_the_device(tmp_path: Path, monkeypatch:
                 report.step(
                     step=step, epoch=0.0, tokens=step, position=step, lr=1.0, norm=torch.ones(()), **ready
                 )
-        feed(report, 100, 100)
+        feed(report, 100, 100, every=100)
     assert [record["step"] for record in read_metrics(tmp_path, "train")] == [1, 100]
 
 
@@ -113,15 +120,17 @@ def test_ranks_are_summed_exactly_and_only_rank_0_writes(tmp_path: Path) -> None
 
     stream = io.StringIO()
     with (
-        make(tmp_path, rank=0, world_size=2, every=3) as main,
-        make(tmp_path, rank=1, world_size=2, every=3, stream=stream) as other,
+        make(tmp_path, rank=0, world_size=2) as main,
+        make(tmp_path, rank=1, world_size=2, stream=stream) as other,
     ):
         other.begin(total_steps=6, reduce=from_rank_1)
         main.begin(total_steps=6, reduce=lambda tensor: tensor + sent.pop())
         for step in range(1, 7):
             for report, scale in ((other, 3.0), (main, 1.0)):
                 sums = {"loss_sum": torch.tensor(scale * step), "count": 10 if scale == 1 else 30}
-                report.step(step=step, epoch=0.1, tokens=step, position=step, lr=1.0, **sums)
+                report.step(
+                    step=step, epoch=0.1, tokens=step, position=step, lr=1.0, due=step % 3 == 0, **sums
+                )
         other.epoch(epoch=1, step=6)
         assert main.epoch(epoch=1, step=6, valid_loss=2.0, valid_step=4) == (4 * 21) / (40 * 6)
         other.note("rank 1 has something to say")
@@ -138,18 +147,18 @@ def test_a_resumed_run_logs_what_the_unbroken_one_logs(tmp_path: Path) -> None:
     """Killed at step 17 after a checkpoint at 14: inside an interval, with records beyond the checkpoint."""
     states: dict[str, dict[str, Any]] = {}
     for name in ("whole", "killed"):
-        with make(tmp_path / name, every=5) as report:
+        with make(tmp_path / name) as report:
             report.begin(total_steps=40)
-            feed(report, 1, 14)
+            feed(report, 1, 14, every=5)
             states[name] = json.loads(json.dumps(report.state()))
-            feed(report, 15, 40 if name == "whole" else 17)
+            feed(report, 15, 40 if name == "whole" else 17, every=5)
             if name == "whole":
                 report.epoch(epoch=1, step=40)
-    with make(tmp_path / "killed", every=5) as report:
+    with make(tmp_path / "killed") as report:
         report.begin(step=14, total_steps=40, tokens=14_000)
         report.load_state(states["killed"])
         report.event("resume", step=14)
-        feed(report, 15, 40)
+        feed(report, 15, 40, every=5)
         report.epoch(epoch=1, step=40)
     assert trained(tmp_path / "killed") == trained(tmp_path / "whole")
     ends = [read_metrics(tmp_path / name, "epoch")[0]["train_loss"] for name in ("whole", "killed")]
@@ -157,14 +166,14 @@ def test_a_resumed_run_logs_what_the_unbroken_one_logs(tmp_path: Path) -> None:
 
 
 def test_a_rewind_forgets_the_abandoned_past(tmp_path: Path) -> None:
-    with make(tmp_path, every=2) as report:
+    with make(tmp_path) as report:
         report.begin(total_steps=8)
         feed(report, 1, 3)
         state = report.state()
         feed(report, 4, 6, losses=lambda step: 99.0)
         report.rewind(step=3, state=state)
         feed(report, 4, 8)
-    with make(tmp_path / "straight", every=2) as report:
+    with make(tmp_path / "straight") as report:
         report.begin(total_steps=8)
         feed(report, 1, 8)
     assert trained(tmp_path) == trained(tmp_path / "straight")
@@ -173,7 +182,7 @@ def test_a_rewind_forgets_the_abandoned_past(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_shown_and_hides_nothing(tmp_path: Path) -> None:
-    with make(tmp_path, every=4) as report:
+    with make(tmp_path) as report:
         report.begin(total_steps=4)
         for step in (1, 2, 3, 4):
             loss = torch.tensor(float("nan") if step == 3 else 20.0)
@@ -203,6 +212,78 @@ def test_evaluating_and_saving_are_not_step_time(monkeypatch: pytest.MonkeyPatch
     assert timer.interval() == (60 + 20 + 90, 5.0, 22)
     assert timer.total_seconds == 170
     assert timer.interval() == (0.0, 0.0, 0)
+
+
+def test_own_metrics_are_summed_like_the_loss_over_steps_and_ranks(tmp_path: Path) -> None:
+    sent: list[torch.Tensor] = []
+
+    def from_rank_1(tensor: torch.Tensor) -> torch.Tensor:
+        sent.append(tensor.clone())
+        return tensor
+
+    stream = io.StringIO()
+    tracked: list[dict[str, Any]] = []
+
+    class Tracker:
+        def log(self, group: str, values: dict[str, Any], step: int) -> None:
+            tracked.append(values)
+
+        def close(self) -> None:
+            """Nothing to close."""
+
+    with make(tmp_path, world_size=2, stream=stream) as main, make(tmp_path, rank=1, world_size=2) as other:
+        other.begin(total_steps=4, reduce=from_rank_1)
+        main.begin(total_steps=4, reduce=lambda tensor: tensor + sent.pop(0), trackers=Tracker())
+        for step in range(1, 5):
+            for report, scale in ((other, 3), (main, 1)):
+                own: dict[str, Any] = {
+                    "accuracy": (torch.tensor(scale * step), torch.tensor(10)),
+                    "temperature": 0.5 * step * scale,
+                    "broken": torch.tensor(float("nan") if step == 3 else 1.0),
+                }
+                sums = {"loss_sum": torch.tensor(1.0), "count": 10, "metrics": own}
+                report.step(step=step, epoch=0.1, tokens=step, position=step, lr=1.0, **sums)
+                if step == 2:
+                    state = json.loads(json.dumps(report.state()))
+            if step == 2:  # a resume in the middle of an interval
+                other.load_state(state)
+                main.load_state(state)
+    first, last = read_metrics(tmp_path, "train")
+    assert (first["accuracy"], first["temperature"]) == (4 / 20, 1.0)
+    assert last["accuracy"] == pytest.approx((4 * (2 + 3 + 4)) / 60), "sum / count over steps and ranks"
+    assert last["temperature"] == pytest.approx((2 + 3 + 4) / 3), "a plain number counts once a step and rank"
+    assert last["broken"] == 1.0, "what is not finite hides nothing"
+    assert "accuracy 0.6 broken 1 temperature 3" in stream.getvalue()
+    assert tracked[-1]["accuracy"] == last["accuracy"]
+
+
+def test_own_metrics_with_wrong_names_or_shapes_raise(tmp_path: Path) -> None:
+    sums = {"loss_sum": torch.tensor(1.0), "count": 10, "epoch": 0.0, "tokens": 1, "position": 1, "lr": 1.0}
+    with make(tmp_path / "a") as report:
+        for own in ({"loss": 1.0}, {"x": torch.ones(3)}, {"x": (1.0, 2.0, 3.0)}):
+            with pytest.raises(RequestError, match="metrics"):
+                report.step(step=1, **sums, metrics=own)
+    # Rank 1 has another name: both ranks must raise instead of waiting for tensors of different lengths.
+    sent: list[torch.Tensor] = []
+
+    def send(tensor: torch.Tensor) -> torch.Tensor:
+        sent.append(tensor.clone())
+        return tensor
+
+    def add_other_rank(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + sent.pop(0)
+
+    for names in (("x", "x"), ("y", "x"), ("x", "y")):
+        sent.clear()
+        ranks = [Sums(), Sums()]
+        for sums_of_rank, name in zip(ranks, names):
+            sums_of_rank.add(torch.tensor(1.0), 1, None, {name: 1.0})
+        ranks[0].total(send, is_main=True)
+        if names == ("x", "x"):
+            assert ranks[1].total(add_other_rank, is_main=False).metric_means == {"x": 1.0}
+        else:
+            with pytest.raises(RequestError, match="same names"):
+                ranks[1].total(add_other_rank, is_main=False)
 
 
 # ---- files
@@ -335,7 +416,7 @@ def test_a_terminal_shows_one_calm_display(
                 assert time.monotonic() < give_up, (words, pictures[-1:])
                 time.sleep(0.02)
 
-        with Report(tmp_path, every=2, stream=stream) as report:
+        with Report(tmp_path, stream=stream) as report:
             run_through(report, shown)
         elapsed = time.monotonic() - started
     # Evaluation is a task of the same display.
@@ -363,14 +444,14 @@ def test_elsewhere_each_line_is_plain_and_whole(
     if why == "redirected":
         stream: Any = io.StringIO()
         assert not is_interactive(stream)
-        with Report(tmp_path, every=2, stream=stream) as report:
+        with Report(tmp_path, stream=stream) as report:
             run_through(report)
         text = stream.getvalue()
     else:
         with terminal(80, monkeypatch) as (stream, _, raw):
             monkeypatch.setenv(*why.split("="))
             assert not is_interactive(stream)
-            with Report(tmp_path, every=2, stream=stream) as report:
+            with Report(tmp_path, stream=stream) as report:
                 run_through(report)
         text = b"".join(raw).decode().replace("\r\n", "\n")
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text), "no control characters"
@@ -389,9 +470,9 @@ def test_a_long_task_speaks_up_now_and_then(monkeypatch: pytest.MonkeyPatch) -> 
     clock = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
     stream = io.StringIO()
-    screen = Console(interactive=False, stream=stream)
+    screen = Console(stream)
     key = screen.add("tokenizing", 2_000_000, "bytes")
-    screen._tasks[key].started = screen._tasks[key].said = 0.0
+    screen._tasks[key].started = screen._tasks[key].printed = 0.0
     screen.update(key, 200_000)  # what an earlier start has done is no rate
     for second in range(5, 100, 5):
         clock[0] = second
@@ -419,4 +500,4 @@ def test_words_for_numbers() -> None:
         "2.5G",
     ]
     assert [duration(s) for s in (0, 59.6, 3_661, 93_784)] == ["0:00:00", "0:01:00", "1:01:01", "1d 2:03:04"]
-    assert one_line("a\r\nb\tc\x1b[1m\u2028") == "a\\nb    c\\x1b[1m\\x2028"
+    assert one_line("a\r\nb\tc\x1b[1m\u2028") == "a\\nb    c\\x1b[1m\\u2028"

@@ -78,7 +78,7 @@ def make_run(run_dir: Path, type: str = "gpt2", *, ema: bool = False, steps: int
         metrics={"loss": 2.5},
     )
     saves.wait()
-    with Report(run_dir, every=1, interactive=False, stream=io.StringIO()) as report:
+    with Report(run_dir, stream=io.StringIO()) as report:
         report.event(
             "start",
             step=0,
@@ -90,7 +90,8 @@ def make_run(run_dir: Path, type: str = "gpt2", *, ema: bool = False, steps: int
         report.begin(total_steps=steps)
         for step in range(1, steps + 1):
             sums = {"loss_sum": torch.tensor(300.0 / step), "count": 100}
-            report.step(step=step, epoch=step / 3, tokens=128 * step, position=2 * step, lr=1e-3, **sums)
+            where = {"step": step, "epoch": step / 3, "tokens": 128 * step, "position": 2 * step}
+            report.step(**where, lr=1e-3, due=True, **sums)
         report.evaluation(
             set="valid", step=steps, epoch=1.0, tokens=384, loss=2.5, perplexity=12.18, bits_per_byte=1.9
         )
