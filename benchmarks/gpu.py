@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lmcore.model import build, module, optim
-from lmcore.run.late_values import LateNumbers
+from lmcore.run.late_numbers import LateNumbers
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

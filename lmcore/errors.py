@@ -6,6 +6,11 @@ A person reads these messages: each says the value, the reason and the remedy, i
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_FINISHED = 0
 """The run has reached its end and the last checkpoint is verified."""
 EXIT_REQUEST = 2
@@ -26,3 +31,19 @@ class FaultError(Exception):
     """A numerical or data fault that policy ends; the evidence is kept. Exit code 70."""
 
     exit_code = EXIT_FAULT
+
+
+@contextmanager
+def one_line_errors(program: str = "train_lm.py", *, show_traceback: bool = False) -> Iterator[None]:
+    """Inside, a :class:`RequestError` or :class:`FaultError` becomes one line on standard error and its exit code.
+
+    Of several ranks only rank 0 prints. ``show_traceback``: raise it instead, for whoever looks for a bug.
+    """
+    try:
+        yield
+    except (RequestError, FaultError) as error:
+        if show_traceback:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmcore.errors import RequestError
+from lmcore.errors import EXIT_FINISHED, RequestError
 
 MACHINE = """\
 usage: python -m lmcore plan [--probe] [--processes N] [--strategy S] [--device_gib G] [--tokens_per_second R]
@@ -251,3 +251,16 @@ def disk(folder: str | os.PathLike[str]) -> tuple[str, str]:
     while not place.exists():
         place = place.parent
     return "disk", f"{shutil.disk_usage(place).free / 2**30:.1f} GiB free at {place}"
+
+
+def dry_run(config: Any) -> int:
+    """``train_lm.py --dry_run``: print the plan and nothing else. Returns the exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        from lmcore.humanize import table
+        from lmcore.run import setup
+
+        run_dir = Path(config.run_dir or "")
+        given = {"processes": os.environ.get("WORLD_SIZE", "1")}
+        rows = plan_rows(config, given, open_data=partial(setup.open_data, config, run_dir / "tokenizer"))
+        print(table([("run folder", str(run_dir)), *rows, disk(run_dir)]))
+    return EXIT_FINISHED

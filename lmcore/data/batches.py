@@ -85,7 +85,8 @@ class StepBatch:
             ignored), with a document mask also ``position_ids`` (B, T).
         keys: the first position of each micro-batch: its own in the whole run, whatever the topology at equal
             ``micro_batch_blocks``; the seed of its dropout.
-        label_count: labels of the whole step over all ranks; ``None`` if only the labels themselves can tell.
+        label_count: labels of the whole step over all ranks, an int or a 0-d tensor; ``None`` from the loader if only
+            the labels themselves can tell.
         positions: the first and the last position of the whole step.
         epoch: epochs after this step.
         cursor: where the next step begins. In mode stream it holds the lanes of this rank only: see
@@ -95,7 +96,7 @@ class StepBatch:
 
     micro_batches: list[dict[str, Any]]
     keys: list[int]
-    label_count: int | None
+    label_count: Any
     positions: tuple[int, int]
     epoch: float
     cursor: Cursor
@@ -111,7 +112,7 @@ class _Plan:
     wanted: np.ndarray
     rows_of_workers: list[np.ndarray]
     keys: list[int]
-    label_count: int | None
+    label_count: Any
     positions: tuple[int, int]
     cursor: Cursor
 

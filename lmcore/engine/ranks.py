@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lmcore.errors import FaultError, RequestError
+
+if TYPE_CHECKING:
+    from lmcore.engine.engine import Engine
 
 
 class Ranks:
@@ -82,3 +87,17 @@ class Ranks:
         except (RuntimeError, dist.DistError) as error:
             return f"a rank is dead or stuck: {error}"
         return "a rank was too slow"
+
+
+def on_main(engine: Engine, work: Callable[[], Any]) -> Any:
+    """Rank 0 does the work; every rank gets its result, or the same refusal."""
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if engine.is_main:
+        try:
+            outcome = (work(), None)
+        except (RequestError, FaultError) as refusal:
+            outcome = (None, refusal)
+    result, refused = engine.broadcast_object(outcome)
+    if refused is not None:
+        raise refused
+    return result

@@ -25,14 +25,15 @@ from lmcore.data.order import Phase
 from lmcore.data.stream import StreamDataset
 from lmcore.data.tokenizer import tokenizer
 from lmcore.data.tokenizer.tokenizer import Tokenizer
-from lmcore.errors import FaultError, RequestError
-from lmcore.model import build, lora, optim
+from lmcore.errors import RequestError
+from lmcore.model import build, lora, optim, schedules
 from lmcore.model.config import configured_context_length
 from lmcore.model.module import ModelWithLoss, head_parameters, vocabulary_parameters
 from lmcore.plugins import import_path
 
 if TYPE_CHECKING:  # the verbs that need no engine must not pay for accelerate's import
     from lmcore.engine.engine import Engine
+    from lmcore.run.budget import Sizes
 
 LONGEST_DEFAULT_BLOCK_TOKENS = 1024
 """A block is the model's context by default, but no longer than this: attention grows with the square."""
@@ -44,20 +45,6 @@ Note = Callable[[str], None]
 def silent_task(*_: Any, **__: Any) -> AbstractContextManager[Callable[..., None]]:
     """A task that nobody watches."""
     return nullcontext(lambda *_, **__: None)
-
-
-def on_main(engine: Engine, work: Callable[[], Any]) -> Any:
-    """Rank 0 does the work; every rank gets its result, or the same refusal."""
-    outcome: tuple[Any, Exception | None] = (None, None)
-    if engine.is_main:
-        try:
-            outcome = (work(), None)
-        except (RequestError, FaultError) as refusal:
-            outcome = (None, refusal)
-    result, refused = engine.broadcast_object(outcome)
-    if refused is not None:
-        raise refused
-    return result
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -425,6 +412,19 @@ def make_optimizer(
         momentum=config.optim.momentum,
         fused=config.optim.fused,
         **config.optim.config,
+    )
+
+
+def learning_rates(config: RunConfig, sizes: Sizes) -> Callable[[int], float]:
+    """Steps done -> the learning rate of the next step."""
+    return partial(
+        schedules.learning_rate,
+        schedule=config.optim.schedule,
+        peak=config.optim.lr,
+        warmup_steps=sizes.steps_of(config.optim.warmup),
+        total_steps=sizes.total_steps,
+        decay_steps=sizes.steps_of(config.optim.decay),
+        min_ratio=config.optim.min_lr_ratio,
     )
 
 

@@ -1,102 +1,251 @@
-"""What happens between the steps of a run: restore, read on, save, evaluate, judge, rewind, finish.
+"""One training run: from the options to the exit code.
 
-Comes in: the parts of a run (engine, data, sizes, report, guard) and its configuration. Goes out: a :class:`Session`,
-whose methods ``train_lm.py`` calls at step boundaries. What always holds: all ranks call the same methods in the same
-order; what changes from step to step stands in one :class:`State`, and all of it is in every checkpoint; a save comes
-before the evaluation of its step; every step is judged before it is saved.
+``train_lm.py`` calls the methods of :class:`Run` in this order: ``open_data``, ``build_model``, ``restore``,
+``announce``, then per step ``learning_rate``, ``record``, ``due`` and what is due, in the end ``finish``. All ranks call
+the same methods in the same order. What changes from step to step is one :class:`~lmcore.run.state.State`, saved with
+every checkpoint. A save comes before the evaluation of its step, and after every step up to it was found sound.
 """
 
 from __future__ import annotations
 
+import gc
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
+from types import TracebackType
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from lmcore.checkpoint import writer
-from lmcore.config.checks import METRICS, check_metrics
-from lmcore.config.durations import is_due
-from lmcore.config.schema import RunConfig, flatten, ranges
-from lmcore.data.batches import Batches, EvalBatches, StepBatch, merge_cursors
+from lmcore.checkpoint import reader, writer
+from lmcore.config.durations import Durations
+from lmcore.config.schema import RunConfig, flatten, ranges, to_yaml
+from lmcore.data.batches import Batches, StepBatch, merge_cursors
 from lmcore.data.order import Cursor, merge_skips
-from lmcore.engine.engine import Engine
-from lmcore.errors import FaultError, RequestError
-from lmcore.model.evaluate import evaluate
-from lmcore.model.module import ModelWithLoss
-from lmcore.report.html import read_run, write_report
+from lmcore.engine.ranks import on_main
+from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED, FaultError, RequestError
+from lmcore.model.module import parameter_counts
+from lmcore.plan import plan
+from lmcore.process import resident_bytes
 from lmcore.report.redact import redact
-from lmcore.report.report import Report
-from lmcore.report.trackers import Trackers
-from lmcore.run.budget import Sizes
+from lmcore.report.report import Report, silence_other_bars
+from lmcore.report.trackers import Trackers, tell
+from lmcore.run import dev_run, setup
+from lmcore.run.anomalies import Action
+from lmcore.run.budget import horizon
 from lmcore.run.early_stopping import EarlyStopping
 from lmcore.run.ema import MovingAverage
-from lmcore.run.folder import RunFolder
-from lmcore.run.guard import Action, Guard
-from lmcore.run.late_values import LateNumbers
+from lmcore.run.evaluation import Evaluator
+from lmcore.run.finish import write_results
+from lmcore.run.folder import RunFolder, place
+from lmcore.run.guard import EXIT_STUCK, FAULT, Guard, Verdict
+from lmcore.run.intervals import EVALUATE, LOG, SAVE, Due, Intervals
+from lmcore.run.late_numbers import LateNumbers
+from lmcore.run.planning import auto_micro_batch, plan_here, refuse_early
 from lmcore.run.profiler import ProfileWindow
 from lmcore.run.replicas import odd_ranks, parameter_hash
-from lmcore.run.resume import cursor_of, differences, topology
-from lmcore.run.setup import Data, on_main
-from lmcore.saved import generate
-from lmcore.saved.export import export
+from lmcore.run.resume import cursor_of, find_checkpoint
+from lmcore.run.state import State, differences, topology
 from lmcore.saved.load import describe
 
-# Bits beside those of lmcore.run.guard that the ranks combine at a step boundary, because their clocks differ.
-LOG_DUE, EVALUATE_DUE, SAVE_DUE = 1 << 16, 1 << 17, 1 << 18
-
-
-@dataclass(kw_only=True)
-class State:
-    """What changes from step to step, beside the weights and the optimizer: all of it is in a checkpoint."""
-
-    cursor: Cursor
-    step: int = 0
-    tokens: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    metrics_step: int = -1
-    """The step that was evaluated so; a checkpoint's manifest has no other step's."""
-    stop_values: list[float] = field(default_factory=list)
+EXIT_CRASHED = 1
+"""Python's own exit code of an exception."""
 
 
 @final
-class Session:
-    """One run between its steps. Made on every rank, after ``engine.prepare``."""
+class LossSum:
+    """The loss of a step on this rank as a sum and the count of its labels, on the device.
 
-    def __init__(
-        self,
-        config: RunConfig,
-        *,
-        engine: Engine,
-        folder: RunFolder,
-        report: Report,
-        guard: Guard,
-        data: Data,
-        sizes: Sizes,
-        module: ModelWithLoss,
-    ) -> None:
-        self.config, self.engine, self.folder, self.report = config, engine, folder, report
-        self.guard, self.data, self.sizes = guard, data, sizes
-        self._module = module
+    ``values`` (2,) float64: sums of many float32 losses must not lose the digits that two runs are compared by.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, loss_sum: Tensor, count: Tensor) -> None:
+        """Add a micro-batch. ``loss_sum`` and ``count`` are 0-d tensors; nothing waits for their values."""
+        self.values += torch.stack([loss_sum.detach().double(), count.double()])
+
+
+@final
+class Run:
+    """A training run. A context manager: entering joins the processes and takes the run folder; leaving writes
+    ``status.json``, tells the webhook, and lets go of folder and process group, however the run ended.
+
+    Attributes:
+        config: the options. engine: the strategy. data: what is read. state: the training state.
+        exit_code: what the process should end with: 0 finished, 75 saved and to be started again.
+
+    Raises:
+        RequestError: the options, the data or a checkpoint cannot be used.
+        FaultError: the training was ended by policy (see ``guard.*``).
+
+    Example::
+
+        with Run(RunConfig(...)) as run:
+            run.open_data()
+            run.build_model()
+            run.restore()
+            run.announce()
+            train(run)                        # the loop of train_lm.py
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.exit_code = EXIT_CRASHED
+        self._close = ExitStack()
+        self._ending: tuple[str, str] | None = None
+        self._owns_folder = False  # until the lock is held, status.json may be another job's
+        self._training = False
         self.trackers: Trackers | None = None
+        self.state: State
+
+    # ---- before the data: processes, folder, signals, the checkpoint to resume from
+
+    def __enter__(self) -> Run:
+        try:
+            self._enter()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _enter(self) -> None:
+        silence_other_bars()
+        config = self.config
+        assert config.run_dir is not None  # the command line has filled it in
+        self.engine = setup.open_engine(config)
+        self._close.callback(self.engine.close)
+        self.folder = RunFolder(config.run_dir, private=config.checkpoint.private)
+        self._close.callback(self.folder.unlock)
+        on_main(self.engine, self.folder.lock)
+        self._owns_folder = self.engine.is_main
+        self.report = self._close.enter_context(
+            Report(self.folder.path, rank=self.engine.rank, world_size=self.engine.world_size)
+        )
+        self.guard = Guard(
+            run_dir=self.folder.path,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            max_minutes=config.train.max_minutes,
+            stop_before_deadline_seconds=config.guard.stop_before_deadline_seconds,
+            max_skips=config.guard.max_skips,
+            max_rewinds=config.guard.max_rewinds,
+            spike=config.guard.spike,
+            spike_window=config.guard.spike_window,
+            spike_sigma=config.guard.spike_sigma,
+            stuck_seconds=config.guard.stuck_seconds,
+            say=self.report.note,
+        )
+        if config.fast_dev_run:
+            on_main(self.engine, partial(dev_run.write_sample, config, self.folder.path))
+            self.config = config = dev_run.shortened(config, self.folder.path)
+        self.guard.install(training=False)  # nothing can be saved yet: a signal ends the process at once
+        self.report.capture_logging()
+        self._found = on_main(self.engine, partial(find_checkpoint, config, self.folder, self.report))
+        on_main(self.engine, partial(refuse_early, config))
+        if self._owns_folder:
+            self.folder.write_status("preparing", step=self._past.get("step", 0))
+
+    @property
+    def _past(self) -> Mapping[str, Any]:
+        """The state of the checkpoint that is resumed; empty for a new run."""
+        return self._found[1] if self._found else {}
+
+    # ---- setup
+
+    def open_data(self) -> None:
+        """Text -> tokenizer -> token stores -> blocks. Every rank takes its share of the work."""
+        self.data = setup.open_data(
+            self.config,
+            self.folder.path / "tokenizer",
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            on_main=partial(on_main, self.engine),
+            note=self.report.note,
+            task=self.report.task,
+        )
+
+    def build_model(self) -> None:
+        """The model with its loss, the sizes of a step, and the optimizer, wrapped by the strategy.
+
+        The loaders are not handed to accelerate: docs/architecture.md says why.
+        """
+        config, engine, data = self.config, self.engine, self.data
+        self._bytes_before = resident_bytes()
+        self.module = setup.open_model(config, data, engine, note=self.report.note)
+        self._counts = parameter_counts(self.module)
+        self._flops_per_token = plan.model_flops_per_token(self.module, data.block_size)
+        micro_batch = self._past.get("micro_batch_blocks") or auto_micro_batch(
+            config, engine, self.module, data.block_size
+        )
+        self.sizes = horizon(
+            config,
+            block_size=data.block_size,
+            epoch_blocks=getattr(data.train, "epoch_blocks", None),
+            world_size=engine.world_size,
+            micro_batch_blocks=micro_batch,
+        )
+        self._plan = plan_here(config, engine, self.module, self.sizes, data, note=self.report.note)
+        engine.prepare(
+            self.module,
+            partial(setup.make_optimizer, config, self.module),
+            gradient_accumulation=self.sizes.accumulation,
+            micro_batch_blocks=self.sizes.micro_batch_blocks,
+            clip_norm=config.optim.clip_norm,
+        )
+        if config.guard.spike == "skip" and engine.strategy.startswith("zero") and engine.precision == "fp16":
+            raise RequestError(
+                "guard.spike skip: DeepSpeed would halve fp16's loss scale too; use bf16 or rewind"
+            )
+        self._schedule = setup.learning_rates(config, self.sizes)
+
+    def restore(self) -> None:
+        """The newest good checkpoint, or the state of step 0."""
+        config, engine, data, sizes = self.config, self.engine, self.data, self.sizes
+        self._intervals = Intervals(
+            sizes, log=config.report.every, evaluate=config.evaluate.every, save=config.checkpoint.every
+        )
+        self._average = MovingAverage(self._weights, decay=config.optim.ema_decay, strategy=engine.strategy)
+        self._evaluator = Evaluator(
+            config,
+            data=data,
+            engine=engine,
+            sizes=sizes,
+            average=self._average,
+            guard=self.guard,
+            report=self.report,
+        )
+        self._early_stopping = EarlyStopping(**asdict(config.evaluate.early_stopping))
         self.saves = writer.Checkpoints(
-            folder.checkpoints,
+            self.folder.checkpoints,
             keep=config.checkpoint.keep,
             keep_best=asdict(config.checkpoint.keep_best) if config.checkpoint.keep_best.k else None,
-            keep_every=sizes.steps_of(config.checkpoint.keep_every[0])
-            if config.checkpoint.keep_every
-            else None,
+            keep_every=self._steps_of(config.checkpoint.keep_every),
             background=config.checkpoint.background,
             on_full_disk=config.checkpoint.on_full_disk,
             is_main=engine.is_main,
-            note=report.note,
+            note=self.report.note,
         )
         self._skips = merge_skips(ranges(config.data.skip_positions, "data.skip_positions"))
+        self._model = describe(self.module.model, factory=config.model.factory, arguments=config.model.config)
+        self._topology = topology(
+            world_size=engine.world_size,
+            strategy=engine.strategy,
+            precision=engine.precision,
+            device=engine.device.type,
+            compiled=config.train.compile,
+            micro_batch_blocks=sizes.micro_batch_blocks,
+        )
+        self._profile: ProfileWindow | None = None
+        if config.train.profile and engine.is_main:
+            ((first, stop),) = ranges([config.train.profile], "train.profile")
+            self._profile = ProfileWindow(self.folder.path / "profile", first, stop - 1)
         self.state = State(
             cursor=Cursor(
                 fingerprint=data.train.fingerprint,
@@ -106,53 +255,18 @@ class Session:
                 stream={"lanes": data.train.lanes} if hasattr(data.train, "lanes") else {},
             )
         )
-        self._model = describe(module.model, factory=config.model.factory, arguments=config.model.config)
-        self._topology = topology(
-            world_size=engine.world_size,
-            strategy=engine.strategy,
-            precision=engine.precision,
-            device=engine.device.type,
-            compiled=config.train.compile,
-            micro_batch_blocks=sizes.micro_batch_blocks,  # dropout is keyed by the micro-batch
-        )
-        self._byte_lengths = data.encoder.byte_lengths() if data.encoder else None
-        check_metrics(config, list(data.valid), with_bytes=self._byte_lengths is not None)
-        self._stopper = EarlyStopping(**asdict(config.evaluate.early_stopping))
-        self._intervals = {
-            LOG_DUE: config.report.every,
-            EVALUATE_DUE: config.evaluate.every,
-            SAVE_DUE: config.checkpoint.every,
-        }
-        self._clock = dict.fromkeys(self._intervals, time.monotonic())
-        self._unjudged: list[tuple[int, tuple[int, int], LateNumbers]] = []
-        self._profile: ProfileWindow | None = None
-        if config.train.profile and engine.is_main:
-            ((first, stop),) = ranges([config.train.profile], "train.profile")
-            self._profile = ProfileWindow(folder.path / "profile", first, stop - 1)
-        self._average = MovingAverage(self._weights, decay=config.optim.ema_decay, strategy=engine.strategy)
-        if config.guard.spike == "skip" and engine.strategy.startswith("zero") and engine.precision == "fp16":
-            raise RequestError(
-                "guard.spike skip: DeepSpeed would halve fp16's loss scale too; use bf16 or rewind"
-            )
+        self._unchecked: list[tuple[int, tuple[int, int], LateNumbers]] = []
+        self._verdict, self._flags = Verdict(), 0
+        self._stop_early: str | None = None
+        if self._found:
+            past = self._load(self._found[0])
+            self.guard.load_state_dict(past["guard"])
+        home = self.folder.path / "tokenizer"
+        on_main(engine, partial(setup.keep_tokenizer, config, home, data, note=self.report.note))
 
-    def _weights(self) -> list[tuple[str, Tensor]]:
-        """Names and whole weights of the user's model (strategies that do not shard)."""
-        return [
-            (name, parameter)
-            for name, parameter in self._module.model.named_parameters()
-            if parameter.requires_grad
-        ]
-
-    @property
-    def epoch(self) -> float:
-        """Epochs behind the cursor."""
-        return self.data.train.epoch_of(self.state.cursor)
-
-    # ---- restore and read
-
-    def restore(self, path: str) -> dict[str, Any]:
-        """Weights, optimizer and state of a checkpoint that is known to be good. Returns what was kept."""
-        with writer.open_checkpoint(path, verify_bytes=False) as saved:
+    def _load(self, path: str) -> dict[str, Any]:
+        """Weights, optimizer and training state of a verified checkpoint. Returns all of its state."""
+        with reader.open_checkpoint(path, verify_bytes=False) as saved:
             self.engine.load_state(saved.read)
             self._average.load(saved.read)
             self.saves.resumed(saved)
@@ -174,8 +288,104 @@ class Session:
             self.report.warn_once(f"{line}: what follows is close to the same run, not bit for bit the same")
         return kept
 
-    def read(self) -> Iterator[StepBatch]:
+    def announce(self) -> None:
+        """Write config.yaml, open the trackers, print the start table, and start the clocks."""
+        config, engine, report, sizes, state = (
+            self.config,
+            self.engine,
+            self.report,
+            self.sizes,
+            self.state,
+        )
+        if engine.is_main:
+            self.folder.write_status("running", step=state.step)
+            (self.folder.path / "config.yaml").write_text(redact(to_yaml(config)), encoding="utf-8")
+            self.trackers = Trackers(
+                config.report.trackers,
+                self.folder.path,
+                project=config.report.project,
+                name=config.report.name,
+                tags=config.report.tags,
+                hyper_parameters=redact(flatten(config)),
+                save_code=config.report.save_code,
+                resume_step=state.step if self._found else None,
+                run_ids=self._past.get("trackers"),
+                webhook=config.report.webhook,
+                note=report.note,
+            )
+        report.start(
+            [
+                ("run folder", str(self.folder.path)),
+                ("job", ", ".join(f"{name} {value}" for name, value in place().items())),
+                ("model", f"{setup.model_name(config)}, {self._counts['total']:,} parameters"),
+                *self.data.rows,
+                *sizes.rows(config, engine.world_size),
+                *engine.describe(),
+                *(self._plan.beside_the_budget() if self._plan else []),
+                ("starting at", f"step {state.step:,}, position {state.cursor.position:,}"),
+            ]
+        )
+        report.begin(
+            step=state.step,
+            total_steps=sizes.total_steps,
+            tokens=state.tokens,
+            reduce=engine.sum_over_ranks,
+            trackers=self.trackers,
+            flops_per_token=self._flops_per_token,
+            peak_flops_per_device=plan.peak_flops(engine.device_name, engine.precision),
+            device=engine.device,
+            bytes_before=self._bytes_before,
+        )
+        if self._found:
+            report.load_state(self._past["report"])
+        planned = self._plan.numbers() if self._plan else {}
+        facts = {"position": state.cursor.position, **place(), "plan": planned}
+        report.event("resume" if self._found else "start", step=state.step, **facts)
+        self.guard.begin()  # from here on a signal only sets a flag: there is something to save
+        self.guard.watch(
+            session=engine.broadcast_object(str(time.time_ns())), on_end=partial(self._failed, EXIT_STUCK)
+        )
+
+    # ---- the loop
+
+    def batches(self) -> Iterator[StepBatch]:
+        """The steps still to train, from the cursor on; after a rewind they continue from the checkpoint's cursor.
+
+        Ends when the budget is spent, when there is a reason to stop (a signal, a deadline, early stopping), or with the
+        data. ``label_count`` of a batch counts the labels of the whole step over all ranks.
+        """
+        self._training = True
+        if self._evaluation_is_missing():
+            self.evaluate()
+        gc.collect()
+        gc.freeze()  # what exists now lives as long as the run: the collector need not scan it again
+        reading = self._read()
+        while not self._ends() and (batch := next(reading, None)) is not None:
+            epochs, step = int(self.epoch), self.state.step
+            yield replace(batch, label_count=self._label_count(batch))
+            if self.state.step <= step:  # rewound
+                reading = self._read()
+            elif int(self.epoch) > epochs and not self._verdict.stop:
+                valid = self.state.metrics.get("loss"), self.state.metrics_step
+                self.report.epoch(
+                    epoch=int(self.epoch), step=self.state.step, valid_loss=valid[0], valid_step=valid[1]
+                )
+
+    def _ends(self) -> bool:
+        return self.state.step >= self.sizes.total_steps or self._verdict.stop or self._stop_early is not None
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether the step to start from is to be evaluated and was not: its save comes first."""
+        options, step = self.config.evaluate, self.state.step
+        if not self._found:
+            return options.at_start
+        if step == self.sizes.total_steps:
+            return options.at_end
+        return self._intervals.reached(step, options.every)
+
+    def _read(self) -> Iterator[StepBatch]:
         """The batches of this rank from the cursor on."""
+        options = self.config.data
         return iter(
             Batches(
                 self.data.train,
@@ -185,82 +395,99 @@ class Session:
                 rank=self.engine.rank,
                 world_size=self.engine.world_size,
                 end_position=self.sizes.end_position,
-                workers=self.config.data.workers,
-                prefetch=self.config.data.prefetch,
-                pin_memory=self.config.data.pin_memory,
+                workers=options.workers,
+                prefetch=options.prefetch,
+                pin_memory=options.pin_memory,
                 device=self.engine.device,
                 collate=self.data.collate,
             )
         )
 
-    def label_count(self, batch: StepBatch) -> int | Tensor:
+    def _label_count(self, batch: StepBatch) -> Any:
         """Labels of the whole step over all ranks: by arithmetic, or, for the user's own data, by counting."""
         if batch.label_count is not None:
             return batch.label_count
         counts = [(micro_batch["labels"] != -100).sum() for micro_batch in batch.micro_batches]
         return self.engine.sum_over_ranks(torch.stack(counts).sum().to(self.engine.device))
 
-    # ---- a step boundary
+    def learning_rate(self) -> float:
+        """The rate of the coming step: a pure function of the steps done."""
+        return self._schedule(self.state.step)
 
-    def advance(self, batch: StepBatch, sums: Tensor, norm: Tensor, applied: Tensor) -> None:
-        """One more step is done. ``sums`` (2,) float64: this rank's loss sum and label count; nothing waits."""
-        state = self.state
+    @property
+    def norm_limit(self) -> float:
+        """The gradient norm above which the coming update is not applied; infinity unless ``guard.spike`` is skip."""
+        return self.guard.norm_limit(self.state.step + 1)
+
+    def record(self, batch: StepBatch, *, loss: LossSum, grad_norm: Tensor, applied: Tensor) -> None:
+        """A step is done: advance the state, and log when that is due.
+
+        Args:
+            loss: of this rank's micro-batches. grad_norm: 0-d. applied: 0-d bool, whether the update reached the weights.
+        """
+        state, rate = self.state, self.learning_rate()
         state.step, state.cursor = state.step + 1, batch.cursor
         state.tokens += self.sizes.tokens_per_step
         first, last = batch.positions
-        numbers = LateNumbers(
-            torch.stack([*self.engine.sum_over_ranks(sums), norm.double(), applied.double()])
-        )
-        self._unjudged.append((state.step, (first, last + 1), numbers))
+        sums = self.engine.sum_over_ranks(loss.values)
+        numbers = LateNumbers(torch.stack([*sums, grad_norm.double(), applied.double()]))
+        self._unchecked.append((state.step, (first, last + 1), numbers))
         self._average.update()
         self.guard.beat("step", state.step)
         if self._profile is not None and (written := self._profile.step(state.step)):
             self.report.note(f"profile: {written}")
-        if is_due(state.step, self.config.guard.hash_every, **self._units()):
+        if self._intervals.reached(state.step, self.config.guard.hash_every):
             self._compare_replicas()
 
-    def _compare_replicas(self) -> None:
-        """Raises ``FaultError`` if a rank holds other weights than most: silent data corruption."""
-        if self.engine.strategy not in ("single", "ddp", "zero1", "zero2"):
-            self.report.warn_once(f"guard.hash_every: under {self.engine.strategy} no rank holds all weights")
-            return
-        odd = odd_ranks(self.engine.gather_object(parameter_hash(self._weights())))
-        if odd:
-            raise FaultError(
-                f"the weights of rank {', '.join(map(str, odd))} differ from the others' at step {self.state.step}: "
-                f"suspect that device; the last checkpoint before it is good if its hash was compared"
-            )
+        # Signals and clocks differ between the ranks: all of them act on the same bits.
+        flags = self.guard.flags(reserve_seconds=self.saves.save_seconds)
+        flags |= self._intervals.flags(state.step, saving=self.saves.busy)
+        if flags & EVALUATE and self.saves.keep_best:
+            flags |= SAVE  # what is best must be there to be kept
+        self._flags = self.engine.agree(flags | (FAULT if self.saves.failed else 0))
+        self._verdict = self.guard.verdict(self._flags)
+        self.report.step(
+            step=state.step,
+            epoch=batch.epoch,
+            tokens=state.tokens,
+            position=state.cursor.position,
+            loss_sum=loss.values[0],
+            count=loss.values[1],
+            lr=rate,
+            norm=grad_norm,
+            applied=applied,
+            wait_seconds=batch.wait_seconds,
+            due=bool(self._flags & LOG),
+        )
 
-    def _units(self) -> dict[str, Any]:
-        """What turns a duration into steps."""
-        return {
-            "tokens_per_step": self.sizes.tokens_per_step,
-            "steps_per_epoch": self.sizes.steps_per_epoch,
-            "total_steps": self.sizes.total_steps,
-        }
+    def due(self) -> Due:
+        """What to do now that a step is recorded; the same on every rank.
 
-    def due(self) -> int:
-        """The bits of what is due after this step, by this rank's clock."""
-        now, flags = time.monotonic(), 0
-        for bit, every in self._intervals.items():
-            waits = bit == SAVE_DUE and self.saves.busy
-            minutes = 0.0 if waits else (now - self._clock[bit]) / 60
-            if is_due(self.state.step, every, **self._units(), minutes_since_last=minutes):
-                flags |= bit
-                self._clock[bit] = now
-        if flags & EVALUATE_DUE and self.saves.keep_best:
-            flags |= SAVE_DUE  # what is best must be there to be kept
-        return flags
+        Steps are checked one step late, so that the host does not wait for the device; but before a save, every step
+        up to it.
 
-    def owes_a_look(self) -> bool:
-        """Whether the step that was restored is one to evaluate: its save came first, and does not hold that."""
-        return is_due(self.state.step, self.config.evaluate.every, **self._units(), minutes_since_last=0.0)
+        Raises:
+            FaultError: too many steps were not finite (``guard.*``).
+        """
+        last = self.state.step == self.sizes.total_steps
+        saving = self._verdict.save or bool(self._flags & SAVE) or last
+        action = self._check_steps(lag_steps=0 if saving else 1)
+        if action.kind == "stop":
+            raise FaultError(action.reason)
+        if action.kind == "rewind":
+            return Due(rewind=action)
+        reason = self._verdict.checkpoint_reason or ("end" if last else "interval")
+        evaluating = self.config.evaluate.at_end if last else bool(self._flags & EVALUATE)
+        return Due(
+            save=reason if saving else None,
+            evaluate=evaluating and not self._verdict.stop,  # the time that is left belongs to the save
+        )
 
-    def judge(self, *, lag_steps: int) -> Action:
-        """Hand the guard the steps whose numbers are ``lag_steps`` old, so that nothing waits for the device."""
+    def _check_steps(self, *, lag_steps: int) -> Action:
+        """Hand the guard the steps whose numbers are at least ``lag_steps`` old."""
         action = Action()
-        while self._unjudged and self._unjudged[0][0] <= self.state.step - lag_steps:
-            step, positions, numbers = self._unjudged.pop(0)
+        while self._unchecked and self._unchecked[0][0] <= self.state.step - lag_steps:
+            step, positions, numbers = self._unchecked.pop(0)
             loss_sum, labels, norm, applied = numbers.tolist()
             action = self.guard.after_step(step, positions, loss_sum / max(labels, 1), norm, bool(applied))
             if action.kind != "go":
@@ -270,40 +497,39 @@ class Session:
                 break
         return action
 
-    def rewind(self, action: Action) -> None:
+    def rewind(self, fault: Action) -> None:
         """Back to the newest checkpoint before the fault, never to see its positions again.
 
         Raises:
             FaultError: there is none.
         """
+        folder, note = self.folder.checkpoints, self.report.note
 
         def find() -> str:
-            found = writer.find(
-                self.folder.checkpoints, before_step=action.before_step, note=self.report.note
-            )
+            found = reader.find(folder, before_step=fault.before_step, note=note)
             if found is None:
                 raise FaultError(
-                    f"{action.reason}: no checkpoint before step {action.before_step} to rewind to"
+                    f"{fault.reason}: no checkpoint before step {fault.before_step} to rewind to"
                 )
             with found:
-                writer.abandon_after(self.folder.checkpoints, found.step, note=self.report.note)
+                reader.abandon_after(folder, found.step, note=note)
                 return str(found.path)
 
         self.saves.wait()
-        kept = self.restore(on_main(self.engine, find))
+        kept = self._load(on_main(self.engine, find))
         self.guard.rewound(kept["guard"])
-        self.state.cursor = self.state.cursor.with_skips(action.positions)
-        self._unjudged.clear()
+        self.state.cursor = self.state.cursor.with_skips(fault.positions)
+        self._unchecked.clear()
         self.report.rewind(step=self.state.step, state=kept["report"])
-        self.notify(f"rewound to step {self.state.step}: {action.reason}")
-
-    # ---- save and evaluate
+        self._notify(f"rewound to step {self.state.step}: {fault.reason}")
+        if self._intervals.reached(self.state.step, self.config.evaluate.every):
+            self.evaluate()
 
     def save(self, reason: str) -> None:
-        """Gathered on all ranks, written in the background; its evaluation comes after it."""
+        """Write a checkpoint: copied on all ranks, written in the background."""
         state, engine = self.state, self.engine
         self.guard.beat("save", state.step, allow_seconds=self.config.guard.stuck_seconds)
-        with self.report.task("saving"):  # gathering; the writing goes on beside the training
+        with self.report.task("saving"):
             cursor = merge_cursors(engine.gather_object(state.cursor))
             self.saves.save(
                 state.step,
@@ -330,124 +556,149 @@ class Session:
         self.report.event("checkpoint", step=state.step, reason=reason)
         if engine.is_main:
             self.folder.write_status("running", step=state.step)
+        self.guard.done(self._flags)  # takes away the file that asked for this save
 
-    def look(self) -> str | None:
-        """Evaluate and write samples. Why to stop early, or ``None``."""
+    def evaluate(self) -> None:
+        """Score the validation sets and write samples; early stopping is decided here."""
+        state = self.state
         if self.data.valid:
-            self.state.metrics = self.score(self.data.valid, self.config.evaluate.blocks)
-            if self._average:
-                with self._average.in_place():
-                    sets = {f"{name}-ema": held_out for name, held_out in self.data.valid.items()}
-                    averaged = self.score(sets, self.config.evaluate.blocks)
-                self.state.metrics |= {key: value for key, value in averaged.items() if "/" in key}
-            self.state.metrics_step = self.state.step
-            self.saves.record(self.state.step, self.state.metrics)
-            self.state.stop_values.append(self.state.metrics[self._stopper.metric])
-        prompts, encoder = self.config.evaluate.prompts, self.data.encoder
-        if prompts and encoder:
-            with self.report.pause(), self.engine.full_model() as whole:
-                if whole is not None and self.engine.is_main:
-                    count, seed = self.config.evaluate.sample_tokens, self.config.seed
-                    texts = generate.sample(whole, encoder, prompts, count, seed=seed)
-                    self.report.samples(self.state.step, list(zip(prompts, texts)))
-        return self._stopper.reason(self.state.stop_values)
-
-    def score(self, sets: dict[str, Any], blocks: int | None = None) -> dict[str, float]:
-        """The loss on every held-out set; "loss" and the like are those of the first."""
-        metrics: dict[str, float] = {}
-        for name, held_out in sets.items():
-            batches = EvalBatches(
-                held_out,
-                micro_batch_blocks=self.config.evaluate.micro_batch_blocks or self.sizes.micro_batch_blocks,
-                rank=self.engine.rank,
-                world_size=self.engine.world_size,
-                limit=blocks,
-                device=self.engine.device,
-            )
-            self.guard.beat("evaluate", self.state.step, allow_seconds=self.config.guard.stuck_seconds)
-            with self.report.task(f"evaluating {name}", total=len(batches)) as advance:
-                result = evaluate(
-                    self.engine, batches, byte_lengths=self._byte_lengths, on_micro_batch=advance
-                )
-            values: dict[str, Any] = {metric: getattr(result, metric) for metric in METRICS}
-            where = dict[str, Any](step=self.state.step, epoch=self.epoch, tokens=self.state.tokens)
-            self.report.evaluation(set=name, **where, **values)
-            known = {key: value for key, value in values.items() if value is not None}
-            metrics = {**known, **metrics, **{f"{name}/{key}": value for key, value in known.items()}}
-        return metrics
+            state.metrics = self._evaluator.validate(state, self.epoch)
+            state.metrics_step = state.step
+            self.saves.record(state.step, state.metrics)
+            state.stop_values.append(state.metrics[self._early_stopping.metric])
+        self._evaluator.samples(state.step)
+        self._stop_early = self._early_stopping.reason(state.stop_values)
 
     # ---- the end
 
-    @contextmanager
-    def rescue(self) -> Iterator[None]:
-        """What fails inside is saved first, if the weights are those of the last whole step; then it goes on failing.
+    def finish(self) -> None:
+        """The last checkpoint committed and verified; then test sets, export and report, unless the run was interrupted.
 
-        Only for one process: of several, the others are inside a collective that this one will never join.
+        Raises:
+            FaultError: the run was stopped by a fault, a failed save for example.
         """
-        try:
-            yield
-        except (RequestError, FaultError):
-            raise
-        except Exception as error:
-            if self.engine.world_size == 1 and not self.engine.updating and self.state.step > 0:
-                self.judge(lag_steps=0)
-                self.save("exception")
-                self.saves.wait()
-                self.report.note(f"saved step {self.state.step} before it fails: {type(error).__name__}")
-            unallocated = "can't allocate memory" in str(error)
-            if unallocated or isinstance(error, torch.OutOfMemoryError | MemoryError):
-                raise FaultError(
-                    f"out of memory in step {self.state.step + 1} with {self.sizes.micro_batch_blocks} blocks of "
-                    f"{self.sizes.block_size} tokens at a time: try --train.micro_batch_blocks "
-                    f"{max(1, self.sizes.micro_batch_blocks // 2)}, --train.activation_checkpointing true, or "
-                    f"--config_file accelerate_configs/fsdp2.yaml on several devices"
-                ) from error
-            raise
+        step, total, report = self.state.step, self.sizes.total_steps, self.report
+        if self._verdict.stop:
+            self.saves.wait(final=True)
+            reason = self._verdict.reason
+            report.event("signal", step=step, reason=reason)
+            if self._verdict.exit_code == EXIT_FAULT:
+                raise FaultError(f"stopped at step {step}: {reason}")
+            report.end(f"saved at step {step:,}: {reason}; run the same command to resume", [])
+            self._ending, self.exit_code = ("saved", reason), self._verdict.exit_code
+            return
+        if self._stop_early is not None:
+            report.note(f"stopped early at step {step:,} of {total:,}: {self._stop_early}")
+        reason = self._stop_early or "reached train.duration"
+        self.save("end")
+        self.saves.wait(final=True)  # exit code 0 only after the last checkpoint is committed and verified
+        test = self._evaluator.score(self.data.test, self.state, self.epoch)
+        report.event("end", step=step, reason=reason)
+        results = partial(write_results, self.config, self.folder, report, averaged=bool(self._average))
+        on_main(self.engine, partial(results, valid=self.state.metrics, test=test))
+        self._notify(f"finished at step {step}: {reason}")
+        self._ending, self.exit_code = ("finished", reason), EXIT_FINISHED
 
-    def notify(self, text: str) -> None:
-        """To the webhook, if there is one."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            failure = self._failure_of(error) if error is not None else None
+            if failure is not None and failure is not error:
+                raise failure from error
+            if isinstance(error, SystemExit) and error.code == EXIT_SAVED and self._owns_folder:
+                self.exit_code = EXIT_SAVED
+                self.folder.write_status(
+                    "saved", exit_code=EXIT_SAVED, reason="a signal before the first step"
+                )
+            elif isinstance(error, RequestError | FaultError):
+                self._failed(error.exit_code, str(error))
+            elif isinstance(error, Exception):
+                self._failed(EXIT_CRASHED, f"{type(error).__name__}: {error}")
+                if self.engine.world_size > 1:
+                    # Leaving the process group may wait for the other ranks: the traceback must not wait for that.
+                    sys.excepthook(type(error), error, trace)
+                    self._close.close()
+                    raise SystemExit(EXIT_CRASHED) from error
+            elif error is None:
+                self._succeeded()
+        finally:
+            self._close.close()
+
+    def _succeeded(self) -> None:
+        state, reason = self._ending or ("failed", "left before the training was finished")
+        self.guard.close()  # signals first: a tracker that hangs must not look like a dead rank
+        if self.trackers:
+            self.trackers.close()
+        self.report.close()
+        if self._owns_folder:
+            self.folder.write_status(state, step=self.state.step, exit_code=self.exit_code, reason=reason)
+
+    def _failure_of(self, error: BaseException) -> BaseException:
+        """What to end with: a running training of one process is saved first, and running out of memory gets advice.
+
+        Only for one process: of several, the others wait inside a collective that this one will never join.
+        """
+        if (
+            not self._training
+            or not isinstance(error, Exception)
+            or isinstance(error, RequestError | FaultError)
+        ):
+            return error
+        step = self.state.step
+        if self.engine.world_size == 1 and not self.engine.updating and step > 0:
+            self._check_steps(lag_steps=0)
+            self.save("exception")
+            self.saves.wait()
+            self.report.note(f"saved step {step} after {type(error).__name__}")
+        unallocated = "can't allocate memory" in str(error)
+        if unallocated or isinstance(error, torch.OutOfMemoryError | MemoryError):
+            blocks = self.sizes.micro_batch_blocks
+            failure = FaultError(
+                f"out of memory in step {step + 1} with {blocks} blocks of {self.sizes.block_size} tokens at a time: "
+                f"try --train.micro_batch_blocks {max(1, blocks // 2)}, --train.activation_checkpointing true, or "
+                f"--config_file accelerate_configs/fsdp2.yaml on several devices"
+            )
+            self._failed(failure.exit_code, str(failure))
+            return failure
+        return error
+
+    def _failed(self, exit_code: int, reason: str) -> None:
+        """status.json and the webhook hear of a failure, once the folder is ours."""
+        self.exit_code = exit_code
+        if not self._owns_folder or not (self.folder.path / "status.json").exists():
+            return
+        try:
+            self.folder.write_status("failed", exit_code=exit_code, reason=reason)
+        finally:  # a full disk is a failure to tell of, too
+            tell(self.config.report.webhook, redact(f"{self.folder.path.name}: failed: {reason}"))
+
+    def _notify(self, text: str) -> None:
         if self.trackers:
             self.trackers.notify(f"{self.folder.path.name}: {text}")
 
-    def close(self) -> None:
-        """Let go of signals, then of trackers: one that hangs must not look like a dead rank."""
-        self.guard.close()
-        if self.trackers:
-            self.trackers.close()
+    # ---- small things
 
-    def finish(self, tests: dict[str, float]) -> None:
-        """The export, the report, and the panel that says how to go on; rank 0 works."""
-        on_main(self.engine, partial(self._finish, tests))
+    @property
+    def epoch(self) -> float:
+        """Epochs behind the cursor."""
+        return self.data.train.epoch_of(self.state.cursor)
 
-    def _finish(self, tests: dict[str, float]) -> None:
-        config, path, report = self.config, self.folder.path, self.report
-        best = "best" if config.checkpoint.export == "best" else "auto"
-        chosen = writer.find(self.folder.checkpoints, best, note=report.note)
-        if chosen is None:
-            raise FaultError(f"{self.folder.checkpoints} has no checkpoint to export")
-        with chosen:
-            place = chosen.path
-            if config.model.factory is None:
-                place = export(
-                    chosen,
-                    path / "export",
-                    run_dir=path,
-                    dtype=config.checkpoint.export_dtype,
-                    weights="ema" if self._average else "model",
-                    note=report.note,
-                )
-        page = write_report([read_run(path)], path / "report.html")
-        results = [(f"held out, {k}", f"{v:.4f}") for k, v in self.state.metrics.items() if "/" not in k]
-        scores = {k.removeprefix("test/"): v for k, v in tests.items() if k.startswith("test/")}
-        results += [(f"test (last weights), {k}", f"{v:.4f}") for k, v in scores.items()]
-        commands = [
-            ("go on", f"accelerate launch train_lm.py --config {path}/config.yaml --train.duration N")
-        ]
-        if config.model.factory is None:
-            prompt = (config.evaluate.prompts or ["..."])[0]
-            commands = [
-                ("generate", f"python -m lmcore generate {path} --prompt {prompt!r}"),
-                ("load", f'AutoModelForCausalLM.from_pretrained("{place}")'),
-                *commands,
-            ]
-        report.end("finished", [("model", str(place)), *results, ("report", str(page))], commands=commands)
+    def _weights(self) -> list[tuple[str, Tensor]]:
+        """Names and whole weights of the trained model (strategies that do not shard)."""
+        return [(n, p) for n, p in self.module.model.named_parameters() if p.requires_grad]
+
+    def _steps_of(self, every: Durations) -> int | None:
+        return self.sizes.steps_of(every[0]) if every else None
+
+    def _compare_replicas(self) -> None:
+        """Raises ``FaultError`` if a rank holds other weights than most: silent data corruption."""
+        if self.engine.strategy not in ("single", "ddp", "zero1", "zero2"):
+            self.report.warn_once(f"guard.hash_every: under {self.engine.strategy} no rank holds all weights")
+            return
+        odd = odd_ranks(self.engine.gather_object(parameter_hash(self._weights())))
+        if odd:
+            raise FaultError(
+                f"the weights of rank {', '.join(map(str, odd))} differ from the others' at step {self.state.step}: "
+                f"check that device; the last checkpoint before it is good if its hash was compared"
+            )

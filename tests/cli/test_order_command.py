@@ -11,8 +11,8 @@ import pytest
 from lmcore.cli.main import main
 from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST
 from lmcore.saved.load import open_saved
-from tests.e2e.test_run import _train, request, words
 from tests.support.fork_server import run_ranks
+from tests.support.whole_runs import request, train_in_rank, words
 
 SHORT = {"evaluate__every": "never", "checkpoint__every": "4 steps"}
 
@@ -26,19 +26,19 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train_and_tell(argv: list[str], out: str) -> int:
-    """As ``_train``; the blocks of each step are written down as the model has seen them."""
-    import train_lm
+    """As ``train_in_rank``; the blocks of each step are written down as the model has seen them."""
+    from lmcore.run.trainer import Run
 
-    advance = train_lm.Session.advance
+    record = Run.record
 
-    def written(self: Any, batch: Any, *numbers: Any) -> None:
-        advance(self, batch, *numbers)
+    def written(self: Any, batch: Any, **numbers: Any) -> None:
+        record(self, batch, **numbers)
         blocks = [row.tolist() for micro_batch in batch.micro_batches for row in micro_batch["input_ids"]]
         with open(out, "a") as file:
             file.write(json.dumps([self.state.step, blocks]) + "\n")
 
-    train_lm.Session.advance = written
-    return _train(argv, None, 0)
+    Run.record = written  # type: ignore[method-assign]
+    return train_in_rank(argv, None, 0)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_items_of_an_own_dataset_are_numbered(tmp_path: Path, capsys: pytest.Cap
         "report.trackers": "[]",
     }
     argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    assert run_ranks(_train, 1, argv, None, 0) == [EXIT_FINISHED]
+    assert run_ranks(train_in_rank, 1, argv, None, 0) == [EXIT_FINISHED]
     assert main(["order", str(tmp_path / "own"), "--position", "0-63"]) == EXIT_FINISHED
     lines = capsys.readouterr().out.splitlines()
     assert sorted(int(line.split()[3].rstrip(",")) for line in lines) == list(range(64))

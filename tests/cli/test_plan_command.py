@@ -18,8 +18,8 @@ from lmcore.model.build import build_model
 from lmcore.plan import plan, probe
 from lmcore.report import html
 from lmcore.report.metrics import read_metrics
-from tests.e2e.test_run import request, train, words
 from tests.support.fork_server import run_ranks
+from tests.support.whole_runs import request, train, words
 
 SHAPE = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}
 SIZES = [

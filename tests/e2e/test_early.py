@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from lmcore.errors import EXIT_REQUEST
-from tests.e2e.test_run import _train, request, words
 from tests.support.fork_server import run_ranks
+from tests.support.whole_runs import request, train_in_rank, words
 
 
 def _train_and_say(argv: list[str]) -> tuple[int, str]:
-    """As ``_train``, with what it says on standard error."""
+    """As ``train_in_rank``, with what it says on standard error."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        return _train(argv, None, 0), said.getvalue()
+        return train_in_rank(argv, None, 0), said.getvalue()
 
 
 @pytest.mark.parametrize(

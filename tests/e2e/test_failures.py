@@ -11,9 +11,9 @@ import pytest
 
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED
 from lmcore.run.guard import EXIT_STUCK
-from tests.e2e.test_run import _train, request, words
 from tests.report.test_trackers import read_tensorboard, web_server
 from tests.support.fork_server import RankFailure, run_ranks
+from tests.support.whole_runs import request, train_in_rank, words
 
 SHORT = {"train__duration": "8 steps", "checkpoint__every": "2 steps", "evaluate__every": "never"}
 
@@ -32,16 +32,17 @@ def status(run_dir: Path) -> tuple[str, int]:
 
 
 def _train_and_fail(argv: list[str], how: str) -> int:
-    """As ``_train``; what the third step has to bear is ``how``."""
+    """As ``train_in_rank``; what the third step has to bear is ``how``."""
     import torch
 
-    import train_lm
+    from lmcore.engine.engine import Engine
+    from lmcore.run.trainer import Run
 
-    advance, forward = train_lm.Session.advance, train_lm.Engine.forward
+    record, forward = Run.record, Engine.forward
     step = [1]
 
-    def counted(self: Any, *arguments: Any) -> None:
-        advance(self, *arguments)
+    def counted(self: Any, *arguments: Any, **numbers: Any) -> None:
+        record(self, *arguments, **numbers)
         step[0] = self.state.step + 1
 
     def faulty(self: Any, *arguments: Any) -> Any:
@@ -52,8 +53,8 @@ def _train_and_fail(argv: list[str], how: str) -> int:
         loss_sum, count = forward(self, *arguments)
         return (loss_sum * torch.nan if how == "nan" and step[0] >= 3 else loss_sum), count
 
-    train_lm.Session.advance, train_lm.Engine.forward = counted, faulty
-    return _train(argv, None, 0)
+    Run.record, Engine.forward = counted, faulty  # type: ignore[method-assign]
+    return train_in_rank(argv, None, 0)
 
 
 def test_the_webhook_hears_of_the_end_of_rewinds_and_of_faults(
@@ -62,8 +63,8 @@ def test_the_webhook_hears_of_the_end_of_rewinds_and_of_faults(
     with web_server() as (url, received):
         monkeypatch.setenv("LMCORE_WEBHOOK", url)
         whole = request(text, text / "whole", **SHORT)
-        assert run_ranks(_train, 1, whole, None, 0) == [EXIT_FINISHED]
-        assert [post["text"] for post in received] == ["whole: finished at step 8: the horizon is reached"]
+        assert run_ranks(train_in_rank, 1, whole, None, 0) == [EXIT_FINISHED]
+        assert [post["text"] for post in received] == ["whole: finished at step 8: reached train.duration"]
         received.clear()
         options = {
             **SHORT,

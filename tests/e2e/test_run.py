@@ -5,44 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import signal
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lmcore.config import parse
 from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST, EXIT_SAVED, RequestError
 from lmcore.report.metrics import read_metrics
 from tests.support.fork_server import run_ranks
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-STEPS = 20
-
-
-def words(count: int, seed: int) -> str:
-    """A small language: sentences of a few words, some of them Japanese."""
-    draw = random.Random(seed)
-    lexicon = [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "日本語",
-        "ですから",
-        "テスト",
-        "epsilon",
-        "zeta",
-        "eta",
-        "、",
-        "。",
-    ]
-    lines = [" ".join(draw.choice(lexicon) for _ in range(draw.randint(3, 12))) for _ in range(count)]
-    return "\n".join(lines) + "\n"
+from tests.support.whole_runs import (
+    STEPS,
+    assert_same_state,
+    losses,
+    request,
+    train,
+    train_in_rank,
+    weights,
+    words,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,95 +31,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train.txt").write_text(words(1500, 0), encoding="utf-8")
     (folder / "held.txt").write_text(words(60, 1), encoding="utf-8")
     return folder
-
-
-def request(text: Path, run_dir: Path, **options: Any) -> list[str]:
-    """A command line for a tiny GPT-2; ``options`` with ``__`` for the dots."""
-    small = {
-        "run_dir": run_dir,
-        "seed": 7,
-        "data.train": text / "train.txt",
-        "data.valid": text / "held.txt",
-        "data.store_dir": text / "stores",
-        "data.block_size": 16,
-        "data.processes": 1,
-        "tokenizer.vocab_size": 320,
-        "model.config.n_layer": 2,
-        "model.config.n_head": 2,
-        "model.config.n_embd": 32,
-        "model.config.n_positions": 64,
-        "train.duration": f"{STEPS} steps",
-        "train.global_batch_blocks": 12,
-        "train.micro_batch_blocks": 6,
-        "train.precision": "fp32",
-        "optim.lr": 0.003,
-        "evaluate.every": "10 steps",
-        "evaluate.prompts": "[]",
-        "checkpoint.every": "5 steps",
-        "report.every": 1,
-        "report.trackers": "[]",
-    }
-    merged = small | {name.replace("__", "."): value for name, value in options.items()}
-    return [part for name, value in merged.items() for part in (f"--{name}", str(value))]
-
-
-def _train(argv: list[str], kill_before_step: int | None, kill_with: int) -> int:
-    """In a rank: what ``train_lm.py`` does, with a kill on the way."""
-    import train_lm
-
-    if kill_before_step is not None:
-        learning_rate = train_lm.optim.learning_rate
-
-        def lethal(step: int, **schedule: Any) -> float:
-            if step == kill_before_step:
-                os.kill(os.getpid(), kill_with)
-            return learning_rate(step, **schedule)
-
-        train_lm.optim.learning_rate = lethal
-    try:
-        config = parse.parse(argv, default_recipe=None)
-    except RequestError as refusal:  # as the script does before it imports torch
-        print(refusal, file=sys.stderr)
-        return refusal.exit_code
-    return train_lm.main(config)
-
-
-def train(
-    argv: list[str],
-    world_size: int = 1,
-    *,
-    kill_before_step: int | None = None,
-    kill_with: int = signal.SIGTERM,
-) -> list[int]:
-    """Exit codes of the ranks."""
-    return run_ranks(_train, world_size, argv, kill_before_step, kill_with, timeout=240)
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    return {
-        record["step"]: record["loss"] for record in read_metrics(run_dir / "metrics.jsonl", kind="train")
-    }
-
-
-def weights(run_dir: Path) -> dict[str, Any]:
-    from lmcore.checkpoint import writer
-
-    found = writer.find(run_dir / "checkpoints")
-    assert found is not None
-    with found:
-        tensors = {}
-        for kind in ("model", "optim"):
-            keys = found.keys(kind)
-            assert keys
-            for key in keys:
-                tensors[f"{kind}/{key}"] = found.read(kind, *(key if isinstance(key, tuple) else (key,)))
-        return tensors
-
-
-def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert (a[name] == b[name]).all(), name
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +209,7 @@ def _say(argv: list[str]) -> tuple[int, str]:
 
     out = io.StringIO()
     with contextlib.redirect_stderr(out):
-        code = _train(argv, None, 0)
+        code = train_in_rank(argv, None, 0)
     return code, out.getvalue()
 
 

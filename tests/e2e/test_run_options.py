@@ -15,8 +15,17 @@ import pytest
 
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED
 from lmcore.report.metrics import read_metrics
-from tests.e2e.test_run import ROOT, _train, assert_same_state, losses, request, train, weights, words
 from tests.support.fork_server import run_ranks
+from tests.support.whole_runs import (
+    ROOT,
+    assert_same_state,
+    losses,
+    request,
+    train,
+    train_in_rank,
+    weights,
+    words,
+)
 
 SHORT = {"train__duration": "6 steps", "evaluate__every": "3 steps", "checkpoint__every": "never"}
 
@@ -130,14 +139,14 @@ def test_a_profile_window_is_written(text: Path) -> None:
 
 
 def _train_with_nan(argv: list[str], positions: list[int]) -> int:
-    """As ``_train``, with a loss that is not a number in every step that holds one of these positions."""
-    import train_lm
+    """As ``train_in_rank``, with a loss that is not a number in every step that holds one of these positions."""
+    from lmcore.engine.engine import Engine
+    from lmcore.run.trainer import Run
 
-    forward = train_lm.Engine.forward
-    read = train_lm.Session.read
+    forward, batches = Engine.forward, Run.batches
 
     def poisoned_read(self: Any) -> Any:
-        for batch in read(self):
+        for batch in batches(self):
             first, last = batch.positions
             self.engine.poison = any(first <= position <= last for position in positions)
             yield batch
@@ -146,8 +155,8 @@ def _train_with_nan(argv: list[str], positions: list[int]) -> int:
         loss_sum, count = forward(self, batch, key)
         return (loss_sum * math.nan if key is not None and self.poison else loss_sum), count
 
-    train_lm.Session.read, train_lm.Engine.forward = poisoned_read, poisoned_forward
-    return _train(argv, None, 0)
+    Run.batches, Engine.forward = poisoned_read, poisoned_forward  # type: ignore[method-assign]
+    return train_in_rank(argv, None, 0)
 
 
 def test_a_rewind_is_the_run_that_was_told_to_skip(text: Path) -> None:
@@ -178,23 +187,23 @@ def test_too_many_rewinds_end_the_run_with_the_evidence(text: Path) -> None:
 
 
 def _train_with_a_flipped_bit(argv: list[str], at_step: int, victim: int) -> int:
-    """As ``_train``; after step ``at_step`` one bit of one weight of one rank is another, as a faulty device leaves
+    """As ``train_in_rank``; after step ``at_step`` one bit of one weight of one rank is another, as a faulty device leaves
     it.
     """
     import torch
 
-    import train_lm
+    from lmcore.run.trainer import Run
 
-    advance = train_lm.Session.advance
+    record = Run.record
 
-    def flips(self: Any, *step: Any) -> None:
+    def flips(self: Any, *step: Any, **numbers: Any) -> None:
         if self.state.step + 1 == at_step and self.engine.rank == victim:
             _, weight = self._weights()[3]
             weight.detach().view(-1).view(torch.int32)[5] ^= 1 << 12
-        advance(self, *step)
+        record(self, *step, **numbers)
 
-    train_lm.Session.advance = flips
-    return _train(argv, None, 0)
+    Run.record = flips  # type: ignore[method-assign]
+    return train_in_rank(argv, None, 0)
 
 
 def test_a_rank_that_has_silently_diverged_is_found_at_the_next_check(text: Path) -> None:
@@ -218,23 +227,23 @@ def test_a_rank_that_has_silently_diverged_is_found_at_the_next_check(text: Path
 
 
 def _train_with_a_large_gradient(argv: list[str], at_step: int, factor: float) -> int:
-    """As ``_train``; the loss of the last rank is ``factor`` times itself in one step."""
-    import train_lm
+    """As ``train_in_rank``; the loss of the last rank is ``factor`` times itself in one step."""
+    from lmcore.engine.engine import Engine
+    from lmcore.run.trainer import Run
 
-    backward = train_lm.Engine.backward
-    rate = train_lm.schedules.learning_rate
+    backward, rate = Engine.backward, Run.learning_rate
     now = [-1]
 
-    def noted(step: int, **schedule: Any) -> float:
-        now[0] = step
-        return rate(step, **schedule)
+    def noted(run: Run) -> float:
+        now[0] = run.state.step
+        return rate(run)
 
     def scaled(self: Any, loss_sum: Any, labels: Any) -> None:
         large = now[0] + 1 == at_step and self.rank == self.world_size - 1
         backward(self, loss_sum * factor if large else loss_sum, labels)
 
-    train_lm.schedules.learning_rate, train_lm.Engine.backward = noted, scaled
-    return _train(argv, None, 0)
+    Run.learning_rate, Engine.backward = noted, scaled  # type: ignore[method-assign]
+    return train_in_rank(argv, None, 0)
 
 
 @pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
@@ -265,21 +274,21 @@ def test_spike_skip_holds_the_update_back_on_every_rank(text: Path, world_size: 
 
 
 def _train_with_a_slow_disk(argv: list[str], steps: int) -> int:
-    """As ``_train``; a save is committed when training has gone on by three steps, no sooner and no later. (If training
+    """As ``train_in_rank``; a save is committed when training has gone on by three steps, no sooner and no later. (If training
     waits for it, after 60 s.)
     """
-    import train_lm
-    from lmcore import disk as files
+    from lmcore import disk
+    from lmcore.run.trainer import Run
 
-    advance, save, now, moved = train_lm.Session.advance, train_lm.Session.save, [0], threading.Condition()
+    record, save, now, moved = Run.record, Run.save, [0], threading.Condition()
     saved_at = [steps]
 
     def noted(self: Any, reason: str) -> None:
         save(self, reason)
         saved_at[0] = self.state.step
 
-    def told(self: Any, *step: Any) -> None:
-        advance(self, *step)
+    def told(self: Any, *step: Any, **numbers: Any) -> None:
+        record(self, *step, **numbers)
         with moved:
             now[0] = self.state.step
             moved.notify_all()
@@ -293,8 +302,8 @@ def _train_with_a_slow_disk(argv: list[str], steps: int) -> int:
             with moved:
                 moved.wait_for(lambda: now[0] >= goal, timeout=60)
 
-    train_lm.Session.advance, train_lm.Session.save, files.DISK.before = told, noted, slow
-    return _train(argv, None, 0)
+    Run.record, Run.save, disk.DISK.before = told, noted, slow  # type: ignore[method-assign]
+    return train_in_rank(argv, None, 0)
 
 
 def test_a_save_by_the_clock_never_keeps_training_waiting_for_the_one_before(text: Path) -> None:
@@ -311,7 +320,7 @@ def test_a_save_by_the_clock_never_keeps_training_waiting_for_the_one_before(tex
 
 
 def _recomputed_layers(argv: list[str]) -> int:
-    """As ``_train``; how many layers are run by way of torch's checkpoint, in the trainer itself."""
+    """As ``train_in_rank``; how many layers are run by way of torch's checkpoint, in the trainer itself."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     import lmcore.model.module
@@ -324,7 +333,7 @@ def _recomputed_layers(argv: list[str]) -> int:
         return recomputed(forward, layer, *args, **kwargs)
 
     lmcore.model.module._recomputed = seen
-    assert _train(argv, None, 0) == EXIT_FINISHED
+    assert train_in_rank(argv, None, 0) == EXIT_FINISHED
     return len(layers)
 
 
@@ -342,18 +351,18 @@ def test_every_layer_or_every_second_one_is_recomputed_and_nothing_changes(text:
 
 
 def _train_with_an_error(argv: list[str], at_step: int) -> str:
-    import train_lm
+    from lmcore.run.trainer import Run
 
-    rate = train_lm.schedules.learning_rate
+    rate = Run.learning_rate
 
-    def fails(step: int, **schedule: Any) -> float:
-        if step == at_step:
+    def fails(run: Run) -> float:
+        if run.state.step == at_step:
             raise OSError("the disk of the data is gone")
-        return rate(step, **schedule)
+        return rate(run)
 
-    train_lm.schedules.learning_rate = fails
+    Run.learning_rate = fails  # type: ignore[method-assign]
     try:
-        _train(argv, None, 0)
+        train_in_rank(argv, None, 0)
     except OSError as error:
         return str(error)
     return ""

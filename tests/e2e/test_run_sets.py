@@ -10,8 +10,8 @@ from lmcore.errors import EXIT_FINISHED
 from lmcore.report.metrics import read_metrics
 from lmcore.saved.load import open_saved
 from lmcore.saved.score import score
-from tests.e2e.test_run import request, train, words
 from tests.report.test_trackers import read_tensorboard
+from tests.support.whole_runs import request, train, words
 
 SHORT = {"train__duration": "6 steps", "evaluate__every": "3 steps", "report__trackers": "[tensorboard]"}
 
@@ -39,7 +39,7 @@ def test_the_test_set_is_scored_once_after_training_with_the_last_weights(text: 
     ]
     assert records[-1]["loss"] == pytest.approx(expected.loss, rel=1e-6)
     log = (run_dir / "train.log").read_text()
-    assert f"test (last weights), loss: {records[-1]['loss']:.4f}" in log
+    assert f"test loss (last weights): {records[-1]['loss']:.4f}" in log
     assert f"| test | 6 | {records[-1]['loss']:.4f} |" in (run_dir / "export" / "README.md").read_text()
 
 
@@ -67,4 +67,4 @@ def test_why_a_run_stops_early_is_said_to_the_person(text: Path) -> None:
     assert train(argv) == [EXIT_FINISHED]
     log = (run_dir / "train.log").read_text()
     loss = read_metrics(run_dir, "eval")[0]["loss"]
-    assert f"stopped early, at step 3 of 6: loss {loss:.4f} is worse than the divergence bound 1.0\n" in log
+    assert f"stopped early at step 3 of 6: loss {loss:.4f} is worse than the divergence bound 1.0\n" in log

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.test_run import ROOT, _train, losses, request, words
 from tests.support.engine_runs import pretend_gpus
 from tests.support.fork_server import run_ranks
+from tests.support.whole_runs import ROOT, losses, request, train_in_rank, words
 
 LLAMA = {
     "model__type": "llama",
@@ -38,7 +38,7 @@ def _train_under(argv: list[str], strategy: str) -> int:
     if strategy == "fsdp2":
         os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
         pretend_gpus()
-    return _train(argv, None, 0)
+    return train_in_rank(argv, None, 0)
 
 
 def run(text: Path, name: str, strategy: str, **options: Any) -> Path:

@@ -15,8 +15,8 @@ import pytest
 import torch.distributed as dist
 
 from lmcore.report.metrics import read_metrics
-from tests.e2e.test_run import request, words
 from tests.support.fork_server import run_ranks
+from tests.support.whole_runs import request, words
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]

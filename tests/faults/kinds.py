@@ -54,10 +54,10 @@ def lighten(rank: int = 0) -> None:
     """Leave out the picture and the export at the end: they take longer than the whole training, and no part
     in it.
     """
-    from lmcore.run import trainer as session
+    from lmcore.run import finish
 
-    session.write_report = lambda _runs, path: path  # type: ignore[assignment]
-    session.export = lambda _checkpoint, path, **_: path  # type: ignore[assignment]
+    finish.write_report = lambda _runs, path: path  # type: ignore[assignment]
+    finish.export = lambda _checkpoint, path, **_: path  # type: ignore[assignment]
 
 
 @functools.lru_cache(maxsize=8)
@@ -212,18 +212,17 @@ def held(step: int, told: Path) -> Callable[[int], None]:
     """
 
     def inject(rank: int) -> None:
-        from lmcore.run import trainer as session
+        from lmcore.run.trainer import Run
 
         lighten()
-        kind: Any = session.Session
-        real = kind.advance
+        real = Run.record
 
-        def advance(self: Any, *words: Any) -> None:
-            real(self, *words)
+        def record(self: Any, *words: Any, **numbers: Any) -> None:
+            real(self, *words, **numbers)
             while self.state.step >= step and not told.exists():
                 time.sleep(0.002)
 
-        kind.advance = advance
+        Run.record = record  # type: ignore[method-assign]
 
     return inject
 

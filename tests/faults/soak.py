@@ -59,25 +59,29 @@ def watched(times: Path) -> Callable[[int], None]:
     """An injection: when the loop begins, and when each step and each save ends, goes to a file at once."""
 
     def inject(rank: int) -> None:
-        from lmcore.run.trainer import Session
+        from lmcore.run.trainer import Run
 
         lighten()
-        read, advance, save = Session.read, Session.advance, Session.save
+        batches, record, save = Run.batches, Run.record, Run.save
 
-        def watched_read(self: Any) -> Any:
+        def watched_batches(self: Any) -> Any:
             mark(times, "begin")
-            return read(self)
+            return batches(self)
 
-        def watched_advance(self: Any, *words: Any) -> None:
-            advance(self, *words)
+        def watched_record(self: Any, *words: Any, **numbers: Any) -> None:
+            record(self, *words, **numbers)
             mark(times, "step", self.state.step)
 
         def watched_save(self: Any, reason: str) -> None:
             save(self, reason)
             mark(times, "save")
 
-        for name, method in (("read", watched_read), ("advance", watched_advance), ("save", watched_save)):
-            setattr(Session, name, method)
+        for name, method in (
+            ("batches", watched_batches),
+            ("record", watched_record),
+            ("save", watched_save),
+        ):
+            setattr(Run, name, method)
 
     return inject
 

@@ -17,7 +17,7 @@ import pytest
 from tests.faults.report import write_report
 from tests.faults.soak import account
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.timeout(1200)
 

@@ -14,7 +14,7 @@ from lmcore.errors import EXIT_FINISHED, EXIT_SAVED, RequestError
 from lmcore.model import lora
 from lmcore.model.build import build_model
 from lmcore.saved import load
-from tests.e2e.test_run import assert_same_state, losses, request, train, weights, words
+from tests.support.whole_runs import assert_same_state, losses, request, train, weights, words
 
 pytest.importorskip("peft")
 RANK = 4

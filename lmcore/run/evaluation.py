@@ -1,0 +1,95 @@
+"""Evaluation during a run: validation loss of every set, of the averaged weights too, and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, final
+
+from lmcore.config.checks import METRICS, check_metrics
+from lmcore.data.batches import EvalBatches
+from lmcore.model.evaluate import evaluate
+from lmcore.saved import generate
+
+if TYPE_CHECKING:
+    from lmcore.config.schema import RunConfig
+    from lmcore.engine.engine import Engine
+    from lmcore.report.report import Report
+    from lmcore.run.budget import Sizes
+    from lmcore.run.ema import MovingAverage
+    from lmcore.run.guard import Guard
+    from lmcore.run.setup import Data
+    from lmcore.run.state import State
+
+
+@final
+class Evaluator:
+    """Scores the sets of a run and writes its samples. Collective: every rank calls the same methods.
+
+    Raises:
+        RequestError: early stopping or ``keep_best`` watch a metric that no set of this run has.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        data: Data,
+        engine: Engine,
+        sizes: Sizes,
+        average: MovingAverage,
+        guard: Guard,
+        report: Report,
+    ) -> None:
+        self._options, self._seed = config.evaluate, config.seed
+        self._allow_seconds = config.guard.stuck_seconds
+        self._data, self._engine, self._average = data, engine, average
+        self._guard, self._report = guard, report
+        self._micro_batch_blocks = config.evaluate.micro_batch_blocks or sizes.micro_batch_blocks
+        self._byte_lengths = data.encoder.byte_lengths() if data.encoder else None
+        check_metrics(config, list(data.valid), with_bytes=self._byte_lengths is not None)
+
+    def validate(self, state: State, epoch: float) -> dict[str, float]:
+        """The validation metrics: ``SET/METRIC``, and the plain ``METRIC`` of the first set."""
+        blocks = self._options.blocks
+        metrics = self.score(self._data.valid, state, epoch, blocks=blocks)
+        if self._average:
+            with self._average.in_place():
+                sets = {f"{name}-ema": dataset for name, dataset in self._data.valid.items()}
+                averaged = self.score(sets, state, epoch, blocks=blocks)
+            metrics |= {key: value for key, value in averaged.items() if "/" in key}
+        return metrics
+
+    def score(
+        self, sets: Mapping[str, Any], state: State, epoch: float, *, blocks: int | None = None
+    ) -> dict[str, float]:
+        """The loss on every set, each reported as it is known. ``blocks``: of each set at most."""
+        metrics: dict[str, float] = {}
+        for name, dataset in sets.items():
+            batches = EvalBatches(
+                dataset,
+                micro_batch_blocks=self._micro_batch_blocks,
+                rank=self._engine.rank,
+                world_size=self._engine.world_size,
+                limit=blocks,
+                device=self._engine.device,
+            )
+            self._guard.beat("evaluate", state.step, allow_seconds=self._allow_seconds)
+            with self._report.task(f"evaluating {name}", total=len(batches)) as advance:
+                result = evaluate(
+                    self._engine, batches, byte_lengths=self._byte_lengths, on_micro_batch=advance
+                )
+            values: dict[str, Any] = {metric: getattr(result, metric) for metric in METRICS}
+            self._report.evaluation(set=name, step=state.step, epoch=epoch, tokens=state.tokens, **values)
+            known = {key: value for key, value in values.items() if value is not None}
+            metrics = {**known, **metrics, **{f"{name}/{key}": value for key, value in known.items()}}
+        return metrics
+
+    def samples(self, step: int) -> None:
+        """A continuation of every prompt of ``evaluate.prompts``; rank 0 writes them."""
+        prompts, encoder = self._options.prompts, self._data.encoder
+        if not prompts or encoder is None:
+            return
+        with self._report.pause(), self._engine.full_model() as whole:
+            if whole is not None and self._engine.is_main:
+                texts = generate.sample(whole, encoder, prompts, self._options.sample_tokens, seed=self._seed)
+                self._report.samples(step, list(zip(prompts, texts)))

@@ -1,0 +1,70 @@
+"""After the last step: the export, the report page, and the panel that says how to use the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lmcore.checkpoint import reader
+from lmcore.errors import FaultError
+from lmcore.report.html import read_run, write_report
+from lmcore.saved.export import export
+
+if TYPE_CHECKING:
+    from lmcore.config.schema import RunConfig
+    from lmcore.report.report import Report
+    from lmcore.run.folder import RunFolder
+
+
+def write_results(
+    config: RunConfig,
+    folder: RunFolder,
+    report: Report,
+    *,
+    averaged: bool,
+    valid: Mapping[str, float],
+    test: Mapping[str, float],
+) -> None:
+    """Export the model and write ``report.html``; rank 0 calls it once the last checkpoint is committed.
+
+    Args:
+        averaged: export the moving average instead of the last weights.
+        valid, test: metrics by name; those with a ``/`` belong to a named set.
+
+    Raises:
+        FaultError: there is no checkpoint, or the export does not compute what the trained model does.
+    """
+    path = folder.path
+    which = "best" if config.checkpoint.export == "best" else "auto"
+    chosen = reader.find(folder.checkpoints, which, note=report.note)
+    if chosen is None:
+        raise FaultError(f"no checkpoint in {folder.checkpoints} to export")
+    with chosen:
+        place = chosen.path
+        if config.model.factory is None:
+            place = export(
+                chosen,
+                path / "export",
+                run_dir=path,
+                dtype=config.checkpoint.export_dtype,
+                weights="ema" if averaged else "model",
+                note=report.note,
+            )
+    page = write_report([read_run(path)], path / "report.html")
+    rows = [("model", str(place))]
+    rows += [(f"validation {name}", f"{value:.4f}") for name, value in valid.items() if "/" not in name]
+    rows += [
+        (f"test {name.removeprefix('test/')} (last weights)", f"{value:.4f}")
+        for name, value in test.items()
+        if name.startswith("test/")
+    ]
+    rows += [("report", str(page))]
+    commands = [("continue", f"accelerate launch train_lm.py --config {path}/config.yaml --train.duration N")]
+    if config.model.factory is None:
+        prompt = (config.evaluate.prompts or ["..."])[0]
+        commands = [
+            ("generate", f"python -m lmcore generate {path} --prompt {prompt!r}"),
+            ("load", f'AutoModelForCausalLM.from_pretrained("{place}")'),
+            *commands,
+        ]
+    report.end("finished", rows, commands=commands)

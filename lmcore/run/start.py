@@ -1,0 +1,27 @@
+"""The first moments of ``train_lm.py``, before torch is imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from lmcore.config.parse import parse
+from lmcore.config.schema import RunConfig
+from lmcore.errors import EXIT_SAVED, one_line_errors
+from lmcore.run.guard import die_with_parent, left_on_request
+
+
+def parse_or_exit(argv: Sequence[str] | None = None) -> RunConfig:
+    """The options of a run. ``--help`` and ``--print_config`` print and exit with 0, a wrong request with 2.
+
+    A rank that torch's launcher starts again (``--max_restarts``) after the run was stopped on purpose exits with 75:
+    such restarts are meant for crashes.
+    """
+    # At once: a rank that still imports, or waits for the others, becomes an orphan too if its launcher dies.
+    die_with_parent()
+    is_main = os.environ.get("RANK", "0") == "0"
+    with one_line_errors():
+        config = parse(None if argv is None else list(argv), say=print if is_main else lambda line: None)
+    if left_on_request(config.run_dir or ""):
+        raise SystemExit(EXIT_SAVED)
+    return config

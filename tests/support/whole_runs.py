@@ -1,0 +1,133 @@
+"""Tiny whole runs of ``train_lm.py`` in forked processes, and what tests compare of them."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from lmcore.config import parse
+from lmcore.errors import EXIT_FAULT, EXIT_REQUEST, EXIT_SAVED, one_line_errors
+from lmcore.report.metrics import read_metrics
+from tests.support.fork_server import run_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+STEPS = 20
+
+
+def words(count: int, seed: int) -> str:
+    """A small language: sentences of a few words, some of them Japanese."""
+    draw = random.Random(seed)
+    lexicon = [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "日本語",
+        "ですから",
+        "テスト",
+        "epsilon",
+        "zeta",
+        "eta",
+        "、",
+        "。",
+    ]
+    lines = [" ".join(draw.choice(lexicon) for _ in range(draw.randint(3, 12))) for _ in range(count)]
+    return "\n".join(lines) + "\n"
+
+
+def request(text: Path, run_dir: Path, **options: Any) -> list[str]:
+    """A command line for a tiny GPT-2; ``options`` with ``__`` for the dots."""
+    small = {
+        "run_dir": run_dir,
+        "seed": 7,
+        "data.train": text / "train.txt",
+        "data.valid": text / "held.txt",
+        "data.store_dir": text / "stores",
+        "data.block_size": 16,
+        "data.processes": 1,
+        "tokenizer.vocab_size": 320,
+        "model.config.n_layer": 2,
+        "model.config.n_head": 2,
+        "model.config.n_embd": 32,
+        "model.config.n_positions": 64,
+        "train.duration": f"{STEPS} steps",
+        "train.global_batch_blocks": 12,
+        "train.micro_batch_blocks": 6,
+        "train.precision": "fp32",
+        "optim.lr": 0.003,
+        "evaluate.every": "10 steps",
+        "evaluate.prompts": "[]",
+        "checkpoint.every": "5 steps",
+        "report.every": 1,
+        "report.trackers": "[]",
+    }
+    merged = small | {name.replace("__", "."): value for name, value in options.items()}
+    return [part for name, value in merged.items() for part in (f"--{name}", str(value))]
+
+
+def train_in_rank(argv: list[str], kill_before_step: int | None, kill_with: int) -> int:
+    """In a rank: what ``train_lm.py`` does, with a kill on the way."""
+    import train_lm
+    from lmcore.run.trainer import Run
+
+    if kill_before_step is not None:
+        learning_rate = Run.learning_rate
+
+        def lethal(run: Run) -> float:
+            if run.state.step == kill_before_step:
+                os.kill(os.getpid(), kill_with)
+            return learning_rate(run)
+
+        Run.learning_rate = lethal  # type: ignore[method-assign]
+    try:
+        with one_line_errors():
+            config = parse.parse(argv, default_recipe=None)
+        return train_lm.main(config)
+    except SystemExit as exit:
+        if exit.code in (EXIT_REQUEST, EXIT_FAULT, EXIT_SAVED):
+            return int(exit.code or 0)
+        raise
+
+
+def train(
+    argv: list[str],
+    world_size: int = 1,
+    *,
+    kill_before_step: int | None = None,
+    kill_with: int = signal.SIGTERM,
+) -> list[int]:
+    """Exit codes of the ranks."""
+    return run_ranks(train_in_rank, world_size, argv, kill_before_step, kill_with, timeout=240)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {
+        record["step"]: record["loss"] for record in read_metrics(run_dir / "metrics.jsonl", kind="train")
+    }
+
+
+def weights(run_dir: Path) -> dict[str, Any]:
+    from lmcore.checkpoint import writer
+
+    found = writer.find(run_dir / "checkpoints")
+    assert found is not None
+    with found:
+        tensors = {}
+        for kind in ("model", "optim"):
+            keys = found.keys(kind)
+            assert keys
+            for key in keys:
+                tensors[f"{kind}/{key}"] = found.read(kind, *(key if isinstance(key, tuple) else (key,)))
+        return tensors
+
+
+def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] == b[name]).all(), name
