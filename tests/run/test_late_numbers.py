@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from lmcore.run.late_numbers import LateNumbers
 
 
