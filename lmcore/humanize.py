@@ -6,7 +6,27 @@ Every message, log line, plan and report uses these functions, so that one numbe
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that act instead of being shown: C0 (escape sequences begin with them), DEL, C1, line separators, changes
+of the direction of writing; and lone surrogates (file names that are not UTF-8), which no encoding can write."""
+
+
+def one_line(text: str) -> str:
+    r"""``text`` as one line without control characters: a line break becomes ``\n``, an escape ``\x1b``.
+
+    >>> one_line("a\nb\x1b[2J")
+    'a\\nb\\x1b[2J'
+    """
+    text = text.replace("\r\n", "\n").replace("\n", "\\n").replace("\t", "    ")
+    return CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+def printable(text: str) -> str:
+    """``text`` with its line breaks, control characters replaced by U+FFFD: nothing can move a cursor or ring a bell."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
 def size(number: float) -> str:

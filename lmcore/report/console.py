@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -25,30 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from lmcore.humanize import duration, short
+from lmcore.humanize import CONTROL, duration, one_line, printable, short
 from lmcore.report.redact import redact
 
 REFRESHES_PER_SECOND = 2
 PLAIN_TASK_SECONDS = 30.0
 """Without a terminal a long task (tokenizing, evaluating) prints its progress this often."""
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that act instead of being shown: C0, DEL, C1, line separators, changes of direction; and lone
-surrogates, which no encoding can write."""
-
-
-# ---- text that is safe to show
-
-
-def one_line(text: str) -> str:
-    """``text`` as one line without control characters: a line break becomes ``\\n``, an escape ``\\x1b``."""
-    text = text.replace("\r\n", "\n").replace("\n", "\\n").replace("\t", "    ")
-    return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
-
-
-def printable(text: str) -> str:
-    """``text`` with its line breaks, control characters replaced by U+FFFD: nothing can move a cursor or ring a bell."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
 # ---- commands that can be pasted
@@ -56,10 +37,10 @@ def printable(text: str) -> str:
 
 def shell_quote(word: str) -> str:
     """``word`` as one word of a POSIX shell; one with control characters as ``$'...'`` (bash, zsh, ksh), on one line."""
-    if not _CONTROL.search(word) and "\n" not in word and "\t" not in word:
+    if not CONTROL.search(word) and "\n" not in word and "\t" not in word:
         return shlex.quote(word)
     escaped = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\t", "\\t")
-    return "$'" + _CONTROL.sub(lambda match: _dollar_escape(match.group()), escaped) + "'"
+    return "$'" + CONTROL.sub(lambda match: _dollar_escape(match.group()), escaped) + "'"
 
 
 def _dollar_escape(character: str) -> str:

@@ -18,8 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lmcore.humanize import duration, short, size
-from lmcore.report.console import printable
+from lmcore.humanize import duration, printable, short, size
 from lmcore.report.curves import COLOURS, PICTURES, Run, loss_picture, read_run, series
 
 __all__ = ["facts", "leaves", "page", "read_run", "write_report"]

@@ -85,5 +85,5 @@ def test_several_sources_and_wrong_requests(tmp_path: Path) -> None:
     for entry, message in {"nothing.txt": "no such file", "c.bin": "holds tokens"}.items():
         with pytest.raises(RequestError, match=message):
             run([f"{path}/{entry}"])
-    with pytest.raises(RequestError, match="training and prepare read it"):
+    with pytest.raises(RequestError, match="only training and prepare read datasets of the Hub"):
         run(["hf://owner/name"])

@@ -1,11 +1,10 @@
-"""The bytes of a text file, and its lines, whatever happened to the file.
+"""Bytes and lines of plain and compressed files (gzip, zstandard, bzip2, xz).
 
-Comes in: an open file, plain or compressed (gzip, zstandard, bzip2, xz; several frames one after another are
-one stream). Goes out: pieces of its content in order, and a :class:`Damage` where the stream is broken. What
-always holds: every byte that the format lets one recover before a damage is given out before the ``Damage``,
-and reading goes on at the next frame after it; memory does not grow with the file.
+Several compressed frames one after another are one stream. Where the data are broken, everything before that place
+has been given out; then comes one :class:`Damage`, and nothing more of this file. Memory does not grow with the file.
 
-    for offset, line in lines(chunks(file, "gzip")): ...
+    for offset, line in lines(chunks(file, "gzip")):
+        ...
 """
 
 from __future__ import annotations
@@ -13,174 +12,116 @@ from __future__ import annotations
 import bz2
 import codecs
 import lzma
-import re
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
-"""Suffix -> compression."""
+"""File suffix -> compression."""
 MAX_DOCUMENT_BYTES = 256 * 2**20
-"""A document above this is a bad record: it is a file without line ends, not a text."""
+"""A document above this size is a bad record: most likely a file without line ends."""
 SURROGATE = "lmcore.surrogate"
-"""Error handler of decoders: what cannot be decoded becomes one lone surrogate, so that exactly the document
-around it is found bad afterwards."""
+"""Error handler for decoders: undecodable bytes become one lone surrogate, which marks only the document around it
+as bad."""
 codecs.register_error(SURROGATE, lambda error: ("\udc80", error.end))  # type: ignore[attr-defined]  # a UnicodeError
 
 _READ_BYTES = 2**20
-# Small, because a highly compressed input can become a thousand times larger in one call.
-_FEED_BYTES = 2**14
-_MAGIC_BYTES = 12
-"""The longest header of a frame."""
-_OVERRUN_BYTES = 2**20
-"""A damaged frame may be decoded beyond its end before the damage shows: the next one is looked for from
-there."""
+# A decompressor discards what it has decoded in a call that fails, and 512 bytes can become 16 MB (zstandard).
+_FEED_BYTES = 512
+_GIVEN_BYTES = 2**16
 
 
 @dataclass(frozen=True)
 class Damage:
-    """The stream is broken here; what follows belongs to the next frame or to nothing.
+    """A place where text is lost.
 
-    ``rest`` is what came of the broken line before the damage.
+    Attributes:
+        reason: what is wrong, and what to do about it.
+        rest: the beginning of the line that the damage interrupts.
+        documents: number of documents that are lost; the least number if ``at_least``.
+        n_bytes: bytes of text that are lost (estimated from the compression so far for compressed files).
+        at_least: the number of lost documents is not known.
     """
 
     reason: str
     rest: bytes = b""
+    documents: int = 1
+    n_bytes: int = 0
+    at_least: bool = False
 
 
-@dataclass(frozen=True)
-class _Codec:
-    new: Callable[[], Any]
-    errors: tuple[type[Exception], ...]
-    magic: re.Pattern[bytes]
+def compression_of(path: str) -> str | None:
+    """The compression that a file name stands for, a value of :data:`CODECS`."""
+    return CODECS.get("." + path.rpartition(".")[2].lower())
 
 
-def _zstd() -> _Codec:
+def _decompressor(name: str) -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
+    """(constructor, the errors that it raises for broken data)."""
+    if name == "gzip":
+        return (lambda: zlib.decompressobj(wbits=31)), (zlib.error, MemoryError)
+    if name == "bzip2":
+        return bz2.BZ2Decompressor, (OSError, ValueError, EOFError, MemoryError)
+    if name == "xz":
+        return (lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)), (lzma.LZMAError, EOFError, MemoryError)
     import zstandard  # only where a .zst file is read
 
-    # Frames written with --long=31 need the large window; it is allocated only for them.
+    # Frames written with `zstd --long=31` need the large window; it is allocated only for them.
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    return _Codec(decompressor.decompressobj, (zstandard.ZstdError,), re.compile(rb"\x28\xb5\x2f\xfd"))
-
-
-def _codec(name: str) -> _Codec:
-    if name == "gzip":
-        return _Codec(
-            lambda: zlib.decompressobj(wbits=31), (zlib.error,), re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")
-        )
-    if name == "bzip2":
-        return _Codec(
-            bz2.BZ2Decompressor,
-            (OSError, ValueError, EOFError),
-            re.compile(rb"BZh[1-9](1AY&SY|\x17\x72\x45\x38)"),
-        )
-    if name == "xz":
-        return _Codec(
-            lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
-            (lzma.LZMAError, EOFError),
-            re.compile(rb"\xfd7zXZ\x00\x00"),
-        )
-    return _zstd()
+    return decompressor.decompressobj, (zstandard.ZstdError, MemoryError)
 
 
 def chunks(file: IO[bytes], compression: str | None) -> Iterator[bytes | Damage]:
-    """The content of ``file`` from where it stands; ``compression`` is a value of :data:`CODECS` or
-    ``None``."""
-    if compression is None:
-        while data := file.read(_READ_BYTES):
-            yield data
+    """The content of ``file`` from its current position on; ``compression`` is a value of :data:`CODECS`."""
+    if compression is not None:
+        yield from _decompressed(file, compression)
         return
-    codec = _codec(compression)
-    start: int | None = 0
-    healthy = True  # a false frame start that is tried after a damage is not a second damage
-    while start is not None:
-        start = _skip_padding(file, start)
-        if start is None:
-            return
-        frame = _frame(file, codec, compression, start)
-        while True:
-            try:
-                piece = next(frame)
-            except StopIteration as end:
-                start = end.value
-                break
-            if isinstance(piece, bytes):
-                healthy = True
-                yield piece
-            elif healthy:
-                healthy = False
-                yield piece
-
-
-def _skip_padding(file: IO[bytes], start: int) -> int | None:
-    """Frames may be followed by zero bytes (gzip on tape, xz stream padding). ``None``: nothing follows."""
-    file.seek(start)
-    while data := file.read(_FEED_BYTES):
-        stripped = data.lstrip(b"\0")
-        if stripped:
-            return start + len(data) - len(stripped)
-        start += len(data)
-    return None
-
-
-def _frame(
-    file: IO[bytes], codec: _Codec, name: str, start: int
-) -> Generator[bytes | Damage, None, int | None]:
-    """One frame; returns the compressed offset at which the next one may begin, or ``None``."""
-    decoder = codec.new()
-    offset = start
-    file.seek(start)
-    while data := file.read(_FEED_BYTES):
-        try:
-            content = decoder.decompress(data)
-        except codec.errors:
-            content, good = _replay(file, codec, start, offset)
-            if content:
-                yield content
-            what = (
-                "data is damaged near" if good > start + _MAGIC_BYTES else "data expected, but not found at"
-            )
-            yield Damage(f"{name} {what} compressed byte {good}")
-            return _find(file, codec.magic, max(start + 1, good - _OVERRUN_BYTES))
-        if content:
-            yield content
-        offset += len(data)
-        if decoder.eof:
-            return offset - len(decoder.unused_data)
-    yield Damage(f"{name} data is cut off at compressed byte {offset}")
-    return _find(file, codec.magic, max(start + 1, offset - _OVERRUN_BYTES))
-
-
-def _replay(file: IO[bytes], codec: _Codec, start: int, offset: int) -> tuple[bytes, int]:
-    """The decoder threw away what it had decoded of the failing piece: decode again, the last piece byte by
-    byte."""
-    decoder = codec.new()
-    file.seek(start)
-    left = offset - start
-    while left:
-        data = file.read(min(left, _FEED_BYTES))
-        decoder.decompress(data)
-        left -= len(data)
-    content = []
-    for index, byte in enumerate(file.read(_FEED_BYTES)):
-        try:
-            content.append(decoder.decompress(bytes((byte,))))
-        except codec.errors:
-            return b"".join(content), offset + index
-    return b"".join(content), offset + _FEED_BYTES
-
-
-def _find(file: IO[bytes], magic: re.Pattern[bytes], start: int) -> int | None:
-    file.seek(start)
-    tail = b""
     while data := file.read(_READ_BYTES):
-        window = tail + data
-        if found := magic.search(window):
-            return start - len(tail) + found.start()
-        tail = window[-_MAGIC_BYTES:]
-        start += len(data)
-    return None
+        yield data
+
+
+def _decompressed(file: IO[bytes], name: str) -> Iterator[bytes | Damage]:
+    new, errors = _decompressor(name)
+    decoder: Any = None  # none between two frames
+    begin = offset = frames = n_bytes = held_bytes = 0
+    held: list[bytes] = []
+    raw, reason = b"", ""
+    while raw := raw or file.read(_FEED_BYTES):
+        if decoder is None:
+            # Zero bytes may follow a frame (gzip on tape, padding of xz).
+            content = raw.lstrip(b"\0") if frames else raw
+            offset += len(raw) - len(content)
+            raw = content
+            if not raw:
+                continue
+            decoder, begin = new(), offset
+        try:
+            content = decoder.decompress(raw)
+        except errors as error:
+            what = "is damaged near" if offset > begin else "was expected, but not found, at"
+            reason = f"{name} data {what} compressed byte {offset} ({error})"
+            break
+        held.append(content)
+        held_bytes += len(content)
+        n_bytes += len(content)
+        rest = decoder.unused_data if decoder.eof else b""
+        offset += len(raw) - len(rest)
+        raw = rest
+        if decoder.eof:
+            decoder, frames = None, frames + 1
+        if held_bytes >= _GIVEN_BYTES:
+            yield b"".join(held)
+            held, held_bytes = [], 0
+    if held_bytes:
+        yield b"".join(held)
+    if decoder is not None:
+        left = file.seek(0, 2) - offset
+        ratio = max(n_bytes / max(offset, 1), 1.0)
+        yield Damage(
+            reason or f"{name} data is cut off at compressed byte {offset}",
+            n_bytes=int(left * ratio),
+            at_least=True,
+        )
 
 
 def is_blank(line: bytes) -> bool:
@@ -188,19 +129,18 @@ def is_blank(line: bytes) -> bool:
     return not line.removeprefix(codecs.BOM_UTF8).strip()
 
 
-def stream(file: IO[bytes], compression: str | None, encoding: str) -> tuple[Iterator[bytes | Damage], str]:
-    """The content from where ``file`` stands, in an encoding whose line end is the byte 0x0A; and that
-    encoding."""
-    pieces = chunks(file, compression)
-    if encoding_is_wide(encoding):
-        return _to_utf8(pieces, codecs.getincrementaldecoder(encoding)(SURROGATE)), "utf-8"
-    return pieces, encoding
-
-
 def encoding_is_wide(encoding: str) -> bool:
-    """Is a line end something else than the byte 0x0A (UTF-16, UTF-32, EBCDIC)? Then files are not cut into
-    parts."""
+    """Is a line end something else than the byte 0x0A (UTF-16, UTF-32, EBCDIC)? Such files are not cut into parts."""
     return "\n".encode(encoding) != b"\n"
+
+
+def as_lines_of_bytes(
+    pieces: Iterable[bytes | Damage], encoding: str
+) -> tuple[Iterable[bytes | Damage], str]:
+    """The content in an encoding whose line end is the byte 0x0A; and that encoding."""
+    if not encoding_is_wide(encoding):
+        return pieces, encoding
+    return _to_utf8(pieces, codecs.getincrementaldecoder(encoding)(SURROGATE)), "utf-8"
 
 
 def _to_utf8(
@@ -217,20 +157,20 @@ def _to_utf8(
 
 
 def lines(
-    stream: Iterable[bytes | Damage], offset: int = 0, separator: bytes = b"\n"
+    pieces: Iterable[bytes | Damage], offset: int = 0, separator: bytes = b"\n"
 ) -> Iterator[tuple[int, bytes | Damage]]:
-    """(offset of its first byte, line without its end) one by one; a line above the limit is a ``Damage``.
+    """(offset of its first byte, line without its end), one by one.
 
-    The rest of a line before a damage comes as the ``Damage`` itself (offset of the line), because nobody
-    knows how it went on; after it the lines of the next frame follow.
+    A line above :data:`MAX_DOCUMENT_BYTES` comes as a ``Damage``. A damage in the middle of a line comes with the
+    offset of that line.
     """
     pending: list[bytes] = []  # the beginning of a line that has not ended yet
     pending_bytes = 0
     start = offset
-    for piece in stream:
+    for piece in pieces:
         if isinstance(piece, Damage):
-            whole = pending_bytes <= MAX_DOCUMENT_BYTES
-            yield start, Damage(piece.reason, b"".join(pending) if whole else b"")
+            rest = b"".join(pending) if pending_bytes <= MAX_DOCUMENT_BYTES else b""
+            yield start, replace(piece, rest=rest, n_bytes=piece.n_bytes + pending_bytes)
             start += pending_bytes
             pending, pending_bytes = [], 0
             continue
@@ -255,5 +195,5 @@ def lines(
 
 def _whole(pending: list[bytes], end: bytes, length: int) -> bytes | Damage:
     if length > MAX_DOCUMENT_BYTES:
-        return Damage(f"a line of {length:,} bytes, more than {MAX_DOCUMENT_BYTES:,}")
+        return Damage(f"a line of {length:,} bytes, more than {MAX_DOCUMENT_BYTES:,}", n_bytes=length)
     return b"".join([*pending, end])

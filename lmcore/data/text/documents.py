@@ -1,13 +1,9 @@
-"""Sources -> seekable parts -> documents.
+"""Text files to documents.
 
-Comes in: what the user wrote under ``data.train`` (paths, globs, folders, ``stdlib``, or mappings with a
-weight). Goes out: :class:`Source` -> :func:`parts` -> :func:`read` -> :class:`Document`, always in the same
-order. What always holds: the documents and their order depend only on the files, the options and nothing else
-(not on ``part_bytes``, the number of processes, the order in which a folder is listed); a broken line,
-record, file or encoding costs itself and no good document before or after it, and is reported with file and
-offset.
-
-What a document is:
+    [source] = resolve(["corpus/*.jsonl.zst"])
+    for part in parts(source):
+        for document in read(source, part, bad=print):
+            document.text
 
 ========================  ====================================================================================
 ``.jsonl .ndjson .json``  one record; the text is its ``text_field`` (``.json``: lines, an array, or objects)
@@ -15,25 +11,25 @@ What a document is:
 anything else             plain text, by ``unit``: ``line``, ``paragraph`` (between blank lines) or ``file``
 ========================  ====================================================================================
 
-``unit: auto`` is decided once per source, by this rule, and shown: mostly source code or markup -> file;
-several files of at most 1 MiB (median) -> file; a blank line between two others in the first MiB of the first
-file -> paragraph; else line. All of them may be compressed (``.gz .zst .bz2 .xz``).
+All of them may be compressed (``.gz .zst .bz2 .xz``).
 
-What is done to the text, and nothing else: a byte order mark is removed, CRLF becomes LF, the line end of a
-unit is not part of it. A document without any visible character is dropped and counted as empty. Bad records
-are: bytes that the encoding does not know, NUL, lone surrogates, records without the field or with another
-type in it, documents above 256 MiB, broken compression, files that vanish or change while they are read.
+``unit: auto`` is decided once per source, by this rule, and shown: mostly source code or markup -> file; several files
+of at most 1 MiB (median) -> file; a blank line between two others in the first MiB of the first file -> paragraph;
+else line. Validation text has the unit of the training text.
 
-    [source] = resolve(["corpus/*.jsonl.zst"])
-    for part in parts(source):
-        for document in read(source, part, bad=print):
-            document.text
+The documents and their order depend only on the files and the options: not on ``part_bytes``, the number of processes,
+or the order in which a folder is listed. A byte order mark is removed and CRLF becomes LF; nothing else is done to the
+text. A document without any visible character is dropped and counted as empty. A bad record (bytes that the encoding
+does not know, NUL, a lone surrogate, a missing field, more than 256 MiB, broken compression, a file that vanished or
+changed, an archive or a picture) is reported with its place and the number of documents that are lost with it; the
+documents beside it are kept.
 """
 
 from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -41,20 +37,29 @@ from dataclasses import dataclass
 from typing import IO, Literal, NamedTuple
 
 from lmcore.data.text import formats
-from lmcore.data.text.compression import CODECS, Damage, encoding_is_wide, is_blank, lines, stream
+from lmcore.data.text.compression import (
+    Damage,
+    as_lines_of_bytes,
+    chunks,
+    compression_of,
+    encoding_is_wide,
+    is_blank,
+    lines,
+)
+from lmcore.data.text.signatures import HEAD_BYTES, signature
 from lmcore.data.text.sources import FOREIGN_SUFFIXES, HUB, Source, file_kind, resolve
 from lmcore.errors import RequestError
+from lmcore.humanize import one_line, size
 
 __all__ = ["BadRecord", "Document", "Part", "Piece", "Source", "parts", "read", "resolve", "side"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A run of documents in one file: bytes ``[start, stop)``, or row groups of a parquet file.
+    """A range of one file: bytes ``[start, stop)``, or row groups of a parquet file.
 
-    A document belongs to the piece in which it begins. ``n_bytes`` is what reading it costs, for progress
-    bars; ``size_bytes`` and ``mtime_ns`` are those of the file when it was listed, so that a change is
-    noticed.
+    A document belongs to the piece in which it begins. ``n_bytes`` is what reading it costs, for progress bars;
+    ``size_bytes`` and ``mtime_ns`` are those of the file when it was listed, so that a change is noticed.
     """
 
     path: str
@@ -69,7 +74,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The unit of work of one process: a piece of a large file, or several small files together."""
+    """What one process reads at a time: a piece of a large file, or several small files."""
 
     index: int
     pieces: tuple[Piece, ...]
@@ -80,23 +85,12 @@ class Part:
 
     @property
     def path(self) -> str:
+        """The first file."""
         return self.pieces[0].path
-
-    @property
-    def relative_path(self) -> str:
-        return self.pieces[0].relative_path
-
-    @property
-    def kind(self) -> str:
-        return self.pieces[0].kind
 
     @property
     def start(self) -> int:
         return self.pieces[0].start
-
-    @property
-    def stop(self) -> int:
-        return self.pieces[-1].stop
 
 
 class Document(NamedTuple):
@@ -108,19 +102,35 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class BadRecord:
-    """What could not be read: ``where`` is ``byte 123`` (of the uncompressed file) or ``row 5``."""
+    """A place in a file from which no document could be read.
+
+    Attributes:
+        where: ``byte 123`` (of the uncompressed file) or ``row 5``.
+        documents: number of documents that are lost; the least number if ``at_least``.
+        n_bytes: bytes of text that are lost; an estimate in compressed files.
+    """
 
     path: str
     where: str
     reason: str
+    documents: int = 1
+    n_bytes: int = 0
+    at_least: bool = False
 
     def __str__(self) -> str:
-        return f"{self.path}, {self.where}: {self.reason}"
+        lost = ""
+        if self.at_least:
+            lost = f" (lost: at least {self.documents:,} documents, about {size(self.n_bytes)})"
+        elif self.documents > 1:
+            lost = f" (lost: {self.documents:,} documents)"
+        return one_line(f"{self.path}, {self.where}: {self.reason}{lost}")
 
 
 def parts(source: Source, *, part_bytes: int = 64 * 2**20) -> list[Part]:
-    """Cut a source into parts of about ``part_bytes``: arithmetic over the file sizes, nothing is read but
-    the footers of parquet files. Compressed files and whole-file units are not cut."""
+    """Cut a source into parts of about ``part_bytes``, by the sizes of its files.
+
+    Nothing is read but the footers of parquet files. Compressed files and whole-file units are not cut.
+    """
     result: list[Part] = []
     group: list[Piece] = []
     group_bytes = 0
@@ -146,44 +156,40 @@ def _pieces(source: Source, path: str, relative_path: str, part_bytes: int) -> I
     if path.endswith(FOREIGN_SUFFIXES):
         raise RequestError(f"{path} holds tokens, not text: it can be trained on, but not read as text")
     if path.startswith(HUB):
-        raise RequestError(f"{path} is no file: training and prepare read it, this does not")
+        raise RequestError(f"{path} is not a file: only training and prepare read datasets of the Hub")
     try:
         stat = os.stat(path)
     except OSError:
         stat = None  # vanished since it was resolved: read() reports it
-    size, mtime = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
+    n_bytes, mtime = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
 
-    def piece(start: int, stop: int, n_bytes: int) -> Piece:
+    def piece(start: int, stop: int, cost: int) -> Piece:
         return Piece(
             path=path,
             relative_path=relative_path,
             kind=kind,
             start=start,
             stop=stop,
-            n_bytes=n_bytes,
-            size_bytes=size,
+            n_bytes=cost,
+            size_bytes=n_bytes,
             mtime_ns=mtime,
         )
 
     if kind == "parquet":
-        for start, stop, n_bytes in formats.parquet_ranges(path, part_bytes) or [(0, -1, size)]:
-            yield piece(start, stop, n_bytes)
+        for start, stop, cost in formats.parquet_ranges(path, part_bytes) or [(0, -1, n_bytes)]:
+            yield piece(start, stop, cost)
     elif (
         kind in ("line", "paragraph", "jsonl")
-        and _compression(path) is None
+        and compression_of(path) is None
         and not encoding_is_wide(source.encoding)
     ):
-        for start in range(0, size, part_bytes):
-            stop = min(start + part_bytes, size)
+        for start in range(0, n_bytes, part_bytes):
+            stop = min(start + part_bytes, n_bytes)
             yield piece(start, stop, stop - start)
         if not stat:
             yield piece(0, sys.maxsize, 0)
-    elif size or kind == "file" or not stat:  # an empty file is an empty document
-        yield piece(0, sys.maxsize, size)
-
-
-def _compression(path: str) -> str | None:
-    return CODECS.get(os.path.splitext(path)[1].lower())
+    elif n_bytes or kind == "file" or not stat:  # an empty file is an empty document
+        yield piece(0, sys.maxsize, n_bytes)
 
 
 def read(
@@ -193,18 +199,27 @@ def read(
     bad: Callable[[BadRecord], None],
     empty: Callable[[str], None] | None = None,
 ) -> Iterator[Document]:
-    """The documents of a part, in order. Never raises for what the files contain.
+    """The documents of a part, in order. Nothing is raised for what the files contain.
 
     Args:
-        bad: called for each broken record, in its place between the documents; what it raises ends the
-        reading. empty: called with the place of each document without any visible character, which is
-        dropped.
+        bad: called for each bad record, in its place between the documents; what it raises ends the reading.
+        empty: called with the place of each document without any visible character, which is dropped.
     """
     for piece in part.pieces:
         row = piece.kind == "parquet"
         for at, value in _watched(source, piece):
             if isinstance(value, Damage):
-                bad(BadRecord(piece.path, f"{'row' if row else 'byte'} {at}", value.reason))
+                where = f"{'row' if row else 'byte'} {at}"
+                bad(
+                    BadRecord(
+                        path=piece.path,
+                        where=where,
+                        reason=value.reason,
+                        documents=value.documents,
+                        n_bytes=value.n_bytes,
+                        at_least=value.at_least,
+                    )
+                )
                 continue
             text = value.replace("\r\n", "\n") if "\r\n" in value else value
             where = f"{piece.path}{'#' if row else '@'}{at}"
@@ -215,39 +230,60 @@ def read(
 
 
 def _watched(source: Source, piece: Piece) -> Iterator[tuple[int, str | Damage]]:
-    """The texts of a piece, and a ``Damage`` if the file vanished, changed or could not be read."""
+    """The texts of a piece, and a ``Damage`` if the file vanished, changed or cannot be read."""
     at = piece.start
+    all_of_it = piece.kind == "file"  # the number of lost documents is known
+
+    def lost(reason: str) -> Damage:
+        return Damage(reason, n_bytes=piece.n_bytes, at_least=not all_of_it)
+
     try:
         with open(piece.path, "rb") as file:
             for at, value in _texts(source, piece, file):
                 yield at, value
             stat = os.fstat(file.fileno())
         if (stat.st_size, stat.st_mtime_ns) != (piece.size_bytes, piece.mtime_ns):
-            yield at, Damage("the file was changed after it was listed")
+            yield at, Damage("the file was changed after it was listed", at_least=True)
     except FileNotFoundError:
-        yield at, Damage("the file vanished after it was listed")
+        yield at, lost("the file vanished after it was listed")
     except OSError as error:
-        yield at, Damage(f"cannot be read: {error.strerror or error}")
+        yield at, lost(f"cannot be read: {error.strerror or error}")
 
 
 def _texts(source: Source, piece: Piece, file: IO[bytes]) -> Iterator[tuple[int, str | Damage]]:
     """(offset or row, text or damage), in order."""
     kind, field = piece.kind, source.text_field
+    compression = compression_of(piece.path)
     if kind == "parquet":
-        yield from formats.parquet(file, field, piece.start, piece.stop)
+        for at, value in formats.parquet(file, field, piece.start, piece.stop, piece.size_bytes):
+            if isinstance(value, Damage) and value.at_least:  # no parquet file at all
+                head = _head(piece.path)
+                yield at, value if head.startswith(b"PAR1") else _not_text(head, value) or value
+            else:
+                yield at, value
         return
-    offset = max(piece.start - 1, 0)
-    if offset:
-        file.seek(offset)
-    content, encoding = stream(file, _compression(piece.path), source.encoding)
+    pieces = chunks(file, compression)
+    if piece.start == 0:
+        first = next(pieces, b"")
+        head = first[:HEAD_BYTES] if isinstance(first, bytes) else b""
+        pieces = itertools.chain([first], pieces)
+    else:
+        head = file.read(HEAD_BYTES)
+        file.seek(piece.start - 1)
+    if damage := _not_text(head, Damage("", n_bytes=piece.n_bytes, at_least=kind != "file")):
+        yield piece.start, damage
+        return
+    content, encoding = as_lines_of_bytes(pieces, source.encoding)
     if kind == "file":
         yield from formats.whole(content, encoding)
         return
-    numbered = lines(content, offset)
+    if kind == "json":
+        yield from formats.fields(formats.json_file(content, encoding), field)
+        return
+    numbered = lines(content, max(piece.start - 1, 0))
     if piece.start:
-        next(
-            numbered, None
-        )  # the line that began in the piece before; one that begins at start leaves an empty rest
+        # The line that began in the piece before; one that begins at start leaves an empty rest.
+        next(numbered, None)
     if kind == "line":
         yield from formats.plain_lines(numbered, piece.stop, encoding)
     elif kind == "paragraph":
@@ -255,10 +291,21 @@ def _texts(source: Source, piece: Piece, file: IO[bytes]) -> Iterator[tuple[int,
         yield from formats.paragraphs(numbered, piece.stop, encoding, inside)
     elif kind == "jsonl":
         yield from formats.fields(formats.json_lines(numbered, piece.stop, encoding), field)
-    elif kind == "json":
-        yield from formats.fields(formats.json_file(numbered, encoding), field)
     else:
         yield from formats.csv_rows(numbered, encoding, field, kind)
+
+
+def _head(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(HEAD_BYTES)
+
+
+def _not_text(head: bytes, damage: Damage) -> Damage | None:
+    """The damage with the name of what the file is, if it is an archive, a picture or the like."""
+    what = signature(head)
+    if what is None:
+        return None
+    return Damage(f"this is not text but {what}", n_bytes=damage.n_bytes, at_least=damage.at_least)
 
 
 def _blank_line_before(piece: Piece) -> bool:
@@ -283,7 +330,9 @@ def _blank_line_before(piece: Piece) -> bool:
 
 
 def side(text: str, fraction: float) -> Literal["train", "valid"]:
-    """Where a document belongs when ``fraction`` of the corpus is held out: decided by its content alone, so
-    that the same text is always on the same side, whatever stands around it."""
+    """The side of a document when ``fraction`` of the corpus is held out for validation.
+
+    Decided by a hash of its content alone, so that the same text is always on the same side.
+    """
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "valid" if int.from_bytes(digest, "little") < fraction * 2**64 else "train"

@@ -1,38 +1,48 @@
-"""Lines -> texts: what a document is in each format, and which records are bad.
+"""Lines to texts: what a document is in each format, and which records are bad.
 
-Comes in: numbered lines of :mod:`lmcore.data.text.compression` (or the open file, for parquet). Goes out: (offset or
-row, text) in order, with a :class:`Damage` in the place of each bad record. What always holds: a bad record
-never costs its neighbours; nothing is raised for content.
+Each reader yields (offset or row, text) in the order of the file, with a :class:`Damage` in the place of a bad
+record. Nothing is raised for the content of a file.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
-import io
 import itertools
 import json
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any, cast
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import IO, Any
 
-from lmcore.data.text.compression import MAX_DOCUMENT_BYTES, SURROGATE, Damage, is_blank, lines, stream
+from lmcore.data.text.compression import (
+    MAX_DOCUMENT_BYTES,
+    SURROGATE,
+    Damage,
+    as_lines_of_bytes,
+    chunks,
+    compression_of,
+    is_blank,
+    lines,
+)
 
-Numbered = Iterator[tuple[int, bytes | Damage]]
+Numbered = Iterable[tuple[int, bytes | Damage]]
 Texts = Iterator[tuple[int, str | Damage]]
+Values = Iterator[tuple[int, Any, int]]
+"""(offset, value or damage, bytes of the record) of JSON."""
 
-_MAX_CSV_LINES = 10_000
 _PARQUET_ROWS = 1024
+_MOST_DIGITS = 4000  # Python refuses to convert longer integers; they are in other fields than the text
 
 
-def _checked(text: str) -> str | Damage:
+def _checked(text: str, n_bytes: int) -> str | Damage:
     if "\0" in text:
-        return Damage("NUL byte: binary data, or a hole that a crash left")
+        return Damage("NUL byte: binary data, or a hole that a crash left", n_bytes=n_bytes)
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            return Damage("lone surrogate: not a character")
+            return Damage("lone surrogate: not a character", n_bytes=n_bytes)
     return text.removeprefix("\ufeff")
 
 
@@ -40,17 +50,31 @@ def _decoded(raw: bytes, encoding: str) -> str | Damage:
     try:
         text = raw.decode(encoding)
     except UnicodeError as error:
-        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
-        hint = "this looks like utf-16; " if wide else ""
         where = f" at its byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
-        return Damage(
-            f"not {encoding}{where}: {hint}set data.encoding (cp932 for Shift-JIS, euc_jp, utf-16, ...)"
-        )
-    return _checked(text)
+        return _not_encoded(raw, encoding, where)
+    if "\0" in text and _looks_wide(raw):
+        return _not_encoded(raw, encoding, "")
+    return _checked(text, len(raw))
+
+
+def _not_encoded(raw: bytes, encoding: str, where: str) -> Damage:
+    hint = "this looks like utf-16; " if _looks_wide(raw) else ""
+    return Damage(
+        f"not {encoding}{where}: {hint}set data.encoding (cp932 for Shift-JIS, euc_jp, utf-16, ...)",
+        n_bytes=len(raw),
+    )
+
+
+def _looks_wide(raw: bytes) -> bool:
+    """A byte order mark of UTF-16, or every other byte zero."""
+    head = raw[:1000]
+    return head[:2] in (b"\xff\xfe", b"\xfe\xff") or (
+        len(head) > 2 and abs(head[::2].count(0) - head[1::2].count(0)) > len(head) // 3
+    )
 
 
 def plain_lines(numbered: Numbered, stop: int, encoding: str) -> Texts:
-    """``unit: line``. The lines that begin before ``stop``."""
+    """``unit: line``: the lines that begin before ``stop``."""
     for offset, line in numbered:
         if offset >= stop:
             return
@@ -58,8 +82,11 @@ def plain_lines(numbered: Numbered, stop: int, encoding: str) -> Texts:
 
 
 def paragraphs(numbered: Numbered, stop: int, encoding: str, inside: bool) -> Texts:
-    """``unit: paragraph``. The paragraphs that begin before ``stop``; ``inside``: first skip the rest of
-    one."""
+    """``unit: paragraph``: the paragraphs that begin before ``stop``.
+
+    Args:
+        inside: the first lines are the rest of a paragraph that began before, and are skipped.
+    """
     held: list[bytes] = []
     begin = held_bytes = 0
     skip = inside
@@ -79,51 +106,381 @@ def paragraphs(numbered: Numbered, stop: int, encoding: str, inside: bool) -> Te
             held.append(line)
             held_bytes += len(line) + 1
             if held_bytes > MAX_DOCUMENT_BYTES:
-                yield begin, Damage(f"a paragraph of more than {MAX_DOCUMENT_BYTES:,} bytes")
+                reason = f"a paragraph of more than {MAX_DOCUMENT_BYTES:,} bytes"
+                yield begin, Damage(reason, n_bytes=held_bytes)
                 held, skip = [], True
     if held:
         yield begin, _decoded(b"\n".join(held).removesuffix(b"\r"), encoding)
 
 
-def whole(stream: Iterable[bytes | Damage], encoding: str) -> Texts:
-    """``unit: file``."""
+def whole(pieces: Iterable[bytes | Damage], encoding: str) -> Texts:
+    """``unit: file``: the file is one document."""
     held: list[bytes] = []
     held_bytes = 0
-    for piece in stream:
+    for piece in pieces:
         if isinstance(piece, Damage):
-            yield 0, piece
+            yield 0, Damage(piece.reason, n_bytes=held_bytes + piece.n_bytes)
             return
         held_bytes += len(piece)
         if held_bytes > MAX_DOCUMENT_BYTES:
-            yield (
-                0,
-                Damage(
-                    f"a file of more than {MAX_DOCUMENT_BYTES:,} bytes: set data.unit to line or paragraph"
-                ),
-            )
+            reason = f"a file of more than {MAX_DOCUMENT_BYTES:,} bytes: set data.unit to line or paragraph"
+            yield 0, Damage(reason, n_bytes=held_bytes)
             return
         held.append(piece)
     yield 0, _decoded(b"".join(held), encoding)
 
 
-def fields(values: Iterable[tuple[int, Any]], field: str) -> Texts:
+# ---- JSON ----
+
+
+def _integer(digits: str) -> int:
+    return int(digits) if len(digits) < _MOST_DIGITS else 0
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer)
+
+
+def fields(values: Values, field: str) -> Texts:
     """The text of each record."""
-    for offset, value in values:
-        yield offset, value if isinstance(value, Damage) else _field(value, field)
+    for offset, value, n_bytes in values:
+        yield offset, value if isinstance(value, Damage) else _field(value, field, n_bytes)
 
 
-def _field(record: Any, field: str) -> str | Damage:
+def _field(record: Any, field: str, n_bytes: int) -> str | Damage:
     if not isinstance(record, dict):
-        return Damage(f"a record must be an object, not {type(record).__name__}")
+        hint = "; name a file that is one array .json" if isinstance(record, list) else ""
+        return Damage(f"a record must be an object, not {type(record).__name__}{hint}", n_bytes=n_bytes)
     if field not in record:
-        return Damage(f"no field {field!r} (it has {', '.join(map(repr, list(record)[:8])) or 'none'})")
+        names = ", ".join(map(repr, list(record)[:8])) or "none"
+        return Damage(f"no field {field!r} (it has {names})", n_bytes=n_bytes)
     text = record[field]
     if not isinstance(text, str):
-        return Damage(f"field {field!r} must be a string, not {type(text).__name__}")
-    return _checked(text)
+        return Damage(f"field {field!r} must be a string, not {type(text).__name__}", n_bytes=n_bytes)
+    return _checked(text, n_bytes)
 
 
-def field_names(path: str, kind: str, compression: str | None, encoding: str) -> list[str]:
+def _json(line: bytes, encoding: str) -> Any:
+    text = _decoded(line, encoding)
+    if isinstance(text, Damage):
+        return text
+    try:
+        return _DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        hint = "; name a file of records over several lines .json" if line.strip() in (b"{", b"[") else ""
+        return Damage(f"not JSON: {error}{hint}", n_bytes=len(line))
+
+
+def json_lines(numbered: Numbered, stop: int, encoding: str) -> Values:
+    """One value a line, for the lines that begin before ``stop``; blank lines are skipped."""
+    for offset, line in numbered:
+        if offset >= stop:
+            return
+        if isinstance(line, Damage):
+            # The file may be cut off between a record and its line end: that record is good.
+            rest = _json(line.rest, encoding)
+            if isinstance(rest, dict):
+                yield offset, rest, len(line.rest)
+            yield offset, line, 0
+        elif not is_blank(line):
+            yield offset, _json(line, encoding), len(line)
+
+
+def json_file(pieces: Iterable[bytes | Damage], encoding: str) -> Values:
+    """A ``.json`` file: lines of records (as some corpora call them), an array, or objects over several lines.
+
+    In the latter two a syntax error ends the file: everything before it is kept, the rest is one bad record.
+    """
+    iterator = iter(pieces)
+    head: list[bytes | Damage] = []
+    visible: list[bytes] = []  # the first two lines of the file that are not blank
+    numbered = lines(_recorded(iterator, head))
+    for _, line in numbered:
+        if isinstance(line, Damage) or len(visible) == 2:
+            break
+        if not is_blank(line):
+            visible.append(line)
+    again = itertools.chain(head, iterator)
+    begins_with_object = visible and visible[0].lstrip().startswith((b"{", codecs.BOM_UTF8))
+    if begins_with_object and any(isinstance(_json(line, encoding), dict) for line in visible):
+        return json_lines(lines(again), 2**63, encoding)
+    return _json_values(again, encoding)
+
+
+def _recorded(pieces: Iterator[bytes | Damage], into: list[bytes | Damage]) -> Iterator[bytes | Damage]:
+    for piece in pieces:
+        into.append(piece)
+        yield piece
+
+
+_BETWEEN = re.compile(r"[\s,\[\]\ufeff]*")
+
+
+class _Text:
+    """The decoded text of a file from the current value on; more is read as it is needed."""
+
+    def __init__(self, pieces: Iterable[bytes | Damage], encoding: str) -> None:
+        self.text, self.at, self.offset = "", 0, 0
+        self.damage: Damage | None = None
+        self._pieces = iter(pieces)
+        self._decoder = codecs.getincrementaldecoder(encoding)(SURROGATE)
+        self._ended = False
+
+    def take(self, end: int) -> int:
+        """Go on to the character ``end``; the number of bytes in between."""
+        taken = self.text[self.at : end]
+        n_bytes = len(taken) if taken.isascii() else len(taken.encode("utf-8", "surrogatepass"))
+        self.at, self.offset = end, self.offset + n_bytes
+        return n_bytes
+
+    def more(self) -> bool:
+        """Read on, as much again as there is; false at the end and for a value above the limit."""
+        kept = self.text[self.at :]
+        if self._ended or len(kept) > MAX_DOCUMENT_BYTES:
+            return False
+        read, size = [kept], 0
+        while not self._ended and size <= len(kept):
+            piece = next(self._pieces, None)
+            if piece is None or isinstance(piece, Damage):
+                self.damage, self._ended = piece, True
+                read.append(self._decoder.decode(b"", final=True))
+            else:
+                read.append(self._decoder.decode(piece))
+            size += len(read[-1])
+        self.text, self.at = "".join(read), 0
+        return size > 0
+
+
+def _json_values(pieces: Iterable[bytes | Damage], encoding: str) -> Values:
+    """Value after value, with any commas and brackets between them; the memory is that of the largest value."""
+    source = _Text(pieces, encoding)
+    depth = 0
+    while True:
+        between = _BETWEEN.match(source.text, source.at)
+        assert between is not None  # the expression matches the empty string
+        depth += between.group().count("[") - between.group().count("]")
+        source.take(between.end())
+        if source.at == len(source.text):
+            if source.more():
+                continue
+            break
+        try:
+            value, end = _DECODER.raw_decode(source.text, source.at)
+        except (ValueError, RecursionError) as error:
+            if not isinstance(error, RecursionError) and source.more():
+                continue
+            if source.damage is not None:
+                break
+            reason: Any = error.msg if isinstance(error, json.JSONDecodeError) else error
+            if len(source.text) - source.at > MAX_DOCUMENT_BYTES:
+                reason = f"a value of more than {MAX_DOCUMENT_BYTES:,} bytes, or {reason}"
+            begin, lost = source.offset, source.take(len(source.text))
+            while source.more():
+                lost += source.take(len(source.text))
+            yield begin, Damage(f"not JSON: {reason}", n_bytes=lost, at_least=True), 0
+            return
+        if end == len(source.text) and source.more():
+            continue  # a number may go on
+        begin = source.offset
+        yield begin, value, source.take(end)
+    if source.damage is not None:
+        pending = len(source.text) - source.at
+        yield source.offset, replace(source.damage, n_bytes=source.damage.n_bytes + pending), 0
+    elif depth > 0:
+        yield source.offset, Damage("the array is not closed: the file is cut off", at_least=True), 0
+
+
+# ---- CSV ----
+
+
+class _CsvLines:
+    """The lines of a file for ``csv.reader``, which remembers where the current row began."""
+
+    def __init__(self, numbered: Numbered, encoding: str) -> None:
+        self._numbered, self._encoding = iter(numbered), encoding
+        self.damage: tuple[int, Damage] | None = None
+        self.start_row()
+
+    def start_row(self) -> None:
+        self.begin: int | None = None
+        self.n_lines = self.n_bytes = 0
+
+    def __iter__(self) -> _CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        if self.damage is not None:
+            raise StopIteration
+        offset, line = next(self._numbered)
+        if self.begin is None:
+            self.begin = offset
+        if isinstance(line, Damage):
+            self.damage = offset, line
+            raise StopIteration
+        self.n_lines += 1
+        self.n_bytes += len(line) + 1
+        return line.decode(self._encoding, SURROGATE) + "\n"
+
+
+def csv_records(
+    numbered: Numbered, encoding: str, kind: str
+) -> Iterator[tuple[int, list[str] | Damage, int]]:
+    """(offset, cells, bytes) of each row, by the rules of Python's csv module (strict).
+
+    A stray quote makes one bad record of all lines up to the next quote.
+    """
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    source = _CsvLines(numbered, encoding)
+    reader = csv.reader(source, delimiter="\t" if kind == "tsv" else ",", strict=True)
+    first = True
+    while True:
+        source.start_row()
+        row: list[str] | Damage
+        try:
+            row = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            if source.damage is not None:
+                break  # the damage of the file is the reason
+            row = Damage(f"not CSV: {error}", n_bytes=source.n_bytes, at_least=source.n_lines > 1)
+        else:
+            if len(row) < 2 and not "".join(row).strip():
+                continue  # a blank line
+            if first:
+                row[0] = row[0].removeprefix("\ufeff")
+            if any("\udc80" in cell for cell in row):
+                row = replace(_not_encoded(b"", encoding, ""), n_bytes=source.n_bytes)
+        first = False
+        yield source.begin or 0, row, source.n_bytes
+    if source.damage is not None:
+        yield (*source.damage, 0)
+
+
+def csv_rows(numbered: Numbered, encoding: str, field: str, kind: str) -> Texts:
+    """The column ``field`` of a CSV or TSV file with a header; a row may span lines inside quotes."""
+    header: list[str] = []
+    for offset, row, n_bytes in csv_records(numbered, encoding, kind):
+        if isinstance(row, Damage):
+            yield offset, row
+        elif not header:
+            header = row
+        elif len(row) != len(header):
+            reason = f"{len(row)} columns where the header has {len(header)}"
+            yield offset, Damage(reason, n_bytes=n_bytes)
+        elif field not in header:
+            names = ", ".join(map(repr, header[:8]))
+            yield offset, Damage(f"no column {field!r} (the header has {names})", n_bytes=n_bytes)
+        else:
+            yield offset, _checked(row[header.index(field)], n_bytes)
+
+
+# ---- parquet ----
+
+
+def parquet_ranges(path: str, part_bytes: int) -> list[tuple[int, int, int]] | None:
+    """Runs of row groups (start, stop, bytes) of about ``part_bytes``; ``None`` if the footer cannot be read."""
+    import pyarrow as arrow  # 0.2 s, and only where a parquet file is read
+    import pyarrow.parquet
+
+    try:
+        metadata = arrow.parquet.read_metadata(path)
+        sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+    except (arrow.ArrowException, OSError, ValueError):
+        return None
+    result = []
+    start = n_bytes = 0
+    for group, size in enumerate(sizes):
+        n_bytes += size
+        if n_bytes >= part_bytes or group == len(sizes) - 1:
+            result.append((start, group + 1, n_bytes))
+            start, n_bytes = group + 1, 0
+    return result
+
+
+def parquet(file: IO[bytes], field: str, start: int, stop: int, size: int) -> Texts:
+    """The rows of row groups ``[start, stop)``; a damaged row group costs its rows from the damage on.
+
+    Args:
+        size: bytes of the file, which are lost where its footer cannot be read.
+    """
+    import pyarrow as arrow
+    import pyarrow.parquet
+
+    # OSError: pyarrow raises it for damaged pages, and so does the disk; both are a bad record here.
+    errors = (arrow.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError)
+    try:
+        opened = arrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        metadata = opened.metadata
+        groups = range(start, stop if stop >= 0 else metadata.num_row_groups)
+        counts = [metadata.row_group(group).num_rows for group in groups]
+        sizes = [metadata.row_group(group).total_byte_size for group in groups]
+        row = sum(metadata.row_group(group).num_rows for group in range(start))
+        names = opened.schema_arrow.names
+    except errors as error:
+        reason = f"not a parquet file, or its footer is damaged: {error}"
+        yield 0, Damage(reason, n_bytes=size, at_least=True)
+        return
+    wrong = None
+    if field not in names:
+        wrong = f"no column {field!r} (it has {', '.join(map(repr, names[:8]))})"
+    elif (kind := _bytes_type(opened.schema_arrow.field(names.index(field)).type)) is None:
+        wrong = (
+            f"column {field!r} must hold strings, not {opened.schema_arrow.field(names.index(field)).type}"
+        )
+    if wrong is not None:
+        if sum(counts):
+            yield row, Damage(wrong, documents=sum(counts), n_bytes=sum(sizes))
+        return
+    for group, rows, n_bytes in zip(groups, counts, sizes):
+        done = 0
+        try:
+            for batch in opened.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[field]):
+                column = batch.column(0)
+                if isinstance(column, arrow.ExtensionArray):
+                    column = column.storage
+                if arrow.types.is_dictionary(column.type):
+                    column = column.dictionary_decode()
+                # As bytes: one invalid string must not cost the batch.
+                for value in column.cast(kind).to_pylist():
+                    if value is None:
+                        yield row + done, Damage(f"column {field!r} is null")
+                    else:
+                        yield row + done, _decoded(value, "utf-8")
+                    done += 1
+        except errors as error:
+            lost = rows - done
+            yield (
+                row + done,
+                Damage(
+                    f"row group {group} is damaged, {lost:,} of its {rows:,} rows are lost: {error}",
+                    documents=max(lost, 1),
+                    n_bytes=n_bytes * lost // max(rows, 1),
+                ),
+            )
+        row += rows
+
+
+def _bytes_type(kind: Any) -> Any:
+    """The binary type that a column of texts is read as; ``None`` for a column of something else."""
+    import pyarrow as arrow
+
+    types = arrow.types
+    if isinstance(kind, arrow.BaseExtensionType):
+        kind = kind.storage_type
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if types.is_large_string(kind) or types.is_large_binary(kind):
+        return arrow.large_binary()
+    views = (arrow.string_view(), arrow.binary_view())
+    if types.is_string(kind) or types.is_binary(kind) or types.is_null(kind) or kind in views:
+        return arrow.binary()
+    return arrow.binary() if types.is_fixed_size_binary(kind) else None
+
+
+# ---- field names ----
+
+
+def field_names(path: str, kind: str, encoding: str) -> list[str]:
     """The names that the first 100 records of a file have, in order; empty if none of them can be read."""
     if kind == "parquet":
         import pyarrow as arrow
@@ -134,256 +491,10 @@ def field_names(path: str, kind: str, compression: str | None, encoding: str) ->
         except (arrow.ArrowException, OSError, ValueError):
             return []
     with open(path, "rb") as file:
-        pieces, encoding = stream(file, compression, encoding)
+        pieces, encoding = as_lines_of_bytes(chunks(file, compression_of(path)), encoding)
         if kind in ("csv", "tsv"):
-            for _, row in _csv_records(lines(pieces), lambda raw: _csv_row(raw, encoding, kind)):
-                return row if isinstance(row, list) else []
-            return []
-        read = (
-            json_file(lines(pieces), encoding)
-            if kind == "json"
-            else json_lines(lines(pieces), 2**63, encoding)
-        )
-        records = [value for _, value in itertools.islice(read, 100) if isinstance(value, dict)]
+            row = next((row for _, row, _ in csv_records(lines(pieces), encoding, kind)), None)
+            return row if isinstance(row, list) else []
+        values = json_file(pieces, encoding) if kind == "json" else json_lines(lines(pieces), 2**63, encoding)
+        records = [value for _, value, _ in itertools.islice(values, 100) if isinstance(value, dict)]
     return list(dict.fromkeys(name for record in records for name in record))
-
-
-def _json(line: bytes, encoding: str) -> Any:
-    text = _decoded(line, encoding)
-    if isinstance(text, Damage):
-        return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return Damage(f"not JSON: {error}")
-
-
-def json_lines(numbered: Numbered, stop: int, encoding: str) -> Iterator[tuple[int, Any]]:
-    """One value a line; blank lines are nothing."""
-    for offset, line in numbered:
-        if offset >= stop:
-            return
-        if isinstance(line, Damage):
-            # The file may be cut exactly behind a record whose line end is missing: that record is good.
-            rest = _json(line.rest, encoding)
-            if isinstance(rest, dict):
-                yield offset, rest
-            yield offset, line
-        elif not is_blank(line):
-            yield offset, _json(line, encoding)
-
-
-def json_file(numbered: Numbered, encoding: str) -> Iterator[tuple[int, Any]]:
-    """A ``.json`` file: lines of records (as some corpora call them), an array, or objects over many lines."""
-    visible = (one for one in numbered if isinstance(one[1], Damage) or not is_blank(one[1]))
-    head = list(itertools.islice(visible, 2))
-    values = [None if isinstance(line, Damage) else _json(line, encoding) for _, line in head]
-    again = itertools.chain(head, visible)
-    if head and isinstance(values[0], dict) and (len(head) == 1 or isinstance(values[1], dict)):
-        yield from json_lines(again, 2**63, encoding)
-    else:
-        yield from _json_values(again, encoding)
-
-
-def _json_values(numbered: Numbered, encoding: str) -> Iterator[tuple[int, Any]]:
-    """The values of a file whose records are not its lines; it is held in memory up to each damage."""
-    held: list[bytes] = []
-    begin = end = 0
-    for offset, line in numbered:
-        if not held:
-            begin = end = offset
-        if offset > end:
-            held.append(b" " * (offset - end - 1))  # blank lines were left out: the offsets must stay true
-        if isinstance(line, Damage):
-            yield from _scan(b"\n".join([*held, line.rest]), begin, encoding)
-            yield offset, line
-            held = []
-        else:
-            held.append(line)
-            end = offset + len(line) + 1
-    yield from _scan(b"\n".join(held), begin, encoding)
-
-
-_OBJECT = re.compile(r'\{\s*"')
-_BETWEEN = re.compile(r"[\s,\[\]\ufeff]*")
-
-
-def _scan(raw: bytes, begin: int, encoding: str) -> Iterator[tuple[int, Any]]:
-    """Value after value; behind a broken one, on with the next object that can be read (in a JSON string
-    every quote is escaped, so that text cannot look like the beginning of an object)."""
-    text = raw.decode(encoding, SURROGATE)
-    decoder = json.JSONDecoder()
-    at = 0
-    healthy = True  # what is tried and fails behind a broken value is not a second broken value
-    while True:
-        at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string
-        if at == len(text):
-            return
-        offset = begin + (at if text.isascii() else len(text[:at].encode("utf-8", "surrogatepass")))
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            if healthy:
-                yield offset, Damage(f"not JSON: {error}")
-            healthy = False
-            found = _OBJECT.search(text, at + 1)
-            if not found:
-                return
-            at = found.start()
-            continue
-        healthy = True
-        yield offset, value
-        at = end
-
-
-class _NotCsv(Damage):
-    """What looks like a row is none: a quote may be missing, or be one too many."""
-
-
-def csv_rows(numbered: Numbered, encoding: str, field: str, kind: str) -> Texts:
-    """Rows of a CSV file with a header; a row may span lines inside quotes.
-
-    A line with a quote too few or too many is a bad record, and reading goes on with the next line. Weaker than
-    the other formats in one case: where a stray quote makes one well-formed row of several lines, it is read as
-    that row, because nothing in the file tells otherwise.
-    """
-    header: list[str] = []
-
-    def parse(raw: bytes) -> list[str] | Damage:
-        row = _csv_row(raw, encoding, kind)
-        if header and isinstance(row, list) and len(row) != len(header):
-            return _NotCsv(f"{len(row)} columns where the header has {len(header)}")
-        return row
-
-    for offset, row in _csv_records(numbered, parse):
-        if isinstance(row, Damage):
-            yield offset, row
-        elif not header:
-            header += row
-        elif field not in header:
-            yield offset, Damage(f"no column {field!r} in the header")
-        else:
-            yield offset, _checked(row[header.index(field)])
-
-
-def _csv_row(raw: bytes, encoding: str, kind: str) -> list[str] | Damage:
-    text = _decoded(raw, encoding)
-    csv.field_size_limit(MAX_DOCUMENT_BYTES)
-    delimiter = "\t" if kind == "tsv" else ","
-    try:
-        # Several lines that are no row do not become one bad record because one of them cannot be decoded.
-        content = io.StringIO(
-            raw.decode(encoding, SURROGATE) if isinstance(text, Damage) else text, newline=""
-        )
-        rows = list(csv.reader(content, delimiter=delimiter, strict=True))
-    except csv.Error as error:
-        return _NotCsv(f"not CSV: {error}")
-    if len(rows) != 1:
-        return _NotCsv(f"not CSV: {len(rows)} rows where one was expected")
-    return text if isinstance(text, Damage) else rows[0]
-
-
-def _csv_records(
-    numbered: Numbered, parse: Callable[[bytes], list[str] | Damage]
-) -> Iterator[tuple[int, list[str] | Damage]]:
-    """Lines joined while a quote is open (a doubled quote keeps the count even). Where that gives no row, the
-    first of the lines is bad, and all behind it are read again as if it were not there."""
-    again: deque[tuple[int, bytes | Damage]] = deque()
-    held: list[tuple[int, bytes]] = []
-    quotes = 0
-    while True:
-        item = again.popleft() if again else next(numbered, None)
-        row: list[str] | Damage
-        if item is not None and isinstance(line := item[1], bytes):
-            if not held and is_blank(line):
-                continue
-            held.append((item[0], line))
-            quotes += line.count(b'"')
-            if quotes % 2 == 0:
-                row = parse(b"\n".join(one for _, one in held))
-            elif len(held) > _MAX_CSV_LINES:
-                row = _NotCsv(f"a quote that is not closed within {_MAX_CSV_LINES:,} lines")
-            else:
-                continue
-            item = None
-        elif held:
-            row = _NotCsv("a quote that is not closed" + (" before the damage" if item else ""))
-        elif item is None:
-            return
-        else:
-            yield item[0], cast(Damage, item[1])
-            continue
-        yield held[0][0], row
-        behind = held[1:] if isinstance(row, _NotCsv) else []
-        again.extendleft(reversed([*behind, item] if item else behind))
-        held, quotes = [], 0
-
-
-def parquet_ranges(path: str, part_bytes: int) -> list[tuple[int, int, int]] | None:
-    """Runs of row groups (start, stop, compressed bytes) of about ``part_bytes``; ``None`` if there is no
-    footer."""
-    import pyarrow as arrow  # 0.2 s, and only where a parquet file is read
-    import pyarrow.parquet
-
-    try:
-        metadata = arrow.parquet.read_metadata(path)
-    except (arrow.ArrowException, OSError, ValueError):
-        return None
-    result = []
-    start = n_bytes = 0
-    for group in range(metadata.num_row_groups):
-        n_bytes += metadata.row_group(group).total_byte_size
-        if n_bytes >= part_bytes or group == metadata.num_row_groups - 1:
-            result.append((start, group + 1, n_bytes))
-            start, n_bytes = group + 1, 0
-    return result
-
-
-def parquet(file: IO[bytes], field: str, start: int, stop: int) -> Texts:
-    """The rows of row groups ``[start, stop)``; a damaged row group costs its rows from the damage on."""
-    import pyarrow as arrow
-    import pyarrow.parquet
-
-    # OSError: pyarrow raises it for damaged pages, and so does the disk; both are a bad record here.
-    errors = (arrow.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError)
-    try:
-        opened = arrow.parquet.ParquetFile(file, page_checksum_verification=True)
-        metadata = opened.metadata
-        groups = range(start, stop if stop >= 0 else metadata.num_row_groups)
-        row = sum(metadata.row_group(group).num_rows for group in range(start))
-        names = opened.schema_arrow.names
-    except errors as error:
-        yield 0, Damage(f"not a parquet file, or its footer is damaged: {error}")
-        return
-    if field not in names:
-        if start == 0:  # said once for a file, however many pieces it is read in
-            yield 0, Damage(f"no column {field!r} (it has {', '.join(map(repr, names[:8]))})")
-        return
-    for group in groups:
-        rows = metadata.row_group(group).num_rows
-        done = 0
-        try:
-            for batch in opened.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[field]):
-                column = batch.column(0)
-                kind = column.type
-                if arrow.types.is_dictionary(kind):
-                    column = column.dictionary_decode()
-                    kind = column.type
-                if arrow.types.is_string(kind) or arrow.types.is_large_string(kind):
-                    # As bytes: one invalid string must not cost the batch.
-                    column = column.cast(
-                        arrow.large_binary() if arrow.types.is_large_string(kind) else arrow.binary()
-                    )
-                elif not (arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)):
-                    if start == group == 0:
-                        yield row, Damage(f"column {field!r} must hold strings, not {kind}")
-                    return
-                for value in column.to_pylist():
-                    if value is None:
-                        yield row + done, Damage(f"column {field!r} is null")
-                    else:
-                        yield row + done, _decoded(value, "utf-8")
-                    done += 1
-        except errors as error:
-            yield row + done, Damage(f"row group {group} is damaged, {rows - done} rows are lost: {error}")
-        row += rows

@@ -1,13 +1,14 @@
-"""What the user wrote under ``data.train`` -> the files of each source.
+"""Entries of ``data.train`` (paths, globs, folders, ``stdlib``, ``hf://...``, mappings) to the files of each source.
 
-Comes in: paths, globs, folders, ``stdlib``, ``hf://...`` or mappings. Goes out: one :class:`Source`
-for each, its files sorted by relative path. What always holds: no file is in two places (also not by a link);
-every refusal names the value and the remedy.
+Files are sorted by their path below the folder that was named. No file is in two sources, also not by a link. A folder
+is walked once, whatever links lead to it; run folders, token stores, checkpoints and exports inside are not read as
+text.
 """
 
 from __future__ import annotations
 
-import difflib
+import codecs
+import fnmatch
 import glob
 import itertools
 import os
@@ -15,12 +16,13 @@ import re
 import statistics
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lmcore.data.text import formats
-from lmcore.data.text.compression import CODECS, chunks, encoding_is_wide
+from lmcore.data.text.compression import CODECS, SURROGATE, chunks, compression_of, encoding_is_wide
 from lmcore.errors import RequestError
+from lmcore.humanize import did_you_mean
 
 HUB = "hf://"
 FOREIGN_SUFFIXES = (".bin", ".idx", ".npy", ".ds", ".index")
@@ -51,16 +53,29 @@ _SMALL_FILE_BYTES = 2**20
 _STDLIB_WITHOUT = frozenset(
     ["test", "tests", "site-packages", "dist-packages", "lib2to3", "idlelib", "turtledemo", "__pycache__"]
 )
+_MOST_NAME_BYTES = 200
+"""A source's name is part of a folder name, which may have 255 bytes."""
+_SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
+"""Folders without files of text, and partly without an end."""
+_RUN_FILES = frozenset(
+    [
+        *("status.json", "metrics.jsonl", "config.yaml", "train.log", "report.html", "plan.json", ".lock"),
+        *("checkpoints", "tokenizer", "export", "logs", "profile", "tensorboard", "sample"),
+    ]
+)
+"""What a training writes into its run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One entry of the corpus.
 
-    ``paths`` are absolute (or ``hf://...``); ``relative_paths`` are the same
-    files as the user sees them, below the folder that was named: they do not change when the corpus is moved.
-    ``unit`` is never ``auto`` here; ``unit_reason`` says how it was decided. ``ignored`` counts the files of
-    named folders that are of no known kind.
+    Attributes:
+        paths: absolute paths, or one ``hf://...``.
+        relative_paths: the same files below the folder that was named: they do not change when the corpus is moved.
+        unit: ``line``, ``paragraph`` or ``file``; ``unit_reason`` says how it was decided.
+        ignored: number of files of named folders that are of no known kind.
+        notes: what the walk left out, as lines for the user.
     """
 
     name: str
@@ -72,6 +87,7 @@ class Source:
     unit_reason: str = ""
     encoding: str = "utf-8"
     ignored: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def file_kind(path: str) -> str | None:
@@ -90,38 +106,98 @@ def resolve(
     text_field: str = "text",
     unit: str = "auto",
     encoding: str = "utf-8",
+    join_files: bool = False,
 ) -> list[Source]:
-    """One :class:`Source` for each entry; the keyword arguments are the defaults of entries that do not say.
+    """The sources that the entries name.
 
-    An entry is a path, a folder (all files of known kinds in it, hidden ones aside; or a token store), a glob
-    (``**`` for any depth; all files that match), ``stdlib`` (the Python standard library's own source),
-    ``hf://name`` (passed on), or a mapping with ``path`` or ``paths`` and ``weight``, ``name``,
-    ``text_field``, ``unit``, ``encoding``.
+    Args:
+        entries: each one a path, a folder (all files of known kinds in it, hidden ones aside; or a token store), a
+            glob (``**`` for any depth; all files that match), ``stdlib`` (the Python standard library's own source),
+            ``hf://name`` (passed on), or a mapping with ``path`` or ``paths`` and ``weight``, ``name``,
+            ``text_field``, ``unit``, ``encoding``.
+        text_field, unit, encoding: for entries that do not say it themselves.
+        join_files: files that are named one by one are one source, so that a glob is the same source whether or not
+            the shell has expanded it. A mapping is always a source of its own.
 
     Raises:
-        RequestError: no such file, a glob or folder without files, the same file twice, an unknown encoding
-            or unit, a text field that the first records do not have.
+        RequestError: no such file, a glob or folder without files, the same file twice, an unknown encoding or unit,
+            a text field that the first records do not have.
+
+    Example:
+        >>> [source] = resolve(["corpus/*.txt"])
+        >>> source.name, source.relative_paths
+        ('corpus', ('a.txt', 'b.txt'))
     """
     sources: list[Source] = []
-    owners: dict[str, str] = {}
-    for entry in [entries] if isinstance(entries, str) else entries:
+    owners: dict[tuple[int, int], str] = {}
+    listed = [entries] if isinstance(entries, str) else list(entries)
+    for entry in _joined(listed) if join_files else listed:
         source = _source(entry, text_field, unit, encoding)
         for path in source.paths:
-            real = os.path.realpath(path)
-            if not path.startswith(HUB) and owners.setdefault(real, path) is not path:
-                raise RequestError(f"{path} is in the corpus twice (also as {owners[real]}): give it once")
+            identity = file_identity(path)
+            if identity is not None and owners.setdefault(identity, path) is not path:
+                raise RequestError(
+                    f"{path} is in the corpus twice (also as {owners[identity]}): give it once"
+                )
         taken = [other.name for other in sources]
         if source.name in taken:
             if isinstance(entry, Mapping) and entry.get("name"):
                 raise RequestError(f"two sources are called {source.name!r}: give each its own name")
             names = (f"{source.name}-{number}" for number in itertools.count(2))
-            source = _renamed(source, next(name for name in names if name not in taken))
+            source = replace(source, name=next(name for name in names if name not in taken))
         sources.append(source)
     return sources
 
 
-def _renamed(source: Source, name: str) -> Source:
-    return Source(**{**source.__dict__, "name": name})
+def file_identity(path: str) -> tuple[int, int] | None:
+    """(device, inode) of a file, links followed; ``None`` where there is no such file."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+def _joined(entries: Sequence[str | Mapping[str, Any]]) -> list[str | Mapping[str, Any]]:
+    """The entries with all files that were named one by one as one entry, in the place of the first."""
+    files = [entry for entry in entries if isinstance(entry, str) and _is_text_file(entry)]
+    if len(files) < 2 or len({os.path.abspath(os.path.expanduser(file)) for file in files}) < len(files):
+        return list(entries)
+    joined = _pattern_of(files) or {"paths": files, "name": _name(_common_folder(files))}
+    rest = [entry for entry in entries if entry not in files]
+    first = next(index for index, entry in enumerate(entries) if entry in files)
+    return [*rest[:first], joined, *rest[first:]]
+
+
+def _is_text_file(entry: str) -> bool:
+    path = os.path.expanduser(entry)
+    return not path.endswith(FOREIGN_SUFFIXES) and os.path.isfile(path)
+
+
+def _common_folder(files: Sequence[str]) -> str:
+    return os.path.commonpath([os.path.dirname(os.path.abspath(os.path.expanduser(file))) for file in files])
+
+
+def _pattern_of(files: Sequence[str]) -> str | None:
+    """The glob whose expansion by a shell the files are, if there is one."""
+    folder = _common_folder(files)
+    relative = [os.path.relpath(os.path.abspath(os.path.expanduser(file)), folder) for file in files]
+    names = [os.path.basename(path) for path in relative]
+    before = _common_start(names)
+    after = _common_start([name[len(before) :][::-1] for name in names])[::-1]
+    suffix = after[after.find(".") :] if "." in after else ""
+    depths = {path.count(os.sep) for path in relative}
+    folders = "*/" * depths.pop() if len(depths) == 1 else "**/"
+    for pattern in (f"*{suffix}", f"{glob.escape(before)}*{suffix}"):
+        whole = os.path.join(folder, folders + pattern)
+        if set(_glob(whole)[0]) == {os.path.join(folder, path) for path in relative}:
+            return whole
+    return None
+
+
+def _common_start(words: Sequence[str]) -> str:
+    low, high = min(words), max(words)
+    return low[: next((index for index, one in enumerate(low) if one != high[index]), len(low))]
 
 
 def _source(entry: str | Mapping[str, Any], text_field: str, unit: str, encoding: str) -> Source:
@@ -130,7 +206,7 @@ def _source(entry: str | Mapping[str, Any], text_field: str, unit: str, encoding
     for key in options:
         if key not in known:
             raise RequestError(
-                f"a source has no option {key!r}{_nearest(str(key), known)}: {', '.join(known)}"
+                f"unknown option {key!r} of a source; choose from {', '.join(known)}{did_you_mean(str(key), known)}"
             )
     patterns = [p for key in ("path", "paths") for p in _as_list(options.get(key))]
     if not patterns:
@@ -140,30 +216,37 @@ def _source(entry: str | Mapping[str, Any], text_field: str, unit: str, encoding
     text_field = options.get("text_field") or text_field
     weight = options.get("weight")
     if unit not in UNITS:
-        raise RequestError(f"unit {unit!r} is not known{_nearest(unit, UNITS)}: {', '.join(UNITS)}")
-    if weight is not None and not (isinstance(weight, int | float) and weight > 0):
+        raise RequestError(
+            f"unknown unit {unit!r}; choose from {', '.join(UNITS)}{did_you_mean(str(unit), UNITS)}"
+        )
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if weight is not None and not (is_number and 0 < weight < float("inf")):
         raise RequestError(f"the weight of {patterns[0]} must be a positive number, not {weight!r}")
     encoding = _checked_encoding(encoding)
+    name = _checked_name(options["name"]) if options.get("name") else _name(str(patterns[0]))
     files: dict[str, str] = {}
     ignored = 0
+    notes: list[str] = []
     for pattern in patterns:
-        found, others = _expand(str(pattern))
-        ignored += others
-        for path, relative in found:
+        found = _expand(str(pattern))
+        ignored += found.ignored
+        notes += found.notes
+        for path, relative in found.files:
             files.setdefault(path, relative)
     ordered = sorted(files.items(), key=lambda item: (item[1], item[0]))
     paths = tuple(path for path, _ in ordered)
     chosen, reason = (unit, "as asked") if unit != "auto" else _auto_unit(paths, encoding)
     source = Source(
-        name=str(options.get("name") or _name(str(patterns[0]))),
+        name=name,
         paths=paths,
-        relative_paths=tuple(relative for _, relative in ordered),
+        relative_paths=tuple(_utf8_name(relative) for _, relative in ordered),
         weight=None if weight is None else float(weight),
         text_field=text_field,
         unit=chosen,
         unit_reason=reason,
         encoding=encoding,
         ignored=ignored,
+        notes=tuple(dict.fromkeys(notes)),
     )
     _check_field(source)
     return source
@@ -173,80 +256,156 @@ def _as_list(value: Any) -> Sequence[Any]:
     return [] if value is None else [value] if isinstance(value, str | os.PathLike) else list(value)
 
 
-def _nearest(word: str, names: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, [str(name) for name in names], n=1, cutoff=0.5)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+def _utf8_name(name: str) -> str:
+    """A file name that is not UTF-8 with its bytes spelt out, so that JSON and UTF-8 files can hold it."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _checked_encoding(encoding: str) -> str:
+def _checked_name(name: Any) -> str:
+    """A name that stays one folder name.
+
+    Raises:
+        RequestError: it is a path, hidden, too long, or has control characters.
+    """
+    given = str(name)
+    if given in (".", "..") or re.search(r"[/\\]", given) or not given.isprintable() or given.startswith("."):
+        raise RequestError(
+            f"the name of a source becomes a folder name: {given!r} must be without / and \\, without control "
+            "characters, and must not begin with a dot"
+        )
+    if len(given.encode("utf-8", "surrogateescape")) > _MOST_NAME_BYTES:
+        raise RequestError(
+            f"the name of a source may have {_MOST_NAME_BYTES} bytes, {given[:40]!r}... has more"
+        )
+    return given
+
+
+def _checked_encoding(encoding: Any) -> str:
     try:
-        encoding_is_wide(encoding)
-    except (LookupError, UnicodeError, TypeError):
+        wide = encoding_is_wide(encoding)
+        decoder = codecs.getincrementaldecoder(encoding)(SURROGATE)
+        # Not every codec is one of text, and some know no other error handlers than their own.
+        if decoder.decode("a\n".encode(encoding), True) != "a\n":
+            raise LookupError
+        if not wide:
+            b"\xff".decode(encoding, SURROGATE)
+    except (LookupError, UnicodeError, TypeError, ValueError):
         raise RequestError(
             f"encoding {encoding!r} is not known: utf-8, cp932 (Shift-JIS), euc_jp, utf-16, latin-1, ..."
         ) from None
     # A byte order mark is removed anyway, and only plain utf-8 can be cut into parts.
-    return "utf-8" if encoding.lower().replace("_", "-") in ("utf-8-sig", "utf8") else encoding
+    return "utf-8" if encoding.lower().replace("_", "-") in ("utf-8-sig", "utf8") else str(encoding)
 
 
-def _expand(pattern: str) -> tuple[list[tuple[str, str]], int]:
-    """[(absolute path, relative path)], and the number of files in a folder that are of no known kind."""
+# ---- entries to files ----
+
+
+@dataclass(frozen=True)
+class _Found:
+    """[(absolute path, path below the folder that was named)], and what was left out."""
+
+    files: list[tuple[str, str]]
+    ignored: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def _expand(pattern: str) -> _Found:
     if pattern == "stdlib":
-        return _stdlib(), 0
+        return _Found(_stdlib())
     if pattern == "-":
         raise RequestError(
             "'-' (standard input) is not a corpus, because a resume and a second epoch could not read it again:"
             " write it to a file (`... > corpus.txt`; compressed files are read as they are) and name that file"
         )
     if pattern.startswith(HUB):
-        return [(pattern, pattern)], 0
+        return _Found([(pattern, pattern)])
     if re.match(r"[a-z0-9]+://", pattern):
         raise RequestError(
             f"{pattern}: remote files are not read, because a run must be repeatable without the network:"
-            " copy or mount them, or give a Hub data set as hf://name"
+            " copy or mount them, or give a Hub dataset as hf://name"
         )
+    if "\0" in pattern:
+        raise RequestError(f"{pattern!r} is not a path: it has a NUL character")
     path = os.path.abspath(os.path.expanduser(pattern))
-    if os.path.isdir(path):
-        everything = list(_walk(path))
-        if os.path.join(path, "manifest.json") in everything:  # a token store of ours: its tokens, in order
-            parts = [p for p in everything if os.path.dirname(p) == path and p.endswith(".bin")]
-            if parts:
-                return [(_readable(p), os.path.basename(p)) for p in parts], 0
-        found = [p for p in everything if _suffix(p) in _PROSE or _suffix(p) in _CODE or file_kind(p)]
-        if not found:
-            example = (
-                f"; it holds {len(everything)} files like {os.path.relpath(everything[0], path)}"
-                if everything
-                else ""
-            )
+    try:
+        if os.path.isdir(path):
+            return _folder(path, pattern)
+        if os.path.isfile(path):
+            return _Found([(_readable(path), os.path.basename(path))])
+        if glob.has_magic(pattern):
+            return _matches(pattern)
+        if os.path.exists(path):
             raise RequestError(
-                f"folder {pattern} has no file of a known kind (.txt, .jsonl, .parquet, ...){example}: a glob"
-                f" such as '{pattern.rstrip('/')}/**' takes every file"
+                f"{pattern} is not a regular file and cannot be read twice: write its text to a file"
             )
-        return [(_readable(p), os.path.relpath(p, path)) for p in found], len(everything) - len(found)
-    if os.path.isfile(path):
-        return [(_readable(path), os.path.basename(path))], 0
-    if glob.has_magic(pattern):
-        matches = [os.path.abspath(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True)]
-        found = [p for p in matches if os.path.isfile(p)]
-        if not found:
-            only = (
-                f" (only folders: {os.path.basename(matches[0])}, ...; '**' goes into them)"
-                if matches
-                else ""
-            )
-            raise RequestError(f"no file matches {pattern!r}{only}; the current folder is {os.getcwd()}")
-        root = path
-        while glob.has_magic(root):
-            root = os.path.dirname(root)
-        return [(_readable(p), os.path.relpath(p, root)) for p in found], 0
-    if os.path.exists(path):
-        raise RequestError(
-            f"{pattern} is not a regular file and cannot be read twice: write its text to a file"
+        folder, name = os.path.split(path)
+        siblings = os.listdir(folder) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise RequestError(f"{pattern} cannot be read: {error.strerror or error}") from None
+    raise RequestError(f"no such file or folder: {pattern}{did_you_mean(name, siblings)}")
+
+
+def _folder(path: str, pattern: str) -> _Found:
+    names = os.listdir(path)
+    parts = sorted(name for name in names if name.endswith(".bin"))
+    if parts and "manifest.json" in names:  # a token store: its tokens, in order
+        return _Found([(_readable(os.path.join(path, name)), name) for name in parts])
+    walk = _Walk(path)
+    everything = list(walk.files())
+    found = [p for p in everything if _suffix(p) in _PROSE or _suffix(p) in _CODE or file_kind(p)]
+    if not found:
+        example = (
+            f"; it has {len(everything)} files like {os.path.relpath(everything[0], path)}"
+            if everything
+            else ""
         )
-    folder, name = os.path.split(path)
-    siblings = os.listdir(folder) if os.path.isdir(folder) else []
-    raise RequestError(f"no such file or folder: {pattern}{_nearest(name, siblings)}")
+        left_out = f" ({walk.notes[0]})" if walk.notes else ""
+        raise RequestError(
+            f"folder {pattern} has no file of a known kind (.txt, .jsonl, .parquet, ...){example}{left_out}: a glob"
+            f" such as '{pattern.rstrip('/')}/**' takes every file"
+        )
+    files = [(_readable(p), os.path.relpath(p, path)) for p in found]
+    return _Found(files, len(everything) - len(found), tuple(walk.notes))
+
+
+def _matches(pattern: str) -> _Found:
+    matches, root, notes = _glob(pattern)
+    found = [path for path in matches if os.path.isfile(path)]
+    if not found:
+        only = f" (only folders: {os.path.basename(matches[0])}, ...; '**' goes into them)" if matches else ""
+        left_out = f" ({notes[0]})" if notes else ""
+        raise RequestError(
+            f"no file matches {pattern!r}{only}{left_out}; the current folder is {os.getcwd()}"
+        )
+    return _Found([(_readable(path), os.path.relpath(path, root)) for path in found], 0, tuple(notes))
+
+
+def _glob(pattern: str) -> tuple[list[str], str, list[str]]:
+    """(absolute paths, the folder above the first wildcard, notes). With ``**`` each folder is entered once."""
+    parts = os.path.abspath(os.path.expanduser(pattern)).split(os.sep)
+    root, first = os.sep, 1
+    while first < len(parts) - 1:
+        below = os.path.join(root, parts[first])
+        if glob.has_magic(parts[first]) and not os.path.isdir(
+            below
+        ):  # a folder may have brackets in its name
+            break
+        root, first = below, first + 1
+    rest = parts[first:]
+    if "**" not in rest:
+        return [os.path.join(root, path) for path in glob.glob(os.path.join(*rest), root_dir=root)], root, []
+    walk = _Walk(root)
+    found = [path for path in walk.files() if _match(os.path.relpath(path, root).split(os.sep), rest)]
+    return found, root, walk.notes
+
+
+def _match(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Does a path match a glob, both split at the slashes?"""
+    if not parts:
+        return not names
+    if parts[0] == "**":
+        return any(_match(names[skip:], parts[1:] or ["*"]) for skip in range(len(names)))
+    return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _match(names[1:], parts[1:])
 
 
 def _readable(path: str) -> str:
@@ -255,17 +414,81 @@ def _readable(path: str) -> str:
     return path
 
 
-def _walk(folder: str) -> Iterator[str]:
-    """Every file below, links followed, hidden ones and Python's caches aside."""
-    seen = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
-        yield from (os.path.join(here, name) for name in sorted(files) if not name.startswith("."))
+class _Walk:
+    """The regular files below a folder, hidden ones and Python's caches aside.
+
+    Links are followed, but each folder is entered once: first all folders under their own names, then those that only
+    links lead to. Folders of the system, and what a training has written, are left out and said in ``notes``.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.notes: list[str] = []
+        self._seen: set[tuple[int, int]] = set()
+        # Somebody may keep text in /dev/shm: what is named may be read, but no walk leads into these folders.
+        real = os.path.realpath(root)
+        self._system = [f for f in _SYSTEM_FOLDERS if not real.startswith(f + "/")]
+
+    def files(self) -> Iterator[str]:
+        folders = [(self.root, os.path.realpath(self.root))]
+        links: list[str] = []
+        while folders or links:
+            folder, real = folders.pop() if folders else (links[0], os.path.realpath(links.pop(0)))
+            below: list[str] = []
+            for entry in self._entries(folder, real):
+                try:
+                    if entry.is_file():
+                        yield entry.path
+                    elif entry.is_dir():
+                        (links if entry.is_symlink() else below).append(entry.path)
+                except OSError:  # a link that leads in a circle
+                    continue
+            folders += [(path, os.path.join(real, os.path.basename(path))) for path in reversed(below)]
+
+    def _entries(self, folder: str, real: str) -> list[os.DirEntry[str]]:
+        """What may be read in a folder; nothing where it was entered before."""
+        identity = file_identity(folder)
+        if identity is None or identity in self._seen:
+            return []
+        self._seen.add(identity)
+        if any(real == system or real.startswith(system + "/") for system in self._system):
+            self.notes.append(f"left out: {folder}, a folder of the system")
+            return []
+        try:
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            self.notes.append(f"left out: {folder}, which cannot be read ({error.strerror or error})")
+            return []
+        what, written = _written_by_training([entry.name for entry in entries])
+        if what:
+            self.notes.append(f"left out: {folder}, {what}")
+        return [
+            entry
+            for entry in entries
+            if not (entry.name.startswith(".") or entry.name == "__pycache__" or entry.name in written)
+        ]
+
+
+def _is_token_store(names: Iterable[str]) -> bool:
+    """Also one that is not finished."""
+    there = set(names)
+    parts = any(re.fullmatch(r"part-\d+\.(bin|ends|json|claim)", name) for name in there)
+    return (parts and not there.isdisjoint(["manifest.json", "plan.json"])) or there == {"plan.json"}
+
+
+def _written_by_training(names: Sequence[str]) -> tuple[str, frozenset[str]]:
+    """(what a folder is, which of its names are not text), for folders that a training has written."""
+    there = frozenset(names)
+    if _is_token_store(there):
+        return "a token store", there
+    if {"manifest.json", "state.json"} <= there:
+        return "a checkpoint", there
+    if "tokenizer_config.json" in there or {"config.json", "model.safetensors"} <= there:
+        return "a tokenizer or a model", there
+    if "status.json" in there and len(there & _RUN_FILES) > 1:
+        return "the files of a run", _RUN_FILES
+    return "", frozenset()
 
 
 def _stdlib() -> list[tuple[str, str]]:
@@ -283,17 +506,21 @@ def _stdlib() -> list[tuple[str, str]]:
 
 
 def _name(pattern: str) -> str:
-    """A name for the metrics: what stands before the first wildcard or suffix."""
+    """A name for metrics and folders: the last part of the path before the first wildcard or suffix."""
     fixed = pattern.removeprefix(HUB).rstrip("/")
     while glob.has_magic(os.path.basename(fixed)):
         stem = re.split(r"[*?\[]", os.path.basename(fixed))[0].strip("._- ")
         fixed = os.path.join(os.path.dirname(fixed), stem) if stem else os.path.dirname(fixed)
     base = os.path.basename(os.path.abspath(fixed) if fixed in ("", ".", "..") else fixed)
-    return re.sub(r"[^\w.-]+", "-", base.split(".")[0] or base).strip("-") or "source"
+    name = re.sub(r"[^\w.-]+", "-", base.split(".")[0] or base).strip("-") or "source"
+    return name.encode()[:_MOST_NAME_BYTES].decode("utf-8", "ignore")
+
+
+# ---- checks of the first file ----
 
 
 def _auto_unit(paths: Sequence[str], encoding: str) -> tuple[str, str]:
-    """The stated rule of ``unit: auto`` (see :mod:`lmcore.data.text.documents`)."""
+    """(unit, reason) by the rule of ``unit: auto``, see :mod:`lmcore.data.text.documents`."""
     plain = [p for p in paths if not file_kind(p) and not p.startswith(HUB)]
     plain = [p for p in plain if not p.endswith(FOREIGN_SUFFIXES)]
     if not plain:
@@ -302,16 +529,25 @@ def _auto_unit(paths: Sequence[str], encoding: str) -> tuple[str, str]:
         return "file", "auto: mostly source code or markup"
     if len(plain) > 1 and statistics.median(os.path.getsize(p) for p in plain) <= _SMALL_FILE_BYTES:
         return "file", f"auto: {len(plain)} files, the median at most 1 MiB"
-    head = b""
-    with open(plain[0], "rb") as file:
-        for piece in chunks(file, CODECS.get(os.path.splitext(plain[0])[1].lower())):
-            head += piece if isinstance(piece, bytes) else b""
-            if len(head) >= _SMALL_FILE_BYTES:
-                break
-    text = head[:_SMALL_FILE_BYTES].decode(encoding, "replace")
-    if re.search(r"\S[^\n]*\n[ \t\r]*\n\s*\S", text):
+    head: list[bytes] = []
+    try:
+        with open(plain[0], "rb") as file:
+            for piece in chunks(file, compression_of(plain[0])):
+                head.append(piece if isinstance(piece, bytes) else b"")
+                if sum(map(len, head)) >= _SMALL_FILE_BYTES:
+                    break
+    except OSError as error:
+        raise RequestError(f"{plain[0]} cannot be read: {error.strerror or error}") from None
+    text = b"".join(head)[:_SMALL_FILE_BYTES].decode(encoding, "replace")
+    if _has_paragraphs(text.split("\n")):
         return "paragraph", f"auto: blank lines in {os.path.basename(plain[0])}"
     return "line", f"auto: no blank lines in {os.path.basename(plain[0])}"
+
+
+def _has_paragraphs(lines: Sequence[str]) -> bool:
+    """Is a blank line between two others?"""
+    last = next((index for index in range(len(lines) - 1, 0, -1) if lines[index].strip()), 0)
+    return any(not lines[i].strip(" \t\r") and lines[i - 1].strip() for i in range(1, last))
 
 
 def _check_field(source: Source) -> None:
@@ -319,11 +555,12 @@ def _check_field(source: Source) -> None:
     path = next((p for p in source.paths if file_kind(p)), None)
     if path is None:
         return
-    compression = CODECS.get(os.path.splitext(path)[1].lower())
-    names = formats.field_names(path, file_kind(path) or "", compression, source.encoding)
+    try:
+        names = formats.field_names(path, file_kind(path) or "", source.encoding)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
     if names and source.text_field not in names:
         raise RequestError(
-            f"{path}: the records have no field {source.text_field!r}"
-            f"{_nearest(source.text_field, names)}; it has {', '.join(map(repr, names[:12]))}: set"
-            " data.text_field"
+            f"{path}: the records have no field {source.text_field!r}, but {', '.join(map(repr, names[:12]))}: set "
+            f"data.text_field{did_you_mean(source.text_field, names)}"
         )
