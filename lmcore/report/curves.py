@@ -22,6 +22,7 @@ from typing import Any, final
 from lmcore.errors import RequestError
 from lmcore.humanize import short
 from lmcore.report.metrics import read_metrics
+from lmcore.report.redact import redact
 
 Points = list[tuple[float, float]]
 
@@ -77,7 +78,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         name=folder.resolve().name,
         path=folder,
         records=read_metrics(metrics),
-        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        config=redact(config.read_text(encoding="utf-8")) if config.is_file() else "",
         status=state,
     )
 

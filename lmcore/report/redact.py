@@ -1,53 +1,137 @@
-"""Secrets are hidden in everything that a run writes."""
+"""Hides secrets in everything that a run writes.
+
+What is hidden is decided by names and by exact values, never by the look of a text: a path that happens to contain
+``sk-`` stays as it is. Hidden are
+
+- the value of an option, key or variable whose name says secret (``db_pass``, ``api_key``, ``HF_TOKEN=...``),
+- the value, of at least 8 characters, of every environment variable whose name says secret, wherever it occurs,
+- the value of every such option on the command line, likewise,
+- the password of a URL (``https://user:password@host``).
+
+    >>> redact({"data.train": "corpus/task-adaptive/x.txt", "report.webhook": "https://..."})
+    {'data.train': 'corpus/task-adaptive/x.txt', 'report.webhook': '<hidden>'}
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 HIDDEN: Final = "<hidden>"
-_SECRET_NAME: Final = re.compile(
-    r"(?:^|[_.\-])(?:api|access|secret|private|ssh|auth|account|license|encryption|signing)[_\-]?key$"
-    r"|(?:^|[_.\-])key$|(?:^|[_.\-])(?:hf|hub|api|auth|access|bearer|refresh|github|gitlab|wandb|id|session)[_\-]?token$"
-    r"|(?:^|\.)token$|secret|passw(?:or)?d|passphrase|credential|^wandb_(?!mode$|project$|entity$|dir$|disabled$|silent$)"
-    r"|^authorization$|(?:^|\.)webhook$|webhook_url$",
-    re.IGNORECASE,
-)
-_SECRET_VARIABLE: Final = re.compile(r"(?:^|_)(?:KEY|TOKEN)$|^KEY_|^TOKEN_")
-"""Environment style, so in capitals only: ``eos_token`` of a tokenizer is no secret, ``HF_TOKEN`` is."""
-_SECRET_TEXT: Final = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_\-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|glpat-[A-Za-z0-9_\-]{16,}"
-    r"|AKIA[0-9A-Z]{16}|xox[abpr]-[A-Za-z0-9\-]{10,}|https://hooks\.slack\.com/\S+"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=[Bb]earer )[A-Za-z0-9._\-]{16,}"
-)
-_NOTHING: Final = frozenset(("null", "none", "~", "true", "false", "''", '""', "[]", "{}"))
-"""What a text may say of a secret that is not there; hidden, it would look like a value."""
-_ASSIGNMENT: Final = re.compile(r"(?P<name>[A-Za-z0-9_.\-]+)(?P<sign>\s*[=:]\s*)(?P<value>[^\s,;]+)")
+LEAST_CHARACTERS: Final = 8
+"""Shorter values are not searched for in texts: they would hide parts of ordinary words and numbers."""
 
 
+def _words(*lines: str) -> frozenset[str]:
+    return frozenset(word for line in lines for word in line.split())
+
+
+_ALWAYS: Final = _words(
+    "password passwd passphrase passcode pwd secret secrets credential credentials creds apikey authtoken accesskey",
+    "accesstoken secretkey privatekey webhook authorization dsn pat bearer jwt",
+)
+_ALWAYS_ENDS: Final = ("password", "passwd", "passphrase", "apikey", "secret", "credentials", "pwd")
+_SECRET_KEYS: Final = _words(  # "api_key", but not "sort_key"
+    "access account admin api app auth client deploy encryption host license master private project secret service",
+    "shared signing ssh storage wandb",
+)
+_NO_SECRET_TOKENS: Final = _words(  # "eos_token", but not "hub_token"
+    "additional all audio begin bos boi class cls decoder document end eoi eos every extra fake fim first forced id",
+    "image last mask max media min new next num of pad per prefix sep separator special start stop suffix unk",
+    "unknown video word",
+)
+_NO_SECRET_PASSES: Final = _words("backward first forward low high band multi n num one second single two")
+_IN_VARIABLES: Final = _words("pass pat pwd token key keys auth dsn private") | _ALWAYS
+_NO_SECRET_ENDS: Final = _words(  # "SSH_AUTH_SOCK", "HF_TOKEN_PATH": where it is, not what it is
+    "algorithm binary bits column command count dir directory enabled expiry field file files folder format length",
+    "limit max method min mode name names parallelism path paths port prefix size sock socket suffix timeout ttl type",
+    "user username version",
+)
+_NO_SECRET_VARIABLES: Final = _words("PWD OLDPWD XAUTHORITY GPG_KEY")
+"""The working directory, a file, and the fingerprint by which Docker images of Python were signed."""
+_NO_SECRET_WORDS: Final = _words("askpass bypass compass surpass")
+_NOTHING: Final = frozenset(("null", "none", "~", "true", "false", "''", '""', "[]", "{}", "", HIDDEN))
+"""Values that hold no secret; hidden, a ``null`` of config.yaml would be read back as a value."""
+
+_VALUE: Final = r"\"(?:[^\"\\]|\\.)*\"|'[^']*'"
+_ASSIGNMENTS: Final = (
+    re.compile(rf"(?P<before>(?<![\w.\-])(?P<name>[\w.\-]+)=)(?P<value>{_VALUE}|[^\s,;]+)"),
+    re.compile(rf"(?P<before>(?<![\w.\-])(?P<name>--[\w.\-]+)\s+)(?P<value>{_VALUE}|[^\s\-]\S*)"),
+    # YAML and JSON: a key begins its line or follows a brace or a comma.
+    re.compile(rf"(?P<before>[{{,]\s*[\"']?(?P<name>[\w.\-]+)[\"']?\s*:\s*)(?P<value>{_VALUE}|[^\s,}}\]]+)"),
+    re.compile(
+        r"(?P<before>^[ \t]*(?:- )?[\"']?(?P<name>[\w.\-]+)[\"']?:[ \t]+)(?P<value>\S[^\n]*)", re.MULTILINE
+    ),
+)
+_URL_PASSWORD: Final = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.\-]*://[^/\s:@]*:)[^/\s@]+(?=@)")
+
+
+@functools.lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
-    """Whether a variable, key or option of this name holds a secret (``HF_TOKEN``, ``wandb.api_key``,
-    ...).
+    """Whether an option, key or variable of this name holds a secret.
+
+    Names in capitals are environment variables, where any word counts (``GITHUB_PAT``, ``TOKEN_OF_X``); of other names
+    the last word after the last dot does (``data.config.db_pass``; not ``sort_key``, not ``eos_token``).
     """
-    name = name.lstrip("-")
-    return bool(_SECRET_NAME.search(name) or _SECRET_VARIABLE.search(name))
+    name = name.lstrip("-").rpartition(".")[2]
+    if name.isupper():
+        return _is_secret_variable(name)
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
+    if not words:
+        return False
+    last, before = words[-1], words[-2] if len(words) > 1 else ""
+    if last == "key":
+        return before in _SECRET_KEYS
+    if last == "token":
+        return before not in _NO_SECRET_TOKENS
+    if last == "pass":
+        return before not in _NO_SECRET_PASSES
+    if last in ("auth", "private"):
+        return last == "auth" or bool(before)
+    if last in ("url", "id"):
+        return before in ("webhook", "key") and (before == "webhook" or words[-3:-2] == ["access"])
+    return last in _ALWAYS or last.endswith(_ALWAYS_ENDS)
+
+
+def _is_secret_variable(name: str) -> bool:
+    words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
+    if name.upper() in _NO_SECRET_VARIABLES or not words or words[-1] in _NO_SECRET_ENDS:
+        return False
+    return any(
+        word in _IN_VARIABLES
+        or (word.endswith((*_ALWAYS_ENDS, "pass", "token")) and word not in _NO_SECRET_WORDS)
+        for word in words
+    )
+
+
+def secret_values(environ: Mapping[str, str] | None = None, argv: Sequence[str] | None = None) -> list[str]:
+    """What :func:`redact` searches for in texts: values of variables and options whose name says secret."""
+    environ = os.environ if environ is None else environ
+    found = {value for name, value in environ.items() if _is_secret_variable(name) and not _is_path(value)}
+    words = sys.argv if argv is None else argv
+    for word, following in zip(words, [*words[1:], ""]):
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and is_secret_name(name):
+            found.add(value if equals else following)
+    long = {value for value in found if len(value) >= LEAST_CHARACTERS and not value.startswith("--")}
+    return sorted(long - _NOTHING, key=len, reverse=True)
+
+
+def _is_path(value: str) -> bool:
+    return value.startswith("/") and "\0" not in value and os.path.exists(value)
 
 
 def redact(value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
-    """The same mapping, argument list or text without its secrets.
+    """The same mapping, argument list or text without its secrets; structure and everything else unchanged.
 
-    Hidden are: values under a secret name (in a mapping, as ``--name value``, ``--name=value`` or
-    ``NAME=value``), everything that looks like a well-known kind of key, and every occurrence of the value
-    of a secret environment variable of this process. Everything else is returned as it is, structure
-    included.
+    Args:
+        environ: variables whose values are searched for; by default those of this process, and its command line.
     """
-    environ = os.environ if environ is None else environ
-    values = sorted(
-        {v for k, v in environ.items() if is_secret_name(k) and len(v) >= 8}, key=len, reverse=True
-    )
-    return _redact(value, values)
+    return _redact(value, secret_values(environ, None if environ is None else ()))
 
 
 def _redact(value: Any, secrets: list[str]) -> Any:
@@ -56,7 +140,7 @@ def _redact(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, Mapping):
         return {
             _redact_text(key, secrets) if isinstance(key, str) else key: HIDDEN
-            if isinstance(key, str) and is_secret_name(key) and isinstance(item, str) and item
+            if isinstance(key, str) and _is_value(item) and is_secret_name(key)
             else _redact(item, secrets)
             for key, item in value.items()
         }
@@ -71,15 +155,20 @@ def _redact(value: Any, secrets: list[str]) -> Any:
     return value
 
 
+def _is_value(item: Any) -> bool:
+    return isinstance(item, str) and item.lower() not in _NOTHING
+
+
 def _redact_text(text: str, secrets: list[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
-    text = _SECRET_TEXT.sub(HIDDEN, text)
-    return _ASSIGNMENT.sub(
-        lambda found: (
-            f"{found['name']}{found['sign']}{HIDDEN}"
-            if is_secret_name(found["name"]) and found["value"].lower() not in _NOTHING
-            else found[0]
-        ),
-        text,
-    )
+    text = _URL_PASSWORD.sub(rf"\g<before>{HIDDEN}", text)
+    for assignment in _ASSIGNMENTS:
+        text = assignment.sub(_hide_value, text)
+    return text
+
+
+def _hide_value(found: re.Match[str]) -> str:
+    if found["value"].lower() in _NOTHING or not is_secret_name(found["name"]):
+        return found[0]
+    return f"{found['before']}{HIDDEN}"

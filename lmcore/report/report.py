@@ -190,7 +190,7 @@ class Report(RankLog):
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is None:
             return
-        self._file({**record, "time": time.time()})
+        self._file({**redact(record), "time": time.time()})
         before, self._unwritten = self._unwritten, self._file.unwritten
         if self._unwritten and not before:
             then = (
@@ -459,7 +459,7 @@ class Report(RankLog):
             return
         values = {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
         where = {"set": set, "step": step, "epoch": epoch, "tokens": tokens}
-        self._write(redact({"kind": "eval", **where, **values, **more}))
+        self._write({"kind": "eval", **where, **values, **more})
         if self._trackers is not None:
             group = set if set.partition("/")[0] in ("valid", "test") else f"valid/{set}"
             self._trackers.log(group, {"epoch": epoch, **values}, step)
@@ -496,7 +496,7 @@ class Report(RankLog):
         if event in ("start", "resume"):
             record |= {"rows": self._start_rows, "command": sys.argv, "versions": versions()}
         record |= fields
-        self._write(redact(record))  # the command line is in it, and texts of errors
+        self._write(record)
         if event == "checkpoint" and step is not None:
             self._held_cells["checkpoint"] = f"{step:,}"
 

@@ -11,8 +11,8 @@ import pytest
 
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED
 from lmcore.run.guard import EXIT_STUCK
-from tests.report.test_trackers import read_tensorboard, web_server
 from tests.support.fork_server import RankFailure, run_ranks
+from tests.support.trackers import read_tensorboard, web_server
 from tests.support.whole_runs import request, train_in_rank, words
 
 SHORT = {"train__duration": "8 steps", "checkpoint__every": "2 steps", "evaluate__every": "never"}

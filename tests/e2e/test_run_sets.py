@@ -10,7 +10,7 @@ from lmcore.errors import EXIT_FINISHED
 from lmcore.report.metrics import read_metrics
 from lmcore.saved.load import open_saved
 from lmcore.saved.score import score
-from tests.report.test_trackers import read_tensorboard
+from tests.support.trackers import read_tensorboard
 from tests.support.whole_runs import request, train, words
 
 SHORT = {"train__duration": "6 steps", "evaluate__every": "3 steps", "report__trackers": "[tensorboard]"}
