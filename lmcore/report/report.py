@@ -156,7 +156,7 @@ class Report(RankLog):
             return
         self._console.close()
         self._bar = None
-        rows = redact([*self.results(), *rows])
+        rows, commands = redact([*self.results(), *rows]), redact(commands)
         self._console.panel(title, rows)
         width = max((len(name) for name, _ in commands), default=0)
         for name, command in commands:  # outside of the frame: a broken line could not be copied
@@ -218,7 +218,7 @@ class Report(RankLog):
         """A bar of its own in the same display; yields ``advance(n=1)`` (adds) or ``advance(done=n)`` (sets),
         each with ``total`` and ``also`` (further words) where they have changed.
         """
-        key = self._console.add(description, total, unit) if self._console is not None else -1
+        key = self._console.add(redact(description), total, unit) if self._console is not None else -1
         position = 0.0
 
         def advance(n: float = 1, *, done: float | None = None, **known: Any) -> None:
@@ -384,7 +384,7 @@ class Report(RankLog):
         share = f"/{self._total_steps} {100 * step / self._total_steps:.1f}%" if self._total_steps else ""
         words = " ".join(f"{name} {value}" for name, value in self._cells.items())
         where = f"step {step}{share} epoch {record['epoch']:.3f} tokens {short(record['tokens'])}"
-        text = f"{where} {words} eta {self._eta(step)}"
+        text = redact(f"{where} {words} eta {self._eta(step)}")
         self.log(text)
         self._printed = time.monotonic()
         if self._console is None:
@@ -392,7 +392,7 @@ class Report(RankLog):
         if self._console.interactive:
             names = ("loss", *own, "lr", "norm", "tok/s", "skipped", "non-finite")
             cells = [f"{name} {self._cells[name]}" for name in names if name in self._cells]
-            self._console.line(f"step {step}{share} · {' · '.join(cells)}")
+            self._console.line(redact(f"step {step}{share} · {' · '.join(cells)}"))
         else:
             self._console.line(f"{now()} {text}")
 
@@ -464,7 +464,7 @@ class Report(RankLog):
             group = set if set.partition("/")[0] in ("valid", "test") else f"valid/{set}"
             self._trackers.log(group, {"epoch": epoch, **values}, step)
         self._evaluations[set] = {"step": step, **{key: _finite(value) for key, value in values.items()}}
-        self._held_cells[one_line(set)] = f"{loss:.4f}"
+        self._held_cells[redact(one_line(set))] = f"{loss:.4f}"
         bits = "" if bits_per_byte is None else f" bits/byte {bits_per_byte:.4f}"
         self.note(f"step {step} {set} loss {loss:.4f} perplexity {perplexity:.4g}{bits}")
 
