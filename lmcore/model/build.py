@@ -279,14 +279,17 @@ def without_weights() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def random_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, the empty parameters of these modules (not of their children) have random values."""
+def random_weights(modules: Iterable[nn.Module], *, zeros: bool = False) -> Iterator[None]:
+    """Inside, the empty parameters of these modules (not of their children) have random values.
+
+    ``zeros``: those that are all zero as well.
+    """
     generator = torch.Generator().manual_seed(0)
     kept = [
         (module, leaf, parameter)
         for module in modules
         for leaf, parameter in module._parameters.items()
-        if parameter is not None and parameter.is_meta
+        if parameter is not None and (parameter.is_meta or (zeros and not parameter.any()))
     ]
     for module, leaf, parameter in kept:
         module._parameters[leaf] = nn.Parameter(0.02 * torch.randn(parameter.shape, generator=generator))

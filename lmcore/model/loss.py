@@ -1,6 +1,6 @@
 """Loss: hidden states and labels in, (sum of losses, count of labels) out.
 
-What always holds: ``labels`` are already shifted (label ``t`` is the token that follows input ``t``) and are
+``labels`` are already shifted (label ``t`` is the token that follows input ``t``) and are
 never shifted again; a label of -100 is ignored; what comes out is a *sum* and a *count*, so that the one
 division, by the number of labels of the whole step over all ranks, happens elsewhere and once. Sums are
 float32 (float64 for float64 input), whatever the precision of the matrix products.
@@ -37,7 +37,7 @@ CHUNK_BYTES = 128 * 2**20
 CUDA_CHUNK_BYTES = 2**30
 """The same on a GPU, where small matrix products would leave most of the chip idle."""
 _FP16_LIFT = 8.0
-"""float16 has no room below 6e-5: the probabilities of rare tokens would be rounded away before the loss scale,
+"""float16 holds nothing below 6e-5: the probabilities of rare tokens would be rounded away before the loss scale,
 which arrives in backward, could lift them. Eight is far from overflow in the sum over a chunk."""
 _TILE_ROWS = 64
 """Rows whose softmax is taken at once on a CPU, in float32: 64 x 50,304 x 4 bytes stay in the outer cache."""
@@ -111,6 +111,13 @@ def cross_entropy_sum(
     return losses.sum(), count_labels(labels)
 
 
+def head_logits(products: Tensor, *, scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """Logits from the head's products: ``softcap * tanh(scale * x / softcap)``, or ``scale * x`` without a cap."""
+    if softcap is not None:
+        return torch.tanh(products * (scale / softcap)) * softcap
+    return products if scale == 1.0 else products * scale
+
+
 def choose_chunk(
     chunk: int | str | None, *, tokens: int, vocab_size: int, device_type: str = "cpu", element_bytes: int = 2
 ) -> int:
@@ -143,6 +150,8 @@ def causal_lm_loss(
     labels: Tensor,
     *,
     chunk: int | str | None = "auto",
+    scale: float = 1.0,
+    softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     vocab_size: int | None = None,
@@ -150,12 +159,17 @@ def causal_lm_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss of a linear vocabulary head: (sum, count) as 0-dim tensors.
 
+    The logits are :func:`head_logits`: ``softcap * tanh(scale * (W h + b) / softcap)``, or without a cap
+    ``scale * (W h + b)``.
+
     Args:
         hidden: (B, T, D) or (N, D), last hidden state.
         head_weight: (P, D); may be tied to the input embedding.
         head_bias: (P,) or ``None``.
         labels: (B, T) or (N,) int64, already shifted, -100 = ignored.
         chunk: tokens per chunk, 0 for the plain head, ``"auto"`` for :func:`choose_chunk`.
+        scale: factor of the logits (granite, cohere).
+        softcap: largest absolute logit (nanochat, gemma 2).
         label_smoothing, z_loss, vocab_size: see :func:`token_losses`.
         compiled: the softmax and its gradient as one compiled kernel (chunked head only; not on a CPU, where the
             whole head is 1.25 times slower with it than with a few rows at a time in the cache, docs/log.md).
@@ -176,7 +190,7 @@ def causal_lm_loss(
         element_bytes=compute.itemsize,
     )
     if rows == 0:
-        logits = F.linear(flat, head_weight, head_bias)
+        logits = head_logits(F.linear(flat, head_weight, head_bias), scale=scale, softcap=softcap)
         return cross_entropy_sum(
             logits, target, label_smoothing=label_smoothing, z_loss=z_loss, vocab_size=vocab_size
         )
@@ -188,11 +202,15 @@ def causal_lm_loss(
         gradient=torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (flat, head_weight)),
         real=real,
+        scale=scale,
+        softcap=softcap,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         lift=lift,
     )
-    tile_rows = rows if whole else _TILE_ROWS
+    # The slope of a cap is one more float32 buffer: in quarters it is smaller than what is held without a cap.
+    whole_rows = rows if softcap is None else -(-rows // 4)
+    tile_rows = whole_rows if whole else _TILE_ROWS
     loss = _ChunkedHead.apply(flat, head_weight, head_bias, target, rows, tile_rows, compute, tile, lift)
     return loss, count_labels(labels)
 
@@ -203,16 +221,27 @@ def _tile(
     *,
     gradient: bool,
     real: int,
+    scale: float,
+    softcap: float | None,
     label_smoothing: float,
     z_loss: float,
     lift: float,
 ) -> Tensor:
-    """Sum of the losses of some rows of logits (t, P); the logits are overwritten by the sum's gradient.
+    """Sum of the losses of some rows of products (t, P), which are overwritten by the sum's gradient.
 
-    It is ``p_v (1 + 2 z lse) - (1 - s) [v == y] - s / V`` (see :func:`token_losses`), zero for padding, times
-    ``lift``; meaningless where the label is ignored. Without ``gradient`` the logits are spoilt.
+    With the logits ``x = softcap * tanh(scale * product / softcap)`` the gradient by ``x`` is
+    ``p_v (1 + 2 z lse) - (1 - s) [v == y] - s / V`` (see :func:`token_losses`), zero for padding; by the product
+    it is that times ``scale * (1 - (x / softcap)**2)``, times ``lift``. Meaningless where the label is ignored.
+    Without ``gradient`` the products are overwritten by anything.
     """
     x = logits if logits.dtype == torch.float64 else logits.float()
+    slope: Tensor | None = None
+    if softcap is not None:
+        x = x.mul_(scale / softcap).tanh_()
+        slope = (1 - x * x).mul_(scale) if gradient else None
+        x.mul_(softcap)
+    elif scale != 1.0:
+        x = x.mul_(scale)
     valid = labels != IGNORED_LABEL
     index = labels.clamp_min(0).unsqueeze(1)
     if real < x.shape[1]:
@@ -231,8 +260,10 @@ def _tile(
         if label_smoothing:
             p[:, :real] -= label_smoothing / real
         p.scatter_add_(1, index, torch.full_like(picked, label_smoothing - 1))
-        if lift != 1.0:
-            p.mul_(lift)
+        if slope is not None:
+            p.mul_(slope)
+        if lift != 1.0 or (scale != 1.0 and slope is None):
+            p.mul_(lift if slope is not None else lift * scale)
         if p is not logits:
             logits.copy_(p)
     return torch.where(valid, loss.squeeze(1), 0.0).sum()
@@ -244,12 +275,15 @@ def _tile_to_compile(
     *,
     gradient: bool,
     real: int,
+    scale: float,
+    softcap: float | None,
     label_smoothing: float,
     z_loss: float,
     lift: float,
 ) -> Tensor:
     """:func:`_tile` without any write but the last, so that a compiler fuses it: two reads, one write."""
-    x = logits if logits.dtype == torch.float64 else logits.float()
+    x = head_logits(logits if logits.dtype == torch.float64 else logits.float(), scale=scale, softcap=softcap)
+    slope = scale if softcap is None else scale * (1 - (x / softcap).square())
     valid = labels != IGNORED_LABEL
     index = labels.clamp_min(0).unsqueeze(1)
     column = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
@@ -269,6 +303,8 @@ def _tile_to_compile(
         g = torch.where(column == index, g - (1 - label_smoothing), g)
         if label_smoothing:
             g = torch.where(is_real, g - label_smoothing / real, g)
+        if softcap is not None or scale != 1.0:
+            g = g * slope
         if lift != 1.0:
             g = g * lift
         logits.copy_(g)

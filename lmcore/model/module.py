@@ -26,6 +26,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,10 +34,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lmcore.errors import RequestError
-from lmcore.humanize import did_you_mean
+from lmcore.humanize import did_you_mean, size
 from lmcore.model.build import random_weights
 from lmcore.model.cpu_kernels import use_faster_kernels
-from lmcore.model.loss import causal_lm_loss, count_labels, cross_entropy_sum
+from lmcore.model.loss import causal_lm_loss, count_labels, cross_entropy_sum, head_logits
 from lmcore.plugins import import_path
 
 LossFunction = Callable[[Any, Mapping[str, Any]], tuple[Tensor, Tensor]]
@@ -45,13 +46,22 @@ LossFunction = Callable[[Any, Mapping[str, Any]], tuple[Tensor, Tensor]]
 _PASSED_THROUGH = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadForm:
+    """How logits follow from the head's products: :func:`lmcore.model.loss.head_logits`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
 class ModelWithLoss(nn.Module):
     """Body, head and loss in one module, so that DDP, FSDP2 and ZeRO wrap one forward.
 
     ``head_path`` says how the loss is made:
 
-    - ``"chunked"``: a transformers model with a plain linear head, by a probe: :func:`causal_lm_loss`.
-    - ``"logits"``: any other (softcapped or scaled heads, the user's modules): full logits, cross-entropy.
+    - ``"chunked"``: a transformers model whose logits are a linear map of its last hidden state, scaled and
+      softcapped or not (found by :func:`probe_head`): :func:`causal_lm_loss`.
+    - ``"logits"``: any other transformers model, and the user's modules: full logits, cross-entropy.
     - ``"factory"``: ``loss_factory(outputs, batch) -> (sum, count)`` on whatever the model returns.
 
     Args:
@@ -103,14 +113,19 @@ class ModelWithLoss(nn.Module):
         # A function, which copy.deepcopy takes as it is: the speaker behind a bound method cannot be copied.
         self._note: Callable[[str], None] = lambda line: note(line)
         self.head_path = "logits" if self.loss_factory is None else "factory"
+        self.head_form = HeadForm()
         if self.loss_factory is None and self._is_transformers:
-            reason = why_not_linear(model if probe is None else probe)
-            if reason is None:
-                self.head_path = "chunked"
+            form = probe_head(model if probe is None else probe)
+            if isinstance(form, HeadForm):
+                self.head_path, self.head_form = "chunked", form
                 head: Any = self.get_output_embeddings()
                 head.forward = types.MethodType(_head_forward, head)
             else:
-                note(f"loss: full logits, not the chunked head: {reason}")
+                columns = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+                note(
+                    f"loss: full logits, not the chunked head: {form}; each copy of the logits takes "
+                    f"{size(4 * columns * 1024)} for 1,024 tokens, and a step holds about three"
+                )
 
     # What accelerate looks for on the model that it wraps.
 
@@ -160,6 +175,8 @@ class ModelWithLoss(nn.Module):
                 hidden,
                 batch["labels"],
                 chunk=self.chunk,
+                scale=self.head_form.scale,
+                softcap=self.head_form.softcap,
                 label_smoothing=smoothing,
                 z_loss=z_loss,
                 vocab_size=self.vocab_size,
@@ -283,11 +300,12 @@ class _ProbeOutput(dict[str, Any]):
         return super().__getitem__("last_hidden_state") if key == 0 else super().get(key)
 
 
-def why_not_linear(model: nn.Module) -> str | None:
-    """``None`` if the logits are exactly ``head(body(...)[0])``, else the reason.
+def probe_head(model: nn.Module) -> HeadForm | str:
+    """The form of the head if the logits are ``head_logits(head(body(...)[0]))``, else the reason why not.
 
-    A numeric probe, not a list of names: the body's forward is replaced by large random hidden states, so
-    that a softcap, a scale, a norm after the body or any other step shows in the logits.
+    A numeric probe, not a list of families: the body's forward is replaced by random hidden states of three sizes,
+    so that a softcap, a scale, a norm after the body or any other step shows in the logits. Small states give the
+    scale, huge ones the cap; both must be numbers of the model's config, and all logits must agree.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     body: Any = model.base_model
@@ -298,25 +316,51 @@ def why_not_linear(model: nn.Module) -> str | None:
         return f"{name} has no body apart from its head"
     if getattr(model.config, "output_router_logits", False):
         return "output_router_logits adds the experts' balance loss"
-    generator = torch.Generator().manual_seed(0)
-    hidden = 50 * torch.randn(1, 4, head.in_features, generator=generator)
-    body.forward = lambda *args, **kwargs: _ProbeOutput(last_hidden_state=hidden.to(head.weight))
     inside = set(body.modules())
+    outside = [module for module in model.modules() if module not in inside]
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, 4, head.in_features, generator=generator)
+
+    def logits_of(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        body.forward = lambda *args, **kwargs: _ProbeOutput(last_hidden_state=hidden)
+        ids = torch.zeros(1, 4, dtype=torch.int64, device=head.weight.device)
+        return model(input_ids=ids).logits, nn.functional.linear(hidden, head.weight, head.bias)
+
     try:
-        # An empty model is given numbers where they count.
-        with torch.no_grad(), random_weights(m for m in model.modules() if m not in inside):
-            logits = model(input_ids=torch.zeros(1, 4, dtype=torch.int64, device=head.weight.device)).logits
-            expected = nn.functional.linear(hidden.to(head.weight), head.weight, head.bias)
-    except (
-        Exception
-    ) as error:  # any family may do anything with the body's output; full logits are always right
+        # A head of zeros, and an empty one, are given numbers, without which nothing would show.
+        with torch.no_grad(), random_weights(outside, zeros=True):
+            states = states.to(head.weight)
+            pairs = [logits_of(factor * states) for factor in (1e-2, 50.0, 1e6)]
+    except Exception as error:  # any family may do anything with its body's output; full logits are right
         return f"{name} could not be probed ({error.__class__.__name__})"
     finally:
-        del body.forward
-    other = logits.is_meta or logits.shape != expected.shape  # on meta: from weights inside of the body
-    if other or not torch.allclose(logits, expected, rtol=1e-5, atol=1e-4):
-        return f"{name} does more than a linear map between its last hidden state and its logits"
-    return None
+        body.__dict__.pop("forward", None)
+    other = f"{name} does more than a linear map, a scale and a softcap between its last hidden state and its logits"
+    if any(
+        got.is_meta or got.shape != product.shape for got, product in pairs
+    ):  # on meta: weights of the body
+        return other
+    small, huge = pairs[0], pairs[2]
+    config: Any = model.config
+    numbers = [float(v) for v in config.to_dict().values() if isinstance(v, int | float) and v]
+    scale = _nearest_number(float((small[0] * small[1]).sum() / small[1].square().sum()), [1.0, *numbers])
+    largest = float(huge[0].abs().max())
+    capped = largest < 0.5 * scale * float(huge[1].abs().max())
+    form = HeadForm(scale=scale, softcap=_nearest_number(largest, numbers) if capped else None)
+    for got, product in pairs:
+        expected = head_logits(product, scale=form.scale, softcap=form.softcap)
+        if not torch.allclose(
+            got, expected, rtol=1e-5, atol=1e-4 * max(1.0, 1e-2 * float(expected.abs().max()))
+        ):
+            return other
+    return form
+
+
+def _nearest_number(measured: float, numbers: list[float]) -> float:
+    """The number, or one over it, that was measured to within rounding; else the measured one."""
+    known = [*numbers, *(1 / number for number in numbers)]
+    nearest = min(known, key=lambda number: abs(number - measured), default=measured)
+    return nearest if abs(nearest - measured) <= 1e-3 * abs(measured) else measured
 
 
 # ---------------------------------------------------------------------------------------------------- regions

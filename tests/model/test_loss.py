@@ -64,11 +64,19 @@ def test_ignored_by_position_equals_ignore_index_pad_where_pad_is_only_padding()
     torch.testing.assert_close(loss_sum / count, expected)
 
 
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.125, None), (1.0, 3.0), (0.5, 15.0)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.2, 1e-3)])
 @pytest.mark.parametrize(("chunk", "compiled"), [(1, False), (8, False), (64, False), (16, True)])
 def test_chunked_equals_plain(
-    bias: bool, smoothing: float, z_loss: float, chunk: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    bias: bool,
+    smoothing: float,
+    z_loss: float,
+    scale: float,
+    softcap: float | None,
+    chunk: int,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # What the compiler gets is run as it is: whether inductor fuses it rightly is not a matter of formulas.
     monkeypatch.setattr(loss_room, "_compiled_tile", lambda: loss_room._tile_to_compile)
@@ -78,6 +86,7 @@ def test_chunked_equals_plain(
     hidden, weight, b, labels = make(37, 16, 64, 29, dtype=torch.float64, bias=bias)
     inputs = [t for t in (hidden, weight, b) if t is not None]
     options: Any = {"label_smoothing": smoothing, "z_loss": z_loss, "vocab_size": 29}
+    options |= {"scale": scale, "softcap": softcap}
     plain, count = causal_lm_loss(hidden, weight, b, labels, chunk=0, **options)
     chunked, same_count = causal_lm_loss(hidden, weight, b, labels, chunk=chunk, compiled=compiled, **options)
     assert count == same_count == int((labels != IGNORED_LABEL).sum())
@@ -136,7 +145,7 @@ def test_gradcheck_in_float64() -> None:
     hidden, weight, b, labels = make(7, 4, 8, 6, dtype=torch.float64, bias=True)
 
     def loss(h: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-        options: Any = {"label_smoothing": 0.1, "z_loss": 1e-2, "vocab_size": 6}
+        options: Any = {"label_smoothing": 0.1, "z_loss": 1e-2, "vocab_size": 6, "scale": 0.7, "softcap": 2.0}
         return causal_lm_loss(h, w, bias, labels, chunk=3, **options)[0]
 
     assert torch.autograd.gradcheck(lambda *inputs: _Recomputed.apply(loss, *inputs), (hidden, weight, b))
@@ -154,13 +163,17 @@ def test_padding_of_the_vocabulary_never_matters() -> None:
         torch.testing.assert_close(gradient[:50], torch.autograd.grad(cut, small)[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("softcap", [None, 15.0])
 @pytest.mark.parametrize("chunk", [0, 16])
-def test_bfloat16_autocast_is_as_near_to_the_truth_chunked_as_plain(chunk: int) -> None:
+def test_bfloat16_autocast_is_as_near_to_the_truth_chunked_as_plain(
+    chunk: int, softcap: float | None
+) -> None:
     hidden, weight, _, labels = make(128, 32, 256, 250, dtype=torch.float32, bias=False)
-    truth, _ = causal_lm_loss(hidden.double(), weight.double(), None, labels, chunk=0, vocab_size=250)
+    options: Any = {"vocab_size": 250, "softcap": softcap}
+    truth, _ = causal_lm_loss(hidden.double(), weight.double(), None, labels, chunk=0, **options)
     true_gradients = gradients(truth, [hidden, weight], 1 / 128)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = causal_lm_loss(hidden, weight, None, labels, chunk=chunk, vocab_size=250)
+        loss, _ = causal_lm_loss(hidden, weight, None, labels, chunk=chunk, **options)
     assert (
         loss.dtype == torch.float32
     )  # torch 2.13's own chunked loss accumulates in bfloat16 and is off by 2 %
@@ -226,14 +239,15 @@ def test_a_second_backward_is_refused_and_not_wrong() -> None:
         loss.backward()
 
 
-def test_peak_memory_of_the_head_is_bounded_by_the_chunk() -> None:
+@pytest.mark.parametrize("softcap", [None, 15.0])
+def test_peak_memory_of_the_head_is_bounded_by_the_chunk(softcap: float | None) -> None:
     hidden, weight, _, labels = make(2048, 16, 4096, 4096, dtype=torch.float32, bias=False)
 
     def peak(chunk: int) -> int:
         with torch.profiler.profile(
             profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
         ) as p:
-            loss, _ = causal_lm_loss(hidden, weight, None, labels, chunk=chunk)
+            loss, _ = causal_lm_loss(hidden, weight, None, labels, chunk=chunk, softcap=softcap)
             torch.autograd.grad(loss, [hidden, weight])
         now = highest = 0
         for event in p.profiler.kineto_results.events():  # type: ignore[union-attr]

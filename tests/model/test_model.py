@@ -42,9 +42,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "word_embed_proj_dim": 32,
     },
     "bert": LLAMA,
+    "nanochat": LLAMA,
+    "granite": {**GQA, "logits_scaling": 8.0},
+    "gemma3_text": {**GQA, "head_dim": 16},
 }
 FAMILIES["gemma2"].pop("attn_implementation")
-CHUNKED = {"gpt2", "llama", "qwen2", "qwen3", "mistral", "mixtral", "gpt_neox", "phi", "olmo2", "bloom"}
+FULL_LOGITS = {"opt", "bert"}
+HEAD_FORMS = {
+    "nanochat": m.HeadForm(softcap=15.0),
+    "gemma2": m.HeadForm(softcap=30.0),
+    "cohere": m.HeadForm(scale=0.0625),
+    "granite": m.HeadForm(scale=1 / 8),
+}
 V = 100
 IDS = {
     "bos_token_id": 1,
@@ -77,7 +86,7 @@ def reference(model: Any, b: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_is_that_of_the_familys_own_logits_without_a_second_shift(family: str) -> None:
+def test_loss_is_that_of_the_familys_own_logits(family: str) -> None:
     model = build(family)
     notes: list[str] = []
     module = m.ModelWithLoss(model, chunk=5, note=notes.append).eval()
@@ -88,8 +97,13 @@ def test_the_loss_is_that_of_the_familys_own_logits_without_a_second_shift(famil
     assert loss_sum.dtype == torch.float32
     # The chunks are summed in another order: float32 rounding of 29 losses of about 4.6.
     torch.testing.assert_close(loss_sum, reference(model, b), rtol=1e-5, atol=1e-4)
-    assert (module.head_path == "chunked") == (family in CHUNKED)
-    assert bool(notes) == (family not in CHUNKED)  # the fallback is said, once
+    assert (module.head_path == "chunked") == (family not in FULL_LOGITS)
+    assert module.head_form == HEAD_FORMS.get(family, m.HeadForm())
+    if family in FULL_LOGITS:  # the fallback is said, once, with its price
+        assert len(notes) == 1
+        assert "takes 512 KiB for 1,024 tokens" in notes[0]  # 128 columns x 4 bytes x 1,024
+    else:
+        assert not notes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
