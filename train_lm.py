@@ -33,8 +33,9 @@ def train(run: Run) -> None:
 
     engine = run.engine
     for batch in run.batches():  # from the cursor on; after a rewind, from the checkpoint's cursor
-        # The rate comes first: DeepSpeed updates inside the last backward.
+        # The rates come first: DeepSpeed updates inside the last backward.
         engine.set_learning_rate(run.learning_rate())
+        engine.set_momentum(run.momentum())
 
         # The gradient of the mean over all labels of all ranks. Losses travel as sums:
         #     sum over ranks and micro-batches of the loss sums / labels of the step

@@ -61,7 +61,7 @@ def check(config: RunConfig) -> None:
             f"train.duration {train.duration} is not a horizon: give steps, tokens or epochs "
             "(schedules are functions of the step; train.max_minutes limits the time)"
         )
-    for name in ("warmup", "decay"):
+    for name in ("warmup", "decay", "momentum_warmup"):
         length = getattr(optim, name)
         if length.unit == "minutes" or (length.unit == "percent" and length.value > 100):
             raise RequestError(
@@ -94,13 +94,22 @@ def check(config: RunConfig) -> None:
         "type": config.model.type,
         "from_pretrained": config.model.from_pretrained,
         "factory": config.model.factory,
+        "preset": config.model.preset,
     }
     given = [f"model.{name} {value}" for name, value in starts.items() if value is not None]
     if len(given) != 1:
         raise RequestError(
-            "give one of model.type, model.from_pretrained and model.factory, not "
+            "give one of model.type, model.preset, model.from_pretrained and model.factory, not "
             f"{' and '.join(given) or 'none'}"
         )
+    if config.model.size is not None and config.model.preset is None:
+        raise RequestError(
+            f"model.size {config.model.size} is the size of a model.preset: give one of gpt2, modern, modern_gguf"
+        )
+    if config.model.zero_init and (config.model.from_pretrained or config.model.factory):
+        raise RequestError("model.zero_init is for a model that starts from scratch: leave it out")
+    if optim.cautious_weight_decay and optim.name.lower() != "muon":
+        raise RequestError(f"optim.cautious_weight_decay is for optim.name muon, not for {optim.name}")
     if config.model.lora.rank and config.model.from_pretrained is None:
         raise RequestError(
             f"model.lora.rank {config.model.lora.rank} trains adapters on weights that stand still: give "

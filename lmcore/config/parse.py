@@ -44,7 +44,7 @@ EXCLUSIVE = (
     ("train.global_batch_blocks", "train.global_batch_tokens"),
     ("tokenizer.path", "tokenizer.vocab_size"),
     ("data.valid", "data.valid_fraction"),
-    ("model.type", "model.from_pretrained", "model.factory"),
+    ("model.type", "model.from_pretrained", "model.factory", "model.preset"),
 )
 """Of each group one key counts: the one that the latest layer sets."""
 

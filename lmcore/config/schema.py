@@ -160,6 +160,12 @@ class ModelConfig:
     """Commit of a Hub model."""
     factory: str | None = option(None, "refuse")
     """Your own nn.Module: package.module:function; it is called with model.config."""
+    preset: Literal["gpt2", "modern", "modern_gguf"] | None = option(None, "refuse")
+    """A model by name, in place of model.type: gpt2, modern (nanochat), modern_gguf (qwen3, for llama.cpp too)."""
+    size: Literal["5M", "15M", "124M", "350M", "1B"] | None = option(None, "refuse")
+    """Layers, width and heads of the preset; default: 5M."""
+    zero_init: bool | None = option(None, "free")
+    """Start output projections and an untied head at zero; default: the modern presets do."""
     attention: Attention | None = option(None, "free")
     """Attention kernel of transformers: sdpa, eager, flash_attention_2, ...; default: the best there is."""
     lora: LoraConfig = section(LoraConfig)
@@ -180,6 +186,18 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LrMultipliersConfig:
+    matrices: float | None = option(None, "warn", at_least=0)
+    """Learning rate of the matrices inside the network, as a multiple of optim.lr; default: 1."""
+    embedding: float | None = option(None, "warn", at_least=0)
+    """The same of the embeddings (and of a head that is tied to them); default: the optimizer's."""
+    head: float | None = option(None, "warn", at_least=0)
+    """The same of a vocabulary head of its own; default: the optimizer's."""
+    vectors: float | None = option(None, "warn", at_least=0)
+    """The same of biases and norms; default: the optimizer's."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     name: str = option("adamw", "refuse")
     """adamw, adam, sgd, adafactor, muon (matrices; adamw for the rest), or package.module:Class."""
@@ -193,8 +211,15 @@ class OptimConfig:
     """Decay of the first and the second moment."""
     eps: float = option(1e-8, "warn", above=0)
     """Term that keeps Adam's division finite."""
+    lr_multipliers: LrMultipliersConfig = section(LrMultipliersConfig)
     momentum: float = option(0.95, "warn", at_least=0, below=1)
     """Momentum of sgd and muon."""
+    momentum_start: float | None = option(None, "warn", at_least=0, below=1)
+    """Momentum of the first step; default: optim.momentum, for muon 0.85."""
+    momentum_warmup: Duration = option(Duration(10, "percent"), "warn")
+    """How long the momentum takes from optim.momentum_start to optim.momentum."""
+    cautious_weight_decay: bool = option(False, "warn")
+    """Of muon's matrices only those weights decay that the update makes smaller as well."""
     weight_decay: float = option(0.1, "warn", at_least=0)
     """Decoupled weight decay of matrices; biases and norms have none."""
     clip_norm: float = option(1.0, "warn", at_least=0)

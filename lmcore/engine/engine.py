@@ -243,6 +243,10 @@ class Engine:
         """Set the rate of the coming update."""
         optim.set_learning_rate(self.optimizer, learning_rate)
 
+    def set_momentum(self, momentum: float) -> None:
+        """Set the momentum of the coming update, where the optimizer has one (sgd, muon)."""
+        optim.set_momentum(self.optimizer, momentum)
+
     def forward(self, batch: dict[str, Tensor], key: int | None = None) -> tuple[Tensor, Tensor]:
         """``(loss_sum, count)`` of one micro-batch of this rank, two 0-dim tensors (fp32, int64).
 

@@ -64,6 +64,7 @@ def build_model(
     factory: str | None = None,
     attention: str | None = None,
     seed: int,
+    zero_init: bool = False,
     weights: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> nn.Module:
@@ -84,6 +85,8 @@ def build_model(
             ``special_ids`` and ``seed`` that it names, and with ``config_overrides``.
         attention: one of ``ATTENTION``; default: the model's own choice (sdpa nearly always).
         seed: of the initialization.
+        zero_init: start the output projections of attention and MLP, and a head that is not tied, at zero: every
+            layer begins as the identity (from scratch only).
         weights: ``False`` for the structure alone: parameters on the meta device, real buffers. A factory's model
             has its weights all the same.
         note: called with one line for each thing that should be said (padding, fallbacks).
@@ -110,6 +113,8 @@ def build_model(
         given = {name: value for name, value in ids.items() if value is not None or name in SPECIAL_IDS[:3]}
         config = make_config(type, overrides, vocab_size=pad_vocab(vocab_size), use_cache=False, **given)
         model = _from_scratch(config, ids, attention, seed, weights)
+        if zero_init and weights:
+            zero_outputs(model)
         model.real_vocab_size = vocab_size
         if config.vocab_size != vocab_size:
             note(f"vocabulary {vocab_size} padded to {config.vocab_size}; the padding takes no probability")
@@ -179,6 +184,36 @@ def _from_scratch(
     model.float()
     _take_special_ids(model, ids)
     return model
+
+
+_OUTPUT_PROJECTIONS = frozenset(
+    ("o_proj", "out_proj", "c_proj", "down_proj", "fc2", "dense_4h_to_h", "wo", "w2")
+)
+"""Names of the layers that write into the residual stream, in the families of transformers."""
+
+
+@torch.no_grad()
+def zero_outputs(model: Any) -> list[str]:
+    """Set the weights that write into the residual stream, and those of an untied head, to zero.
+
+    Returns:
+        The names of the modules that were changed.
+
+    Raises:
+        RequestError: no output projection is known by its name in this family.
+    """
+    head = model.get_output_embeddings()
+    tied = head is None or head.weight is model.get_input_embeddings().weight
+    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _OUTPUT_PROJECTIONS]
+    if not names:
+        raise RequestError(
+            f"model.zero_init: {model.__class__.__name__} names no output projection that is known "
+            f"({', '.join(sorted(_OUTPUT_PROJECTIONS))}): leave it out"
+        )
+    for module in [model.get_submodule(name) for name in names] + ([] if tied else [head]):
+        for parameter in module.parameters(recurse=False):
+            parameter.zero_()
+    return names
 
 
 def _key(seed: int, name: str) -> int:

@@ -35,6 +35,8 @@ KINDS = ("matrices", "embedding", "head", "vectors")
 """Kinds of parameters that can have a learning rate of their own: the weights inside the network; the embeddings
 of tokens and positions (a head that is tied to them included); the vocabulary head; biases and norms."""
 
+MUON_LR_MULTIPLIERS = {"matrices": 1.0, "embedding": 1.0, "head": 1.0, "vectors": 1.0}
+"""Measured by benchmarks/learning.py (docs/log.md)."""
 MUON_STEPS = 5
 """Newton-Schulz iterations of an update, as in torch.optim.Muon."""
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -148,6 +150,11 @@ def parameter_kind(
     if name in vocabulary or "embed" in module or module in ("wte", "wpe", "lm_head", "output", "score"):
         return "embedding"
     return "matrices"
+
+
+def default_lr_multipliers(name: str) -> dict[str, float]:
+    """The learning rate of each kind of parameter over ``optim.lr``, where the user does not say."""
+    return MUON_LR_MULTIPLIERS if name.lower() == "muon" else dict.fromkeys(KINDS, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------- optimizers

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lmcore import process as _memory
+from lmcore.config.presets import model_type_and_fields
 from lmcore.config.schema import RunConfig, global_batch_blocks
 from lmcore.conventions import torch_dtype
 from lmcore.data.batches import Batches
@@ -70,9 +71,10 @@ def imagined(
     """The run's model and loss without its weights; a user's model that cannot be imagined is built."""
     named = config.model
     if named.factory is None:
+        type, fields = model_type_and_fields(config)
         bare, probe = trace.imagine(
-            type=named.type,
-            config_overrides=named.config,
+            type=type,
+            config_overrides=fields,
             vocab_size=vocab_size or 0,
             from_pretrained=named.from_pretrained,
             revision=named.revision,
@@ -101,10 +103,11 @@ def refuse_early(config: RunConfig) -> None:
         if path is not None:
             import_path(path, option)
     trackers.check(config.report.trackers, config.report.webhook)
-    if config.model.type is not None:
+    type, fields = model_type_and_fields(config)
+    if type is not None:
         trace.imagine(
-            type=config.model.type,
-            config_overrides=config.model.config,
+            type=type,
+            config_overrides=fields,
             vocab_size=config.tokenizer.vocab_size or 2,
             attention=config.model.attention,
         )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmcore.config.presets import describe_preset, model_type_and_fields, zero_init
 from lmcore.config.schema import RunConfig, global_batch_blocks
 from lmcore.data import corpus, custom
 from lmcore.data.blocks import BlockDataset
@@ -71,9 +72,10 @@ def block_size_of(config: RunConfig) -> int:
         RequestError: larger than the context; both numbers are named.
     """
     named = config.model
+    type, fields = model_type_and_fields(config)
     context = None
-    if named.type is not None or named.from_pretrained is not None:
-        context = configured_context_length(named.type, named.config, named.from_pretrained, named.revision)
+    if type is not None or named.from_pretrained is not None:
+        context = configured_context_length(type, fields, named.from_pretrained, named.revision)
     asked = config.data.block_size
     if asked is None:
         return min(context or LONGEST_DEFAULT_BLOCK_TOKENS, LONGEST_DEFAULT_BLOCK_TOKENS)
@@ -309,6 +311,8 @@ def describe_store(store: Any) -> str:
 
 def model_name(config: RunConfig) -> str:
     """What the user called the model."""
+    if config.model.preset is not None:
+        return describe_preset(config)
     return config.model.factory or config.model.from_pretrained or config.model.type or ""
 
 
@@ -346,9 +350,10 @@ def build_model(
     note: Note = print,
 ) -> ModelWithLoss:
     """:func:`open_model` where the numbers of the tokenizer are all that is known of it."""
+    type, fields = model_type_and_fields(config)
     built = build.build_model(
-        type=config.model.type or "",
-        config_overrides=config.model.config,
+        type=type or "",
+        config_overrides=fields,
         vocab_size=vocab_size,
         special_ids=special_ids,
         block_size=block_size,
@@ -357,6 +362,7 @@ def build_model(
         factory=config.model.factory,
         attention=config.model.attention,
         seed=config.seed,
+        zero_init=zero_init(config),
         weights=weights,
         note=note,
     )
@@ -402,6 +408,7 @@ def make_optimizer(
         freeze=config.optim.freeze,
         vocabulary=vocabulary_parameters(module.model),
         head=head_parameters(module.model),
+        lr_multipliers=lr_multipliers(config),
     )
     return optim.build_optimizer(
         config.optim.name,
@@ -411,8 +418,15 @@ def make_optimizer(
         eps=config.optim.eps,
         momentum=config.optim.momentum,
         fused=config.optim.fused,
+        cautious_weight_decay=config.optim.cautious_weight_decay,
         **config.optim.config,
     )
+
+
+def lr_multipliers(config: RunConfig) -> dict[str, float]:
+    """The learning rate of each kind of parameter over ``optim.lr``: as given, else the optimizer's defaults."""
+    given = {kind: value for kind, value in vars(config.optim.lr_multipliers).items() if value is not None}
+    return optim.default_lr_multipliers(config.optim.name) | given
 
 
 def learning_rates(config: RunConfig, sizes: Sizes) -> Callable[[int], float]:
@@ -426,6 +440,41 @@ def learning_rates(config: RunConfig, sizes: Sizes) -> Callable[[int], float]:
         decay_steps=sizes.steps_of(config.optim.decay),
         min_ratio=config.optim.min_lr_ratio,
     )
+
+
+def momenta(config: RunConfig, sizes: Sizes) -> Callable[[int], float]:
+    """Steps done -> the momentum of the next step (of sgd and muon; the others have none)."""
+    start = config.optim.momentum_start
+    if start is None:
+        start = config.optim.momentum
+        if config.optim.name.lower() == "muon":
+            start = min(start, schedules.MUON_MOMENTUM_START)
+    return partial(
+        schedules.momentum,
+        start=start,
+        end=config.optim.momentum,
+        warmup_steps=sizes.steps_of(config.optim.momentum_warmup),
+    )
+
+
+def describe_optimizer(config: RunConfig, sizes: Sizes) -> list[tuple[str, str]]:
+    """Rows of the start table: the optimizer, its peak rates by kind of parameter, its momentum."""
+    asked = config.optim
+    rates = {kind: asked.lr * value for kind, value in lr_multipliers(config).items()}
+    if len(set(rates.values())) == 1:
+        peaks = f"{asked.lr:.3g}"
+    else:
+        peaks = ", ".join(f"{kind} {rate:.3g}" for kind, rate in rates.items())
+    rows = [
+        ("optimizer", f"{asked.name.lower() if ':' not in asked.name else asked.name}, peak rate {peaks}")
+    ]
+    momentum = momenta(config, sizes)
+    if asked.name.lower() in ("muon", "sgd"):
+        words = f"{momentum(sizes.total_steps):g}"
+        if momentum(0) != asked.momentum:
+            words = f"{momentum(0):g} to {words} over {sizes.steps_of(asked.momentum_warmup):,} steps"
+        rows.append(("momentum", words))
+    return rows
 
 
 def open_engine(config: RunConfig) -> Engine:

@@ -204,6 +204,7 @@ class Run:
                 "guard.spike skip: DeepSpeed would halve fp16's loss scale too; use bf16 or rewind"
             )
         self._schedule = setup.learning_rates(config, self.sizes)
+        self._momenta = setup.momenta(config, self.sizes)
 
     def restore(self) -> None:
         """The newest good checkpoint, or the state of step 0."""
@@ -320,6 +321,7 @@ class Run:
                 ("model", f"{setup.model_name(config)}, {self._counts['total']:,} parameters"),
                 *self.data.rows,
                 *sizes.rows(config, engine.world_size),
+                *setup.describe_optimizer(config, sizes),
                 *engine.describe(),
                 *(self._plan.beside_the_budget() if self._plan else []),
                 ("starting at", f"step {state.step:,}, position {state.cursor.position:,}"),
@@ -413,6 +415,10 @@ class Run:
     def learning_rate(self) -> float:
         """The rate of the coming step: a pure function of the steps done."""
         return self._schedule(self.state.step)
+
+    def momentum(self) -> float:
+        """The momentum of the coming step, for an optimizer that has one."""
+        return self._momenta(self.state.step)
 
     @property
     def norm_limit(self) -> float:

@@ -117,6 +117,7 @@ def values_of(key: schema.Key) -> st.SearchStrategy[Any]:
                 "optim.betas": st.tuples(st.sampled_from([0.0, 0.9]), st.sampled_from([0.95, 1e-3])),
                 "train.duration": DURATIONS.filter(lambda d: d.unit in ("steps", "tokens", "epochs")),
                 "optim.warmup": DURATIONS.filter(lambda d: d.unit != "minutes"),
+                "optim.momentum_warmup": DURATIONS.filter(lambda d: d.unit != "minutes"),
                 "optim.decay": DURATIONS.filter(lambda d: d.unit != "minutes"),
             }
             entry = TEXT | st.builds(lambda path, name: {"path": path, "name": name}, TEXT, TEXT)
