@@ -1,17 +1,12 @@
-"""The folder of one run: one writer at a time, an honest status, confined names, no secrets.
-
-Comes in: the path of a run. Goes out: a locked folder with ``status.json`` and the places of its files. What
-always
-holds: two jobs never write one run; the lock of a dead job is taken over by itself; ``status.json`` is whole
-    at any
-instant; a name that came from a file cannot lead out of the folder; a secret cannot come in.
+"""The folder of one run: one writer at a time, and ``status.json``, which is whole at any instant.
 
 Example::
 
     folder = RunFolder("runs/demo")
-    folder.lock(say=print)                      # RequestError, naming the holder, if another job has it
+    folder.lock(note=print)                     # RequestError, naming the holder, if another job has it
     folder.write_status("running", step=0)
     ...
+    folder.check_owner()                        # before a write: FaultError if the folder was moved or taken
     folder.write_status("finished", step=1000, exit_code=0)
     folder.unlock()
 """
@@ -34,13 +29,33 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from lmcore.disk import DISK, Disk
-from lmcore.errors import RequestError
+from lmcore.errors import FaultError, RequestError
 from lmcore.report.redact import redact
 
 BEAT_SECONDS: Final = 5.0
 """A holder writes a new number into the lock this often; whoever watches for twice as long sees whether it
 lives.
 """
+LOCK_WAIT_SECONDS: Final = 30.0
+"""How long a start waits for the holder of the lock: an automatic restart overlaps the last seconds of the process that
+it replaces, which may be writing its checkpoint."""
+REASON_CHARACTERS: Final = 2000
+"""Of a reason in ``status.json``: a compiler's output can have 100,000."""
+NEVER_LINKS: Final = (
+    ".lock",
+    "config.yaml",
+    "train.log",
+    "metrics.jsonl",
+    "logs",
+    "tokenizer",
+    "tensorboard",
+    "export",
+    "profile",
+    "sample",
+)
+"""What a run writes to by name. A link there could lead anywhere; ``checkpoints`` may be one, to another disk."""
+SETTLE_SECONDS: Final = 1.0
+"""Where the file system has no record locks: how long after writing the holder it is read back."""
 STATES: Final = ("preparing", "running", "saved", "finished", "failed")
 MAX_NAME_BYTES: Final = 200
 _JOB_VARIABLES: Final = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
@@ -90,6 +105,8 @@ class RunFolder:
         self._stop_beating = threading.Event()
         self._beating: threading.Thread | None = None
         self._status: dict[str, Any] = {}
+        self._locks_work = True
+        self._identity: tuple[tuple[int, int], str] | None = None
 
     # ---- places -------------------------------------------------------------------------------------------
 
@@ -100,10 +117,6 @@ class RunFolder:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
-
-    def rank_log(self, rank: int) -> Path:
-        """Where a rank other than 0 writes its lines."""
-        return self.logs / f"rank-{rank:05d}.log"
 
     def create(self) -> None:
         """Make the folder and ``logs``. Raises ``RequestError`` if that is impossible."""
@@ -122,7 +135,7 @@ class RunFolder:
     def lock(
         self,
         *,
-        say: Callable[[str], None] = print,
+        note: Callable[[str], None] = print,
         beat_seconds: float = BEAT_SECONDS,
         wait_seconds: float = 0.0,
     ) -> None:
@@ -143,17 +156,18 @@ class RunFolder:
         """
         self.create()
         path = self.path / ".lock"
+        self._refuse_links()
         key = os.path.realpath(path)
         if _held.get(key) == os.getpid():
             raise RequestError(f"run folder {self.path} is in use by this very process")
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise RequestError(
                 f"run folder {self.path} cannot be locked: {error.strerror}; choose another with --run_dir"
             ) from None
         try:
-            self._take(fd, say=say, beat_seconds=beat_seconds, wait_seconds=wait_seconds)
+            self._take(fd, note=note, beat_seconds=beat_seconds, wait_seconds=wait_seconds)
         except BaseException:
             os.close(fd)
             raise
@@ -161,19 +175,38 @@ class RunFolder:
         self._stop_beating.clear()
         holder = _myself()
         _write_holder(fd, holder)
+        self._identity = _identity(self.path), holder["token"]
+        if not self._locks_work:
+            # Without record locks two simultaneous starts can both come this far: the later writer wins.
+            time.sleep(SETTLE_SECONDS)
+            if (_read_holder(fd) or {}).get("token") != holder["token"]:
+                raced = self._refusal(_read_holder(fd))
+                _held.pop(key)
+                self._lock_fd = None
+                os.close(fd)
+                raise raced
         self._beating = threading.Thread(
             target=self._beat, args=(fd, holder, beat_seconds), name="run-folder-lock", daemon=True
         )
         self._beating.start()
 
-    def _take(self, fd: int, *, say: Callable[[str], None], beat_seconds: float, wait_seconds: float) -> None:
-        give_up = time.monotonic() + wait_seconds
+    def _take(
+        self, fd: int, *, note: Callable[[str], None], beat_seconds: float, wait_seconds: float
+    ) -> None:
+        give_up, waiting = time.monotonic() + wait_seconds, False
         while not (carried := _record_lock(fd)):
             if carried is None:
-                say(f"{self.path}: this file system carries no locks; watching the lock file instead")
+                note(f"{self.path}: file locking is not supported here; polling the lock file instead")
+                self._locks_work = False
                 break
             if time.monotonic() >= give_up:
                 raise self._refusal(_read_holder(fd))
+            if not waiting:
+                waiting = True
+                note(
+                    f"{self.path} is in use by {_describe(_read_holder(fd))}; waiting up to {wait_seconds:.0f} s for it "
+                    f"to end"
+                )
             time.sleep(min(0.2, beat_seconds))
         holder = _read_holder(fd)
         if holder is None:
@@ -182,12 +215,49 @@ class RunFolder:
         same_kernel = holder.get("host") == mine["host"] and holder.get("boot") == mine["boot"]
         same_job = mine["job_id"] is not None and holder.get("job_id") == mine["job_id"]
         if not (same_kernel and carried) and not same_job:
-            say(f"{self.path}: locked by {_describe(holder)}; watching {2 * beat_seconds:.0f} s if it lives")
+            note(f"{self.path}: locked by {_describe(holder)}; watching {2 * beat_seconds:.0f} s if it lives")
             _record_unlock(fd)  # on NFS, locking again is what brings fresh content
             time.sleep(2 * beat_seconds)
             if _record_lock(fd) is False or _read_holder(fd) not in (holder, None):
                 raise self._refusal(_read_holder(fd) or holder)
-        say(f"{self.path}: took over the lock of {_describe(holder)}, which is gone")
+        note(f"{self.path}: took over the lock of {_describe(holder)}, which is gone")
+
+    def _refuse_links(self) -> None:
+        """Raises ``RequestError`` if a name that a run writes to is a link out of the folder."""
+        root = os.path.realpath(self.path)
+        for name in NEVER_LINKS:
+            path = self.path / name
+            if path.is_symlink() and os.path.commonpath([root, os.path.realpath(path)]) != root:
+                raise RequestError(
+                    f"{path} is a link to {os.readlink(path)!r}, outside of the run folder, and the run would write "
+                    f"through it; remove the link (checkpoints may be one) or choose another --run_dir"
+                )
+
+    def check_owner(self) -> None:
+        """Before a write: is this still our folder?
+
+        Raises:
+            FaultError: the folder was renamed, removed or replaced, or another job took its lock, while this one trained.
+        """
+        if self._identity is None or self._lock_fd is None:
+            return
+        folder, token = self._identity
+        if _identity(self.path) != folder:
+            raise FaultError(
+                f"run folder {self.path} was renamed, removed or replaced while this run was training; nothing more is "
+                f"written. Its checkpoints are where the folder went: move it back and run the same command"
+            )
+        try:
+            named, held = os.stat(self.path / ".lock"), os.fstat(self._lock_fd)
+            same = (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
+        except OSError:
+            same = False
+        holder = _read_holder(self._lock_fd) if same else None
+        if not same or (holder or {}).get("token", token) != token:
+            raise FaultError(
+                f"run folder {self.path} was taken over by {_describe(holder)} while this run was training; nothing more "
+                f"is written"
+            )
 
     def _refusal(self, holder: Mapping[str, Any] | None) -> RequestError:
         return RequestError(
@@ -232,14 +302,14 @@ class RunFolder:
         ``step`` and ``more`` are kept from the last call where they are not given anew.
         """
         if state not in STATES:
-            raise ValueError(f"state {state!r} is none of {STATES}")
+            raise ValueError(f"unknown state {state!r}; choose from {', '.join(STATES)}")
         self._status |= more
         if step is not None:
             self._status["step"] = step
         status = {
             "state": state,
             "exit_code": exit_code,
-            "reason": redact(reason),
+            "reason": redact(reason)[:REASON_CHARACTERS],
             "step": self._status.get("step"),
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -249,6 +319,10 @@ class RunFolder:
         }
         # "running" comes at every save, between two steps: how the run ended must outlive a power cut, this need not.
         self._disk.write_json(self.path / "status.json", self._status | status, durable=state != "running")
+
+    def remember(self, **facts: Any) -> None:
+        """Keep facts in every later ``status.json`` of this process."""
+        self._status |= facts
 
     def read_status(self) -> dict[str, Any] | None:
         """The last status, or ``None``."""
@@ -272,9 +346,18 @@ def _myself() -> dict[str, Any]:
     }
 
 
+def _identity(path: Path) -> tuple[int, int]:
+    """Device and inode of a folder; (0, 0) if it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return (0, 0)
+    return found.st_dev, found.st_ino
+
+
 def _describe(holder: Mapping[str, Any] | None) -> str:
     if not holder:
-        return "another process that has not yet said its name"
+        return "an unknown process"
     job = f", job {holder['job_id']}" if holder.get("job_id") else ""
     return f"pid {holder.get('pid')} on {holder.get('host')}{job} (since {holder.get('since')})"
 

@@ -1,21 +1,17 @@
-"""Going on: which checkpoint, whether the past it holds is still the same, and where its cursor stands now.
-
-Comes in: the configuration as it is now and the checkpoints of a run folder. Goes out: the checkpoint's path and state,
-and the cursor to read on from. What always holds: a changed corpus, tokenizer or seed is refused with both values;
-what may change is said; the mixtures of the past never move.
-"""
+"""Which checkpoint a run resumes from, and whether its data, tokenizer and seed are still the same."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from lmcore.checkpoint import writer
+from lmcore.checkpoint import reader
 from lmcore.config.schema import RunConfig, changes, flatten, refuse_changes
 from lmcore.data.order import Cursor, Phase
+from lmcore.errors import RequestError
 from lmcore.report.redact import redact
 from lmcore.report.report import Report
 from lmcore.run.folder import RunFolder
@@ -24,31 +20,64 @@ from lmcore.run.folder import RunFolder
 def find_checkpoint(
     config: RunConfig, folder: RunFolder, report: Report
 ) -> tuple[str, dict[str, Any]] | None:
-    """Rank 0: the checkpoint to go on from and its state, verified to the last byte.
+    """Rank 0: the checkpoint to resume from and its state, every byte verified; ``None`` starts at step 0.
 
     Raises:
-        RequestError: no good checkpoint although there should be one, or a changed past.
+        RequestError: no usable checkpoint although there should be one, or the corpus, tokenizer or seed changed.
     """
-    if config.resume == "never":
-        writer.abandon_after(folder.checkpoints, -1, note=report.note)
+    before = folder.read_status() or {}
+    saved_step = before.get("checkpoint_step")
+    folder.remember(checkpoint_step=saved_step)  # also in the status of a start that fails
+    asked = _asked_once(config, folder, report, before)
+    if asked == "never":
+        folder.remember(checkpoint_step=None)
+        reader.abandon_after(folder.checkpoints, -1, note=report.note)
         return None
-    best = config.checkpoint.keep_best if config.resume == "best" else None
-    found = writer.find(
+    best = config.checkpoint.keep_best if asked == "best" else None
+    found = reader.find(
         folder.checkpoints,
-        config.resume,
+        asked,
         metric=best.metric if best else None,
         mode=best.mode if best else None,
         note=report.note,
     )
     if found is None:
+        if isinstance(saved_step, int) and saved_step > 0:
+            # Never start at step 0 over a run that had a checkpoint: somebody moved or removed its checkpoints.
+            raise RequestError(
+                f"{folder.checkpoints} has no checkpoint, but status.json says that this run saved step {saved_step}: "
+                f"move its checkpoints back, give one with --resume PATH, or start over with --resume never"
+            )
         return None
     with found:
         now = redact(flatten(config))  # as it was saved
         changed = refuse_changes(changes(found.state["config"], now), config.allow_changes)
         for change in changed:
             report.warn_once(f"{change.key} was {change.old} up to step {found.step}, is {change.new} now")
-        writer.abandon_after(folder.checkpoints, found.step, note=report.note)
+        folder.remember(checkpoint_step=found.step)
+        reader.abandon_after(folder.checkpoints, found.step, note=report.note)
         return str(found.path), found.state
+
+
+def _asked_once(config: RunConfig, folder: RunFolder, report: Report, before: Mapping[str, Any]) -> str:
+    """``--resume``, where ``never`` and ``best`` count once for a command.
+
+    The command that is started again after an interruption (a requeued job, a loop around exit code 75) must not start
+    over, or go back, each time. ``status.json`` keeps which command has had its way; once that run is finished, the same
+    words count anew.
+    """
+    if config.resume not in ("never", "best") or config.fast_dev_run:
+        return config.resume
+    options = json.dumps(redact(flatten(config)), sort_keys=True, default=str)
+    command = hashlib.sha256(options.encode()).hexdigest()
+    folder.remember(resume_command=command)
+    if before.get("resume_command") == command and before.get("state") != "finished":
+        report.note(
+            f"--resume {config.resume} was carried out when this command was first started; resuming that run from its "
+            f"newest checkpoint (for a fresh start, remove {folder.path} or choose another --run_dir)"
+        )
+        return "auto"
+    return config.resume
 
 
 def cursor_of(
@@ -74,32 +103,3 @@ def cursor_of(
     ahead = tuple(phase for phase in phases if phase.position > cursor.position)
     cursor = replace(cursor, phases=behind).with_weights(now.weights)
     return replace(cursor, phases=cursor.phases + ahead).with_skips(skips)
-
-
-def topology(
-    *,
-    world_size: int,
-    strategy: str,
-    precision: str,
-    device: str,
-    compiled: bool,
-    micro_batch_blocks: int,
-) -> dict[str, Any]:
-    """What has to be the same for a bit-exact continuation (law 13)."""
-    return {
-        "world size": world_size,
-        "strategy": strategy,
-        "precision": precision,
-        "device": device,
-        "compiled": compiled,
-        "micro_batch_blocks": micro_batch_blocks,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """In words, what of the topology is another one than that of the checkpoint."""
-    return [
-        f"{name} was {old[name]}, is {new[name]}" for name in new if name in old and old[name] != new[name]
-    ]

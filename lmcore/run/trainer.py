@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from types import TracebackType
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ from lmcore.run.early_stopping import EarlyStopping
 from lmcore.run.ema import MovingAverage
 from lmcore.run.evaluation import Evaluator
 from lmcore.run.finish import write_results
-from lmcore.run.folder import RunFolder, place
+from lmcore.run.folder import LOCK_WAIT_SECONDS, RunFolder, place
 from lmcore.run.guard import EXIT_STUCK, FAULT, Guard, Verdict
 from lmcore.run.intervals import EVALUATE, LOG, SAVE, Due, Intervals
 from lmcore.run.late_numbers import LateNumbers
@@ -52,6 +52,9 @@ from lmcore.run.replicas import odd_ranks, parameter_hash
 from lmcore.run.resume import cursor_of, find_checkpoint
 from lmcore.run.state import State, differences, topology
 from lmcore.saved.load import describe
+
+if TYPE_CHECKING:
+    from lmcore.report.meters import Metrics
 
 EXIT_CRASHED = 1
 """Python's own exit code of an exception."""
@@ -123,10 +126,15 @@ class Run:
         self._close.callback(self.engine.close)
         self.folder = RunFolder(config.run_dir, private=config.checkpoint.private)
         self._close.callback(self.folder.unlock)
-        on_main(self.engine, self.folder.lock)
+        on_main(self.engine, partial(self.folder.lock, wait_seconds=LOCK_WAIT_SECONDS))
         self._owns_folder = self.engine.is_main
         self.report = self._close.enter_context(
-            Report(self.folder.path, rank=self.engine.rank, world_size=self.engine.world_size)
+            Report(
+                self.folder.path,
+                rank=self.engine.rank,
+                world_size=self.engine.world_size,
+                on_full_disk=config.checkpoint.on_full_disk,
+            )
         )
         self.guard = Guard(
             run_dir=self.folder.path,
@@ -425,11 +433,28 @@ class Run:
         """The gradient norm above which the coming update is not applied; infinity unless ``guard.spike`` is skip."""
         return self.guard.norm_limit(self.state.step + 1)
 
-    def record(self, batch: StepBatch, *, loss: LossSum, grad_norm: Tensor, applied: Tensor) -> None:
+    def record(
+        self,
+        batch: StepBatch,
+        *,
+        loss: LossSum,
+        grad_norm: Tensor,
+        applied: Tensor,
+        metrics: Metrics | None = None,
+    ) -> None:
         """A step is done: advance the state, and log when that is due.
 
         Args:
             loss: of this rank's micro-batches. grad_norm: 0-d. applied: 0-d bool, whether the update reached the weights.
+            metrics: your own numbers of the step by name, for metrics.jsonl, console and trackers: a number or 0-d tensor
+                of this rank (the mean over ranks and steps is logged), or a pair (sum, count) that is summed over ranks
+                and steps like the loss. Tensors stay on the device until a line is due.
+
+        Example::
+
+            correct += (logits.argmax(-1) == labels).sum()
+            run.record(batch, loss=loss, grad_norm=grad_norm, applied=applied,
+                       metrics={"accuracy": (correct, batch.label_count)})
         """
         state, rate = self.state, self.learning_rate()
         state.step, state.cursor = state.step + 1, batch.cursor
@@ -450,7 +475,7 @@ class Run:
         flags |= self._intervals.flags(state.step, saving=self.saves.busy)
         if flags & EVALUATE and self.saves.keep_best:
             flags |= SAVE  # what is best must be there to be kept
-        self._flags = self.engine.agree(flags | (FAULT if self.saves.failed else 0))
+        self._flags = self.engine.agree(flags | (FAULT if self.saves.failed or self.report.failed else 0))
         self._verdict = self.guard.verdict(self._flags)
         self.report.step(
             step=state.step,
@@ -463,6 +488,7 @@ class Run:
             norm=grad_norm,
             applied=applied,
             wait_seconds=batch.wait_seconds,
+            metrics=metrics,
             due=bool(self._flags & LOG),
         )
 
@@ -534,6 +560,7 @@ class Run:
     def save(self, reason: str) -> None:
         """Write a checkpoint: copied on all ranks, written in the background."""
         state, engine = self.state, self.engine
+        on_main(engine, self.folder.check_owner)
         self.guard.beat("save", state.step, allow_seconds=self.config.guard.stuck_seconds)
         with self.report.task("saving"):
             cursor = merge_cursors(engine.gather_object(state.cursor))
@@ -561,6 +588,7 @@ class Run:
             )
         self.report.event("checkpoint", step=state.step, reason=reason)
         if engine.is_main:
+            self._remember_checkpoint()
             self.folder.write_status("running", step=state.step)
         self.guard.done(self._flags)  # takes away the file that asked for this save
 
@@ -638,6 +666,7 @@ class Run:
             self.trackers.close()
         self.report.close()
         if self._owns_folder:
+            self._remember_checkpoint()
             self.folder.write_status(state, step=self.state.step, exit_code=self.exit_code, reason=reason)
 
     def _failure_of(self, error: BaseException) -> BaseException:
@@ -675,9 +704,18 @@ class Run:
         if not self._owns_folder or not (self.folder.path / "status.json").exists():
             return
         try:
+            self.folder.check_owner()
+        except FaultError:  # whatever lies there now is not this run
+            return
+        try:
             self.folder.write_status("failed", exit_code=exit_code, reason=reason)
         finally:  # a full disk is a failure to tell of, too
             tell(self.config.report.webhook, redact(f"{self.folder.path.name}: failed: {reason}"))
+
+    def _remember_checkpoint(self) -> None:
+        """The newest committed checkpoint goes into status.json: a run that had one never starts at step 0 again."""
+        if self.saves.last_step is not None:
+            self.folder.remember(checkpoint_step=self.saves.last_step)
 
     def _notify(self, text: str) -> None:
         if self.trackers:

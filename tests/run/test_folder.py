@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 
 from lmcore.disk import Disk
-from lmcore.errors import RequestError
+from lmcore.errors import FaultError, RequestError
 from lmcore.run import folder as room
 from lmcore.run.folder import RunFolder, confined, job_id, safe_name
 from tests.support.disk_faults import Counter, KillAt, forked
@@ -100,7 +101,7 @@ def test_the_lock_of_a_dead_job_is_taken_at_once(
     folder = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(time, "sleep", pytest.fail)
-        folder.lock(say=heard.append)
+        folder.lock(note=heard.append)
     assert len(heard) == 1
     assert f"pid {process.pid}" in heard[0]
     folder.unlock()
@@ -118,7 +119,7 @@ def test_children_of_a_dead_holder_do_not_keep_the_lock(
     process.kill()
     process.wait()
     folder = RunFolder(tmp_path / "run")
-    folder.lock(say=heard.append)
+    folder.lock(note=heard.append)
     folder.unlock()
     os.kill(child, signal.SIGKILL)
 
@@ -128,14 +129,14 @@ def test_a_restart_waits_for_the_process_it_replaces(
 ) -> None:
     holder("time.sleep(1)")
     folder = RunFolder(tmp_path / "run")
-    folder.lock(say=lambda _: None, wait_seconds=30)
+    folder.lock(note=lambda _: None, wait_seconds=30)
     folder.unlock()
 
 
 def test_unlocked_is_free_and_said_by_nobody(tmp_path: Path, heard: list[str]) -> None:
     for _ in range(3):
         folder = RunFolder(tmp_path / "run")
-        folder.lock(say=heard.append)
+        folder.lock(note=heard.append)
         with pytest.raises(RequestError, match="this very process"):
             RunFolder(tmp_path / "run").lock()
         folder.unlock()
@@ -161,7 +162,7 @@ def foreign(path: Path, **changes: Any) -> None:
 def test_a_lock_of_another_machine_that_stands_still_is_taken(tmp_path: Path, heard: list[str]) -> None:
     foreign(tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
-    folder.lock(say=heard.append, beat_seconds=QUICK)
+    folder.lock(note=heard.append, beat_seconds=QUICK)
     assert "watching" in heard[0]
     assert "took over the lock of pid 1 on elsewhere" in heard[1]
     folder.unlock()
@@ -174,7 +175,7 @@ def test_a_lock_of_another_machine_that_beats_is_respected(
     foreign(tmp_path / "run")
     monkeypatch.setattr(time, "sleep", lambda _seconds: foreign(tmp_path / "run", beat=4))
     with pytest.raises(RequestError, match="in use by pid 1 on elsewhere"):
-        RunFolder(tmp_path / "run").lock(say=heard.append)
+        RunFolder(tmp_path / "run").lock(note=heard.append)
 
 
 def test_a_requeued_job_takes_its_own_lock_at_once(
@@ -187,7 +188,7 @@ def test_a_requeued_job_takes_its_own_lock_at_once(
     folder = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(time, "sleep", pytest.fail)
-        folder.lock(say=heard.append, beat_seconds=30)
+        folder.lock(note=heard.append, beat_seconds=30)
     folder.unlock()
 
 
@@ -196,7 +197,7 @@ def test_a_torn_lock_file_is_no_wall(tmp_path: Path, heard: list[str]) -> None:
     for content in (b"", b"{", b"\xff\x00", b"[1]", b"null"):
         (tmp_path / "run" / ".lock").write_bytes(content)
         folder = RunFolder(tmp_path / "run")
-        folder.lock(say=heard.append, beat_seconds=0.02)
+        folder.lock(note=heard.append, beat_seconds=0.02)
         folder.unlock()
 
 
@@ -205,17 +206,73 @@ def test_where_there_are_no_locks_the_beat_decides(
 ) -> None:
     monkeypatch.setattr(room, "_record_lock", lambda _fd: None)
     first = RunFolder(tmp_path / "run")
-    first.lock(say=heard.append, beat_seconds=QUICK)
+    first.lock(note=heard.append, beat_seconds=QUICK)
     monkeypatch.setattr(room, "_held", {})  # as another process would see it
     with monkeypatch.context() as patch:
         patch.setattr(time, "sleep", lambda _seconds: until_it_beats(tmp_path / "run"))
         with pytest.raises(RequestError, match=f"in use by pid {os.getpid()}"):
-            RunFolder(tmp_path / "run").lock(say=heard.append, beat_seconds=QUICK)
+            RunFolder(tmp_path / "run").lock(note=heard.append, beat_seconds=QUICK)
     first.unlock()
     second = RunFolder(tmp_path / "run")
-    second.lock(say=heard.append, beat_seconds=QUICK)
+    second.lock(note=heard.append, beat_seconds=QUICK)
     second.unlock()
-    assert "carries no locks" in heard[0]
+    assert "locking is not supported" in heard[0]
+
+
+def test_without_record_locks_the_second_of_two_simultaneous_starts_is_refused(
+    tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found no holder; the one who wrote last has the folder, and the other reads that before it begins."""
+    monkeypatch.setattr(room, "_record_lock", lambda _fd: None)
+    sleep = time.sleep
+
+    def overtaken(seconds: float) -> None:
+        if seconds == room.SETTLE_SECONDS:
+            foreign(tmp_path / "run")
+        else:
+            sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", overtaken)
+    with pytest.raises(RequestError, match="in use by pid 1 on elsewhere"):
+        RunFolder(tmp_path / "run").lock(note=heard.append, beat_seconds=60)
+
+
+@pytest.mark.parametrize("change", ["renamed", "removed", "replaced"])
+def test_a_folder_that_was_moved_while_training_is_noticed(tmp_path: Path, change: str) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.lock(note=lambda _: None)
+    folder.check_owner()
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    if change == "removed":
+        shutil.rmtree(tmp_path / "elsewhere")
+    if change == "replaced":
+        RunFolder(tmp_path / "run").create()
+    with pytest.raises(FaultError, match="renamed, removed or replaced"):
+        folder.check_owner()
+    folder.unlock()
+
+
+def test_a_lock_file_that_was_taken_over_is_noticed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.lock(note=lambda _: None)
+    (tmp_path / "run" / ".lock").unlink()
+    (tmp_path / "run" / ".lock").write_text("{}")
+    with pytest.raises(FaultError, match="taken over"):
+        folder.check_owner()
+    folder.unlock()
+
+
+@pytest.mark.parametrize("name", room.NEVER_LINKS)
+def test_a_link_out_of_the_folder_is_not_written_through(tmp_path: Path, name: str) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(precious)
+    with pytest.raises(
+        RequestError, match=r"is a link to .*choose another --run_dir|cannot be (locked|written)"
+    ):
+        RunFolder(tmp_path / "run").lock(note=lambda _: None)
+    assert precious.read_text() == "mine"
 
 
 def until_it_beats(run: Path, fd: int | None = None) -> None:
@@ -233,7 +290,7 @@ def until_it_beats(run: Path, fd: int | None = None) -> None:
 
 def test_the_holder_beats(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    folder.lock(say=print, beat_seconds=0.02)
+    folder.lock(note=print, beat_seconds=0.02)
     until_it_beats(tmp_path / "run", folder._lock_fd)
     folder.unlock()
 
@@ -250,7 +307,7 @@ def test_a_beat_on_its_way_is_waited_for(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(room, "_write_holder", late)
     folder = RunFolder(tmp_path / "run")
-    folder.lock(say=print, beat_seconds=0.01)
+    folder.lock(note=print, beat_seconds=0.01)
     assert begun.wait(120)
     folder.unlock()
     with open(tmp_path / "next", "w+") as following:
@@ -301,7 +358,7 @@ def test_status_says_who_where_and_how_far(tmp_path: Path) -> None:
         "version": "1",
     }
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", status["time"])
-    with pytest.raises(ValueError, match="none of"):
+    with pytest.raises(ValueError, match="unknown state"):
         folder.write_status("happy")
     (folder.path / "status.json").write_text("{")
     assert folder.read_status() is None

@@ -1,0 +1,64 @@
+"""Which checkpoint a run starts from, whatever was done to its folder in between."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST, EXIT_SAVED
+from lmcore.report.metrics import read_metrics
+from tests.support.whole_runs import request, train, words
+
+SHORT = {"train__duration": "8 steps", "checkpoint__every": "2 steps", "evaluate__every": "never"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "train.txt").write_text(words(300, 0), encoding="utf-8")
+    (folder / "held.txt").write_text(words(30, 1), encoding="utf-8")
+    return folder
+
+
+def starts(run_dir: Path) -> list[tuple[str, int]]:
+    """(event, step) of every start of a run."""
+    events: list[dict[str, Any]] = read_metrics(run_dir / "metrics.jsonl", kind="event")
+    return [(e["event"], e["step"]) for e in events if e["event"] in ("start", "resume")]
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed"])
+def test_resume_is_refused_if_the_checkpoints_of_a_run_are_gone(text: Path, how: str) -> None:
+    run_dir = text / how
+    argv = request(text, run_dir, **SHORT)
+    assert train(argv, kill_before_step=5) == [EXIT_SAVED]
+    for path in sorted((run_dir / "checkpoints").glob("step-*")):
+        if how == "removed":
+            shutil.rmtree(path)
+        else:
+            path.rename(text / f"{how}-{path.name}.bak")
+    for _ in range(2):  # the refusal leaves what it was decided by
+        assert train(argv) == [EXIT_REQUEST]
+        status = json.loads((run_dir / "status.json").read_text())
+        assert status["state"] == "failed"
+        assert "saved step 6" in status["reason"]
+    assert train([*argv, "--resume", "never"]) == [EXIT_FINISHED]
+    assert starts(run_dir)[-1] == ("start", 0)
+
+
+@pytest.mark.parametrize("kill_with", [signal.SIGTERM, signal.SIGKILL])
+def test_resume_never_counts_once_for_a_command(text: Path, kill_with: int) -> None:
+    """A requeued job repeats its command: it must not start over each time."""
+    run_dir = text / f"never-{kill_with}"
+    assert train(request(text, run_dir, **SHORT)) == [EXIT_FINISHED]
+    argv = [*request(text, run_dir, **SHORT), "--resume", "never"]
+    assert train(argv, kill_before_step=5, kill_with=kill_with) != [EXIT_FINISHED]
+    assert train(argv) == [EXIT_FINISHED]
+    assert [event for event, _ in starts(run_dir)] == ["start", "start", "resume"]
+    assert starts(run_dir)[-1][1] >= 2
+    assert train(argv) == [EXIT_FINISHED], "after its end the same words start over"
+    assert starts(run_dir)[-1] == ("start", 0)
