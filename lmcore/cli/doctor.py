@@ -107,6 +107,8 @@ def _packages(folder: Path) -> Iterator[Finding]:
 def _gpu(folder: Path) -> Iterator[Finding]:
     import torch
 
+    from lmcore.engine.launch import has_native_bf16
+
     driver = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     built = torch.version.cuda or (f"ROCm {torch.version.hip}" if torch.version.hip else None)
     if not torch.cuda.is_available():
@@ -133,8 +135,10 @@ def _gpu(folder: Path) -> Iterator[Finding]:
         if built_for and not min(built_for) <= 10 * one.major + one.minor <= max(built_for) + 9:
             value = f"compute capability {one.major}.{one.minor}, torch is built for {built_for}"
             yield Finding("bad", f"GPU {index}", value, "install another build of torch")
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    remedy = "train.precision fp16 is used in its place; it needs loss scaling" if not bf16 else ""
+    bf16 = has_native_bf16()
+    remedy = (
+        "train.precision auto takes fp32 here; fp16 is faster: --train.precision fp16" if not bf16 else ""
+    )
     yield Finding("ok" if bf16 else "warn", "bf16", "supported" if bf16 else "not supported", remedy)
     free, total = torch.cuda.mem_get_info()
     if free < 0.9 * total:

@@ -252,8 +252,8 @@ class TrainConfig:
     """The same in tokens; a multiple of data.block_size."""
     micro_batch_blocks: int | Literal["auto"] = option("auto", "warn", at_least=1)
     """Blocks of one forward pass on one rank; auto: the largest that fits."""
-    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = option("auto", "warn")
-    """Arithmetic; auto: bf16 on a GPU that has it, else fp32; fp8: handed to accelerate as it is."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "warn")
+    """Arithmetic; auto: bf16 on GPUs that compute in it (compute capability 8.0 or newer), else fp32."""
     param_dtype: Literal["fp32", "bf16"] = option("fp32", "warn")
     """Type in which the weights are kept."""
     tf32: bool = option(True, "warn")
@@ -277,9 +277,9 @@ class EngineConfig:
     deepspeed: str | None = option(None, "warn")
     """A DeepSpeed configuration (ds_configs/zero3.json); an accelerate configuration can bring one too."""
     timeout_seconds: int = option(1_800, "free", at_least=1)
-    """How long a rank waits for the others in a collective operation."""
+    """How long a rank waits for the others in a collective operation of the device; 10 times that on the host."""
     reduce_dtype: Literal["fp32", "bf16"] = option("fp32", "warn")
-    """Type in which gradients are reduced over ranks, and those of bf16 weights summed."""
+    """Type in which gradients are sent between ranks (bf16 halves the traffic), and those of bf16 weights are summed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""accelerate's ``Accelerator``, with every plugin made in code.
+"""accelerate's ``Accelerator``, with every plugin made in code, and the check that it is what was asked for.
 
-Comes in: what was asked for, checked. Goes out: the accelerator; the process group is up. What the launcher's
-environment would say silently (accumulation, compile flags, one FSDP group, 16-bit reductions) is said here.
+What the launcher's environment would decide silently (accumulation, compile flags, one FSDP group for the whole model,
+gradients reduced in 16 bits) is decided here. FSDP2's plugin and its checks are here too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -21,17 +21,28 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
 )
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from lmcore.engine import fsdp, zero
-from lmcore.engine.launch import Request
-from lmcore.engine.network import stay_on_the_jobs_interface
-
+from lmcore.conventions import torch_dtype
+from lmcore.engine import launch, zero
+from lmcore.engine.ranks import use_job_interface
+from lmcore.errors import RequestError
 
 def build(
-    request: Request, *, precision: str, reduce_dtype: str, timeout: timedelta, cuda: bool
+    request: launch.Request,
+    *,
+    precision: str,
+    reduce_dtype: str,
+    timeout: timedelta,
+    cuda: bool,
 ) -> Accelerator:
-    """Join the process group and make the accelerator."""
+    """Join the process group and make the accelerator.
+
+    Raises:
+        RequestError: accelerate built something else than was asked for.
+    """
     if not cuda:
         # accelerate imports DeepSpeed when it unwraps a model, and that would say that it guesses.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -41,13 +52,14 @@ def build(
     if request.deepspeed is not None:
         zero.check_compiler(request.deepspeed)
         zero.quiet_deepspeed(device_is_cpu=not cuda)
-        zero.alone_environment(os.environ)
+        zero.single_process_environment(os.environ)
         config = zero.base_config(request.deepspeed, precision=precision, reduce_dtype=reduce_dtype)
         plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
         backend = None if cuda else "gloo"  # without it every rank would silently train alone on a CPU
     elif request.strategy == "fsdp2":
-        plugins["fsdp_plugin"] = fsdp.plugin(precision=precision, reduce_dtype=reduce_dtype)
-    stay_on_the_jobs_interface()
+        launch.fill_in_mesh(os.environ)
+        plugins["fsdp_plugin"] = fsdp_plugin(precision=precision, reduce_dtype=reduce_dtype)
+    use_job_interface()
     rejoin(os.environ, backend="cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timeout)
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
@@ -67,15 +79,58 @@ def build(
         # Told of ZeRO-3, transformers would partition a pretrained model while it reads it, on all ranks
         # together; here rank 0 reads it alone.
         unset_hf_deepspeed_config()
+    check(accelerator, request, precision)
     return accelerator
 
 
-def rejoin(env: Mapping[str, str], *, backend: str, timeout: timedelta) -> None:
-    """The process group of a rank that torch's launcher starts again (``--max_restarts``, one node).
+def check(accelerator: Accelerator, asked: launch.Request, precision: str) -> str:
+    """Compare what accelerate built with what was asked for; return the strategy.
 
-    The launcher's store outlives the ranks and still holds the addresses of those that are dead, which torch no longer
-    tells apart (pytorch issue 135712): what this start writes goes under a name of its own. Does nothing at a first
-    start, nor on several nodes, whose launchers count their restarts each for itself.
+    Raises:
+        RequestError: another number of processes, strategy or precision.
+    """
+    if accelerator.num_processes != asked.world_size:
+        raise RequestError(
+            f"the launcher started {asked.world_size} processes but accelerate sees "
+            f"{accelerator.num_processes}: use {launch.SEVERAL_ON_CPU}"
+        )
+    built = built_strategy(accelerator)
+    # torchrun with one process
+    one_process = asked.world_size == 1 and {built, asked.strategy} == {"single", "ddp"}
+    if built != asked.strategy and not one_process:
+        reason = ""
+        if asked.strategy == "fsdp2" and accelerator.device.type == "cpu":
+            reason = " (accelerate shards on GPUs only; on a CPU use DDP or ZeRO)"
+        raise RequestError(
+            f"{asked.strategy} was asked for but accelerate built {built}{reason}: {launch.remedy(asked.strategy)}"
+        )
+    mixed = accelerator.mixed_precision
+    if (mixed if mixed != "no" else "fp32") != precision:
+        raise RequestError(f"precision {precision} was asked for but accelerate built {mixed}")
+    return built
+
+
+def built_strategy(accelerator: Accelerator) -> str:
+    """The strategy that accelerate has really built."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.NO:
+        return "single"
+    if kind in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        return "ddp"
+    if kind == DistributedType.FSDP:
+        return "fsdp2" if accelerator.is_fsdp2 else "fsdp1"
+    if kind == DistributedType.DEEPSPEED:
+        stage: int = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
+        return f"zero{stage}"
+    return str(kind.value).lower()
+
+
+def rejoin(env: Mapping[str, str], *, backend: str, timeout: timedelta) -> None:
+    """Make the process group of a rank that torch's launcher has started again (``--max_restarts``, one node).
+
+    The launcher's store outlives the ranks and still holds the addresses of the dead ones, which torch no longer
+    tells apart (pytorch issue 135712): what this start writes goes under its own prefix. Does nothing at a first
+    start, nor on several nodes, where each launcher counts its own restarts.
     """
     attempt, size = env.get("TORCHELASTIC_RESTART_COUNT", ""), env.get("WORLD_SIZE", "1")
     shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -112,3 +167,48 @@ def choose_kernels(device: torch.device, *, deterministic: bool, tf32: bool) -> 
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
         torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
+
+
+# ---- FSDP2 -------------------------------------------------------------------------------------------------
+
+
+def fsdp_plugin(*, precision: str, reduce_dtype: str) -> Any:
+    """FSDP2 with gradients reduced and accumulated in ``reduce_dtype``, and outputs that keep their type.
+
+    accelerate's own policy for bf16 reduces gradients in bf16 and returns the loss itself in bf16. What is not named
+    here (offload, reshard) comes from the launcher's environment (``FSDP_*``).
+    """
+    compute = None if precision == "fp32" else torch_dtype(precision)
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch_dtype(reduce_dtype)),
+        activation_checkpointing=False,  # its own draws other dropout masks in the recomputation
+        cpu_ram_efficient_loading=False,  # sharded_init distributes rank 0's weights
+    )
+
+
+def fsdp_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer without what torch 2.13 has no form of for sharded tensors: fused kernels other than Adam's.
+
+    Raises:
+        RequestError: Adafactor, which fails on sharded tensors.
+    """
+    if isinstance(optimizer, torch.optim.Adafactor):
+        raise RequestError(
+            "torch's Adafactor fails on sharded tensors: use adamw or muon, or DDP instead of FSDP2"
+        )
+    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one of them
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                group["fused"] = False
+    return optimizer
+
+
+def wrap_layers(fsdp_plugin: Any, layers: list[nn.Module]) -> None:
+    """Shard each of these layers by itself, unless the launcher's file names other classes.
+
+    Without a name accelerate makes one group of the whole model.
+    """
+    if not fsdp_plugin.transformer_cls_names_to_wrap:
+        fsdp_plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})

@@ -1,22 +1,13 @@
-"""The one door to accelerate: DDP, FSDP2, ZeRO-1/2/3 and mixed precision behind one small face.
+"""One training step under any strategy: one process, DDP, FSDP2, ZeRO-1/2/3, in fp32, bf16 or fp16.
 
-Comes in: the launcher's environment, a module that returns ``(loss_sum, count)``, a way to make its
-optimizer. Goes
-out: the same training for every strategy, and the state by parameter name, whole tensors on the host.
-
-What always holds:
-
-- the process group, strategy and precision are those that were asked for; what accelerate would silently
-  replace (one process instead of two, DDP instead of FSDP2, fp32 instead of fp16) is refused with the right
-  command;
-- the gradient is that of the global token mean, whatever the accumulation and the number of ranks (law 8);
-- dropout depends on (seed, micro-batch key) only (law 10); the learning rate is set before the step (law 11);
-- a non-finite loss or gradient never reaches the weights (law 12);
-- nothing outside this room and its ``_strategy_*`` siblings knows which strategy runs (law 20).
+:class:`Engine` hides accelerate and DeepSpeed: the same calls train, save and load under every strategy, and the state
+goes by parameter name, in whole tensors on the host. Guarantees (docs/architecture.md): the gradient is that of the mean
+over all labels of the step, whatever the accumulation and the number of ranks; dropout depends on the seed and the
+micro-batch only; an update whose gradient is not finite is never applied.
 
 Example::
 
-    engine = Engine(precision="fp32", seed=1)
+    engine = Engine(TrainConfig(precision="fp32"), EngineConfig(), seed=1)
     engine.prepare(module, make_optimizer, gradient_accumulation=2, micro_batch_blocks=4, clip_norm=1.0)
     engine.set_learning_rate(3e-4)
     for batch, key in micro_batches:
@@ -30,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -37,11 +29,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lmcore.config.schema import EngineConfig, TrainConfig
 from lmcore.conventions import torch_dtype
-from lmcore.engine import accelerator, fsdp, launch, sharded_init, zero
+from lmcore.engine import accelerator, launch, sharded_init, zero
 from lmcore.engine import state as by_name
 from lmcore.engine.allocator import keep_freed_memory
-from lmcore.engine.gradients import WideGradients, rehearse_backward
+from lmcore.engine.gradients import WideGradients, average_in_bf16, settle_ddp_buckets
 from lmcore.engine.ranks import Ranks
 from lmcore.engine.state import Skeleton, TensorState, clean_name, keyed_seed, persistent_buffers
 from lmcore.engine.zero_state import ZeroState
@@ -51,6 +44,10 @@ from lmcore.model.module import compile_regions, decoder_layers, enable_activati
 
 MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 Read = Callable[[str, str, str], Tensor | None]
+
+HOST_WAIT_FACTOR = 10
+"""Ranks wait this many times ``engine.timeout_seconds`` for one another on the host, where one of them may write a long
+checkpoint or tokenize a corpus. Collectives of the device wait once that."""
 
 
 class Entry(NamedTuple):
@@ -64,87 +61,79 @@ class Entry(NamedTuple):
 
 
 class Engine:
-    """One per process. Constructing it joins the process group; :meth:`close` leaves it.
+    """Joins the process group, then trains under the strategy that the launcher chose. One in each process.
+
+    The strategy comes from the environment that ``accelerate launch`` or ``torchrun`` leaves (one process without a
+    launcher), and from ``options.deepspeed``. What accelerate would silently replace (one process instead of two, DDP
+    instead of FSDP2, fp32 instead of fp16) is refused with the command that does what was meant.
 
     Args:
-        precision: "fp32", "bf16", "fp16" (with loss scaling, CUDA only), "fp8" (handed to accelerate), or
-            "auto": bf16 on a CUDA device that has it, else fp32. ``engine.precision`` is the resolved one.
-        param_dtype: dtype of the weights that the optimizer updates: "fp32", or "bf16" to save memory.
-        reduce_dtype: dtype in which gradients travel between ranks under FSDP2 and ZeRO; and in which those of
-            bf16 weights are summed, by one process and DDP.
-        deepspeed: a file of ``ds_configs/``; ``None`` takes what the launcher says.
-        timeout_seconds: how long a collective waits for a rank before the run ends with an error.
-        compile: "none", or "regional": each layer by itself.
-        compile_mode: torch.compile's mode.
-        activation_checkpointing: recompute each layer (2: every second one) in backward, not keep its activations.
-        seed: the run's seed; dropout is derived from it.
-        deterministic: bit-identical reruns on CUDA too, at the cost of speed.
-        tf32: allow TF32 for fp32 matrix products on CUDA.
+        train: precision, types, compilation, recomputation and determinism; :class:`lmcore.config.schema.TrainConfig`.
+        options: DeepSpeed file, time limit and type of reductions; :class:`lmcore.config.schema.EngineConfig`.
+        seed: seed of the run; dropout is derived from it.
+
+    Attributes:
+        strategy: "single", "ddp", "fsdp2", "zero1", "zero2" or "zero3".
+        precision: "fp32", "bf16" or "fp16"; "auto" is resolved.
+        device: where this rank computes.
+        rank, world_size: of this process, and how many there are.
+        is_main: whether this is rank 0.
+        sharded: whether no rank holds the whole weights.
+        needs_weights: whether this rank must build the model with its weights; where it is sharded only rank 0.
+        updating: true during an update, when the weights may be between two steps.
 
     Raises:
-        RequestError: what was asked for cannot be had here; the message holds the remedy.
+        RequestError: what was asked for is not available here; the message holds the remedy.
     """
 
     def __init__(
-        self,
-        *,
-        precision: str = "auto",
-        param_dtype: str = "fp32",
-        reduce_dtype: str = "fp32",
-        deepspeed: str | None = None,
-        timeout_seconds: float = 1800.0,
-        compile: str = "none",
-        compile_mode: str | None = None,
-        activation_checkpointing: bool | int = False,
-        seed: int = 0,
-        deterministic: bool = False,
-        tf32: bool = True,
+        self, train: TrainConfig | None = None, options: EngineConfig | None = None, *, seed: int = 0
     ) -> None:
-        request = launch.request(os.environ, deepspeed)
+        train, options = train or TrainConfig(), options or EngineConfig()
+        request = launch.request(os.environ, options.deepspeed)
         launch.check_compile(os.environ)
-        cuda = torch.cuda.is_available() and not launch.forced_to_cpu(os.environ)
-        self.precision = launch.resolve_precision(precision, os.environ, cuda=cuda)
-        self._param_dtype = torch_dtype(param_dtype)
-        if param_dtype != "fp32" and request.strategy not in ("single", "ddp"):
+        cuda = launch.uses_cuda(os.environ)
+        self.precision = launch.resolve_precision(train.precision, os.environ, cuda=cuda)
+        self._param_dtype = torch_dtype(train.param_dtype)
+        if train.param_dtype != "fp32" and request.strategy not in ("single", "ddp"):
             raise RequestError(
-                f"train.param_dtype {param_dtype} has no meaning under {request.strategy}, which keeps fp32 "
+                f"train.param_dtype {train.param_dtype} has no meaning under {request.strategy}, which keeps fp32 "
                 "weights for the optimizer and computes in a copy: leave it out"
             )
-        if param_dtype != "fp32" and self.precision in ("fp16", "fp8"):
-            raise RequestError(f"train.param_dtype bf16 is for train.precision bf16, not {self.precision}")
-        self._wide = param_dtype != "fp32" and reduce_dtype == "fp32"  # gradients wider than parameters
-        timeout = timedelta(seconds=timeout_seconds)
+        if train.param_dtype != "fp32" and self.precision == "fp16":
+            raise RequestError("train.param_dtype bf16 is for train.precision bf16, not fp16")
+        # Gradients summed in a wider type than the weights have.
+        self._wide = train.param_dtype != "fp32" and options.reduce_dtype == "fp32"
+        timeout = timedelta(seconds=options.timeout_seconds)
         self.accelerator: Any = accelerator.build(
-            request, precision=self.precision, reduce_dtype=reduce_dtype, timeout=timeout, cuda=cuda
+            request,
+            precision=self.precision,
+            reduce_dtype=options.reduce_dtype,
+            timeout=timeout,
+            cuda=cuda,
         )
-        self.strategy = launch.check(self.accelerator, request, self.precision)
+        self.strategy = accelerator.built_strategy(self.accelerator)
         self._with_zero = self.strategy.startswith("zero")
         self.sharded = self.strategy in ("fsdp2", "zero3")
-        """Whether no rank has the whole weights."""
         self.device: torch.device = self.accelerator.device
         self._memory = keep_freed_memory() if self.device.type == "cpu" else None
         self.rank: int = self.accelerator.process_index
-        self.local_rank: int = max(0, self.accelerator.local_process_index)
         self.world_size: int = self.accelerator.num_processes
         self.is_main = self.rank == 0
         self.needs_weights = self.is_main or not self.sharded
-        """Whether this rank must build the model with its weights: where it is sharded, only rank 0."""
-        self.is_local_main = self.local_rank == 0
-        self._ranks = Ranks(timeout)
-        self._compile = compile
-        self._compile_mode = compile_mode
-        self._checkpointing = activation_checkpointing
+        self._ranks = Ranks(HOST_WAIT_FACTOR * timeout)
+        self._train, self._reduce_dtype = train, options.reduce_dtype
         self.seed = seed
         torch.manual_seed(keyed_seed(seed, "engine", 0))
-        accelerator.choose_kernels(self.device, deterministic=deterministic, tf32=tf32)
+        accelerator.choose_kernels(self.device, deterministic=train.deterministic, tf32=train.tf32)
         self.module: Any  # an nn.Module in its wrapper
         self.optimizer: Any  # a torch optimizer, or DeepSpeed's around one
         self._inner: Any  # the module without its wrapper; its ``model`` is the user's
         self._state: TensorState | ZeroState
         self._skeleton: Skeleton | None = None
         self._micro_batch = 0
-        self._rehearse = False
-        self.updating = False  # true while an update is made: the weights may be between two steps
+        self._settle_buckets = False
+        self.updating = False
 
     # ---- preparing -----------------------------------------------------------------------------------------
 
@@ -165,7 +154,7 @@ class Engine:
                 have empty (meta) parameters, and get their parts of rank 0's.
             make_optimizer: gets ``(name, parameter)`` pairs, returns a ``torch.optim`` optimizer over them.
             gradient_accumulation: micro-batches of one step on this rank.
-            micro_batch_blocks: blocks of one micro-batch (DeepSpeed keeps its books by it).
+            micro_batch_blocks: blocks of one micro-batch (DeepSpeed needs to know).
             clip_norm: largest norm of the global gradient; 0 does not clip.
         """
         launch.check_accumulation(os.environ, gradient_accumulation)
@@ -177,13 +166,13 @@ class Engine:
             # Not Module.to: buffers (rotary frequencies) stay as they are.
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(self._param_dtype)
-        if self._compile != "none":  # before checkpointing: the recomputation is of the compiled layer
-            compile_regions(module, self._compile_mode)
-        if self._checkpointing:
-            enable_activation_checkpointing(self._inner.model, every=int(self._checkpointing))
+        if self._train.compile:  # before checkpointing: the recomputation is of the compiled layer
+            compile_regions(module, self._train.compile_mode)
+        if every := int(self._train.activation_checkpointing):
+            enable_activation_checkpointing(self._inner.model, every=every)
         first = None
         if self.sharded or (self._with_zero and self.precision != "fp32"):
-            # DeepSpeed alone would make its fp32 weights from rounded ones.
+            # DeepSpeed by itself would make its fp32 weights from rounded ones.
             first = sharded_init.FirstWeights(module, keep=self.is_main)
             first.check(self.gather_object(first.kind))
         if self.sharded:
@@ -191,12 +180,10 @@ class Engine:
         if self._with_zero:
             self._prepare_zero(module, make_optimizer(self._named(module)), micro_batch_blocks)
         elif self.strategy == "fsdp2":
-            fsdp.name_layers(self.accelerator.state.fsdp_plugin, decoder_layers(self._inner.model))
+            accelerator.wrap_layers(self.accelerator.state.fsdp_plugin, decoder_layers(self._inner.model))
             self.module = sharded_init.shard_empty(module, self.accelerator)
-            self.optimizer = fsdp.checked(make_optimizer(self._named(module)))
+            self.optimizer = accelerator.fsdp_optimizer(make_optimizer(self._named(module)))
         else:
-            # Only buffers that training changes must be kept equal, and that costs every forward.
-            self.accelerator.ddp_handler.broadcast_buffers = bool(persistent_buffers(module))
             optimizer = make_optimizer(self._named(module))
             if self._wide:
                 sharded_init.same_on_every_rank(module, self.device)
@@ -205,6 +192,11 @@ class Engine:
             else:
                 self.module, wrapped = self.accelerator.prepare(module, optimizer)
                 self.optimizer = wrapped.optimizer
+                if self.strategy == "ddp":
+                    # Only buffers that training changes must be kept equal, and that costs every forward.
+                    self.module.broadcast_buffers = bool(persistent_buffers(module))
+                    if self._reduce_dtype == "bf16" and self._param_dtype is torch.float32:
+                        self.module.register_comm_hook(None, average_in_bf16)
         named, buffers = dict(self._named(module)), persistent_buffers(module)
         if self._with_zero:
             self._state = ZeroState(named, buffers, self.optimizer, int(self.strategy[-1]))
@@ -212,7 +204,7 @@ class Engine:
             self._state = TensorState(named, buffers, self.optimizer)
         if first is not None:
             first.give(self._state, self.device)
-        self._rehearse = self.strategy == "ddp" and self.world_size > 2 and not self._wide
+        self._settle_buckets = self.strategy == "ddp" and self.world_size > 2 and not self._wide
         self._scaler = self.accelerator.scaler
         self._trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._sums = WideGradients(self._trained, buffers.values()) if self._wide else None
@@ -234,7 +226,6 @@ class Engine:
         )
         if self.sharded:
             sharded_init.partition_empty(module, optimizer, config, self.device)
-        self._norm_gate = zero.NormGate()
         self.module, self.optimizer = zero.wrap(self.accelerator, module, optimizer)
 
     # ---- one step ------------------------------------------------------------------------------------------
@@ -248,13 +239,15 @@ class Engine:
         optim.set_momentum(self.optimizer, momentum)
 
     def forward(self, batch: dict[str, Tensor], key: int | None = None) -> tuple[Tensor, Tensor]:
-        """``(loss_sum, count)`` of one micro-batch of this rank, two 0-dim tensors (fp32, int64).
+        """``(loss_sum, count)`` of one micro-batch of this rank: two 0-dim tensors (fp32, int64).
 
-        In training ``key`` is the micro-batch's global index: with the seed it decides the dropout masks.
+        Args:
+            batch: what the module takes, e.g. ``input_ids`` and ``labels`` of shape (blocks, tokens), on the device.
+            key: the micro-batch's global index in training: with the seed it decides the dropout masks.
         """
-        if self._rehearse and self.module.training and torch.is_grad_enabled():
-            self._rehearse = False
-            rehearse_backward(self.module, self._inner, batch)
+        if self._settle_buckets and self.module.training and torch.is_grad_enabled():
+            self._settle_buckets = False
+            settle_ddp_buckets(self.module, self._inner, batch)
         if key is not None:
             torch.manual_seed(keyed_seed(self.seed, "dropout", key))
         if not torch.is_grad_enabled() and self.strategy == "ddp":
@@ -263,19 +256,17 @@ class Engine:
             self._announce(is_last=self._micro_batch == self._accumulation - 1)
         return self.module(**batch)
 
-    def backward(self, loss_sum: Tensor, label_count: int | Tensor, last: bool | None = None) -> None:
+    def backward(self, loss_sum: Tensor, label_count: int | Tensor) -> None:
         """Add this micro-batch's part to the gradient of the global token mean.
 
-        ``label_count`` is the number of labels of the whole step over all ranks. ``last`` is only checked.
+        Args:
+            loss_sum: from :meth:`forward`.
+            label_count: the number of labels of the whole step, over all its micro-batches and ranks.
         """
-        is_last = self._micro_batch == self._accumulation - 1
-        if last is not None and last != is_last:
-            raise ValueError(f"micro-batch {self._micro_batch + 1} of {self._accumulation} with last={last}")
         # Every strategy averages gradients over the ranks, hence the world size.
         # A number stays a number: as a tensor it would be copied to the device, and the host would wait.
         count = label_count.clamp(min=1) if isinstance(label_count, Tensor) else max(label_count, 1)
-        # A non-finite loss poisons its own gradient: the one gate, on the gradient's norm, sees it
-        # everywhere.
+        # A non-finite loss makes its own gradient NaN: the check of the gradient's norm then sees it on every rank.
         loss = loss_sum * torch.where(torch.isfinite(loss_sum), self.world_size / count, torch.nan)
         if self._with_zero:
             self.module.backward(loss, scale_wrt_gas=False)
@@ -284,21 +275,26 @@ class Engine:
         self._micro_batch += 1
 
     def update(self, norm_limit: float = math.inf) -> tuple[Tensor, Tensor]:
-        """Clip, gate, step, clear the gradients.
+        """Clip the gradients, apply the update unless its norm is not finite, clear the gradients.
 
         Args:
-            norm_limit: an update whose gradient norm is above this is not applied.
+            norm_limit: an update whose gradient norm is above this is not applied (not under ZeRO).
 
         Returns:
-            The global gradient norm before clipping (fp32) and whether the update was applied (bool), both
-            0-dim on the device. Nothing waits for the device, except under DeepSpeed, which does so itself,
-            and with an optimizer that has no fused form.
+            The global gradient norm before clipping (fp32) and whether the update was applied (bool), both 0-dim on
+            :attr:`device`. Nothing waits for the device, except under DeepSpeed, which does so itself, and with an
+            optimizer that has no fused form.
+
+        Raises:
+            ValueError: not all micro-batches of the step have been through :meth:`backward`.
         """
         if self._micro_batch != self._accumulation:
             raise ValueError(f"update after {self._micro_batch} of {self._accumulation} micro-batches")
+        if self._with_zero and norm_limit != math.inf:
+            raise ValueError("norm_limit: DeepSpeed itself decides which updates are applied")
         self._micro_batch = 0
         self.updating = True
-        norm, applied = self._update_zero(norm_limit) if self._with_zero else self._update(norm_limit)
+        norm, applied = self._update_zero() if self._with_zero else self._update(norm_limit)
         self.updating = False
         return norm, applied
 
@@ -310,7 +306,7 @@ class Engine:
         norm = by_name.whole(nn.utils.get_total_norm(gradients)).float()
         applied = torch.isfinite(norm) & (norm <= norm_limit)
         if self._sums is not None:
-            self._sums.hand_over(norm, self._clip_norm)
+            self._sums.give_to_parameters(norm, self._clip_norm)
         elif self._clip_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
         if self._gate_on_device:
@@ -322,14 +318,13 @@ class Engine:
         if self._scaler is not None:
             self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, applied
+        # Under offloading gradients, and with them the norm, are on the host.
+        return norm.to(self.device, non_blocking=True), applied.to(self.device, non_blocking=True)
 
-    def _update_zero(self, norm_limit: float) -> tuple[Tensor, Tensor]:
-        # DeepSpeed itself clips, gates (norm of the reduced gradient) and clears; tests hold it to that.
-        self._norm_gate.begin(norm_limit)
+    def _update_zero(self) -> tuple[Tensor, Tensor]:
+        # DeepSpeed itself clips, skips an update that is not finite, and clears the gradients; tests hold it to that.
         self.module.step()
-        norm = self._norm_gate.held or self.module.get_global_grad_norm()
-        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        norm = torch.as_tensor(self.module.get_global_grad_norm(), dtype=torch.float32, device=self.device)
         return norm, torch.tensor(not self.optimizer.overflow, device=self.device)
 
     @contextlib.contextmanager
@@ -350,11 +345,11 @@ class Engine:
 
     def agree(self, flags: int) -> int:
         """The bitwise OR of every rank's ``flags`` (below 2**63). On the host: no device is waited for, and
-        an error after the timeout names the rank that is missing; so do the next three."""
+        an error after the timeout names the rank that is missing; the next three methods do the same."""
         return self._ranks.agree(flags)
 
     def barrier(self, name: str = "barrier") -> None:
-        """Wait for every rank; ``name`` is said in the error."""
+        """Wait for every rank; ``name`` stands in the error."""
         self._ranks.barrier(name)
 
     def broadcast_object(self, value: Any) -> Any:
@@ -384,10 +379,12 @@ class Engine:
             yield entry.kind, entry.name, entry.slot, copied
 
     def load_state(self, read: Read) -> None:
-        """Take over weights and optimizer slots; ``read(kind, name, slot)`` is called on every rank.
+        """Load weights and optimizer slots.
 
-        It returns the whole tensor on the host, or ``None`` where the checkpoint has none. Every weight must
-        be there; an optimizer slot that is missing starts afresh.
+        Args:
+            read: called as ``read(kind, name, slot)`` on every rank; returns the whole tensor on the host, or ``None``
+                where the checkpoint has none. Every weight must be there; an optimizer slot that is missing starts
+                at zero.
 
         Raises:
             RequestError: a weight is missing or of another shape.
@@ -404,11 +401,15 @@ class Engine:
 
     @contextlib.contextmanager
     def full_model(self) -> Iterator[nn.Module | None]:
-        """Collective. The user's model, whole and in evaluation mode, on rank 0; ``None`` elsewhere."""
+        """The user's model, whole and in evaluation mode, on rank 0; ``None`` elsewhere. Collective.
+
+        It computes under autocast where training does: flash attention takes no fp32.
+        """
         try:
             with self.evaluation(), torch.no_grad():
                 model = by_name.assemble(self._skeleton, self._state) if self.sharded else self._inner.model
-                yield model if self.is_main else None
+                with self._autocast(model):
+                    yield model if self.is_main else None
         finally:
             if self._skeleton is not None:
                 self._skeleton.empty()
@@ -424,12 +425,25 @@ class Engine:
         devices = f"{self.world_size} x {self.device_name}"
         if self.device.type == "cpu":
             devices += f", {torch.get_num_threads()} threads each"
+            if not launch.forced_to_cpu(os.environ) and "CUDA_VISIBLE_DEVICES" not in os.environ:
+                devices += " (no GPU found)"
         rows = [("devices", devices), ("strategy", self.strategy), ("precision", self.precision)]
+        if self.strategy == "fsdp2" and (mesh := launch.fill_in_mesh(os.environ)) is not None:
+            rows[1] = ("strategy", f"fsdp2, {mesh[0]} replicas of {mesh[1]} shards")
         return [*rows, ("memory", self._memory)] if self._memory else rows
 
     def close(self) -> None:
-        """Leave the process group. Calling it again does nothing."""
-        self._ranks.close()
+        """Leave the process group. Calling it again does nothing.
+
+        While an exception is being handled (in ``finally``, or when a ``with`` block fails) the other ranks may never
+        come: then the connections are dropped instead of closed together. Print the traceback before.
+        """
+        if sys.exc_info()[1] is None:
+            self._ranks.close()
+        else:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            self._ranks.abort()
         accelerator.forget()
 
     # ---- private -------------------------------------------------------------------------------------------
@@ -437,6 +451,15 @@ class Engine:
     @staticmethod
     def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return [(clean_name(name), p) for name, p in module.named_parameters()]
+
+    @contextlib.contextmanager
+    def _autocast(self, model: nn.Module | None) -> Iterator[None]:
+        """Autocast for sampling on a GPU, or with kernels that take 16-bit numbers only."""
+        attention = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
+        device = "cpu" if self.sharded else self.device.type  # a sharded model is put together on the host
+        wanted = self.precision != "fp32" and (device == "cuda" or attention.startswith("flash"))
+        with torch.autocast(device, torch_dtype(self.precision), enabled=wanted):
+            yield
 
     def _announce(self, *, is_last: bool) -> None:
         """Tell the wrapper, before the forward, whether this backward ends the step."""

@@ -1,34 +1,37 @@
-"""What the launcher asked for, and whether it came about.
+"""What the launcher asked for: strategy, number of processes, precision, devices.
 
-Comes in: the environment that ``accelerate launch`` or ``torchrun`` left, and the run's own wishes. Goes out:
-a :class:`Request`, or a :class:`~lmcore.errors.RequestError` with the command that does what was meant.
-
-accelerate has several launch forms that silently train something else: one process instead of two, DDP
-instead of FSDP2, no DeepSpeed. Each is recognized here by what it leaves in the environment or by what was
-built from it.
+Reads the environment that ``accelerate launch`` or ``torchrun`` leaves. Several launch forms of accelerate silently train
+something else than they say: one process instead of two, DDP instead of FSDP2, no DeepSpeed. Each is recognized by
+what it leaves in the environment, and refused with the command that does what was meant. accelerate itself is not
+imported here, so that planning a run can read this too; :mod:`lmcore.engine.accelerator` checks what was built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from accelerate import Accelerator, DistributedType
 
 from lmcore.engine import zero
 from lmcore.errors import RequestError
 
 SEVERAL_ON_CPU = "accelerate launch --config_file accelerate_configs/cpu_2.yaml --num_processes N train_lm.py"
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """The strategy that was asked for.
 
-    ``strategy`` is "single", "ddp", "fsdp2", "zero1", "zero2" or "zero3"; ``deepspeed`` the JSON's content
-    with the launcher's fields merged in (empty but for the stage if there is no file), else ``None``.
+    ``strategy`` is "single", "ddp", "fsdp2", "zero1", "zero2" or "zero3"; ``deepspeed`` the content of the JSON file
+    with the launcher's fields merged in (only the stage if there is no file), or ``None`` without DeepSpeed.
     """
 
     strategy: str
@@ -42,7 +45,7 @@ def world_size(env: Mapping[str, str]) -> int:
 
 
 def flag(env: Mapping[str, str], name: str) -> bool:
-    """Whether a variable holds a yes (accelerate writes true, True and 1)."""
+    """Whether a variable says yes (accelerate writes true, True and 1)."""
     return env.get(name, "").strip().lower() in ("1", "true", "yes", "on")
 
 
@@ -52,13 +55,21 @@ def forced_to_cpu(env: Mapping[str, str]) -> bool:
 
 
 def request(env: Mapping[str, str], deepspeed: str | None) -> Request:
-    """What the environment asks for; raises where a launch form is known to do something else."""
+    """The strategy that the environment asks for.
+
+    Args:
+        deepspeed: ``engine.deepspeed``, a JSON file of ``ds_configs/``, or ``None``.
+
+    Raises:
+        RequestError: a launch form that is known to do something else than it says.
+    """
     size = world_size(env)
     if "ACCELERATE_MIXED_PRECISION" in env and "WORLD_SIZE" not in env and "MASTER_PORT" in env:
         # The plain launcher exports the port when several processes were asked for, and then starts one.
         raise RequestError(
-            "accelerate started one process where several were asked for (it does so for --cpu and for "
-            f"MULTI_CPU): use {SEVERAL_ON_CPU}; if one is meant, unset MASTER_ADDR and MASTER_PORT"
+            f"accelerate started one process although several were asked for{launch_file(env)}; it does so for --cpu "
+            f"and for distributed_type MULTI_CPU. Use {SEVERAL_ON_CPU}, or for one process unset MASTER_ADDR and "
+            "MASTER_PORT"
         )
     for name, value in env.items():
         # Blocks are sharded over all ranks; under these several ranks would have to share one batch.
@@ -83,7 +94,7 @@ def request(env: Mapping[str, str], deepspeed: str | None) -> Request:
         version = env.get("FSDP_VERSION", "1")
         if version != "2":
             raise RequestError(
-                f"FSDP version {version} (accelerate's default) was asked for: {remedy('fsdp2')}"
+                f"FSDP version {version} (accelerate's default) was asked for{launch_file(env)}: {remedy('fsdp2')}"
             )
         if flag(env, "FSDP_ACTIVATION_CHECKPOINTING"):
             raise RequestError(
@@ -95,34 +106,148 @@ def request(env: Mapping[str, str], deepspeed: str | None) -> Request:
 
 
 def resolve_precision(asked: str, env: Mapping[str, str], *, cuda: bool) -> str:
-    """The precision to run in; raises where the launcher's word differs or the device cannot."""
-    if asked not in ("auto", "fp32", "bf16", "fp16", "fp8"):
-        raise RequestError(f"train.precision {asked!r} is unknown: use fp32, bf16, fp16, fp8 or auto")
+    """The precision to run in: "fp32", "bf16" or "fp16".
+
+    Args:
+        asked: ``train.precision``; "auto" is bf16 on GPUs that have it (:func:`has_native_bf16`), else fp32.
+        cuda: whether the run uses GPUs.
+
+    Raises:
+        RequestError: unknown or untested, another one than the launcher's, or not available on this device.
+    """
     launched = env.get("ACCELERATE_MIXED_PRECISION", "no")
+    if "fp8" in (asked, launched):
+        raise RequestError(
+            "fp8 is not supported: its layers are replaced by other libraries, and no such run has been tested. "
+            "Use --train.precision bf16"
+        )
+    if asked not in PRECISIONS:
+        raise RequestError(f"unknown train.precision {asked!r}; choose from {', '.join(PRECISIONS)}")
     if asked == "auto" and launched == "no":
-        return "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if cuda and has_native_bf16() else "fp32"
     if asked == "auto":
         asked = launched
     elif launched not in ("no", asked):
         raise RequestError(
-            f"the launcher says mixed_precision {launched!r} but the run says train.precision {asked!r}: "
-            "drop mixed_precision from the launcher's file or command"
+            f"the launcher says mixed_precision {launched!r}{launch_file(env)} but the run says train.precision "
+            f"{asked!r}: remove mixed_precision there, or pass --train.precision {launched}, or launch with "
+            f"--config_file accelerate_configs/{'gpu' if cuda else 'cpu'}.yaml"
         )
-    if asked in ("fp16", "fp8") and not cuda:
+    if asked == "fp16" and not cuda:
         raise RequestError(
-            f"{asked} needs a GPU (on a CPU accelerate would silently train in fp32): use bf16 or fp32"
+            "fp16 needs a GPU (on a CPU accelerate would silently train in fp32): use bf16 or fp32"
         )
     return asked
 
 
+def has_native_bf16() -> bool:
+    """Whether every visible GPU computes in bf16 itself (NVIDIA: compute capability 8.0, Ampere, or newer).
+
+    Older ones (T4, V100) emulate it without tensor cores, which ``torch.cuda.is_bf16_supported()`` counts as support.
+    All GPUs are asked, so that every rank gets the same answer.
+    """
+    if torch.version.hip is not None:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    devices = range(torch.cuda.device_count())
+    return len(devices) > 0 and all(torch.cuda.get_device_capability(index) >= (8, 0) for index in devices)
+
+
+def uses_cuda(env: Mapping[str, str]) -> bool:
+    """Whether the run computes on GPUs.
+
+    Raises:
+        RequestError: there are GPUs that torch cannot use, or fewer than processes.
+    """
+    if forced_to_cpu(env):
+        return False
+    if not torch.cuda.is_available():
+        check_unusable_gpu(env)
+        return False
+    here, gpus = int(env.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if here > gpus:
+        nodes = max(1, world_size(env) // here)
+        raise RequestError(
+            f"{here} processes were started on this machine, which has {gpus} GPU{'s' if gpus > 1 else ''} (one process "
+            f"for each): pass --num_processes {gpus * nodes} to accelerate launch (the files of accelerate_configs/ "
+            "say 8), or --nproc_per_node to torchrun"
+        )
+    return True
+
+
+def check_unusable_gpu(env: Mapping[str, str]) -> None:
+    """Refuse to train on the CPU where there is an NVIDIA GPU that this torch cannot use.
+
+    Raises:
+        RequestError: with the cause, and how to train on the CPU if that is wanted.
+    """
+    hidden = env.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and (hidden.strip() == "" or hidden.strip().startswith("-1")):
+        return  # GPUs are hidden on purpose
+    driver = _nvidia_driver()
+    if driver is None:
+        return
+    if torch.version.cuda is None:
+        cause = f"torch {torch.__version__} is built for the CPU: pip uninstall torch, then pip install torch"
+    elif hidden is not None:
+        cause = f"CUDA_VISIBLE_DEVICES is {hidden!r}: unset it or name a GPU that exists"
+    else:
+        cause = (
+            f"torch {torch.__version__} needs a newer driver for CUDA {torch.version.cuda} (or the GPU is in use or "
+            "broken: see nvidia-smi): update the driver, or install a torch for an older CUDA from download.pytorch.org"
+        )
+    raise RequestError(
+        f"this machine has an NVIDIA GPU (driver {driver}) but torch cannot use it. {cause}. To train on the CPU "
+        "instead: CUDA_VISIBLE_DEVICES=-1, or accelerate launch --config_file accelerate_configs/cpu.yaml"
+    )
+
+
+def _nvidia_driver() -> str | None:
+    """The driver's version if this machine has an NVIDIA GPU, as nvidia-smi says; else ``None``."""
+    smi = shutil.which("nvidia-smi")
+    devices = any(Path("/dev").glob("nvidia[0-9]*"))
+    if smi is None:
+        return "unknown" if devices else None
+    try:
+        said = subprocess.run(
+            [smi, "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown" if devices else None
+    lines = said.stdout.strip().splitlines()
+    if said.returncode != 0 or not lines or "no devices" in said.stdout.lower():
+        return "unknown" if devices else None
+    return lines[0].strip()
+
+
+def fill_in_mesh(env: MutableMapping[str, str]) -> tuple[int, int] | None:
+    """HSDP's two sizes (replicas, shards), from the number of processes where the launcher's file does not fit it.
+
+    accelerate refuses a mesh whose product is not the number of processes; a file for two nodes then fails on four.
+    Where it does not fit, weights are sharded over the processes of a node and replicated over the nodes.
+    ``None`` if no mesh was asked for.
+    """
+    if not flag(env, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return None
+    replicate, shard = "PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "PARALLELISM_CONFIG_DP_SHARD_SIZE"
+    sizes = int(env.get(replicate) or 1), int(env.get(shard) or 1)
+    here, all_of_them = int(env.get("LOCAL_WORLD_SIZE") or 1), world_size(env)
+    if sizes[0] * sizes[1] != all_of_them and all_of_them % here == 0:
+        sizes = all_of_them // here, here
+        env[replicate], env[shard] = str(sizes[0]), str(sizes[1])
+    return sizes
+
+
 def check_compile(env: Mapping[str, str]) -> None:
-    """Compiling is asked for in the run's own configuration: the launcher's flags reach some strategies
-    only."""
+    """Refuse the launcher's compile flags, which reach some strategies only; the run has its own option."""
     launched = env.get("ACCELERATE_DYNAMO_BACKEND", "NO")
     if launched.upper() != "NO":
         raise RequestError(
-            f"the launcher says dynamo_backend {launched!r}, which DeepSpeed runs would silently drop: "
-            "use --train.compile true instead"
+            f"the launcher says dynamo_backend {launched!r}{launch_file(env)}, which DeepSpeed runs would silently drop: "
+            "remove it there and use --train.compile true instead"
         )
 
 
@@ -131,52 +256,33 @@ def check_accumulation(env: Mapping[str, str], asked: int) -> None:
     launched = env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
     if launched.isdigit() and int(launched) not in (1, asked):
         raise RequestError(
-            f"the launcher says gradient_accumulation_steps {launched} but the run's batch sizes give {asked}: "
-            "drop it from the launcher's file; accumulation follows from train.global_batch_blocks"
+            f"the launcher says gradient_accumulation_steps {launched}{launch_file(env)} but the run's batch sizes give "
+            f"{asked}: remove it there; accumulation follows from train.global_batch_blocks"
         )
 
 
-def built_strategy(accelerator: Accelerator) -> str:
-    """What accelerate has really built."""
-    kind = accelerator.distributed_type
-    if kind == DistributedType.NO:
-        return "single"
-    if kind in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        return "ddp"
-    if kind == DistributedType.FSDP:
-        return "fsdp2" if accelerator.is_fsdp2 else "fsdp1"
-    if kind == DistributedType.DEEPSPEED:
-        stage: int = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
-        return f"zero{stage}"
-    return str(kind.value).lower()
+def launch_file(env: Mapping[str, str]) -> str:
+    """`` (in FILE)`` for messages: the configuration that ``accelerate launch`` read, if it can be known.
 
-
-def check(accelerator: Accelerator, asked: Request, precision: str) -> str:
-    """Compare what accelerate built with what was asked for; return the strategy."""
-    if accelerator.num_processes != asked.world_size:
-        raise RequestError(
-            f"the launcher started {asked.world_size} processes but accelerate sees "
-            f"{accelerator.num_processes}: use {SEVERAL_ON_CPU}"
-        )
-    built = built_strategy(accelerator)
-    alone = asked.world_size == 1 and {built, asked.strategy} == {
-        "single",
-        "ddp",
-    }  # torchrun with one process
-    if built != asked.strategy and not alone:
-        reason = ""
-        if asked.strategy == "fsdp2" and accelerator.device.type == "cpu":
-            reason = " (accelerate shards on GPUs only; on a CPU use DDP or ZeRO)"
-        raise RequestError(
-            f"{asked.strategy} was asked for but accelerate built {built}{reason}: {remedy(asked.strategy)}"
-        )
-    if precision == "fp8" and built in ("fsdp2", "zero3"):
-        # accelerate converts layers that have their weights; these are sharded before they have any.
-        raise RequestError(f"fp8 under {built} would silently stay bf16: use bf16, or DDP, ZeRO-1 or ZeRO-2")
-    mixed = accelerator.mixed_precision
-    if (mixed if mixed != "no" else "fp32") != precision:
-        raise RequestError(f"precision {precision} was asked for but accelerate built {mixed}")
-    return built
+    It is the launcher's ``--config_file``, or the answers to ``accelerate config`` of some earlier day, which every
+    ``accelerate launch`` without ``--config_file`` takes.
+    """
+    if "ACCELERATE_MIXED_PRECISION" not in env:
+        return ""  # not started by accelerate
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        words = []
+    for index, word in enumerate(words):
+        if word.startswith("--config_file"):
+            name = word.partition("=")[2] or "".join(words[index + 1 : index + 2])
+            return f" (in {name})"
+    cache = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    for suffix in ("json", "yaml"):  # accelerate's own order
+        path = Path(os.path.expanduser(cache), "accelerate", f"default_config.{suffix}")
+        if path.is_file():
+            return f" (in {path}, the answers to `accelerate config`)"
+    return ""
 
 
 def remedy(strategy: str) -> str:

@@ -1,9 +1,7 @@
-"""The first weights of a model that is sharded: only rank 0 ever holds them whole, on its host.
+"""The first weights of a sharded model: only rank 0 ever holds them whole, on its host.
 
-Comes in: a module, on rank 0 with its weights, on the others perhaps of empty parameters (the meta device).
-Goes out: the same module, whose every rank has its own part of rank 0's weights. What always holds: a
-parameter at a time is whole on a device, until the next one; the values are rank 0's bits; tied parameters
-stay tied; a rank that built another model than rank 0 is refused.
+Every rank gets its part of rank 0's values, parameter by parameter; on the other ranks the module may have been built
+with empty parameters (the meta device). Tied parameters stay tied; a rank that built a different model is refused.
 
     first = FirstWeights(module, keep=rank == 0)
     empty(module)                        # the structure stays
@@ -44,25 +42,25 @@ class FirstWeights:
         named = [(clean_name(name), p) for name, p in module.named_parameters()]
         self.shapes = [Shape(name, tuple(p.shape), p.dtype) for name, p in named]
         self.kind = [getattr(module, "head_path", ""), *self.shapes]
-        """What must be the same on every rank."""
+        """Must be equal on every rank."""
         self._values = {name: p.detach() for name, p in named} if keep else {}
 
     def check(self, all_kinds: list[list[Any]]) -> None:
-        """Raises ``RequestError``, on every rank, if two of them have another :attr:`kind`."""
+        """Raises ``RequestError``, on every rank, if :attr:`kind` differs between ranks."""
         for rank, theirs in enumerate(all_kinds):
             if theirs != all_kinds[0]:
                 pairs = itertools.zip_longest(all_kinds[0], theirs)
                 first, other = next(pair for pair in pairs if pair[0] != pair[1])
                 raise RequestError(
-                    f"rank {rank} built another model than rank 0 ({other}, not {first}): model.factory must "
-                    "build the same on every rank"
+                    f"rank {rank} built a different model than rank 0 ({other}, not {first}): model.factory must "
+                    "build the same model on every rank"
                 )
 
     def give(self, state: Any, device: torch.device) -> None:
         """Every rank takes its part of rank 0's values, parameter by parameter. Collective."""
         with torch.no_grad():
             for name, shape, dtype in self.shapes:
-                value = self._values.pop(name, None)  # rank 0 lets it go, too
+                value = self._values.pop(name, None)  # freed on rank 0, too
                 if value is None:
                     value = torch.empty(shape, dtype=dtype, device=device)
                 state.put(name, "", _of_rank_0(value.to(device)))
@@ -114,10 +112,6 @@ def _of_rank_0(value: Tensor) -> Tensor:
 
 def shard_empty(module: nn.Module, accelerator: Any) -> Any:
     """FSDP2 over a module on the meta device; the shards are allocated where they belong, without values."""
-    if accelerator.mixed_precision == "fp8":
-        raise RequestError(
-            "fp8 is handed to accelerate by one process, DDP and ZeRO only: use bf16 with FSDP2"
-        )
     place = shards_live_on(accelerator.state.fsdp_plugin.cpu_offload, accelerator.device)
     same_buffers(module, accelerator.device)
     wrapped = fsdp2_prepare_model(accelerator, module)

@@ -1,9 +1,8 @@
-"""A model's and an optimizer's state by parameter name, for strategies whose parameters are tensors.
+"""A model's and an optimizer's state by parameter name, where parameters are tensors: one process, DDP and FSDP2.
 
-One process, DDP (plain tensors, whole on every rank) and FSDP2 (DTensors, a shard on every rank). ZeRO keeps
-its state in flat buffers of its own: ``_strategy_zero_state`` has the same methods for it.
-
-What always holds: one parameter at a time is whole, on the device that asks for it, and only until the next.
+Plain tensors are whole on every rank, FSDP2's DTensors are a shard on every rank. ZeRO keeps its state in flat buffers:
+:class:`lmcore.engine.zero_state.ZeroState` has the same methods for it. One parameter at a time is whole, on the rank
+that asks for it, and only until the next.
 """
 
 from __future__ import annotations
@@ -105,7 +104,13 @@ class Skeleton:
             for p in model.parameters()
         }
         names = {id(empty[id(p)]): name for name, p in model.named_parameters()}
-        self._model = copy.deepcopy(model, dict(empty))  # the memo gives the stand-ins
+        copied: Any = copy.deepcopy(model, dict(empty))  # the memo gives the empty ones
+        self._model: nn.Module = copied
+        config = getattr(model, "config", None)
+        if str(getattr(config, "_attn_implementation", "")).startswith("flash"):
+            copied.set_attn_implementation(
+                "sdpa"
+            )  # the filled model is on the host, flash attention on GPUs only
         # (module, attribute, name): tied weights have several places and one name.
         self._places = [
             (module, leaf, names[id(p)])
@@ -127,7 +132,7 @@ class Skeleton:
         return self._model.eval()
 
     def empty(self) -> None:
-        """Let the weights go."""
+        """Free the weights."""
         for module, leaf, _ in self._places:
             parameter = module._parameters[leaf]
             assert parameter is not None
@@ -148,7 +153,7 @@ def assemble(skeleton: Skeleton | None, state: Any) -> nn.Module | None:
 
 
 def load(state: Any, layout: Callable[[], list[Any]], read: Callable[[str, str, str], Tensor | None]) -> None:
-    """Take over weights and slots; see ``Engine.load_state``."""
+    """Load weights and slots; see ``Engine.load_state``."""
     with torch.no_grad():
         state.prime()  # first: a step, even an empty one, may touch the weights
         found = 0
@@ -157,13 +162,13 @@ def load(state: Any, layout: Callable[[], list[Any]], read: Callable[[str, str, 
             if value is not None and tuple(value.shape) != entry.shape:
                 raise RequestError(
                     f"{entry.name} {entry.slot} is {tuple(value.shape)} in the checkpoint but {entry.shape} "
-                    "in this model: the checkpoint is of another model"
+                    "in this model: the checkpoint is of a different model"
                 )
             if value is not None:
                 state.put(entry.name, entry.slot, value)
                 found += entry.kind == "optim"
             elif entry.kind == "model":
-                raise RequestError(f"the checkpoint has no tensor {entry.name}: it is of another model")
+                raise RequestError(f"the checkpoint has no tensor {entry.name}: it is of a different model")
         if not found:
             state.forget()
 
@@ -267,7 +272,7 @@ def get_loss_scale(scaler: Any, optimizer: Any) -> dict[str, Any]:
 
 
 def set_loss_scale(scaler: Any, optimizer: Any, scalars: dict[str, Any]) -> None:
-    """The inverse; what one of the two does not know of the other starts afresh."""
+    """The inverse; fields that one of the two kinds does not have keep their initial values."""
     stored = scalars.get("scaler")
     theirs = getattr(optimizer, "loss_scaler", None)
     if stored and scaler is not None:

@@ -1,21 +1,20 @@
-"""DeepSpeed's configuration: one dictionary with every value in it, nothing left to be guessed.
+"""DeepSpeed's configuration: one dictionary that names every value, so that nothing is guessed.
 
-Comes in: a JSON file of ``ds_configs/`` or the launcher's fields, and the run's own numbers. Goes out: the
-dictionary for DeepSpeed. What always holds: a value of the file that says something else than the run is an
-error that shows both; ``"auto"`` and missing values are the run's; gradients are accumulated and reduced in
-fp32 unless the run says otherwise; there is no optimizer and no scheduler in it, because the run owns both.
+It is made of a JSON file of ``ds_configs/`` (or the launcher's fields) and the run's own numbers. A value of the file that
+contradicts the run is an error that shows both; ``"auto"`` and missing values are filled in from the run. Gradients are
+accumulated and reduced in fp32 unless the run says otherwise. There is no optimizer and no scheduler in it: the run has
+its own.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,8 +22,8 @@ from torch import nn
 from lmcore.errors import RequestError
 
 ELEMENTWISE = ("Adam", "AdamW", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax")
-"""Optimizers whose update of a number depends on that number's own gradient and state only. ZeRO flattens the
-parameters and cuts them anywhere, so that no other optimizer can be right under it."""
+"""Optimizers whose update of a number depends on that number's own gradient and state only. ZeRO flattens the parameters
+and cuts them anywhere, which no other optimizer survives."""
 
 
 def memory_settings(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +57,7 @@ def read(env: Mapping[str, str], path: str | None) -> dict[str, Any]:
         except OSError as error:
             raise RequestError(f"engine.deepspeed {path}: {error.strerror}") from error
         except ValueError as error:
-            raise RequestError(f"engine.deepspeed {path} is no JSON: {error}") from error
+            raise RequestError(f"engine.deepspeed {path} is not valid JSON: {error}") from error
     section = content.setdefault("zero_optimization", {})
     stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
     if stage.isdigit():
@@ -83,13 +82,12 @@ def read(env: Mapping[str, str], path: str | None) -> dict[str, Any]:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse what cannot be right on flattened, cut parameters."""
+    """Refuse an optimizer that needs whole matrices (``RequestError``)."""
     name = type(optimizer).__name__
     if name not in ELEMENTWISE and not getattr(optimizer, "elementwise", False):
         raise RequestError(
-            f"{name} cannot be right under ZeRO, which flattens and cuts the matrices that it works on: "
-            "use adamw, adam or sgd, or DDP or FSDP2 (an optimizer of your own that is elementwise says so by an "
-            "attribute elementwise = True)"
+            f"{name} does not work under ZeRO, which flattens and cuts the matrices that it needs whole: use adamw, adam "
+            "or sgd, or DDP or FSDP2 (an elementwise optimizer of your own has an attribute elementwise = True)"
         )
 
 
@@ -121,7 +119,7 @@ def base_config(content: Mapping[str, Any], *, precision: str, reduce_dtype: str
         section = dict(config.get(name) or {})
         _agree(section, "enabled", precision == name, f"{name}.enabled", "train.precision")
         config[name] = section
-    config["bf16"].setdefault("check_grad_overflow", True)  # a non-finite gradient is never applied (law 12)
+    config["bf16"].setdefault("check_grad_overflow", True)  # a non-finite gradient is never applied
     config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     _agree(config, "communication_data_type", reduce_dtype, "communication_data_type", "engine.reduce_dtype")
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
@@ -158,15 +156,15 @@ def batch_config(
     _agree(config, "gradient_clipping", float(clip_norm), "gradient_clipping", "optim.clip_norm")
 
 
-def _agree(section: dict[str, Any], key: str, ours: Any, name: str, option: str) -> None:
-    """Put our value where the file has none or "auto"; refuse another one."""
-    theirs = section.get(key, "auto")
-    if theirs != "auto" and theirs != ours:
+def _agree(section: dict[str, Any], key: str, value: Any, name: str, option: str) -> None:
+    """Put the run's value where the file has none or "auto"; refuse a different one."""
+    found = section.get(key, "auto")
+    if found != "auto" and found != value:
         raise RequestError(
-            f"the DeepSpeed configuration says {name} {theirs!r} but the run's {option} gives {ours!r}: "
+            f"the DeepSpeed configuration says {name} {found!r} but the run's {option} gives {value!r}: "
             'write "auto" there or change the run'
         )
-    section[key] = ours
+    section[key] = value
 
 
 def quiet_deepspeed(device_is_cpu: bool) -> None:
@@ -183,7 +181,7 @@ def quiet_deepspeed(device_is_cpu: bool) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def alone_environment(env: Any) -> None:
+def single_process_environment(env: Any) -> None:
     """DeepSpeed wants a process group even for one process without a launcher."""
     if "RANK" not in env:
         import socket
@@ -192,36 +190,6 @@ def alone_environment(env: Any) -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-
-
-@final
-class NormGate:
-    """DeepSpeed passes over an update whose gradient norm is not finite; this lets it pass over a large one too.
-
-    It stands where the three optimizers of 0.19.8 ask ``is_invalid_grad_norm``, on every rank alike and before
-    anything is clipped or written. Not for fp16, where passing over would also halve the loss scale.
-    """
-
-    def __init__(self) -> None:
-        from deepspeed.runtime import bf16_optimizer, utils
-        from deepspeed.runtime.zero import stage3, stage_1_and_2
-
-        self._invalid = utils.is_invalid_grad_norm
-        self._limit = math.inf
-        self.held: float | None = None
-        for module in (stage_1_and_2, stage3, bf16_optimizer):
-            module.is_invalid_grad_norm = self._judge
-
-    def begin(self, limit: float) -> None:
-        """Before an update: its limit. Afterwards ``held`` is its norm if it was finite and above that, else
-        ``None``."""
-        self._limit, self.held = limit, None
-
-    def _judge(self, norm: Any) -> bool:
-        if self._invalid(norm):
-            return True
-        self.held = float(norm) if float(norm) > self._limit else None
-        return self.held is not None
 
 
 def wrap(accelerator: Any, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:

@@ -1,18 +1,17 @@
-"""ZeRO's state by parameter name: the one place that knows how DeepSpeed keeps its buffers.
+"""ZeRO's state by parameter name: reads and writes DeepSpeed's flat buffers.
 
-DeepSpeed flattens the parameters of a group into one fp32 buffer, of which every rank owns a part, and hangs
-the optimizer's slots on that part. Its own per-parameter accessors
+DeepSpeed flattens the parameters of a group into one fp32 buffer, of which every rank owns a part, and keeps the
+optimizer's slots for that part. Its own per-parameter accessors
 (``deepspeed.utils.safe_get_full_fp32_param`` and siblings) cannot carry a checkpoint; seen in 0.19.8:
 
 - they fail before the first step, when the slots do not exist;
 - under stages 1 and 2 only the first parameter group is linked to its slots
   (``_hp_optimizer_states_linked`` is one flag for all groups, set after the first);
-- under stage 3 the full setters fail for sizes that the world size does not divide, and Adam's ``step`` and
-  the low-precision copies are out of their reach.
+- under stage 3 the full setters fail for sizes that the world size does not divide, and they reach neither Adam's
+  ``step`` nor the low-precision copies.
 
-So this module reads DeepSpeed's own addresses (``_hp_mapping``, ``grad_position``) and slices the buffers
-itself. What always holds: bits are moved, never rounded (the sum over ranks that puts a tensor together adds
-zeros to integers); one parameter at a time is whole.
+So this module reads DeepSpeed's own addresses (``_hp_mapping``, ``grad_position``) and slices the buffers itself. Bits
+are moved, never rounded, and one parameter at a time is whole.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmcore.engine.state import is_scalar, is_slot, put_scalar, zero_state
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +180,11 @@ class ZeroState:
         return tuple(parameter.ds_shape if self._stage == 3 else parameter.shape)
 
     def _put_together(self, part: Tensor, start: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        integer = _INTEGERS[part.element_size()]
-        size = torch.Size(shape).numel()
-        buffer = torch.zeros(size, dtype=integer, device=device)
-        buffer.narrow(0, start, part.numel()).copy_(part.contiguous().view(integer))
+        # As bytes: neither gloo nor NCCL reduces every type (16-bit integers, say), and parts do not overlap, so that
+        # the sum of bytes is each part's own bytes.
+        width = part.element_size()
+        buffer = torch.zeros(torch.Size(shape).numel() * width, dtype=torch.uint8, device=device)
+        buffer.narrow(0, start * width, part.numel() * width).copy_(part.contiguous().view(torch.uint8))
         dist.reduce(buffer, dst=0)
         return buffer.view(part.dtype).view(shape)
 

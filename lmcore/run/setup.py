@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -481,19 +481,9 @@ def open_engine(config: RunConfig) -> Engine:
     """Join the processes of the run."""
     from lmcore.engine.engine import Engine  # lazily, as above
 
-    engine = Engine(
-        precision=config.train.precision,
-        param_dtype=config.train.param_dtype,
-        reduce_dtype=config.engine.reduce_dtype,
-        deepspeed=config.engine.deepspeed,
-        timeout_seconds=config.engine.timeout_seconds,
-        compile="regional" if config.train.compile else "none",
-        compile_mode=config.train.compile_mode,
-        activation_checkpointing=config.train.activation_checkpointing,
-        seed=config.seed,
-        deterministic=config.train.deterministic,
-        tf32=config.train.tf32,
-    )
+    # The watchdog writes everybody's stacks before NCCL gives up and aborts.
+    limit = max(config.engine.timeout_seconds, int(config.guard.stuck_seconds) + 60)
+    engine = Engine(config.train, replace(config.engine, timeout_seconds=limit), seed=config.seed)
     if config.model.lora.rank and engine.strategy not in ("single", "ddp"):
         engine.close()
         raise RequestError(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lmcore.config.schema import TrainConfig
 from lmcore.engine.engine import Engine
 from lmcore.model import module as m
 from lmcore.model import optim
@@ -78,7 +79,7 @@ def make(family: str) -> m.ModelWithLoss:
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    made = Engine(precision="bf16", seed=0)
+    made = Engine(TrainConfig(precision="bf16"), seed=0)
     yield made
     made.close()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from lmcore.config.schema import TrainConfig
 from lmcore.report.metrics import read_metrics
 from tests.support.fork_server import run_ranks
 from tests.support.whole_runs import request, words
@@ -115,7 +116,7 @@ def meet(settings: dict[str, str]) -> tuple[str, int]:
     os.environ.update(settings)  # what the launcher says
     from lmcore.engine.engine import Engine
 
-    engine = Engine(precision="fp32")
+    engine = Engine(TrainConfig(precision="fp32"))
     return engine.strategy, engine.agree(1 << engine.rank)
 
 

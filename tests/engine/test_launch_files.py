@@ -15,8 +15,9 @@ from tests.support.fork_server import free_port
 
 SCRIPT = """
 import torch
+from lmcore.config.schema import EngineConfig, TrainConfig
 from lmcore.engine.engine import Engine
-engine = Engine(precision="fp32", timeout_seconds=240)
+engine = Engine(TrainConfig(precision="fp32"), EngineConfig(timeout_seconds=240))
 total = int(engine.sum_over_ranks(torch.tensor(engine.rank + 1, device=engine.device)))
 who = f"RANK {engine.rank} of {engine.world_size}"
 print(f"{who}: {engine.strategy} on {engine.device.type}, sum {total}", flush=True)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lmcore.config import parse
+from lmcore.config.schema import TrainConfig
 from lmcore.errors import RequestError
 from lmcore.run import setup
 from tests.support import engine_runs
@@ -74,23 +75,10 @@ def test_shards_live_on_the_device_unless_they_are_offloaded() -> None:
         assert shards_live_on(plugin.cpu_offload, gpu) == place
 
 
-def test_fp8_is_not_silently_bf16_where_a_model_is_sharded() -> None:
-    """accelerate converts layers in its own ``prepare``, which these do not go through with weights."""
-    from accelerate import DistributedType
-
-    from lmcore.engine.launch import Request, check
-
-    built: Any = SimpleNamespace(
-        distributed_type=DistributedType.FSDP, is_fsdp2=True, num_processes=2, mixed_precision="fp8"
-    )
-    with pytest.raises(RequestError, match="fp8 under fsdp2 would silently stay bf16"):
-        check(built, Request(strategy="fsdp2", world_size=2), "fp8")
-
-
 def kernels_of(deterministic: bool) -> bool:
     from lmcore.engine.engine import Engine
 
-    Engine(deterministic=deterministic).close()
+    Engine(TrainConfig(deterministic=deterministic)).close()
     return torch.are_deterministic_algorithms_enabled()
 
 

@@ -214,6 +214,7 @@ def pretend_gpus() -> None:
 
 def make_engine(job: Job) -> Any:
     """The engine of a mode, as the launcher would have it."""
+    from lmcore.config.schema import EngineConfig, TrainConfig
     from lmcore.engine.engine import Engine
 
     strategy, _ = MODES[job.mode]
@@ -232,15 +233,18 @@ def make_engine(job: Job) -> Any:
         with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
             json.dump(content, file)
         deepspeed = file.name
+    precision: Any = job.precision
+    param_dtype: Any = job.param_dtype
+    reduce_dtype: Any = job.reduce_dtype
     engine = Engine(
-        precision=job.precision,
-        param_dtype=job.param_dtype,
-        reduce_dtype=job.reduce_dtype,
-        deepspeed=deepspeed,
+        TrainConfig(
+            precision=precision,
+            param_dtype=param_dtype,
+            compile=job.compile,
+            activation_checkpointing=job.checkpointing,
+        ),
+        EngineConfig(reduce_dtype=reduce_dtype, deepspeed=deepspeed, timeout_seconds=200),
         seed=11,
-        timeout_seconds=200,
-        compile="regional" if job.compile else "none",
-        activation_checkpointing=job.checkpointing,
     )
     if deepspeed:
         os.unlink(deepspeed)
@@ -280,7 +284,7 @@ def train(job: Job) -> Trace | None:
             last_rank = engine.rank == engine.world_size - 1
             if job.poison == (step, index) and last_rank:
                 loss_sum = loss_sum * torch.nan
-            engine.backward(loss_sum, count, last=index == job.accumulation - 1)
+            engine.backward(loss_sum, count)
             total += loss_sum.detach().double()
         rates.append(engine.optimizer.param_groups[0]["lr"])
         norm, good = engine.update()

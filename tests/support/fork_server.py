@@ -8,7 +8,7 @@ rank's environment (``SERVER_THREADS``, checked by tests/support/test_fork_serve
 Example::
 
     def work(rank_dependent: int) -> int:          # module-level, so that it is found by its name
-        engine = Engine(precision="fp32")
+        engine = Engine(TrainConfig(precision="fp32"))
         ...
 
     results = run_ranks(work, 2, 7)                # [result of rank 0, result of rank 1]

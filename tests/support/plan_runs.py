@@ -52,6 +52,7 @@ def make_module(case: Case) -> nn.Module:
 
 
 def make_engine(case: Case) -> Any:
+    from lmcore.config.schema import EngineConfig, TrainConfig
     from lmcore.engine.engine import Engine
 
     deepspeed = None
@@ -63,12 +64,13 @@ def make_engine(case: Case) -> Any:
         with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
             json.dump({"zero_optimization": section}, file)
         deepspeed = file.name
+    precision: Any = case.precision
+    param_dtype: Any = case.param_dtype
     return Engine(
-        precision=case.precision,
-        param_dtype=case.param_dtype,
-        deepspeed=deepspeed,
-        activation_checkpointing=case.checkpointing,
-        timeout_seconds=200,
+        TrainConfig(
+            precision=precision, param_dtype=param_dtype, activation_checkpointing=case.checkpointing
+        ),
+        EngineConfig(deepspeed=deepspeed, timeout_seconds=200),
     )
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from lmcore.engine import network
+from lmcore.engine import ranks
 from tests.support import engine_runs
 from tests.support.engine_runs import Job
 from tests.support.fork_server import run_ranks
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="interfaces are asked for by Linux's ioctl")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="listening sockets are read from Linux's /proc"
+)
 
 TWO_NODES = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
 
@@ -50,36 +52,36 @@ def listen_as_a_rank() -> tuple[list[str], str | None]:
     return after, os.environ.get("GLOO_SOCKET_IFNAME")
 
 
-def test_the_ranks_of_one_node_listen_on_the_loopback_only() -> None:
+def test_ddp_ranks_of_one_node_listen_on_the_loopback_only() -> None:
     (main, _), (other, told) = run_ranks(listen_as_a_rank, 2)
     # On a host whose name stands for the loopback gloo would listen there anyway.
-    assert told == network.interface_addresses()["127.0.0.1"]
+    assert told == ranks.interface_addresses()["127.0.0.1"]
     assert other, "gloo listens somewhere"
     assert set(other) == {"127.0.0.1"}
     # Beside it only torch's store, which listens everywhere (SECURITY.md says so).
     assert sorted(set(main) - {"127.0.0.1"}) in ([], ["::"], ["0.0.0.0"])
 
 
-def test_the_loopback_for_one_node_and_nothing_for_one_process() -> None:
-    loopback = network.interface_addresses()["127.0.0.1"]
-    assert network.job_interface({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}) == loopback
-    assert network.job_interface({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}) is None
-    assert network.job_interface({}) is None
+def test_one_node_uses_the_loopback() -> None:
+    loopback = ranks.interface_addresses()["127.0.0.1"]
+    assert ranks.job_interface({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}) == loopback
+    assert ranks.job_interface({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}) is None
+    assert ranks.job_interface({}) is None
 
 
-def test_several_nodes_meet_at_the_interface_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_of_several_nodes_uses_the_interface_of_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"127.0.0.1": "lo", "10.0.0.5": "ib0", "192.168.0.5": "eth0"}
-    monkeypatch.setattr(network, "interface_addresses", lambda: names)
-    monkeypatch.setattr(network.socket, "gethostbyname", lambda name: {"node1": "10.0.0.5"}.get(name, name))
-    assert network.job_interface({**TWO_NODES, "MASTER_ADDR": "node1"}) == "ib0", "on the head node itself"
-    assert network.job_interface({**TWO_NODES, "MASTER_ADDR": "127.0.1.1"}) is None, (
+    monkeypatch.setattr(ranks, "interface_addresses", lambda: names)
+    monkeypatch.setattr(ranks.socket, "gethostbyname", lambda name: {"node1": "10.0.0.5"}.get(name, name))
+    assert ranks.job_interface({**TWO_NODES, "MASTER_ADDR": "node1"}) == "ib0", "on the head node itself"
+    assert ranks.job_interface({**TWO_NODES, "MASTER_ADDR": "127.0.1.1"}) is None, (
         "nobody else could reach it"
     )
-    monkeypatch.setattr(network.socket, "gethostbyname", lambda name: "127.0.0.1")
-    assert network.job_interface({**TWO_NODES, "MASTER_ADDR": "node1"}) is None
+    monkeypatch.setattr(ranks.socket, "gethostbyname", lambda name: "127.0.0.1")
+    assert ranks.job_interface({**TWO_NODES, "MASTER_ADDR": "node1"}) is None
 
 
-def test_a_node_that_is_not_the_head_takes_the_way_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_nodes_use_the_interface_that_reaches_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     class Probe:
         def __init__(self, *words: object) -> None:
             self.to = ""
@@ -96,19 +98,19 @@ def test_a_node_that_is_not_the_head_takes_the_way_to_it(monkeypatch: pytest.Mon
             return ("10.0.0.6" if self.to.startswith("10.") else "192.168.0.6", 1)
 
     names = {"127.0.0.1": "lo", "10.0.0.6": "ib0", "192.168.0.6": "eth0"}
-    monkeypatch.setattr(network, "interface_addresses", lambda: names)
-    monkeypatch.setattr(network.socket, "socket", Probe)
-    assert network.job_interface({**TWO_NODES, "MASTER_ADDR": "10.0.0.5"}) == "ib0"
-    assert network.job_interface({**TWO_NODES, "MASTER_ADDR": "192.168.0.5"}) == "eth0"
+    monkeypatch.setattr(ranks, "interface_addresses", lambda: names)
+    monkeypatch.setattr(ranks.socket, "socket", Probe)
+    assert ranks.job_interface({**TWO_NODES, "MASTER_ADDR": "10.0.0.5"}) == "ib0"
+    assert ranks.job_interface({**TWO_NODES, "MASTER_ADDR": "192.168.0.5"}) == "eth0"
 
 
-def test_a_name_that_nobody_knows_leaves_the_choice_to_torch() -> None:
-    assert network.job_interface({**TWO_NODES, "MASTER_ADDR": "no-such-host.invalid"}) is None
+def test_unknown_head_node_leaves_the_interface_to_torch() -> None:
+    assert ranks.job_interface({**TWO_NODES, "MASTER_ADDR": "no-such-host.invalid"}) is None
 
 
-def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interface_chosen_by_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    network.stay_on_the_jobs_interface()
+    ranks.use_job_interface()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib7"
