@@ -30,6 +30,7 @@ from lmcore.engine import launch, zero
 from lmcore.engine.ranks import use_job_interface
 from lmcore.errors import RequestError
 
+
 def build(
     request: launch.Request,
     *,
@@ -182,7 +183,9 @@ def fsdp_plugin(*, precision: str, reduce_dtype: str) -> Any:
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch_dtype(reduce_dtype)),
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=torch_dtype(reduce_dtype)
+        ),
         activation_checkpointing=False,  # its own draws other dropout masks in the recomputation
         cpu_ram_efficient_loading=False,  # sharded_init distributes rank 0's weights
     )

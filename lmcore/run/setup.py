@@ -484,6 +484,12 @@ def open_engine(config: RunConfig) -> Engine:
     # The watchdog writes everybody's stacks before NCCL gives up and aborts.
     limit = max(config.engine.timeout_seconds, int(config.guard.stuck_seconds) + 60)
     engine = Engine(config.train, replace(config.engine, timeout_seconds=limit), seed=config.seed)
+    if config.guard.spike == "skip" and engine.strategy.startswith("zero"):
+        engine.close()
+        raise RequestError(
+            f"guard.spike skip is not available under {engine.strategy}: DeepSpeed itself decides which updates are "
+            "applied. Use --guard.spike rewind"
+        )
     if config.model.lora.rank and engine.strategy not in ("single", "ddp"):
         engine.close()
         raise RequestError(

@@ -207,11 +207,6 @@ class Run:
             micro_batch_blocks=self.sizes.micro_batch_blocks,
             clip_norm=config.optim.clip_norm,
         )
-        if config.guard.spike == "skip" and engine.strategy.startswith("zero"):
-            raise RequestError(
-                f"guard.spike skip is not available under {engine.strategy}: DeepSpeed itself decides which updates are "
-                "applied. Use --guard.spike rewind"
-            )
         self._schedule = setup.learning_rates(config, self.sizes)
         self._momenta = setup.momenta(config, self.sizes)
 
