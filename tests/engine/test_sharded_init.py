@@ -170,7 +170,7 @@ def build_differently() -> str:
 
 def test_a_rank_with_another_model_is_refused_on_every_rank() -> None:
     for answer in run_ranks(build_differently, 2):
-        assert "rank 1 built another model than rank 0 (Shape(name='model.embed_tokens.weight'" in answer
+        assert "rank 1 built a different model than rank 0 (Shape(name='model.embed_tokens.weight'" in answer
 
 
 def test_a_run_builds_what_its_engine_asks_for() -> None:
