@@ -162,7 +162,7 @@ def find(
             raise RequestError(
                 f"checkpoint {which}: no such folder; --resume auto uses the newest checkpoint"
             )
-        return open_checkpoint(path.resolve())
+        return open_checkpoint(os.path.abspath(path))
     _refuse_broken_links([folder])
     if not folder.is_dir():
         return None

@@ -1,7 +1,6 @@
-"""The verbs that use what a run has left behind; a part of the command line.
+"""The commands that use what a run has saved: generate, evaluate, export, report, checkpoints.
 
-Comes in: the words after the verb. Goes out: what the verb prints. What always holds: nothing heavy is
-imported before the words have been understood.
+Nothing heavy is imported before the arguments have been parsed.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that refuses with one line, as everything else here."""
+    """argparse whose errors are one line, like all errors of lmcore."""
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{message}; {self.prog} --help shows the options")
 
 
 def quiet_libraries() -> None:
-    """No bars and no advice from other libraries between our lines; their errors still show."""
+    """No progress bars and no advice of other libraries between the lines of lmcore; their errors still show."""
     from lmcore.report.console import silence_other_bars
 
     silence_other_bars()
@@ -39,7 +38,7 @@ def quiet_libraries() -> None:
 
 
 def tasks() -> Report:
-    """A display for bars outside of a run; what it writes goes to a folder that vanishes."""
+    """A display for progress bars outside of a run; its files go to a temporary folder."""
     import atexit
     import tempfile
 
@@ -64,36 +63,101 @@ def _opened(parser: Parser, words: list[str]) -> tuple[argparse.Namespace, Any]:
     )
     parser.add_argument("--device", default=None, help="default: the first GPU, else the CPU")
     parser.add_argument(
-        "--factory", default=None, metavar="MODULE:NAME", help="the code of your own model, as in training"
+        "--factory",
+        default=None,
+        metavar="MODULE:NAME",
+        help="the code of your own model, as in training: only what is named here is run",
     )
     asked = parser.parse_args(words)
     quiet_libraries()
-    from lmcore.saved import load as saved
+    from lmcore.saved.load import load_model
 
-    opened = saved.open_saved(
-        asked.path, asked.checkpoint, device=asked.device, weights=asked.weights, factory=asked.factory
+    opened = load_model(
+        asked.path,
+        asked.checkpoint,
+        device=asked.device,
+        weights=asked.weights,
+        factory=asked.factory,
+        note=to_stderr,
     )
     return asked, opened
 
 
+def to_stderr(line: str) -> None:
+    """A line about the result, beside it: standard output holds the result alone."""
+    from lmcore.report.console import printable
+
+    print(f"lmcore: {printable(line)}", file=sys.stderr)
+
+
 def generate(words: list[str]) -> None:
-    """`generate RUN --prompt TEXT`: continue a text, as it is written."""
-    parser = Parser(prog="python -m lmcore generate")
-    parser.add_argument("--prompt", default="", help="empty: the start of a document; -: standard input")
-    parser.add_argument("--max_tokens", type=int, default=200)
+    """`generate RUN --prompt TEXT`: continue a text; without a prompt, ask for one after another."""
+    parser = Parser(prog="lmcore generate")
+    parser.add_argument(
+        "--prompt",
+        default=None,
+        help="'': the start of a document; -: standard input as one prompt. Without it, and at a terminal: a loop that "
+        "asks for prompts until Ctrl-D",
+    )
+    parser.add_argument(
+        "--prompts",
+        default=None,
+        metavar="FILE",
+        help="a file with a prompt per line; of .jsonl: JSON strings, or objects with a field prompt",
+    )
+    parser.add_argument(
+        "--interactive", action="store_true", help="the loop, also where input is no terminal"
+    )
+    parser.add_argument("--max_tokens", type=int, default=200, help="length of a continuation")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token")
-    parser.add_argument("--top_k", type=int, default=0, help="draw from so many tokens; 0: all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from this share of the probability")
+    parser.add_argument(
+        "--top_k", type=int, default=0, help="draw from the k most probable tokens; 0: from all"
+    )
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="draw from the fewest tokens that hold this probability"
+    )
+    parser.add_argument(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        help="above 1: tokens that were there become less probable",
+    )
     parser.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=1, help="so many, with seeds from --seed on")
-    parser.add_argument("--no_stop", action="store_true", help="go on after the end of a document")
+    parser.add_argument(
+        "--samples", type=int, default=1, help="number of continuations, with seeds from --seed on"
+    )
+    parser.add_argument("--no_stop", action="store_true", help="continue after the end of a document")
+    parser.add_argument(
+        "--raw", action="store_true", help="write control characters (terminal escape codes) as they are"
+    )
+    for place, word in enumerate(words[:-1]):
+        if word == "--prompt" and words[place + 1].startswith("--"):  # argparse takes it for an option
+            words = [*words[:place], f"--prompt={words[place + 1]}", *words[place + 2 :]]
+            break
     asked, saved = _opened(parser, words)
-    from lmcore.saved import generate as room
+    if asked.samples < 1:
+        raise RequestError(f"--samples must be 1 or more (got {asked.samples})")
+    if (asked.prompt is not None) + (asked.prompts is not None) + asked.interactive > 1:
+        raise RequestError("--prompt, --prompts and --interactive exclude one another: give one of them")
+    if asked.interactive or (asked.prompt is None and asked.prompts is None and sys.stdin.isatty()):
+        _prompt_loop(asked, saved)
+        return
+    prompts = _prompts_of_file(asked.prompts) if asked.prompts is not None else [_prompt(asked.prompt or "")]
+    for number, prompt in enumerate(prompts):
+        if number:
+            sys.stdout.write("\n")
+        _continue(asked, saved, prompt)
 
-    prompt = sys.stdin.read() if asked.prompt == "-" else asked.prompt
+
+def _continue(asked: argparse.Namespace, saved: Any, prompt: str, *, echo: bool = True) -> None:
+    """Write all samples of one prompt to standard output, as they come."""
+    from lmcore.report.console import printable
+    from lmcore.saved.generate import stream
+
+    shown = (lambda text: text) if asked.raw else printable
     for number in range(asked.samples):
-        pieces = room.stream(
+        pieces = stream(
             saved.model,
             saved.tokenizer,
             prompt,
@@ -101,24 +165,94 @@ def generate(words: list[str]) -> None:
             temperature=0.0 if asked.greedy else asked.temperature,
             top_k=asked.top_k,
             top_p=asked.top_p,
+            repetition_penalty=asked.repetition_penalty,
             seed=asked.seed + number,
             stop_at_eos=not asked.no_stop,
         )
-        sys.stdout.write(prompt)
+        if echo:
+            sys.stdout.write(shown(prompt))
         for piece in pieces:
-            sys.stdout.write(piece)
+            sys.stdout.write(shown(piece))
             sys.stdout.flush()
         sys.stdout.write("\n" if number + 1 == asked.samples else "\n\n")
 
 
+def _prompt_loop(asked: argparse.Namespace, saved: Any) -> None:
+    """Ask for a prompt, continue it, and again, until the input ends. A wrong prompt does not end the loop."""
+    print(
+        "Type a prompt and Enter; \\n in it is a line end. Ctrl-C stops a continuation, Ctrl-D ends.",
+        file=sys.stderr,
+    )
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            print(file=sys.stderr)
+            return
+        try:
+            _continue(asked, saved, _utf8(line.rstrip("\n").replace("\\n", "\n")), echo=False)
+        except RequestError as error:
+            to_stderr(str(error))
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+
+
+def _prompt(given: str) -> str:
+    if given != "-":
+        return _utf8(given)
+    stream = getattr(sys.stdin, "buffer", None)  # bytes: the terminal's encoding need not be UTF-8
+    return _utf8(sys.stdin.read() if stream is None else stream.read().decode("utf-8", "surrogateescape"))
+
+
+def _prompts_of_file(name: str) -> list[str]:
+    try:
+        lines = Path(name).read_bytes().decode("utf-8", "surrogateescape").splitlines()
+    except OSError as error:
+        raise RequestError(f"--prompts {name}: {error.strerror}") from None
+    lines = [line for line in lines if line.strip()]
+    if name.endswith(".jsonl"):
+        lines = [_prompt_of_json(line, f"{name}, line {number}") for number, line in enumerate(lines, 1)]
+    if not lines:
+        raise RequestError(f"--prompts {name}: the file has no prompts; write one on each line")
+    return [_utf8(line) for line in lines]
+
+
+def _prompt_of_json(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"--prompts {where}: not JSON: {error}") from None
+    prompt = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(prompt, str):
+        raise RequestError(f"--prompts {where}: write a JSON string, or an object with a text field 'prompt'")
+    return prompt
+
+
+def _utf8(text: str) -> str:
+    """``text`` with what is not UTF-8 replaced, and a line that says so: a tokenizer reads Unicode only."""
+    data = text.encode("utf-8", "surrogateescape" if not _has_pairs(text) else "surrogatepass")
+    clean = data.decode("utf-8", "replace")
+    if clean != text:
+        to_stderr(
+            "the prompt is not valid UTF-8: its invalid bytes are read as \N{REPLACEMENT CHARACTER} (U+FFFD)"
+        )
+    return clean
+
+
+def _has_pairs(text: str) -> bool:
+    return any(0xD800 <= ord(letter) <= 0xDFFF and not 0xDC80 <= ord(letter) <= 0xDCFF for letter in text)
+
+
 def evaluate(words: list[str]) -> None:
-    """`evaluate RUN --data FILE [NAME=FILE ...]`: loss, perplexity, bits per byte of held-out text."""
-    parser = Parser(prog="python -m lmcore evaluate")
+    """`evaluate RUN --data FILE [NAME=FILE ...]`: loss, perplexity and bits per byte of text."""
+    parser = Parser(prog="lmcore evaluate")
     parser.add_argument(
         "--data", nargs="+", required=True, help="files, folders, globs; NAME=PATH names a set"
     )
     parser.add_argument("--block_size", type=int, default=None, help="default: the context, at most 1,024")
-    parser.add_argument("--blocks", type=int, default=None, help="at most so many of each set")
+    parser.add_argument(
+        "--blocks", type=int, default=None, help="number of blocks of each set (default: all)"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--text_field", default="text")
     parser.add_argument("--unit", default="auto", choices=("auto", "line", "paragraph", "file"))
@@ -128,6 +262,7 @@ def evaluate(words: list[str]) -> None:
         "--json", default=None, metavar="FILE", help="write the results there too; -: only them"
     )
     asked, saved = _opened(parser, words)
+    from lmcore.report.console import printable
     from lmcore.saved.score import score
 
     sets: dict[str, list[str]] = {}
@@ -165,15 +300,22 @@ def evaluate(words: list[str]) -> None:
         print(text)
         return
     if asked.json:
-        Path(asked.json).write_text(text + "\n", encoding="utf-8")
+        from lmcore.disk import DISK
+
+        try:
+            DISK.write_text(Path(asked.json), text + "\n")
+        except OSError as error:
+            raise RequestError(f"--json {asked.json}: {error.strerror}") from None
     for name, one in results.items():
         bits = "" if one.bits_per_byte is None else f"  bits/byte {one.bits_per_byte:.4f}"
-        print(f"{name}: loss {one.loss:.4f}  perplexity {one.perplexity:.4f}{bits}  ({one.tokens:,} tokens)")
+        print(
+            f"{printable(name)}: loss {one.loss:.4f}  perplexity {one.perplexity:.4f}{bits}  ({one.tokens:,} tokens)"
+        )
 
 
 def export(words: list[str]) -> None:
     """`export RUN [--out FOLDER]`: a folder that transformers, lm-eval and vLLM open."""
-    parser = Parser(prog="python -m lmcore export")
+    parser = Parser(prog="lmcore export")
     parser.add_argument("path", help="a run folder or a checkpoint")
     parser.add_argument(
         "--checkpoint", default="auto", help="of a run: best, or a step (default: the newest)"
@@ -187,33 +329,39 @@ def export(words: list[str]) -> None:
     parser.add_argument("--push", default=None, metavar="OWNER/NAME", help="upload to the Hub (private)")
     parser.add_argument("--public", action="store_true", help="with --push: for everybody to see")
     asked = parser.parse_args(words)
+    if not asked.max_shard_gb > 0:
+        raise RequestError(f"--max_shard_gb must be above 0 (got {asked.max_shard_gb})")
     quiet_libraries()
-    from lmcore.checkpoint import writer as checkpoint
-    from lmcore.saved import export as room
-    from lmcore.saved import load as saved
+    from lmcore.checkpoint.reader import open_checkpoint
+    from lmcore.report.console import printable
+    from lmcore.saved import export as exporting
+    from lmcore.saved.load import resolve
 
-    kind, path = saved.resolve(asked.path, asked.checkpoint)
+    kind, path = resolve(asked.path, asked.checkpoint, note=to_stderr)
     if kind == "checkpoint":
         run_dir = path.parent.parent
-        with checkpoint.open_checkpoint(path) as opened:
-            path = room.export(
+        given = (
+            Path(os.path.abspath(asked.path)) == path
+        )  # what was found in a run folder has just been verified
+        with open_checkpoint(path, verify_bytes=given) as opened:
+            path = exporting.export(
                 opened,
                 asked.out or run_dir / "export",
                 run_dir=run_dir,
                 dtype=asked.dtype,
                 weights=asked.weights,
                 max_shard_bytes=int(asked.max_shard_gb * 1e9),
-                note=print,
+                note=lambda line: print(printable(line)),
             )
     elif not asked.push:
         raise RequestError(f"{path} is an export already: give a run folder or a checkpoint")
     if asked.push:
-        print(room.push(path, asked.push, private=not asked.public))
+        print(exporting.push(path, asked.push, private=not asked.public))
 
 
 def report(words: list[str]) -> None:
     """`report RUN [RUN ...]`: report.html of one run, or several over one another."""
-    parser = Parser(prog="python -m lmcore report")
+    parser = Parser(prog="lmcore report")
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument(
         "--out", default=None, help="default: RUN/report.html, or comparison.html for several"
@@ -268,31 +416,32 @@ def _same(item: Any, value: str) -> bool:
 
 
 def checkpoints(words: list[str]) -> None:
-    """`checkpoints RUN [--verify]`: what is there, and whether it is whole."""
-    parser = Parser(prog="python -m lmcore checkpoints")
+    """`checkpoints RUN [--verify]`: list the checkpoints of a run and check them."""
+    parser = Parser(prog="lmcore checkpoints")
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--verify", action="store_true", help="compare every byte with its hash")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON array with all that is known")
     asked = parser.parse_args(words)
-    from lmcore.checkpoint import writer as checkpoint
-    from lmcore.humanize import short
+    from lmcore.checkpoint.reader import listing
+    from lmcore.humanize import short, size
+    from lmcore.report.console import printable
 
     folder = Path(asked.run) / "checkpoints"
     if not folder.is_dir():
         raise RequestError(f"{asked.run}: no checkpoints there")
-    rows = checkpoint.listing(folder, verify_bytes=asked.verify)
+    rows = listing(folder, verify_bytes=asked.verify)
     if asked.json:
         print(json.dumps(rows, indent=2, default=str))
         return
     for row in rows:
-        loss = (row.get("metrics") or {}).get("loss")
-        words = [
+        loss, tokens = (row.get("metrics") or {}).get("loss"), row.get("tokens")
+        cells = [
             row["name"],
-            f"{short(row['bytes'])}B" if row.get("bytes") else "",
-            f"{short(row['tokens'])} tokens" if row.get("tokens") else "",
-            "" if loss is None else f"held-out loss {loss:.4f}",
+            size(row["bytes"]) if row.get("bytes") else "",
+            f"{short(tokens)} tokens" if isinstance(tokens, int | float) else "",
+            f"validation loss {loss:.4f}" if isinstance(loss, int | float) else "",
             "best" if row.get("best") else "",
             str(row.get("reason") or ""),
             f"DAMAGED: {row['problem']}" if row["problem"] else ("verified" if asked.verify else ""),
         ]
-        print("  ".join(word for word in words if word))
+        print(printable("  ".join(cell for cell in cells if cell)))

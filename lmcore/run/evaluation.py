@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 from lmcore.config.checks import METRICS, check_metrics
 from lmcore.data.batches import EvalBatches
 from lmcore.model.evaluate import evaluate
-from lmcore.saved import generate
+from lmcore.saved.generate import generate
 
 if TYPE_CHECKING:
     from lmcore.config.schema import RunConfig
@@ -91,5 +91,5 @@ class Evaluator:
             return
         with self._report.pause(), self._engine.full_model() as whole:
             if whole is not None and self._engine.is_main:
-                texts = generate.sample(whole, encoder, prompts, self._options.sample_tokens, seed=self._seed)
+                texts = generate(whole, encoder, prompts, self._options.sample_tokens, seed=self._seed)
                 self._report.samples(step, list(zip(prompts, texts)))

@@ -573,6 +573,7 @@ class Run:
                     "micro_batch_blocks": self.sizes.micro_batch_blocks,
                     "guard": self.guard.state_dict(),
                     "model": self._model,
+                    "tokenizer": self.data.encoder.fingerprint if self.data.encoder else None,
                     "report": self.report.state(),
                     "topology": self._topology,
                     "trackers": self.trackers.state() if self.trackers else {},

@@ -1,18 +1,22 @@
-"""The model card of an export, and what lies beside it: curve, configuration, a task file for lm-eval.
+"""The model card of an export, and the files beside it: curve, configuration, a task file for lm-eval.
 
-Comes in: the run folder (``metrics.jsonl``, ``config.yaml``) and what the export knows. Goes out:
-``README.md``, ``loss.png``, ``training_config.yaml``, ``lm_eval/own_text.yaml``. What always holds: it says
-only what was recorded; what nobody recorded (licence, language, intended use) is left for a person to fill
-in, and named.
+The card says what the run has recorded: base model, data, tokens, method, results. It names no host and no path of the
+machine. What nobody recorded (licence, language, intended use) is listed for a person to fill in.
 """
 
 from __future__ import annotations
 
-import shlex
-import shutil
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from lmcore.checkpoint.reader import Checkpoint
+from lmcore.disk import DISK, Disk
+from lmcore.humanize import duration
 from lmcore.report import curves
 from lmcore.report.metrics import read_metrics
 
@@ -35,117 +39,268 @@ metadata:
   version: 1.0
 """
 
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+# {{ name }}
 
-def write(folder: Path, run_dir: Path, *, record: dict[str, Any], tokenizer: Any, parameters: int) -> None:
-    """Write the card and its companions into an export."""
+A causal language model of {{ "{:,}".format(parameters) }} parameters,
+{%- if base %} continued from {{ base }},{% else %} pretrained from scratch,{% endif %} trained with lmcore {{ lmcore }}.
+These are the weights of step {{ "{:,}".format(step) }} ({{ weights }}, {{ dtype }}).
+{%- if adapter %}
+The adapter was merged into them; alone it is in `adapter/`.
+{%- endif %}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{{ name }}")  # this folder
+model = AutoModelForCausalLM.from_pretrained("{{ name }}")
+inputs = tokenizer("...", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))
+```
+
+It continues text; it does not follow instructions. Documents were separated by the end-of-text token, and no token
+stands at their start.
+
+## Results
+{% if evaluations %}
+| set | step | loss (nats/token) | perplexity | bits per byte |
+|---|---|---|---|---|
+{% for row in evaluations -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+{%- endif %}
+{%- if train_loss %}
+Training loss at step {{ "{:,}".format(train_loss[0]) }}: {{ "%.4f" | format(train_loss[1]) }} nats/token.
+{% endif %}
+{%- if curve %}
+![loss over steps](loss.png)
+{% endif %}
+## Training data
+{% if data %}
+| set | source | size |
+|---|---|---|
+{% for row in data -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+{%- endif %}
+{%- if tokens %}
+Tokens seen: {{ "{:,}".format(tokens) }}{% if time %}, in {{ time }} (h:mm:ss) of training steps{% endif %}.
+{% endif %}
+Tokenizer: {{ "{:,}".format(vocab_size) }} ids.
+
+## Training procedure
+
+{% for key, value in procedure -%}
+- {{ key }}: {{ value }}
+{% endfor %}
+All settings are in `training_config.yaml`.
+
+## Score it on your own text
+
+With lm-eval, one JSON object with a `text` a line in `held_out.jsonl`:
+
+```
+lm_eval --model hf --model_args pretrained={{ name }},prefix_token_id={{ eos_id }} --include_path {{ name }}/lm_eval --tasks own_text
+```
+
+`prefix_token_id={{ eos_id }}`: in training every document came after the end-of-text token; lm-eval would put the start
+token there, which this model has never seen.
+
+## Not recorded, for a person to fill in
+
+Licence of the data and of the weights, languages, intended use, known biases and limits.
+"""
+
+
+def write(
+    folder: Path,
+    run_dir: Path,
+    *,
+    opened: Checkpoint,
+    record: Mapping[str, Any],
+    tokenizer: Any,
+    parameters: int,
+    adapter: Mapping[str, Any] | None = None,
+    disk: Disk = DISK,
+) -> None:
+    """Write the card and the files beside it into an export.
+
+    Args:
+        run_dir: whose ``metrics.jsonl`` and ``config.yaml`` are read.
+        record: content of ``lmcore_export.json``.
+        adapter: rank, alpha, dropout, modules and number of parameters of a low-rank adapter.
+    """
     metrics = run_dir / "metrics.jsonl"
-    records = read_metrics(metrics) if metrics.exists() else []
+    records = read_metrics(metrics) if metrics.is_file() else []
     configuration = run_dir / "config.yaml"
-    if configuration.exists():
-        shutil.copyfile(configuration, folder / "training_config.yaml")
-    (folder / "lm_eval").mkdir()
-    (folder / "lm_eval" / "own_text.yaml").write_text(LM_EVAL_TASK, encoding="utf-8")
+    if configuration.is_file():
+        disk.write_text(
+            folder / "training_config.yaml", _without_paths(configuration.read_text(encoding="utf-8"))
+        )
+    disk.mkdir(folder / "lm_eval")
+    disk.write_text(folder / "lm_eval" / "own_text.yaml", LM_EVAL_TASK)
     curve = curves.loss_png(records)
     if curve is not None:
-        (folder / "loss.png").write_bytes(curve)
+        disk.write_bytes(folder / "loss.png", curve)
     text = markdown(
-        records, record=record, tokenizer=tokenizer, parameters=parameters, curve=curve is not None
+        records,
+        opened=opened,
+        record=record,
+        tokenizer=tokenizer,
+        parameters=parameters,
+        adapter=adapter,
+        curve=curve is not None,
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    disk.write_text(folder / "README.md", text)
 
 
 def markdown(
     records: list[dict[str, Any]],
     *,
-    record: dict[str, Any],
+    opened: Checkpoint,
+    record: Mapping[str, Any],
     tokenizer: Any,
     parameters: int,
     curve: bool,
+    adapter: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card's text."""
+    """The text of the card, with the metadata that the Hub reads."""
+    from huggingface_hub import ModelCard, ModelCardData  # only an export needs it
+
     step = record["step"]
-    start = next((r for r in records if r.get("event") in ("start", "resume") and "command" in r), {})
-    until = [r for r in records if r["kind"] in ("train", "eval") and r.get("step", 0) <= step]
+    until = [r for r in records if r.get("kind") in ("train", "eval") and r.get("step", 0) <= step]
     last_train: dict[str, Any] = next((r for r in reversed(until) if r["kind"] == "train"), {})
-    evaluations = {r["set"]: r for r in until if r["kind"] == "eval"}  # the last of each set
-    name = record["run"]
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [lmcore]",
-        "---",
-        f"# {name}",
-        "",
-        f"A causal language model of {parameters:,} parameters, pretrained with lmcore {record['lmcore']}; "
-        f"the weights of step {step:,} ({'moving average' if record['weights'] == 'ema' else 'as trained'}, "
-        f"{record['dtype']}).",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")  # this folder',
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        'inputs = tokenizer("...", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))",
-        "```",
-        "",
-        "It continues text; it follows no instructions. Documents were separated by the end-of-text token, "
-        "and no token stands at their start.",
-        "",
-        "## Results",
-        "",
-    ]
-    if evaluations:
-        lines += ["| set | step | loss (nats/token) | perplexity | bits per byte |", "|---|---|---|---|---|"]
-        for key, row in evaluations.items():
-            values = (row["loss"], row["perplexity"], row["bits_per_byte"])
-            numbers = " | ".join("-" if value is None else f"{value:.4f}" for value in values)
-            lines.append(f"| {key} | {row['step']:,} | {numbers} |")
-        lines.append("")
-    if last_train.get("loss") is not None:
-        lines += [f"Training loss at step {last_train['step']:,}: {last_train['loss']:.4f} nats/token.", ""]
-    if curve:
-        lines += ["![loss over steps](loss.png)", ""]
-    lines += ["## Data and training", ""]
-    if start.get("data"):
-        lines += ["| set | source | documents | tokens | bytes |", "|---|---|---|---|---|"]
-        for row in start["data"]:
-            cells = [row.get("set", ""), row.get("name", "")]
-            cells += [
-                f"{row[key]:,}" if row.get(key) is not None else "-"
-                for key in ("documents", "tokens", "bytes")
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    if last_train.get("tokens"):
-        hours = last_train.get("train_seconds", 0) / 3600
-        lines += [f"Tokens seen: {last_train['tokens']:,} in {hours:.2f} hours of training steps.", ""]
-    lines += [f"- {key}: {value}" for key, value in start.get("rows", {}).items()]
-    lines += ["", f"Tokenizer: {tokenizer.vocab_size:,} ids. Configuration: `training_config.yaml`.", ""]
-    if start.get("command"):
-        command = shlex.join(["accelerate", "launch", *start["command"]])
-        lines += ["The command that trained it:", "", "```", command, "```", ""]
-    lines += [f"- {key} {value}" for key, value in start.get("versions", {}).items()]
-    lines += [
-        "",
-        "## Score it on your own text",
-        "",
-        "With lm-eval, one JSON object with a `text` a line in `held_out.jsonl`:",
-        "",
-        "```",
-        f"lm_eval --model hf --model_args pretrained={name},prefix_token_id={tokenizer.eos_id} "
-        f"--include_path {name}/lm_eval --tasks own_text",
-        "```",
-        "",
-        f"`prefix_token_id={tokenizer.eos_id}`: in training every document came after the end-of-text token; "
-        "lm-eval would put the start token there, which this model has never seen.",
-        "",
-        "## Not recorded, for a person to fill in",
-        "",
-        "Licence of the data and of the weights, languages, intended use, known biases and limits.",
-        "",
-    ]
-    return "\n".join(lines)
+    evaluations = {r.get("set"): r for r in until if r["kind"] == "eval"}  # the last of each set
+    start = next((r for r in records if r.get("event") in ("start", "resume") and "rows" in r), {})
+    base = base_model(opened)
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["lmcore", *(["lora"] if adapter else [])],
+        base_model=base if base and _is_hub_id(base) else None,
+    )
+    made = ModelCard.from_template(
+        metadata,
+        template_str=TEMPLATE,
+        name=_cell(record["run"]),
+        parameters=parameters,
+        base=f"`{base}`" if base else None,
+        lmcore=record["lmcore"],
+        step=step,
+        weights="moving average" if record["weights"] == "ema" else "as trained",
+        dtype=record["dtype"],
+        adapter=adapter,
+        evaluations=[
+            (
+                _cell(row.get("set")),
+                f"{row.get('step'):,}",
+                *map(_number, map(row.get, ("loss", "perplexity", "bits_per_byte"))),
+            )
+            for row in evaluations.values()
+        ],
+        train_loss=(last_train["step"], last_train["loss"]) if last_train.get("loss") is not None else None,
+        curve=curve,
+        data=[tuple(map(_cell, row)) for row in _data(start)],
+        tokens=last_train.get("tokens"),
+        time=duration(last_train["train_seconds"]) if last_train.get("train_seconds", 0) >= 1 else None,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        procedure=_procedure(opened, adapter),
+    )
+    return str(made)
+
+
+def base_model(opened: Checkpoint) -> str | None:
+    """The pretrained model that a run continued: its Hub id, or the name of its folder; ``None`` from scratch."""
+    named = (opened.state.get("config") or {}).get("model.from_pretrained")
+    if not isinstance(named, str) or not named:
+        return None
+    if _is_hub_id(named) and not os.path.exists(named):
+        return named
+    path = Path(os.path.abspath(named))
+    return f"{path.parent.name}/{path.name}" if path.name in ("export", "model") else path.name
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None and not name.endswith(
+        "/export"
+    )
+
+
+def _data(start: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(set, source, size) of the texts that the run's first record tells of; names only, no paths."""
+    rows = []
+    for key, value in (start.get("rows") or {}).items():
+        found = re.fullmatch(r"(text|training text|held out|validation|test)[ :]*\(?(.*?)\)?", str(key))
+        if found and ("tokens" in str(value) or "files" in str(value)):
+            kind = {"text": "train", "training text": "train", "held out": "validation"}.get(
+                found[1], found[1]
+            )
+            rows.append((kind, found[2], str(value)))
+    return rows
+
+
+def _procedure(opened: Checkpoint, adapter: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    config: Mapping[str, Any] = opened.state.get("config") or {}
+    rows: list[tuple[str, str]] = []
+
+    def add(label: str, *keys: str) -> None:
+        values = [
+            f"{key.rpartition('.')[2]} {config[key]}" for key in keys if config.get(key) not in (None, [], "")
+        ]
+        if values:
+            rows.append((label, ", ".join(values)))
+
+    if adapter:
+        rows.append(
+            (
+                "method",
+                f"LoRA: rank {adapter['rank']}, alpha {adapter['alpha']}, dropout {adapter['dropout']}, in "
+                f"{', '.join(adapter['modules'])}; {adapter['parameters']:,} parameters trained, the others frozen",
+            )
+        )
+    elif config.get("model.from_pretrained"):
+        rows.append(("method", "continued pretraining of all weights"))
+    else:
+        rows.append(("method", "pretraining from scratch"))
+    add("optimizer", "optim.name", "optim.lr", "optim.betas", "optim.weight_decay", "optim.clip_norm")
+    add("schedule", "optim.schedule", "optim.warmup", "train.duration")
+    add("batch", "train.global_batch_blocks", "train.global_batch_tokens", "data.block_size")
+    add("precision", "train.precision", "train.param_dtype")
+    add("seed", "seed")
+    rows.append(("versions", f"lmcore {opened.manifest.get('lmcore')}, torch {opened.manifest.get('torch')}"))
+    return rows
+
+
+def _without_paths(text: str) -> str:
+    """A configuration in which paths of this machine are cut to their last part."""
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return ""
+    return yaml.safe_dump(_cut(values), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _cut(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _cut(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_cut(item) for item in value]
+    if isinstance(value, str) and re.match(r"(/|~|\.\.?/)", value):
+        return value.rstrip("/").rpartition("/")[2]
+    return value
+
+
+def _cell(value: Any) -> str:
+    """Text inside a Markdown table or heading: one line, and nothing in it that ends the cell or opens HTML."""
+    text = re.sub(r"\s+", " ", str(value))
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "-"

@@ -1,21 +1,25 @@
-"""Prompts -> text, from any module that gives logits.
+"""Generating text from any module that returns logits.
 
-Comes in: a model, a tokenizer, prompts. Goes out: text, piece by piece as it is written. What always holds:
-the same seed gives the same text, on any device with the same logits; a character is never shown half (a
-piece of a byte-fallback tokenizer may be one byte of three); ids that only pad the vocabulary are never
-drawn; the model's training mode is what it was before.
+The same seed gives the same text on any device with the same logits. Characters are never shown half (a piece of a
+byte-fallback tokenizer may be one byte of three), ids that only pad the vocabulary are never drawn, and the model's
+training mode is left as it was.
 
-    >>> for piece in stream(model, tokenizer, "def ", 100, temperature=0.8, top_p=0.95, seed=1):
-    ...     print(piece, end="", flush=True)
+Example::
 
-Letters: T tokens so far, V vocabulary.
+    saved = load_model("runs/demo")
+    for piece in stream(saved.model, saved.tokenizer, "def ", 100, temperature=0.8, top_p=0.95, seed=1):
+        print(piece, end="", flush=True)
+
+Letters in shapes: T tokens so far, V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,24 +31,39 @@ from lmcore.model.module import ModelWithLoss
 
 _HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _MOST_HELD_TOKENS = 8
-"""A UTF-8 character has at most 4 bytes; what is still broken after more tokens is shown as it is."""
+"""A UTF-8 character has at most 4 bytes; what is still incomplete after more tokens is shown as it is."""
 
 
-def sample(
+def generate(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[str],
-    max_tokens: int,
+    max_tokens: int = 200,
     *,
     temperature: float = 0.8,
     top_k: int = 0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
+    stop_at_eos: bool = True,
 ) -> list[str]:
-    """The continuation of each prompt; arguments as for :func:`stream`. Prompts do not depend on each
-    other.
+    """The continuation of each prompt. Arguments, errors as for :func:`stream`.
+
+    A prompt's continuation does not depend on the other prompts.
+
+    Example::
+
+        saved = load_model("runs/demo")
+        texts = generate(saved.model, saved.tokenizer, ["def ", "class "], 50, temperature=0)
     """
-    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop_at_eos": stop_at_eos,
+    }
     return ["".join(stream(model, tokenizer, prompt, max_tokens, **settings)) for prompt in prompts]
 
 
@@ -57,44 +76,82 @@ def stream(
     temperature: float = 0.8,
     top_k: int = 0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_at_eos: bool = True,
 ) -> Iterator[str]:
-    """Continue ``prompt`` and yield the new text as it comes; what is out of range is refused at the call.
+    """Continue ``prompt`` and yield the new text as it comes.
 
     Args:
         model: a transformers model, a :class:`~lmcore.model.module.ModelWithLoss`, or any module that takes
             ``input_ids`` (1, T) and returns logits (1, T, V), alone or as ``.logits`` or first field.
-        tokenizer: :class:`lmcore.data.tokenizer.tokenizer.Tokenizer`. An empty prompt stands for the start of a document.
+        tokenizer: :class:`lmcore.data.tokenizer.tokenizer.Tokenizer`.
+        prompt: empty: the start of a document.
         max_tokens: of the continuation.
         temperature: 0 is greedy: always the most probable token.
         top_k: draw from the k most probable tokens; 0: from all.
         top_p: draw from the fewest tokens that hold this much probability (Holtzman et al. 2019,
             arXiv:1904.09751); 1: from all.
-        seed: of the draws; the prompt enters too, so that equal prompts continue equally.
+        repetition_penalty: positive logits of tokens in the window are divided by it, negative ones multiplied
+            (Keskar et al. 2019, arXiv:1909.05858); 1: none.
+        seed: of the draws. The prompt enters too, so that a prompt is continued alike in any list of prompts.
+        stop_at_eos: end with the document.
 
     Raises:
-        RequestError: settings out of range, or logits that are not finite.
+        RequestError: at once for a setting out of range or a prompt that is not valid Unicode; later for
+            logits that are not finite.
     """
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_tokens < 0:
+    if tokenizer is None:
+        raise RequestError("this model has no tokenizer: generate tokens with the model itself")
+    draw = Draw(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        generator=torch.Generator(),
+    )
+    if max_tokens < 0:
+        raise RequestError(f"max_tokens must be 0 or more (got {max_tokens})")
+    try:
+        digest = hashlib.sha256(f"lmcore generate {seed} {prompt}".encode()).digest()
+    except UnicodeEncodeError as error:
         raise RequestError(
-            f"temperature {temperature} must be 0 or more, top_k {top_k} 0 or more, top_p {top_p} above 0 "
-            f"and at most 1, max_tokens {max_tokens} 0 or more"
-        )
-    digest = hashlib.sha256(f"lmcore generate {seed} {prompt}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+            f"the prompt is not valid Unicode at character {error.start + 1}: bytes that are not UTF-8 must be "
+            "replaced before they get here"
+        ) from None
+    draw.generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return _continued(model, tokenizer, prompt, max_tokens, draw, stop_at_eos=stop_at_eos)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """How the next token is chosen from logits. Arguments as for :func:`stream`.
+
+    Raises:
+        RequestError: a setting out of range.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float = 1.0
+    generator: torch.Generator
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise RequestError(f"temperature must be 0 or more (got {self.temperature}); 0 is greedy")
+        if self.top_k < 0:
+            raise RequestError(f"top_k must be 0 or more (got {self.top_k}); 0 draws from all tokens")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p must be above 0 and at most 1 (got {self.top_p})")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise RequestError(
+                f"repetition_penalty must be above 0 (got {self.repetition_penalty}); 1 is none, 1.1 to 1.3 are usual"
+            )
+
+
 def _continued(
-    model: nn.Module,
-    tokenizer: Any,
-    prompt: str,
-    max_tokens: int,
-    draw: dict[str, Any],
-    *,
-    stop_at_eos: bool,
+    model: nn.Module, tokenizer: Any, prompt: str, max_tokens: int, draw: Draw, *, stop_at_eos: bool
 ) -> Iterator[str]:
     ids = list(tokenizer.encode(prompt)) or [tokenizer.eos_id]  # every document begins after an EOS
     start = len(ids)
@@ -115,13 +172,8 @@ def _continued(
         yield tokenizer.decode(ids[anchor:])[len(tokenizer.decode(ids[anchor:shown])) :]
 
 
-def _tokens(
-    model: nn.Module,
-    prompt: Sequence[int],
-    max_tokens: int,
-    draw: dict[str, Any],
-) -> Iterator[int]:
-    """Token after token, by :func:`choose` with ``draw``. Beyond the model's context the older half is forgotten."""
+def _tokens(model: nn.Module, prompt: Sequence[int], max_tokens: int, draw: Draw) -> Iterator[int]:
+    """Token after token, by :func:`choose`. When the model's context is full, the older half is dropped."""
     if isinstance(model, ModelWithLoss):
         model = model.model
     device = next(model.parameters()).device
@@ -136,25 +188,23 @@ def _tokens(
             fresh, memory = window, None
         if not cached:
             fresh = window
-        with _asleep(model):
+        with _inference_mode(model):
             inputs = {"input_ids": torch.tensor([fresh], device=device)}
             if cached:
                 inputs |= {"use_cache": True, "past_key_values": memory}  # type: ignore[dict-item] # not tensors
             outputs = model(**inputs)
         memory = getattr(outputs, "past_key_values", None)
-        cached = cached and memory is not None  # a family without a cache: read the window anew each time
+        cached = cached and memory is not None  # a family without a cache: the whole window each time
         logits = _logits(outputs)[0, -1].float().cpu()
-        token = choose(logits[: getattr(model, "real_vocab_size", None)], **draw)
+        token = choose(logits[: getattr(model, "real_vocab_size", None)], draw, window)
         yield token
         fresh = [token]
         window.append(token)
 
 
 @contextmanager
-def _asleep(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no compilation (each length would compile anew); all undone
-    afterwards.
-    """
+def _inference_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients or compilation (each length would compile anew); undone afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -165,29 +215,40 @@ def _asleep(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def choose(
-    logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> int:
+def choose(logits: Tensor, draw: Draw, window: Sequence[int] = ()) -> int:
     """One token id from logits (V,) on the CPU.
+
+    Args:
+        window: ids that the repetition penalty applies to.
 
     Raises:
         RequestError: no finite logit.
     """
     if not bool(torch.isfinite(logits.max())):
         raise RequestError(
-            "the model's logits are not finite: the weights are broken; take another checkpoint"
+            "the model's logits are not finite: its weights are broken; use another checkpoint"
         )
-    if temperature == 0:
+    if draw.repetition_penalty != 1:
+        seen = torch.tensor(sorted({token for token in window if token < len(logits)}), dtype=torch.long)
+        values = logits[seen]
+        penalty = draw.repetition_penalty
+        logits = logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
+    if draw.temperature == 0:
         return int(logits.argmax())
-    if top_k:
-        kept, order = logits.topk(min(top_k, logits.numel()))
+    if draw.top_k:
+        kept, order = logits.topk(min(draw.top_k, logits.numel()))
     else:
         kept, order = logits.sort(descending=True)
-    probabilities = torch.softmax(kept / temperature, 0)
-    if top_p < 1:
+    scaled = kept / draw.temperature
+    if not bool(
+        torch.isfinite(scaled[0])
+    ):  # a tiny temperature: relative to the largest logit nothing overflows
+        scaled = ((kept - kept[0]).double() / draw.temperature).float()
+    probabilities = torch.softmax(scaled, 0)
+    if draw.top_p < 1:
         before = probabilities.cumsum(0) - probabilities
-        probabilities[before >= top_p] = 0  # the first one always stays
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+        probabilities[before >= draw.top_p] = 0  # the first one always stays
+    return int(order[torch.multinomial(probabilities, 1, generator=draw.generator)])
 
 
 def _logits(outputs: Any) -> Tensor:

@@ -1,150 +1,130 @@
-"""What a run has left behind -> a model and its tokenizer, ready to be used.
+"""Opening what a run has saved: a run folder, one of its checkpoints, or an export.
 
-Comes in: a run folder, one of its checkpoints, or an export. Goes out: :class:`Saved`. What always holds: a
-checkpoint is verified to the last byte before it is used; nothing is unpickled and no foreign code is run;
-nothing on disk changes.
+Every tensor is compared with its hash before it is used, the tokenizer with the fingerprint in the checkpoint. Nothing
+is unpickled, no code that a folder names is run, and nothing on disk changes.
 
-    >>> saved = open_saved("runs/demo", which="best")
-    >>> saved.model, saved.tokenizer, saved.step
+Example::
+
+    saved = load_model("runs/demo", "best")
+    saved.model, saved.tokenizer, saved.step
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, NoReturn, final
 
 import torch
 from torch import Tensor, nn
 
-from lmcore.checkpoint import writer
+from lmcore.checkpoint import manifest, reader
+from lmcore.checkpoint.reader import Checkpoint
+from lmcore.checkpoint.tensors import TensorFile
 from lmcore.data.tokenizer import tokenizer as tokenizers
 from lmcore.errors import RequestError
 from lmcore.model import lora
 from lmcore.model.config import refuse_unsafe_config, refuse_unsafe_index
 from lmcore.plugins import import_path
 
+EXPORT_RECORD: Final = "lmcore_export.json"
+"""Marks an export of lmcore (only such a folder is ever replaced) and holds the hashes of its files."""
+_MOST_LAYERS: Final = 2_000
+"""A model with more layers than this and than tensors in its files is refused before it is built."""
+_LARGEST_JSON_BYTES: Final = 64 << 20
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A model on its device in evaluation mode, and where it came from.
+    """An opened model.
 
-    ``step`` and ``run_dir`` are ``None`` for an export that has left its run folder.
+    Attributes:
+        model: on its device, in evaluation mode.
+        tokenizer: ``None`` for a run of the user's own data that has none.
+        path: the folder of the checkpoint or export.
+        kind: ``checkpoint`` or ``export``.
+        step: ``None`` for an export.
+        run_dir: ``None`` for an export that has left its run folder.
     """
 
     model: nn.Module
     tokenizer: Any
     path: Path
     kind: str
-    """``checkpoint`` or ``export``."""
     step: int | None
     run_dir: Path | None
 
 
-def describe(
-    model: nn.Module, *, factory: str | None = None, arguments: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """What :func:`model_of` needs to build this model again; JSON, kept in every checkpoint as ``model``.
-
-    Args:
-        model: what :func:`lmcore.model.build.build_model` gave.
-        factory, arguments: ``model.factory`` and its own arguments, for the user's own model; those that
-            :func:`lmcore.model.build.build_model` added (``vocab_size``, ...) are known to the model.
-    """
-    if factory is not None:
-        known: Any = getattr(model, "factory_arguments", {})
-        return {"kind": "factory", "factory": factory, "arguments": {**known, **(arguments or {})}}
-    config = model.config
-    return {
-        "kind": "transformers",
-        "class": model.__class__.__name__,
-        # to_dict leaves out nothing that from_dict needs; its JSON form turns dtypes into words.
-        "config": json.loads(config.to_json_string(use_diff=False)),  # type: ignore[union-attr, operator]
-        "real_vocab_size": getattr(model, "real_vocab_size", None),
-        **({"lora": model.lora} if hasattr(model, "lora") else {}),
-    }
-
-
-def resolve(path: str | os.PathLike[str], which: str = "auto", *, quiet: bool = False) -> tuple[str, Path]:
-    """(``checkpoint`` or ``export``, its folder) for a run folder, a checkpoint or an export.
-
-    Args:
-        which: of a run folder: ``auto`` (the newest good checkpoint), ``best``, or a step.
-
-    Raises:
-        RequestError: nothing usable there.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise RequestError(f"{folder}: there is no such folder; give a run folder, a checkpoint or an export")
-    if (folder / writer.MANIFEST).is_file() and (folder / writer.STATE).is_file():
-        return "checkpoint", folder.resolve()
-    if (folder / "config.json").is_file():
-        return "export", folder.resolve()
-    if which.isdigit():
-        which = writer.step_name(int(which))
-    say = (lambda text: None) if quiet else print
-    try:
-        found = writer.find(folder / "checkpoints", which, repair=False, note=say)
-    except RequestError:
-        if which != "best":
-            raise
-        # The run kept no best by a metric of its own: the held-out loss of its checkpoints decides.
-        places = folder / "checkpoints"
-        found = writer.find(places, which, metric="loss", mode="min", repair=False, note=say)
-    if found is not None:
-        found.close()
-        return "checkpoint", found.path
-    if (folder / "export" / "config.json").is_file():
-        return "export", (folder / "export").resolve()
-    raise RequestError(f"{folder}: neither a checkpoint nor an export is in it; has the run saved yet?")
-
-
-def open_saved(
+def load_model(
     path: str | os.PathLike[str],
-    which: str = "auto",
+    checkpoint: str = "auto",
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     weights: str = "model",
-    factory: str | None = None,
+    factory: str | Callable[..., nn.Module] | None = None,
+    note: Callable[[str], None] = print,
 ) -> Saved:
-    """Open what :func:`resolve` finds.
+    """Open the model of a run, a checkpoint, or an export, with its tokenizer.
 
     Args:
-        factory: ``module:function`` of the user's own model; a checkpoint's word for it runs no code.
+        path: a run folder, a checkpoint folder, or an export.
+        checkpoint: of a run folder: ``auto`` (the newest good one), ``best``, or a step.
         device: default: the first GPU, else the CPU.
         dtype: of the parameters.
         weights: ``model``, or ``ema`` for the moving average where the run kept one (checkpoints only).
+        factory: for a model of your own: the function, or its ``module:function``. A checkpoint only says which
+            one it was; what stands in a file must not decide which code runs.
+        note: gets one line for each damaged checkpoint that was skipped.
 
     Raises:
-        RequestError: nothing usable there, or a model that cannot be built again.
+        RequestError: nothing usable there, damaged files, another tokenizer than the one trained with, or a model
+            that cannot be built again.
+
+    Example::
+
+        saved = load_model("runs/mine", factory="my_model:build")
+        logits = saved.model(input_ids=torch.tensor([[1, 2, 3]]))
     """
-    kind, folder = resolve(path, which)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind, folder = resolve(path, checkpoint, note=note)
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise RequestError(
+            f"device {device}: {_one_line(error)}; use cpu or one of this machine's GPUs"
+        ) from error
+    step: int | None = None
+    run_dir: Path | None = folder.parent
     if kind == "checkpoint":
-        # What was found in a run folder has just been verified; a checkpoint given by its path has not.
-        given = Path(path).resolve() == folder
-        with writer.open_checkpoint(folder, verify_bytes=given) as opened:
+        # A checkpoint that was found in a run folder has just been verified; one given by its path has not.
+        given = Path(os.path.abspath(path)) == folder
+        with reader.open_checkpoint(folder, verify_bytes=given) as opened:
             model, step = model_of(opened, weights=weights, factory=factory), opened.step
-        run_dir = folder.parent.parent
-        tokenizer = tokenizers.load(run_dir / "tokenizer")
+            run_dir = folder.parent.parent
+            tokenizer = tokenizer_of(opened, run_dir)
     else:
-        model, step, run_dir = open_export(folder), None, folder.parent
-        tokenizer = tokenizers.load(folder)
-        if not (run_dir / "metrics.jsonl").exists():
+        if weights != "model":
+            raise RequestError(
+                f"{folder} is an export, which has one set of weights: leave --weights {weights} out"
+            )
+        model, tokenizer = open_export(folder), _tokenizer(folder)
+        if not (folder.parent / "metrics.jsonl").exists():
             run_dir = None
     known = getattr(model, "real_vocab_size", None) or getattr(
         getattr(model, "config", None), "vocab_size", None
     )
-    if isinstance(known, int) and tokenizer.vocab_size > known:
+    if tokenizer is not None and isinstance(known, int) and tokenizer.vocab_size > known:
         raise RequestError(
-            f"{folder}: the model knows {known} tokens, the tokenizer beside it has "
-            f"{tokenizer.vocab_size}: that is of another model; bring back the one that was trained with"
+            f"{folder}: the model has {known} token ids, the tokenizer beside it {tokenizer.vocab_size}: it belongs to "
+            "another model; restore the one that was trained with"
         )
     return Saved(
         model=model.to(device=device, dtype=dtype).eval(),
@@ -156,54 +136,177 @@ def open_saved(
     )
 
 
-def open_export(folder: Path) -> nn.Module:
-    """The model of an export on the CPU, in float32."""
-    from transformers import AutoModelForCausalLM
+def resolve(
+    path: str | os.PathLike[str], checkpoint: str = "auto", *, note: Callable[[str], None] = print
+) -> tuple[str, Path]:
+    """(``checkpoint`` or ``export``, its folder) for a run folder, a checkpoint or an export.
 
-    refuse_unsafe_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), str(folder))
-    refuse_unsafe_index(str(folder), str(folder))
-    return AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
-    )
-
-
-def empty_model(description: dict[str, Any], *, factory: str | None = None) -> nn.Module:
-    """The model that :func:`describe` described, on the CPU, with weights that mean nothing yet.
+    Args:
+        checkpoint: of a run folder: ``auto`` (the newest good one), ``best``, or a step.
 
     Raises:
-        RequestError: it is of a factory that the caller has not named: what stands in a checkpoint must not
-            decide which code runs (``os:system`` is an import path too); or nothing that can be built.
+        RequestError: nothing usable there.
+    """
+    folder = Path(os.path.abspath(path))  # links stay: what is beside a linked checkpoint is beside the link
+    if not folder.is_dir():
+        raise RequestError(f"{path}: no such folder; give a run folder, a checkpoint or an export")
+    if (folder / manifest.MANIFEST).exists() and (folder / manifest.STATE).exists():
+        return "checkpoint", folder
+    if (folder / "config.json").is_file():
+        return "export", folder
+    if checkpoint.isdigit():
+        checkpoint = manifest.step_name(int(checkpoint))
+    checkpoints = folder / "checkpoints"
+    try:
+        found = reader.find(checkpoints, checkpoint, repair=False, note=note)
+    except RequestError:
+        if checkpoint != "best":
+            raise
+        # The run was not told to keep the best: the validation loss of its checkpoints decides.
+        found = reader.find(checkpoints, checkpoint, metric="loss", mode="min", repair=False, note=note)
+    if found is not None:
+        found.close()
+        return "checkpoint", Path(os.path.abspath(found.path))
+    if (folder / "export" / "config.json").is_file():
+        return "export", folder / "export"
+    raise RequestError(f"{path}: neither a checkpoint nor an export is in it; has the run saved yet?")
+
+
+# ---- describing and building a model ------------------------------------------------------------------------
+
+
+def describe(
+    model: nn.Module, *, factory: str | None = None, arguments: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What :func:`model_of` needs to build this model again: JSON, kept in every checkpoint as ``model``.
+
+    Args:
+        model: as built by :func:`lmcore.model.build.build_model`.
+        factory, arguments: ``model.factory`` and ``model.config``, for the user's own model. Arguments that
+            ``build_model`` added (``vocab_size``, ...) are read from the model.
+    """
+    if factory is not None:
+        known: Any = getattr(model, "factory_arguments", {})
+        return {"kind": "factory", "factory": factory, "arguments": {**known, **(arguments or {})}}
+    config = model.config
+    return {
+        "kind": "transformers",
+        "class": model.__class__.__name__,
+        # to_dict leaves out nothing that from_dict needs; its JSON form turns dtypes into strings.
+        "config": json.loads(config.to_json_string(use_diff=False)),  # type: ignore[union-attr, operator]
+        "real_vocab_size": getattr(model, "real_vocab_size", None),
+        **({"lora": model.lora} if hasattr(model, "lora") else {}),
+    }
+
+
+def model_of(
+    opened: Checkpoint, *, weights: str = "model", factory: str | Callable[..., nn.Module] | None = None
+) -> nn.Module:
+    """The model of an open checkpoint on the CPU, with its padded vocabulary, in evaluation mode.
+
+    Raises:
+        RequestError: the model cannot be built, or does not fit the tensors.
+    """
+    description = opened.state.get("model")
+    if not isinstance(description, Mapping):
+        raise RequestError(f"{opened.path}: its {manifest.STATE} does not say how the model is built")
+    if weights == "ema" and not opened.keys("ema"):
+        raise RequestError(
+            f"{opened.path} has no moving average (optim.ema_decay was 0): use --weights model"
+        )
+    model = empty_model(
+        dict(description), shapes=opened.shapes("model"), factory=factory, where=str(opened.path)
+    )
+    load_weights(model, tensors_of(opened, weights=weights), str(opened.path))
+    return model.eval()
+
+
+def empty_model(
+    description: dict[str, Any],
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    factory: str | Callable[..., nn.Module] | None = None,
+    where: str = "this checkpoint",
+) -> nn.Module:
+    """The model that :func:`describe` described, on the CPU, with arbitrary weights.
+
+    Args:
+        shapes: name and shape of the weights that will be loaded. They are compared with the model's before any
+            memory is allocated for it: a configuration may ask for anything.
+        factory: as in :func:`load_model`.
+
+    Raises:
+        RequestError: it is of a factory that the caller has not named, or cannot be built, or does not fit.
     """
     if description.get("kind") == "factory":
         named = description.get("factory")
-        if factory is None or factory != named:
+        if factory is None or (isinstance(factory, str) and factory != named):
             raise RequestError(
-                f"this checkpoint's model is made by {named!r}, which is code: if you know it, say --factory {named}"
+                f"the model of {where} is built by {named!r}, which is code: if you trust it, add --factory {named}"
             )
-        return import_path(factory, "--factory")(**description["arguments"])
+        build = import_path(factory, "--factory") if isinstance(factory, str) else factory
+        arguments = description.get("arguments")
+        if not isinstance(arguments, dict):
+            _cannot_build(where, f"arguments of the factory are {arguments!r}")
+        built: nn.Module = build(**arguments)
+        return built
+    from transformers.initialization import no_init_weights
+
     try:
-        return _empty_transformers_model(description)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RequestError(f"this checkpoint describes no model that can be built: {error!r}") from error
+        if shapes is not None:
+            _refuse_deep(description["config"], len(shapes), where)
+            with torch.device("meta"), no_init_weights():
+                _refuse_misfit(_transformers_model(description, weights=False), shapes, where)
+        return _transformers_model(description)
+    except RequestError:
+        raise
+    except Exception as error:  # a configuration from a file may break any line of transformers
+        _cannot_build(where, f"{type(error).__name__}: {_one_line(error)}")
 
 
-def _empty_transformers_model(description: dict[str, Any]) -> nn.Module:
+def _cannot_build(where: str, why: str) -> NoReturn:
+    raise RequestError(f"{where} describes no model that can be built: {why}")
+
+
+def _transformers_model(description: dict[str, Any], *, weights: bool = True) -> nn.Module:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     values = dict(description["config"])
-    refuse_unsafe_config(values, "state.json")
+    refuse_unsafe_config(values, manifest.STATE)
     config = CONFIG_MAPPING[values.pop("model_type")].from_dict(values)
     config.dtype = torch.float32
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config.__class__]
     model = model_class(config)
     model.real_vocab_size = description["real_vocab_size"]
     if "lora" in description:
-        lora.adapt(model, **description["lora"])
+        lora.adapt(model, **description["lora"], weights=weights)
     return model
 
 
-def tensors_of(opened: writer.Checkpoint, *, weights: str = "model") -> Iterator[tuple[str, Tensor]]:
+def _refuse_deep(config: Any, tensors: int, where: str) -> None:
+    """Millions of layers take hours to build even without memory for their weights."""
+    if not isinstance(config, Mapping):
+        _cannot_build(where, "its configuration is no JSON object")
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _refuse_deep(value, tensors, where)
+        if "layer" in str(key):
+            count = len(value) if isinstance(value, list) else value
+            if type(count) is int and count > max(_MOST_LAYERS, tensors):
+                _cannot_build(where, f"{key} is {count:,}, but its files hold {tensors:,} tensors")
+
+
+def _refuse_misfit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for name, shape in shapes.items():
+        expected = tuple(own[name].shape) if name in own else None
+        if expected != tuple(shape):
+            have = "no such weight" if expected is None else f"shape {expected}"
+            raise RequestError(f"{where}: weight {name} {tuple(shape)} does not fit: the model has {have}")
+
+
+def tensors_of(opened: Checkpoint, *, weights: str = "model") -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the weights; of ``ema`` those that have an average, and the others as they are."""
     for name in opened.keys("model"):
         tensor = opened.read("ema", name) if weights == "ema" else None
@@ -213,20 +316,11 @@ def tensors_of(opened: writer.Checkpoint, *, weights: str = "model") -> Iterator
         yield name, tensor
 
 
-def model_of(opened: writer.Checkpoint, *, weights: str = "model", factory: str | None = None) -> nn.Module:
-    """The checkpoint's model on the CPU, with its padded vocabulary, in evaluation mode."""
-    description = opened.state.get("model")
-    if description is None:
-        raise RequestError(f"{opened.path}: its state does not say how the model is built")
-    model = empty_model(description, factory=factory)
-    load_weights(model, tensors_of(opened, weights=weights), str(opened.path))
-    return model.eval()
-
-
 def load_weights(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], where: str) -> None:
-    """Copy named tensors into a model; every weight must come, and nothing else.
+    """Copy named tensors into a model. Tied weights come once, under any of their names.
 
-    Tied weights come once, under any of their names.
+    Raises:
+        RequestError: a tensor has no place in the model, or a weight of the model is missing.
     """
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     missing = {id(p): name for name, p in model.named_parameters()}
@@ -235,8 +329,160 @@ def load_weights(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], where:
             target = own.get(name)
             if target is None or target.shape != tensor.shape:
                 have = "no such weight" if target is None else f"shape {tuple(target.shape)}"
-                raise RequestError(f"{where}: weight {name} {tuple(tensor.shape)} does not fit: {have}")
+                raise RequestError(
+                    f"{where}: weight {name} {tuple(tensor.shape)} does not fit: the model has {have}"
+                )
             target.copy_(tensor)
             missing.pop(id(target), None)
     if missing:
         raise RequestError(f"{where}: the weight {next(iter(missing.values()))} is missing")
+
+
+# ---- tokenizer ----------------------------------------------------------------------------------------------
+
+
+def tokenizer_of(opened: Checkpoint, run_dir: Path) -> Any:
+    """The tokenizer of a checkpoint's run, or ``None`` if the run has none (the user's own data).
+
+    Raises:
+        RequestError: it is missing, or not the one that the checkpoint was trained with.
+    """
+    known = opened.state.get("tokenizer")
+    folder = run_dir / "tokenizer"
+    description = opened.state.get("model")
+    own_model = isinstance(description, Mapping) and description.get("kind") == "factory"
+    if not folder.exists() and known is None and (own_model or "tokenizer" in opened.state):
+        return None
+    if not folder.exists():
+        raise RequestError(
+            f"{folder} is missing: {opened.path.name} needs the tokenizer of its run; give the run folder, or restore it"
+        )
+    tokenizer = _tokenizer(folder)
+    if isinstance(known, str) and known != tokenizer.fingerprint:
+        raise RequestError(
+            f"{folder} is not the tokenizer that {opened.path.name} was trained with (fingerprint "
+            f"{tokenizer.fingerprint[:12]}, in the checkpoint {known[:12]}): restore that one"
+        )
+    return tokenizer
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return tokenizers.load(folder)
+    except RequestError:
+        raise
+    except Exception as error:  # files of a stranger may break any line of the libraries that read them
+        raise RequestError(
+            f"{folder}: its tokenizer cannot be opened: {type(error).__name__}: {_one_line(error)}"
+        ) from error
+
+
+# ---- exports ------------------------------------------------------------------------------------------------
+
+
+def open_export(folder: Path) -> nn.Module:
+    """The model of an export, or of any folder that transformers opens, on the CPU in float32.
+
+    Raises:
+        RequestError: files changed since the export, weights are missing, or transformers cannot open it.
+    """
+    where = str(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if (folder / name).exists():
+            raise RequestError(
+                f"{folder} holds {name}, which transformers would apply to the model: move the adapter to a folder of "
+                "its own, and merge it or load it with peft"
+            )
+    config = _json_object(folder / "config.json")
+    refuse_unsafe_config(config, where)
+    if config.get("quantization_config") is not None:
+        raise RequestError(f"{folder}: config.json asks for quantization, which lmcore does not open")
+    try:
+        _compare_with_record(folder)
+        refuse_unsafe_index(where, where)
+        _refuse_too_large(folder, config)
+        return _from_folder(folder)
+    except RequestError:
+        raise
+    except Exception as error:  # files of a stranger may break any line of transformers
+        raise RequestError(
+            f"{folder}: transformers cannot open it: {type(error).__name__}: {_one_line(error)}"
+        ) from error
+
+
+def _from_folder(folder: Path) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        local_files_only=True,
+        use_safetensors=True,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    model, report = loaded
+    missing = sorted(map(str, report["missing_keys"]))
+    if missing:
+        raise RequestError(f"{folder}: the weight {missing[0]} is missing in its files")
+    return model
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of an export that decide what the model computes, by name."""
+    names = [path.name for path in folder.glob("*.safetensors")] + ["config.json", "tokenizer.json"]
+    return {name: manifest.digest(folder / name) for name in sorted(names) if (folder / name).is_file()}
+
+
+def _compare_with_record(folder: Path) -> None:
+    if not (folder / EXPORT_RECORD).is_file():
+        return  # a folder of transformers, from anywhere
+    listed = _json_object(folder / EXPORT_RECORD).get("files")
+    if not isinstance(listed, Mapping):
+        return  # an export of lmcore 0.1.0
+    found = file_hashes(folder)
+    for name in listed.keys() | found.keys():
+        if listed.get(name) != found.get(name):
+            raise RequestError(
+                f"{folder}: {name} is damaged or was changed after the export; export again, or remove {EXPORT_RECORD} "
+                "if the change is yours"
+            )
+
+
+def _refuse_too_large(folder: Path, config: Mapping[str, Any]) -> None:
+    """Compare the size of the model with that of its files before memory is allocated for it."""
+    from transformers import CONFIG_MAPPING
+    from transformers.initialization import no_init_weights
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    files = [TensorFile(path) for path in folder.glob("*.safetensors")]
+    shapes = [file.shape(name) for file in files for name in file.names()]
+    _refuse_deep(config, len(shapes), str(folder))
+    values = dict(config)
+    parsed = CONFIG_MAPPING[str(values.pop("model_type", None))].from_dict(values)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[parsed.__class__]
+    with torch.device("meta"), no_init_weights():
+        wanted = sum(parameter.numel() for parameter in model_class(parsed).parameters())
+    stored = sum(math.prod(shape) for shape in shapes)
+    if wanted > stored:
+        raise RequestError(
+            f"{folder}: config.json describes {wanted:,} parameters, its files hold {stored:,} numbers"
+        )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError):
+        if path.stat().st_size > _LARGEST_JSON_BYTES:
+            raise RequestError(f"{path} is larger than {_LARGEST_JSON_BYTES:,} bytes: not a file of lmcore")
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{path}: {_one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"{path} is no JSON object")
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    return text if len(text) <= 300 else f"{text[:300]}..."

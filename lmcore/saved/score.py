@@ -1,11 +1,11 @@
-"""A saved model and some text -> loss, perplexity, bits per byte; without any training around it.
+"""Scoring a saved model on text: loss, perplexity and bits per byte, without a training.
 
-Comes in: :class:`lmcore.saved.load.Saved` (a checkpoint or an export, or any folder that transformers opens) and
-named sets of text. Goes out: one :class:`lmcore.model.evaluate.Evaluation` per set. What always holds: the same
-arithmetic as the evaluation inside a run: every token once, tails included, sums first and one division;
-nothing stays on disk.
+The arithmetic is that of the evaluation inside a run: every token once, tails included, sums first and one division.
+Nothing stays on disk.
 
-    >>> score(open_saved("runs/demo"), {"held": ["held.txt"]})["held"].bits_per_byte
+Example::
+
+    score(load_model("runs/demo"), {"valid": ["held.txt"]})["valid"].bits_per_byte
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Task = Callable[..., AbstractContextManager[Callable[..., None]]]
 
 
 @final
-class Alone:
-    """What :func:`lmcore.model.evaluate.evaluate` needs of an engine, for one process without training."""
+class SingleProcess:
+    """The part of an engine that :func:`lmcore.model.evaluate.evaluate` uses, for one process without training."""
 
     def __init__(self, module: ModelWithLoss, device: torch.device, precision: str) -> None:
         self.module = module.to(device).eval()
@@ -45,7 +45,7 @@ class Alone:
         self._precision = precision
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(loss_sum, count) of one micro-batch."""
+        """(loss_sum, count) of one micro-batch, tensors of one number each."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
             return self.module(**batch)
 
@@ -72,22 +72,27 @@ def score(
     on_error: str = "raise",
     task: Task = lambda *_, **__: nullcontext(lambda *_, **__: None),
 ) -> dict[str, Evaluation]:
-    """Score each set.
+    """The evaluation of each set.
 
     Args:
         sets: name -> entries as in ``data.train``; the sources of one set are scored together.
         block_size: tokens that the model sees at once; default: its context, at most 1,024, as in training.
-        blocks: of each set at most so many, spread over it; default: all.
+        blocks: number of blocks to score of each set, spread over it; default: all.
         precision: ``fp32`` or ``bf16`` (autocast).
         task: makes a progress bar (:meth:`lmcore.report.report.Report.task`).
 
     Raises:
-        RequestError: no such text, or blocks longer than the model's context.
+        RequestError: no such text, blocks longer than the model's context, or a model without a tokenizer.
     """
+    if saved.tokenizer is None:
+        raise RequestError(
+            f"{saved.path}: this run has no tokenizer (data.factory made its batches), so no text can be scored; its own "
+            "validation data are scored in training"
+        )
     size = _block_size(saved.model, block_size)
     encoder = saved.tokenizer
     device = next(saved.model.parameters()).device
-    engine = Alone(ModelWithLoss(saved.model), device, precision)
+    engine = SingleProcess(ModelWithLoss(saved.model), device, precision)
     pad_id = encoder.eos_id if encoder.pad_id is None else encoder.pad_id
     results: dict[str, Evaluation] = {}
     for name, entries in sets.items():

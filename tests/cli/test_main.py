@@ -170,7 +170,7 @@ def test_evaluate_is_the_mean_over_every_token_of_every_set(
     result = json.loads(capsys.readouterr().out)
     assert result["step"] == 4
     assert set(result["sets"]) == {"a.txt", "short"}
-    opened = pytest.importorskip("lmcore.saved.load").open_saved(run_dir, device="cpu")
+    opened = pytest.importorskip("lmcore.saved.load").load_model(run_dir, device="cpu")
     # By hand: documents, each ended by EOS, in blocks of the context; nothing shifted, nothing padded.
     ids: list[int] = []
     for document in ("def f(x):", "吾輩は猫である。") * 9:
@@ -201,7 +201,7 @@ def test_checkpoints_lists_and_verifies(run_dir: Path, capsys: pytest.CaptureFix
     assert call("checkpoints", run_dir, "--verify") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["step-00000002", "step-00000004"]
-    assert "held-out loss 4.0000" in lines[0]
+    assert "validation loss 4.0000" in lines[0]
     assert all("verified" in line for line in lines)
     assert call("checkpoints", run_dir, "--json") == 0
     assert [row["step"] for row in json.loads(capsys.readouterr().out)] == [2, 4]

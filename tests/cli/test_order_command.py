@@ -10,7 +10,7 @@ import pytest
 
 from lmcore.cli.main import main
 from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST
-from lmcore.saved.load import open_saved
+from lmcore.saved.load import load_model
 from tests.support.fork_server import run_ranks
 from tests.support.whole_runs import request, train_in_rank, words
 
@@ -57,7 +57,7 @@ def test_what_a_step_saw_is_shown_decoded(
     argv = request(text, tmp_path / "run", **SHORT, **options, data__store_dir=tmp_path / "stores")
     assert run_ranks(_train_and_tell, 1, argv, str(tmp_path / "seen")) == [EXIT_FINISHED]
     seen = dict(json.loads(line) for line in (tmp_path / "seen").read_text().splitlines())
-    decode = open_saved(tmp_path / "run").tokenizer.decode
+    decode = load_model(tmp_path / "run").tokenizer.decode
     for step in (1, 3, 13, 20):
         assert main(["order", str(tmp_path / "run"), "--step", str(step), "--text", "10000"]) == EXIT_FINISHED
         shown = [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()]

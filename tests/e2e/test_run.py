@@ -64,11 +64,11 @@ def test_the_export_opens_in_transformers_with_the_trainers_logits(whole: Path) 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lmcore.saved.load import open_saved
+    from lmcore.saved.load import load_model
 
     exported = AutoModelForCausalLM.from_pretrained(whole / "export").eval()
     tokenizer = AutoTokenizer.from_pretrained(whole / "export")
-    trained = open_saved(whole)
+    trained = load_model(whole)
     ids = tokenizer("alpha 日本語 ですから", return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == trained.tokenizer.encode("alpha 日本語 ですから")
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_a_changed_past_is_refused(text: Path, whole: Path) -> None:
 def test_a_refused_tokenizer_changes_nothing(text: Path, whole: Path) -> None:
     """Another one in the place that the run names, and one that is insisted on: the run folder keeps its own."""
     from lmcore.data.tokenizer import tokenizer
-    from lmcore.saved.load import open_saved
+    from lmcore.saved.load import load_model
 
     brought, run_dir = text / "brought", text / "brought-run"
     options = {"tokenizer__path": brought, "tokenizer__vocab_size": "null", "train__duration": "2 steps"}
@@ -242,4 +242,4 @@ def test_a_refused_tokenizer_changes_nothing(text: Path, whole: Path) -> None:
     with pytest.raises(
         RequestError, match=f"knows 320 tokens, the tokenizer beside it has {other.vocab_size}"
     ):
-        open_saved(run_dir, device="cpu")
+        load_model(run_dir, device="cpu")

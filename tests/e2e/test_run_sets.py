@@ -8,7 +8,7 @@ import pytest
 
 from lmcore.errors import EXIT_FINISHED
 from lmcore.report.metrics import read_metrics
-from lmcore.saved.load import open_saved
+from lmcore.saved.load import load_model
 from lmcore.saved.score import score
 from tests.support.trackers import read_tensorboard
 from tests.support.whole_runs import request, train, words
@@ -34,7 +34,7 @@ def test_the_test_set_is_scored_once_after_training_with_the_last_weights(text: 
     assert train(argv) == [EXIT_FINISHED]
     records = read_metrics(run_dir, "eval")
     assert [(r["set"], r["step"]) for r in records] == [("held", 3), ("held", 6), ("test", 6)]
-    expected = score(open_saved(run_dir), {"test": [str(text / "elsewhere" / "held.txt")]}, block_size=16)[
+    expected = score(load_model(run_dir), {"test": [str(text / "elsewhere" / "held.txt")]}, block_size=16)[
         "test"
     ]
     assert records[-1]["loss"] == pytest.approx(expected.loss, rel=1e-6)

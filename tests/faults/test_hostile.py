@@ -251,7 +251,7 @@ def test_states_of_checkpoints(
     (tmp_path / "evil.py").write_text(module_text(mark))
     path = a_checkpoint(tmp_path / "run", {"model": STATE_PAYLOADS[name](mark)})
     for given in (path, tmp_path / "run"):
-        assert attempt(lambda given=given: load.open_saved(given, device="cpu")) != "opened"
+        assert attempt(lambda given=given: load.load_model(given, device="cpu")) != "opened"
     assert not mark.exists()
 
 

@@ -72,7 +72,7 @@ def test_only_the_adapters_are_trained_and_the_checkpoint_is_whole(text: Path, w
 
 
 def test_the_export_is_a_plain_model_with_the_logits_of_the_trained_one(whole: Path) -> None:
-    trained = load.open_saved(whole, device="cpu")
+    trained = load.load_model(whole, device="cpu")
     plain: Any = load.open_export(whole / "export").eval()
     assert not [name for name, _ in plain.named_parameters() if "lora" in name]
     assert plain.config.vocab_size == 330
@@ -108,7 +108,7 @@ def test_the_plan_counts_what_is_trained(text: Path, whole: Path, capsys: pytest
 
     assert main(["plan", *adapted(text, text / "planned")]) == 0
     rows = {line[:22].strip(): line[22:] for line in capsys.readouterr().out.splitlines()}
-    trained = load.open_saved(whole, device="cpu").model
+    trained = load.load_model(whole, device="cpu").model
     total = sum(p.numel() for p in trained.parameters())
     mine = sum(p.numel() for name, p in trained.named_parameters() if ".lora_" in name)
     assert f"{total:,} (" in rows["parameters"]

@@ -236,7 +236,7 @@ def test_opened_from_run_folder_checkpoint_and_export_it_is_one_model(tmp_path: 
     with torch.no_grad():
         expected = trained(input_ids=ids).logits[..., :VOCABULARY]
         for path in (tmp_path, tmp_path / "checkpoints" / "step-00000003", folder):
-            one = load.open_saved(path, device="cpu")
+            one = load.load_model(path, device="cpu")
             logits = one.model(input_ids=ids).logits[..., :VOCABULARY]
             torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
             assert one.run_dir == tmp_path
@@ -309,7 +309,7 @@ def test_transformers_4_57_and_lm_eval_open_it_in_an_environment_of_their_own(tm
         check=True, cwd=tmp_path, env=environment,
     )  # fmt: skip
     scores = json.loads(next((tmp_path / "scores").rglob("results*.json")).read_text())["results"]["own_text"]
-    one = load.open_saved(folders[1], device="cpu")
+    one = load.load_model(folders[1], device="cpu")
     nats = 0.0
     for document in documents:
         ids = torch.tensor([[one.tokenizer.eos_id, *one.tokenizer.encode(document)]])
