@@ -113,12 +113,13 @@ def stream(
     if max_tokens < 0:
         raise RequestError(f"max_tokens must be 0 or more (got {max_tokens})")
     try:
-        digest = hashlib.sha256(f"lmcore generate {seed} {prompt}".encode()).digest()
+        prompt.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
             f"the prompt is not valid Unicode at character {error.start + 1}: bytes that are not UTF-8 must be "
             "replaced before they get here"
         ) from None
+    digest = hashlib.sha256(f"lmcore generate {seed} {prompt}".encode()).digest()
     draw.generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return _continued(model, tokenizer, prompt, max_tokens, draw, stop_at_eos=stop_at_eos)
 

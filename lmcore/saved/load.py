@@ -462,7 +462,9 @@ def _refuse_too_large(folder: Path, config: Mapping[str, Any]) -> None:
     parsed = CONFIG_MAPPING[str(values.pop("model_type", None))].from_dict(values)
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[parsed.__class__]
     with torch.device("meta"), no_init_weights():
-        wanted = sum(parameter.numel() for parameter in model_class(parsed).parameters())
+        skeleton = model_class(parsed)
+        skeleton.tie_weights()
+    wanted = sum(parameter.numel() for parameter in skeleton.parameters())
     stored = sum(math.prod(shape) for shape in shapes)
     if wanted > stored:
         raise RequestError(

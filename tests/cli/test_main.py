@@ -157,7 +157,82 @@ def test_generate_from_run_checkpoint_and_export(
     assert text(run_dir, "--prompt", "-") == newest
     assert call("generate", run_dir, "--temperature", -1, "--device", "cpu") == 2
     said = capsys.readouterr()
-    assert (said.out, "temperature -1.0 must be 0 or more" in said.err) == ("", True)
+    assert (said.out, "temperature must be 0 or more (got -1.0)" in said.err) == ("", True)
+
+
+def test_generate_reads_prompts_from_a_file(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def text(*words: Any) -> str:
+        assert call("generate", run_dir, "--max_tokens", 5, "--device", "cpu", *words) == 0
+        return capsys.readouterr().out
+
+    (tmp_path / "prompts.txt").write_text("def\n\n吾輩は\n", encoding="utf-8")
+    (tmp_path / "prompts.jsonl").write_text('"def"\n{"prompt": "吾輩は", "id": 3}\n', encoding="utf-8")
+    expected = text("--prompt", "def") + "\n" + text("--prompt", "吾輩は")
+    assert text("--prompts", tmp_path / "prompts.txt") == expected
+    assert text("--prompts", tmp_path / "prompts.jsonl") == expected
+    (tmp_path / "bad.jsonl").write_text('"def"\n[1]\n')
+    (tmp_path / "empty.txt").write_text("\n")
+    for words, said in (
+        (["--prompts", tmp_path / "bad.jsonl"], "bad.jsonl, line 2: write a JSON string"),
+        (["--prompts", tmp_path / "empty.txt"], "no prompts"),
+        (["--prompts", tmp_path / "missing.txt"], "No such file"),
+        (["--prompts", tmp_path / "prompts.txt", "--prompt", "x"], "exclude one another"),
+        (["--prompt", "x", "--samples", 0], "--samples must be 1 or more"),
+        (["--prompt", "x", "--device", "cuda:99"], "device cuda:99"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature must be 0 or more"),
+        (["--prompt", "x", "--repetition_penalty", 0], "repetition_penalty must be above 0"),
+    ):
+        assert call("generate", run_dir, *words) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_generate_asks_for_prompts_in_a_loop(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("--max_tokens", 5, "--device", "cpu")
+    expected = ""
+    for prompt in ("def", "a\nb"):
+        assert call("generate", run_dir, "--prompt", prompt, *settings) == 0
+        expected += capsys.readouterr().out.removeprefix(prompt)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def\na\\nb\n"))
+    assert call("generate", run_dir, "--interactive", *settings) == 0
+    said = capsys.readouterr()
+    assert said.out == expected
+    assert said.err.count("> ") == 3, "it asks until the input ends"
+
+
+def test_generate_reads_bytes_that_are_not_utf8(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9\n")
+    base = [sys.executable, "-m", "lmcore", "generate", str(run_dir), "--max_tokens", "3", "--device", "cpu"]
+    for words, stdin in (
+        ([b"--prompt", b"caf\xe9"], b""),
+        (["--prompts", str(tmp_path / "latin1.txt")], b""),
+    ):
+        done = subprocess.run([*base, *words], capture_output=True, cwd=ROOT, input=stdin)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.decode().startswith("caf\N{REPLACEMENT CHARACTER}")
+        assert b"not valid UTF-8" in done.stderr
+
+
+def test_generate_shows_no_escape_codes(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "lmcore.saved.generate.stream", lambda *_, **__: iter(["a\x1b]0;title\x07", "\x9b2Jb\n\tc"])
+    )
+    assert call("generate", run_dir, "--prompt", "x\x1b[2J", "--device", "cpu") == 0
+    shown = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\x9b"} & set(shown)
+    assert "b\n\tc" in shown, "line ends and tabs are text"
+    assert call("generate", run_dir, "--prompt", "x", "--raw", "--device", "cpu") == 0
+    assert "a\x1b]0;title\x07\x9b2J" in capsys.readouterr().out
+
+
+def test_generate_prompt_may_begin_with_dashes(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("generate", run_dir, "--prompt", "--x", "--max_tokens", 2, "--device", "cpu") == 0
+    assert capsys.readouterr().out.startswith("--x")
 
 
 def test_evaluate_is_the_mean_over_every_token_of_every_set(

@@ -1,4 +1,4 @@
-"""The exported folder is the trained model: same logits, same tokenizer, for transformers and for us."""
+"""The export is the trained model: same logits, same tokenizer, for transformers and for lmcore."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,15 @@ import torch
 from safetensors import safe_open
 
 from lmcore.checkpoint.writer import Checkpoint, Checkpoints, find
+from lmcore.cli.main import main
 from lmcore.data.tokenizer import tokenizer
 from lmcore.errors import FaultError, RequestError
 from lmcore.model.build import build_model
 from lmcore.report.report import Report
-from lmcore.saved import export as room
+from lmcore.saved import export as exporting
 from lmcore.saved import load
-from lmcore.saved.export import both_versions, describe, export
+from lmcore.saved.export import both_versions, export, refuse_foreign_folder
+from lmcore.saved.score import score
 
 TEXTS = ["def f(x):\n    return x + 1\n", "吾輩は猫である。名前はまだ無い。😀\n"] * 40
 VOCABULARY = 330  # no multiple of 64: the padding must go
@@ -50,7 +53,9 @@ TYPES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_run(run_dir: Path, type: str = "gpt2", *, ema: bool = False, steps: int = 3) -> torch.nn.Module:
+def make_run(
+    run_dir: Path, type: str = "gpt2", *, ema: bool = False, steps: int = 3, scale: float = 1.0
+) -> torch.nn.Module:
     """A run folder with one checkpoint, as the trainer leaves it."""
     words = tokenizer.train(TEXTS, vocab_size=VOCABULARY, folder=run_dir / "tokenizer")
     model = build_model(
@@ -64,6 +69,7 @@ def make_run(run_dir: Path, type: str = "gpt2", *, ema: bool = False, steps: int
     with torch.no_grad():  # away from the initialization, so that nothing can be right by accident
         for index, parameter in enumerate(model.parameters()):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+            parameter.mul_(scale)
     kept = set(model.state_dict())
     weights = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in kept)]
     tensors = [("model", name, "", tensor) for name, tensor in weights]
@@ -74,7 +80,12 @@ def make_run(run_dir: Path, type: str = "gpt2", *, ema: bool = False, steps: int
         steps,
         layout=[(kind, name, slot, tuple(t.shape), t.dtype) for kind, name, slot, t in tensors],
         tensors=((kind, name, slot, t.detach()) for kind, name, slot, t in tensors),
-        state={"model": describe(model), "tokens": 128 * steps},
+        state={
+            "model": load.describe(model),
+            "tokens": 128 * steps,
+            "tokenizer": words.fingerprint,
+            "config": {"optim.name": "adamw", "optim.lr": 1e-3, "data.train": ["/home/me/corpus/a.txt"]},
+        },
         metrics={"loss": 2.5},
     )
     saves.wait()
@@ -83,9 +94,14 @@ def make_run(run_dir: Path, type: str = "gpt2", *, ema: bool = False, steps: int
             "start",
             step=0,
             command=["train_lm.py", "--optim.lr", "1e-3"],
-            rows={"model": f"{type} of a test"},
+            rows={
+                "model": f"{type} of a test",
+                "run folder": "/home/me/runs/demo",
+                "job": "host my-host",
+                "text (stdlib)": "10 documents, 0.0 MB, 1,234 tokens",
+                "held out (v|1)": "2 documents, 99 tokens",
+            },
             versions={"torch": torch.__version__},
-            data=[{"set": "train", "name": "stdlib", "documents": 10, "tokens": 1234, "bytes": 5678}],
         )
         report.begin(total_steps=steps)
         for step in range(1, steps + 1):
@@ -95,7 +111,9 @@ def make_run(run_dir: Path, type: str = "gpt2", *, ema: bool = False, steps: int
         report.evaluation(
             set="valid", step=steps, epoch=1.0, tokens=384, loss=2.5, perplexity=12.18, bits_per_byte=1.9
         )
-    (run_dir / "config.yaml").write_text("optim:\n  lr: 0.001\n")
+    (run_dir / "config.yaml").write_text(
+        "run_dir: /home/me/runs/demo\noptim:\n  lr: 0.001\ndata:\n  train:\n  - /home/me/corpus/a.txt\n"
+    )
     return model.eval()
 
 
@@ -106,7 +124,7 @@ def newest(run_dir: Path) -> Checkpoint:
 
 
 @pytest.mark.parametrize("type", TYPES)
-def test_transformers_opens_the_export_with_the_trainers_logits(type: str, tmp_path: Path) -> None:
+def test_transformers_opens_the_export_with_the_same_logits(type: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     trained = make_run(tmp_path, type)
@@ -135,7 +153,7 @@ def test_transformers_opens_the_export_with_the_trainers_logits(type: str, tmp_p
     assert model.config.use_cache
 
 
-def test_tied_weights_are_written_once_and_tied_again(tmp_path: Path) -> None:
+def test_export_of_tied_weights(tmp_path: Path) -> None:
     make_run(tmp_path)
     with newest(tmp_path) as opened:
         folder = export(opened, tmp_path / "export", run_dir=tmp_path)
@@ -147,7 +165,7 @@ def test_tied_weights_are_written_once_and_tied_again(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_bf16_and_pieces_and_the_moving_average(tmp_path: Path) -> None:
+def test_export_bf16_shards_and_ema(tmp_path: Path) -> None:
     trained = make_run(tmp_path, "llama", ema=True)
     with newest(tmp_path) as opened:
         folder = export(
@@ -165,13 +183,15 @@ def test_bf16_and_pieces_and_the_moving_average(tmp_path: Path) -> None:
     assert (record["weights"], record["dtype"], record["step"]) == ("ema", "bf16", 3)
 
 
-def test_a_wrong_export_never_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_with_wrong_logits_raises_and_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_run(tmp_path)
     with newest(tmp_path) as opened:
         export(opened, tmp_path / "export", run_dir=tmp_path)
         before = {p.name: p.read_bytes() for p in (tmp_path / "export").iterdir() if p.is_file()}
 
-        original = room._write_model
+        original = exporting._write_model
 
         def spoilt(trained: Any, *arguments: Any) -> None:
             with torch.no_grad():
@@ -180,7 +200,7 @@ def test_a_wrong_export_never_appears(tmp_path: Path, monkeypatch: pytest.Monkey
             with torch.no_grad():
                 trained.transformer.h[0].mlp.c_fc.weight[0, 0] -= 1.0
 
-        monkeypatch.setattr(room, "_write_model", spoilt)
+        monkeypatch.setattr(exporting, "_write_model", spoilt)
         with pytest.raises(FaultError, match="logits differ"):
             export(opened, tmp_path / "export", run_dir=tmp_path)
     after = {p.name: p.read_bytes() for p in (tmp_path / "export").iterdir() if p.is_file()}
@@ -188,13 +208,13 @@ def test_a_wrong_export_never_appears(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.glob(".export*"))
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_export_refusals(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     foreign = tmp_path / "precious"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
     with newest(tmp_path / "run") as opened:
-        with pytest.raises(RequestError, match="no export of lmcore"):
+        with pytest.raises(RequestError, match="not an export of lmcore"):
             export(opened, foreign, run_dir=tmp_path / "run")
         with pytest.raises(RequestError, match="fp8"):
             export(opened, tmp_path / "x", run_dir=tmp_path / "run", dtype="fp8")
@@ -209,26 +229,34 @@ def test_refusals(tmp_path: Path) -> None:
         load.resolve(tmp_path / "empty")
 
 
-def test_the_card_says_what_was_recorded(tmp_path: Path) -> None:
+def test_model_card(tmp_path: Path) -> None:
     make_run(tmp_path / "demo")
     with newest(tmp_path / "demo") as opened:
         folder = export(opened, tmp_path / "demo" / "export", run_dir=tmp_path / "demo")
     card = (folder / "README.md").read_text()
     for expected in (
-        "| train | stdlib | 10 | 1,234 | 5,678 |",
+        "library_name: transformers",
+        "| train | stdlib | 10 documents, 0.0 MB, 1,234 tokens |",
+        "| validation | v\\|1 | 2 documents, 99 tokens |",
         "| valid | 3 | 2.5000 | 12.1800 | 1.9000 |",
-        "accelerate launch train_lm.py --optim.lr 1e-3",
+        "pretrained from scratch",
+        "- method: pretraining from scratch",
+        "- optimizer: name adamw, lr 0.001",
+        "Tokens seen: 384",
         "![loss over steps](loss.png)",
         "prefix_token_id=2",
         "weights of step 3",
     ):
         assert expected in card
+    for private in ("my-host", "/home/me", "job", str(tmp_path)):
+        assert private not in card
+        assert private not in (folder / "training_config.yaml").read_text()
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "lr: 0.001" in (folder / "training_config.yaml").read_text()
     assert "loglikelihood_rolling" in (folder / "lm_eval" / "own_text.yaml").read_text()
 
 
-def test_opened_from_run_folder_checkpoint_and_export_it_is_one_model(tmp_path: Path) -> None:
+def test_load_model_from_run_checkpoint_and_export(tmp_path: Path) -> None:
     trained = make_run(tmp_path)
     with newest(tmp_path) as opened:
         folder = export(opened, tmp_path / "export", run_dir=tmp_path)
@@ -243,7 +271,124 @@ def test_opened_from_run_folder_checkpoint_and_export_it_is_one_model(tmp_path: 
     assert load.resolve(tmp_path, "3") == load.resolve(tmp_path) == load.resolve(tmp_path, "best")
 
 
-def test_rotary_settings_are_written_for_both_major_versions() -> None:
+def test_export_bf16_of_a_trained_rotary_model(tmp_path: Path) -> None:
+    """Rounded are the parameters, as in the file; the rotary frequencies of the reference stay float32."""
+    make_run(tmp_path, "llama", scale=3.0)  # large weights: what attention does depends on the frequencies
+    with newest(tmp_path) as opened:
+        folder = export(opened, tmp_path / "half", run_dir=tmp_path, dtype="bf16")
+    assert json.loads((folder / "lmcore_export.json").read_text())["largest_logit_difference"] < 1e-3
+
+
+def test_killed_exports_are_cleared(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (f".export.{dead.pid}.tmp", f".export.{dead.pid}.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"x")
+    others = tmp_path / f".export.{os.getppid()}.tmp"  # of a process that lives
+    others.mkdir()
+    with newest(tmp_path) as opened:
+        export(opened, tmp_path / "export", run_dir=tmp_path)
+    assert [path.name for path in tmp_path.glob(".export*")] == [others.name]
+
+
+def test_foreign_folder_is_refused(tmp_path: Path) -> None:
+    for content in ("missing", "empty"):
+        refuse_foreign_folder(tmp_path / content)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.txt").write_text("x")
+    for name in ("file", "link", "thesis"):
+        with pytest.raises(RequestError, match="give another folder, or remove it"):
+            refuse_foreign_folder(tmp_path / name)
+
+
+def test_changed_export_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    with newest(tmp_path) as opened:
+        folder = export(opened, tmp_path / "export", run_dir=tmp_path)
+    for name in ("model.safetensors", "tokenizer.json"):
+        path = folder / name
+        good = path.read_bytes()
+        path.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
+        with pytest.raises(RequestError, match=f"{name} is damaged or was changed after the export"):
+            load.load_model(folder, device="cpu")
+        path.write_bytes(good)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(RequestError, match="adapter"):
+        load.load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+def test_damaged_checkpoint_given_by_path_is_not_exported(tmp_path: Path, name: str) -> None:
+    make_run(tmp_path)
+    path = tmp_path / "checkpoints" / "step-00000003"
+    data = bytearray((path / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / name).write_bytes(data)
+    for work in (
+        lambda: main(["export", str(path), "--debug"]),
+        lambda: main(["generate", str(path), "--prompt", "x", "--device", "cpu", "--debug"]),
+        lambda: load.load_model(path, device="cpu"),
+    ):
+        with pytest.raises(RequestError, match="damaged"):
+            work()
+    assert not (tmp_path / "export").exists()
+
+
+def test_other_tokenizer_than_trained_with_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    shutil.rmtree(tmp_path / "tokenizer")
+    tokenizer.train(TEXTS, vocab_size=VOCABULARY, folder=tmp_path / "tokenizer", split_digits=False, seed=9,
+                    model_type="unigram")  # fmt: skip
+    with pytest.raises(RequestError, match="is not the tokenizer that step-00000003 was trained with"):
+        load.load_model(tmp_path, device="cpu")
+    with newest(tmp_path) as opened, pytest.raises(RequestError, match="is not the tokenizer"):
+        export(opened, tmp_path / "export", run_dir=tmp_path)
+    shutil.rmtree(tmp_path / "tokenizer")
+    with pytest.raises(RequestError, match=r"tokenizer is missing"):
+        load.load_model(tmp_path, device="cpu")
+
+
+def test_load_model_of_an_own_model_without_tokenizer(tmp_path: Path) -> None:
+    model = own_model(width=3)
+    tensors = [("model", name, None, tensor.detach()) for name, tensor in model.named_parameters()]
+    saves = Checkpoints(tmp_path / "run" / "checkpoints", note=lambda text: None)
+    saves.save(
+        1,
+        layout=[(kind, name, slot, tuple(t.shape), t.dtype) for kind, name, slot, t in tensors],
+        tensors=iter(tensors),
+        state={"model": load.describe(model, factory=f"{__name__}:own_model", arguments={"width": 3})},
+    )
+    saves.wait(final=True)
+    for factory in (own_model, f"{__name__}:own_model"):
+        saved = load.load_model(tmp_path / "run", factory=factory, device="cpu")
+        assert saved.tokenizer is None
+        assert torch.equal(saved.model.weight, model.weight)  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="no tokenizer"):
+            score(saved, {"x": [str(tmp_path)]})
+    with pytest.raises(RequestError, match="if you trust it, add --factory"):
+        load.load_model(tmp_path / "run", device="cpu")
+
+
+def own_model(width: int) -> torch.nn.Linear:
+    torch.manual_seed(width)
+    return torch.nn.Linear(width, 2)
+
+
+def test_linked_checkpoint_uses_the_tokenizer_of_its_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-00000003"
+    shutil.move(path, tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    for given in (tmp_path / "run", path):
+        assert load.load_model(given, device="cpu").run_dir == tmp_path / "run"
+
+
+def test_rotary_settings_for_transformers_4_and_5() -> None:
     new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "dtype": "float32"}
     both = both_versions(new)
     assert both["rope_theta"] == 5e5
@@ -273,7 +418,7 @@ for folder in sys.argv[1:]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_transformers_4_57_and_lm_eval_open_it_in_an_environment_of_their_own(tmp_path: Path) -> None:
+def test_transformers_4_57_and_lm_eval_open_the_export(tmp_path: Path) -> None:
     """A second environment, with this one's torch behind it."""
     place = tmp_path / "other"
     subprocess.run([sys.executable, "-m", "venv", place], check=True)

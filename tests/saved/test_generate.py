@@ -1,4 +1,4 @@
-"""Generation: seeded, streamed in whole characters, within the context, and without a trace on the model."""
+"""Generation: seeded, streamed in whole characters, within the context; the model is left as it was."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lmcore.data.tokenizer import tokenizer
 from lmcore.errors import RequestError
 from lmcore.model.build import build_model
 from lmcore.model.module import ModelWithLoss
-from lmcore.saved.generate import choose, sample, stream
+from lmcore.saved.generate import Draw, choose, generate, stream
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,11 @@ class Script(nn.Module):
         return self.dropout(logits) if self.training else logits
 
 
-def test_greedy_is_what_transformers_writes(words: Any) -> None:
+def test_greedy_equals_transformers_generate(words: Any) -> None:
     model = build(words).eval()
     model.generation_config.pad_token_id = words.eos_id
     ids = words.encode("def f(x):")
-    ours = sample(model, words, ["def f(x):"], 30, temperature=0)[0]
+    ours = generate(model, words, ["def f(x):"], 30, temperature=0)[0]
     limit = torch.arange(model.config.vocab_size) >= model.real_vocab_size
     forbid: Any = lambda _, scores: scores.masked_fill(limit, -torch.inf)  # noqa: E731 - what generate() calls
     theirs = model.generate(
@@ -66,18 +66,18 @@ def test_greedy_is_what_transformers_writes(words: Any) -> None:
     assert len(new) > 5
 
 
-def test_the_seed_decides_and_prompts_do_not_touch_each_other(words: Any) -> None:
+def test_seed_decides_and_prompts_are_independent(words: Any) -> None:
     model = build(words)
-    both = sample(model, words, ["def ", "吾輩"], 20, seed=3)
-    assert both == [sample(model, words, [p], 20, seed=3)[0] for p in ("def ", "吾輩")]
-    assert both != sample(model, words, ["def ", "吾輩"], 20, seed=4)
+    both = generate(model, words, ["def ", "吾輩"], 20, seed=3)
+    assert both == [generate(model, words, [p], 20, seed=3)[0] for p in ("def ", "吾輩")]
+    assert both != generate(model, words, ["def ", "吾輩"], 20, seed=4)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    sample(model, words, ["x"], 5)
+    generate(model, words, ["x"], 5)
     assert torch.equal(before, torch.get_rng_state()), "training's random state is not touched"
 
 
-def test_characters_are_never_shown_half(words: Any) -> None:
+def test_stream_yields_whole_characters(words: Any) -> None:
     text = "猫と𠮷野家で😀を見た。"
     ids = words.encode(text)
     assert len(ids) > len(text), "some characters are spelt in bytes here"
@@ -91,18 +91,18 @@ def test_characters_are_never_shown_half(words: Any) -> None:
     assert "".join(broken).startswith("猫と"), "what ends half is shown as it is, not lost"
 
 
-def test_the_model_is_left_as_it_was_and_dropout_is_off(words: Any) -> None:
+def test_training_mode_is_restored_and_dropout_is_off(words: Any) -> None:
     ids = words.encode("猫である")
     model = Script(ids, 1, words.vocab_size)
     model.train()
     model.dropout.eval()
-    assert sample(model, words, ["x"], len(ids), temperature=0) == ["猫である"]
+    assert generate(model, words, ["x"], len(ids), temperature=0) == ["猫である"]
     assert model.training
     assert not model.dropout.training
     assert model.scale.grad is None
 
 
-def test_beyond_the_context_it_goes_on(words: Any) -> None:
+def test_generation_beyond_the_context(words: Any) -> None:
     model = build(words, context=16)
     pieces = list(stream(model, words, "def f(x):\n    return", 60, stop_at_eos=False))
     assert len(words.encode("".join(pieces))) >= 30
@@ -110,19 +110,19 @@ def test_beyond_the_context_it_goes_on(words: Any) -> None:
     assert list(stream(loss_module, words, "def f(x):\n    return", 60, stop_at_eos=False)) == pieces
 
 
-def test_an_empty_prompt_is_the_start_of_a_document(words: Any) -> None:
+def test_empty_prompt_starts_a_document(words: Any) -> None:
     model = Script([*words.encode("ab"), words.eos_id], 1, words.vocab_size)
-    assert sample(model, words, [""], 10, temperature=0) == ["ab"]
+    assert generate(model, words, [""], 10, temperature=0) == ["ab"]
     assert model.seen == [1, 2, 3]
 
 
-def test_choices_keep_to_their_limits() -> None:
+def test_top_k_and_top_p() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
     generator = torch.Generator().manual_seed(0)
 
     def drawn(**settings: Any) -> set[int]:
         base = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        return {choose(logits, generator=generator, **(base | settings)) for _ in range(300)}
+        return {choose(logits, Draw(generator=generator, **(base | settings))) for _ in range(300)}
 
     assert drawn() == {0, 1, 2, 3}
     assert drawn(temperature=0) == {3}
@@ -133,17 +133,58 @@ def test_choices_keep_to_their_limits() -> None:
     assert drawn(top_p=0.7) == {2, 3}
     assert drawn(top_p=0.9) == {1, 2, 3}
     counts = torch.zeros(4)
+    draw = Draw(temperature=1.0, top_k=0, top_p=1.0, generator=generator)
     for _ in range(2000):
-        counts[choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=generator)] += 1
+        counts[choose(logits, draw)] += 1
     torch.testing.assert_close(counts / 2000, torch.softmax(logits, 0), atol=0.04, rtol=0)
 
 
-def test_wrong_requests_and_broken_weights_are_said(words: Any) -> None:
+def test_settings_out_of_range_and_broken_weights_raise(words: Any) -> None:
     model = Script([5], 1, words.vocab_size)
-    for wrong in ({"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}):
+    nan, inf = float("nan"), float("inf")
+    wrong_values: dict[str, list[float]] = {
+        "temperature": [-1, nan, inf],
+        "top_p": [0, 1.5, nan],
+        "top_k": [-1],
+        "repetition_penalty": [0, -1, nan, inf],
+    }
+    for wrong in ({name: value} for name, values in wrong_values.items() for value in values):
         with pytest.raises(RequestError, match="must be"):
-            sample(model, words, ["x"], 1, **wrong)
+            generate(model, words, ["x"], 1, **wrong)  # type: ignore[arg-type]
     with torch.no_grad():
         model.scale.fill_(torch.nan)
     with pytest.raises(RequestError, match="not finite"):
-        sample(model, words, ["x"], 1)
+        generate(model, words, ["x"], 1)
+
+
+def test_any_temperature_above_zero_is_finite() -> None:
+    """At 1e-40 every logit divided by it is infinite; the softmax must still be that of the largest."""
+    logits = torch.tensor([-3.0, 5.0, 4.9])
+    for temperature in (1e-40, 1e-300, 1e300):
+        draw = Draw(temperature=temperature, top_k=0, top_p=1.0, generator=torch.Generator().manual_seed(0))
+        drawn = {choose(logits, draw) for _ in range(100)}
+        assert drawn == ({1} if temperature < 1 else {0, 1, 2})
+
+
+def test_repetition_penalty_lowers_what_was_there() -> None:
+    logits = torch.tensor([2.0, 1.9, -1.0, -1.05])
+    draw = Draw(temperature=0, top_k=0, top_p=1.0, repetition_penalty=1.2, generator=torch.Generator())
+    assert choose(logits, draw, []) == 0
+    assert choose(logits, draw, [0, 0, 7]) == 1, "ids beyond the logits (padding) are ignored"
+    assert choose(logits[2:], draw, [0]) == 1, "a negative logit becomes more negative"
+    assert logits.tolist() == pytest.approx([2.0, 1.9, -1.0, -1.05]), "the model's logits are not changed"
+
+
+def test_repetition_penalty_ends_loops(words: Any) -> None:
+    model = build(words)
+    settings: dict[str, Any] = {"temperature": 0, "stop_at_eos": False}
+    looped = words.encode(generate(model, words, ["x"], 30, **settings)[0])
+    freed = words.encode(generate(model, words, ["x"], 30, repetition_penalty=2.0, **settings)[0])
+    assert len(set(freed)) > len(set(looped))
+
+
+def test_prompt_that_is_not_unicode_raises(words: Any) -> None:
+    with pytest.raises(RequestError, match="not valid Unicode at character 4"):
+        stream(build(words), words, "caf\udce9", 1)
+    with pytest.raises(RequestError, match="no tokenizer"):
+        stream(build(words), None, "x", 1)
