@@ -11,7 +11,7 @@ All ranks call :func:`open_corpus` together; they share the work through the fil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lmcore.data.store import build
@@ -44,15 +44,27 @@ class Reading:
     unit: str = "auto"
     encoding: str = "utf-8"
 
-    def sources(self, entries: Entries) -> list[documents.Source]:
+    def sources(self, entries: Entries, *, join_files: bool = True) -> list[documents.Source]:
         """The entries as sources.
+
+        Args:
+            join_files: files that are named one by one are one source (training text), not a set each (validation).
 
         Raises:
             RequestError: see :func:`lmcore.data.text.documents.resolve`.
         """
         return documents.resolve(
-            list(entries), text_field=self.text_field, unit=self.unit, encoding=self.encoding
+            list(entries),
+            text_field=self.text_field,
+            unit=self.unit,
+            encoding=self.encoding,
+            join_files=join_files,
         )
+
+    def like(self, sources: Sequence[documents.Source]) -> Reading:
+        """For validation text: the same, with the unit that was found for the (first) plain training text."""
+        units = [source.unit for source in sources if documents.is_plain_text(source)]
+        return replace(self, unit=units[0]) if self.unit == "auto" and units else self
 
 
 def mixture_weights(sources: Sequence[documents.Source]) -> tuple[float, ...] | None:
@@ -86,7 +98,14 @@ def training_texts(
     if not sources:
         raise RequestError("data.train holds token files only: give their tokenizer with tokenizer.path")
     empty = True
-    for document in tokenizer.sample_texts(sources, max_bytes=max_bytes, seed=seed, bad=bad):
+    first: documents.BadRecord | None = None
+
+    def on_bad(record: documents.BadRecord) -> None:
+        nonlocal first
+        first = first or record
+        bad(record)
+
+    for document in tokenizer.sample_texts(sources, max_bytes=max_bytes, seed=seed, bad=on_bad):
         if documents.side(document, valid_fraction) == "train":
             empty = False
             yield document
@@ -94,8 +113,8 @@ def training_texts(
         named = ", ".join(repr(source.name) for source in sources)
         held = f" that data.valid_fraction {valid_fraction:g} does not hold out" if valid_fraction else ""
         raise RequestError(
-            f"there is no text to train a tokenizer on: source {named} ({sum(len(s.paths) for s in sources)} "
-            f"files) holds none{held}; give data.train more, or tokenizer.path"
+            f"there is no text to train a tokenizer on: source {named} ({sum(len(s.paths) for s in sources):,} "
+            f"files) holds none{held}; {f'the first bad record: {first}' if first else 'give data.train more text'}"
         )
 
 
@@ -115,6 +134,7 @@ def open_corpus(
     max_bad_fraction: float,
     progress: Callable[[build.Progress], None] | None = None,
     note: Callable[[str], None] | None = None,
+    streamed: Sequence[documents.Source] = (),
 ) -> Corpus:
     """Build or open every store. ``processes`` tokenize on this rank; ``worker`` is the rank.
 
@@ -140,9 +160,18 @@ def open_corpus(
     sources = reading.sources(train or [STDLIB])
     fraction = 0.0 if valid else valid_fraction
     split = ("train", fraction) if fraction else ("all", 0.0)
+    every = [*sources, *streamed]
+    valid_sources = reading.like(every).sources(valid, join_files=False)
+    test_sources = reading.like(every).sources(test, join_files=False)
+    if note is not None:
+        for line in dict.fromkeys(line for source in every for line in source.notes):
+            note(line)
+        for option, sets in (("data.valid", valid_sources), ("data.test", test_sources)):
+            for line in _training_files_in(option, sets, every):
+                note(line)
     training = tuple(store(source, ("all", 0.0) if _is_token_file(source) else split) for source in sources)
     if valid:
-        held_out = {source.name: store(source, ("all", 0.0)) for source in reading.sources(valid)}
+        held_out = {source.name: store(source, ("all", 0.0)) for source in valid_sources}
     elif fraction:
         held_out = {}
         for source in sources:
@@ -163,8 +192,25 @@ def open_corpus(
         train=training,
         weights=mixture_weights(sources),
         valid=held_out,
-        test=as_tests({source.name: store(source, ("all", 0.0)) for source in reading.sources(test)}),
+        test=as_tests({source.name: store(source, ("all", 0.0)) for source in test_sources}),
     )
+
+
+def _training_files_in(
+    option: str, sets: Sequence[documents.Source], training: Sequence[documents.Source]
+) -> Iterator[str]:
+    """A line for each validation or test set that reads files of the training text, by device and inode."""
+    owners = {documents.file_identity(path): source.name for source in training for path in source.paths}
+    owners.pop(None, None)
+    for source in sets:
+        found = [path for path in source.paths if documents.file_identity(path) in owners]
+        if found:
+            owner = owners[documents.file_identity(found[0])]
+            yield (
+                f"{option} {source.name!r} reads training text: {len(found):,} of its {len(source.paths):,} files "
+                f"({found[0]}) are in the training source {owner!r} too, so that its loss says nothing about unseen "
+                f"text; leave them out of data.train, or hold text out with data.valid_fraction instead"
+            )
 
 
 def as_tests(sets: dict[str, Any]) -> dict[str, Any]:

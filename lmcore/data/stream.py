@@ -104,8 +104,10 @@ class StreamDataset:
         self._dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         self._eos = np.array([tokenizer.eos_id] if eos else [], dtype=np.int32)
         self._on_error, self._max_bad_fraction = on_error, max_bad_fraction
-        self._records = 0
-        self._bad: set[tuple[str, str]] = set()  # later epochs and other lanes meet the same ones again
+        # (documents, bytes of text): all that were read, and the lost ones, each once.
+        self._read_good, self._read_bad = [0, 0], [0, 0]
+        self._first_bad: text.BadRecord | None = None
+        self._said: set[tuple[str, str]] = set()  # later epochs and other lanes meet the same ones again
         self._identities = [identity_of(source, tokenizer, split, eos) for source in sources]
         self._cursor: Cursor | None = None
         self._lanes: dict[int, _Lane] = {}
@@ -245,23 +247,44 @@ class StreamDataset:
         """The texts of a part; ``None`` stands for one of the other side of the split."""
         piece, stride, strides = part
         for number, document in enumerate(hub.documents_of(self._sources[source], piece, bad=self._on_bad)):
+            self._read_good[0] += 1
+            self._read_good[1] += len(document.text)
             if number % strides == stride:
-                self._records += 1
                 wanted = self._split[0] == "all" or self._split[0] == text.side(document.text, self._split[1])
                 yield document.text if wanted else None
 
     def _on_bad(self, record: text.BadRecord) -> None:
         if self._on_error == "raise":
-            raise FaultError(f"{record}: mend it, or leave such records out with data.on_error skip")
-        if (record.path, record.where) not in self._bad:  # a worker process says it on standard error
-            logging.getLogger(__name__).warning("left out: %s", record)
-        self._bad.add((record.path, record.where))
-        bad, total = len(self._bad), self._records + len(self._bad)
-        if bad > max(10, self._max_bad_fraction * total):
+            raise FaultError(f"{record}: fix the record, or skip bad records with --data.on_error skip")
+        self._first_bad = self._first_bad or record
+        if (record.path, record.where) in self._said:
+            return
+        self._said.add((record.path, record.where))
+        logging.getLogger(__name__).warning("left out: %s", record)  # of a worker: on standard error
+        self._read_bad[0] += record.documents
+        self._read_bad[1] += record.n_bytes
+        bad, bad_bytes = self._read_bad
+        total, total_bytes = bad + self._read_good[0], bad_bytes + self._read_good[1]
+        on_disk = sum(part.n_bytes for parts in self._parts for part, stride, _ in parts if stride == 0)
+        total_bytes = max(total_bytes, on_disk)
+        # A few at the beginning say nothing about the whole.
+        limit = self._max_bad_fraction
+        if bad > max(10, limit * total) or bad_bytes > max(2**20, limit * total_bytes):
+            share = bad_bytes / max(total_bytes, 1)
             raise FaultError(
-                f"{bad} of {total} records so far are bad, more than data.max_bad_fraction "
-                f"{self._max_bad_fraction}; the last: {record}"
+                f"{bad:,} of {total:,} documents so far are bad or lost, {share:.2%} of the text, more than "
+                f"data.max_bad_fraction {limit:g}; the last: {record}"
             )
+
+    def no_text(self, lane: int) -> RequestError:
+        """The error for a lane whose share of the corpus has no document."""
+        if self._read_good[0]:
+            return RequestError(
+                f"a stream of {self.lanes} lanes needs at least as many documents, and lane {lane} has none: give more "
+                f"text, fewer lanes (data.stream_lanes), or train with --data.mode store"
+            )
+        first = f"; the first bad record: {self._first_bad}" if self._first_bad else ""
+        return RequestError(f"the sources hold no text at all{first}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lanes": {}}  # readers are opened where they are used
@@ -441,5 +464,5 @@ class _Feed:
                     barren = 0
                     yield ordinal, document, one
             if barren > 2 * total:
-                raise RequestError(f"the sources of lane {self._lane} hold no text at all")
+                raise self._stream.no_text(self._lane)
             ordinal, skip = ordinal + 1, 0

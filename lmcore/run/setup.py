@@ -156,6 +156,7 @@ def open_data(
         return open_own_data(config, encoder, block_size)
     assert encoder is not None
     streamed = config.data.mode == "stream"
+    sources = reading_of(config).sources(config.data.train or [corpus.STDLIB]) if streamed else []
     with task("tokenizing", unit="bytes") as advance:
         sets = corpus.open_corpus(
             encoder,
@@ -174,6 +175,7 @@ def open_data(
                 done=progress.read_bytes, total=progress.total_bytes, also=progress.words()
             ),
             note=note,
+            streamed=sources,
         )
     on_main(lambda: None)  # nobody goes on before every rank has all stores
     pad_id = encoder.eos_id if encoder.pad_id is None else encoder.pad_id
@@ -185,7 +187,6 @@ def open_data(
     )
     rows = [("tokenizer", f"{encoder.vocab_size:,} pieces, {encoder.fingerprint[:12]}")]
     if streamed:
-        sources = reading_of(config).sources(config.data.train or [corpus.STDLIB])
         phases = phases_of(config, [s.name for s in sources], corpus.mixture_weights(sources))
         train: Any = StreamDataset(
             sources,

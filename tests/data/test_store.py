@@ -415,7 +415,10 @@ def test_bad_records_are_counted_and_located_and_cost_no_good_one(tmp_path: Path
     [source] = text.resolve([str(path)])
     with pytest.raises(FaultError, match=r"a\.jsonl, byte \d+: .*skip"):
         prepare(source, Bytes(), store_dir=tmp_path / "stores")
-    with pytest.raises(FaultError, match=r"3 of 50 records of a are bad, more than data\.max_bad_fraction"):
+    with pytest.raises(
+        FaultError,
+        match=r"3 of 50 documents of a are bad or lost, about \d\.\d+% of the text, more than data\.max_bad_fraction",
+    ):
         prepare(source, Bytes(), store_dir=tmp_path / "stores", on_error="skip", max_bad_fraction=0.05)
     store = prepare(source, Bytes(), store_dir=tmp_path / "stores", on_error="skip", max_bad_fraction=0.06)
     assert (store.n_documents, store.bad_records) == (47, 3)
@@ -426,7 +429,7 @@ def test_bad_records_are_counted_and_located_and_cost_no_good_one(tmp_path: Path
         lines[20],
         lines[33],
     ]
-    with pytest.raises(FaultError, match=r"3 of 50 records"):  # the policy is asked each time
+    with pytest.raises(FaultError, match=r"3 of 50 documents"):  # the policy is asked each time
         prepare(source, Bytes(), store_dir=tmp_path / "stores")
 
 

@@ -32,6 +32,7 @@ from typing import Any
 from lmcore.data.store import token_files
 from lmcore.data.store.store import MANIFEST, STORE_VERSION, TokenStore, sample_of
 from lmcore.data.store.workers import (
+    COUNTS,
     EncodesBatches,
     Job,
     Progress,
@@ -127,7 +128,11 @@ def prepare(
     for line in _left_out(store.manifest, folder):
         note(line)
     if store.n_tokens == 0:
-        raise NoText(f"source {source.name!r} holds no text at all ({len(source.paths)} files)")
+        first = next(iter(_bad_records(store.manifest)), None)
+        raise NoText(
+            f"source {source.name!r} holds no text at all ({len(source.paths):,} files)"
+            f"{f'; the first bad record: {first}' if first else ''}"
+        )
     return store
 
 
@@ -260,10 +265,8 @@ def _finish(job: Job, fingerprint: str, identity: dict[str, Any]) -> None:
     if (job.folder / MANIFEST).exists():
         return
     parts = [json.loads((job.folder / f"{part_file(part.index)}.json").read_text()) for part in job.parts]
-    totals = {
-        key: sum(part[key] for part in parts)
-        for key in ("tokens", "documents", "bytes", "bad", "empty", "records")
-    }
+    # Parts that were taken over from a store of an earlier version do not have all counts.
+    totals = {key: sum(part.get(key, 0) for part in parts) for key in COUNTS}
     manifest = {
         "version": STORE_VERSION,
         "name": job.source.name,
@@ -285,32 +288,41 @@ def _tidy(folder: Path) -> None:
                 path.unlink()
 
 
+def _bad_records(manifest: dict[str, Any]) -> Iterator[str]:
+    """The bad records that were kept, as lines for the user."""
+    for part in manifest["parts"]:
+        for record in part["bad_records"]:
+            yield str(documents.BadRecord(**record))
+
+
 def _enforce(manifest: dict[str, Any], on_error: str, max_bad_fraction: float) -> None:
-    """Apply the policy on bad records to a finished store."""
-    bad, total = manifest["bad"], manifest["bad"] + manifest["records"]
+    """Apply the policy on bad records to a finished store: the limit is for documents and for bytes of text."""
+    bad, bad_bytes = manifest["bad"], manifest.get("bad_bytes", 0)
     if not bad:
         return
-    record = next(record for part in manifest["parts"] for record in part["bad_records"])
-    first = f"the first: {record['path']}, {record['where']}: {record['reason']}"
+    total = bad + manifest["records"]
+    # Records have more bytes than their texts, and compressed files fewer.
+    files_bytes = sum(size for _, size, _ in manifest["identity"]["files"])
+    total_bytes = max(files_bytes, bad_bytes + manifest.get("record_bytes", 0))
+    at_least = "at least " if manifest.get("bad_unknown") else ""
+    lost = f"{at_least}{bad:,} of {total:,} documents of {manifest['name']} are bad or lost"
+    if bad_bytes:
+        lost += f", about {bad_bytes / total_bytes:.2%} of the text"
+    first = f"the first: {next(_bad_records(manifest))}"
     if on_error == "raise":
-        raise FaultError(
-            f"{bad} of {total} records of {manifest['name']} are bad; {first}: mend them, or "
-            f"leave them out with data.on_error skip"
-        )
-    if bad > max_bad_fraction * total:
-        raise FaultError(
-            f"{bad} of {total} records of {manifest['name']} are bad, more than data.max_bad_fraction "
-            f"{max_bad_fraction}; {first}"
-        )
+        raise FaultError(f"{lost}; {first}: fix them, or skip bad records with --data.on_error skip")
+    if bad > max_bad_fraction * total or bad_bytes > max_bad_fraction * total_bytes:
+        raise FaultError(f"{lost}, more than data.max_bad_fraction {max_bad_fraction:g}; {first}")
 
 
 def _left_out(manifest: dict[str, Any], folder: Path) -> Iterator[str]:
     """The bad records that the policy allowed, for the log: how many, and where the first ones are."""
     if not manifest["bad"]:
         return
-    yield f"{manifest['name']}: {manifest['bad']:,} bad records are left out"
-    records = [record for part in manifest["parts"] for record in part["bad_records"]]
+    at_least = "at least " if manifest.get("bad_unknown") else ""
+    yield f"{manifest['name']}: {at_least}{manifest['bad']:,} bad records are left out"
+    records = list(_bad_records(manifest))
     for record in records[:_SAID_RECORDS]:
-        yield f"  {record['path']}, {record['where']}: {record['reason']}"
+        yield f"  {record}"
     if len(records) > _SAID_RECORDS:
         yield f"  and {len(records) - _SAID_RECORDS:,} more, in {folder / MANIFEST}"

@@ -34,6 +34,17 @@ from lmcore.errors import FaultError, RequestError
 BATCH_CHARACTERS = 1 << 20
 """Text that is encoded in one call: enough for the tokenizer's own threads, little enough to stay flat in
 memory."""
+COUNTS = (
+    *("tokens", "documents", "bytes"),  # of the side that the store keeps
+    *("records", "record_bytes", "empty"),  # of all documents that were read
+    *(
+        "bad",
+        "bad_bytes",
+        "bad_places",
+        "bad_unknown",
+    ),  # lost documents; how many places do not tell their number
+)
+"""What is counted in each part."""
 KEPT_BAD_RECORDS = 100
 """Bad records of one part that are written down with their place; all are counted."""
 
@@ -260,12 +271,15 @@ def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
     part, name = job.parts[index], part_file(index)
     relative = {piece.path: piece.relative_path for piece in part.pieces}
     bad: list[text.BadRecord] = []
-    counts = {"tokens": 0, "documents": 0, "bytes": 0, "bad": 0, "empty": 0, "records": 0}
+    counts = dict.fromkeys(COUNTS, 0)
 
     def on_bad(record: text.BadRecord) -> None:
         if job.on_error == "raise":
-            raise FaultError(f"{record}: mend it, or leave such records out with data.on_error skip")
-        counts["bad"] += 1
+            raise FaultError(f"{record}: fix the record, or skip bad records with --data.on_error skip")
+        counts["bad"] += record.documents
+        counts["bad_bytes"] += record.n_bytes
+        counts["bad_places"] += 1
+        counts["bad_unknown"] += record.at_least
         if len(bad) < KEPT_BAD_RECORDS:
             bad.append(record)
 
@@ -330,6 +344,7 @@ def _batches(
     size = 0
     for document in hub.documents_of(job.source, part, bad=on_bad, empty=on_empty):
         counts["records"] += 1
+        counts["record_bytes"] += _utf8_length(document.text)
         if job.side != "all" and text.side(document.text, job.fraction) != job.side:
             continue
         texts.append(document.text)

@@ -47,11 +47,31 @@ from lmcore.data.text.compression import (
     lines,
 )
 from lmcore.data.text.signatures import HEAD_BYTES, signature
-from lmcore.data.text.sources import FOREIGN_SUFFIXES, HUB, Source, file_kind, resolve
+from lmcore.data.text.sources import (
+    FOREIGN_SUFFIXES,
+    HUB,
+    Source,
+    file_identity,
+    file_kind,
+    is_plain_text,
+    resolve,
+)
 from lmcore.errors import RequestError
 from lmcore.humanize import one_line, size
 
-__all__ = ["BadRecord", "Document", "Part", "Piece", "Source", "parts", "read", "resolve", "side"]
+__all__ = [
+    "BadRecord",
+    "Document",
+    "Part",
+    "Piece",
+    "Source",
+    "file_identity",
+    "is_plain_text",
+    "parts",
+    "read",
+    "resolve",
+    "side",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -414,6 +414,9 @@ def parquet(file: IO[bytes], field: str, start: int, stop: int, size: int) -> Te
         groups = range(start, stop if stop >= 0 else metadata.num_row_groups)
         counts = [metadata.row_group(group).num_rows for group in groups]
         sizes = [metadata.row_group(group).total_byte_size for group in groups]
+        column_of = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}
+        if (index := column_of.get(field)) is not None:
+            sizes = [metadata.row_group(group).column(index).total_uncompressed_size for group in groups]
         row = sum(metadata.row_group(group).num_rows for group in range(start))
         names = opened.schema_arrow.names
     except errors as error:

@@ -95,6 +95,17 @@ def file_kind(path: str) -> str | None:
     return _KINDS.get(_suffix(path))
 
 
+def is_plain_text(source: Source) -> bool:
+    """Does the unit of the source matter: is any of its files plain text?"""
+    return bool(_plain(source.paths))
+
+
+def _plain(paths: Iterable[str]) -> list[str]:
+    return [
+        p for p in paths if not file_kind(p) and not p.startswith(HUB) and not p.endswith(FOREIGN_SUFFIXES)
+    ]
+
+
 def _suffix(path: str) -> str:
     stem, suffix = os.path.splitext(path.lower())
     return os.path.splitext(stem)[1] if suffix in CODECS else suffix
@@ -521,8 +532,7 @@ def _name(pattern: str) -> str:
 
 def _auto_unit(paths: Sequence[str], encoding: str) -> tuple[str, str]:
     """(unit, reason) by the rule of ``unit: auto``, see :mod:`lmcore.data.text.documents`."""
-    plain = [p for p in paths if not file_kind(p) and not p.startswith(HUB)]
-    plain = [p for p in plain if not p.endswith(FOREIGN_SUFFIXES)]
+    plain = _plain(paths)
     if not plain:
         return "line", "auto: no plain text files"
     if 2 * sum(_suffix(p) in _CODE for p in plain) > len(plain):
