@@ -37,6 +37,7 @@ import sentencepiece
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from lmcore.data import corpus
 from lmcore.data.batches import Batches
 from lmcore.data.blocks import BlockDataset
 from lmcore.data.order import Cursor, Order
@@ -44,7 +45,8 @@ from lmcore.data.store import build as tokens
 from lmcore.data.store.store import Piece, TokenStore
 from lmcore.data.stream import StreamDataset
 from lmcore.data.text import documents as text
-from lmcore.data.tokenizer import tokenizer
+from lmcore.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from lmcore.data.tokenizer.training import train_tokenizer
 
 BLOCK = 2048
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,8 +259,8 @@ def tokenizing(source: text.Source, made: Path, folder: Path, rounds: int) -> di
     few = texts[:: max(len(texts) // 30, 1)]
     number = 0
 
-    def new() -> tokenizer.Tokenizer:
-        return tokenizer.load(made)  # remembers no word
+    def new() -> Tokenizer:
+        return load_tokenizer(made)  # remembers no word
 
     def sentencepiece_alone() -> int:
         return sum(len(one) for one in sp.encode(texts, num_threads=1, return_type="numpy"))
@@ -267,13 +269,13 @@ def tokenizing(source: text.Source, made: Path, folder: Path, rounds: int) -> di
         return sum(len(one) for one in new().encode_batch(texts))
 
     def tokenizers_alone() -> int:
-        encoder = tokenizer.load(other)
+        encoder = load_tokenizer(other)
         return sum(len(one) for one in encoder.encode_batch(texts))
 
     def prepared(folder_of: Path) -> int:
         nonlocal number
         number += 1
-        store = tokens.prepare(source, tokenizer.load(folder_of), store_dir=folder / f"stores-{number}")
+        store = tokens.build_store(source, load_tokenizer(folder_of), store_dir=folder / f"stores-{number}")
         shutil.rmtree(folder / f"stores-{number}")
         return store.n_tokens
 
@@ -367,7 +369,7 @@ def scaling(made: Path, folder: Path, copies: int, rounds: int) -> dict[str, Any
         number += 1
         [many] = text.resolve([str(corpus)])
         place = folder / f"scaling-{number}"
-        store = tokens.prepare(many, tokenizer.load(made), store_dir=place, processes=processes)
+        store = tokens.build_store(many, load_tokenizer(made), store_dir=place, processes=processes)
         shutil.rmtree(place)
         return store.n_tokens
 
@@ -441,6 +443,7 @@ RESIDENT = """
 import sys, resource
 from pathlib import Path
 import numpy as np, torch
+from lmcore.data import corpus
 from lmcore.data.batches import Batches
 from lmcore.data.blocks import BlockDataset
 from lmcore.data.order import Cursor
@@ -489,8 +492,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = folder / "tokenizer"
-        sample = tokenizer.sample_texts([source], max_bytes=2_000_000, seed=1, bad=print)
-        tokenizer.train(sample, vocab_size=8000, folder=made, seed=1)
+        sample = corpus.sample_texts([source], max_bytes=2_000_000, seed=1, bad=print)
+        train_tokenizer(sample, vocab_size=8000, folder=made, seed=1)
         read = reading(folder, 10**7 if quick else 10**8, 1 if quick else 5)
         resumed = resuming(folder, 1 if quick else 5)
         tokenized = tokenizing(source, made, folder, 1 if quick else 3)

@@ -148,14 +148,15 @@ def inspect(words: list[str]) -> None:
         "Tokens are counted by tokenizer.path, by the run's tokenizer, or by one trained on a sample.",
     )
     from lmcore.data import inspect as room
-    from lmcore.data.tokenizer import tokenizer
+    from lmcore.data.tokenizer.tokenizer import load_tokenizer
+    from lmcore.run import setup as assemble
 
     home = _run_dir(config) / "tokenizer"
-    path = config.tokenizer.path or (str(home) if (home / "tokenizer.json").exists() else None)
     display = tasks()
-    if path is not None:
-        encoder, reason = tokenizer.load(path, revision=config.tokenizer.revision), ""
-    else:
+    encoder, reason = assemble.given_tokenizer(config), ""
+    if encoder is None and assemble.unfit_reason(config, home) is None:
+        encoder = load_tokenizer(home)
+    elif encoder is None:
         encoder, reason = _trial_tokenizer(config)
     with display.task("reading", unit="bytes") as advance:
         found = room.run(
@@ -209,7 +210,7 @@ def tokenizer(words: list[str]) -> None:
     words = words[1:]
     out = _taken(words, "out")
     config = _config(words, "tokenizer train [--out FOLDER]", "The text side that is held out is not used.")
-    from lmcore.data.tokenizer import tokenizer as room
+    from lmcore.data.tokenizer.tokenizer import load_tokenizer
     from lmcore.run import setup as assemble
 
     folder = Path(out) if out else _run_dir(config) / "tokenizer"
@@ -218,7 +219,7 @@ def tokenizer(words: list[str]) -> None:
     display = tasks()
     assemble.train_tokenizer(config, folder, note=display.note, task=display.task)
     display.close()
-    made = room.load(folder)
+    made = load_tokenizer(folder)
     print(
         f"{folder}: {made.vocab_size:,} pieces, {made.fingerprint[:12]}; use it by --tokenizer.path {folder}"
     )

@@ -140,7 +140,6 @@ class _Asked:
     ) -> None:
         import torch
 
-        from lmcore.data.tokenizer import tokenizer
         from lmcore.run import planning
         from lmcore.run import setup as assemble
         from lmcore.run.budget import horizon
@@ -159,10 +158,9 @@ class _Asked:
         if precision == "auto":
             precision = engine.precision if engine else "bf16" if self.device_bytes else "fp32"
         self.block_size = assemble.block_size_of(config)
-        self.encoder = None
-        if config.tokenizer.path is not None:
-            self.encoder = tokenizer.load(config.tokenizer.path, revision=config.tokenizer.revision)
         own_data = config.data.factory is not None
+        wanted = not own_data or config.tokenizer.path is not None
+        self.encoder = assemble.given_tokenizer(config) if wanted else None
         data = open_data() if own_data or config.train.duration.unit == "epochs" else None
         self.encoder = data.encoder if data else self.encoder
         self.vocab_size = None if own_data else config.tokenizer.vocab_size

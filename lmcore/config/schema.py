@@ -118,6 +118,8 @@ class TokenizerConfig:
     """A tokenizer to use: a folder, a SentencePiece .model file, a Hub id; default: one is trained."""
     revision: str | None = option(None, "refuse")
     """Commit of a Hub tokenizer."""
+    train: bool = option(False, "refuse")
+    """Train a new tokenizer for model.from_pretrained, whose weights know other ids; default: its own."""
     vocab_size: int | None = option(32_000, "refuse", at_least=1)
     """Pieces of the tokenizer that is trained."""
     model_type: Literal["bpe", "unigram", "char"] = option("bpe", "refuse")

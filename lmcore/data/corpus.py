@@ -1,23 +1,26 @@
-"""Corpus: what the user named -> the token stores of the training, validation and test sets.
+"""The corpus that the user named: text to train a tokenizer on, and the token stores of each set.
 
-Comes in: the entries of ``data.train``, ``data.valid`` and ``data.test``, and a tokenizer. Goes out: one store for
-each source. What always holds: with ``valid_fraction`` a document is held out by a hash of its content, so that its
-copies stay on its side, whatever file they stand in; training text never meets the held-out side; a source that is
-token files already (``.bin``, ``.idx``) is opened as it is.
-
-All ranks call :func:`open_corpus` together; they share the work through the file system.
+With ``valid_fraction`` a document is held out by a hash of its content, so that its copies are on the same side whatever
+file they are in; the tokenizer and the model see the training side only. A source that is token files already (``.bin``,
+``.idx``) is opened as it is. All ranks call :func:`open_corpus` together and share the work through the file system.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lmcore.data.store import build
+import sentencepiece
+
+from lmcore.data.store import build, token_files
 from lmcore.data.store.store import TokenStore
-from lmcore.data.text import documents
-from lmcore.data.tokenizer import tokenizer
+from lmcore.data.text import documents, hub
+from lmcore.data.tokenizer.tokenizer import Tokenizer
+from lmcore.data.tokenizer.training import RECIPE_VERSION
 from lmcore.errors import RequestError
 
 Entries = Sequence[str | dict[str, Any]]
@@ -84,6 +87,35 @@ def mixture_weights(sources: Sequence[documents.Source]) -> tuple[float, ...] | 
     return tuple(float(weight) for weight in weights if weight is not None)
 
 
+def sample_texts(
+    sources: Sequence[documents.Source],
+    *,
+    max_bytes: int = 256 * 2**20,
+    seed: int = 0,
+    bad: Callable[[documents.BadRecord], None],
+) -> Iterator[str]:
+    """Texts to train a tokenizer on: all of a small corpus in its order; of a larger one, 1 MiB parts in seeded random
+    order until ``max_bytes`` are reached. (A compressed file is one part: of a single huge one this is its head, and so
+    it is of a data set of the Hub.)"""
+    total = 0
+    work = [(source, part) for source in sources for part in hub.parts_of(source, part_bytes=2**20)]
+    if sum(part.n_bytes for _, part in work) > max_bytes:
+        random.Random(f"{seed} tokenizer").shuffle(work)
+    for source, part in work:
+        for document in hub.documents_of(source, part, bad=bad):
+            total += len(document.text.encode())
+            yield document.text
+            if total >= max_bytes:
+                return
+
+
+def _text_sources(entries: Entries, reading: Reading) -> list[documents.Source]:
+    sources = [s for s in reading.sources(entries or [STDLIB]) if not token_files.are_tokens(s.paths)]
+    if not sources:
+        raise RequestError("data.train holds token files only: give their tokenizer with tokenizer.path")
+    return sources
+
+
 def training_texts(
     entries: Entries,
     *,
@@ -94,9 +126,7 @@ def training_texts(
     bad: Callable[[documents.BadRecord], None],
 ) -> Iterator[str]:
     """Texts to train a tokenizer on: of the training side only, at most about ``max_bytes`` of them."""
-    sources = [s for s in reading.sources(entries or [STDLIB]) if not _is_token_file(s)]
-    if not sources:
-        raise RequestError("data.train holds token files only: give their tokenizer with tokenizer.path")
+    sources = _text_sources(entries, reading)
     empty = True
     first: documents.BadRecord | None = None
 
@@ -105,7 +135,7 @@ def training_texts(
         first = first or record
         bad(record)
 
-    for document in tokenizer.sample_texts(sources, max_bytes=max_bytes, seed=seed, bad=on_bad):
+    for document in sample_texts(sources, max_bytes=max_bytes, seed=seed, bad=on_bad):
         if documents.side(document, valid_fraction) == "train":
             empty = False
             yield document
@@ -118,8 +148,47 @@ def training_texts(
         )
 
 
+def tokenizer_source(
+    entries: Entries,
+    *,
+    reading: Reading,
+    valid_fraction: float,
+    max_bytes: int,
+    seed: int,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything that decides a tokenizer trained on :func:`training_texts`: its record keeps it, and a tokenizer with
+    another record is not used.
+
+    Args:
+        options: of the training, by their names in the configuration.
+    """
+    files = [
+        [source.text_field, source.unit, source.encoding, *build.files_of(source)]
+        for source in _text_sources(entries, reading)
+    ]
+    return {
+        "version": RECIPE_VERSION,
+        "sentencepiece": sentencepiece.__version__,
+        **{f"tokenizer.{name}": value for name, value in options.items()},
+        "seed": seed,
+        "data.valid_fraction": valid_fraction,
+        "tokenizer.sample_bytes": max_bytes,
+        "text": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:32],
+    }
+
+
+def source_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two results of :func:`tokenizer_source`, for a person; empty if nothing does."""
+    return ", ".join(
+        "other text" if key == "text" else f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    )
+
+
 def open_corpus(
-    encoder: tokenizer.Tokenizer,
+    encoder: Tokenizer,
     *,
     train: Entries,
     valid: Entries,
@@ -136,14 +205,14 @@ def open_corpus(
     note: Callable[[str], None] | None = None,
     streamed: Sequence[documents.Source] = (),
 ) -> Corpus:
-    """Build or open every store. ``processes`` tokenize on this rank; ``worker`` is the rank.
+    """Build or open every store. ``processes`` tokenize on this rank; ``worker`` is the rank. An empty set has none.
 
     Raises:
-        RequestError, FaultError: see :func:`lmcore.data.text.documents.resolve` and :func:`lmcore.data.store.build.prepare`.
+        RequestError, FaultError: see :func:`lmcore.data.text.documents.resolve` and :func:`lmcore.data.store.build.build_store`.
     """
 
     def store(source: documents.Source, split: tuple[str, float]) -> TokenStore:
-        return build.prepare(
+        return build.build_store(
             source,
             encoder,
             store_dir=store_dir,
@@ -157,7 +226,7 @@ def open_corpus(
             note=note,
         )
 
-    sources = reading.sources(train or [STDLIB])
+    sources = reading.sources(train)
     fraction = 0.0 if valid else valid_fraction
     split = ("train", fraction) if fraction else ("all", 0.0)
     every = [*sources, *streamed]
@@ -169,13 +238,15 @@ def open_corpus(
         for option, sets in (("data.valid", valid_sources), ("data.test", test_sources)):
             for line in _training_files_in(option, sets, every):
                 note(line)
-    training = tuple(store(source, ("all", 0.0) if _is_token_file(source) else split) for source in sources)
+    training = tuple(
+        store(source, ("all", 0.0) if token_files.are_tokens(source.paths) else split) for source in sources
+    )
     if valid:
         held_out = {source.name: store(source, ("all", 0.0)) for source in valid_sources}
     elif fraction:
         held_out = {}
         for source in sources:
-            if _is_token_file(source):
+            if token_files.are_tokens(source.paths):
                 continue
             # One source: its held-out side is simply "valid"; of several, each is a set under its own name.
             try:
@@ -216,7 +287,3 @@ def _training_files_in(
 def as_tests(sets: dict[str, Any]) -> dict[str, Any]:
     """Test sets under names that no held-out set has: ``test``, or ``test/NAME`` where there are several."""
     return {"test" if len(sets) == 1 else f"test/{name}": one for name, one in sets.items()}
-
-
-def _is_token_file(source: documents.Source) -> bool:
-    return any(path.endswith((".bin", ".idx", ".npy", ".ds")) for path in source.paths)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmcore.data.text import documents as text
-from lmcore.data.tokenizer import tokenizer
+from lmcore.data.tokenizer.tokenizer import Tokenizer
 
 _BATCH_CHARACTERS = 2**20
 _SHOWN_BAD = 10
@@ -66,7 +66,7 @@ class SourceReport:
 
 def run(
     entries: Iterable[str | Mapping[str, Any]],
-    tokenizer: tokenizer.Tokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     *,
     text_field: str = "text",
     unit: str = "auto",
@@ -94,7 +94,7 @@ def run(
 
 def _source(
     source: text.Source,
-    encoder: tokenizer.Tokenizer | None,
+    encoder: Tokenizer | None,
     max_bytes: int,
     samples: int,
     seed: int,
@@ -152,7 +152,7 @@ def _source(
     return report
 
 
-def _count(report: SourceReport, encoder: tokenizer.Tokenizer | None, batch: list[text.Document]) -> None:
+def _count(report: SourceReport, encoder: Tokenizer | None, batch: list[text.Document]) -> None:
     for document in batch:
         length = len(document.text.encode())
         report.documents += 1

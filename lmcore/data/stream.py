@@ -63,7 +63,7 @@ class StreamDataset:
         shuffle: ``none`` keeps the order of the files; anything else shuffles parts and windows.
         phases: mixtures; without weights all sources are one corpus.
         split: ``("train", f)`` or ``("valid", f)``: one side of a split by content.
-        on_error, max_bad_fraction: as in :func:`lmcore.data.store.build.prepare`; the fraction is that of each
+        on_error, max_bad_fraction: as in :func:`lmcore.data.store.build.build_store`; the fraction is that of each
             process so far.
 
     Raises:

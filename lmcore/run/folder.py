@@ -18,11 +18,9 @@ import errno
 import fcntl
 import json
 import os
-import re
 import socket
 import threading
 import time
-import unicodedata
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,7 +55,6 @@ NEVER_LINKS: Final = (
 SETTLE_SECONDS: Final = 1.0
 """Where the file system has no record locks: how long after writing the holder it is read back."""
 STATES: Final = ("preparing", "running", "saved", "finished", "failed")
-MAX_NAME_BYTES: Final = 200
 _JOB_VARIABLES: Final = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 
 _held: dict[str, int] = {}
@@ -396,42 +393,3 @@ def _write_holder(fd: int, holder: Mapping[str, Any]) -> None:
     text = json.dumps(holder).encode() + b"\n"
     os.pwrite(fd, text, 0)
     os.ftruncate(fd, len(text))
-
-
-# ---- names -------------------------------------------------------------------------------------------------
-
-
-def safe_name(name: str) -> str:
-    """``name`` if it can be one part of a path: letters and digits of any script, ``.``, ``_``, ``-``,
-    ``+``, ``=``.
-
-    It may begin with a letter, a digit or ``_`` only: no hidden files, no options, no ``..``. Raises
-    ``RequestError``.
-    """
-    fine = (
-        isinstance(name, str)
-        and re.fullmatch(r"\w[\w.+=\-]*", name) is not None
-        and unicodedata.normalize("NFC", name) == name  # two spellings of one name would be two files or one
-        and name.isprintable()
-        and not name.endswith(".")
-        and len(name.encode(errors="replace")) <= MAX_NAME_BYTES
-    )
-    if not fine:
-        shown = repr(name)[:80]
-        raise RequestError(
-            f"{shown} cannot be a name: letters, digits, '.', '_', '-', '+', '=' only, beginning with a "
-            f"letter or digit, at most {MAX_NAME_BYTES} bytes"
-        )
-    return name
-
-
-def confined(root: Path | str, relative: str) -> Path:
-    """``root/relative``, if every part is a :func:`safe_name` and links do not lead outside. Raises
-    ``RequestError``.
-    """
-    parts = relative.split("/") if isinstance(relative, str) else [relative]
-    path = Path(root).joinpath(*(safe_name(part) for part in parts))
-    real_root, real = os.path.realpath(root), os.path.realpath(path)
-    if os.path.commonpath([real_root, real]) != real_root or real == real_root:
-        raise RequestError(f"{relative!r} leads out of {root}")
-    return path

@@ -8,6 +8,7 @@ each function hands plain values to the room that does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -24,8 +25,8 @@ from lmcore.data import corpus, custom
 from lmcore.data.blocks import BlockDataset
 from lmcore.data.order import Phase
 from lmcore.data.stream import StreamDataset
-from lmcore.data.tokenizer import tokenizer
-from lmcore.data.tokenizer.tokenizer import Tokenizer
+from lmcore.data.tokenizer.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from lmcore.data.tokenizer.training import train_tokenizer as train_on_texts
 from lmcore.errors import RequestError
 from lmcore.model import build, lora, optim, schedules
 from lmcore.model.config import configured_context_length
@@ -104,32 +105,50 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train the tokenizer that the configuration describes, into ``folder`` if there is one."""
     bad: list[str] = []
+    options = config.tokenizer
     with task("training the tokenizer"):
-        made = tokenizer.train(
+        made = train_on_texts(
             corpus.training_texts(
                 config.data.train,
                 reading=reading_of(config),
                 valid_fraction=valid_fraction_of(config),
-                max_bytes=config.tokenizer.sample_bytes,
+                max_bytes=options.sample_bytes,
                 seed=config.seed,
                 bad=lambda record: bad.append(str(record)),
             ),
             folder=folder,
-            vocab_size=config.tokenizer.vocab_size or 0,
+            vocab_size=options.vocab_size or 0,
             seed=config.seed,
-            model_type=config.tokenizer.model_type,
-            character_coverage=config.tokenizer.character_coverage,
-            split_digits=config.tokenizer.split_digits,
-            byte_fallback=config.tokenizer.byte_fallback,
-            normalization_rule_name=config.tokenizer.normalization,
-            user_defined_symbols=list(config.tokenizer.user_symbols),
+            model_type=options.model_type,
+            character_coverage=options.character_coverage,
+            split_digits=options.split_digits,
+            byte_fallback=options.byte_fallback,
+            normalization_rule_name=options.normalization,
+            user_symbols=options.user_symbols,
             model_max_length=block_size_of(config),
+            made_from=tokenizer_source_of(config),
         )
     for line in made.notes:
         note(f"tokenizer: {line}")
     if bad and config.data.on_error == "raise":
-        raise RequestError(f"{bad[0]}: mend it, or let --data.on_error skip leave such records out")
+        raise RequestError(f"{bad[0]}: fix the record, or skip bad records with --data.on_error skip")
     return made
+
+
+def tokenizer_source_of(config: RunConfig) -> dict[str, Any]:
+    """Everything that decides the tokenizer that :func:`train_tokenizer` makes."""
+    names = (
+        *("vocab_size", "model_type", "character_coverage", "byte_fallback", "split_digits"),
+        *("normalization", "user_symbols"),
+    )
+    return corpus.tokenizer_source(
+        config.data.train,
+        reading=reading_of(config),
+        valid_fraction=valid_fraction_of(config),
+        max_bytes=config.tokenizer.sample_bytes,
+        seed=config.seed,
+        options={name: getattr(config.tokenizer, name) for name in names},
+    )
 
 
 def open_data(
@@ -225,27 +244,95 @@ def open_data(
     )
 
 
+def given_tokenizer(config: RunConfig) -> Tokenizer | None:
+    """The tokenizer that is given, or that comes with given weights; ``None`` where one is to be trained.
+
+    Raises:
+        RequestError: ``model.from_pretrained`` comes without one.
+    """
+    if config.tokenizer.path is not None:
+        return load_tokenizer(config.tokenizer.path, revision=config.tokenizer.revision)
+    weights = config.model.from_pretrained
+    if weights is None or config.tokenizer.train:
+        return None
+    try:
+        return load_tokenizer(weights, revision=config.model.revision)
+    except RequestError as error:
+        raise RequestError(
+            f"model.from_pretrained {weights} comes without its tokenizer ({error}): give it with tokenizer.path, or "
+            f"train a new one, whose ids mean other text to these weights, with --tokenizer.train true"
+        ) from error
+
+
 def open_tokenizer(
     config: RunConfig, home: Path, *, on_main: Callable[[Callable[[], Any]], Any], note: Note, task: Task
 ) -> Tokenizer:
-    """The run's tokenizer, brought along (:func:`keep_tokenizer` copies it) or trained into ``home``."""
-    if config.tokenizer.path is not None:
-        return tokenizer.load(config.tokenizer.path, revision=config.tokenizer.revision)
+    """The run's tokenizer: given (:func:`keep_tokenizer` copies it into ``home``), or trained into ``home``.
+
+    A trained one that is there already is used if it was made of the same text with the same options, or if there are
+    checkpoints to resume from, which were trained with it; otherwise a new one is trained, and a note says why.
+    """
+    resumes = config.resume != "never" and any((home.parent / "checkpoints").glob("step-*"))
+    if config.tokenizer.path is not None or not (resumes and (home / "tokenizer.json").exists()):
+        given = given_tokenizer(config)
+        if given is not None:
+            _say_origin(config, given, note)
+            return given
 
     def make() -> None:
-        if not (home / "tokenizer.json").exists():
+        reason = unfit_reason(config, home)
+        if reason and resumes and (home / "tokenizer.json").exists():
+            note(
+                f"tokenizer: the one of the checkpoints here is used; what it was made of has changed: {reason}"
+            )
+        elif reason is not None:
+            if reason:
+                note(f"tokenizer: the one in {home} is replaced: {reason}")
             train_tokenizer(config, home, note=note, task=task)
 
     on_main(make)
-    return tokenizer.load(home)
+    return load_tokenizer(home)
+
+
+def unfit_reason(config: RunConfig, home: Path) -> str | None:
+    """Why the tokenizer in ``home`` is not what the configuration would train: ``None`` if it is, empty if there is
+    none."""
+    if not home.is_dir() or not any(home.iterdir()):
+        return ""
+    try:
+        there = load_tokenizer(home)
+    except RequestError as error:
+        return str(error)
+    made_from = there.record.get("made_from") if isinstance(there, SentencePieceTokenizer) else None
+    if not isinstance(made_from, dict):
+        return "what it was made of is not known"
+    return corpus.source_changes(made_from, tokenizer_source_of(config)) or None
+
+
+def _say_origin(config: RunConfig, given: Tokenizer, note: Note) -> None:
+    weights = config.model.from_pretrained
+    if weights is None or config.tokenizer.train:
+        return
+    if config.tokenizer.path is None:
+        note(f"tokenizer: that of {weights} (--tokenizer.train true trains a new one)")
+    elif Path(weights).is_dir():
+        with contextlib.suppress(RequestError):  # it has none to compare with
+            if load_tokenizer(weights).fingerprint != given.fingerprint:
+                note(
+                    f"tokenizer: {config.tokenizer.path} is not the tokenizer of {weights}: the weights know other ids"
+                )
 
 
 def keep_tokenizer(config: RunConfig, home: Path, data: Data, *, note: Note) -> None:
-    """A tokenizer that was brought along goes to ``home``, once no checkpoint there refuses it."""
-    if data.encoder is not None and config.tokenizer.path is not None:
-        data.encoder.save(home, model_max_length=data.block_size)
-        for line in data.encoder.notes:
-            note(f"tokenizer: {line}")
+    """A tokenizer that was given goes to ``home``, once no checkpoint there refuses it."""
+    if data.encoder is None:
+        return
+    with contextlib.suppress(RequestError):
+        if home.is_dir() and load_tokenizer(home).fingerprint == data.encoder.fingerprint:
+            return
+    data.encoder.save(home, model_max_length=data.block_size)
+    for line in data.encoder.notes:
+        note(f"tokenizer: {line}")
 
 
 def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int) -> Data:

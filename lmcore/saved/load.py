@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lmcore.checkpoint import manifest, reader
 from lmcore.checkpoint.reader import Checkpoint
 from lmcore.checkpoint.tensors import TensorFile
-from lmcore.data.tokenizer import tokenizer as tokenizers
+from lmcore.data.tokenizer.tokenizer import check_tokenizer, load_tokenizer
 from lmcore.errors import RequestError
 from lmcore.model import lora
 from lmcore.model.config import refuse_unsafe_config, refuse_unsafe_index
@@ -358,17 +358,13 @@ def tokenizer_of(opened: Checkpoint, run_dir: Path) -> Any:
             f"{folder} is missing: {opened.path.name} needs the tokenizer of its run; give the run folder, or restore it"
         )
     tokenizer = _tokenizer(folder)
-    if isinstance(known, str) and known != tokenizer.fingerprint:
-        raise RequestError(
-            f"{folder} is not the tokenizer that {opened.path.name} was trained with (fingerprint "
-            f"{tokenizer.fingerprint[:12]}, in the checkpoint {known[:12]}): restore that one"
-        )
+    check_tokenizer(known, tokenizer, folder=folder)
     return tokenizer
 
 
 def _tokenizer(folder: Path) -> Any:
     try:
-        return tokenizers.load(folder)
+        return load_tokenizer(folder)
     except RequestError:
         raise
     except Exception as error:  # files of a stranger may break any line of the libraries that read them

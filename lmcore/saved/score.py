@@ -99,7 +99,7 @@ def score(
         sources = documents.resolve(list(entries), text_field=text_field, unit=unit, encoding=encoding)
         with tempfile.TemporaryDirectory(prefix="lmcore-score-") as folder:
             stores = [
-                build.prepare(source, encoder, store_dir=folder, on_error=on_error, max_bad_fraction=1.0)
+                build.build_store(source, encoder, store_dir=folder, on_error=on_error, max_bad_fraction=1.0)
                 for source in sources
             ]
             dataset = BlockDataset.from_stores(stores, block_size=size, drop_last=False, pad_id=pad_id)

@@ -30,7 +30,7 @@ def test_a_store_says_its_bad_records_at_each_start(
     options: dict[str, Any] = {"store_dir": tmp_path / "stores", "on_error": "skip", "max_bad_fraction": 0.5}
     for _ in range(2):
         notes: list[str] = []
-        store = build.prepare(source, Bytes(), note=notes.append, **options)
+        store = build.build_store(source, Bytes(), note=notes.append, **options)
         first, second = (record for part in store.manifest["parts"] for record in part["bad_records"])
         assert notes == [
             "a: 2 bad records are left out",
@@ -40,7 +40,7 @@ def test_a_store_says_its_bad_records_at_each_start(
     assert "not JSON" in first["reason"]
     monkeypatch.setattr(build, "_SAID_RECORDS", 1)
     notes = []
-    build.prepare(source, Bytes(), note=notes.append, **options)
+    build.build_store(source, Bytes(), note=notes.append, **options)
     assert notes[2:] == [f"  and 1 more, in {store.folder}/manifest.json"]
 
 

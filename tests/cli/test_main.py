@@ -20,7 +20,7 @@ import torch
 from lmcore.checkpoint.writer import Checkpoints
 from lmcore.cli import doctor
 from lmcore.cli.main import VERBS, main
-from lmcore.data.tokenizer import tokenizer
+from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.errors import RequestError
 from lmcore.model.build import build_model
 from lmcore.saved.load import describe
@@ -41,7 +41,7 @@ def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with checkpoints of steps 2 and 4 (the earlier one is the better one) and its tokenizer."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    words = tokenizer.train(TEXTS, vocab_size=330, folder=folder / "tokenizer")
+    words = train_tokenizer(TEXTS, vocab_size=330, folder=folder / "tokenizer")
     model = build_model(
         type="gpt2",
         config_overrides={"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 32},

@@ -18,7 +18,7 @@ from lmcore.conventions import IGNORED_LABEL
 from lmcore.data.blocks import BlockDataset, collate
 from lmcore.data.locate import show
 from lmcore.data.order import Cursor, Phase
-from lmcore.data.store.build import prepare
+from lmcore.data.store.build import build_store
 from lmcore.data.store.store import TokenStore
 from lmcore.data.text import documents as text
 from lmcore.errors import RequestError
@@ -307,7 +307,7 @@ def test_any_position_can_be_shown(tmp_path: Path) -> None:
     for number in range(6):
         (folder / f"{number}.txt").write_text(f"file {number} " * 40)
     [source] = text.resolve([{"path": str(folder), "unit": "file", "name": "files"}])
-    store = prepare(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=800)
+    store = build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=800)
     dataset = BlockDataset.from_stores([store], block_size=40, seed=3)
     assert len(store.manifest["parts"]) > 1
     for one in show(dataset, [0, 5, 29, 30], Bytes().decode):

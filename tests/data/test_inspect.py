@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lmcore.data.inspect import lines, run
-from lmcore.data.tokenizer.tokenizer import Tokenizer, train
+from lmcore.data.tokenizer.tokenizer import Tokenizer
+from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.errors import RequestError
 
 TEXTS = ["吾輩は猫である。", "名前はまだ無い。\n\tどこで", "plain text  with ▁ in it"]
@@ -16,7 +17,7 @@ TEXTS = ["吾輩は猫である。", "名前はまだ無い。\n\tどこで", "p
 
 @pytest.fixture(scope="module")
 def encoder() -> Tokenizer:
-    return train(TEXTS * 5, vocab_size=330)
+    return train_tokenizer(TEXTS * 5, vocab_size=330)
 
 
 def corpus(folder: Path, copies: int = 1) -> str:

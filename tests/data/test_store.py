@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from lmcore.data.store import build as tokens_room
 from lmcore.data.store import claims
-from lmcore.data.store.build import Progress, prepare
+from lmcore.data.store.build import Progress, build_store
 from lmcore.data.store.store import MANIFEST, TokenStore
 from lmcore.data.text import documents as text
 from lmcore.disk import DISK, Call
@@ -75,7 +75,7 @@ class Counting:
 
 def test_a_store_is_the_documents_with_their_ends(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text")
-    store = prepare(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
+    store = build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
     expected, ends = [], []
     for document in documents(source):
         expected += [*document.encode(), 256]
@@ -98,7 +98,7 @@ def test_without_eos_and_with_a_large_vocabulary(tmp_path: Path) -> None:
             return [ids + 69_000 for ids in Bytes().encode_batch(texts)]
 
     source = corpus(tmp_path / "text", 3)
-    store = prepare(source, Large(), store_dir=tmp_path / "stores", eos=False)
+    store = build_store(source, Large(), store_dir=tmp_path / "stores", eos=False)
     assert store.dtype == np.uint32
     assert (store.read(0, store.n_tokens) - 69_000).tolist() == list("".join(documents(source)).encode())
     assert store.document_ends(0, store.n_tokens)[-1] == store.n_tokens
@@ -107,7 +107,7 @@ def test_without_eos_and_with_a_large_vocabulary(tmp_path: Path) -> None:
 def test_the_two_sides_of_a_split_are_the_whole(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text", 60)
     sides = [
-        prepare(source, Bytes(), store_dir=tmp_path / "stores", split=(side, 0.3))
+        build_store(source, Bytes(), store_dir=tmp_path / "stores", split=(side, 0.3))
         for side in ("train", "valid")
     ]
     found: list[str] = []
@@ -125,9 +125,9 @@ def test_the_number_of_processes_changes_no_byte(tmp_path: Path, processes: int)
     (tmp_path / "text" / "004.txt").write_bytes(b"broken \xff\xfe here")
     [source] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
     options = {"part_bytes": 2000, "on_error": "skip", "max_bad_fraction": 0.5}
-    one = prepare(source, Bytes(), store_dir=tmp_path / "one", **options)
+    one = build_store(source, Bytes(), store_dir=tmp_path / "one", **options)
     seen: list[Progress] = []
-    many = prepare(
+    many = build_store(
         source, Bytes(), store_dir=tmp_path / "many", processes=processes, progress=seen.append, **options
     )
     assert contents(one.folder) == contents(many.folder)
@@ -138,27 +138,27 @@ def test_the_number_of_processes_changes_no_byte(tmp_path: Path, processes: int)
 
 def test_an_unchanged_corpus_is_opened_at_once(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text")
-    first = prepare(source, Bytes(), store_dir=tmp_path / "stores")
+    first = build_store(source, Bytes(), store_dir=tmp_path / "stores")
     before = contents(first.folder)
     tokenizer = Counting()
-    again = prepare(source, tokenizer, store_dir=tmp_path / "stores")
+    again = build_store(source, tokenizer, store_dir=tmp_path / "stores")
     assert tokenizer.texts == 0
     assert contents(again.folder) == before
 
 
 def test_appended_files_only_add_parts_and_the_change_is_said(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text", 12)
-    first = prepare(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
+    first = build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
     (tmp_path / "text" / "zzz.txt").write_text("new " * 600)
     [grown] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
     tokenizer, notes = Counting(), []
-    second = prepare(grown, tokenizer, store_dir=tmp_path / "stores", note=notes.append)
+    second = build_store(grown, tokenizer, store_dir=tmp_path / "stores", note=notes.append)
     assert tokenizer.texts == 1
     assert "1 files added (zzz.txt)" in notes[0]
     assert second.folder != first.folder
     assert second.fingerprint != first.fingerprint
     assert second.n_tokens == first.n_tokens + 2400 + 1
-    clean = prepare(grown, Bytes(), store_dir=tmp_path / "clean", part_bytes=2000)
+    clean = build_store(grown, Bytes(), store_dir=tmp_path / "clean", part_bytes=2000)
     assert contents(second.folder) == contents(clean.folder)
 
 
@@ -170,23 +170,25 @@ def test_every_change_is_noticed(tmp_path: Path) -> None:
     class Other(Counting):  # type: ignore[misc]  # a fake of a fake
         fingerprint = "other"
 
-    fingerprints = {prepare(source, Bytes(), store_dir=tmp_path / "stores").fingerprint}
+    fingerprints = {build_store(source, Bytes(), store_dir=tmp_path / "stores").fingerprint}
     notes: list[str] = []
-    fingerprints.add(prepare(source, Other(), store_dir=tmp_path / "stores", note=notes.append).fingerprint)
+    fingerprints.add(
+        build_store(source, Other(), store_dir=tmp_path / "stores", note=notes.append).fingerprint
+    )
     assert "another tokenizer" in notes[-1]
     fingerprints.add(
-        prepare(source, Bytes(), store_dir=tmp_path / "stores", eos=False, note=notes.append).fingerprint
+        build_store(source, Bytes(), store_dir=tmp_path / "stores", eos=False, note=notes.append).fingerprint
     )
     assert "eos True -> False" in notes[-1] or "tokenizer" in notes[-1]
     path = Path(source.paths[5])
     path.write_text(path.read_text().replace("5.3", "5.4"))  # the same size
-    changed = prepare(source, Bytes(), store_dir=tmp_path / "stores", note=notes.append)
+    changed = build_store(source, Bytes(), store_dir=tmp_path / "stores", note=notes.append)
     fingerprints.add(changed.fingerprint)
     assert "1 files changed (005.txt)" in notes[-1]
     moved = tmp_path / "moved"
     (tmp_path / "text").rename(moved)
     [again] = text.resolve([{"path": str(moved), "unit": "file", "name": "small"}])
-    fingerprints.add(prepare(again, Bytes(), store_dir=tmp_path / "stores").fingerprint)
+    fingerprints.add(build_store(again, Bytes(), store_dir=tmp_path / "stores").fingerprint)
     assert len(fingerprints) == 4  # a moved corpus is the same corpus
 
 
@@ -203,7 +205,7 @@ from tests.support.disk_faults import KillAt
 
 DISK.before = KillAt({kill_at}, torn=True)
 [source] = text.resolve([{{"path": {path!r}, "unit": "file", "name": "small"}}])
-tokens.prepare(
+tokens.build_store(
     source, SlowBytes({delay}), store_dir={stores!r}, part_bytes=2000, worker={worker}, processes={processes}
 )
 print("done")
@@ -249,7 +251,7 @@ def test_ten_kills_lose_at_most_a_part_each_and_change_no_byte(tmp_path: Path) -
     counter = Counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DISK, "before", counter)
-        whole = prepare(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
+        whole = build_store(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
     parts, per_part = len(whole.manifest["parts"]), len(counter.calls) // len(whole.manifest["parts"])
     assert parts >= 20
     stores = tmp_path / "killed"
@@ -265,7 +267,7 @@ def test_ten_kills_lose_at_most_a_part_each_and_change_no_byte(tmp_path: Path) -
         built = done
     assert 0 < built < parts
     tokenizer = Counting()
-    finished = prepare(source, tokenizer, store_dir=stores, part_bytes=2000)
+    finished = build_store(source, tokenizer, store_dir=stores, part_bytes=2000)
     assert tokenizer.texts == 80 * (parts - built) // parts  # and is not made again
     assert contents(finished.folder) == contents(whole.folder)
     finished.verify()
@@ -274,11 +276,11 @@ def test_ten_kills_lose_at_most_a_part_each_and_change_no_byte(tmp_path: Path) -
 def test_a_kill_at_any_call_of_the_end_leaves_nothing_behind(tmp_path: Path) -> None:
     """Also one that comes when the manifest is there and what earlier kills have left is not yet taken away."""
     source = corpus(tmp_path / "text", 3)
-    whole = prepare(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
+    whole = build_store(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
 
     def build(stores: Path, hook: Callable[[Call], None]) -> None:
         DISK.before = hook
-        prepare(source, Bytes(), store_dir=stores, part_bytes=2000)
+        build_store(source, Bytes(), store_dir=stores, part_bytes=2000)
 
     counter = Counter()
     assert whole.folder is not None
@@ -289,12 +291,12 @@ def test_a_kill_at_any_call_of_the_end_leaves_nothing_behind(tmp_path: Path) -> 
     shutil.copytree(begun, tmp_path / "count")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DISK, "before", counter)
-        prepare(source, Bytes(), store_dir=tmp_path / "count", part_bytes=2000)
+        build_store(source, Bytes(), store_dir=tmp_path / "count", part_bytes=2000)
     for number in range(len(counter.calls) - 5, len(counter.calls)):
         stores = tmp_path / f"killed-{number}"
         shutil.copytree(begun, stores)
         assert forked(lambda s=stores, n=number: build(s, KillAt(n))) == -signal.SIGKILL
-        finished = prepare(source, Bytes(), store_dir=stores, part_bytes=2000)
+        finished = build_store(source, Bytes(), store_dir=stores, part_bytes=2000)
         assert contents(finished.folder) == contents(whole.folder)
 
 
@@ -309,7 +311,7 @@ def test_tokenizing_processes_end_with_their_parent(tmp_path: Path) -> None:
     process.communicate(timeout=120)  # also the pipes of the children are closed
     wait_for(lambda: not any(is_alive(pid) for pid in pids))
     assert (
-        prepare(
+        build_store(
             text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])[0],
             Bytes(),
             store_dir=stores,
@@ -320,7 +322,7 @@ def test_tokenizing_processes_end_with_their_parent(tmp_path: Path) -> None:
 
 def test_ranks_share_the_work_and_outlive_a_killed_one(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text", 24)
-    whole = prepare(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
+    whole = build_store(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
     stores = tmp_path / "shared"
     ranks = {1: start(tmp_path / "text", stores, delay=FOR_EVER, worker=1)}
     wait_for(lambda: list(stores.glob("*/part-*.claim")))  # it has a part, and will never be done with it
@@ -341,11 +343,11 @@ def test_a_failure_ends_all_processes_with_the_same_words(tmp_path: Path) -> Non
     (tmp_path / "text" / "017.txt").write_bytes(b"broken \xff here")
     [source] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
     with pytest.raises(FaultError, match=r"017\.txt, byte .*data\.on_error skip"):
-        prepare(source, Bytes(), store_dir=tmp_path / "stores", processes=2, part_bytes=2000)
+        build_store(source, Bytes(), store_dir=tmp_path / "stores", processes=2, part_bytes=2000)
     # Mended, it goes on; the old failure is forgotten.
     (tmp_path / "text" / "017.txt").write_text("mended")
     [source] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
-    assert prepare(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000).n_documents == 30
+    assert build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000).n_documents == 30
 
 
 def test_the_dead_hold_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,11 +391,11 @@ def test_a_full_disk_is_a_refusal_that_keeps_what_is_finished(
     with monkeypatch.context() as patch:
         patch.setattr(DISK, "before", full)
         with pytest.raises(RequestError, match=r"No space left.*data\.store_dir"):
-            prepare(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
+            build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
     tokenizer = Counting()
-    store = prepare(source, tokenizer, store_dir=tmp_path / "stores", part_bytes=2000)
+    store = build_store(source, tokenizer, store_dir=tmp_path / "stores", part_bytes=2000)
     assert 0 < tokenizer.texts < 12
-    whole = prepare(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
+    whole = build_store(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
     assert contents(store.folder) == contents(whole.folder)
 
 
@@ -401,7 +403,7 @@ def test_nowhere_to_write_is_a_refusal(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text", 2)
     (tmp_path / "file").write_text("")
     with pytest.raises(RequestError, match=r"cannot be written"):
-        prepare(source, Bytes(), store_dir=tmp_path / "file" / "stores")
+        build_store(source, Bytes(), store_dir=tmp_path / "file" / "stores")
 
 
 # ---- bad input ----
@@ -414,13 +416,15 @@ def test_bad_records_are_counted_and_located_and_cost_no_good_one(tmp_path: Path
     path.write_text("\n".join(lines))
     [source] = text.resolve([str(path)])
     with pytest.raises(FaultError, match=r"a\.jsonl, byte \d+: .*skip"):
-        prepare(source, Bytes(), store_dir=tmp_path / "stores")
+        build_store(source, Bytes(), store_dir=tmp_path / "stores")
     with pytest.raises(
         FaultError,
         match=r"3 of 50 documents of a are bad or lost, about \d\.\d+% of the text, more than data\.max_bad_fraction",
     ):
-        prepare(source, Bytes(), store_dir=tmp_path / "stores", on_error="skip", max_bad_fraction=0.05)
-    store = prepare(source, Bytes(), store_dir=tmp_path / "stores", on_error="skip", max_bad_fraction=0.06)
+        build_store(source, Bytes(), store_dir=tmp_path / "stores", on_error="skip", max_bad_fraction=0.05)
+    store = build_store(
+        source, Bytes(), store_dir=tmp_path / "stores", on_error="skip", max_bad_fraction=0.06
+    )
     assert (store.n_documents, store.bad_records) == (47, 3)
     [part] = store.manifest["parts"]
     offsets = [int(record["where"].split()[1]) for record in part["bad_records"]]
@@ -430,14 +434,14 @@ def test_bad_records_are_counted_and_located_and_cost_no_good_one(tmp_path: Path
         lines[33],
     ]
     with pytest.raises(FaultError, match=r"3 of 50 documents"):  # the policy is asked each time
-        prepare(source, Bytes(), store_dir=tmp_path / "stores")
+        build_store(source, Bytes(), store_dir=tmp_path / "stores")
 
 
 def test_no_text_at_all_is_a_refusal(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     [source] = text.resolve([str(tmp_path / "empty.txt")])
     with pytest.raises(RequestError, match=r"no text at all"):
-        prepare(source, Bytes(), store_dir=tmp_path / "stores")
+        build_store(source, Bytes(), store_dir=tmp_path / "stores")
 
 
 def test_a_tokenizer_that_exceeds_its_vocabulary_is_found_out(tmp_path: Path) -> None:
@@ -449,7 +453,7 @@ def test_a_tokenizer_that_exceeds_its_vocabulary_is_found_out(tmp_path: Path) ->
             return Bytes().encode_batch(texts)
 
     with pytest.raises(FaultError, match=r"gave the id \d+ .* 100 ids"):
-        prepare(corpus(tmp_path / "text", 2), Liar(), store_dir=tmp_path / "stores")
+        build_store(corpus(tmp_path / "text", 2), Liar(), store_dir=tmp_path / "stores")
 
 
 # ---- reading ----
@@ -472,7 +476,7 @@ def test_the_pieces_are_one_array(data: st.DataObject, total: int, pieces: int, 
 
 
 def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
-    store = prepare(corpus(tmp_path / "text"), Bytes(), store_dir=tmp_path / "stores")
+    store = build_store(corpus(tmp_path / "text"), Bytes(), store_dir=tmp_path / "stores")
     folder = store.folder
     assert folder is not None
     with pytest.raises(RequestError, match=r"no finished token store"):
@@ -505,7 +509,7 @@ def opened(path: Path | str, **options: object) -> TokenStore:
     tokenizer = Bytes()
     if options:
         tokenizer.__dict__.update(options)
-    return prepare(source, tokenizer, store_dir="never-made")
+    return build_store(source, tokenizer, store_dir="never-made")
 
 
 TOKENS = np.array([5, 6, 256, 7, 256, 8, 9, 10, 256])
@@ -559,7 +563,7 @@ def test_megatron_and_datatrove_files_know_their_documents(tmp_path: Path) -> No
 
 
 def test_a_store_of_ours_is_a_source_too(tmp_path: Path) -> None:
-    store = prepare(corpus(tmp_path / "text"), Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
+    store = build_store(corpus(tmp_path / "text"), Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
     again = opened(f"{store.folder}/*.bin")
     assert again.fingerprint == store.fingerprint
     with pytest.raises(RequestError, match=r"tokenizer\.path"):
@@ -595,14 +599,14 @@ def test_damaged_and_mixed_token_files_are_refused(tmp_path: Path) -> None:
                 opened(tmp_path / name)
     [source] = text.resolve([{"paths": [str(tmp_path / "a.bin"), str(tmp_path / "wide.npy")]}])
     with pytest.raises(RequestError, match=r"different widths"):
-        prepare(source, Bytes(), store_dir=tmp_path / "stores")
+        build_store(source, Bytes(), store_dir=tmp_path / "stores")
     [source] = text.resolve([str(tmp_path / "a.bin")])
     with pytest.raises(RequestError, match=r"cannot be split"):
-        prepare(source, Bytes(), store_dir=tmp_path / "stores", split=("train", 0.1))
+        build_store(source, Bytes(), store_dir=tmp_path / "stores", split=("train", 0.1))
     (tmp_path / "b.txt").write_text("text")
     mixed = dataclasses.replace(source, paths=(*source.paths, str(tmp_path / "b.txt")))
     with pytest.raises(RequestError, match=r"two sources"):
-        prepare(mixed, Bytes(), store_dir=tmp_path / "stores")
+        build_store(mixed, Bytes(), store_dir=tmp_path / "stores")
 
 
 def test_foreign_tokens_beyond_the_vocabulary_are_a_fault(tmp_path: Path) -> None:
@@ -629,6 +633,6 @@ def test_a_rank_that_finishes_first_may_tidy_up_under_the_other(
         commit(path, data)
 
     monkeypatch.setattr(tokens_room, "commit", robbed)
-    store = prepare(source, Bytes(), store_dir=stores, part_bytes=2000)
+    store = build_store(source, Bytes(), store_dir=stores, part_bytes=2000)
     assert rival
     assert store.n_documents == 4

@@ -395,7 +395,7 @@ def test_another_corpus_under_the_cursor_is_refused(corpus: Path, tmp_path: Path
 
 def test_a_hub_data_set_streams_and_prepares(tmp_path: Path) -> None:
     """From a local folder: the same code path as the Hub, without the network."""
-    from lmcore.data.store.build import prepare
+    from lmcore.data.store.build import build_store
 
     folder = tmp_path / "data"
     folder.mkdir()
@@ -408,10 +408,10 @@ def test_a_hub_data_set_streams_and_prepares(tmp_path: Path) -> None:
     assert {int(t) // 1000 for t in expected[:, :, 0].ravel() if t != Tagged.eos_id} == set(range(150))
     found, _, _ = run(dataset, cursors[30], size=2, count=20, world_size=2)
     assert np.array_equal(found, expected[31:51])
-    store = prepare(source, Tagged(), store_dir=tmp_path / "stores")
+    store = build_store(source, Tagged(), store_dir=tmp_path / "stores")
     assert store.n_documents == 150
     with pytest.raises(FaultError, match="no text in 'text'"):
-        prepare(replace(source, text_field="text"), Tagged(), store_dir=tmp_path / "stores")
+        build_store(replace(source, text_field="text"), Tagged(), store_dir=tmp_path / "stores")
     with pytest.raises(RequestError, match="cannot be opened"):
         StreamDataset(documents.resolve([f"hf://{tmp_path}/none"]), Tagged(), block_size=4, lanes=1, seed=1)
     with pytest.raises(RequestError, match="splitt is not known"):

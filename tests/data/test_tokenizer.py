@@ -18,10 +18,16 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmcore.data.corpus import Reading, sample_texts, source_changes, tokenizer_source
 from lmcore.data.text.documents import Source, resolve
 from lmcore.data.tokenizer import tokenizer, training, word_cache
-from lmcore.data.tokenizer.convert import HARD_TEXTS
-from lmcore.data.tokenizer.tokenizer import Tokenizer, load, sample_texts, train
+from lmcore.data.tokenizer.huggingface import TEST_TEXTS
+from lmcore.data.tokenizer.tokenizer import (
+    SentencePieceTokenizer,
+    check_tokenizer,
+    load_tokenizer,
+)
+from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.errors import RequestError
 
 NEKO = """吾輩は猫である。名前はまだ無い。
@@ -39,7 +45,7 @@ ANY_TEXT = st.lists(
     st.one_of(
         st.text(max_size=12),
         st.sampled_from(
-            [*NEKO.split("。"), *CODE.splitlines()[:60], *HARD_TEXTS, "\n\n", "    ", "\0", "</s>", "<pad>"]
+            [*NEKO.split("。"), *CODE.splitlines()[:60], *TEST_TEXTS, "\n\n", "    ", "\0", "</s>", "<pad>"]
         ),
     ),
     max_size=8,
@@ -49,13 +55,15 @@ ANY_TEXT = st.lists(
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizers") / "bpe"
-    train(CORPUS, vocab_size=900, folder=path, model_max_length=128)
+    train_tokenizer(CORPUS, vocab_size=900, folder=path, model_max_length=128)
     return path
 
 
 @pytest.fixture(scope="session")
-def ours(folder: Path) -> Tokenizer:
-    return load(folder)
+def ours(folder: Path) -> SentencePieceTokenizer:
+    opened = load_tokenizer(folder)
+    assert isinstance(opened, SentencePieceTokenizer)
+    return opened
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +78,9 @@ def hub(folder: Path) -> Any:
 
 @settings(max_examples=300, deadline=None)
 @given(text=ANY_TEXT)
-def test_every_text_comes_back_and_transformers_agrees(ours: Tokenizer, hub: Any, text: str) -> None:
+def test_every_text_comes_back_and_transformers_agrees(
+    ours: SentencePieceTokenizer, hub: Any, text: str
+) -> None:
     ids = ours.encode(text)
     assert ours.decode(ids) == text
     assert hub(text)["input_ids"] == ids
@@ -82,8 +92,10 @@ def test_every_text_comes_back_and_transformers_agrees(ours: Tokenizer, hub: Any
 
 @settings(max_examples=300, deadline=None)
 @given(texts=st.lists(ANY_TEXT, max_size=4), size=st.integers(1, 9))
-def test_a_long_text_is_cut_where_it_changes_nothing(ours: Tokenizer, texts: list[str], size: int) -> None:
-    whole = [ours._model.encode(text) for text in texts]
+def test_a_long_text_is_cut_where_it_changes_nothing(
+    ours: SentencePieceTokenizer, texts: list[str], size: int
+) -> None:
+    whole = [ours.processor.encode(text) for text in texts]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "_CUT_CHARACTERS", size)
         pieces = [list(ours._cut(text)) for text in texts]
@@ -106,14 +118,14 @@ def test_whether_words_are_cut_depends_on_two_characters(text: str) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(texts=st.lists(ANY_TEXT, max_size=5))
-def test_words_met_before_give_the_ids_of_the_whole(ours: Tokenizer, texts: list[str]) -> None:
+def test_words_met_before_give_the_ids_of_the_whole(ours: SentencePieceTokenizer, texts: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # So small that words are forgotten, and looking them up is given up and tried again, within a few texts.
         for name, value in (("GROUP", 50), ("KEPT", 300), ("CALL", 20), ("TRIAL", 100), ("REST", 100)):
             patch.setattr(word_cache, f"_{name}_CHARACTERS", value)
         for _ in range(2):
             assert [one.tolist() for one in ours.encode_batch(texts)] == [
-                ours._model.encode(t) for t in texts
+                ours.processor.encode(t) for t in texts
             ]
 
 
@@ -122,20 +134,22 @@ def test_words_met_before_give_the_ids_of_the_whole(ours: Tokenizer, texts: list
     [
         ({}, 0),
         ({"split_digits": False}, 1),
-        ({"user_defined_symbols": ["a1"]}, 2),
+        ({"user_symbols": ["a1"]}, 2),
         ({"split_by_whitespace": False}, None),
-        ({"user_defined_symbols": ["\n\n"]}, None),
+        ({"user_symbols": ["\n\n"]}, None),
     ],
 )
 def test_no_piece_of_the_vocabulary_is_cut(options: dict[str, Any], way: int | None) -> None:
-    made = train([*CORPUS, "100 200 1000 2000\n" * 40], vocab_size=900, **options)
+    made = train_tokenizer([*CORPUS, "100 200 1000 2000\n" * 40], vocab_size=900, **options)
     assert (made._words._words if made._words else None) == (None if way is None else word_cache._WORDS[way])
-    texts = [*CORPUS, *HARD_TEXTS, "a1 a b\n\na b1 2000\n\n\n"]
-    assert [one.tolist() for one in made.encode_batch(texts)] == [made._model.encode(text) for text in texts]
+    texts = [*CORPUS, *TEST_TEXTS, "a1 a b\n\na b1 2000\n\n\n"]
+    assert [one.tolist() for one in made.encode_batch(texts)] == [
+        made.processor.encode(text) for text in texts
+    ]
 
 
 def test_words_are_forgotten_and_given_up_where_they_do_not_pay(
-    ours: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ours: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = pickle.loads(pickle.dumps(ours))
     monkeypatch.setattr(word_cache, "_KEPT_CHARACTERS", 2000)
@@ -144,15 +158,15 @@ def test_words_are_forgotten_and_given_up_where_they_do_not_pay(
     assert made._words._rest <= 0  # the same text again: it pays
     noise = ["".join(map(chr, rng.integers(0x4E00, 0x6000, 2000))) for _ in range(200)]
     for one in noise:
-        assert made.encode(one) == ours._model.encode(one)
+        assert made.encode(one) == ours.processor.encode(one)
         assert sum(map(len, made._words._ids)) <= 2000 + 2001
     assert made._words._rest > 0
 
 
-def test_the_cuts_are_real_and_bounded(ours: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cuts_are_real_and_bounded(ours: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     long = NEKO * 200
     assert max(map(len, ours._cut(long))) < 4200
-    assert ours.encode(long) == ours._model.encode(long)
+    assert ours.encode(long) == ours.processor.encode(long)
     # A run in which every pair of characters stands in some piece has no provable cut: it is cut in the end.
     monkeypatch.setattr(tokenizer, "_LONGEST_CHARACTERS", 10_000)
     run = " " * 50_000
@@ -160,14 +174,14 @@ def test_the_cuts_are_real_and_bounded(ours: Tokenizer, monkeypatch: pytest.Monk
     assert ours.decode(ours.encode(run)) == run
 
 
-def test_control_strings_in_a_text_are_text(ours: Tokenizer, hub: Any) -> None:
+def test_control_strings_in_a_text_are_text(ours: SentencePieceTokenizer, hub: Any) -> None:
     text = "<s>本文</s><pad><unk>"
     assert not set(ours.encode(text)) & set(ours.special_ids.values())
     assert hub.encode(text) == ours.encode(text)
     assert ours.decode([ours.eos_id]) == ""
 
 
-def test_special_ids(ours: Tokenizer, hub: Any) -> None:
+def test_special_ids(ours: SentencePieceTokenizer, hub: Any) -> None:
     assert ours.special_ids == {"bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0, "pad_token_id": 3}
     assert (ours.eos_id, ours.bos_id, ours.pad_id, ours.unk_id) == (2, 1, 3, 0)
     assert {
@@ -178,9 +192,9 @@ def test_special_ids(ours: Tokenizer, hub: Any) -> None:
     assert hub("猫")["input_ids"] == hub.encode("猫", add_special_tokens=True)  # no BOS, no EOS of its own
 
 
-def test_what_sentencepiece_usually_loses(ours: Tokenizer) -> None:
+def test_what_sentencepiece_usually_loses(ours: SentencePieceTokenizer) -> None:
     """Full-width forms, half-width kana, double spaces, line ends and characters it has never seen."""
-    for text in HARD_TEXTS:
+    for text in TEST_TEXTS:
         assert ours.decode(ours.encode(text)) == text
     assert ours.encode("ＡＢＣ") != ours.encode("ABC")
     assert ours.encode("ｶﾞ") != ours.encode("ガ")
@@ -190,7 +204,7 @@ def test_what_sentencepiece_usually_loses(ours: Tokenizer) -> None:
     assert ours.decode(ours.encode("▁")) == " "  # the one loss that every SentencePiece model has
 
 
-def test_ids_fit_and_are_int32(ours: Tokenizer) -> None:
+def test_ids_fit_and_are_int32(ours: SentencePieceTokenizer) -> None:
     arrays = ours.encode_batch([CODE, "", NEKO])
     assert [a.dtype for a in arrays] == [np.int32] * 3
     assert arrays[1].shape == (0,)
@@ -198,7 +212,7 @@ def test_ids_fit_and_are_int32(ours: Tokenizer) -> None:
     assert ours.encode_batch([]) == []
 
 
-def test_it_travels_to_other_processes(ours: Tokenizer) -> None:
+def test_it_travels_to_other_processes(ours: SentencePieceTokenizer) -> None:
     other = pickle.loads(pickle.dumps(ours))
     assert other.fingerprint == ours.fingerprint
     assert other.encode(NEKO) == ours.encode(NEKO)
@@ -207,21 +221,23 @@ def test_it_travels_to_other_processes(ours: Tokenizer) -> None:
 # --- training ---
 
 
-def test_training_is_deterministic(ours: Tokenizer) -> None:
-    again = train(CORPUS, vocab_size=900, seed=5)
+def test_training_is_deterministic(ours: SentencePieceTokenizer) -> None:
+    again = train_tokenizer(CORPUS, vocab_size=900, seed=5)
     assert again.files[tokenizer.MODEL_FILE] == ours.files[tokenizer.MODEL_FILE]
     assert again.fingerprint == ours.fingerprint
-    assert train(CORPUS, vocab_size=901).fingerprint != ours.fingerprint
+    assert train_tokenizer(CORPUS, vocab_size=901).fingerprint != ours.fingerprint
     program = (
-        "import sys; sys.path.insert(0, 'tests')\nfrom test_tokenizer import CORPUS, train\n"
-        "print(train(CORPUS, vocab_size=900).fingerprint)"
+        "import json, sys; from lmcore.data.tokenizer.training import train_tokenizer\n"
+        "print(train_tokenizer(json.load(sys.stdin), vocab_size=900).fingerprint)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
+        input=json.dumps(CORPUS),
         capture_output=True,
         text=True,
         check=True,
         env={"OMP_NUM_THREADS": "2"},
+        cwd=Path(__file__).parents[2],
     )
     assert done.stdout.strip() == ours.fingerprint
 
@@ -229,8 +245,8 @@ def test_training_is_deterministic(ours: Tokenizer) -> None:
 def test_a_long_line_does_not_vanish_from_training() -> None:
     filler = "".join(chr(0x4E00 + n % 500) for n in range(20_000))  # 60 kB without a line end
     line = filler + "深山幽谷" * 300 + filler
-    trained = train([line, "short\n" * 50], vocab_size=1500)
-    assert trained.encode("深山幽谷") == [trained._model.piece_to_id("深山幽谷")]
+    trained = train_tokenizer([line, "short\n" * 50], vocab_size=1500)
+    assert trained.encode("深山幽谷") == [trained.processor.piece_to_id("深山幽谷")]
     assert any(
         "1 lines of more than 16,384 bytes were cut, none was left out" in note for note in trained.notes
     )
@@ -240,30 +256,30 @@ def test_a_long_line_does_not_vanish_from_training() -> None:
 
 
 def test_reserved_characters_do_not_drop_their_line() -> None:
-    trained = train(["東西南北▅ 東西南北\n" * 50, "x" * 10], vocab_size=300)
-    assert trained.encode("東西南北") == [trained._model.piece_to_id("東西南北")]
+    trained = train_tokenizer(["東西南北▅ 東西南北\n" * 50, "x" * 10], vocab_size=300)
+    assert trained.encode("東西南北") == [trained.processor.piece_to_id("東西南北")]
     assert trained.decode(trained.encode("▅")) == "▅"
     assert any("▅" in note for note in trained.notes)
 
 
 def test_japanese_without_a_single_space_keeps_spaces() -> None:
-    trained = train([NEKO.replace("\u3000", "") * 3], vocab_size=500)
+    trained = train_tokenizer([NEKO.replace("\u3000", "") * 3], vocab_size=500)
     assert trained.decode(trained.encode(" a  b ")) == " a  b "
-    assert trained._model.piece_to_id("▁") != trained.unk_id
+    assert trained.processor.piece_to_id("▁") != trained.unk_id
 
 
 def test_options_that_lose_text_say_so() -> None:
-    trained = train(
-        CORPUS, vocab_size=900, normalization_rule_name="nmt_nfkc", user_defined_symbols=["<mark>"]
+    trained = train_tokenizer(
+        CORPUS, vocab_size=900, normalization_rule_name="nmt_nfkc", user_symbols=["<mark>"]
     )
     assert trained.encode("ＡＢＣ") == trained.encode("ABC")
     assert any("do not come back exactly" in note for note in trained.notes)
     assert trained.byte_lengths() is None
-    assert trained.encode("<mark>") == [trained._model.piece_to_id("<mark>")]
+    assert trained.encode("<mark>") == [trained.processor.piece_to_id("<mark>")]
 
 
 def test_a_small_corpus_gives_a_small_vocabulary_and_says_so() -> None:
-    trained = train(["ab ab ab"], vocab_size=5000)
+    trained = train_tokenizer(["ab ab ab"], vocab_size=5000)
     assert trained.vocab_size < 300
     assert any("not 5,000" in note for note in trained.notes)
 
@@ -279,12 +295,12 @@ def test_a_small_corpus_gives_a_small_vocabulary_and_says_so() -> None:
             r"vocab_size 300 is too small: .* need 3\d\d: set tokenizer.vocab_size",
         ),
         ([NEKO], {"no_such_option": 1}, "SentencePiece cannot train this: .*no_such_option"),
-        ([NEKO], {"model_type": "word"}, "model_type 'word': bpe, char or unigram"),
+        ([NEKO], {"model_type": "word"}, "unknown model_type 'word'; choose from bpe, char, unigram"),
     ],
 )
 def test_wrong_requests_for_training(texts: list[str], options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
-        train(texts, **options)
+        train_tokenizer(texts, **options)
     assert "\n" not in str(caught.value)
 
 
@@ -294,16 +310,16 @@ def test_an_error_in_the_texts_comes_out_as_it_is() -> None:
         raise KeyError("the reader's own error")
 
     with pytest.raises(KeyError, match="the reader's own error"):
-        train(texts(), vocab_size=500)
+        train_tokenizer(texts(), vocab_size=500)
 
 
 def test_characters_as_tokens(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    trained = train(CORPUS, vocab_size=700, model_type="char", folder=tmp_path)
+    trained = train_tokenizer(CORPUS, vocab_size=700, model_type="char", folder=tmp_path)
     assert len(trained.encode("吾輩は猫である。")) == 8
     hub = AutoTokenizer.from_pretrained(tmp_path)
-    for text in [*HARD_TEXTS, NEKO, CODE[:2000]]:
+    for text in [*TEST_TEXTS, NEKO, CODE[:2000]]:
         assert trained.decode(trained.encode(text)) == text
         assert hub.encode(text) == trained.encode(text)
 
@@ -369,7 +385,7 @@ def test_a_model_of_others_keeps_its_behaviour(tmp_path: Path, options: dict[str
     data = foreign_model(**options)
     path = tmp_path / "spiece.model"
     path.write_bytes(data)
-    loaded = load(path)
+    loaded = load_tokenizer(path)
     native = sentencepiece.SentencePieceProcessor(model_proto=data)
     # transformers normalizes half-width kana with a voicing mark otherwise, and writes unknown text as <unk>.
     lines = [line for text in CORPUS for line in text.split("\n") if "ﾞ" not in line and "ﾟ" not in line]
@@ -383,7 +399,7 @@ def test_a_model_of_others_keeps_its_behaviour(tmp_path: Path, options: dict[str
     if options["model_type"] == "bpe":
         assert [hub.encode(text) for text in texts] == native.encode(texts)
     assert [hub.decode(ids) for ids in native.encode(texts)] == native.decode(native.encode(texts))
-    again = load(tmp_path / "folder")
+    again = load_tokenizer(tmp_path / "folder")
     assert (again.fingerprint, again.special_ids) == (loaded.fingerprint, loaded.special_ids)
     if "control_symbols" in options:
         assert loaded.special_ids["cls_token_id"] == native.piece_to_id("[CLS]")
@@ -415,13 +431,13 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_of_transformers(byte_level: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    loaded = load(byte_level)
+    loaded = load_tokenizer(byte_level)
     hub = AutoTokenizer.from_pretrained(byte_level)
     assert (loaded.eos_id, loaded.pad_id, loaded.special_ids) == (0, None, {"eos_token_id": 0})
     assert loaded.vocab_size == len(hub)
     lengths = loaded.byte_lengths()
     assert lengths is not None
-    for text in [*HARD_TEXTS, NEKO, CODE.replace("<|endoftext|>", "")]:
+    for text in [*TEST_TEXTS, NEKO, CODE.replace("<|endoftext|>", "")]:
         ids = loaded.encode(text)
         assert ids == hub.encode(text, add_special_tokens=False)
         assert loaded.decode(ids) == text
@@ -430,7 +446,7 @@ def test_a_folder_of_transformers(byte_level: Path, tmp_path: Path) -> None:
     assert loaded.decode(loaded.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
     (byte_level / "config.json").write_text('{"model_type": "gpt2"}')
     loaded.save(tmp_path, model_max_length=512)
-    again = load(tmp_path)
+    again = load_tokenizer(tmp_path)
     assert again.fingerprint == loaded.fingerprint
     assert pickle.loads(pickle.dumps(loaded)).encode(NEKO) == loaded.encode(NEKO)
     saved = AutoTokenizer.from_pretrained(tmp_path)
@@ -449,10 +465,12 @@ def test_the_hub_is_asked_with_the_revision(byte_level: Path, monkeypatch: pytes
         return str(byte_level)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert load("owner/name", revision="abc").encode("猫") == load(byte_level).encode("猫")
+    assert load_tokenizer("owner/name", revision="abc").encode("猫") == load_tokenizer(byte_level).encode(
+        "猫"
+    )
     commit = byte_level.name  # the Hub's cache names the folder after it
-    assert load("owner/name@v1").notes == (f"owner/name: commit {commit}",)
-    assert load("gpt2").notes == (f"gpt2: commit {commit} (give tokenizer.revision to pin it)",)
+    assert load_tokenizer("owner/name@v1").notes == (f"owner/name: commit {commit}",)
+    assert load_tokenizer("gpt2").notes == (f"gpt2: commit {commit} (give tokenizer.revision to pin it)",)
     assert asked == [("owner/name", "abc"), ("owner/name", "v1"), ("gpt2", None)]
 
 
@@ -462,14 +480,14 @@ def test_code_of_a_stranger_is_never_run(byte_level: Path, tmp_path: Path) -> No
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     ignored = config | {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(ignored))
-    assert load(tmp_path).notes == ("it brings code of its own (auto_map), which is not run",)
+    assert load_tokenizer(tmp_path).notes == ("it brings code of its own (auto_map), which is not run",)
     config = ignored | {"tokenizer_class": "Evil"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     mark = tmp_path / "ran"
     (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
     (tmp_path / "config.json").unlink(missing_ok=True)
     with pytest.raises(RequestError):
-        load(tmp_path)
+        load_tokenizer(tmp_path)
     assert not mark.exists()
 
 
@@ -490,16 +508,16 @@ def test_wrong_requests_for_loading(folder: Path, tmp_path: Path) -> None:
         "no_eos.model": "no end-of-text token",
     }.items():
         with pytest.raises(RequestError, match=message) as caught:
-            load(tmp_path / path)
+            load_tokenizer(tmp_path / path)
         assert "\n" not in str(caught.value)
     with pytest.raises(RequestError, match="none from the Hub"):
-        load("owner/certainly-not-here")
+        load_tokenizer("owner/certainly-not-here")
 
 
-def test_a_bare_model_in_a_folder(folder: Path, tmp_path: Path, ours: Tokenizer) -> None:
+def test_a_bare_model_in_a_folder(folder: Path, tmp_path: Path, ours: SentencePieceTokenizer) -> None:
     (tmp_path / "my.model").write_bytes((folder / tokenizer.MODEL_FILE).read_bytes())
-    assert load(tmp_path).fingerprint == ours.fingerprint
-    assert load(tmp_path / "my.model").fingerprint == ours.fingerprint
+    assert load_tokenizer(tmp_path).fingerprint == ours.fingerprint
+    assert load_tokenizer(tmp_path / "my.model").fingerprint == ours.fingerprint
 
 
 def test_the_trainer_is_given_every_line() -> None:
@@ -508,3 +526,124 @@ def test_the_trainer_is_given_every_line() -> None:
     assert "".join(given_lines) == "ab" + "c" * 40_000 + "猫" * 10_000
     assert max(len(line.encode()) for line in given_lines) <= 16_384
     assert lines.counts() == {"documents": 4, "lines": 4, "bytes": 70_002, "cut_lines": 2}
+
+
+# --- symbols of the user, what a tokenizer was made of, and whether it is the right one ---
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "char"])
+@pytest.mark.parametrize(
+    "symbols",
+    [
+        ["<|end of turn|>", "<|x|>", "日本 語"],
+        ["<|im_start|>", "<|im_start|>user", "  ", "def"],
+        [" x ", "\t", "\n\n", "a\nb", 'a,"b'],
+        ["[CLS]", "[SEP]", "<|endoftext|>", "é"],
+    ],
+)
+def test_user_symbols_are_one_token_in_training_and_in_transformers(
+    symbols: list[str], model_type: str, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    made = train_tokenizer(
+        CORPUS, vocab_size=900, user_symbols=symbols, model_type=model_type, folder=tmp_path
+    )
+    hub = AutoTokenizer.from_pretrained(tmp_path)
+    for symbol in symbols:
+        assert len(made.encode(symbol)) == 1
+        for text in (symbol, f"猫{symbol}b", f" {symbol} {symbol}{symbol}", symbol[:-1], *symbols):
+            assert hub(text)["input_ids"] == made.encode(text)
+            assert made.decode(made.encode(text)) == hub.decode(hub(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize(
+    ("symbols", "message"),
+    [
+        ([""], "'' cannot be a symbol"),
+        ([" "], "' ' is a piece of every SentencePiece model already"),
+        (["▁"], "already"),
+        (["</s>"], "'</s>' is a piece"),
+        (["<unk>"], "'<unk>' is a piece"),
+        (["<0x41>"], "'<0x41>' is a piece"),
+        (["<x>", "<x>"], "'<x>' is given twice"),
+        (["a b", "a▁b"], "given twice"),
+    ],
+)
+def test_impossible_user_symbols_are_refused(symbols: list[str], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        train_tokenizer(CORPUS, vocab_size=900, user_symbols=symbols)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 259])
+def test_too_small_a_vocabulary_is_refused_with_the_least_size(size: int) -> None:
+    with pytest.raises(
+        RequestError, match=rf"vocab_size {size} is too small.*need \d+.*tokenizer.vocab_size"
+    ):
+        train_tokenizer(CORPUS, vocab_size=size)
+
+
+def test_it_fills_in_a_gpt2_config_as_a_tokenizer_of_transformers_does(
+    ours: SentencePieceTokenizer, hub: Any
+) -> None:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "vocab_size"):
+        assert getattr(ours, name) == getattr(hub, name)
+    assert len(ours) == len(hub)
+    assert ours("猫")["input_ids"] == hub("猫")["input_ids"]
+    assert ours("猫")["attention_mask"] == hub("猫")["attention_mask"]
+    assert ours(["猫", "a b"])["input_ids"] == hub(["猫", "a b"])["input_ids"]
+
+
+def source_of(folder: Path, **options: Any) -> dict[str, Any]:
+    given = {"vocab_size": 900, **options}
+    return tokenizer_source(
+        [str(folder)], reading=Reading(), valid_fraction=0.0, max_bytes=10**6, seed=1, options=given
+    )
+
+
+def test_a_record_tells_what_a_tokenizer_was_made_of(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(NEKO)
+    before = source_of(tmp_path / "text")
+    made = train_tokenizer([NEKO], vocab_size=500, folder=tmp_path / "made", made_from=before)
+    opened = load_tokenizer(tmp_path / "made")
+    assert isinstance(opened, SentencePieceTokenizer)
+    assert opened.record["made_from"] == before == source_of(tmp_path / "text")
+    assert opened.fingerprint == made.fingerprint
+    (tmp_path / "text").rename(tmp_path / "moved")
+    assert source_changes(before, source_of(tmp_path / "moved")) == ""
+    assert source_changes(before, source_of(tmp_path / "moved", vocab_size=600)) == (
+        "tokenizer.vocab_size 900 -> 600"
+    )
+    (tmp_path / "moved" / "a.txt").write_text(NEKO.replace("猫", "犬"))
+    assert source_changes(before, source_of(tmp_path / "moved")) == "other text"
+
+
+def test_the_tokenizer_of_a_checkpoint_is_told_from_others(
+    ours: SentencePieceTokenizer, byte_level: Path
+) -> None:
+    other = load_tokenizer(byte_level)
+    check_tokenizer(ours.fingerprint, ours)
+    check_tokenizer(None, ours)  # checkpoints of version 0.1.0 do not say
+    for fingerprint in (other.fingerprint, *other.former_fingerprints):
+        check_tokenizer(fingerprint, other)
+        with pytest.raises(
+            RequestError, match=r"runs/x is not the tokenizer that the checkpoint was trained with"
+        ):
+            check_tokenizer(fingerprint, ours, folder="runs/x")
+
+
+def test_saving_removes_the_files_of_another_tokenizer_only(
+    folder: Path, byte_level: Path, tmp_path: Path
+) -> None:
+    load_tokenizer(folder).save(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    other = load_tokenizer(byte_level)
+    other.save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == other.fingerprint
+    assert (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "config.json").exists()
+    assert not (tmp_path / tokenizer.MODEL_FILE).exists()
+    load_tokenizer(folder).save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == load_tokenizer(folder).fingerprint

@@ -224,15 +224,16 @@ def test_a_changed_past_is_refused(text: Path, whole: Path) -> None:
 
 def test_a_refused_tokenizer_changes_nothing(text: Path, whole: Path) -> None:
     """Another one in the place that the run names, and one that is insisted on: the run folder keeps its own."""
-    from lmcore.data.tokenizer import tokenizer
+    from lmcore.data.tokenizer.tokenizer import load_tokenizer
+    from lmcore.data.tokenizer.training import train_tokenizer
     from lmcore.saved.load import load_model
 
     brought, run_dir = text / "brought", text / "brought-run"
     options = {"tokenizer__path": brought, "tokenizer__vocab_size": "null", "train__duration": "2 steps"}
-    tokenizer.load(whole / "tokenizer").save(brought)
+    load_tokenizer(whole / "tokenizer").save(brought)
     assert train(request(text, run_dir, **options)) == [EXIT_FINISHED]
     before = {path.name: path.read_bytes() for path in (run_dir / "tokenizer").iterdir()}
-    other = tokenizer.train([words(300, 5)], vocab_size=390)
+    other = train_tokenizer([words(300, 5)], vocab_size=390)
     other.save(brought)
     for extra in ({}, {"allow_changes": "tokenizer.path"}, {"allow_changes": "data.train"}):
         code, message = run_ranks(_say, 1, request(text, run_dir, **options, **extra))[0]

@@ -47,11 +47,11 @@ def build(place: Path, stores: Path, worker: int) -> None:
     """What ``prepare`` does, with small parts."""
     from lmcore.data.store import build as tokens
     from lmcore.data.text import documents as text
-    from lmcore.data.tokenizer import tokenizer
+    from lmcore.data.tokenizer.tokenizer import load_tokenizer
 
     [source] = text.resolve([{"path": str(place / "texts"), "name": "texts"}])
-    tokens.prepare(
-        source, tokenizer.load(place / "tokenizer"), store_dir=stores, worker=worker, part_bytes=PART_BYTES
+    tokens.build_store(
+        source, load_tokenizer(place / "tokenizer"), store_dir=stores, worker=worker, part_bytes=PART_BYTES
     )
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from lmcore.checkpoint import writer
 from lmcore.checkpoint.manifest import manifest_bytes
-from lmcore.data.tokenizer import tokenizer
+from lmcore.data.tokenizer.tokenizer import load_tokenizer
 from lmcore.errors import RequestError
 from lmcore.model.build import build_model
 from lmcore.saved import load
@@ -170,7 +170,7 @@ def test_hostile_tokenizer_folders_run_no_code(tmp_path: Path, mark: Path, name:
         (folder / pickled).write_bytes(pickle.dumps(Bomb(mark)))
 
     def work() -> None:
-        opened = tokenizer.load(folder)
+        opened = load_tokenizer(folder)
         opened.decode(opened.encode("a a"))
         opened.save(tmp_path / "again")
 
@@ -183,7 +183,7 @@ def test_hostile_tokenizer_folders_run_no_code(tmp_path: Path, mark: Path, name:
 def test_pickle_as_sentencepiece_model(tmp_path: Path, mark: Path, content: bytes) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content + pickle.dumps(Bomb(mark)))
-    assert attempt(lambda: tokenizer.load(path)) != "opened"
+    assert attempt(lambda: load_tokenizer(path)) != "opened"
     assert not mark.exists()
 
 

@@ -23,8 +23,9 @@ import pytest
 
 from lmcore.disk import Disk
 from lmcore.errors import FaultError, RequestError
+from lmcore.names import confined, safe_name
 from lmcore.run import folder as room
-from lmcore.run.folder import RunFolder, confined, job_id, safe_name
+from lmcore.run.folder import RunFolder, job_id
 from tests.support.disk_faults import Counter, KillAt, forked
 
 ROOT = Path(room.__file__).parents[2]

@@ -19,7 +19,8 @@ from safetensors import safe_open
 
 from lmcore.checkpoint.writer import Checkpoint, Checkpoints, find
 from lmcore.cli.main import main
-from lmcore.data.tokenizer import tokenizer
+from lmcore.data.tokenizer.tokenizer import load_tokenizer
+from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.errors import FaultError, RequestError
 from lmcore.model.build import build_model
 from lmcore.report.report import Report
@@ -57,7 +58,7 @@ def make_run(
     run_dir: Path, type: str = "gpt2", *, ema: bool = False, steps: int = 3, scale: float = 1.0
 ) -> torch.nn.Module:
     """A run folder with one checkpoint, as the trainer leaves it."""
-    words = tokenizer.train(TEXTS, vocab_size=VOCABULARY, folder=run_dir / "tokenizer")
+    words = train_tokenizer(TEXTS, vocab_size=VOCABULARY, folder=run_dir / "tokenizer")
     model = build_model(
         type=type,
         config_overrides=TYPES[type],
@@ -139,7 +140,7 @@ def test_transformers_opens_the_export_with_the_same_logits(type: str, tmp_path:
     assert model.dtype == torch.float32
     text = "def f(x):\n    吾輩は猫 😀"
     ids = words(text)["input_ids"]
-    assert ids == tokenizer.load(tmp_path / "tokenizer").encode(text)
+    assert ids == load_tokenizer(tmp_path / "tokenizer").encode(text)
     assert words.decode(ids) == text
     with torch.no_grad():
         batch = torch.tensor([ids])
@@ -342,9 +343,9 @@ def test_damaged_checkpoint_given_by_path_is_not_exported(tmp_path: Path, name: 
 def test_other_tokenizer_than_trained_with_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path)
     shutil.rmtree(tmp_path / "tokenizer")
-    tokenizer.train(TEXTS, vocab_size=VOCABULARY, folder=tmp_path / "tokenizer", split_digits=False, seed=9,
+    train_tokenizer(TEXTS, vocab_size=VOCABULARY, folder=tmp_path / "tokenizer", split_digits=False, seed=9,
                     model_type="unigram")  # fmt: skip
-    with pytest.raises(RequestError, match="is not the tokenizer that step-00000003 was trained with"):
+    with pytest.raises(RequestError, match="is not the tokenizer that the checkpoint was trained with"):
         load.load_model(tmp_path, device="cpu")
     with newest(tmp_path) as opened, pytest.raises(RequestError, match="is not the tokenizer"):
         export(opened, tmp_path / "export", run_dir=tmp_path)
@@ -435,7 +436,7 @@ def test_transformers_4_57_and_lm_eval_open_the_export(tmp_path: Path) -> None:
     for type in TYPES:
         run_dir = tmp_path / type
         trained = make_run(run_dir, type)
-        ids = tokenizer.load(run_dir / "tokenizer").encode(text)
+        ids = load_tokenizer(run_dir / "tokenizer").encode(text)
         with torch.no_grad():
             logits = trained(input_ids=torch.tensor([ids])).logits[..., :VOCABULARY]
         torch.save({"text": text, "ids": ids, "logits": logits}, run_dir / "wanted.pt")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmcore.data.tokenizer import tokenizer
+from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.errors import RequestError
 from lmcore.model.build import build_model
 from lmcore.model.module import ModelWithLoss
@@ -19,7 +19,7 @@ from lmcore.saved.generate import Draw, choose, generate, stream
 @pytest.fixture(scope="module")
 def words() -> Any:
     texts = ["def f(x):\n    return x + 1\n", "吾輩は猫である。\n"] * 40
-    return tokenizer.train(texts, vocab_size=300)
+    return train_tokenizer(texts, vocab_size=300)
 
 
 def build(words: Any, context: int = 64) -> Any:

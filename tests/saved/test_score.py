@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmcore.data.tokenizer import tokenizer
+from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.errors import RequestError
 from lmcore.model.build import build_model
 from lmcore.saved.load import Saved
@@ -17,7 +17,7 @@ SMALL_MPT = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 64}
 
 
 def test_evaluation_block_is_the_models_context(tmp_path: Path) -> None:
-    words = tokenizer.train(["def f(x):\n    return x + 1\n"] * 40, vocab_size=300)
+    words = train_tokenizer(["def f(x):\n    return x + 1\n"] * 40, vocab_size=300)
     model = build_model(
         type="mpt", config_overrides=SMALL_MPT, vocab_size=words.vocab_size, block_size=64, seed=0
     )

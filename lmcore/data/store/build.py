@@ -15,7 +15,7 @@ What always holds:
 The folder: ``part-000000.bin`` (little-endian tokens), ``part-000000.ends`` (document ends, counted from
 the start of the part), ``part-000000.json`` (its counts and hashes), ..., and at last ``manifest.json``.
 
-    store = prepare(source, tokenizer, store_dir="token_stores", processes=8)
+    store = build_store(source, tokenizer, store_dir="token_stores", processes=8)
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from lmcore.data.text import documents, hub
 from lmcore.disk import DISK
 from lmcore.errors import FaultError, RequestError
 
-__all__ = ["Progress", "TokenStore", "prepare"]
+__all__ = ["Progress", "TokenStore", "build_store"]
 
 
 _SAID_RECORDS = 100
@@ -57,7 +57,7 @@ class NoText(RequestError):
     """A source, or one side of a split of it, without a single token."""
 
 
-def prepare(
+def build_store(
     source: documents.Source,
     tokenizer: EncodesBatches,
     *,
@@ -92,7 +92,7 @@ def prepare(
         RequestError: nothing to read, or nowhere to write.
     """
     note = note or (lambda line: None)
-    if token_files.is_foreign(source.paths):
+    if token_files.are_tokens(source.paths):
         if split[0] != "all":
             raise RequestError(
                 f"source {source.name!r} is tokens, not text: it cannot be split by its documents"
@@ -143,7 +143,6 @@ def identity_of(
     source: documents.Source, tokenizer: EncodesBatches, split: tuple[str, float], eos: bool
 ) -> dict[str, Any]:
     """All that the tokens depend on; its hash is the fingerprint."""
-    relative = source.relative_paths or source.paths
     return {
         "version": STORE_VERSION,
         "name": source.name,
@@ -153,11 +152,16 @@ def identity_of(
         "text_field": source.text_field,
         "unit": source.unit,
         "encoding": source.encoding,
-        "files": [
-            [name, 0, hub.fingerprint(path)] if path.startswith(hub.PREFIX) else [name, *sample_of(path)]
-            for name, path in zip(relative, source.paths)
-        ],
+        "files": files_of(source),
     }
+
+
+def files_of(source: documents.Source) -> list[list[Any]]:
+    """``[relative path, size, hash]`` of each file: what tells whether a text is still the same."""
+    return [
+        [name, 0, hub.fingerprint(path)] if path.startswith(hub.PREFIX) else [name, *sample_of(path)]
+        for name, path in zip(source.relative_paths or source.paths, source.paths)
+    ]
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """One source's tokens as one long array, wherever its pieces lie on the disk.
 
-Comes in: a folder that :func:`lmcore.data.store.build.prepare` made (or pieces that :mod:`lmcore.data.store.token_files` found).
+Comes in: a folder that :func:`lmcore.data.store.build.build_store` made (or pieces that :mod:`lmcore.data.store.token_files` found).
 Goes out: runs of tokens and the document ends among them. What always holds: the pieces are memory-mapped,
 never loaded; a read may cross them; nothing here grows with the number of tokens or blocks.
 

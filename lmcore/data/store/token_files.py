@@ -37,7 +37,7 @@ _MEGATRON_DTYPES = {1: "|u1", 4: "<i4", 5: "<i8", 8: "<u2"}
 _NUMPY_MAGIC = b"\x93NUMPY"
 
 
-def is_foreign(paths: Sequence[str]) -> bool:
+def are_tokens(paths: Sequence[str]) -> bool:
     """Are these files of tokens?
 
     Raises:

@@ -1,1 +1,1 @@
-"""Documents to a SentencePiece model; text to ids and back."""
+"""Text <-> token ids: training a SentencePiece model, and opening the tokenizers of others."""

@@ -1,17 +1,15 @@
-"""Documents -> a trained SentencePiece model; text -> ids; -> the tokenizer folder for transformers.
+"""Text <-> token ids, by SentencePiece or by a tokenizer of transformers.
 
-Comes in: text to train on, or a ``.model``, a transformers folder, or a Hub id. Goes out: a
-:class:`Tokenizer`. What always holds: no special tokens are added to a text and none is found in it (a
-literal ``<s>`` is text); a tokenizer trained here gives back every text exactly (but ``▁``, U+2581, which
-comes back as a space, as in every SentencePiece model), and its folder gives the same ids in transformers 4
-and 5, which is tested each time it is built; a tokenizer that was brought along keeps its own behaviour. Code
-of a stranger (``trust_remote_code``) is never run.
+No special token is added to a text, and none is found in it: a literal ``<s>`` in a text is text. A tokenizer that was
+trained here gives back every text exactly (except ``▁``, U+2581, which decodes to a space in every SentencePiece model),
+and the folder that it saves gives the same ids in transformers 4 and 5. A tokenizer of somebody else keeps its own
+behaviour; code that comes with it is never run.
 
-The recipe: byte-pair merges with byte fallback, no normalization, no space put in front, all white space
-kept, digits one by one. It is trained on single lines, so that a line end is always its own token.
+Example::
 
-    tokenizer = train(texts, vocab_size=8000, folder="tokenizer")
-    tokenizer.decode(tokenizer.encode("吾輩は猫である。")) == "吾輩は猫である。"
+    tokenizer = load_tokenizer("runs/demo/tokenizer")          # or a .model file, a folder, a Hub id
+    ids = tokenizer.encode("吾輩は猫である。")                     # a list of int
+    tokenizer.decode(ids)                                       # '吾輩は猫である。'
 """
 
 from __future__ import annotations
@@ -20,7 +18,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
@@ -28,101 +27,170 @@ from typing import Any, final
 import numpy as np
 import sentencepiece
 
-from lmcore.data.tokenizer import convert, huggingface
-from lmcore.data.tokenizer.training import sample_texts, train_model
+from lmcore.data.tokenizer import huggingface
 from lmcore.data.tokenizer.word_cache import WordCache
+from lmcore.disk import DISK
 from lmcore.errors import FaultError, RequestError
-
-__all__ = ["Tokenizer", "load", "sample_texts", "train"]
 
 MODEL_FILE = "tokenizer.model"
 RECORD_FILE = "lmcore_tokenizer.json"
-"""In a folder of ours: how the tokenizer came to be, and the hash of its model."""
+"""In a folder that lmcore saved: how the tokenizer was made, and the hash of its model."""
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls")
 _SEP_CLS = {"[SEP]": "sep", "<sep>": "sep", "[CLS]": "cls", "<cls>": "cls"}
 
 _CUT_CHARACTERS = 4096
-"""Long documents are encoded in pieces of about this size, where the ids are provably the same: a third
-faster."""
+"""Long documents are encoded in pieces of about this size, where the ids are provably the same: a third faster."""
 _LONGEST_CHARACTERS = 2**20
-"""Without a provable cut for this long, a document is cut anyway: its time and memory must stay bounded."""
+"""Without a provable cut for this long, a document is cut anyway, so that time and memory stay bounded."""
 
 
-@final
-class Tokenizer:
-    """Text <-> ids.
+class Tokenizer(ABC):
+    """Text <-> ids; :func:`load_tokenizer` and :func:`lmcore.data.tokenizer.training.train_tokenizer` make one.
 
     Attributes:
-        vocab_size: V; every id is below it. eos_id: ends a document. bos_id, pad_id, unk_id: or ``None``.
-        special_ids: the ids a model's config wants, by its names (``bos_token_id``, ``pad_token_id``, ...),
-        as far as
-            the tokenizer defines them.
-        fingerprint: SHA-256 over what decides the ids; equal fingerprints mean equal tokens.
+        vocab_size: V, also ``len(tokenizer)``; every id is in [0, V).
+        eos_id: ends a document. bos_id, pad_id, unk_id: an id, or ``None`` where the tokenizer has none. The same under
+            the names of transformers: ``eos_token_id``, ``bos_token_id``, ``pad_token_id``, ``unk_token_id``.
+        special_ids: ``{"bos_token_id": 1, ...}``: what a model's config wants, as far as it is defined.
+        special_tokens: ``{"bos_token": "<s>", ...}``, the same as text.
+        fingerprint: SHA-256 in hex over what decides the ids; equal fingerprints mean equal ids.
+        former_fingerprints: what earlier versions called it; token stores and checkpoints may carry these.
         notes: what a user should know about how it was made or loaded, one line each.
+        files: what is saved, by file name.
     """
 
-    def __init__(self, files: dict[str, bytes], *, native: bool, notes: Sequence[str] = ()) -> None:
-        self.files = files
-        self.notes = tuple(notes)
-        self._is_native = native
-        self._exact = False
-        if native:
-            self._proto = convert.parse(files[MODEL_FILE])
-            self._exact = convert.is_exact(self._proto)
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=files[MODEL_FILE])
-            tokens = {
-                role: self._model.id_to_piece(number)
-                for role in ("bos", "eos", "unk", "pad")
-                if (number := getattr(self._model, f"{role}_id")()) >= 0
-            }
-            controls = {
-                p.piece for p in self._proto.pieces if p.type in (convert.CONTROL, convert.USER_DEFINED)
-            }
-            tokens |= {role: piece for piece, role in _SEP_CLS.items() if piece in controls}
-            ids = {role: self._model.piece_to_id(piece) for role, piece in tokens.items()}
-            self.vocab_size = self._model.get_piece_size()
-            parts = {MODEL_FILE: files[MODEL_FILE]}
-        else:
-            self._hub = huggingface.open_transformers(files)
-            self._fast = huggingface.as_plain_text(self._hub)
-            tokens = {r: str(t) for r in _ROLES if (t := getattr(self._hub, f"{r}_token", None)) is not None}
-            ids = {role: getattr(self._hub, f"{role}_token_id") for role in tokens}
-            self.vocab_size = max(len(self._hub), max(self._hub.get_vocab().values()) + 1)
-            parts = {name: huggingface.without_length(name, data) for name, data in files.items()}
-            if "auto_map" in json.loads(files.get("tokenizer_config.json", b"{}")):
-                self.notes += ("it brings code of its own (auto_map), which is not run",)
+    files: dict[str, bytes]
+    notes: tuple[str, ...]
+    vocab_size: int
+    fingerprint: str
+    former_fingerprints: tuple[str, ...] = ()
+
+    def _take_special_tokens(self, tokens: Mapping[str, str], ids: Mapping[str, int]) -> None:
         self.special_tokens = {f"{role}_token": token for role, token in tokens.items()}
         self.special_ids = {f"{role}_token_id": number for role, number in ids.items()}
         self.bos_id, self.pad_id, self.unk_id = ids.get("bos"), ids.get("pad"), ids.get("unk")
         eos = ids.get("eos", ids.get("sep"))
         if eos is None:
             raise RequestError(
-                "the tokenizer has no end-of-text token (eos): documents could not be told apart"
+                "the tokenizer has no end-of-text token: give eos_token in its tokenizer_config.json "
+                "(documents could not be told apart)"
             )
         self.eos_id: int = eos
-        digest = hashlib.sha256(b"native" if native else b"transformers")
-        for name in sorted(parts):
-            digest.update(f"\0{name}\0{len(parts[name])}\0".encode() + parts[name])
-        self.fingerprint = digest.hexdigest()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travels to worker processes as its files."""
-        return _rebuild, (self.files, self._is_native, self.notes)
+        self.bos_token_id, self.eos_token_id = self.bos_id, self.eos_id
+        self.pad_token_id, self.unk_token_id = self.pad_id, self.unk_id
 
     def __len__(self) -> int:
         return self.vocab_size
 
+    def __call__(self, text: str | Sequence[str], **_: Any) -> dict[str, Any]:
+        """``{"input_ids": ..., "attention_mask": ...}``, lists of int for one text or lists of them for several; no
+        special tokens. Further options, as transformers' tokenizers have them, change nothing."""
+        if isinstance(text, str):
+            ids: Any = self.encode(text)
+            return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        ids = [one.tolist() for one in self.encode_batch(text)]
+        return {"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids]}
+
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[np.ndarray]:
         """One int32 array of ids for each text."""
-        if not self._is_native:
-            if self._fast is not None:
-                encoded = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
-                return [np.array(one.ids, dtype=np.int32) for one in encoded]
-            return [
-                np.array(self._hub.encode(text, add_special_tokens=False), dtype=np.int32) for text in texts
-            ]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text."""
+        return self.encode_batch([text])[0].tolist()
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
+
+    @abstractmethod
+    def piece(self, number: int) -> str:
+        """What an id looks like in the vocabulary."""
+
+    @abstractmethod
+    def byte_lengths(self) -> np.ndarray | None:
+        """(V,) int32: how many UTF-8 bytes of text each id is, special tokens 0; ``None`` where that is not exact
+        (a tokenizer that normalizes text or puts a space in front)."""
+
+    @abstractmethod
+    def _files_to_save(self, model_max_length: int | None) -> dict[str, bytes]:
+        """All files of the folder."""
+
+    def save(self, folder: str | os.PathLike[str], *, model_max_length: int | None = None) -> None:
+        """Write the folder that ``AutoTokenizer.from_pretrained`` opens, in transformers 4 and 5, with these ids.
+
+        Files of another tokenizer in the folder are removed; everything else there stays. The record of a trained
+        tokenizer is written last: a folder that a kill left incomplete has none.
+
+        Args:
+            model_max_length: tokens, for ``tokenizer_config.json``; default: not limited.
+
+        Raises:
+            FaultError: the folder would not give the same ids (nothing is written then).
+        """
+        files = self._files_to_save(model_max_length)
+        target = Path(folder)
+        DISK.makedirs(target)
+        (target / RECORD_FILE).unlink(missing_ok=True)
+        for path in huggingface.stale_files(target, list(files)):
+            DISK.unlink(path)
+        for name in sorted(files, key=lambda one: one == RECORD_FILE):
+            DISK.makedirs((target / name).parent)
+            DISK.write_bytes(target / name, files[name])
+
+
+@final
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, encoded by SentencePiece itself.
+
+    Args:
+        files: ``tokenizer.model``, and the record of how it was made if there is one.
+
+    Raises:
+        ValueError: it is no SentencePiece model.
+        RequestError: it has no end-of-text token.
+    """
+
+    def __init__(self, files: dict[str, bytes], *, notes: Sequence[str] = ()) -> None:
+        self.files, self.notes = files, tuple(notes)
+        model = files[MODEL_FILE]
+        self.proto = huggingface.parse_model(model)
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.is_exact = huggingface.is_exact(self.proto)
+        self.is_unigram = self.proto.trainer_spec.model_type == huggingface.UNIGRAM
+        self.vocab_size = self.processor.get_piece_size()
+        tokens = {
+            role: self.processor.id_to_piece(number)
+            for role in ("bos", "eos", "unk", "pad")
+            if (number := getattr(self.processor, f"{role}_id")()) >= 0
+        }
+        symbols = (huggingface.CONTROL, huggingface.USER_DEFINED)
+        named = {piece.piece for piece in self.proto.pieces if piece.type in symbols}
+        tokens |= {role: piece for piece, role in _SEP_CLS.items() if piece in named}
+        ids = {role: self.processor.piece_to_id(piece) for role, piece in tokens.items()}
+        # A symbol of the user is found in text; as a special token of the saved folder it would not be.
+        kinds = {role: self.proto.pieces[number].type for role, number in ids.items()}
+        shown = {role: t for role, t in tokens.items() if kinds[role] != huggingface.USER_DEFINED}
+        self._take_special_tokens(shown, ids)
+        digest = hashlib.sha256(b"native")
+        digest.update(f"\0{MODEL_FILE}\0{len(model)}\0".encode() + model)
+        self.fingerprint = digest.hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_sentencepiece, (self.files, self.notes)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How it was trained; empty for a model of somebody else."""
+        try:
+            value = json.loads(self.files.get(RECORD_FILE, b"{}"))
+        except (ValueError, RecursionError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[np.ndarray]:
         if self._pairs is None:
-            return self._model.encode(list(texts), num_threads=threads, return_type="numpy")
+            return self.processor.encode(list(texts), num_threads=threads, return_type="numpy")
         pieces: list[str] = []
         counts = []
         for text in texts:
@@ -131,37 +199,33 @@ class Tokenizer:
             counts.append(len(pieces) - before)
         encoded = self._words.encode_batch(pieces) if self._words is not None and threads == 1 else None
         if encoded is None:
-            encoded = self._model.encode(pieces, num_threads=threads, return_type="numpy")
+            encoded = self.processor.encode(pieces, num_threads=threads, return_type="numpy")
         result, at = [], 0
         for count in counts:
             result.append(encoded[at] if count == 1 else np.concatenate(encoded[at : at + count]))
             at += count
         return result
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of one text."""
-        return self.encode_batch([text])[0].tolist()
-
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; special tokens stand for nothing, broken UTF-8 for U+FFFD."""
-        plain = [int(number) for number in ids]
-        if self._is_native:
-            return self._model.decode(plain)
-        return self._hub.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.processor.decode([int(number) for number in ids])
 
     def piece(self, number: int) -> str:
-        """What an id looks like in the vocabulary."""
-        return self._model.id_to_piece(number) if self._is_native else self._hub.convert_ids_to_tokens(number)
+        return self.processor.id_to_piece(number)
+
+    def byte_lengths(self) -> np.ndarray | None:
+        if not self.is_exact:
+            return None
+        return np.array([_piece_bytes(p.type, p.piece) for p in self.proto.pieces], dtype=np.int32)
 
     def _cut(self, text: str) -> Iterator[str]:
         """Pieces of a text whose ids, one after another, are the ids of the whole.
 
-        A merge across a cut would make a vocabulary piece that contains the two characters beside it. So
-        between two characters that stand beside one another in no piece, nothing is ever merged, and the cut
-        changes nothing. (For byte-pair and character models without normalization; others are not cut.)
+        A merge across a cut would make a vocabulary piece that contains the two characters beside it. So between two
+        characters that are neighbours in no piece, nothing is ever merged, and the cut changes nothing. (For byte-pair
+        and character models without normalization; others are not cut.)
         """
         assert self._pairs is not None
-        text = text.replace(convert.SPACE, " ")  # the model does not tell them apart either
+        text = text.replace(huggingface.SPACE, " ")  # the model does not tell them apart either
         start = 0
         while len(text) - start > _CUT_CHARACTERS:
             cut = start + _CUT_CHARACTERS
@@ -175,222 +239,245 @@ class Tokenizer:
 
     @cached_property
     def _pairs(self) -> frozenset[str] | None:
-        """The characters that stand side by side in some piece; ``None`` where a text may not be cut."""
-        if not self._exact or self._proto.trainer_spec.model_type == convert.UNIGRAM:
+        """The characters that are neighbours in some piece; ``None`` where a text may not be cut."""
+        if not self.is_exact or self.is_unigram:
             return None
-        return _adjacent_characters(self._proto)
+        others = (huggingface.CONTROL, huggingface.UNKNOWN, huggingface.BYTE)
+        texts = [p.piece.replace(huggingface.SPACE, " ") for p in self.proto.pieces if p.type not in others]
+        return frozenset(text[at : at + 2] for text in texts for at in range(len(text) - 1))
 
     @cached_property
     def _words(self) -> WordCache | None:
-        return None if self._pairs is None else WordCache.of(self._model, self._pairs)
+        return None if self._pairs is None else WordCache.of(self.processor, self._pairs)
 
-    def byte_lengths(self) -> np.ndarray | None:
-        """(V,) int32: how many UTF-8 bytes of text each id stands for, special tokens 0; ``None`` where that
-        is not exact (a tokenizer that normalizes text or puts a space in front)."""
-        if self._is_native:
-            if not self._exact:
-                return None
-            pieces = ((p.type, p.piece) for p in self._proto.pieces)
-            return np.array([_native_length(kind, piece) for kind, piece in pieces], dtype=np.int32)
-        return huggingface.byte_level_lengths(self._hub, self._fast, self.vocab_size)
+    def check(self, texts: Iterable[str]) -> None:
+        """Compare with the same model in transformers: ids and decoded text, of ``texts``, of
+        :data:`lmcore.data.tokenizer.huggingface.TEST_TEXTS` and of texts around every symbol of the user.
 
-    def save(self, folder: str | os.PathLike[str], *, model_max_length: int | None = None) -> None:
-        """Write the folder that ``AutoTokenizer.from_pretrained`` opens, in transformers 4 and 5, with these
-        ids.
+        A model that normalizes text, or a unigram model (whose ties each library breaks in its own way), may differ
+        on rare texts: the first of them becomes a note.
 
         Raises:
-            FaultError: the folder would not give the same ids (nothing is written then).
+            FaultError: they differ.
         """
-        files = dict(self.files)
-        if self._is_native:
-            wrapped = convert.convert(self._proto)
-            found = convert.difference(self._model, wrapped, convert.HARD_TEXTS)
-            if found and self._exact and self._proto.trainer_spec.model_type != convert.UNIGRAM:
-                raise FaultError(f"the tokenizer does not survive its conversion to transformers: {found}")
-            if found:
-                # Its normalization works on other units there, and unigram ties are broken otherwise: rare texts only.
-                self.notes += (f"in transformers some texts are not the same as here: {found}",)
-            wrapped.encode_special_tokens = False
-            files["tokenizer.json"] = wrapped.to_str(pretty=True).encode()
-            prefix = self._proto.normalizer_spec.add_dummy_prefix
-            files["tokenizer_config.json"] = convert.config(
-                self.special_tokens, model_max_length=model_max_length, add_prefix_space=prefix
-            ).encode()
-            record = json.loads(files.get(RECORD_FILE, b"{}"))
-            record |= {"version": 1, "sha256": hashlib.sha256(files[MODEL_FILE]).hexdigest()}
-            files[RECORD_FILE] = (json.dumps(record, indent=2) + "\n").encode()
-        else:
-            files.pop("config.json", None)  # it is the model's, and tells which class the tokenizer is
-            own = json.loads(files.get("tokenizer_config.json", b"{}"))
-            kind = type(self._hub).__name__
-            own.setdefault(
-                "tokenizer_class", "PreTrainedTokenizerFast" if kind == "TokenizersBackend" else kind
+        everything = [*texts, *huggingface.TEST_TEXTS, *huggingface.symbol_texts(self.proto)]
+        try:
+            converted = huggingface.to_tokenizers(self.proto)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        found = huggingface.difference(self.processor, converted, everything)
+        if found and self.is_exact and not self.is_unigram:
+            raise FaultError(f"the tokenizer would not be the same in transformers: {found}")
+        note = f"in transformers some texts are not the same as here: {found}"
+        if found and not any(one.startswith(note[:40]) for one in self.notes):
+            self.notes += (note,)
+
+    def _files_to_save(self, model_max_length: int | None) -> dict[str, bytes]:
+        self.check([])
+        converted = huggingface.to_tokenizers(self.proto)
+        config = huggingface.tokenizer_config(
+            self.special_tokens,
+            model_max_length=model_max_length,
+            add_prefix_space=self.proto.normalizer_spec.add_dummy_prefix,
+        )
+        model = self.files[MODEL_FILE]
+        record = self.record | {"version": 1, "sha256": hashlib.sha256(model).hexdigest()}
+        return {
+            MODEL_FILE: model,
+            "tokenizer.json": converted.to_str(pretty=True).encode(),
+            huggingface.TOKENIZER_CONFIG: config,
+            RECORD_FILE: huggingface.as_json(record),
+        }
+
+
+@final
+class TransformersTokenizer(Tokenizer):
+    """What ``AutoTokenizer`` of transformers opens from ``files``.
+
+    Args:
+        files: complete without the model's config.json (:func:`lmcore.data.tokenizer.huggingface.complete`).
+        former_fingerprints: of the folder that they come from.
+        opened: what transformers opened from them, if that was done already.
+
+    Raises:
+        RequestError: they cannot be opened, have no end-of-text token, or lack most of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        files: dict[str, bytes],
+        *,
+        notes: Sequence[str] = (),
+        former_fingerprints: Sequence[str] = (),
+        opened: Any = None,
+    ) -> None:
+        self.files, self.notes = files, tuple(notes)
+        self.former_fingerprints = tuple(former_fingerprints)
+        self._tokenizer = huggingface.open_files(files) if opened is None else opened
+        self._tokenizer.split_special_tokens = True  # in training, special tokens in a text are text
+        self._backend = huggingface.plain_backend(self._tokenizer)
+        tokens = {
+            role: str(token)
+            for role in _ROLES
+            if (token := getattr(self._tokenizer, f"{role}_token", None)) is not None
+        }
+        self.vocab_size = max(len(self._tokenizer), max(self._tokenizer.get_vocab().values(), default=-1) + 1)
+        huggingface.check_pieces(self._tokenizer, self.vocab_size, files)
+        self._take_special_tokens(
+            tokens, {role: getattr(self._tokenizer, f"{role}_token_id") for role in tokens}
+        )
+        self.fingerprint = huggingface.fingerprint_of(self._tokenizer, files)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_transformers, (self.files, self.notes, self.former_fingerprints)
+
+    def check(self) -> None:
+        """Encode texts of many kinds as transformers does it.
+
+        Raises:
+            RequestError: it fails, or gives other ids than it will for whoever opens the saved folder.
+        """
+        texts = [*huggingface.TEST_TEXTS, *(f"a {token} b" for token in self.special_tokens.values())]
+        try:
+            ours = [ids.tolist() for ids in self.encode_batch(texts)]
+            theirs = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        except Exception as error:  # tokenizers raises plain Exception; Python tokenizers whatever they like
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise RequestError(f"this tokenizer cannot encode text: {reason[0][:300]}") from error
+        for text, here, there in zip(texts, ours, theirs):
+            if here != list(there):
+                raise RequestError(
+                    f"this tokenizer gives {here[:20]} for {text!r} by itself and {list(there)[:20]} inside "
+                    f"transformers: its class does more than its tokenizer.json says, which training would not do"
+                )
+        eos = self.special_tokens.get("eos_token", "")
+        if eos and self.eos_id in self.encode(eos):
+            self.notes += (f"its model takes a literal {eos} in a text for the end-of-text token",)
+
+    def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[np.ndarray]:
+        if self._backend is not None:
+            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(one.ids, dtype=np.int32) for one in encoded]
+        return [
+            np.array(
+                self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True),
+                dtype=np.int32,
             )
-            if model_max_length:
-                own["model_max_length"] = model_max_length
-            files["tokenizer_config.json"] = (json.dumps(own, ensure_ascii=False, indent=2) + "\n").encode()
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        # The record comes last: without it the folder is not taken for a finished one of ours.
-        for name in sorted(files, key=lambda one: one == RECORD_FILE):
-            temporary = target / f".{name}.{os.getpid()}"
-            temporary.write_bytes(files[name])
-            temporary.replace(target / name)
+            for text in texts
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        plain = [int(number) for number in ids]
+        return self._tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def piece(self, number: int) -> str:
+        return self._tokenizer.convert_ids_to_tokens(number)
+
+    def byte_lengths(self) -> np.ndarray | None:
+        return huggingface.byte_lengths(self._tokenizer, self._backend, self.vocab_size)
+
+    def _files_to_save(self, model_max_length: int | None) -> dict[str, bytes]:
+        if not model_max_length:
+            return self.files
+        config = huggingface.json_of(self.files, huggingface.TOKENIZER_CONFIG)
+        config["model_max_length"] = model_max_length
+        return {**self.files, huggingface.TOKENIZER_CONFIG: huggingface.as_json(config)}
 
 
-def _rebuild(files: dict[str, bytes], native: bool, notes: tuple[str, ...]) -> Tokenizer:
-    return Tokenizer(files, native=native, notes=notes)
+def _open_sentencepiece(files: dict[str, bytes], notes: tuple[str, ...]) -> Tokenizer:
+    return SentencePieceTokenizer(files, notes=notes)
 
 
-def _native_length(kind: int, piece: str) -> int:
-    if kind == convert.BYTE:
+def _open_transformers(files: dict[str, bytes], notes: tuple[str, ...], former: tuple[str, ...]) -> Tokenizer:
+    return TransformersTokenizer(files, notes=notes, former_fingerprints=former)
+
+
+def _piece_bytes(kind: int, piece: str) -> int:
+    if kind == huggingface.BYTE:
         return 1
-    if kind in (convert.CONTROL, convert.UNKNOWN):
+    if kind in (huggingface.CONTROL, huggingface.UNKNOWN):
         return 0
-    return len(piece.replace(convert.SPACE, " ").encode())
+    return len(piece.replace(huggingface.SPACE, " ").encode())
 
 
-def _adjacent_characters(proto: Any) -> frozenset[str]:
-    others = (convert.CONTROL, convert.UNKNOWN, convert.BYTE)
-    pieces = (p.piece for p in proto.pieces if p.type not in others)
-    texts = (piece.replace(convert.SPACE, " ") for piece in pieces)
-    return frozenset(piece[at : at + 2] for piece in texts for at in range(len(piece) - 1))
-
-
-def load(path: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
-    """Open a SentencePiece ``.model``, a folder (ours or any transformers one), or a Hub id.
+def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
+    """Open a SentencePiece ``.model`` file, a folder (of lmcore or transformers), or a Hub id.
 
     Args:
         path: file, folder, or ``owner/name`` on the Hub (also ``owner/name@revision``).
         revision: commit, tag or branch of a Hub id.
 
     Raises:
-        RequestError: it is none of these, has no end-of-text token, or would need code of its own.
+        RequestError: it is none of these, is damaged, has no end-of-text token, or would need code of its own.
     """
     place = Path(path).expanduser()
-    if place.is_file():
-        return _native(place.read_bytes(), str(path))
-    if place.is_dir():
-        files = {
-            n: (place / n).read_bytes()
-            for n in (*huggingface.TOKENIZER_FILES, "config.json")
-            if (place / n).is_file()
-        }
-        record = place / RECORD_FILE
-        if record.is_file() and MODEL_FILE in files:
-            stored = record.read_bytes()
-            if json.loads(stored).get("sha256") != hashlib.sha256(files[MODEL_FILE]).hexdigest():
-                raise RequestError(
-                    f"{place / MODEL_FILE} is not the model that {RECORD_FILE} beside it describes"
-                )
-            return Tokenizer({MODEL_FILE: files[MODEL_FILE], RECORD_FILE: stored}, native=True)
-        models = sorted(place.glob("*.model"))
-        if not files.keys() - {MODEL_FILE, "spiece.model", "config.json"}:
-            if len(models) != 1:
-                raise RequestError(
-                    f"folder {path} holds no tokenizer (no tokenizer.json and {len(models)} .model files)"
-                )
-            return _native(models[0].read_bytes(), str(models[0]))
-        return Tokenizer(files, native=False)
+    try:
+        if place.is_file():
+            return _load_model(place.read_bytes(), str(path))
+        if place.is_dir():
+            return _load_folder(place, str(path))
+    except OSError as error:
+        raise RequestError(f"tokenizer {path} cannot be read: {error.strerror or error}") from error
     name, _, inline = str(path).partition("@")
     if str(path).endswith(".model") or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise RequestError(
             f"no such tokenizer: {path} (a .model file, a folder, or a Hub id like owner/name)"
         )
-    files, commit = huggingface.from_hub(name, revision or inline or None)
+    folder, commit = huggingface.download(name, revision or inline or None)
     pinned = "" if revision or inline else " (give tokenizer.revision to pin it)"
-    return Tokenizer(files, native=False, notes=[f"{name}: commit {commit}{pinned}"])
+    return _load_folder(folder, f"{name} on the Hub", [f"{name}: commit {commit}{pinned}"])
 
 
-def _native(model: bytes, path: str) -> Tokenizer:
+def _load_folder(folder: Path, shown: str, notes: Sequence[str] = ()) -> Tokenizer:
+    files = huggingface.read_files(folder)
+    if RECORD_FILE in files and MODEL_FILE in files:
+        record = huggingface.json_of(files, RECORD_FILE)
+        if record.get("sha256") != hashlib.sha256(files[MODEL_FILE]).hexdigest():
+            raise RequestError(
+                f"{folder / MODEL_FILE} is not the model that {RECORD_FILE} beside it describes"
+            )
+        return _load_model(files[MODEL_FILE], shown, {RECORD_FILE: files[RECORD_FILE]}, notes)
+    if huggingface.is_bare_model(files):
+        models = [name for name in files if name.endswith(".model")]
+        if len(models) != 1:
+            raise RequestError(
+                f"folder {shown} holds no tokenizer (no tokenizer.json and {len(models)} .model files)"
+            )
+        return _load_model(files[models[0]], f"{shown}/{models[0]}", notes=notes)
+    if "auto_map" in huggingface.json_of(files, huggingface.TOKENIZER_CONFIG):
+        notes = [*notes, "it brings code of its own (auto_map), which is not run"]
     try:
-        return Tokenizer({MODEL_FILE: model}, native=True)
-    except (ValueError, RuntimeError) as error:
-        raise RequestError(f"{path}: {error}") from error
-
-
-def train(
-    texts: Iterable[str],
-    *,
-    vocab_size: int = 8000,
-    folder: str | os.PathLike[str] | None = None,
-    seed: int = 0,
-    model_type: str = "bpe",
-    character_coverage: float = 0.9995,
-    split_digits: bool = True,
-    model_max_length: int | None = None,
-    **options: Any,
-) -> Tokenizer:
-    """Train a SentencePiece model on ``texts`` and, with ``folder``, save it. The same texts give the same
-    bytes.
-
-    Args:
-        texts: documents; all of them are used, line by line (bound them with :func:`sample_texts`).
-        vocab_size: V, with 256 bytes, 4 special tokens and the characters among it. A corpus that does not
-        hold so many
-            pieces gives fewer, and ``notes`` says so.
-        seed: kept in the record; training itself draws nothing. model_type: ``bpe``, ``char`` or ``unigram``
-        (slow, and its ids may differ between the libraries in ties). character_coverage: share of all
-        characters that get a token of their own; the rest is spelt in bytes. split_digits: each digit its own
-        token. options: further options of SentencePiece's trainer.
-
-    Raises:
-        RequestError: no text, a vocabulary too small for the characters, an unknown option.
-    """
-    recipe = {
-        "model_type": model_type,
-        "vocab_size": vocab_size,
-        "character_coverage": character_coverage,
-        "split_digits": split_digits,
-        "byte_fallback": True,
-        "normalization_rule_name": "identity",
-        "add_dummy_prefix": False,
-        "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True,
-        # Japanese text may hold no space at all; without a piece for it, a space would come back as "▁".
-        "required_chars": convert.SPACE,
-        "unk_id": 0,
-        "bos_id": 1,
-        "eos_id": 2,
-        "pad_id": 3,
-        "hard_vocab_limit": False,
-        # Fixed: it is written into the model, and must not depend on the machine.
-        "num_threads": 4,
-        **options,
-    }
-    if model_type not in ("bpe", "char", "unigram"):
-        raise RequestError(
-            f"model_type {model_type!r}: bpe, char or unigram (transformers has no word models)"
-        )
-    model, lines = train_model(texts, recipe)
-    record = {"recipe": recipe, "seed": seed, "sentencepiece": sentencepiece.__version__, **lines.counts()}
-    notes = lines.notes()
-    files = {MODEL_FILE: model, RECORD_FILE: json.dumps(record).encode()}
-    tokenizer = Tokenizer(files, native=True)
-    if tokenizer.vocab_size < vocab_size:
-        notes.append(
-            f"the corpus holds only {tokenizer.vocab_size:,} pieces: the vocabulary is not {vocab_size:,}"
-        )
-    tokenizer.notes = tuple(notes)
-    _self_test(tokenizer, lines.sample)
-    if folder is not None:
-        tokenizer.save(folder, model_max_length=model_max_length)
+        copy, opened = huggingface.complete(files)
+        former = huggingface.former_fingerprints(files)
+        tokenizer = TransformersTokenizer(copy, notes=notes, former_fingerprints=former, opened=opened)
+        tokenizer.check()
+    except RequestError as error:
+        raise RequestError(f"{shown}: {error}") from error
     return tokenizer
 
 
-def _self_test(tokenizer: Tokenizer, lines: Sequence[str]) -> None:
-    """Before anyone uses it: every sampled line comes back exactly, with the same ids in transformers."""
-    texts = [*lines, "\n".join(lines[:50]), *convert.HARD_TEXTS]
-    # Unigram may choose differently between equal scores; a normalization that was asked for is not the same there.
-    if tokenizer._exact and tokenizer._proto.trainer_spec.model_type != convert.UNIGRAM:
-        found = convert.difference(tokenizer._model, convert.convert(tokenizer._proto), texts)
-        if found:
-            raise FaultError(f"self-test of the tokenizer: {found}")
-    lost = [t for t, ids in zip(texts, tokenizer.encode_batch(texts)) if tokenizer.decode(ids) != t]
-    lost = [text for text in lost if convert.SPACE not in text]
-    if lost and tokenizer._exact:
-        raise FaultError(f"self-test of the tokenizer: {lost[0][:200]!r} does not come back")
-    if lost:
-        tokenizer.notes += (
-            f"with these options {len(lost):,} of {len(texts):,} sampled texts do not come back exactly from their ids",
-        )
+def _load_model(
+    model: bytes, shown: str, record: Mapping[str, bytes] | None = None, notes: Sequence[str] = ()
+) -> Tokenizer:
+    try:
+        return SentencePieceTokenizer({MODEL_FILE: model, **(record or {})}, notes=notes)
+    except (ValueError, RuntimeError, RequestError) as error:
+        raise RequestError(f"{shown}: {error}") from error
+
+
+def check_tokenizer(fingerprint: object, tokenizer: Tokenizer, *, folder: object = "this folder") -> None:
+    """Refuse a tokenizer that is not the one a checkpoint was trained with.
+
+    Args:
+        fingerprint: as the checkpoint's state has it; ``None`` in checkpoints of version 0.1.0, which have none.
+        folder: where the tokenizer was found, for the message.
+
+    Raises:
+        RequestError: it is another one; both fingerprints are named.
+    """
+    if fingerprint is None or fingerprint in (tokenizer.fingerprint, *tokenizer.former_fingerprints):
+        return
+    raise RequestError(
+        f"{folder} is not the tokenizer that the checkpoint was trained with (fingerprint "
+        f"{tokenizer.fingerprint[:12]}, in the checkpoint {str(fingerprint)[:12]}): restore that one"
+    )

@@ -1,46 +1,30 @@
-"""Texts -> a SentencePiece model: the recipe, and what the trainer would drop without a word.
+"""Training of a SentencePiece tokenizer.
 
-Comes in: documents. Goes out: the bytes of the model, the record of how it came to be, and notes. What always
-holds: the same texts and options give the same bytes; every line reaches the trainer, long ones in pieces.
+The same texts and options give the same bytes, and every line reaches the trainer, long ones in pieces (it would drop
+them without a word). The recipe: byte-pair merges with byte fallback, no normalization, no space put in front, all
+white space kept, digits one by one. Training sees single lines, so that a line end is always its own token.
 """
 
 from __future__ import annotations
 
 import io
-import random
+import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import sentencepiece
 
-from lmcore.data.text import documents, hub
-from lmcore.errors import RequestError
+from lmcore.data.tokenizer import huggingface
+from lmcore.data.tokenizer.tokenizer import MODEL_FILE, RECORD_FILE, SentencePieceTokenizer, Tokenizer
+from lmcore.errors import FaultError, RequestError
 
+RECIPE_VERSION = 1
+"""Rises when the same texts and options would give another tokenizer."""
 _LINE_BYTES = 16_384
 """A longer line is cut into several; the trainer would drop it silently."""
-
-
-def sample_texts(
-    sources: Sequence[documents.Source],
-    *,
-    max_bytes: int = 256 * 2**20,
-    seed: int = 0,
-    bad: Callable[[documents.BadRecord], None],
-) -> Iterator[str]:
-    """Texts to train on: all of a small corpus in its order; of a larger one, 1 MiB parts in seeded random
-    order until ``max_bytes`` are reached. (A compressed file is one part: of a single huge one this is its
-    head, and so it is of a data set of the Hub.)"""
-    total = 0
-    work = [(source, part) for source in sources for part in hub.parts_of(source, part_bytes=2**20)]
-    if sum(part.n_bytes for _, part in work) > max_bytes:
-        random.Random(f"{seed} tokenizer").shuffle(work)
-    for source, part in work:
-        for document in hub.documents_of(source, part, bad=bad):
-            total += len(document.text.encode())
-            yield document.text
-            if total >= max_bytes:
-                return
+_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 
 
 @final
@@ -104,6 +88,8 @@ def _training_error(message: str, lines: TrainingLines, vocab_size: int) -> str:
             f"vocab_size {vocab_size} is too small: 256 bytes, the special tokens and the characters of this"
             f" text need {found[2]}: set tokenizer.vocab_size above that"
         )
+    if "insert_id(" in message:
+        return f"vocab_size {vocab_size} is too small: the special tokens alone need 4; set tokenizer.vocab_size above that"
     return f"SentencePiece cannot train this: {message.strip().splitlines()[0]}"
 
 
@@ -126,3 +112,123 @@ def train_model(texts: Iterable[str], recipe: dict[str, Any]) -> tuple[bytes, Tr
     if lines.error is not None:
         raise lines.error
     return out.getvalue(), lines
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    *,
+    vocab_size: int = 8000,
+    folder: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    model_type: str = "bpe",
+    character_coverage: float = 0.9995,
+    split_digits: bool = True,
+    user_symbols: Sequence[str] = (),
+    model_max_length: int | None = None,
+    made_from: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Tokenizer:
+    """Train a SentencePiece model on ``texts`` and, with ``folder``, save it. The same texts give the same bytes.
+
+    Args:
+        texts: documents; all of them are used, line by line.
+        vocab_size: V, with 256 bytes, 4 special tokens and the characters among it. A corpus that does not hold so many
+            pieces gives fewer, and ``notes`` says so.
+        folder: where to save it, see :meth:`lmcore.data.tokenizer.tokenizer.Tokenizer.save`.
+        seed: kept in the record; training itself draws nothing.
+        model_type: ``bpe``, ``char`` or ``unigram`` (slow, and ties may be broken otherwise in transformers).
+        character_coverage: share of all characters that get a token of their own; the rest is written in bytes.
+        split_digits: each digit is a token of its own.
+        user_symbols: texts that are always one token, spaces inside included.
+        model_max_length: tokens, for ``tokenizer_config.json``.
+        made_from: kept in the record: everything that decides the tokenizer (:func:`lmcore.data.corpus.tokenizer_source`).
+        options: further options of SentencePiece's trainer.
+
+    Raises:
+        RequestError: no text, a vocabulary too small for the characters, an unknown option or an impossible symbol.
+        FaultError: the self-test failed: a text does not come back, or has other ids in transformers.
+
+    Example::
+
+        tokenizer = train_tokenizer(["吾輩は猫である。", "名前はまだ無い。"] * 100, vocab_size=400)
+    """
+    if model_type not in ("bpe", "char", "unigram"):
+        raise RequestError(
+            f"unknown model_type {model_type!r}; choose from bpe, char, unigram (transformers has no word models)"
+        )
+    recipe = {
+        "model_type": model_type,
+        "vocab_size": vocab_size,
+        "character_coverage": character_coverage,
+        "split_digits": split_digits,
+        "user_defined_symbols": _checked(user_symbols),
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        # Japanese text may hold no space at all; without a piece for it, a space would come back as "▁".
+        "required_chars": huggingface.SPACE,
+        "unk_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "pad_id": 3,
+        "hard_vocab_limit": False,
+        # Fixed: it is written into the model, and must not depend on the machine.
+        "num_threads": 4,
+        **options,
+    }
+    model, lines = train_model(texts, recipe)
+    record = {"recipe": recipe, "seed": seed, "sentencepiece": sentencepiece.__version__, **lines.counts()}
+    if made_from is not None:
+        record["made_from"] = dict(made_from)
+    notes = lines.notes()
+    tokenizer = SentencePieceTokenizer({MODEL_FILE: model, RECORD_FILE: json.dumps(record).encode()})
+    if tokenizer.vocab_size < vocab_size:
+        notes.append(
+            f"the corpus holds only {tokenizer.vocab_size:,} pieces: the vocabulary is not {vocab_size:,}"
+        )
+    tokenizer.notes = tuple(notes)
+    _self_test(tokenizer, lines.sample)
+    if folder is not None:
+        tokenizer.save(folder, model_max_length=model_max_length)
+    return tokenizer
+
+
+def _checked(symbols: Sequence[str]) -> list[str]:
+    """The symbols as SentencePiece looks for them: in normalized text, where a space is ``▁``."""
+    found: list[str] = []
+    for symbol in symbols:
+        piece = symbol.replace(" ", huggingface.SPACE)
+        if not symbol or "\0" in symbol:
+            raise RequestError(
+                f"tokenizer.user_symbols: {symbol!r} cannot be a symbol; give text of at least one character"
+            )
+        if piece in (*_SPECIAL, huggingface.SPACE, "▅") or re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            raise RequestError(
+                f"tokenizer.user_symbols: {symbol!r} is a piece of every SentencePiece model already; leave it out"
+            )
+        if piece in found:
+            raise RequestError(f"tokenizer.user_symbols: {symbol!r} is given twice; give it once")
+        found.append(piece)
+    return found
+
+
+def _self_test(tokenizer: SentencePieceTokenizer, lines: Sequence[str]) -> None:
+    """Before anyone uses it: sampled lines and hard texts come back exactly, with the same ids in transformers, and
+    each symbol of the user is one token."""
+    texts = [*lines, "\n".join(lines[:50])]
+    tokenizer.check(texts)
+    texts += [*huggingface.TEST_TEXTS, *huggingface.symbol_texts(tokenizer.proto)]
+    lost = [t for t, ids in zip(texts, tokenizer.encode_batch(texts)) if tokenizer.decode(ids) != t]
+    lost = [text for text in lost if huggingface.SPACE not in text]
+    if lost and tokenizer.is_exact:
+        raise FaultError(f"self-test of the tokenizer: {lost[0][:200]!r} does not come back")
+    if lost:
+        tokenizer.notes += (
+            f"with these options {len(lost):,} of {len(texts):,} sampled texts do not come back exactly from their ids",
+        )
+    for number, piece in enumerate(tokenizer.proto.pieces):
+        symbol = piece.piece.replace(huggingface.SPACE, " ")
+        if piece.type == huggingface.USER_DEFINED and tokenizer.encode(symbol) != [number]:
+            raise FaultError(f"self-test of the tokenizer: the symbol {symbol!r} is not one token")
