@@ -1,13 +1,13 @@
-"""Building the model, a part of the room ``model``: a type and its settings in, a module out.
+"""Build the model: a type and its settings in, a module out.
 
-Three ways to a model: any causal language model of transformers from scratch (``type`` and config fields),
+There are three ways to a model: any causal language model of transformers from scratch (``type`` and config fields),
 the same from pretrained weights, or the user's own factory ``package.module:function``, which may return any
 ``nn.Module``.
 
-What always holds for a transformers model: float32 parameters; ``use_cache`` off; the vocabulary padded to a
-multiple of 64 (``model.real_vocab_size`` keeps the true one); from scratch, every module is initialized by
-its family's own rule from a generator keyed by (seed, module name), so that the weights have the same bits
-whatever the strategy, the world size and the order of construction.
+A transformers model has float32 parameters, ``use_cache`` off and a vocabulary padded to a multiple of 64
+(``model.real_vocab_size`` keeps the true one). From scratch, every module is initialized by its family's own
+rule from a generator keyed by (seed, module name): the weights have the same bits whatever the strategy, the
+world size and the order of construction.
 
 Example::
 
@@ -78,7 +78,7 @@ def build_model(
         vocab_size: V, ids that the tokenizer has; the model gets ``pad_vocab(V)`` rows. ``None`` (own data,
             no tokenizer) only with a factory.
         special_ids: the tokenizer's ``bos_token_id`` and so on; what it does not define becomes ``None``.
-        block_size: T; refused if the model cannot see as far.
+        block_size: T, tokens of a block; refused if longer than the model's context.
         from_pretrained: folder or Hub id (safetensors only; no code of the repository is ever run).
         revision: commit, tag or branch of the Hub id; the commit that it stands for is noted.
         factory: ``package.module:function``, called with those of ``vocab_size``, ``block_size``,
@@ -89,19 +89,20 @@ def build_model(
             layer begins as the identity (from scratch only).
         weights: ``False`` for the structure alone: parameters on the meta device, real buffers. A factory's model
             has its weights all the same.
-        note: called with one line for each thing that should be said (padding, fallbacks).
+        note: gets one line for each thing the user should know (padding, fallbacks).
 
     Raises:
-        RequestError: anything of the above that cannot be had.
+        RequestError: an unknown type, field or attention kernel, a wrong value, weights that are not there or do
+            not fit the tokenizer, a block longer than the context.
     """
     overrides = dict(config_overrides or {})
     logging.getLogger("transformers.modeling_utils").addFilter(_is_not_about_masks)
     ids = {name: (special_ids or {}).get(name) for name in SPECIAL_IDS}
     for name, value in ids.items():
         if value is not None and vocab_size is not None and not 0 <= value < vocab_size:
-            raise RequestError(f"the tokenizer's {name} {value} is outside of its vocabulary of {vocab_size}")
+            raise RequestError(f"the tokenizer's {name} {value} is outside its vocabulary of {vocab_size}")
     if attention is not None and attention not in ATTENTION:
-        raise RequestError(f"model.attention {attention!r} is not one of {', '.join(ATTENTION)}")
+        raise RequestError(f"model.attention {attention!r} must be one of {', '.join(ATTENTION)}")
     if factory is not None:
         note("model.factory: initialization is the factory's own, under one seed and not one per parameter")
         return _from_factory(factory, overrides, vocab_size, block_size, ids, seed)
@@ -169,14 +170,14 @@ def _from_scratch(
                 f"{model_class.__name__} refuses this configuration: {one_line(error)}"
             ) from error
 
-    # What the constructors would draw is drawn again below, or by rank 0.
+    # What the constructors would draw is drawn again below, or comes from rank 0.
     with no_init_weights() if weights else without_weights():
         model = construct()
     if not weights:
         _no_padding_row(model)
         model.tie_weights()
     elif _initialize(model, seed, poison=True):
-        # A family whose rule leaves some parameters to the constructor: let it run, then ours on top.
+        # A family whose rule leaves some parameters to the constructor: run that, then the keyed rule on top.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_key(seed, model_class.__name__))
             model = construct()
@@ -276,7 +277,7 @@ def _from_factory(
     for name in overrides:
         if name not in parameters and not takes_any:
             raise RequestError(
-                f"model.config.{name} is no argument of {path}{did_you_mean(name, parameters)}"
+                f"model.config.{name} is not an argument of {path}{did_you_mean(name, parameters)}"
             )
     arguments = {name: value for name, value in offered.items() if name in parameters} | dict(overrides)
     with torch.random.fork_rng(devices=[]):

@@ -1,8 +1,8 @@
-"""What transformers calls a configuration, a part of the room ``model``: checked before anything is built.
+"""The transformers config of a model, checked before anything is built.
 
-Comes in: a model type and fields, or a folder (Hub id) that holds weights. Goes out: a transformers config. What always
-holds: an unknown field is refused with the nearest name; what lmcore sets itself cannot be set; nothing that a foreign
-``config.json`` says makes a loader fetch or run code; no weight is read.
+From a model type and fields, or from a folder (or Hub id) that holds weights. An unknown field is refused with the
+nearest name, and so are fields that lmcore sets itself, sizes that no memory could hold, and everything in a foreign
+``config.json`` that could make a loader fetch or run code. No weight is read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OWNED = {
     "torch_dtype": "parameters are float32; see train.precision",
     "transformers_version": "it is written on export",
     "architectures": "it is written on export",
-    "return_dict": "the model's outputs are lmcore's affair",
+    "return_dict": "lmcore chooses the form of the model's outputs",
     **dict.fromkeys(SPECIAL_IDS, "it is the tokenizer's"),
 }
 
@@ -71,7 +71,7 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
 
     if type not in known_types():
         raise RequestError(
-            f"model.type {type!r} is no causal language model of transformers{did_you_mean(type, known_types())}"
+            f"unknown model.type {type!r}: not a causal language model of transformers{did_you_mean(type, known_types())}"
         )
     config_class = CONFIG_MAPPING[type]
     if is_dataclass(config_class):
@@ -84,8 +84,9 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
             raise RequestError(f"model.config.{name} cannot be set: {_OWNED[name]}")
         if name not in known:
             raise RequestError(
-                f"model.config.{name} is no field of {config_class.__name__}{did_you_mean(name, known)}"
+                f"model.config.{name} is not a field of {config_class.__name__}{did_you_mean(name, known)}"
             )
+    refuse_absurd_sizes(overrides, "model.config")
     if "is_decoder" in known:
         owned.setdefault("is_decoder", True)  # BERT and its kin see the future without it
     try:
@@ -131,6 +132,29 @@ def context_length(model: Any) -> int | None:
     return None
 
 
+MOST_LAYERS = 4096
+LARGEST_NUMBER = 2**31
+"""Of a field of a config. Larger ones are an error or an attack: the model would be built without end, or ask the
+allocator for terabytes."""
+
+
+def refuse_absurd_sizes(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a config that could not be built in any memory, before anything is built from it.
+
+    Raises:
+        RequestError: more than ``MOST_LAYERS`` layers, or a whole number above ``LARGEST_NUMBER``.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            refuse_absurd_sizes(value, where)
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        counts_layers = str(key).endswith(("n_layer", "n_layers", "num_layers", "_hidden_layers", "_layers"))
+        most = MOST_LAYERS if counts_layers else LARGEST_NUMBER
+        if abs(value) > most:
+            raise RequestError(f"{where}: {key} {value:,} is too large (at most {most:,})")
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
@@ -152,6 +176,7 @@ def refuse_unsafe_config(config: Mapping[str, Any], where: str) -> None:
             )
         if isinstance(value, Mapping):
             refuse_unsafe_config(value, where)
+    refuse_absurd_sizes(config, f"{where}: config.json")
 
 
 def refuse_unsafe_index(path: str, where: str, *, revision: str | None = None) -> None:
@@ -173,17 +198,17 @@ def refuse_unsafe_index(path: str, where: str, *, revision: str | None = None) -
     for name in names:
         if not isinstance(name, str) or not name.endswith(".safetensors") or "/" in name or "\\" in name:
             raise RequestError(
-                f"{where}: its index of weights names {name!r}, which is no safetensors file there"
+                f"{where}: its index of weights names {name!r}, which is not a safetensors file of that folder"
             )
 
 
 def pretrained_config(
     path: str, revision: str | None, overrides: Mapping[str, Any]
 ) -> tuple[Any, str | None]:
-    """The configuration that lies beside weights, with ``overrides``; and its commit, of a Hub id.
+    """The config beside pretrained weights with ``overrides`` applied, and the commit of a Hub id.
 
     Raises:
-        RequestError: nothing there, something unsafe in it, a field that it does not have.
+        RequestError: no config there, an unsafe key in it, or a field that it does not have.
     """
     from transformers import AutoConfig, PretrainedConfig
     from transformers.utils import CONFIG_NAME, cached_file
@@ -197,9 +222,10 @@ def pretrained_config(
         config = AutoConfig.from_pretrained(path, revision=commit or revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise RequestError(f"{source}: {one_line(error)}") from error
+    refuse_absurd_sizes(overrides, "model.config")
     for name, value in overrides.items():
         if name in _OWNED or not hasattr(config, name):
-            reason = _OWNED.get(name) or f"no field of {config.__class__.__name__}"
+            reason = _OWNED.get(name) or f"not a field of {config.__class__.__name__}"
             raise RequestError(
                 f"model.config.{name} cannot be set: {reason}{did_you_mean(name, config.to_dict())}"
             )
@@ -209,7 +235,7 @@ def pretrained_config(
 
 
 def known_tokens(config: Any, source: str, vocab_size: int) -> int:
-    """Tokens that the weights know. Raises :class:`RequestError` if the tokenizer has more."""
+    """The vocabulary size of the weights. Raises :class:`RequestError` if the tokenizer has more tokens."""
     have = config.get_text_config().vocab_size
     if vocab_size > have:
         raise RequestError(

@@ -1,8 +1,7 @@
-"""The same functions by faster kernels, a part of the room ``model``.
+"""Faster kernels for functions of transformers models, mostly on a CPU.
 
-Comes in: a transformers model. Goes out: the same model, with two of its steps computed another way. What always
-holds: parameters, their names and the configuration are untouched, so that checkpoints and exports know nothing of
-it; the functions are the same, to rounding.
+Parameters, their names and the saved configuration stay as they are, so checkpoints and exports do not change; the
+results are the same to rounding.
 
 Letters: B blocks, H heads, T tokens of a block, D width of a head.
 """
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 ATTENTION = "lmcore"
-"""The name of :func:`attention` in transformers' registers; in no saved configuration."""
+"""The name of :func:`attention` in transformers' registries; never in a saved configuration."""
 
 MATMUL_BLOCK = 512
 """The longest block whose attention is faster by plain matrix products, on a CPU in bf16 without dropout.
@@ -49,7 +48,7 @@ class TanhGELU(nn.GELU):
 def use_faster_kernels(model: Any) -> None:
     """Replace, in place: the tanh form of GELU by :class:`TanhGELU`, and ``sdpa`` by :func:`attention`.
 
-    Any other attention than ``sdpa`` was chosen by name, and stays.
+    Any attention other than ``sdpa`` was chosen by name, and stays.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.activations import GELUTanh, NewGELUActivation
@@ -77,14 +76,14 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention: ``sdpa``, but plain matrix products where those are faster.
 
-    Those are the fused kernel's gaps on a CPU: bf16 with short blocks, and bf16 with dropout, for which it has no
-    way. Plain causal attention only; whatever else there is (masks, groups of heads, caches) goes to ``sdpa``.
+    Those are the gaps of the fused kernel on a CPU: bf16 with short blocks, and bf16 with dropout, which it does
+    not support. Plain causal attention only; whatever else there is (masks, groups of heads, caches) goes to ``sdpa``.
 
     Args:
         query: (B, H, T, D); ``key`` and ``value`` likewise.
 
     Returns:
-        (B, T, H, D), and ``None`` for the weights, which nobody asks for.
+        (B, T, H, D), and ``None`` for the attention weights, which are not kept.
     """
     if not _plain_is_faster(module, query, key, value, attention_mask, dropout, more):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -1,9 +1,7 @@
-"""Held-out loss: the plain cross-entropy of every held-out token, exact over any number of ranks.
+"""Validation loss: the plain cross-entropy of every held-out token, exact over any number of ranks.
 
-Comes in: the engine and the batches of one held-out set. Goes out: an :class:`Evaluation`. What always holds: the
-last, partial block is scored too (its missing labels are ignored, nothing is repeated); label smoothing and z-loss
-do not enter; dropout is off while it runs and on again afterwards; logits are never held for more than one chunk of
-the vocabulary head; sums travel between ranks and the division happens once.
+The last, partial block is scored too: its missing labels are ignored, and nothing is repeated. Label smoothing,
+z-loss and dropout are off. Ranks exchange sums, and the one division comes last.
 
 Bits per byte = nats / ln 2 / UTF-8 bytes of the scored text, end-of-document tokens included in the nats. It does not
 depend on the tokenizer, so that models with different vocabularies can be compared.
@@ -25,10 +23,10 @@ from lmcore.conventions import IGNORED_LABEL
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The result on one held-out set.
+    """The result on one validation set.
 
-    ``nats`` is the sum of -ln p over the ``tokens`` scored labels; ``bytes`` the UTF-8 bytes that those labels stand
-    for, or ``None`` where the tokenizer cannot say it exactly.
+    ``nats`` is the sum of -ln p over the ``tokens`` scored labels; ``bytes`` are the UTF-8 bytes of those labels, or
+    ``None`` where the tokenizer does not know them exactly.
     """
 
     nats: float
@@ -58,12 +56,17 @@ def evaluate(
     byte_lengths: np.ndarray | None = None,
     on_micro_batch: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """Score a held-out set. Collective: every rank calls it, with the same number of micro-batches.
+    """Score a validation set. Collective: every rank calls it, with the same number of micro-batches.
+
+    Example::
+
+        result = evaluate(engine, EvalBatches(blocks, micro_batch_blocks=8))
+        result.loss, result.perplexity
 
     Args:
         engine: :class:`lmcore.engine.engine.Engine`, prepared.
         batches: micro-batches of this rank on the device, ``labels`` (B, T) with -100 where nothing is scored.
-        byte_lengths: (V,) UTF-8 bytes that each token id stands for, or ``None`` if unknown.
+        byte_lengths: (V,) UTF-8 bytes of each token id, or ``None`` if unknown.
         on_micro_batch: called after each micro-batch, to move a progress bar.
     """
     device = engine.device

@@ -1,9 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) by ``peft``: few numbers are trained, the rest is frozen.
 
-Comes in: a transformers model with its weights. Goes out: the same model, in which the named layers carry two thin
-matrices each, ``W + alpha / rank * B A``; and back: a plain model with the adapters added to its weights. What always
-holds: everything but the adapters is frozen; at first B is zero, so that the model computes what it computed before;
-A is drawn from the seed, so that it has the same bits on every rank; the model keeps its class.
+:func:`adapt` gives the named layers of a transformers model two thin matrices each, ``W + alpha / rank * B A``, and
+freezes everything else; :func:`merge` adds the adapters to the weights again. B starts at zero, so the model first
+computes what it computed before; A is drawn from the seed, the same bits on every rank. The model keeps its class.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ def adapt(
     seed: int = 0,
     weights: bool = True,
 ) -> None:
-    """Put adapters into a model, in place, and freeze all else.
+    """Add adapters to a model in place, and freeze everything else.
 
     Args:
         weights: ``False`` for adapters without numbers, on the meta device.
         alpha: default: twice the rank.
-        target_modules: endings of names (``q_proj``), or ``all-linear``; default: what peft takes for this family.
+        target_modules: endings of names (``q_proj``), or ``all-linear``; default: peft's choice for this family.
 
     Raises:
         RequestError: peft is missing; no such layers; the embedding or the head are among them.
@@ -60,7 +59,7 @@ def adapt(
     vocabulary = {name.rpartition(".")[0] for name in vocabulary_parameters(model)}
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that Linear and Conv1D lie differently, peft sees by itself
+            warnings.simplefilter("ignore")  # about Conv1D's transposed weights, which peft recognizes itself
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model, low_cpu_mem_usage=not weights)
     except ValueError as error:
@@ -72,7 +71,7 @@ def adapt(
     if vocabulary & set(found):
         raise RequestError(
             f"model.lora.target_modules: {', '.join(sorted(vocabulary & set(found)))} holds the vocabulary, which is "
-            "padded and often shared by embedding and head: name layers inside of the blocks"
+            "padded and often shared by embedding and head: name layers inside the blocks"
         )
     model.lora = {
         "rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": targets, "seed": seed,
@@ -81,7 +80,7 @@ def adapt(
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Add the adapters to the weights that they belong to and take them out, in place; all is trainable again."""
+    """Add the adapters to their weights and remove them, in place; all parameters are trainable again."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.named_modules()):

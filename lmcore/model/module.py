@@ -1,13 +1,12 @@
-"""Model: a causal language model (or the user's own module) with its loss, as one ``nn.Module``.
+"""A causal language model, or the user's own module, with its loss as one ``nn.Module``.
 
-Comes in: a batch by keyword, ``input_ids`` (B, T) and ``labels`` (B, T), optionally ``position_ids`` and the
-like. Goes out: the sum of the losses (float32) and the count of labels (int64), both 0-dim on the device.
+It takes a batch by keyword (``input_ids`` (B, T), ``labels`` (B, T), optionally ``position_ids`` and the like) and
+returns the sum of the losses (float32) and the count of labels (int64), both 0-dim on the device.
 
-What always holds: labels are already shifted and never reach a transformers model, which would shift them
-again; no attention mask of our own is passed, because packing by ``position_ids`` is silently ignored
-otherwise; columns that pad the vocabulary take no probability and get no gradient; the head runs inside its
-own module's call, so that the hooks by which sharded strategies show a weight only during forward see it. The
-model does not know that it is distributed.
+Labels are already shifted, and a transformers model never sees them: it would shift them again. No attention mask is
+passed, because transformers ignores packing by ``position_ids`` where there is one. Columns that pad the vocabulary
+take no probability and get no gradient. The head runs inside its own module's call, so that the hooks of FSDP and
+ZeRO, which gather a weight only inside ``forward``, run.
 
 Example::
 
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lmcore.conventions import IGNORED_LABEL
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean, size
 from lmcore.model.build import random_weights
@@ -69,8 +69,14 @@ class ModelWithLoss(nn.Module):
         chunk: tokens per chunk of the head, 0 = plain, ``"auto"``.
         label_smoothing, z_loss: in training mode only; evaluation is the plain cross-entropy.
         loss_factory: a callable, or ``package.module:function``.
-        probe: a small model of the same kind, whose head is looked at where ``model`` has no numbers.
-        note: called with one line for each thing that should be said.
+        probe: a small model of the same kind, whose head is examined where ``model`` has no weights.
+        note: gets one line for each thing the user should know.
+
+    Example::
+
+        module = ModelWithLoss(build_model(type="gpt2", vocab_size=8000, block_size=256, seed=0))
+        loss_sum, count = module(input_ids=ids, labels=labels)      # (B, T) each
+        (loss_sum / count).backward()
     """
 
     def __init__(
@@ -110,7 +116,7 @@ class ModelWithLoss(nn.Module):
             self._takes_any = False
         self._checked: set[frozenset[str]] = set()
         self._counted = False
-        # A function, which copy.deepcopy takes as it is: the speaker behind a bound method cannot be copied.
+        # A function, which copy.deepcopy leaves as it is: the object behind a bound method cannot be copied.
         self._note: Callable[[str], None] = lambda line: note(line)
         self.head_path = "logits" if self.loss_factory is None else "factory"
         self.head_form = HeadForm()
@@ -167,6 +173,9 @@ class ModelWithLoss(nn.Module):
         self._check(batch)
         smoothing = self.label_smoothing if self.training else 0.0
         z_loss = self.z_loss if self.training else 0.0
+        empty = False
+        if self.loss_factory is not None and not self.training:
+            batch, empty = _without_filled_up_rows(batch)
         if self.head_path == "chunked":
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             with _packing_known("position_ids" in batch):
@@ -188,7 +197,7 @@ class ModelWithLoss(nn.Module):
         with _packing_known("position_ids" in batch) if self._is_transformers else contextlib.nullcontext():
             outputs = self.model(**inputs)
         if self.loss_factory is not None:
-            return self._own_loss(outputs, batch)
+            return self._own_loss(outputs, batch, empty=empty)
         labels = batch["labels"]
         own_loss = None if self._is_transformers else _field(outputs, "loss")
         if own_loss is not None:  # the user's model made its own mean
@@ -207,7 +216,7 @@ class ModelWithLoss(nn.Module):
             loss_sum = loss_sum + getattr(self.config, "router_aux_loss_coef", 0.0) * balance * count
         return loss_sum, count
 
-    def _own_loss(self, outputs: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def _own_loss(self, outputs: Any, batch: Mapping[str, Any], *, empty: bool) -> tuple[Tensor, Tensor]:
         assert self.loss_factory is not None
         made = self.loss_factory(outputs, batch)
         if not isinstance(made, tuple | list) or len(made) != 2 or getattr(made[0], "ndim", None) != 0:
@@ -217,6 +226,8 @@ class ModelWithLoss(nn.Module):
                 + (f" of {len(made)}" if isinstance(made, tuple | list) else "")
             )
         loss_sum, count = made[0], torch.as_tensor(made[1], device=made[0].device)
+        if empty:
+            return torch.zeros_like(loss_sum), torch.zeros_like(count)
         # A plan's tensors, of a class of their own, hold no numbers.
         if not self._counted and isinstance(batch.get("labels"), Tensor) and type(count) is Tensor:
             self._counted = True
@@ -234,7 +245,7 @@ class ModelWithLoss(nn.Module):
         unknown = [] if self._takes_any else sorted(keys - self._arguments - {"labels"})
         if unknown:
             raise RequestError(
-                f"the batch's keys {', '.join(unknown)} are no arguments of "
+                f"the batch has keys that are not arguments ({', '.join(unknown)}) of "
                 f"{self.model.__class__.__name__}.forward{did_you_mean(unknown[0], self._arguments)}"
             )
         if "labels" not in keys and self.loss_factory is None:
@@ -248,10 +259,11 @@ class ModelWithLoss(nn.Module):
 
 @contextlib.contextmanager
 def _packing_known(packed: bool) -> Iterator[None]:
-    """Tell transformers whether blocks are packed by ``position_ids``, instead of letting it look.
+    """Tell transformers whether blocks are packed by ``position_ids``, instead of letting it find out.
 
-    It looks at the values, in every forward and for every model, and so makes the host wait for the device: the
-    queue of a GPU runs empty once a micro-batch (``find_packed_sequence_indices``, transformers 5.23).
+    While a forward of :class:`ModelWithLoss` runs, this replaces ``masking_utils.find_packed_sequence_indices`` of
+    transformers. The original reads the values in every forward of every model, which makes the host wait for the
+    device: the queue of a GPU runs empty once a micro-batch (``find_packed_sequence_indices``, transformers 5.23).
     """
     from transformers import masking_utils
 
@@ -268,6 +280,29 @@ def _packing_known(packed: bool) -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = asked
+
+
+def _without_filled_up_rows(batch: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The rows of a batch that have a label, and whether there are none (then the batch stays as it is).
+
+    The last batches of an evaluation are filled up with rows whose labels are all ignored. A loss of the user's own
+    need not know that: what it does not see it cannot count.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or not labels.ndim or labels.is_floating_point():
+        return batch, False
+    counts = (labels != IGNORED_LABEL).reshape(len(labels), -1).any(dim=1)
+    if bool(counts.all()):
+        return batch, False
+    if not bool(counts.any()):
+        return batch, True
+    of_rows = {
+        name: value[counts]
+        if isinstance(value, Tensor) and value.ndim and len(value) == len(labels)
+        else value
+        for name, value in batch.items()
+    }
+    return of_rows, False
 
 
 def _forward_arguments(module: nn.Module) -> tuple[set[str], bool]:
@@ -291,7 +326,7 @@ def _head_forward(head: nn.Linear, hidden: Tensor, labels: Tensor | None = None,
 
 
 class _ProbeOutput(dict[str, Any]):
-    """Stands for whatever the body returns: field 0 and ``last_hidden_state`` are ours, others absent."""
+    """In place of whatever the body returns: field 0 and ``last_hidden_state`` are given, all others absent."""
 
     def __getattr__(self, name: str) -> Any:
         return self.get(name)

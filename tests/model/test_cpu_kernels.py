@@ -70,7 +70,7 @@ def test_plain_attention_is_as_exact_as_the_fused_kernel(scaling: float, monkeyp
     assert plain < 2 * fused
 
 
-def test_only_plain_causal_attention_in_bf16_goes_the_other_way(monkeypatch: Any) -> None:
+def test_plain_attention_is_used_for_causal_bf16_only(monkeypatch: Any) -> None:
     here: list[bool] = []
     chosen = kernels._plain_is_faster
     monkeypatch.setattr(kernels, "_plain_is_faster", lambda *args: here.append(chosen(*args)) or here[-1])
@@ -187,7 +187,7 @@ def trained(*, fast: bool, bf16: bool, steps: int, monkeypatch: Any) -> list[flo
     return losses
 
 
-def test_a_hundred_steps_lose_nothing(monkeypatch: Any) -> None:
+def test_training_with_faster_kernels_reaches_the_same_loss(monkeypatch: Any) -> None:
     """fp32: the same to rounding. bf16: the fast curve is as near to the fp32 one as the plain bf16 curve is."""
     exact = trained(fast=False, bf16=False, steps=100, monkeypatch=monkeypatch)
     assert exact[-1] < 0.2 * exact[0], "it learns"
@@ -203,7 +203,7 @@ def test_a_hundred_steps_lose_nothing(monkeypatch: Any) -> None:
     assert far(fast) < 2 * far(plain)
 
 
-def test_the_saved_configuration_knows_nothing_of_it(tmp_path: Path) -> None:
+def test_saved_config_does_not_name_the_kernels(tmp_path: Path) -> None:
     for family, width in (("gpt2", {}), ("llama", {"intermediate_size": 64})):
         built: Any = build_model(
             type=family,
@@ -220,7 +220,7 @@ def test_the_saved_configuration_knows_nothing_of_it(tmp_path: Path) -> None:
         assert kernels.ATTENTION not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
 
 
-def test_an_attention_that_was_asked_for_stays() -> None:
+def test_attention_that_was_asked_for_is_kept() -> None:
     built: Any = build_model(
         type="gpt2",
         config_overrides={"n_layer": 1, "n_embd": 32, "n_head": 2},

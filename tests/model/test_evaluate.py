@@ -1,4 +1,4 @@
-"""Held-out loss against a slow, obvious reference."""
+"""Validation loss against a slow, obvious reference."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def reference(module: ModelWithLoss, ids: np.ndarray) -> tuple[float, int]:
 
 @pytest.mark.parametrize("count", [2, T, T + 1, 3 * T + 1, 5 * T + 4])
 @pytest.mark.parametrize("micro_batch", [1, 3])
-def test_every_token_is_scored_once_tail_included(
+def test_evaluation_scores_every_token_once_with_the_tail(
     tmp_path: Any, module: ModelWithLoss, count: int, micro_batch: int
 ) -> None:
     """No smoothing, no z-loss, no dropout enters; float32 logits against float64: 1e-5 relative."""
@@ -104,7 +104,7 @@ def test_every_token_is_scored_once_tail_included(
     assert math.isclose(result.perplexity, math.exp(nats / tokens), rel_tol=1e-5)
 
 
-def test_ranks_share_a_set_and_their_sums_are_the_whole(tmp_path: Any, module: ModelWithLoss) -> None:
+def test_evaluation_sums_over_ranks(tmp_path: Any, module: ModelWithLoss) -> None:
     held = store(tmp_path, 7 * T + 3)
     blocks = BlockDataset.from_stores([held], block_size=T, drop_last=False)
     whole = evaluate(OneProcess(module), EvalBatches(blocks, micro_batch_blocks=2))

@@ -54,7 +54,7 @@ def whole(text: Path) -> Path:
     return text / "whole"
 
 
-def test_only_the_adapters_are_trained_and_the_checkpoint_is_whole(text: Path, whole: Path) -> None:
+def test_lora_trains_only_the_adapters_and_the_checkpoint_has_all_weights(text: Path, whole: Path) -> None:
     before, after = weights(text / "base"), weights(whole)
     adapters = {name for name in after if name.startswith("model/") and ".lora_" in name}
     assert len(adapters) == 2 * 2, "two layers, A and B"
@@ -71,7 +71,7 @@ def test_only_the_adapters_are_trained_and_the_checkpoint_is_whole(text: Path, w
     assert all(".lora_" in str(name) for name in moved), "moments of the adapters alone"
 
 
-def test_the_export_is_a_plain_model_with_the_logits_of_the_trained_one(whole: Path) -> None:
+def test_lora_export_is_a_plain_model_with_the_same_logits(whole: Path) -> None:
     trained = load.load_model(whole, device="cpu")
     plain: Any = load.open_export(whole / "export").eval()
     assert not [name for name, _ in plain.named_parameters() if "lora" in name]
@@ -86,7 +86,7 @@ def test_the_export_is_a_plain_model_with_the_logits_of_the_trained_one(whole: P
         assert not torch.allclose(base(input_ids=ids).logits, found, atol=1e-4), "the adapters did something"
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(text: Path, whole: Path) -> None:
+def test_lora_resume_is_bit_exact(text: Path, whole: Path) -> None:
     stopped = text / "stopped"
     assert train(adapted(text, stopped), kill_before_step=3) == [EXIT_SAVED]
     assert train(adapted(text, stopped)) == [EXIT_FINISHED]
@@ -94,7 +94,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(text: Path, whole: Path) -> None:
     assert_same_state(weights(stopped), weights(whole))
 
 
-def test_two_processes_train_the_same_adapters(text: Path, whole: Path) -> None:
+def test_lora_ddp_trains_the_same_adapters(text: Path, whole: Path) -> None:
     options = {"model__lora__dropout": 0.0, "train__micro_batch_blocks": 3}
     one, two = text / "one", text / "two"
     assert train(adapted(text, one, **options)) == [EXIT_FINISHED]
@@ -103,7 +103,9 @@ def test_two_processes_train_the_same_adapters(text: Path, whole: Path) -> None:
         assert math.isclose(loss, losses(two)[step], rel_tol=1e-5), step
 
 
-def test_the_plan_counts_what_is_trained(text: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lora_plan_counts_what_is_trained(
+    text: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from lmcore.cli.main import main
 
     assert main(["plan", *adapted(text, text / "planned")]) == 0
@@ -135,18 +137,18 @@ def small(type: str = "gpt2") -> Any:
         (["wte"], "holds the vocabulary"),
     ],
 )
-def test_layers_that_cannot_have_adapters(targets: list[str], expected: str) -> None:
+def test_lora_layers_that_cannot_have_adapters_are_refused(targets: list[str], expected: str) -> None:
     with pytest.raises(RequestError, match=expected):
         lora.adapt(small(), rank=2, target_modules=targets)
 
 
-def test_without_peft_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_without_peft_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(RequestError, match="pip install peft"):
         lora.adapt(small(), rank=2)
 
 
-def test_a_sharded_strategy_and_a_model_from_scratch_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_with_sharding_or_from_scratch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from lmcore.config import parse
     from lmcore.run import setup
 
@@ -168,7 +170,7 @@ def test_a_sharded_strategy_and_a_model_from_scratch_are_refused(monkeypatch: py
     assert Sharded.closed
 
 
-def test_adapters_are_the_same_on_every_rank_and_merge_away() -> None:
+def test_lora_adapters_are_the_same_on_every_rank_and_merge() -> None:
     one, two = small(), small()
     names = [name for name, _ in one.named_parameters()]
     torch.manual_seed(1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lmcore.errors import RequestError
-from lmcore.model import loss as loss_room
+from lmcore.model import loss as loss_module
 from lmcore.model.loss import (
     CHUNK_BYTES,
     IGNORED_LABEL,
@@ -38,7 +38,7 @@ def gradients(loss: Tensor, inputs: list[Tensor], factor: float) -> tuple[Tensor
     return torch.autograd.grad(loss * factor, inputs)
 
 
-def test_the_reference_is_torchs_cross_entropy() -> None:
+def test_reference_is_torchs_cross_entropy() -> None:
     logits = torch.randn(40, 17, dtype=torch.float64)
     labels = torch.randint(0, 17, (40,))
     labels[3] = IGNORED_LABEL
@@ -53,7 +53,7 @@ def test_the_reference_is_torchs_cross_entropy() -> None:
     )
 
 
-def test_ignored_by_position_equals_ignore_index_pad_where_pad_is_only_padding() -> None:
+def test_ignored_labels_equal_ignore_index_pad() -> None:
     pad = 3
     logits = torch.randn(30, 11)
     labels = torch.randint(4, 11, (30,))
@@ -79,9 +79,9 @@ def test_chunked_equals_plain(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # What the compiler gets is run as it is: whether inductor fuses it rightly is not a matter of formulas.
-    monkeypatch.setattr(loss_room, "_compiled_tile", lambda: loss_room._tile_to_compile)
+    monkeypatch.setattr(loss_module, "_compiled_tile", lambda: loss_module._tile_to_compile)
     if compiled:  # as on a GPU: a CPU never compiles it
-        monkeypatch.setattr(loss_room, "whole_chunks", lambda device_type: True)
+        monkeypatch.setattr(loss_module, "whole_chunks", lambda device_type: True)
     # float64: any difference beyond rounding would be an error in a formula.
     hidden, weight, b, labels = make(37, 16, 64, 29, dtype=torch.float64, bias=bias)
     inputs = [t for t in (hidden, weight, b) if t is not None]
@@ -95,8 +95,8 @@ def test_chunked_equals_plain(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
-def test_on_a_cpu_the_softmax_is_never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_room, "_compiled_tile", lambda: pytest.fail("compiled"))
+def test_softmax_is_not_compiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_compiled_tile", lambda: pytest.fail("compiled"))
     hidden, weight, _, labels = make(37, 16, 64, 29, dtype=torch.float32, bias=False)
     one, _ = causal_lm_loss(hidden, weight, None, labels, chunk=16, compiled=True)
     other, _ = causal_lm_loss(hidden, weight, None, labels, chunk=16)
@@ -151,7 +151,7 @@ def test_gradcheck_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda *inputs: _Recomputed.apply(loss, *inputs), (hidden, weight, b))
 
 
-def test_padding_of_the_vocabulary_never_matters() -> None:
+def test_vocabulary_padding_does_not_change_the_loss() -> None:
     hidden, weight, _, labels = make(20, 8, 64, 50, dtype=torch.float64, bias=False)
     small = weight.detach()[:50].clone().requires_grad_()
     for chunk in (0, 6):
@@ -165,9 +165,7 @@ def test_padding_of_the_vocabulary_never_matters() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 15.0])
 @pytest.mark.parametrize("chunk", [0, 16])
-def test_bfloat16_autocast_is_as_near_to_the_truth_chunked_as_plain(
-    chunk: int, softcap: float | None
-) -> None:
+def test_bfloat16_autocast_is_as_exact_chunked_as_plain(chunk: int, softcap: float | None) -> None:
     hidden, weight, _, labels = make(128, 32, 256, 250, dtype=torch.float32, bias=False)
     options: Any = {"vocab_size": 250, "softcap": softcap}
     truth, _ = causal_lm_loss(hidden.double(), weight.double(), None, labels, chunk=0, **options)
@@ -209,7 +207,7 @@ def test_tied_weights_add_both_gradients() -> None:
     torch.testing.assert_close(run(7), run(0), rtol=1e-5, atol=1e-5)
 
 
-def test_frozen_parts_get_no_gradient_and_no_grad_mode_makes_none() -> None:
+def test_frozen_weights_and_no_grad_get_no_gradient() -> None:
     hidden, weight, _, labels = make(20, 8, 32, 32, dtype=torch.float32, bias=False)
     loss, _ = causal_lm_loss(hidden, weight.detach(), None, labels, chunk=6)
     assert torch.autograd.grad(loss, hidden)[0].shape == hidden.shape
@@ -220,7 +218,7 @@ def test_frozen_parts_get_no_gradient_and_no_grad_mode_makes_none() -> None:
     assert not loss.requires_grad
 
 
-def test_nothing_but_ignored_labels_is_a_zero_and_not_a_nan() -> None:
+def test_only_ignored_labels_give_zero_and_not_nan() -> None:
     hidden, weight, _, labels = make(9, 4, 16, 16, dtype=torch.float32, bias=False)
     labels.fill_(IGNORED_LABEL)
     for chunk in (0, 4):
@@ -231,7 +229,7 @@ def test_nothing_but_ignored_labels_is_a_zero_and_not_a_nan() -> None:
             assert gradient.eq(0).all()
 
 
-def test_a_second_backward_is_refused_and_not_wrong() -> None:
+def test_second_backward_is_refused() -> None:
     hidden, weight, _, labels = make(9, 4, 16, 16, dtype=torch.float32, bias=False)
     loss, _ = causal_lm_loss(hidden, weight, None, labels, chunk=4)
     loss.backward(retain_graph=True)
@@ -259,7 +257,7 @@ def test_peak_memory_of_the_head_is_bounded_by_the_chunk(softcap: float | None) 
     assert peak(128) < 0.25 * peak(0)
 
 
-def test_the_rule_for_the_chunk() -> None:
+def test_choose_chunk() -> None:
     assert choose_chunk(0, tokens=4096, vocab_size=50304) == 0
     assert choose_chunk(300, tokens=4096, vocab_size=50304) == 300
     assert choose_chunk(300, tokens=100, vocab_size=50304) == 100

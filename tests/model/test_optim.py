@@ -53,7 +53,7 @@ def built(net: Net, name: str, **options: Any) -> torch.optim.Optimizer:
 # ------------------------------------------------------------------------------------------------ parameters
 
 
-def test_matrices_decay_and_vectors_do_not() -> None:
+def test_weight_decay_of_matrices_only() -> None:
     groups = optim.parameter_groups(make().named_parameters(), weight_decay=0.1)
     assert names(groups, weight_decay=0.1) == {"wte.weight", "h.0.weight", "h.1.weight", "lm_head.weight"}
     assert names(groups, weight_decay=0.0) == {"h.0.bias", "h.1.bias", "norm.weight", "norm.bias"}
@@ -115,7 +115,7 @@ def test_every_optimizer_learns_and_continues_from_its_state(name: str) -> None:
     assert loss < nn.functional.cross_entropy(make()(ids), (ids * 3 + 1) % 8)
 
 
-def test_muon_is_torchs_muon_on_hidden_matrices_and_adamw_on_the_rest() -> None:
+def test_muon_is_torchs_muon_on_matrices_and_adamw_on_the_rest() -> None:
     ours, theirs = make(), make()
     train(ours, built(ours, "muon", momentum=0.9), range(4))
     p = dict(theirs.named_parameters())
@@ -157,7 +157,7 @@ def test_muon_state_is_one_mapping_addressed_by_parameter() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))  # the halves see the same groups
 
 
-def test_fused_updates_obey_the_gate_on_the_device() -> None:
+def test_fused_updates_skip_nan_by_the_gate_on_the_device() -> None:
     for name in ("adamw", "adam", "sgd"):
         net = make()
         optimizer: Any = built(net, name)
@@ -190,10 +190,85 @@ def test_optimizer_names_have_no_case() -> None:
     assert type(built(make(), "Muon")) is optim.MuonWithAdamW
 
 
-def test_the_rate_reaches_every_group() -> None:
+def test_learning_rate_reaches_every_group() -> None:
     optimizer = built(make(), "adamw")
     optim.set_learning_rate(optimizer, 0.125)
     assert [g["lr"] for g in optimizer.param_groups] == [0.125] * 3
     optimizer.param_groups[0]["lr"] = torch.tensor(1.0)
     optim.set_learning_rate(optimizer, 0.25)
     assert optimizer.param_groups[0]["lr"] == torch.tensor(0.25)
+
+
+def test_learning_rate_multipliers_by_kind() -> None:
+    groups = optim.parameter_groups(
+        make().named_parameters(),
+        weight_decay=0.1,
+        lr_multipliers={"matrices": 1.0, "embedding": 5.0, "head": 0.5, "vectors": 2.0},
+    )
+    optimizer = optim.build_optimizer("adamw", groups, lr=0.01)
+    optim.set_learning_rate(optimizer, 0.02)
+    rates = {name: g["lr"] for g in optimizer.param_groups for name in g["names"]}
+    assert rates["h.0.weight"] == pytest.approx(0.02)
+    assert rates["wte.weight"] == pytest.approx(0.1)
+    assert rates["lm_head.weight"] == pytest.approx(0.01)
+    assert rates["norm.weight"] == rates["h.0.bias"] == pytest.approx(0.04)
+    # With equal multipliers the groups are what they were: checkpoints and sums of other strategies do not change.
+    plain = optim.parameter_groups(make().named_parameters(), weight_decay=0.1)
+    assert [len(group["names"]) for group in plain] == [2, 2, 4]
+
+
+def test_muon_update_is_orthogonal_for_every_shape_in_a_batch() -> None:
+    torch.manual_seed(0)
+    for shape in ((3, 16, 64), (1, 32, 32), (2, 8, 200)):
+        made = optim.orthogonalize(torch.randn(shape).to(torch.bfloat16)).float()
+        values = torch.linalg.svdvals(made)
+        assert float(values.min()) > 0.3
+        assert float(values.max()) < 1.3
+
+
+def test_muon_batches_tall_and_wide_matrices_as_each_by_itself() -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape) for shape in ((8, 32), (32, 8), (8, 8), (8, 32))]
+
+    def updated(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+        group = {"params": parameters, "names": [str(i) for i in range(len(parameters))], "weight_decay": 0.1,
+                 "hidden": True, "lr_multiplier": 1.0}  # fmt: skip
+        optimizer = optim.build_optimizer("muon", [group], lr=0.1)
+        for index, parameter in enumerate(parameters):
+            parameter.grad = torch.sin(tensors[int(parameter.tag)] + index * 0)  # type: ignore[attr-defined]
+        optimizer.step()
+        return [parameter.detach().clone() for parameter in parameters]
+
+    def parameters(which: list[int]) -> list[nn.Parameter]:
+        made = [nn.Parameter(tensors[index].clone()) for index in which]
+        for index, parameter in zip(which, made):
+            parameter.tag = index  # type: ignore[attr-defined]
+        return made
+
+    together = updated(parameters([0, 1, 2, 3]))
+    alone = [updated(parameters([index]))[0] for index in range(4)]
+    for one, other in zip(together, alone):
+        torch.testing.assert_close(one, other, rtol=0, atol=0.1 * 0.2 * 32**0.5 * 2**-7)
+
+
+def test_cautious_weight_decay_only_where_the_update_shrinks_a_weight() -> None:
+    start = torch.tensor([[1.0, -1.0], [1.0, 1.0]])
+    gradient = torch.tensor([[1.0, 1.0], [-1.0, 1.0]])  # an update moves against it
+
+    def moved(decay: float) -> torch.Tensor:
+        weight = nn.Parameter(start.clone())
+        group = {
+            "params": [weight],
+            "names": ["w"],
+            "weight_decay": decay,
+            "hidden": True,
+            "lr_multiplier": 1.0,
+        }
+        weight.grad = gradient.clone()
+        optim.build_optimizer("muon", [group], lr=0.1, cautious_weight_decay=True).step()
+        return weight.detach()
+
+    extra = moved(0.0) - moved(0.5)
+    update = start - moved(0.0)
+    expected = torch.where(update * start > 0, 0.1 * 0.5 * start, 0.0)
+    torch.testing.assert_close(extra, expected, rtol=1e-5, atol=1e-6)
