@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcore.cli.saved import Parser, checkpoints, evaluate, export, generate, report, tasks
 from lmcore.errors import EXIT_FINISHED, FaultError, RequestError
+from lmcore.report.console import protect_output
 
 if TYPE_CHECKING:
     from lmcore.config.schema import RunConfig
@@ -34,6 +35,7 @@ EXIT_COMPLAINTS = 1
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
+    protect_output()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

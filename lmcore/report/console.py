@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lmcore.humanize import CONTROL, duration, one_line, printable, short
-from lmcore.report.redact import redact
+from lmcore.report.redact import hide_values, redact
 
 REFRESHES_PER_SECOND = 2
 PLAIN_TASK_SECONDS = 30.0
@@ -67,6 +67,13 @@ def shell_command(*words: str | os.PathLike[str]) -> str:
     return " ".join(map(shell_quote, [*start, *rest]))
 
 
+def training_command(*words: str | os.PathLike[str]) -> str:
+    """:func:`shell_command` for training with these options, started as this process was: by accelerate or by python."""
+    launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+    script = sys.argv[0] if sys.argv[0].endswith(".py") else "train_lm.py"
+    return shell_command(*(["accelerate", "launch"] if launched else ["python"]), script, *words)
+
+
 def _is_on_path(program: str) -> bool:
     """Whether the shell would find this program in the environment of the running interpreter."""
     found = shutil.which(program)
@@ -80,14 +87,14 @@ class SafeStream:
     """A text stream that loses what it cannot write instead of raising.
 
     Characters that its encoding lacks are written as escapes (``\\u3042``). After the first failure (a closed pipe, a
-    full disk) nothing more is written; :attr:`failure` says why. With ``filtered`` control characters are replaced
-    (:func:`printable`); ``unfiltered`` is the same stream for a display that moves the cursor on purpose.
+    full disk) nothing more is written; :attr:`failure` says why. ``change`` is applied to every text that is
+    written; ``unfiltered`` is the same stream without it, for a display that moves the cursor on purpose.
     """
 
-    def __init__(self, stream: TextIO, *, filtered: bool = False) -> None:
+    def __init__(self, stream: TextIO, change: Callable[[str], str] | None = None) -> None:
         self._stream = stream
-        self.unfiltered: SafeStream = self._unwrapped(stream) if filtered else self
-        self._filtered = filtered
+        self.unfiltered: SafeStream = self._unwrapped(stream) if change else self
+        self._change = change
         self._failure: str | None = None
 
     @staticmethod
@@ -100,8 +107,8 @@ class SafeStream:
         return self.unfiltered._failure
 
     def write(self, text: str) -> int:
-        if self._filtered:
-            return self.unfiltered.write(printable(text))
+        if self._change:
+            return self.unfiltered.write(self._change(text))
         if self._failure is None:
             try:
                 try:
@@ -117,7 +124,7 @@ class SafeStream:
             self.write(line)
 
     def flush(self) -> None:
-        if self._filtered:
+        if self._change:
             self.unfiltered.flush()
         elif self._failure is None:
             try:
@@ -159,7 +166,9 @@ def protect_output() -> None:
         if stream is None:
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
         if not isinstance(stream, SafeStream):
-            setattr(sys, name, SafeStream(stream, filtered=True))
+            # Error messages quote what they were given, secrets included.
+            change = printable if name == "stdout" else lambda text: printable(hide_values(text))
+            setattr(sys, name, SafeStream(stream, change))
 
 
 def is_interactive(stream: Any) -> bool:

@@ -134,6 +134,13 @@ def redact(value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
     return _redact(value, secret_values(environ, None if environ is None else ()))
 
 
+def hide_values(text: str) -> str:
+    """``text`` without the values of secret variables and options; names in it decide nothing."""
+    for secret in secret_values():
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
 def _redact(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, str):
         return _redact_text(value, secrets)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lmcore.checkpoint import reader
 from lmcore.errors import FaultError
+from lmcore.report.console import shell_command, training_command
 from lmcore.report.html import read_run, write_report
 from lmcore.saved.export import export
 
@@ -22,14 +22,11 @@ def write_results(
     report: Report,
     *,
     averaged: bool,
-    valid: Mapping[str, float],
-    test: Mapping[str, float],
 ) -> None:
     """Export the model and write ``report.html``; rank 0 calls it once the last checkpoint is committed.
 
     Args:
         averaged: export the moving average instead of the last weights.
-        valid, test: metrics by name; those with a ``/`` belong to a named set.
 
     Raises:
         FaultError: there is no checkpoint, or the export does not compute what the trained model does.
@@ -51,20 +48,15 @@ def write_results(
                 note=report.note,
             )
     page = write_report([read_run(path)], path / "report.html")
-    rows = [("model", str(place))]
-    rows += [(f"validation {name}", f"{value:.4f}") for name, value in valid.items() if "/" not in name]
-    rows += [
-        (f"test {name.removeprefix('test/')} (last weights)", f"{value:.4f}")
-        for name, value in test.items()
-        if name.startswith("test/")
+    rows = [("model", str(place)), ("report", str(page))]
+    commands = [
+        ("continue", training_command("--config", path / "config.yaml", "--train.duration", "N")),
     ]
-    rows += [("report", str(page))]
-    commands = [("continue", f"accelerate launch train_lm.py --config {path}/config.yaml --train.duration N")]
     if config.model.factory is None:
         prompt = (config.evaluate.prompts or ["..."])[0]
         commands = [
-            ("generate", f"python -m lmcore generate {path} --prompt {prompt!r}"),
-            ("load", f'AutoModelForCausalLM.from_pretrained("{place}")'),
+            ("generate", shell_command("lmcore", "generate", path, "--prompt", prompt)),
+            ("load", f"AutoModelForCausalLM.from_pretrained({str(place)!r})"),
             *commands,
         ]
     report.end("finished", rows, commands=commands)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lmcore.config.parse import parse
 from lmcore.config.schema import RunConfig
 from lmcore.errors import EXIT_SAVED, one_line_errors
+from lmcore.report.console import protect_output
 from lmcore.run.guard import die_with_parent, left_on_request
 
 
@@ -19,6 +20,7 @@ def parse_or_exit(argv: Sequence[str] | None = None) -> RunConfig:
     """
     # At once: a rank that still imports, or waits for the others, becomes an orphan too if its launcher dies.
     die_with_parent()
+    protect_output()
     is_main = os.environ.get("RANK", "0") == "0"
     with one_line_errors():
         config = parse(None if argv is None else list(argv), say=print if is_main else lambda line: None)

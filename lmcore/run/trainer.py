@@ -471,7 +471,8 @@ class Run:
         flags |= self._intervals.flags(state.step, saving=self.saves.busy)
         if flags & EVALUATE and self.saves.keep_best:
             flags |= SAVE  # what is best must be there to be kept
-        self._flags = self.engine.agree(flags | (FAULT if self.saves.failed or self.report.failed else 0))
+        failed = self.saves.failed or self.report.failed
+        self._flags = self.engine.agree(flags | (FAULT if failed else 0))
         self._verdict = self.guard.verdict(self._flags)
         self.report.step(
             step=state.step,
@@ -517,7 +518,9 @@ class Run:
         while self._unchecked and self._unchecked[0][0] <= self.state.step - lag_steps:
             step, positions, numbers = self._unchecked.pop(0)
             loss_sum, labels, norm, applied = numbers.tolist()
-            action = self.guard.after_step(step, positions, loss_sum / max(labels, 1), norm, bool(applied))
+            loss = loss_sum / max(labels, 1)
+            self.report.latest(step=step, loss=loss)
+            action = self.guard.after_step(step, positions, loss, norm, bool(applied))
             if action.kind != "go":
                 self.report.note(f"{action.kind}: {action.reason}")
                 self.report.event(action.kind, step=step, reason=action.reason, positions=action.positions)
@@ -623,10 +626,10 @@ class Run:
         reason = self._stop_early or "reached train.duration"
         self.save("end")
         self.saves.wait(final=True)  # exit code 0 only after the last checkpoint is committed and verified
-        test = self._evaluator.score(self.data.test, self.state, self.epoch)
+        self._evaluator.score(self.data.test, self.state, self.epoch)
         report.event("end", step=step, reason=reason)
         results = partial(write_results, self.config, self.folder, report, averaged=bool(self._average))
-        on_main(self.engine, partial(results, valid=self.state.metrics, test=test))
+        on_main(self.engine, results)
         self._notify(f"finished at step {step}: {reason}")
         self._ending, self.exit_code = ("finished", reason), EXIT_FINISHED
 

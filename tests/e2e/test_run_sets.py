@@ -39,7 +39,7 @@ def test_the_test_set_is_scored_once_after_training_with_the_last_weights(text: 
     ]
     assert records[-1]["loss"] == pytest.approx(expected.loss, rel=1e-6)
     log = (run_dir / "train.log").read_text()
-    assert f"test loss (last weights): {records[-1]['loss']:.4f}" in log
+    assert f"test loss: {records[-1]['loss']:.4f}" in log
     assert f"| test | 6 | {records[-1]['loss']:.4f} |" in (run_dir / "export" / "README.md").read_text()
 
 

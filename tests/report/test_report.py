@@ -501,3 +501,138 @@ def test_words_for_numbers() -> None:
     ]
     assert [duration(s) for s in (0, 59.6, 3_661, 93_784)] == ["0:00:00", "0:01:00", "1:01:01", "1d 2:03:04"]
     assert one_line("a\r\nb\tc\x1b[1m\u2028") == "a\\nb    c\\x1b[1m\\u2028"
+
+
+# ---- output that goes away, and text that must not act
+
+
+def test_run_goes_on_when_standard_output_fails(tmp_path: Path) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    closed = io.StringIO()
+    closed.close()
+    for name, stream in (("pipe", Broken()), ("closed", closed)):
+        with Report(tmp_path / name, stream=stream) as report:
+            run_through(report)
+        assert len(read_metrics(tmp_path / name, "train")) == 4
+        log = (tmp_path / name / "train.log").read_text()
+        assert log.count("standard output is gone") == 1
+        assert "generate: python -m lmcore generate x" in log
+
+
+def test_ascii_stream_gets_escapes(tmp_path: Path) -> None:
+    raw = io.BytesIO()
+    with Report(tmp_path, stream=io.TextIOWrapper(raw, encoding="ascii")) as report:
+        report.note("吾輩は \ud800 猫")
+        assert raw.getvalue() == b"\\u543e\\u8f29\\u306f \\ud800 \\u732b\n"
+    assert "吾輩は \\ud800 猫" in (tmp_path / "train.log").read_text()
+
+
+PROGRAM = """
+import sys
+from lmcore.report.console import protect_output
+protect_output()
+for number in range(20_000):
+    print(f"line {number} \\x1b]0;pwned\\x07\\x1b[2J 日本")
+print("error \\x1b[31m", file=sys.stderr)
+open(sys.argv[1], "w").write("reached the end")
+"""
+
+
+@pytest.mark.parametrize("shell", ["| head -3", ">/dev/full", ">&- 2>&- <&-", ">/dev/full 2>&1", "| cat"])
+def test_protected_program_survives_any_output(shell: str, tmp_path: Path) -> None:
+    command = f"set -o pipefail; {sys.executable} -c \"$0\" '{tmp_path}/done' {shell}"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        ["bash", "-c", command, PROGRAM], capture_output=True, cwd=Path(__file__).parents[2], env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "done").read_text() == "reached the end"
+    assert b"\x1b" not in done.stdout + done.stderr, "no escape codes from text"
+    if shell in ("| cat", "| head -3"):
+        assert b"line 2 \\ufffd]0;pwned\\ufffd\\ufffd[2J \\u65e5\\u672c\n" in done.stdout
+
+
+def test_metrics_wait_for_a_full_disk(tmp_path: Path) -> None:
+    """The file is exchanged for a full one: its records wait in memory, and are written when there is space."""
+    for policy in ("continue", "stop"):
+        stream = io.StringIO()
+        folder = tmp_path / policy
+        with make(folder, stream=stream, on_full_disk=policy) as report:
+            report.begin(total_steps=30)
+            feed(report, 1, 10)
+            assert report._file is not None
+            file = report._file._file
+            with open("/dev/full", "ab", buffering=0) as full:
+                report._file._file = full
+                feed(report, 11, 20)
+                assert report.failed == (policy == "stop")
+            report._file._file = file
+            feed(report, 21, 30)
+            assert not report.failed
+        assert [r["step"] for r in read_metrics(folder, "train")] == [1, *range(2, 31, 2)]
+        assert stream.getvalue().count("cannot be written (No space left on device)") == 1
+        assert "is written again; no record is missing" in stream.getvalue()
+
+
+def test_metrics_lost_to_a_full_disk_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write = MetricsFile(path)
+    write({"kind": "train", "step": 1})
+
+    class Short:
+        """The last page of a disk: half a line goes in, then nothing."""
+
+        calls = 0
+
+        def write(self, line: bytes) -> int:
+            self.calls += 1
+            if self.calls > 1:
+                raise OSError(28, "No space left on device")
+            file.write(line[:10])
+            return 10
+
+    file, write._file = write._file, Short()  # type: ignore[assignment]
+    write({"kind": "train", "step": 2})
+    write({"kind": "train", "step": 3})
+    assert (write.unwritten, write.problem) == (2, "No space left on device")
+    write._file = file
+    write({"kind": "train", "step": 4})
+    write.close()
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4], "the torn line spoils nothing but itself"
+    assert b"\n\n" not in path.read_bytes()
+
+
+def test_run_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="cannot be written"):
+        Report(tmp_path / "file" / "run")
+
+
+# ---- commands
+
+
+@pytest.mark.parametrize(
+    "word", ["a b", "it's", "100% $HOME", "`x`", "日本 語", "a\nb\t'c'", "\x1b[31m", "", "-x", "~"]
+)
+def test_printed_commands_can_be_pasted(word: str) -> None:
+    words = ["printf", "%s", word]
+    command = console.shell_command(*words)
+    assert "\n" not in command
+    assert console.printable(command) == command, "nothing in it acts on the terminal that shows it"
+    said = subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout.decode()
+    assert said == word
+
+
+def test_printed_commands_name_the_interpreter_that_ran(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert console.shell_command("python", "x.py") == "python x.py"
+    assert console.shell_command("accelerate", "launch") == "accelerate launch"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert console.shell_command("lmcore", "generate", "a b") == f"{sys.executable} -m lmcore generate 'a b'"
+    module = "accelerate.commands.accelerate_cli"
+    assert console.shell_command("accelerate", "launch") == f"{sys.executable} -m {module} launch"
