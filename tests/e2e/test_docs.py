@@ -113,7 +113,7 @@ def test_the_tables_name_options_that_exist() -> None:
             continue  # it tells of the past
         for name in re.findall(r"(?:`|--)((?:[a-z_]+\.)+[a-z_0-9]+)", page.read_text(encoding="utf-8")):
             if name.split(".")[0] not in sections or name.endswith(
-                (".py", ".md", ".json", ".yaml", ".bin", ".html", ".model", ".png", ".safetensors")
+                (".py", ".md", ".log", ".json", ".yaml", ".bin", ".html", ".model", ".png", ".safetensors")
             ):
                 continue
             free = any(name.startswith(form) for form in ("model.config.", "data.config.", "optim.config."))
