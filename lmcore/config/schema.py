@@ -371,7 +371,7 @@ class ReportConfig:
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
     max_skips: int = option(10, "free", at_least=0)
-    """Updates in a row that may be skipped for a non-finite loss or gradient, before a rewind."""
+    """Updates that may be skipped for a non-finite loss or gradient within ``guard.spike_window`` steps, before a rewind."""
     max_rewinds: int = option(3, "free", at_least=0)
     """Rewinds to a checkpoint before the run gives up (exit code 70)."""
     spike: Literal["off", "warn", "skip", "rewind"] = option("warn", "warn")

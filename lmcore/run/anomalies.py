@@ -1,21 +1,20 @@
-"""What to do about a loss or gradient that is not finite, or that jumps; the numerical half of ``guard.py``.
+"""Losses and gradients that are not finite, or that jump: what to do about them.
 
-Comes in: one report per step, in order (loss, gradient norm, whether the update was applied, positions).
-Goes out: an :class:`Action`. What always holds: a decision is a pure function of the policy and the reports
-so far, so every rank that sees the same reports decides the same, and a run that was killed decides as the
-undisturbed one; the history is JSON and is saved with the checkpoint.
+:func:`decide` is pure: the history so far and one report in, the new history and an :class:`Action` out. Every rank that
+sees the same reports decides the same. The history is JSON and is saved with the checkpoint, so that a resumed run decides
+like the undisturbed one.
 
-Non-finite: the device has not applied that update already; it is reported as ``skip``. More than
-``max_skips`` of them within the window: ``rewind`` to the last checkpoint before the first of them, and skip
-their positions. More than ``max_rewinds`` rewinds within ten windows: ``stop``.
+Not finite: the device has not applied that update; the action is ``skip``. More than ``max_skips`` of them within
+``window`` steps: ``rewind`` to the last checkpoint before the first of them, and skip their positions. More than
+``max_rewinds`` rewinds within ten windows: ``stop``.
 
 Spike: the loss lies more than ``sigma`` robust standard deviations above the median of the window,
 
     limit = median + sigma * max(1.4826 * median(|x - median|), 0.001 * |median|)
 
-(1.4826 makes the median absolute deviation of a normal distribution its standard deviation; a median does
-not move when the outliers themselves are in the window). The second term keeps a flat stretch from calling
-noise a spike.
+1.4826 turns the median absolute deviation of a normal distribution into its standard deviation (Rousseeuw and Croux 1993,
+section 1); the outliers in the window do not move a median. The second term keeps a flat stretch of losses from making noise
+a spike.
 """
 
 from __future__ import annotations
@@ -32,11 +31,14 @@ SPIKE_POLICIES: Final = ("off", "warn", "skip", "rewind")
 @final
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """The numbers of the policy.
+    """The options of :func:`decide`.
 
-    ``max_skips`` updates that were not applied are borne within ``window`` steps, then ``max_rewinds``
-    rewinds within ten windows. ``spike`` is off, warn, skip (the engine's gate is given a limit for the
-    gradient norm) or rewind; ``sigma`` is how far above the median a spike begins.
+    Attributes:
+        max_skips: updates that may be skipped within ``window`` steps before a rewind.
+        max_rewinds: rewinds within ten windows before the run stops.
+        spike: off, warn, skip (updates above a limit of the gradient norm are not applied) or rewind.
+        window: in steps.
+        sigma: how many robust standard deviations above the median make a spike.
     """
 
     max_skips: int = 5
@@ -49,7 +51,7 @@ class Policy:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What is known of one step: numbers that are equal on all ranks; ``positions`` are [first, stop)."""
+    """One step: numbers that are equal on all ranks; ``positions`` are [first, stop)."""
 
     step: int
     loss: float
@@ -76,7 +78,7 @@ class Action:
 @final
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What the decisions rest on. ``losses`` and ``norms`` are (step, value) of applied, finite steps;
+    """What the decisions depend on. ``losses`` and ``norms`` are (step, value) of applied, finite steps;
     ``skipped`` (step, first, stop) of updates that were not applied; ``rewinds`` the steps at which a rewind
     was decided.
     """
@@ -105,7 +107,7 @@ class History:
 
 
 def limit(values: Sequence[float], sigma: float, *, window: int) -> float:
-    """Where a spike begins; infinity while the window is less than half full: a few values know no spread."""
+    """The threshold of a spike; infinity while the window is less than half full, since a few values have no usable spread."""
     if len(values) < max(8, window // 2):
         return math.inf
     middle = median(values)
@@ -114,10 +116,9 @@ def limit(values: Sequence[float], sigma: float, *, window: int) -> float:
 
 
 def norm_limit(history: History, policy: Policy, step: int) -> float:
-    """Above this gradient norm the update of ``step`` shall not be applied (policy ``skip``); else infinity.
+    """The gradient norm above which the update of ``step`` is not applied (policy ``skip``); infinity otherwise.
 
-    Rests on steps up to ``step - 2`` only: a report may come one step late, and whether it did must not
-    matter.
+    Uses steps up to ``step - 2`` only: a report may arrive one step late, and whether it did must not matter.
     """
     if policy.spike != "skip":
         return math.inf
@@ -171,7 +172,7 @@ def _rewind(
     rewinds = (*(at for at in history.rewinds if at > step - 10 * policy.window), step)
     history = replace(history, rewinds=rewinds)
     if len(rewinds) > policy.max_rewinds:
-        reason = f"{reason}; {policy.max_rewinds} rewinds have not helped"
+        reason = f"{reason}; {policy.max_rewinds} rewinds did not help"
         return history, Action(kind="stop", reason=reason, positions=positions)
     return history, Action(kind="rewind", reason=reason, positions=positions, before_step=first_bad_step)
 

@@ -1,8 +1,6 @@
-"""``--fast_dev_run``: the same run in seconds, through every part, over a sample of the text.
+"""``--fast_dev_run``: the same run in seconds, through every part, on a sample of the text.
 
-Comes in: a configuration. Goes out: the sample in the run folder, and the configuration of the short run. What always
-holds: model, optimizer, strategy and precision are those of the long run; only text, steps and intervals
-are cut.
+Model, optimizer, strategy and precision are those of the long run; only text, steps and intervals are shortened.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""An exponential moving average of the weights: updated after every step, evaluated, kept, exported.
+"""An exponential moving average of the weights: updated after every step, evaluated, saved, exported.
 
-Comes in: the names and weights of the model, whole (strategies that do not shard). Goes out: float32 tensors of kind
-``ema`` in every checkpoint. What always holds: the average is a pure function of the weights of the steps and the
-decay; looking at it leaves the model as it was.
+In a checkpoint the average is float32 tensors of kind ``ema``. Only for strategies that keep the weights whole.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ class MovingAverage:
         return bool(self._average)
 
     def update(self) -> None:
-        """One step is done."""
+        """Call after every update."""
         if self._average:
             update_average(self._average, self._weights(), self._decay)
 
@@ -52,14 +50,14 @@ class MovingAverage:
         return (("ema", name, "", tensor) for name, tensor in self._average.items())
 
     def load(self, read: Callable[[str, str, str], Tensor | None]) -> None:
-        """From a checkpoint; one that was made without an average starts it from its weights."""
+        """Restore from a checkpoint; if it has no average, start from its weights."""
         for name, weight in self._weights() if self._average else []:
             stored = read("ema", name, "")
             self._average[name].copy_(weight.detach() if stored is None else stored)
 
     @contextmanager
     def in_place(self) -> Iterator[Any]:
-        """Inside, the model has the average for its weights."""
+        """Inside, the model computes with the average; its own weights come back afterwards."""
         own = [tensor.detach().clone() for _, tensor in self._weights()]
         with torch.no_grad():
             for name, tensor in self._weights():

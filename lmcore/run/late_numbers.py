@@ -1,8 +1,7 @@
-"""Numbers on the device that are read a step later, without waiting for what was queued since.
+"""Values of a small device tensor, read a step later without waiting for the work queued since.
 
-Comes in: a small tensor. Goes out: its values as a list, later. What always holds: reading waits for the work that
-made the numbers and for nothing after it. ``tensor.tolist()`` would queue a copy *behind* everything launched since
-and wait for that: with one step of lag, for the whole of the next step, so that the device's queue runs empty.
+``tensor.tolist()`` queues a copy behind everything launched so far and waits for that: with one step of lag, for the whole of
+the next step, so that the device's queue runs empty. Here the copy is queued at once, and only it is waited for::
 
     late = LateNumbers(torch.stack([loss, norm]))
     ...                                             # the next step is launched

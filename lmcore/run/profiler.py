@@ -1,8 +1,7 @@
-"""A torch profiler over a window of steps of any run: ``train.profile``.
+"""A torch profiler over a window of steps (``train.profile``).
 
-Comes in: the first and last step of the window. Goes out: ``profile/steps-10-12.json.gz`` in the run folder, for
-chrome://tracing or https://ui.perfetto.dev, and a table of the slowest operators in ``profile/steps-10-12.txt``. What
-always holds: outside of the window nothing is measured and nothing is slower.
+Writes ``profile/steps-10-12.json.gz`` into the run folder, for chrome://tracing or https://ui.perfetto.dev, and a table of the
+slowest operators beside it. Steps outside of the window are not slower.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class ProfileWindow:
         self._profile: profile | None = None
 
     def step(self, done: int) -> str | None:
-        """``done`` steps are behind. Returns the file that was written, if the window has just ended."""
+        """Call after ``done`` updates. Returns the file that was written, if the window has just ended."""
         if self._profile is not None and done >= self._last:
             return self._finish()
         if self._profile is None and done == self._first - 1:

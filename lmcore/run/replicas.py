@@ -1,12 +1,7 @@
-"""Do all ranks hold the same weights? One number per rank says so.
+"""Checks that all ranks hold the same weights (``guard.hash_every``): one 63-bit hash for each rank.
 
-Comes in: named tensors that every rank holds in full. Goes out: a hash, and the ranks whose hash is another
-one. What always holds: a single flipped bit changes the hash; the sum is made on the device, and one number
-comes to the host.
-
-Silent data corruption changes no loss that anyone would notice at once: six of the interruptions of Llama
-3's 54 days were of that kind (arXiv 2407.21783). Comparing the replicas every so often finds it at the next
-comparison.
+Silent data corruption changes no loss that anyone would notice at once: six of the interruptions in 54 days of Llama 3's
+training were of that kind (arXiv 2407.21783, table 5). Comparing the replicas finds it at the next comparison.
 
 Example::
 

@@ -1,9 +1,7 @@
-"""The configuration -> the arguments of the rooms: data, model, optimizer, and what the budget means in steps.
+"""Builds the parts of a run from its options: data, tokenizer, model, optimizer, engine.
 
-Comes in: a :class:`lmcore.config.schema.RunConfig`. Goes out: blocks, a model with its loss, an optimizer, and
-:class:`Sizes`. This is the only room beside the command line that knows the configuration: ``train_lm.py`` and the
-verbs of ``python -m lmcore`` both build their parts here, so that they cannot differ. Nothing here decides anything:
-each function hands plain values to the room that does.
+``train_lm.py`` and the commands of ``lmcore`` build their parts here, so that they cannot differ. Nothing here decides
+anything: each function hands its section of the options to the module that does.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ Note = Callable[[str], None]
 
 
 def silent_task(*_: Any, **__: Any) -> AbstractContextManager[Callable[..., None]]:
-    """A task that nobody watches."""
+    """A task without a progress bar."""
     return nullcontext(lambda *_, **__: None)
 
 
@@ -54,7 +52,7 @@ def silent_task(*_: Any, **__: Any) -> AbstractContextManager[Callable[..., None
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What a run reads: training blocks, held-out blocks by name, the tokenizer (none with ``data.factory``)."""
+    """What a run reads: training blocks, validation and test blocks by name, and the tokenizer (``None`` with ``data.factory``)."""
 
     train: Any
     valid: dict[str, Any]
@@ -96,7 +94,7 @@ def reading_of(config: RunConfig) -> corpus.Reading:
 
 
 def valid_fraction_of(config: RunConfig) -> float:
-    """The share of the training documents that is held out: none where ``data.valid`` is given."""
+    """The fraction of the training documents used for validation: 0 if ``data.valid`` is given."""
     return 0.0 if config.data.valid else config.data.valid_fraction or 0.0
 
 
@@ -196,7 +194,7 @@ def open_data(
             note=note,
             streamed=sources,
         )
-    on_main(lambda: None)  # nobody goes on before every rank has all stores
+    on_main(lambda: None)  # wait until every rank has all stores
     pad_id = encoder.eos_id if encoder.pad_id is None else encoder.pad_id
     blocks = partial(
         BlockDataset.from_stores,
@@ -224,14 +222,12 @@ def open_data(
         )
         rows += [(f"text ({source.name})", f"{len(source.paths):,} files, streamed") for source in sources]
         if not config.data.valid:
-            note(
-                "data.mode stream holds nothing out of the training text: name held-out text with data.valid"
-            )
+            note("data.mode stream makes no validation set of the training text: give one with --data.valid")
     else:
         phases = phases_of(config, [store.name for store in sets.train], sets.weights)
         train = blocks(sets.train, seed=config.seed, shuffle=config.data.shuffle, phases=phases)
         rows += [(f"text ({store.name})", describe_store(store)) for store in sets.train]
-    rows += [(f"held out ({name})", describe_store(store)) for name, store in sets.valid.items()]
+    rows += [(f"validation ({name})", describe_store(store)) for name, store in sets.valid.items()]
     rows += [(name, describe_store(store)) for name, store in sets.test.items()]
     return Data(
         train=train,
@@ -336,8 +332,8 @@ def keep_tokenizer(config: RunConfig, home: Path, data: Data, *, note: Note) -> 
 
 
 def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int) -> Data:
-    """``data.factory(**data.config)``: a dataset, or a mapping with ``train`` and, if wanted, ``valid``, ``test``
-    (datasets, or mappings of them by name) and ``collate``."""
+    """``data.factory(**data.config)``: a dataset, or a mapping with ``train`` and optionally ``valid``, ``test`` (datasets, or
+    mappings of them by name) and ``collate``."""
     made = import_path(config.data.factory or "", "data.factory")(**config.data.config)
     parts = dict(made) if isinstance(made, Mapping) else {"train": made}
     unknown = sorted(parts.keys() - {"train", "valid", "test", "collate"})
@@ -366,10 +362,10 @@ def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int)
 
 
 def phases_of(config: RunConfig, names: list[str], weights: tuple[float, ...] | None) -> tuple[Phase, ...]:
-    """The mixtures: the sources' own weights from position 0, then what ``data.phases`` appends.
+    """The mixtures: the sources' own weights from position 0, then those of ``data.phases``.
 
     Raises:
-        RequestError: a phase without a position, or with a source that is none.
+        RequestError: a phase without a position, or with an unknown source.
     """
     phases = [Phase(weights=weights)]
     for item in config.data.phases:
@@ -398,7 +394,7 @@ def describe_store(store: Any) -> str:
 
 
 def model_name(config: RunConfig) -> str:
-    """What the user called the model."""
+    """The name of the model, for people."""
     if config.model.preset is not None:
         return describe_preset(config)
     return config.model.factory or config.model.from_pretrained or config.model.type or ""
@@ -408,7 +404,7 @@ def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = pr
     """The model with its loss; without weights on ranks that get their parts of them from rank 0."""
     encoder = data.encoder
     if config.model.factory is not None and engine.sharded:
-        note("model.factory: every rank builds the whole model on its host, before it keeps its own part")
+        note("model.factory: every rank builds the whole model in host memory before it keeps its own part")
     module, refused = None, None
     try:
         module = build_model(
@@ -419,7 +415,7 @@ def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = pr
             weights=engine.needs_weights,
             note=note,
         )
-    except RequestError as refusal:  # perhaps of this rank alone: the others must not wait for it
+    except RequestError as refusal:  # perhaps on this rank only: the others must not wait for it
         refused = refusal
     for word in engine.gather_object(refused):
         if word is not None:
