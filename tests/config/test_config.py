@@ -50,9 +50,11 @@ def refused(*argv: str) -> str:
 # --- the schema ---
 
 
-def test_every_option_and_its_class_for_resume_is_a_recorded_decision() -> None:
+def test_options_of_0_1_0_still_parse_and_resume_alike() -> None:
+    """Saved configurations and scripts lean on them."""
     lines = (ROOT / "tests/data/options.txt").read_text().splitlines()[1:]
-    assert [f"{key.name} {key.resume}" for key in keys().values()] == lines
+    now = {key.name: key.resume for key in keys().values()}
+    assert {name: resume for name, resume in map(str.split, lines) if now.get(name) != resume} == {}
 
 
 def test_every_option_has_help_that_is_printed_with_its_value() -> None:

@@ -10,7 +10,8 @@ from lmcore.config import parse
 from lmcore.data.order import Cursor, Phase
 from lmcore.errors import RequestError
 from lmcore.run.budget import Sizes, horizon
-from lmcore.run.resume import cursor_of, differences, topology
+from lmcore.run.resume import cursor_of
+from lmcore.run.state import differences, topology
 
 
 def sizes(*words: str, world_size: int = 1, epoch_blocks: int | None = 103, **past: int) -> Sizes:
