@@ -278,9 +278,9 @@ def _training_files_in(
         if found:
             owner = owners[documents.file_identity(found[0])]
             yield (
-                f"{option} {source.name!r} reads training text: {len(found):,} of its {len(source.paths):,} files "
-                f"({found[0]}) are in the training source {owner!r} too, so that its loss says nothing about unseen "
-                f"text; leave them out of data.train, or hold text out with data.valid_fraction instead"
+                f"{option} {source.name!r} overlaps with the training text: {len(found):,} of its {len(source.paths):,} "
+                f"files ({found[0]}) also belong to the training source {owner!r}, so that the loss says nothing about "
+                f"unseen text; leave them out of data.train, or hold text out with data.valid_fraction instead"
             )
 
 

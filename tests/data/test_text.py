@@ -3,39 +3,28 @@ neighbours."""
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import io
 import json
-import lzma
 import os
 import random
 import re
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as arrow
 import pyarrow.parquet
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcore.data.text import compression, formats
-from lmcore.data.text.documents import BadRecord, Document, Source, parts, read, resolve, side
-from lmcore.errors import FaultError, RequestError
+from lmcore.data.text.documents import BadRecord, Source, parts, read, resolve, side
+from lmcore.errors import FaultError
+from tests.support.texts import COMPRESS, read_all, source_of, texts_of, write_parquet
 
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "": lambda data: data,
-    ".gz": gzip.compress,
-    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-}
 JAPANESE = [
     "吾輩は猫である。",
     "　全角ＡＢＣ、１２３！",
@@ -44,25 +33,6 @@ JAPANESE = [
     "👨‍👩‍👧‍👦🇯🇵👍🏽",
     "か\u3099と\u2028行",
 ]
-
-
-def source_of(path: Path | str, **options: Any) -> Source:
-    return Source(name="test", paths=(str(path),), relative_paths=(os.path.basename(path),), **options)
-
-
-def read_all(source: Source, *, part_bytes: int = 2**26) -> tuple[list[Document], list[BadRecord], list[str]]:
-    bad: list[BadRecord] = []
-    empty: list[str] = []
-    cut = parts(source, part_bytes=part_bytes)
-    assert [part.index for part in cut] == list(range(len(cut)))
-    documents = [d for part in cut for d in read(source, part, bad=bad.append, empty=empty.append)]
-    return documents, bad, empty
-
-
-def texts_of(source: Source, *, part_bytes: int = 2**26) -> list[str]:
-    documents, bad, _ = read_all(source, part_bytes=part_bytes)
-    assert bad == []
-    return [document.text for document in documents]
 
 
 # --- the same documents, however the files are cut ---
@@ -206,11 +176,6 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str, suffix
     [source] = resolve([str(path)], encoding=encoding, unit="line")
     assert texts_of(source) == documents
     assert texts_of(source, part_bytes=7) == documents
-
-
-def write_parquet(path: Path, documents: list[Any], **options: Any) -> None:
-    table = arrow.table({"id": list(range(len(documents))), "text": documents})
-    arrow.parquet.write_table(table, path, row_group_size=5, write_page_checksum=True, **options)
 
 
 def test_json_offsets_are_those_of_the_file(tmp_path: Path) -> None:
@@ -655,142 +620,6 @@ def test_fuzz_2500_damaged_files(tmp_path: Path) -> None:
 def test_fuzz_50000_damaged_files(tmp_path: Path) -> None:
     for seed in range(10_000, 60_000):
         fuzz_one(tmp_path, seed)
-
-
-# --- what the user named ---
-
-
-def make(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("text\n")
-
-
-def test_files_are_sorted_and_named_relatively(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(tmp_path, "b.txt", "a/z.txt", "a/y.md", "a/.hidden.txt", ".git/x.txt", "a/image.png", "c.txt.gz")
-    [source] = resolve([str(tmp_path)])
-    assert source.relative_paths == ("a/y.md", "a/z.txt", "b.txt", "c.txt.gz")
-    assert source.ignored == 1
-    assert source.name == re.sub(r"[^\w.-]+", "-", tmp_path.name)
-    monkeypatch.chdir(tmp_path)
-    [one, deep] = resolve(["*.txt", "a/**"])
-    assert (one.relative_paths, one.name) == (("b.txt",), Path(tmp_path).name)
-    assert (deep.relative_paths, deep.name) == (("image.png", "y.md", "z.txt"), "a")
-    assert all(os.path.isabs(path) for path in deep.paths)
-    [named] = resolve(
-        [{"paths": ["b.txt", "a/z.txt"], "name": "books", "weight": 2, "encoding": "cp932", "unit": "file"}]
-    )
-    assert (named.name, named.weight, named.encoding, named.unit) == ("books", 2.0, "cp932", "file")
-    assert [s.name for s in resolve(["a/z.txt", "b.txt", {"path": "a/y.md", "name": "z-2"}])] == [
-        "z",
-        "b",
-        "z-2",
-    ]
-    assert resolve(["hf://owner/name"])[0].paths == ("hf://owner/name",)
-    assert resolve("b.txt")[0].paths == (str(tmp_path / "b.txt"),)
-
-
-def test_the_same_file_twice_is_refused(tmp_path: Path) -> None:
-    make(tmp_path, "a.txt", "sub/b.txt")
-    (tmp_path / "sub/link.txt").symlink_to(tmp_path / "a.txt")
-    (tmp_path / "folder").symlink_to(tmp_path / "sub")
-    for entries in (
-        ["a.txt", "a.txt"],
-        ["a.txt", "./*.txt"],
-        ["a.txt", "sub/link.txt"],
-        ["sub/b.txt", "folder/b.txt"],
-        ["."],
-    ):
-        with pytest.raises(RequestError, match="twice"):
-            resolve([str(tmp_path / entry) for entry in entries])
-
-
-def test_links_in_a_circle_end(tmp_path: Path) -> None:
-    make(tmp_path, "sub/b.txt")
-    (tmp_path / "sub/up").symlink_to(tmp_path)
-    assert resolve([str(tmp_path)])[0].relative_paths == ("sub/b.txt",)
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ("corpus.tx", r"no such file or folder: .*corpus\.tx; did you mean 'corpus\.txt'\?"),
-        ("*.nothing", r"no file matches '.*\*\.nothing'"),
-        ("fold*", r"no file matches .*only folders: folder.*\*\*"),
-        ("folder", r"no file of a known kind.*wiki_00.*/\*\*'"),
-        ("s3://bucket/a", "remote files are not read"),
-        ("pipe", "not a regular file.*write its text to a file"),
-        ("-", "standard input.*write it to a file"),
-        ({"path": "corpus.txt", "wieght": 1}, r"unknown option 'wieght' .*; did you mean 'weight'\?"),
-        ({"weight": 1}, "without a path"),
-        ({"path": "corpus.txt", "weight": 0}, "positive"),
-        ({"path": "corpus.txt", "unit": "lines"}, r"unknown unit 'lines'; .*; did you mean 'line'\?"),
-        ({"path": "corpus.txt", "encoding": "shift-jiss"}, "encoding 'shift-jiss' is not known"),
-        ({"path": "corpus.txt", "encoding": "rot13"}, "encoding 'rot13' is not known"),
-        ({"path": "corpus.txt", "encoding": "punycode"}, "encoding 'punycode' is not known"),
-        ({"path": "corpus.txt", "name": "../../evil"}, "becomes a folder name.*without /"),
-        ({"path": "corpus.txt", "name": "."}, "becomes a folder name"),
-        ({"path": "corpus.txt", "name": "a\x1b[2J"}, "without control characters"),
-        ({"path": "corpus.txt", "name": "n" * 250}, "may have 200 bytes"),
-        ({"path": "corpus.txt", "weight": float("inf")}, "positive"),
-        ("corpus.txt\0", "NUL"),
-        ("x" * 300, "cannot be read: File name too long|no such file"),
-        (
-            {"path": "a.jsonl", "text_field": "txt"},
-            r"no field 'txt', but 'text', 'url': set data.text_field; did you mean 'text'\?",
-        ),
-        ({"path": "a.csv", "text_field": "body"}, "no field 'body', but 'id', 'text'"),
-        ({"path": "a.parquet", "text_field": "texts"}, "no field 'texts'.*'text'"),
-    ],
-)
-def test_wrong_requests(tmp_path: Path, entry: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    make(tmp_path, "corpus.txt", "folder/wiki_00")
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "a.jsonl").write_text('broken\n{"text": "a", "url": "b"}\n')
-    (tmp_path / "a.csv").write_text("id,text\n1,a\n")
-    write_parquet(tmp_path / "a.parquet", ["a"])
-    with pytest.raises(RequestError, match=message) as caught:
-        resolve([entry])
-    assert "\n" not in str(caught.value)
-
-
-def test_a_field_that_only_some_records_lack_is_no_wrong_request(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"title": "a"}\n{"text": "b"}\n')
-    documents, bad, _ = read_all(resolve([str(tmp_path / "a.jsonl")])[0])
-    assert ([d.text for d in documents], len(bad)) == (["b"], 1)
-
-
-def test_the_rule_of_unit_auto(tmp_path: Path) -> None:
-    def unit(files: dict[str, str]) -> tuple[str, str]:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        for name, content in files.items():
-            (folder / name).write_text(content)
-        [source] = resolve([str(folder)])
-        return source.unit, source.unit_reason
-
-    assert unit({"a.py": "x\n\ny", "b.py": "", "c.txt": ""}) == ("file", "auto: mostly source code or markup")
-    assert unit({"a.txt": "x", "b.txt": "y"}) == ("file", "auto: 2 files, the median at most 1 MiB")
-    assert unit({"a.txt": "x\n\ny\n"}) == ("paragraph", "auto: blank lines in a.txt")
-    assert unit({"a.txt": "x\ny\n"}) == ("line", "auto: no blank lines in a.txt")
-    assert unit({"a.txt": "\n\nx\ny\n\n"})[0] == "line"
-    big = "line\n" * 250_000
-    assert unit({"a.txt": big, "b.txt": big + "\n\nx"})[0] == "line"
-    assert unit({"a.jsonl": '{"text": "a"}'})[1] == "auto: no plain text files"
-
-
-def test_the_standard_library_is_a_corpus() -> None:
-    [source] = resolve(["stdlib"])
-    assert (source.name, source.unit) == ("stdlib", "file")
-    assert all(path.endswith(".py") for path in source.paths)
-    assert not any(
-        "test" in path.split("/")[:-1] or "site-packages" in path for path in source.relative_paths
-    )
-    documents, bad, _ = read_all(source, part_bytes=2**20)
-    assert bad == []
-    assert 8e6 < sum(len(d.text.encode()) for d in documents) < 20e6
-    assert read_all(source)[0] == documents
 
 
 # --- splitting ---

@@ -1,0 +1,324 @@
+"""Sources: which files the entries of data.train name, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcore.data.text.documents import parts, resolve
+from lmcore.errors import RequestError
+from tests.support.texts import read_all, write_parquet
+
+
+def make(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("text\n")
+
+
+def test_files_of_folders_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "b.txt", "a/z.txt", "a/y.md", "a/.hidden.txt", ".git/x.txt", "a/image.png", "c.txt.gz")
+    [source] = resolve([str(tmp_path)])
+    assert source.relative_paths == ("a/y.md", "a/z.txt", "b.txt", "c.txt.gz")
+    assert source.ignored == 1
+    assert source.name == re.sub(r"[^\w.-]+", "-", tmp_path.name)
+    monkeypatch.chdir(tmp_path)
+    [one, deep] = resolve(["*.txt", "a/**"])
+    assert (one.relative_paths, one.name) == (("b.txt",), Path(tmp_path).name)
+    assert (deep.relative_paths, deep.name) == (("image.png", "y.md", "z.txt"), "a")
+    assert all(os.path.isabs(path) for path in deep.paths)
+    [named] = resolve(
+        [{"paths": ["b.txt", "a/z.txt"], "name": "books", "weight": 2, "encoding": "cp932", "unit": "file"}]
+    )
+    assert (named.name, named.weight, named.encoding, named.unit) == ("books", 2.0, "cp932", "file")
+    assert [s.name for s in resolve(["a/z.txt", "b.txt", {"path": "a/y.md", "name": "z-2"}])] == [
+        "z",
+        "b",
+        "z-2",
+    ]
+    assert resolve(["hf://owner/name"])[0].paths == ("hf://owner/name",)
+    assert resolve("b.txt")[0].paths == (str(tmp_path / "b.txt"),)
+
+
+def test_duplicate_file_raises(tmp_path: Path) -> None:
+    make(tmp_path, "a.txt", "sub/b.txt")
+    (tmp_path / "sub/link.txt").symlink_to(tmp_path / "a.txt")
+    (tmp_path / "folder").symlink_to(tmp_path / "sub")
+    for entries in (
+        ["a.txt", "a.txt"],
+        ["a.txt", "./*.txt"],
+        ["a.txt", "sub/link.txt"],
+        ["sub/b.txt", "folder/b.txt"],
+        ["."],
+    ):
+        with pytest.raises(RequestError, match="twice"):
+            resolve([str(tmp_path / entry) for entry in entries])
+
+
+def test_symlink_loops_end_and_each_folder_is_walked_once(tmp_path: Path) -> None:
+    make(tmp_path, "sub/b.txt", "z/c.txt")
+    for name in ("up", "latest", "current"):
+        (tmp_path / "sub" / name).symlink_to(tmp_path)
+        (tmp_path / name).symlink_to(".")
+    (tmp_path / "a-link").symlink_to("z")  # its own name wins, whatever comes first in the alphabet
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "broken").symlink_to("nothing")
+    for entry in (str(tmp_path), f"{tmp_path}/**", f"{tmp_path}/**/*.txt"):
+        assert resolve([entry])[0].relative_paths == ("sub/b.txt", "z/c.txt"), entry
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "in").symlink_to(tmp_path / "z")
+    assert resolve([str(elsewhere)])[0].relative_paths == ("in/c.txt",)
+
+
+def test_deep_folders_are_walked(tmp_path: Path) -> None:
+    folders = [os.path.join(tmp_path, *"d" * depth) for depth in range(1, 1200)]
+    for folder in folders:
+        os.mkdir(folder)
+    file = os.path.join(folders[-1], "a.txt")
+    with open(file, "w") as opened:
+        opened.write("text")
+    found = resolve([str(tmp_path)])[0].paths
+    os.unlink(file)
+    for folder in reversed(folders):  # pytest's own clean-up is recursive
+        os.rmdir(folder)
+    assert found == (file,)
+
+
+def test_folders_of_the_system_are_not_walked(tmp_path: Path) -> None:
+    make(tmp_path, "a.txt")
+    (tmp_path / "everything").symlink_to("/proc")
+    (tmp_path / "devices").symlink_to("/dev")
+    os.mkfifo(tmp_path / "pipe.txt")
+    for entry in (str(tmp_path), f"{tmp_path}/**"):
+        [source] = resolve([entry])
+        assert source.relative_paths == ("a.txt",)
+        assert [note.rpartition("/")[2] for note in source.notes] == [
+            "devices, a folder of the system",
+            "everything, a folder of the system",
+        ]
+
+
+def test_what_a_training_wrote_is_not_read_as_text(tmp_path: Path) -> None:
+    make(tmp_path, "a.txt", "own/manifest.json", "own/b.jsonl")
+    (tmp_path / "own" / "b.jsonl").write_text('{"text": "b"}')
+    (tmp_path / "own" / "manifest.json").write_text('{"text": "c"}')
+    written = [
+        *(
+            "runs/x/status.json",
+            "runs/x/metrics.jsonl",
+            "runs/x/train.log",
+            "runs/x/config.yaml",
+            "runs/x/notes.txt",
+        ),
+        *("runs/x/tokenizer/tokenizer.json", "runs/x/checkpoints/step-00000001/manifest.json"),
+        *("token_stores/a-0123/manifest.json", "token_stores/a-0123/part-000000.bin"),
+        *("token_stores/b-0123/plan.json", "token_stores/b-0123/part-000000.json"),
+        *("kept/manifest.json", "kept/state.json", "kept/model.safetensors"),
+        *("tok/tokenizer.json", "tok/tokenizer_config.json"),
+        *("export/config.json", "export/model.safetensors"),
+    ]
+    make(tmp_path, *written)
+    wanted = ("a.txt", "own/b.jsonl", "own/manifest.json", "runs/x/notes.txt")
+    for entry in (str(tmp_path), f"{tmp_path}/**"):
+        [source] = resolve([entry])
+        assert source.relative_paths == wanted
+        assert {note.rpartition(", ")[2] for note in source.notes} == {
+            "the files of a run",
+            "a token store",
+            "a checkpoint",
+            "a tokenizer or a model",
+        }
+    with pytest.raises(RequestError, match=r"no file of a known kind.*left out: .*/kept, a checkpoint"):
+        resolve([str(tmp_path / "kept")])
+
+
+def test_expanded_glob_is_the_same_source(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    make(
+        folder,
+        *(f"part-{n}.jsonl.gz" for n in range(3)),
+        "other.jsonl.gz",
+        "a.txt",
+        "b.txt",
+        "deep/x.txt",
+        "deep/y.txt",
+        "other/z.txt",
+        "c.md",
+    )
+    for pattern in ("*.txt", "part-*.jsonl.gz", "*/*.txt"):
+        expanded = sorted(str(path) for path in folder.glob(pattern))
+        quoted, unquoted = resolve([f"{folder}/{pattern}"]), resolve(expanded, join_files=True)
+        assert quoted == unquoted, pattern
+    # No glob gives these files: still one source, which is named after their folder.
+    [source] = resolve([f"{folder}/a.txt", f"{folder}/deep/x.txt", f"{folder}/c.md"], join_files=True)
+    assert (source.name, source.relative_paths) == ("corpus", ("a.txt", "c.md", "deep/x.txt"))
+    # A folder, a mapping and a file of tokens are sources of their own.
+    (folder / "t.bin").write_bytes(b"\0\0")
+    entries = [
+        f"{folder}/a.txt",
+        f"{folder}/deep",
+        {"path": f"{folder}/c.md"},
+        f"{folder}/b.txt",
+        f"{folder}/t.bin",
+    ]
+    assert [len(source.paths) for source in resolve(entries, join_files=True)] == [2, 2, 1, 1]
+    with pytest.raises(RequestError, match="twice"):
+        resolve([f"{folder}/a.txt", f"{folder}/a.txt"], join_files=True)
+
+
+@pytest.mark.parametrize("name", ["[D] set", "q?", "a*b", "{x}", "null", "[a]"])
+def test_names_with_glob_characters(tmp_path: Path, name: str) -> None:
+    make(tmp_path, f"{name}/{name}.txt", "other/other.txt")
+    for entry in (
+        tmp_path / name,
+        tmp_path / name / f"{name}.txt",
+        tmp_path / name / "*.txt",
+        tmp_path / name / "**",
+    ):
+        [source] = resolve([str(entry)])
+        assert source.relative_paths == (f"{name}.txt",)
+
+
+def test_long_and_undecodable_file_names(tmp_path: Path) -> None:
+    names = [
+        b"n" * 240 + b".txt",
+        "日本語のとても長い名前".encode() * 7 + b".txt",
+        b"caf\xe9.txt",
+        b"a\x1b[2J.txt",
+    ]
+    for name in names:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(b"text\n\0bad\n")
+    for path in (os.fsdecode(os.path.join(os.fsencode(tmp_path), name)) for name in names):
+        [source] = resolve([path], unit="line")
+        assert len(f"{source.name}-valid-{16 * 'f'}".encode()) <= 255
+        documents, bad, _ = read_all(source)
+        assert [document.text for document in documents] == ["text"]
+        assert str(bad[0]).encode()
+        assert "\x1b" not in str(bad[0])
+        "".join(source.relative_paths).encode()
+    assert len(resolve([str(tmp_path)])[0].paths) == 4
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("corpus.tx", r"no such file or folder: .*corpus\.tx; did you mean 'corpus\.txt'\?"),
+        ("*.nothing", r"no file matches '.*\*\.nothing'"),
+        ("fold*", r"no file matches .*only folders: folder.*\*\*"),
+        ("folder", r"no file of a known kind.*wiki_00.*/\*\*'"),
+        ("s3://bucket/a", "remote files are not read"),
+        ("pipe", "not a regular file.*write its text to a file"),
+        ("-", "standard input.*write it to a file"),
+        ({"path": "corpus.txt", "wieght": 1}, r"unknown option 'wieght' .*; did you mean 'weight'\?"),
+        ({"weight": 1}, "without a path"),
+        ({"path": "corpus.txt", "weight": 0}, "positive"),
+        ({"path": "corpus.txt", "unit": "lines"}, r"unknown unit 'lines'; .*; did you mean 'line'\?"),
+        ({"path": "corpus.txt", "encoding": "shift-jiss"}, "encoding 'shift-jiss' is not known"),
+        ({"path": "corpus.txt", "encoding": "rot13"}, "encoding 'rot13' is not known"),
+        ({"path": "corpus.txt", "encoding": "punycode"}, "encoding 'punycode' is not known"),
+        ({"path": "corpus.txt", "name": "../../evil"}, "becomes a folder name.*without /"),
+        ({"path": "corpus.txt", "name": "."}, "becomes a folder name"),
+        ({"path": "corpus.txt", "name": "a\x1b[2J"}, "without control characters"),
+        ({"path": "corpus.txt", "name": "n" * 250}, "may have 200 bytes"),
+        ({"path": "corpus.txt", "weight": float("inf")}, "positive"),
+        ("corpus.txt\0", "NUL"),
+        ("x" * 300, "cannot be read: File name too long|no such file"),
+        (
+            {"path": "a.jsonl", "text_field": "txt"},
+            r"no field 'txt', but 'text', 'url': set data.text_field; did you mean 'text'\?",
+        ),
+        ({"path": "a.csv", "text_field": "body"}, "no field 'body', but 'id', 'text'"),
+        ({"path": "a.parquet", "text_field": "texts"}, "no field 'texts'.*'text'"),
+    ],
+)
+def test_wrong_requests(tmp_path: Path, entry: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path, "corpus.txt", "folder/wiki_00")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.jsonl").write_text('broken\n{"text": "a", "url": "b"}\n')
+    (tmp_path / "a.csv").write_text("id,text\n1,a\n")
+    write_parquet(tmp_path / "a.parquet", ["a"])
+    with pytest.raises(RequestError, match=message) as caught:
+        resolve([entry])
+    assert "\n" not in str(caught.value)
+
+
+def test_field_missing_in_some_records_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"title": "a"}\n{"text": "b"}\n')
+    documents, bad, _ = read_all(resolve([str(tmp_path / "a.jsonl")])[0])
+    assert ([d.text for d in documents], len(bad)) == (["b"], 1)
+
+
+def test_unit_auto_rule(tmp_path: Path) -> None:
+    def unit(files: dict[str, str]) -> tuple[str, str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_text(content)
+        [source] = resolve([str(folder)])
+        return source.unit, source.unit_reason
+
+    assert unit({"a.py": "x\n\ny", "b.py": "", "c.txt": ""}) == ("file", "auto: mostly source code or markup")
+    assert unit({"a.txt": "x", "b.txt": "y"}) == ("file", "auto: 2 files, the median at most 1 MiB")
+    assert unit({"a.txt": "x\n\ny\n"}) == ("paragraph", "auto: blank lines in a.txt")
+    assert unit({"a.txt": "x\ny\n"}) == ("line", "auto: no blank lines in a.txt")
+    assert unit({"a.txt": "\n\nx\ny\n\n"})[0] == "line"
+    big = "line\n" * 250_000
+    assert unit({"a.txt": big, "b.txt": big + "\n\nx"})[0] == "line"
+    assert unit({"a.jsonl": '{"text": "a"}'})[1] == "auto: no plain text files"
+
+
+def test_unit_auto_takes_time_in_proportion_to_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for line in ("word " * 25_000 + "\n", "x" * 2**20, "\r" * 2**20, "a\n" * 2**19, " \n" * 2**19):
+        path.write_text((line * (2**20 // len(line) + 1))[: 2**20])
+        started = time.perf_counter()
+        resolve([str(path)])
+        assert time.perf_counter() - started < 5  # about 0.05 s; a minute where it is quadratic
+
+
+def test_many_files_are_listed_in_linear_time(tmp_path: Path) -> None:
+    for number in range(20_000):
+        if number % 1000 == 0:
+            (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number // 1000 * 1000) / f"{number}.txt").write_text("text")
+    started = time.perf_counter()
+    [source] = resolve([str(tmp_path)])
+    assert len(parts(source)[0].pieces) == 20_000
+    assert time.perf_counter() - started < 10  # about 0.6 s
+
+
+def test_gzip_of_one_long_line_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(300):
+            file.write(b"x" * 2**20)
+    [source] = resolve([str(path)])
+    tracemalloc.start()
+    documents, bad, _ = read_all(source)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (documents, [record.n_bytes for record in bad]) == ([], [300 * 2**20])
+    assert peak < 270 * 2**20
+
+
+def test_standard_library_corpus() -> None:
+    [source] = resolve(["stdlib"])
+    assert (source.name, source.unit) == ("stdlib", "file")
+    assert all(path.endswith(".py") for path in source.paths)
+    assert not any(
+        "test" in path.split("/")[:-1] or "site-packages" in path for path in source.relative_paths
+    )
+    documents, bad, _ = read_all(source, part_bytes=2**20)
+    assert bad == []
+    assert 8e6 < sum(len(d.text.encode()) for d in documents) < 20e6
+    assert read_all(source)[0] == documents
