@@ -76,10 +76,13 @@ def overview() -> str:
 
 def _config(words: list[str], prog: str, summary: str) -> RunConfig:
     from lmcore.config import parse as command_line
+    from lmcore.run import own_text
 
     if words and words[0] in ("-h", "--help") and len(words) == 1:
         print(f"usage: python -m lmcore {prog} [options of train_lm.py]\n\n{summary}\n")
-    return command_line.parse(words, say=lambda line: print(line, file=sys.stderr))
+    return command_line.parse(
+        words, note=lambda line: print(line, file=sys.stderr), own_text=own_text.defaults
+    )
 
 
 def _run_dir(config: RunConfig) -> Path:
@@ -234,14 +237,18 @@ def plan(words: list[str]) -> None:
     if words[:1] in (["-h"], ["--help"]):
         print(verb.MACHINE)
         return
-    probed = "--probe" in words
-    words = [word for word in words if word != "--probe"]
-    given = {}
+    probed, tokenized = "--probe" in words, "--tokenize" in words
+    words = [word for word in words if word not in ("--probe", "--tokenize")]
+    given = {"tokenize": "true"} if tokenized else {}
     for name in ("processes", "strategy", "device_gib", "tokens_per_second", "watts"):
         value = _taken(words, name)
         if value is not None:
             given[name] = value
     config = _config(words, "plan", "")
+    from lmcore.run.preflight import preflight
+
+    processes = given.get("processes", "1")
+    preflight(config, processes=int(processes) if processes.isdecimal() and int(processes) else 1)
     display = tasks()  # first: it tells the libraries to be quiet
     from lmcore.humanize import table
     from lmcore.run import setup as assemble

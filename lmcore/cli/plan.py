@@ -18,10 +18,11 @@ from typing import Any
 from lmcore.errors import EXIT_FINISHED, RequestError
 
 MACHINE = """\
-usage: python -m lmcore plan [--probe] [--processes N] [--strategy S] [--device_gib G] [--tokens_per_second R]
+usage: lmcore plan [--probe] [--tokenize] [--processes N] [--strategy S] [--device_gib G] [--tokens_per_second R]
                              [--watts W] [options of train_lm.py]
 
   --probe                train two real steps here and measure: tokens/s, time, memory against the plan
+  --tokenize             tokenize the text to count the blocks of an epoch (default: estimated from its size)
   --processes N          devices that will train (default 1)
   --strategy S           single, ddp, fsdp2, zero1, zero2, zero3 (default: single, or ddp for several)
   --device_gib G         memory of each GPU (default: this machine's GPU; without one, the run is planned for its
@@ -161,7 +162,8 @@ class _Asked:
         own_data = config.data.factory is not None
         wanted = not own_data or config.tokenizer.path is not None
         self.encoder = assemble.given_tokenizer(config) if wanted else None
-        data = open_data() if own_data or config.train.duration.unit == "epochs" else None
+        in_epochs = config.train.duration.unit == "epochs"
+        data = open_data() if own_data or (in_epochs and "tokenize" in given) else None
         self.encoder = data.encoder if data else self.encoder
         self.vocab_size = None if own_data else config.tokenizer.vocab_size
         if self.encoder is not None:
@@ -171,6 +173,8 @@ class _Asked:
         )
         setting = planning.setting_of(config, precision=precision, world_size=processes, strategy=strategy)
         self.epoch_blocks = getattr(data.train, "epoch_blocks", None) if data else None
+        if in_epochs and data is None and config.data.mode == "store":
+            self.epoch_blocks = self._estimated_epoch(note)
         self.sizes = horizon(
             config,
             block_size=self.block_size,
@@ -182,6 +186,22 @@ class _Asked:
         )
         self.setting = planning.cut(setting, self.sizes)
         self.batch = planning.first_batch(config, data, self.sizes.micro_batch_blocks) if data else None
+
+    def _estimated_epoch(self, note: Callable[[str], None]) -> int:
+        """Blocks in an epoch by the size of the text, which is neither read nor tokenized."""
+        from lmcore.humanize import size
+        from lmcore.run import own_text
+
+        data = self.config.data
+        found = own_text.text_bytes(
+            data.train or ["stdlib"], unit="line", text_field=data.text_field, encoding=data.encoding
+        )
+        blocks = max(1, found // own_text.BYTES_PER_TOKEN // self.block_size)
+        note(
+            f"epoch: about {blocks:,} blocks, estimated from {size(found)} of text at "
+            f"{own_text.BYTES_PER_TOKEN} bytes a token (lmcore plan --tokenize counts the tokens)"
+        )
+        return blocks
 
     def plan(self, *, setting: Any = None, device_type: str | None = None, **known: Any) -> Any:
         """The plan; of another setting or device if given."""

@@ -1,150 +1,316 @@
-"""The relations between options that need no data, no model and no device: :func:`check`.
+"""Checks of the configuration that need no data, no model and no device.
 
-Comes in: a :class:`~lmcore.config.schema.RunConfig` whose types are right. Goes out: nothing, or a
-:class:`~lmcore.errors.RequestError` of one line with the numbers and the remedy. Limits of single fields
-stand at the fields (``option(..., above=0)``) and are checked here too. :func:`check_metrics` comes later,
-when the held-out sets have names.
+:func:`check` is called by the parser: limits of single options (``option(..., above=0)`` in the schema) and relations
+between them. :func:`check_metrics` is called when the names of the validation sets are known.
 """
 
 from __future__ import annotations
 
+import codecs
+import math
+import typing
 from collections.abc import Sequence
-from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeGuard
 
+from lmcore.config.convert import shown
 from lmcore.config.durations import NEVER
-from lmcore.config.schema import Entries, Key, RunConfig, global_batch_blocks, keys, ranges, to_dict
+from lmcore.config.schema import (
+    DataConfig,
+    Entries,
+    Key,
+    RunConfig,
+    global_batch_blocks,
+    keys,
+    ranges,
+    to_dict,
+)
 from lmcore.conventions import OPTIMIZERS
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean
 
 METRICS = ("loss", "perplexity", "bits_per_byte")
-"""What every evaluation gives for every held-out set."""
+"""Metrics of every evaluation, for every validation set."""
 TRAIN_METRICS = ("train/loss", "train/grad_norm")
-"""Of the last line about training before a save."""
+"""Training metrics that can choose the best checkpoint: those of the last logged step before a save."""
 SOURCE_KEYS = ("path", "paths", "weight", "name", "text_field", "unit", "encoding")
+MAY_BE_EMPTY = ("evaluate.prompts",)
+"""Text options for which the empty string has a meaning."""
 
 
 def check(config: RunConfig) -> None:
-    """Every relation that needs no data, no model and no device. Raises :class:`RequestError`."""
+    """Every check that needs no data, no model and no device. Raises :class:`RequestError`."""
     flat = to_dict(config)
     for key in keys().values():
         value: Any = flat
         for part in key.name.split("."):
             value = value[part]
-        for number in value if isinstance(value, list) else [value]:
-            _check_limits(key, number)
-    data, train, optim = config.data, config.train, config.optim
+        for item in value if isinstance(value, list) else [value]:
+            _check_limits(key, item)
+    _check_data(config)
+    _check_batch_and_duration(config)
+    _check_optimizer(config)
+    _check_model(config)
+    _check_tokenizer(config)
+    _check_evaluation(config)
+    if config.train.profile is not None:
+        ranges([config.train.profile], "train.profile")
+    if config.train.deterministic and config.train.compile_mode == "max-autotune":
+        raise RequestError(
+            "train.deterministic and train.compile_mode max-autotune exclude each other: autotuning chooses "
+            "kernels by their time"
+        )
+
+
+def _check_limits(key: Key, value: Any) -> None:
+    if isinstance(value, str) and not value.strip() and key.name not in MAY_BE_EMPTY:
+        null = " (or null for the default)" if type(None) in typing.get_args(key.type) else ""
+        raise RequestError(f"{key.name} must not be empty{null}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    tests = {
+        "above": lambda limit: value > limit, "at_least": lambda limit: value >= limit,
+        "at_most": lambda limit: value <= limit, "below": lambda limit: value < limit,
+    }  # fmt: skip
+    for name, limit in key.limits.items():
+        # A comparison with NaN is false, so NaN is refused too.
+        if limit is not None and not tests[name](limit):
+            raise RequestError(f"{key.name} must be {name.replace('_', ' ')} {limit:,g} (got {value})")
+
+
+def _check_data(config: RunConfig) -> None:
+    data = config.data
     for name in ("train", "valid", "test"):
         _check_sources(f"data.{name}", getattr(data, name))
     ranges(data.skip_positions, "data.skip_positions")
-    if train.profile is not None:
-        ranges([train.profile], "train.profile")
+    _check_encoding("data.encoding", data.encoding)
+    if data.valid and data.valid_fraction:
+        raise RequestError(
+            f"data.valid and data.valid_fraction {data.valid_fraction} exclude each other: remove one"
+        )
+    if data.phases and data.mode == "stream":
+        raise RequestError("data.phases needs data.mode store: the mixture of a stream is fixed")
+    form = "must have the form {position: 1000, weights: {name: 1.0}}"
+    for phase in data.phases:
+        if not isinstance(phase, dict) or set(phase) != {"position", "weights"}:
+            raise RequestError(f"data.phases {form} (got {shown(phase)})")
+        position, weights = phase["position"], phase["weights"]
+        if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position < 2**62:
+            raise RequestError(
+                f"data.phases: position must be an integer of at least 0 (got {shown(position)})"
+            )
+        if not isinstance(weights, dict) or not weights or not all(map(_is_share, weights.values())):
+            raise RequestError(
+                f"data.phases: weights must be numbers of at least 0 by name (got {shown(weights)})"
+            )
 
-    _one_of(
-        "train.global_batch_blocks",
-        train.global_batch_blocks,
-        "train.global_batch_tokens",
-        train.global_batch_tokens,
-    )
-    if train.global_batch_tokens is not None and data.block_size is not None:
-        global_batch_blocks(config, data.block_size)
-    blocks, micro = train.global_batch_blocks, train.micro_batch_blocks
-    if blocks is not None and isinstance(micro, int) and blocks % micro:
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e15
+
+
+def _is_share(value: Any) -> bool:
+    return value == 0 or _is_weight(value)
+
+
+def _check_encoding(key: str, encoding: Any) -> None:
+    try:
+        known = isinstance(encoding, str) and codecs.lookup(encoding)._is_text_encoding
+    except (LookupError, ValueError):
+        known = False
+    if not known:
+        examples = ["utf-8", "cp932", "shift_jis", "euc_jp", "utf-16", "latin-1"]
+        raise RequestError(
+            f"{key}: unknown encoding {shown(encoding)}: choose from {', '.join(examples)}, ..."
+            f"{did_you_mean(encoding, examples)}"
+        )
+
+
+def _check_sources(key: str, entries: Entries) -> None:
+    units = typing.get_args(typing.get_type_hints(DataConfig)["unit"])
+    for entry in entries:
+        if isinstance(entry, str):
+            if not entry.strip():
+                raise RequestError(f"{key}: empty path")
+            continue
+        for name in entry:
+            if name not in SOURCE_KEYS:
+                raise RequestError(
+                    f"{key}: unknown key {shown(name)} of a source: choose from {', '.join(SOURCE_KEYS)}"
+                    f"{did_you_mean(name, SOURCE_KEYS)}"
+                )
+        if ("path" in entry) == ("paths" in entry):
+            raise RequestError(f"{key}: a source needs path (one) or paths (a list) (got {shown(entry)})")
+        paths = entry.get("paths", [entry.get("path")])
+        if not isinstance(paths, list) or not paths or not all(_is_name(path) for path in paths):
+            raise RequestError(f"{key}: path must be text, paths a list of texts (got {shown(entry)})")
+        if entry.get("weight") is not None and not _is_weight(entry["weight"]):
+            raise RequestError(
+                f"{key}: the weight of {paths[0]} must be above 0 (got {shown(entry['weight'])})"
+            )
+        for name in ("name", "text_field"):
+            if entry.get(name) is not None and not _is_name(entry[name]):
+                raise RequestError(f"{key}: {name} of {paths[0]} must be text (got {shown(entry[name])})")
+        if entry.get("unit") is not None and entry["unit"] not in units:
+            raise RequestError(
+                f"{key}: unit of {paths[0]} must be one of {', '.join(units)} (got {shown(entry['unit'])})"
+            )
+        if entry.get("encoding") is not None:
+            _check_encoding(f"{key}: encoding of {paths[0]}", entry["encoding"])
+    weighted = [isinstance(entry, dict) and entry.get("weight") is not None for entry in entries]
+    if any(weighted) and not all(weighted):
+        raise RequestError(
+            f"{key}: {sum(weighted)} of {len(entries)} sources have a weight; set it for all or for none"
+        )
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value
+
+
+def _check_batch_and_duration(config: RunConfig) -> None:
+    train, data = config.train, config.data
+    blocks, tokens = train.global_batch_blocks, train.global_batch_tokens
+    if (blocks is None) == (tokens is None):
+        state = "are both given" if blocks is not None else "are both null"
+        raise RequestError(f"train.global_batch_blocks and train.global_batch_tokens {state}: set one")
+    if tokens is not None and data.block_size is not None:
+        blocks = global_batch_blocks(config, data.block_size)
+    micro = train.micro_batch_blocks
+    if train.micro_batch_exact and not isinstance(micro, int):
+        raise RequestError("train.micro_batch_exact needs a number for train.micro_batch_blocks (got auto)")
+    if train.micro_batch_exact and blocks is not None and isinstance(micro, int) and blocks % micro:
         near = dict.fromkeys((max(1, blocks // micro) * micro, (blocks // micro + 1) * micro))
         raise RequestError(
-            f"train.global_batch_blocks {blocks} is not a multiple of train.micro_batch_blocks {micro}: "
-            f"take {' or '.join(map(str, near))} blocks"
+            f"train.global_batch_blocks must be a multiple of train.micro_batch_blocks {micro} (got {blocks}); try "
+            f"{' or '.join(map(str, near))}, or leave out train.micro_batch_exact"
         )
     if train.duration.unit not in ("steps", "tokens", "epochs"):
         raise RequestError(
-            f"train.duration {train.duration} is not a horizon: give steps, tokens or epochs "
-            "(schedules are functions of the step; train.max_minutes limits the time)"
+            f"train.duration must be in steps, tokens or epochs (got {train.duration}): the schedule is a function "
+            "of the step; train.max_minutes limits the time"
         )
+    if train.duration.unit == "epochs" and data.mode == "stream" and data.factory is None:
+        raise RequestError(
+            f"train.duration {train.duration}: the length of an epoch of a stream is not known; give steps or tokens"
+        )
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    optim = config.optim
     for name in ("warmup", "decay", "momentum_warmup"):
         length = getattr(optim, name)
         if length.unit == "minutes" or (length.unit == "percent" and length.value > 100):
-            raise RequestError(
-                f"optim.{name} {length} is no part of the run: give steps, tokens, epochs or 0-100%"
-            )
-    if ":" not in optim.name and optim.name.lower() not in OPTIMIZERS:  # not after hours of preparing text
+            raise RequestError(f"optim.{name} must be in steps, tokens, epochs or 0-100% (got {length})")
+    if ":" not in optim.name and optim.name not in OPTIMIZERS:
         raise RequestError(
-            f"unknown optim.name {optim.name!r}; choose from {', '.join(OPTIMIZERS)}, or give package.module:Class"
-            f"{did_you_mean(optim.name, OPTIMIZERS)}"
+            f"optim.name: unknown optimizer {optim.name!r}: choose from {', '.join(OPTIMIZERS)}, or give "
+            f"package.module:Class{did_you_mean(optim.name, OPTIMIZERS)}"
         )
+    if ":" in optim.name:
+        _check_import_path("optim.name", optim.name)
     if optim.state_dtype != "fp32":
         raise RequestError(
-            f"optim.state_dtype {optim.state_dtype} is no longer offered: take an optimizer with small state, such as "
+            f"optim.state_dtype {optim.state_dtype} was removed: use an optimizer with small state, such as "
             "--optim.name torchao.optim:AdamW8bit (pip install torchao) or --optim.name adafactor"
         )
     if optim.schedule == "wsd":
         if optim.decay == NEVER:
             raise RequestError("optim.schedule wsd needs optim.decay, such as 20%")
-        both = sum(d.value for d in (optim.warmup, optim.decay) if d.unit == "percent")
+        both = sum(length.value for length in (optim.warmup, optim.decay) if length.unit == "percent")
         if both > 100:
             raise RequestError(
-                f"optim.warmup {optim.warmup} and optim.decay {optim.decay} are more than the run"
+                f"optim.warmup {optim.warmup} and optim.decay {optim.decay} are more than 100% together"
             )
+    lengths = (optim.warmup, optim.decay) if optim.schedule == "wsd" else (optim.warmup,)
+    steps = sum(length.value for length in lengths if length.unit == "steps")
+    if config.train.duration.unit == "steps" and steps > config.train.duration.value:
+        names = "optim.warmup and optim.decay" if len(lengths) == 2 else "optim.warmup"
+        raise RequestError(
+            f"{names} of {steps:,.0f} steps do not fit into train.duration {config.train.duration}; a share such "
+            "as 2% always fits"
+        )
+    if optim.cautious_weight_decay and optim.name != "muon":
+        raise RequestError(f"optim.cautious_weight_decay needs optim.name muon (got {optim.name})")
     if optim.train_only and optim.freeze:
-        raise RequestError("optim.train_only and optim.freeze exclude each other: keep one of them")
-    if train.deterministic and train.compile_mode == "max-autotune":
-        raise RequestError("train.deterministic and train.compile_mode max-autotune exclude each other")
+        raise RequestError("optim.train_only and optim.freeze exclude each other: remove one")
 
+
+def _check_import_path(option: str, path: str) -> None:
+    module, colon, name = path.partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):
+        raise RequestError(f"{option} {path!r} is not an import path: write package.module:function")
+
+
+def _check_model(config: RunConfig) -> None:
+    model = config.model
     starts = {
-        "type": config.model.type,
-        "from_pretrained": config.model.from_pretrained,
-        "factory": config.model.factory,
-        "preset": config.model.preset,
-    }
+        "type": model.type, "preset": model.preset, "from_pretrained": model.from_pretrained, "factory": model.factory,
+    }  # fmt: skip
     given = [f"model.{name} {value}" for name, value in starts.items() if value is not None]
     if len(given) != 1:
         raise RequestError(
-            "give one of model.type, model.preset, model.from_pretrained and model.factory, not "
-            f"{' and '.join(given) or 'none'}"
+            "give one of model.type, model.preset, model.from_pretrained and model.factory "
+            f"(got {' and '.join(given) or 'none'})"
         )
-    if config.model.size is not None and config.model.preset is None:
+    if model.size is not None and model.preset is None:
+        raise RequestError(f"model.size {model.size} needs model.preset: one of gpt2, modern, modern_gguf")
+    if model.zero_init and (model.from_pretrained or model.factory):
+        raise RequestError("model.zero_init is for a model that is trained from scratch: remove it")
+    if model.lora.rank and model.from_pretrained is None:
         raise RequestError(
-            f"model.size {config.model.size} is the size of a model.preset: give one of gpt2, modern, modern_gguf"
-        )
-    if config.model.zero_init and (config.model.from_pretrained or config.model.factory):
-        raise RequestError("model.zero_init is for a model that starts from scratch: leave it out")
-    if optim.cautious_weight_decay and optim.name.lower() != "muon":
-        raise RequestError(f"optim.cautious_weight_decay is for optim.name muon, not for {optim.name}")
-    if config.model.lora.rank and config.model.from_pretrained is None:
-        raise RequestError(
-            f"model.lora.rank {config.model.lora.rank} trains adapters on weights that stand still: give "
-            "model.from_pretrained"
+            f"model.lora.rank {model.lora.rank} needs model.from_pretrained: LoRA trains adapters on frozen weights"
         )
     for name in ("data", "model", "loss"):
         factory = getattr(config, name).factory
-        if (factory is not None and not all(_is_dotted(part) for part in factory.split(":"))) or (
-            factory and factory.count(":") != 1
-        ):
-            raise RequestError(
-                f"{name}.factory {factory!r} is not an import path: write package.module:function"
-            )
-        if name != "model" and factory is None and getattr(config, name).config:
-            raise RequestError(f"{name}.config is for {name}.factory, which is not given")
-    if data.factory is None and config.tokenizer.path is None and config.tokenizer.vocab_size is None:
-        raise RequestError("give tokenizer.path (one to use) or tokenizer.vocab_size (one to train)")
-    if config.tokenizer.path is not None and config.tokenizer.vocab_size is not None:
+        if factory is not None:
+            _check_import_path(f"{name}.factory", factory)
+        elif name != "model" and getattr(config, name).config:
+            raise RequestError(f"{name}.config needs {name}.factory, which is not given")
+    _check_architecture(config)
+
+
+def _check_architecture(config: RunConfig) -> None:
+    """What transformers would refuse after it is imported, for the fields that most models have."""
+    fields, model = config.model.config, config.model
+    for name, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RequestError(f"model.config.{name} must be finite (got {value})")
+    if model.type is None:
+        return
+    context = fields.get("n_positions", fields.get("max_position_embeddings"))
+    block_size = config.data.block_size
+    if _is_integer(context) and block_size is not None and block_size > context:
         raise RequestError(
-            f"tokenizer.path {config.tokenizer.path} brings its own size: leave out tokenizer.vocab_size "
-            f"{config.tokenizer.vocab_size} (or set it to null)"
+            f"data.block_size {block_size} is larger than the model's context {context}: reduce it, or set a longer "
+            "context in model.config"
         )
-    if data.valid and data.valid_fraction:
+    for wide, heads in (("n_embd", "n_head"), ("hidden_size", "num_attention_heads")):
+        width, count = fields.get(wide), fields.get(heads)
+        if "head_dim" not in fields and _is_integer(width) and _is_integer(count):
+            for name, number in ((wide, width), (heads, count)):
+                if number < 1:
+                    raise RequestError(f"model.config.{name} {number} must be at least 1")
+            if width % count:
+                near = f"{width // count * count or count} or {(width // count + 1) * count}"
+                raise RequestError(
+                    f"model.config.{wide} must be a multiple of model.config.{heads} {count} (got {width}); try {near}"
+                )
+
+
+def _is_integer(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_tokenizer(config: RunConfig) -> None:
+    path, size = config.tokenizer.path, config.tokenizer.vocab_size
+    if config.data.factory is None and path is None and size is None and not config.model.from_pretrained:
         raise RequestError(
-            f"data.valid and data.valid_fraction {data.valid_fraction} exclude each other: keep one"
+            "give tokenizer.path (an existing tokenizer) or tokenizer.vocab_size (to train one)"
         )
-    _check_evaluation(config)
-    if data.phases and data.mode == "stream":
-        raise RequestError("data.phases needs data.mode store: a stream's mixture is fixed")
-    for phase in data.phases:
-        fields = set(phase) if isinstance(phase, dict) else set()
-        if fields != {"position", "weights"} or not isinstance(phase["weights"], dict):
-            raise RequestError(
-                f"data.phases: {phase} is not of the form {{position: 1000, weights: {{name: 1.0}}}}"
-            )
+    if path is not None and size is not None:
+        raise RequestError(
+            f"tokenizer.path {path} has its own size: remove tokenizer.vocab_size {size}, or set it to null"
+        )
 
 
 def _check_evaluation(config: RunConfig) -> None:
@@ -158,14 +324,14 @@ def _check_evaluation(config: RunConfig) -> None:
     }
     needs = next((f"{name} {value}" for name, value in wanted.items() if value), None)
     if needs and not (config.data.valid or config.data.valid_fraction or config.data.factory):
-        raise RequestError(f"{needs} needs held-out text: give data.valid or data.valid_fraction")
+        raise RequestError(f"{needs} needs validation text: set data.valid or data.valid_fraction")
     if needs and not evaluate.every:
-        raise RequestError(f"{needs} needs evaluations during the run: give evaluate.every, such as 10%")
+        raise RequestError(f"{needs} needs evaluations during the run: set evaluate.every, such as 10%")
     if config.checkpoint.export == "best" and not best.k:
         raise RequestError("checkpoint.export best needs checkpoint.keep_best.k of at least 1")
     if len(config.checkpoint.keep_every) > 1:
         raise RequestError(
-            f"checkpoint.keep_every {config.checkpoint.keep_every.plain()} are several: give one"
+            f"checkpoint.keep_every takes one interval (got {config.checkpoint.keep_every.plain()})"
         )
     for name, metric in _metrics(config).items():
         if metric.rpartition("/")[2] not in METRICS and not _is_of_training(name, metric):
@@ -173,9 +339,11 @@ def _check_evaluation(config: RunConfig) -> None:
 
 
 def check_metrics(config: RunConfig, sets: list[str], *, with_bytes: bool) -> None:
-    """Whether the metrics that choose the best and stop a run will be there. Raises :class:`RequestError`.
+    """Check that the metrics for the best checkpoint and for early stopping exist. Raises :class:`RequestError`.
 
-    ``sets``: the names of the held-out sets; ``with_bytes``: whether their bytes are known.
+    Args:
+        sets: the names of the validation sets.
+        with_bytes: whether the number of bytes of the validation sets is known.
     """
     given = METRICS if with_bytes else METRICS[:2]
     averaged = [f"{name}-ema" for name in sets if config.optim.ema_decay]
@@ -199,56 +367,7 @@ def _is_of_training(name: str, metric: str) -> bool:
 
 
 def _no_metric(name: str, metric: str, known: Sequence[str]) -> RequestError:
-    near = get_close_matches(metric, known, 1, cutoff=0.4)
-    there = f"there are {', '.join(known)}" if known else "there is no held-out set"
-    hint = f"did you mean {near[0]}? " if near else ""
-    return RequestError(f"{name} {metric!r} is no metric of an evaluation: {hint}{there}")
-
-
-def _check_limits(key: Key, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return
-    tests = {
-        "above": lambda limit: value > limit, "at_least": lambda limit: value >= limit,
-        "at_most": lambda limit: value <= limit, "below": lambda limit: value < limit,
-    }  # fmt: skip
-    for name, limit in key.limits.items():
-        if limit is not None and not tests[name](
-            limit
-        ):  # a comparison with NaN is false, so NaN is refused too
-            raise RequestError(f"{key.name} {value} must be {name.replace('_', ' ')} {limit:g}")
-
-
-def _check_sources(key: str, entries: Entries) -> None:
-    for entry in entries:
-        if isinstance(entry, str):
-            if not entry.strip():
-                raise RequestError(f"{key}: an empty path")
-            continue
-        for name in entry:
-            if name not in SOURCE_KEYS:
-                near = get_close_matches(str(name), SOURCE_KEYS, 1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(SOURCE_KEYS)}"
-                raise RequestError(f"{key}: a source has no {name!r}; {hint}")
-        if ("path" in entry) == ("paths" in entry):
-            raise RequestError(f"{key}: the source {entry} needs path (one) or paths (a list)")
-        weight = entry.get("weight")
-        if weight is not None and not (isinstance(weight, (int, float)) and 0 < weight < float("inf")):
-            raise RequestError(
-                f"{key}: weight {weight!r} of {entry.get('path', entry.get('paths'))} must be above 0"
-            )
-    weighted = [isinstance(entry, dict) and entry.get("weight") is not None for entry in entries]
-    if any(weighted) and not all(weighted):
-        raise RequestError(
-            f"{key}: {sum(weighted)} of {len(entries)} sources have a weight: give it to all or to none"
-        )
-
-
-def _one_of(name: str, value: Any, other: str, other_value: Any) -> None:
-    if (value is None) == (other_value is None):
-        state = "both are given" if value is not None else "neither is given"
-        raise RequestError(f"{name} and {other}: {state}, give one")
-
-
-def _is_dotted(text: str) -> bool:
-    return bool(text) and all(part.isidentifier() for part in text.split("."))
+    there = f"choose from {', '.join(known)}" if known else "there is no validation set"
+    return RequestError(
+        f"{name}: unknown metric {metric!r}: {there}{did_you_mean(metric, known, cutoff=0.4)}"
+    )

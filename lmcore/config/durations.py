@@ -1,9 +1,7 @@
-"""How long, and how often: one type for horizons, warm-ups and intervals.
+"""Lengths and intervals of training: ``500``, ``"1e9 tokens"``, ``"2 epochs"``, ``"10%"``, ``"30 min"``, ``"never"``.
 
-Comes in: what a person writes (``500``, ``"1e9 tokens"``, ``"2 epochs"``, ``"10%"``, ``"30 min"``,
-``"never"``). Goes out: steps. What always holds: the arithmetic is exact (fractions, no floats), so that
-``10%`` of 1,000 steps is 100 and not 101; minutes never become steps, because a schedule must be a pure
-function of the step.
+The arithmetic is exact (fractions, no floats), so that ``10%`` of 1,000 steps is 100 and not 101. Minutes are never
+converted to steps: a schedule must be a pure function of the step.
 
 >>> Duration.parse("1e9 tokens").to_steps(tokens_per_step=524_288)
 1908
@@ -20,6 +18,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from lmcore.errors import RequestError
+from lmcore.humanize import did_you_mean
 
 _UNITS = {
     "step": "steps", "steps": "steps",
@@ -34,7 +33,11 @@ _IN_MINUTES: dict[str, int | Fraction] = {
     "s": _SECOND, "sec": _SECOND, "second": _SECOND, "seconds": _SECOND,
 }  # fmt: skip
 _SUFFIX = {"": 1, "K": 10**3, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
-_PATTERN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([KkMBGT]?)(?:\s*([a-z]+|%))?")
+_PATTERN = re.compile(
+    r"([0-9][0-9_]{0,30}(?:\.[0-9]{0,30})?(?:[eE][+-]?[0-9]{1,2})?)\s*([KkMBGT]?)(?:\s*([a-z]+|%))?"
+)
+LARGEST = 10**18
+"""Steps, tokens, epochs, percent or minutes that a duration may be."""
 EXAMPLES = "500, '500 steps', '1e9 tokens', '2 epochs', '10%', '30 min' or 'never'"
 
 
@@ -46,25 +49,38 @@ class Duration(NamedTuple):
 
     @classmethod
     def parse(cls, text: Any) -> Duration:
-        """Read what a person wrote; a bare number means steps. Raises :class:`RequestError`."""
+        """Read a number or text; a bare number means steps. Raises :class:`RequestError`."""
         if isinstance(text, Duration):
             return text
-        if text is None or text is False or str(text).strip().lower() in ("never", "off", "none"):
+        if (
+            text is None
+            or text is False
+            or (isinstance(text, str) and text.strip().lower() in ("never", "off", "none", "null"))
+        ):
             return NEVER
-        match = None if isinstance(text, bool) else _PATTERN.fullmatch(str(text).strip())
+        plain = isinstance(text, (str, int, float)) and not isinstance(text, bool)
+        if isinstance(text, int) and abs(text) > LARGEST:
+            plain = False  # str() refuses integers of more than 4,300 digits
+        match = _PATTERN.fullmatch(str(text).strip()) if plain else None
         if match is None:
-            raise RequestError(f"{text!r} is not a duration: write {EXAMPLES}")
+            raise RequestError(f"{_shown(text)} is not a duration: write {EXAMPLES}")
         number, suffix, unit = match.groups()
         value = Fraction(number.replace("_", "")) * _SUFFIX[suffix]
         if unit in _IN_MINUTES:
             value, unit = value * _IN_MINUTES[unit], "minutes"
         if unit is not None and unit not in _UNITS:
-            raise RequestError(f"{text!r} is not a duration, its unit {unit!r} is unknown: write {EXAMPLES}")
+            raise RequestError(
+                f"{_shown(text)}: unknown unit {unit!r}{did_you_mean(unit, _UNITS)}; write {EXAMPLES}"
+            )
         unit = _UNITS[unit or "steps"]
         if value <= 0:
-            raise RequestError(f"{text!r} is not a duration above zero: write 'never' to switch it off")
+            raise RequestError(
+                f"{_shown(text)}: a duration must be above zero; write 'never' to switch it off"
+            )
+        if value > LARGEST:
+            raise RequestError(f"{_shown(text)}: a duration must be at most {LARGEST:.0e} {unit}")
         if unit in ("steps", "tokens") and value.denominator != 1:
-            raise RequestError(f"{text!r} is not a whole number of {unit}: write {EXAMPLES}")
+            raise RequestError(f"{_shown(text)}: must be a whole number of {unit}")
         whole = value.denominator == 1 and abs(value) < 2**53
         return cls(int(value) if whole else float(value), unit)
 
@@ -74,7 +90,11 @@ class Duration(NamedTuple):
         number = f"{int(self.value)}" if self.value == int(self.value) else repr(self.value)
         if self.unit == "percent":
             return f"{number}%"
-        return f"{number} {'min' if self.unit == 'minutes' else self.unit}"
+        if self.unit == "minutes":
+            seconds = round(self.value * 60)
+            in_seconds = len(number) > 6 and Duration.parse(f"{seconds} s") == self
+            return f"{seconds} s" if in_seconds else f"{number} min"
+        return f"{number} {self.unit}"
 
     def exact(self) -> Fraction:
         """The value as the decimal number that was written: 0.1 is one tenth, not its nearest double."""
@@ -96,7 +116,7 @@ class Duration(NamedTuple):
             return None
         rate = _steps_per_unit(self.unit, tokens_per_step, steps_per_epoch, total_steps)
         if rate is None:
-            raise RequestError(f"{self} cannot be turned into steps here: give it in steps")
+            raise RequestError(f"{self} cannot be converted to steps here: give it in steps")
         return max(1, math.ceil(self.exact() * rate))
 
 
@@ -104,11 +124,11 @@ NEVER = Duration(0, "never")
 
 
 class Durations(tuple[Duration, ...]):
-    """What an ``every`` takes: one duration, or several that all count; ``never`` is the empty tuple."""
+    """The value of an ``every`` option: one duration or several; ``never`` is the empty tuple."""
 
     @classmethod
     def parse(cls, value: Any) -> Durations:
-        """From a number, a string (commas separate), or a list of them."""
+        """From a number, a string (commas separate several), or a list of them."""
         if isinstance(value, Durations):
             return value
         if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
@@ -137,11 +157,11 @@ def is_due(
     total_steps: int | None = None,
     minutes_since_last: float | None = None,
 ) -> bool:
-    """Is something that happens ``every`` so often due after ``step`` updates (1 = after the first)?
+    """Whether something with the interval ``every`` is due after ``step`` updates (1 = after the first).
 
-    Intervals that are not whole steps are due at the first step that reaches each multiple, so that none is
-    lost and none comes twice. ``minutes_since_last`` is a clock of one process: agree on the answer over
-    ranks.
+    An interval that is not a whole number of steps is due at the first step that reaches each multiple, so that none
+    is lost and none comes twice. ``minutes_since_last`` is the clock of one process: the ranks must agree on the
+    answer.
     """
     for duration in every:
         if duration.unit == "never":
@@ -152,11 +172,18 @@ def is_due(
             continue
         rate = _steps_per_unit(duration.unit, tokens_per_step, steps_per_epoch, total_steps)
         if rate is None:
-            raise RequestError(f"every {duration} cannot be turned into steps here: give it in steps")
+            raise RequestError(f"every {duration} cannot be converted to steps here: give it in steps")
         interval = duration.exact() * rate
         if step // interval > (step - 1) // interval:
             return True
     return False
+
+
+def _shown(text: Any) -> str:
+    shown = (
+        " ".join(repr(text).split()) if not isinstance(text, int) or abs(text) < 10**30 else "this integer"
+    )
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def _steps_per_unit(

@@ -1,7 +1,6 @@
-"""What ``--help`` and ``--print_config`` print: the line under each field of the schema, beside its value.
+"""The text of ``--help`` and ``--print_config``: the help under each field of the schema, with types and values.
 
-Comes in: the merged values. Goes out: text. What always holds: every option of the schema is there, in its
-order; neither jsonargparse nor torch is imported, so that the help is there at once.
+Neither torch nor any other heavy library is imported, so that the help appears at once.
 """
 
 from __future__ import annotations
@@ -15,31 +14,35 @@ import typing
 from typing import Any
 
 from lmcore.config import schema, yaml
+from lmcore.config.convert import type_name
 from lmcore.config.schema import RunConfig, keys
 from lmcore.errors import RequestError
+from lmcore.humanize import did_you_mean
 
 _HEAD = """\
 usage: accelerate launch train_lm.py [--config FILE ...] [--name value ...]
+       lmcore train [--config FILE ...] [--name value ...]
 
-Pretrain a causal language model on your own text. Defaults < files in their order < command line. Lists
-take several values (--data.train a.txt b.txt); switches need none (--dry_run). A duration is 500 (steps),
-'1e9 tokens', '2 epochs', 10%, '30 min' or never; where durations are taken, several may be given. Without
---config, the demo recipe stands in.
+Pretrain a causal language model on your own text. Precedence: defaults < files in their order < command line. A list
+takes several values (--data.train a.txt b.txt); a switch needs none (--dry_run). A duration is 500 (steps),
+'1e9 tokens', '2 epochs', 10%, '30 min' or never; intervals may be several. With --data.train and without --config,
+the model, vocabulary, steps and learning rate are chosen by the size of the text; with neither, the demo is trained.
+Defaults are in brackets.
 
-  --config FILE          a file of options; may be given again, the later one wins
-  --print_config         print all options as they are merged, with their help, and stop
+  --config FILE          a YAML file of options; may be repeated, later files override earlier ones
+  --print_config         print the merged options with their help, and exit
   --help [SECTION]       this text, or one section of it: {sections}"""
 
 
 @functools.cache
 def docs() -> dict[str, str]:
-    """Dotted name -> the line under its field."""
+    """Dotted name -> the help of the option."""
     lines: dict[tuple[str, str], str] = {}
     for node in ast.parse(inspect.getsource(schema)).body:
         body = node.body if isinstance(node, ast.ClassDef) else []
         for line, after in itertools.pairwise(body):
             if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr):
-                lines[node.name, line.target.id] = after.value.value  # type: ignore  # the schema is our own
+                lines[node.name, line.target.id] = " ".join(after.value.value.split())  # type: ignore  # the form of the schema is known
     found: dict[str, str] = {}
 
     def walk(kind: type, prefix: str) -> None:
@@ -53,12 +56,19 @@ def docs() -> dict[str, str]:
     return found
 
 
-def help_text(merged: dict[str, Any], section: str = "") -> str:
-    """All options with their values in brackets, or those of one section. Raises :class:`RequestError`."""
-    sections = list(dict.fromkeys(name.split(".")[0] for name in keys() if "." in name))
-    if section and section not in sections:
-        raise RequestError(f"--help {section}: there is no such section; there are {', '.join(sections)}")
-    lines = [] if section else [_HEAD.format(sections=", ".join(sections))]
+def sections() -> list[str]:
+    """The top-level sections of the schema, in order."""
+    return list(dict.fromkeys(name.split(".")[0] for name in keys() if "." in name))
+
+
+def help_text(section: str = "") -> str:
+    """All options with their types and defaults, or those of one section. Raises :class:`RequestError`."""
+    if section and section not in sections():
+        raise RequestError(
+            f"--help: unknown section {section!r}: choose from {', '.join(sections())}"
+            f"{did_you_mean(section, sections())}"
+        )
+    lines = [] if section else [_HEAD.format(sections=", ".join(sections()))]
     before = None
     for name, key in keys().items():
         here = name.split(".")[0] if "." in name else ""
@@ -67,15 +77,23 @@ def help_text(merged: dict[str, Any], section: str = "") -> str:
         if here != before:
             lines.append(f"\n{here or 'run'}:")
             before = here
-        value = merged[name]
-        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-        lines.append(f"  --{name} <{schema.type_name(key.type)}>  [{shown}]")
+        lines.append(f"  --{name} <{type_name(key.type)}>  [{default_text(key)}]")
         lines += textwrap.wrap(docs()[name], 104, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines).lstrip("\n")
 
 
+def default_text(key: schema.Key) -> str:
+    """The default of an option as it would be typed: ``10%``, ``null``, ``[tensorboard]``."""
+    value = schema.plain(key.default)
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value)
+
+
 def commented_yaml(config: RunConfig) -> str:
-    """:func:`lmcore.config.schema.to_yaml` with the help above each key."""
+    """:func:`lmcore.config.schema.to_yaml` with the help above each option."""
 
     def walk(values: dict[str, Any], prefix: str, indent: str) -> list[str]:
         lines = []

@@ -1,44 +1,44 @@
 """YAML files and the command line -> one frozen, checked :class:`~lmcore.config.schema.RunConfig`.
 
-Comes in: ``argv``. Goes out: the configuration. What always holds: defaults < files in their order < command
-line, wherever on the line the files stand; a key that does not exist is an error with the nearest name (and
-the file's name), never ignored; names are never abbreviated; every error is one line. jsonargparse checks the
-types.
+Precedence: defaults < files in their order < command line, wherever on the line the files are named. An unknown option
+is an error with the nearest name; names are never abbreviated; every error is one line.
 
     python train_lm.py --config recipes/gpt2_small.yaml --config mine.yaml --data.train a.txt b.txt --seed 2
 
-* Lists: ``--data.train a b``, ``--data.train a --data.train b`` and ``--data.train '[a, b]'`` are the same,
-  and replace the list of the files. ``--data.train '{path: a.txt, weight: 2}'`` is a weighted source.
+* Lists: ``--data.train a b``, ``--data.train a --data.train b`` and ``--data.train '[a, b]'`` are the same and replace
+  the list of the files. ``--data.train '{path: a.txt, weight: 2}'`` is a weighted source.
 * Switches: ``--dry_run`` is ``--dry_run true``.
-* ``--model.config.n_layer 8`` adds to the free-form ``model.config`` of the files.
-* Where two keys exclude each other (``train.global_batch_blocks`` and ``_tokens``), that of the later layer
-  wins.
-* Without any ``--config``, the demo recipe stands in, and that is said.
+* ``--model.config.n_layer 8`` adds to the dictionary ``model.config`` of the files.
+* Of options that exclude each other (``train.global_batch_blocks`` and ``_tokens``) the later layer wins.
+* A file that does not exist is looked up by name among the recipes of the package (``--config gpt2_small``).
+* ``run_dir`` of a file named ``config.yaml`` that lies in a run folder is the folder it lies in, also after a move.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
-import functools
+import importlib.util
+import re
 import sys
 import typing
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lmcore.config import help as option_help
+from lmcore.config import help as help_
 from lmcore.config import schema, yaml
+from lmcore.config.aliases import foreign
 from lmcore.config.checks import check
-from lmcore.config.durations import Duration, Durations
+from lmcore.config.convert import convert, shown
+from lmcore.config.durations import Durations
 from lmcore.config.schema import Key, RunConfig, keys
 from lmcore.errors import RequestError
 
-if typing.TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
-DEMO = Path(__file__).resolve().parents[2] / "recipes" / "demo.yaml"
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+"""The recipes that are installed with the package; ``recipes/`` in the repository is a link to this folder."""
+DEMO = RECIPES / "demo.yaml"
+MAX_FILE_BYTES = 10_000_000
 
 EXCLUSIVE = (
     ("train.global_batch_blocks", "train.global_batch_tokens"),
@@ -46,61 +46,113 @@ EXCLUSIVE = (
     ("data.valid", "data.valid_fraction"),
     ("model.type", "model.from_pretrained", "model.factory", "model.preset"),
 )
-"""Of each group one key counts: the one that the latest layer sets."""
+"""Of each group one option has a value: the one that the latest layer sets."""
+
+OWN = ("data.train", "data.factory", "model.from_pretrained")
+"""With one of these, and without a file, it is not the demo that is trained."""
 
 _WITHOUT_KEY = ("config", "help", "print_config")
 
 Layer = dict[str, Any]
 """Dotted name -> value, as one file or the command line gives it."""
+OwnText = Callable[[Layer], tuple[Layer, list[str]]]
+"""The options that are set -> defaults for this text and the lines that explain them."""
 
 
 def parse(
     argv: list[str] | None = None,
     *,
-    say: Callable[[str], object] = lambda text: None,
+    note: Callable[[str], object] = lambda text: None,
     default_recipe: Path | None = DEMO,
+    own_text: OwnText | None = None,
 ) -> RunConfig:
-    """Read a command line (default: ``sys.argv[1:]``).
+    """Read a command line.
 
-    ``--help [SECTION]`` and ``--print_config`` print and raise ``SystemExit(0)``. ``say`` gets a line for
-    each choice that the user did not make.
+    Args:
+        argv: default: ``sys.argv[1:]``. ``--help [SECTION]`` and ``--print_config`` print and raise
+            ``SystemExit(0)``.
+        note: called with one line for each choice that the user did not make.
+        default_recipe: used without ``--config`` when no text or dataset is named either.
+        own_text: gives defaults that fit the text, when text is named without ``--config``
+            (:func:`lmcore.run.own_text.defaults`).
 
-    Raises :class:`RequestError`, one line, for all that is wrong.
+    Raises:
+        RequestError: one line, for anything that is wrong.
+
+    >>> parse(["--seed", "7", "--train.duration", "10 steps"]).seed
+    7
     """
     request = _split(sys.argv[1:] if argv is None else argv)
-    files = request.files
-    if not files and default_recipe is not None and default_recipe.exists():
-        files = [str(default_recipe)]
-        say(f"no --config given: the demo recipe {default_recipe.name} stands in")
-    merged: Layer = {name: key.default for name, key in keys().items()}
-    for file in files:
-        _merge(merged, _typed(_read(file), file), file, say)
-    _merge(merged, _typed(request.layer, None), "the command line", say)
-    if merged["run_dir"] is None:
-        recipe = Path(files[-1]).stem if files else "demo"
-        # A rehearsal must not leave its checkpoints where the real run will look for them.
-        merged["run_dir"] = f"runs/{recipe}" + ("-fast_dev_run" if merged["fast_dev_run"] else "")
     if request.help is not None:
-        print(option_help.help_text(merged, request.help))
+        print(help_.help_text(request.help))
         raise SystemExit(0)
+    typed = _converted(request.layer, None)
+    files = request.files
+    own = not files and any(typed.get(name) for name in OWN)
+    if not files and not own and default_recipe is not None and default_recipe.exists():
+        files = [str(default_recipe)]
+        note(f"no --config and no --data.train: using the demo recipe (recipes/{default_recipe.name})")
+    merged: Layer = {name: key.default for name, key in keys().items()}
+    layers = [(file, _converted(_read(file, note), file)) for file in files]
+    for file, layer in layers:
+        _merge(merged, layer, file, note)
+    lines: list[str] = []
+    if own and own_text is not None and not typed.get("data.factory"):
+        chosen, lines = own_text(typed)
+        _merge(merged, _converted(chosen, "defaults"), "the defaults for this text", lambda text: None)
+    _merge(merged, typed, "the command line", note if files else lambda text: None)
+    for line in lines:
+        note(line)
+    if merged["report.trackers"] == keys()["report.trackers"].default and not _is_installed("tensorboard"):
+        note(
+            "report.trackers: tensorboard is not installed (pip install tensorboard); metrics.jsonl is written"
+        )
+        merged["report.trackers"] = []
+    if merged["run_dir"] is None:
+        name = Path(files[-1]).stem if files else _name_of_text(typed.get("data.train"))
+        # A test run must not leave its checkpoints where the real run will look for them.
+        merged["run_dir"] = f"runs/{name}" + ("-fast_dev_run" if merged["fast_dev_run"] else "")
     config: RunConfig = schema.build(_nested(merged))
     if request.print_config:
-        print(option_help.commented_yaml(config), end="")
+        print(help_.commented_yaml(config), end="")
         raise SystemExit(0)
     check(config)
     return config
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _name_of_text(entries: Any) -> str:
+    """A name for the run folder from the first source: ``mytext`` for ``mytext/*.txt``."""
+    if not entries:
+        return "own_data"
+    first = entries[0]
+    if isinstance(first, dict):
+        paths = first.get("paths")
+        first = (
+            first.get("name") or first.get("path") or (paths[0] if isinstance(paths, list) and paths else "")
+        )
+    parts = [
+        part
+        for part in str(first).split("/")
+        if part and not set(part) & set("*?[") and part not in (".", "..")
+    ]
+    name = re.sub(r"\.[a-z0-9]{1,8}(\.(gz|zst|xz|bz2))?$", "", parts[-1]) if parts else ""
+    return re.sub(r"[^\w.-]+", "_", name).strip("._-")[:60] or "own_text"
 
 
 class _Request(typing.NamedTuple):
     files: list[str]
     layer: Layer
     help: str | None
-    """The section whose help is asked for; empty: all."""
+    """The section after ``--help``; empty: all."""
     print_config: bool
 
 
 def _split(argv: Iterable[str]) -> _Request:
-    """The command line into files and a layer of strings (lists of them where the key is a list)."""
+    """The command line as files and a layer of strings (lists of strings for options that are lists)."""
     files: list[str] = []
     layer: Layer = {}
     help_section, print_config = None, False
@@ -109,8 +161,11 @@ def _split(argv: Iterable[str]) -> _Request:
         word = waiting.popleft()
         name, equals, value = word[2:].partition("=") if word != "-h" else ("help", "", "")
         if not (word.startswith("--") and name) and word != "-h":
+            key_of, sign, rest = word.lstrip("-").partition("=")
+            hint = foreign(key_of) if sign or word.startswith("-") else None
+            example = f"--{key_of} {rest}" if sign and key_of in keys() else f"--data.train {word}"
             raise RequestError(
-                f"{word!r} stands alone: options are written --name value (--data.train {word})"
+                f"unexpected {shown(word)}: {hint or f'options are written --name value (for example {example})'}"
             )
         key = None if name in _WITHOUT_KEY else _find(name, "--")
         several = name == "config" or (key is not None and (key.is_list or key.type is Durations))
@@ -137,14 +192,14 @@ def _split(argv: Iterable[str]) -> _Request:
 
 
 def _items(text: str, name: str) -> list[Any]:
-    """One word of a list: ``[a, b]`` is several, ``{path: a}`` is a source, all else is itself."""
+    """One word of a list: ``[a, b]`` is several items, ``{path: a}`` is a source, anything else is one item."""
     if text[:1] + text[-1:] == "[]":
         return list(yaml.load(text, f"--{name}"))
     return [yaml.load(text, f"--{name}")] if text[:1] + text[-1:] == "{}" else [text]
 
 
 def _find(name: str, dashes: str = "", where: str = "") -> Key:
-    """The key of a dotted name, free-form ones included; else an error with the nearest name."""
+    """The option of a dotted name, those inside free-form dictionaries included. Raises :class:`RequestError`."""
     known = keys()
     if name in known:
         return known[name]
@@ -154,34 +209,55 @@ def _find(name: str, dashes: str = "", where: str = "") -> Key:
     inside = [key for key in known if key.startswith(name + ".")]
     if inside:
         raise RequestError(
-            f"{where}{dashes}{name} is a section; set its keys: {', '.join(dashes + key for key in inside)}"
+            f"{where}{dashes}{name} is a section; set its options: {', '.join(dashes + key for key in inside)}"
         )
-    last = name.rpartition(".")[2]
-    near = difflib.get_close_matches(name, [*known, *_WITHOUT_KEY], 3, 0.6)
-    by_last = {key.rpartition(".")[2]: key for key in reversed(list(known))}
-    near += [by_last[match] for match in difflib.get_close_matches(last, by_last, 2, 0.6)]
-    near = list(dict.fromkeys(near))[:3]
-    hint = f"did you mean {' or '.join(dashes + key for key in near)}?" if near else "--help lists all"
-    raise RequestError(f"{where}there is no option {dashes}{name}; {hint}")
+    hint = foreign(name, dashes)
+    if hint is None:
+        last = name.rpartition(".")[2]
+        near = difflib.get_close_matches(name.replace("-", "_"), [*known, *_WITHOUT_KEY], 3, 0.6)
+        by_last = {key.rpartition(".")[2]: key for key in reversed(list(known))}
+        near += [by_last[match] for match in difflib.get_close_matches(last, by_last, 2, 0.6)]
+        near = list(dict.fromkeys(near))[:3]
+        hint = (
+            f"did you mean {' or '.join(dashes + key for key in near)}?"
+            if near
+            else "--help lists all options"
+        )
+    raise RequestError(f"{where}unknown option {dashes}{name[:60]}; {hint}")
 
 
-def _read(file: str) -> Layer:
-    """A YAML file as a layer; every key is known, or it is an error that names the file."""
+def _read(file: str, note: Callable[[str], object]) -> Layer:
+    """A YAML file as a layer. Raises :class:`RequestError` with the name of the file."""
     path = Path(file)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if (
+            not path.exists()
+            and (shipped := RECIPES / f"{path.stem}.yaml").is_file()
+            and path.name != ".yaml"
+        ):
+            if path.parts[:-1] not in ((), ("recipes",)):
+                raise FileNotFoundError(2, "no such file")
+            note(f"--config {file}: using the recipe {shipped.name} of the package")
+            path = shipped
+        with path.open("rb") as opened:
+            raw = opened.read(MAX_FILE_BYTES + 1)
+        if len(raw) > MAX_FILE_BYTES:
+            raise RequestError(f"--config {file}: larger than {MAX_FILE_BYTES:,} bytes")
+        text = raw.decode("utf-8")
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        recipes = sorted(str(recipe) for recipe in Path("recipes").glob("*.yaml"))
+        recipes = sorted(f"recipes/{recipe.name}" for recipe in RECIPES.glob("*.yaml"))
         near = [recipe for recipe in recipes if Path(recipe).stem == path.stem]
         near = near or difflib.get_close_matches(file, recipes, 1)
         hint = f"; did you mean {near[0]}?" if near and near[0] != file else ""
-        raise RequestError(f"--config {file}: {reason}{hint}") from error
+        raise RequestError(f"--config {shown(file)[1:-1]}: {reason}{hint}") from error
     values = yaml.load(text, file)
     if not isinstance(values, dict) and values is not None:
-        raise RequestError(f"--config {file}: {type(values).__name__} at the top, not sections with keys")
+        raise RequestError(f"--config {file}: must be sections with options (got a {type(values).__name__})")
     layer: Layer = {}
     _collect(values or {}, "", f"{file}: ", layer)
+    if "run_dir" in layer and path.name == "config.yaml" and (path.parent / "checkpoints").is_dir():
+        layer["run_dir"] = str(path.parent)  # the folder may have been moved
     return layer
 
 
@@ -207,89 +283,40 @@ def _put(layer: Layer, name: str, value: Any, where: str) -> None:
     path = name[len(form.name) + 1 :].split(".") if name != form.name else []
     for part in reversed(path):
         value = {part: value}
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise RequestError(f"{where} must be names with values, not {value!r}")
+    if value is None:
+        value = {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) and key for key in value):
+        raise RequestError(f"{where} must be a dictionary with names as keys (got {shown(value)})")
     layer[form.name] = _deep(inside, value)
 
 
-def _typed(layer: Layer, source: str | None) -> Layer:
-    """Check and convert the types by jsonargparse; ``source`` is a file, or ``None``: typed by hand."""
-    free = {name: value for name, value in layer.items() if keys()[name].is_free_form}
-    ready: Layer = {}
-    for name in (name for name in layer if name not in free):
+def _converted(layer: Layer, source: str | None) -> Layer:
+    """The values with their types; ``source`` is a file, or ``None`` for the command line."""
+    converted: Layer = {}
+    for name, value in layer.items():
+        key = keys()[name]
+        if name == "optim.name" and isinstance(value, str) and ":" not in value:
+            value = value.lower()
         try:
-            ready[name] = _normalized(layer[name], keys()[name], typed_by_hand=source is None)
-        except RequestError as error:
-            raise RequestError(f"{_where(name, source)}: {error}") from error
-    try:
-        checked = _checked(ready)
-    except TypeError:
-        checked = {}
-        for name, value in ready.items():  # again, one by one, to find the culprit
-            try:
-                checked |= _checked({name: value})
-            except TypeError as error:
-                kind = keys()[name].type
-                choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-                near = difflib.get_close_matches(str(value), choices, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                reason = f"{value!r} is not of the type {schema.type_name(kind)}{hint}"
-                raise RequestError(f"{_where(name, source)}: {reason}") from error
-    return checked | free
+            converted[name] = value if key.is_free_form else convert(value, key.type, typed=source is None)
+        except ValueError as error:
+            where = f"{source}: {name}" if source else f"--{name}"
+            reason = "is not valid (its value is secret)" if key.secret else str(error)
+            raise RequestError(f"{where}{'' if reason.startswith('must') else ':'} {reason}") from error
+    return converted
 
 
-def _where(name: str, source: str | None) -> str:
-    return f"{source}: {name}" if source else f"--{name}"
-
-
-def _checked(layer: Layer) -> Layer:
-    parsed = _parser().parse_object(_nested(copy.deepcopy(layer)), defaults=False) if layer else {}
-    # jsonargparse reads text again as YAML where other types are allowed too: a run named 'Null' would
-    # have no name. So it checks text, in a copy (it converts in place too), and does not convert it.
-    return {name: value if _is_text(keys()[name].type) else parsed[name] for name, value in layer.items()}
-
-
-def _is_text(kind: Any) -> bool:
-    return kind is str or typing.get_origin(kind) is list or str in typing.get_args(kind)
-
-
-def _normalized(value: Any, key: Key, typed_by_hand: bool) -> Any:
-    """Forms that people write and jsonargparse does not take: one value for a list, ``5e5`` for an int."""
-    if key.type in (Duration, Durations):
-        return key.type.parse(value)
-    if not key.is_list:
-        return _scalar(value, key.type, typed_by_hand)
-    values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    wanted = typing.get_args(key.type)[0]
-    return [_scalar(item, wanted, typed_by_hand) for item in values]
-
-
-def _scalar(value: Any, wanted: Any, typed_by_hand: bool) -> Any:
-    allowed = set(typing.get_args(wanted) or (wanted,))
-    if isinstance(value, str) and typed_by_hand:
-        if value in ("null", "None") and type(None) in allowed:
-            return None
-        number = yaml.load(value, value) if allowed & {int, float, bool} else None
-        value = number if isinstance(number, (int, float)) else value
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(value, float) and int in allowed and float not in allowed and value.is_integer():
-        return int(value)
-    if is_number and str in allowed and not allowed & {int, float}:
-        return str(value)  # a run that is named 2026, a skipped position
-    return value
-
-
-def _merge(merged: Layer, layer: Layer, source: str, say: Callable[[str], object]) -> None:
-    """Lay ``layer`` over ``merged``; keys that exclude each other give way to the later layer."""
+def _merge(merged: Layer, layer: Layer, source: str, note: Callable[[str], object]) -> None:
+    """Put ``layer`` over ``merged``; of options that exclude each other, that of the later layer stays."""
     for group in EXCLUSIVE:
         for name in (name for name in group if layer.get(name)):
             for other in (other for other in group if other not in layer and merged[other]):
                 if merged[other] != keys()[other].default:
-                    say(f"{name} of {source} takes the place of {other} {merged[other]}")
+                    note(f"{name} of {source} replaces {other} {merged[other]}")
                 merged[other] = [] if keys()[other].is_list else None
     kind = [(name, layer[name]) for name in EXCLUSIVE[3] if layer.get(name)]
     if kind and merged["model.config"] and any(merged[name] != value for name, value in kind):
-        say(f"{kind[0][0]} of {source} is another model: the earlier model.config is dropped")
+        note(f"{kind[0][0]} of {source} is another model: model.config of the earlier file is not used")
         merged["model.config"] = {}
     for name, value in layer.items():
         merged[name] = _deep(merged[name], value) if keys()[name].is_free_form else value
@@ -312,22 +339,3 @@ def _nested(flat: Layer) -> dict[str, Any]:
             inside = inside.setdefault(part, {})
         inside[last] = value
     return values
-
-
-@functools.cache
-def _parser() -> ArgumentParser:
-    """The types, as jsonargparse sees them."""
-    from jsonargparse import ArgumentParser  # 0.1 s that only a request with options pays
-    from jsonargparse.typing import register_type
-
-    class Parser(ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
-            raise TypeError(message)  # jsonargparse would print its usage and exit
-
-    register_type(Duration, serializer=str, deserializer=Duration.parse, fail_already_registered=False)
-    register_type(
-        Durations, serializer=Durations.plain, deserializer=Durations.parse, fail_already_registered=False
-    )
-    parser = Parser(prog="train_lm.py", allow_abbrev=False, add_help=False)
-    parser.add_class_arguments(RunConfig)
-    return parser

@@ -1,25 +1,23 @@
 # ruff: noqa: RUF009 -- option() gives an immutable dataclasses.field, which is what the rule cannot see.
-"""The schema: every name that a user may set, its default, its help, its limits, its class for resume.
+"""The schema: every option with its type, default, help, limits and its class for resume.
 
-Comes in: plain values (a nested dictionary, as YAML gives it). Goes out: one frozen :class:`RunConfig`, flat
-views of it, and its YAML. What always holds: nothing here imports torch (``--help`` must be quick) or any
-other room; no room imports this one; ``build(to_dict(config)) == config``; every field has a class for
-resume:
+``RunConfig`` is a tree of frozen dataclasses. ``build(to_dict(config)) == config``. The string under a field is its
+help. Units are in the names; a duration is ``500`` (steps), ``1e9 tokens``, ``2 epochs``, ``10%``, ``30 min`` or
+``never``. Every option has a class for resume:
 
-* ``free``: may change at a resume, unseen.
-* ``warn``: may change; the run says both values and what it does.
-* ``refuse``: a changed past (law 6): refused with both values, unless ``allow_changes`` names the key.
+* ``free``: may change at a resume.
+* ``warn``: may change; the run prints both values.
+* ``refuse``: would change what was trained so far: an error with both values, unless ``allow_changes`` names the key.
 
-The line under a field is its help. Units are in the names; a duration is ``500`` (steps), ``1e9 tokens``, ``2
-epochs``, ``10%``, ``30 min`` or ``never``. :mod:`lmcore.config.parse` reads files and the command line into
-this, :mod:`lmcore.config.checks` checks what no single field can know.
+:mod:`lmcore.config.parse` reads files and the command line into a :class:`RunConfig`; :mod:`lmcore.config.checks` checks
+the relations between options.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import types
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -46,7 +44,7 @@ def option(
     below: float | None = None,
     secret: bool = False,
 ) -> Any:
-    """A field with its class for resume and its limits; ``secret`` values are never written anywhere."""
+    """A field with its class for resume and its limits. A ``secret`` value is never written to a file."""
     limits = {"above": above, "at_least": at_least, "at_most": at_most, "below": below}
     metadata = {"resume": resume, "limits": limits, "secret": secret}
     if isinstance(default, (list, dict)):
@@ -61,128 +59,134 @@ def section(kind: type) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: Entries = option([], "refuse")
-    """Training text: files, folders, globs, hf://..., sources {path, weight}; none: Python's library."""
+    """Training text: files, folders, globs, hf://... or sources {path, weight}; default: Python's standard
+    library."""
     valid: Entries = option([], "warn")
-    """Held-out text, evaluated during training; sources with a name are separate sets."""
+    """Validation text; sources with a name are separate validation sets."""
     test: Entries = option([], "free")
-    """Text that is scored once, after training."""
+    """Test text, evaluated once after training."""
     valid_fraction: float | None = option(0.01, "refuse", at_least=0, below=1)
-    """Share of the training documents held out by a hash of their content, where data.valid is not given."""
+    """Share of the training documents that is held out for validation, by a hash of their content; used without
+    data.valid."""
     mode: Literal["store", "stream"] = option("store", "refuse")
-    """store: tokenize once to a memory-mapped token store; stream: tokenize on the fly."""
-    block_size: int | None = option(None, "refuse", at_least=1)
-    """Tokens of a block; default: the model's context, at most 1,024."""
+    """store: tokenize once into a memory-mapped token store; stream: tokenize during training."""
+    block_size: int | None = option(None, "refuse", at_least=1, at_most=2**31)
+    """Number of tokens in a block; default: the model's context length, at most 1,024."""
     text_field: str = option("text", "refuse")
-    """The field or column that holds the text in JSON lines and parquet."""
+    """Field or column with the text, in JSON lines, CSV and parquet."""
     unit: Literal["auto", "line", "paragraph", "file"] = option("auto", "refuse")
-    """What one document is in plain text files."""
+    """What counts as one document in plain text files; auto: chosen per source."""
     encoding: str = option("utf-8", "refuse")
     """Encoding of plain text files, such as shift_jis or euc_jp."""
     eos: bool = option(True, "refuse")
-    """End every document with the end-of-sequence token."""
+    """Append the end-of-sequence token to every document."""
     store_dir: str = option("token_stores", "free")
-    """Folder of the token stores; they are shared by all runs on the same text."""
-    processes: int | None = option(None, "free", at_least=1)
-    """Processes that tokenize; default: the cores of this machine over its ranks."""
-    workers: int = option(0, "free", at_least=0)
-    """Loader processes of each rank; a token store is fast enough with 0."""
-    prefetch: int = option(2, "free", at_least=1)
-    """Steps whose batches are made ready ahead of time."""
+    """Folder for token stores, shared by all runs on the same text."""
+    processes: int | None = option(None, "free", at_least=1, at_most=4096)
+    """Number of tokenizing processes; default: the cores of this machine divided by its ranks."""
+    workers: int = option(0, "free", at_least=0, at_most=1024)
+    """Number of data loader processes per rank; 0 is fast enough for a token store."""
+    prefetch: int = option(2, "free", at_least=1, at_most=100_000)
+    """Number of steps whose batches are prepared ahead of time."""
     pin_memory: bool | None = option(None, "free")
-    """Pinned host memory for the copies to the device; default: on a GPU."""
+    """Use pinned host memory for copies to the device; default: on a GPU."""
     shuffle: Literal["full", "blocks", "none"] = option("full", "refuse")
-    """full: a keyed permutation of all blocks; blocks: of runs of blocks (slow disks); none: as they lie."""
-    shuffle_window: int = option(1_024, "refuse", at_least=1)
-    """Blocks of the window in which a stream is shuffled."""
-    stream_lanes: int | None = option(None, "refuse", at_least=1)
-    """Parallel readers of a stream, whatever the topology; default: the blocks of the global batch."""
+    """full: permute all blocks; blocks: permute runs of neighbouring blocks (for slow disks); none: keep the
+    order of the corpus."""
+    shuffle_window: int = option(1_024, "refuse", at_least=1, at_most=2**31)
+    """Number of blocks in the window in which a stream is shuffled."""
+    stream_lanes: int | None = option(None, "refuse", at_least=1, at_most=2**20)
+    """Number of parallel readers of a stream, independent of the number of processes; default: the blocks of the
+    global batch."""
     document_mask: bool = option(False, "warn")
-    """Documents that share a block cannot attend to one another."""
+    """Prevent attention between different documents of a block."""
     on_error: Literal["raise", "skip"] = option("raise", "warn")
-    """What a broken record does: end the run with its place, or be counted and skipped."""
+    """What to do with a broken record: stop with its location, or count and skip it."""
     max_bad_fraction: float = option(0.001, "free", at_least=0, at_most=1)
-    """Share of broken records above which skipping is refused."""
+    """Largest share of broken records that may be skipped."""
     skip_positions: list[str] = option([], "warn")
-    """Positions that training jumps over: '1200' or '1200-1263' (both included)."""
+    """Positions to skip in training: '1200' or '1200-1263' (both included)."""
     phases: list[dict[str, Any]] = option([], "warn")
-    """Changes of the mixture: {position: N, weights: {name: w}}; append one to change a running mixture."""
+    """Changes of the mixture weights: {position: N, weights: {name: w}}; append one to change the mixture of a
+    running training."""
     factory: str | None = option(None, "refuse")
-    """Your own dataset: package.module:function; it is called with data.config."""
+    """Your own dataset: package.module:function, called with data.config."""
     config: dict[str, Any] = option({}, "refuse")
-    """Arguments of data.factory (--data.config.pairs 1000)."""
+    """Keyword arguments of data.factory (--data.config.pairs 1000)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     path: str | None = option(None, "refuse")
-    """A tokenizer to use: a folder, a SentencePiece .model file, a Hub id; default: one is trained."""
+    """An existing tokenizer: a folder, a SentencePiece .model file or a Hub id; default: train one."""
     revision: str | None = option(None, "refuse")
-    """Commit of a Hub tokenizer."""
+    """Commit, branch or tag of a Hub tokenizer."""
     train: bool = option(False, "refuse")
-    """Train a new tokenizer for model.from_pretrained, whose weights know other ids; default: its own."""
-    vocab_size: int | None = option(32_000, "refuse", at_least=1)
-    """Pieces of the tokenizer that is trained."""
+    """Train a new tokenizer for model.from_pretrained, whose weights know other ids; default: use its own."""
+    vocab_size: int | None = option(32_000, "refuse", at_least=1, at_most=2**24)
+    """Vocabulary size of the tokenizer to train."""
     model_type: Literal["bpe", "unigram", "char"] = option("bpe", "refuse")
-    """SentencePiece model; char is character-level."""
+    """SentencePiece model type; char: one piece per character."""
     character_coverage: float = option(0.9995, "refuse", above=0, at_most=1)
-    """Share of the characters that become pieces; the rest is written in bytes."""
+    """Share of the characters that become pieces; the others are encoded as bytes."""
     byte_fallback: bool = option(True, "refuse")
-    """Unknown characters become bytes, so that no text is lost."""
+    """Encode unknown characters as bytes, so that no text is lost."""
     split_digits: bool = option(True, "refuse")
-    """Every digit is a piece of its own."""
+    """Make every digit a piece of its own."""
     normalization: Literal["identity", "nfkc", "nmt_nfkc"] = option("identity", "refuse")
-    """Normalization inside the tokenizer; all but identity lose the exact round trip."""
+    """Unicode normalization in the tokenizer; with any but identity, decoding may not return the original text."""
     user_symbols: list[str] = option([], "refuse")
-    """Pieces that are always kept whole."""
-    sample_bytes: int = option(100_000_000, "refuse", at_least=1)
-    """Bytes of text to train on at most, from all over the corpus; without spaces, 50 bytes of memory for each."""
+    """Strings that are always one piece."""
+    sample_bytes: int = option(100_000_000, "refuse", at_least=1, at_most=10**12)
+    """Largest number of bytes to train the tokenizer on, sampled from the whole corpus; text without spaces needs
+    50 bytes of memory per byte."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    rank: int = option(0, "refuse", at_least=0)
-    """Rank of low-rank adapters (by peft) on frozen weights of model.from_pretrained; 0: none."""
+    rank: int = option(0, "refuse", at_least=0, at_most=2**16)
+    """Rank of LoRA adapters (peft) on the frozen weights of model.from_pretrained; 0: no adapters."""
     alpha: float | None = option(None, "refuse", above=0)
-    """The adapters count alpha / rank; default: twice the rank."""
+    """The adapters are scaled by alpha / rank; default: twice the rank."""
     dropout: float = option(0.0, "warn", at_least=0, below=1)
-    """Dropout before the adapters."""
+    """Dropout in front of the adapters."""
     target_modules: list[str] = option([], "refuse")
-    """Endings of the names of the layers that get one (q_proj v_proj), or all-linear; default: peft's choice."""
+    """Suffixes of the names of the layers to adapt (q_proj v_proj), or all-linear; default: chosen by peft."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     type: str | None = option("gpt2", "refuse")
-    """A transformers model type (gpt2, llama, qwen3, mistral, ...), trained from scratch."""
+    """transformers model type to train from scratch (gpt2, llama, qwen3, mistral, ...)."""
     config: dict[str, Any] = option({}, "refuse")
-    """Any field of that type's config (--model.config.n_layer 8), or arguments of model.factory."""
+    """Fields of the model type's config (--model.config.n_layer 8), or keyword arguments of model.factory."""
     from_pretrained: str | None = option(None, "refuse")
-    """Start from these weights: a folder such as runs/X/export, or a Hub id."""
+    """Pretrained weights to start from: a folder such as runs/X/export, or a Hub id."""
     revision: str | None = option(None, "refuse")
-    """Commit of a Hub model."""
+    """Commit, branch or tag of a Hub model."""
     factory: str | None = option(None, "refuse")
-    """Your own nn.Module: package.module:function; it is called with model.config."""
+    """Your own nn.Module: package.module:function, called with model.config."""
     preset: Literal["gpt2", "modern", "modern_gguf"] | None = option(None, "refuse")
-    """A model by name, in place of model.type: gpt2, modern (nanochat), modern_gguf (qwen3, for llama.cpp too)."""
+    """A model by name, instead of model.type: gpt2, modern (nanochat), modern_gguf (qwen3, also for llama.cpp)."""
     size: Literal["5M", "15M", "124M", "350M", "1B"] | None = option(None, "refuse")
-    """Layers, width and heads of the preset; default: 5M."""
+    """Size of the preset, which sets layers, width and heads; default: 5M."""
     zero_init: bool | None = option(None, "free")
-    """Start output projections and an untied head at zero; default: the modern presets do."""
+    """Initialize output projections and an untied head with zeros; default: in the modern presets."""
     attention: Attention | None = option(None, "free")
-    """Attention kernel of transformers: sdpa, eager, flash_attention_2, ...; default: the best there is."""
+    """Attention implementation of transformers; default: the fastest available."""
     lora: LoraConfig = section(LoraConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     label_smoothing: float = option(0.0, "warn", at_least=0, below=1)
-    """Share of the target that is spread over the vocabulary (training only)."""
+    """Share of the target probability that is spread over the vocabulary (training only)."""
     z_loss: float = option(0.0, "warn", at_least=0)
     """Weight of the squared log of the softmax denominator (training only; PaLM used 1e-4)."""
     chunk: int | None = option(None, "free", at_least=0)
-    """Tokens whose logits are held at once; 0: all; default: chosen by size."""
+    """Number of tokens whose logits are in memory at once; 0: all; default: chosen by size."""
     factory: str | None = option(None, "refuse")
-    """Your own loss: package.module:function taking (outputs, batch), giving (sum, count of labels not -100)."""
+    """Your own loss: package.module:function(outputs, batch) -> (loss sum, number of labels that are not -100)."""
     config: dict[str, Any] = option({}, "refuse")
     """Keyword arguments of loss.factory."""
 
@@ -192,104 +196,109 @@ class LrMultipliersConfig:
     matrices: float | None = option(None, "warn", at_least=0)
     """Learning rate of the matrices inside the network, as a multiple of optim.lr; default: 1."""
     embedding: float | None = option(None, "warn", at_least=0)
-    """The same of the embeddings (and of a head that is tied to them); default: the optimizer's."""
+    """The same for the embeddings (and a head tied to them); default: the optimizer's."""
     head: float | None = option(None, "warn", at_least=0)
-    """The same of a vocabulary head of its own; default: the optimizer's."""
+    """The same for an untied vocabulary head; default: the optimizer's."""
     vectors: float | None = option(None, "warn", at_least=0)
-    """The same of biases and norms; default: the optimizer's."""
+    """The same for biases and normalization weights; default: the optimizer's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     name: str = option("adamw", "refuse")
-    """adamw, adam, sgd, adafactor, muon (matrices; adamw for the rest), or package.module:Class."""
+    """adamw, adam, sgd, adafactor, muon (for matrices, adamw for the rest), or package.module:Class."""
     config: dict[str, Any] = option({}, "warn")
-    """Further keyword arguments of the optimizer."""
+    """Additional keyword arguments of the optimizer."""
     lr: float = option(6e-4, "warn", above=0)
     """Peak learning rate."""
     min_lr_ratio: float = option(0.1, "warn", at_least=0, at_most=1)
-    """Where the schedule ends, as a share of the peak."""
+    """Final learning rate as a share of the peak."""
     betas: tuple[float, float] = option((0.9, 0.95), "warn", at_least=0, below=1)
-    """Decay of the first and the second moment."""
+    """Decay rates of the first and second moment of Adam."""
     eps: float = option(1e-8, "warn", above=0)
-    """Term that keeps Adam's division finite."""
+    """Added to the denominator of Adam, for numerical stability."""
     lr_multipliers: LrMultipliersConfig = section(LrMultipliersConfig)
     momentum: float = option(0.95, "warn", at_least=0, below=1)
     """Momentum of sgd and muon."""
     momentum_start: float | None = option(None, "warn", at_least=0, below=1)
     """Momentum of the first step; default: optim.momentum, for muon 0.85."""
     momentum_warmup: Duration = option(Duration(10, "percent"), "warn")
-    """How long the momentum takes from optim.momentum_start to optim.momentum."""
+    """Length of the warmup from optim.momentum_start to optim.momentum."""
     cautious_weight_decay: bool = option(False, "warn")
-    """Of muon's matrices only those weights decay that the update makes smaller as well."""
-    weight_decay: float = option(0.1, "warn", at_least=0)
-    """Decoupled weight decay of matrices; biases and norms have none."""
+    """Decay only those weights of muon's matrices that the update makes smaller as well."""
+    weight_decay: float = option(0.1, "warn", at_least=0, at_most=1e6)
+    """Decoupled weight decay of matrices; biases and normalization weights are not decayed."""
     clip_norm: float = option(1.0, "warn", at_least=0)
-    """Largest global gradient norm; 0: no clipping."""
+    """Clip the global gradient norm to this value; 0: no clipping."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = option("cosine", "warn")
-    """Shape of the learning rate over the run; wsd: warm-up, stable, decay."""
+    """Learning rate schedule; wsd: warmup, stable, decay."""
     warmup: Duration = option(Duration(2, "percent"), "warn")
-    """Linear warm-up."""
+    """Length of the linear warmup of the learning rate."""
     decay: Duration = option(Duration(20, "percent"), "warn")
-    """The last part of wsd, in which the rate falls."""
+    """Length of the final decay of the wsd schedule."""
     train_only: list[str] = option([], "refuse")
-    """Train only the parameters whose name matches one of these patterns ('transformer.h.11.*')."""
+    """Train only the parameters whose names match one of these patterns ('transformer.h.11.*')."""
     freeze: list[str] = option([], "refuse")
-    """Do not train the parameters whose name matches one of these patterns."""
+    """Do not train the parameters whose names match one of these patterns."""
     fused: bool | None = option(None, "free")
-    """torch's fused update; default: where it exists."""
+    """Use torch's fused optimizer; default: where it is available."""
     state_dtype: Literal["fp32", "bf16"] = option("fp32", "refuse")
-    """Type of the optimizer's moments: fp32. For smaller ones: optim.name torchao.optim:AdamW8bit, or adafactor."""
+    """Only fp32; for smaller moments use optim.name torchao.optim:AdamW8bit or adafactor."""
     ema_decay: float = option(0.0, "refuse", at_least=0, below=1)
-    """Exponential moving average of the weights, evaluated and exported; 0: off."""
+    """Decay of an exponential moving average of the weights, which is evaluated and exported; 0: off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     duration: Duration = option(Duration(1, "epochs"), "warn")
-    """The horizon: steps, tokens or epochs."""
-    global_batch_blocks: int | None = option(512, "warn", at_least=1)
-    """Blocks of one step over all ranks; accumulation follows from the world size."""
-    global_batch_tokens: int | None = option(None, "warn", at_least=1)
-    """The same in tokens; a multiple of data.block_size."""
+    """How long to train, in steps, tokens or epochs."""
+    global_batch_blocks: int | None = option(512, "warn", at_least=1, at_most=2**24)
+    """Number of blocks in a step over all processes; gradient accumulation is derived from it."""
+    global_batch_tokens: int | None = option(None, "warn", at_least=1, at_most=2**40)
+    """The same in tokens; must be a multiple of data.block_size."""
     micro_batch_blocks: int | Literal["auto"] = option("auto", "warn", at_least=1)
-    """Blocks of one forward pass on one rank; auto: the largest that fits."""
+    """Largest number of blocks in a forward pass of one process; the largest divisor of its share of the global
+    batch is used. auto: the largest that fits into memory."""
+    micro_batch_exact: bool = option(False, "free")
+    """Refuse a global batch that train.micro_batch_blocks does not divide, instead of using a smaller divisor."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "warn")
-    """Arithmetic; auto: bf16 on GPUs that compute in it (compute capability 8.0 or newer), else fp32."""
+    """Precision of the arithmetic; auto: bf16 on GPUs with compute capability 8.0 or newer, else fp32."""
     param_dtype: Literal["fp32", "bf16"] = option("fp32", "warn")
-    """Type in which the weights are kept."""
+    """Data type of the stored weights."""
     tf32: bool = option(True, "warn")
-    """TensorFloat-32 for the fp32 matrix products of a GPU."""
+    """Use TensorFloat-32 for fp32 matrix products on a GPU."""
     compile: bool = option(False, "warn")
-    """torch.compile, layer by layer."""
+    """Compile the layers with torch.compile."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option("default", "free")
     """Mode of torch.compile."""
-    activation_checkpointing: bool | int = option(False, "free", at_least=0)
-    """Recompute the layers in the backward pass: less memory, about a third more arithmetic; 2: every second one."""
+    activation_checkpointing: bool | int = option(False, "free", at_least=0, at_most=10**6)
+    """Recompute the layers in the backward pass: less memory, about a third more arithmetic; 2: every second
+    layer."""
     deterministic: bool = option(False, "warn")
-    """Deterministic kernels, and an error where there is none."""
+    """Use deterministic kernels; an operation without one is an error."""
     max_minutes: float | None = option(None, "free", above=0)
-    """Save and leave (exit code 75) after this time."""
+    """Save and exit (code 75) after this time."""
     profile: str | None = option(None, "free")
-    """Steps to profile with torch, such as '10-15'; the trace goes to the run folder."""
+    """Steps to profile with torch, such as '10-15'; the trace is written to the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     deepspeed: str | None = option(None, "warn")
     """A DeepSpeed configuration (ds_configs/zero3.json); an accelerate configuration can bring one too."""
-    timeout_seconds: int = option(1_800, "free", at_least=1)
-    """How long a rank waits for the others in a collective operation of the device; 10 times that on the host."""
+    timeout_seconds: int = option(1_800, "free", at_least=1, at_most=10**9)
+    """How long a process waits for the others in a collective operation of the device; 10 times that on the host."""
     reduce_dtype: Literal["fp32", "bf16"] = option("fp32", "warn")
-    """Type in which gradients are sent between ranks (bf16 halves the traffic), and those of bf16 weights are summed."""
+    """Data type of gradients sent between processes (bf16 halves the traffic) and of the sums of those of bf16 weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeepBestConfig:
     k: int = option(0, "free", at_least=0)
-    """Keep this many best checkpoints beside the newest, and save before each evaluation; 0: none."""
+    """Number of best checkpoints to keep in addition to the newest; saves before each evaluation. 0: none."""
     metric: str = option("loss", "warn")
-    """Of an evaluation: loss, perplexity, bits_per_byte, of another than the first set name/loss; or train/loss."""
+    """Metric that decides which is best: loss, perplexity or bits_per_byte of the first validation set, NAME/loss
+    of another one, or train/loss."""
     mode: Literal["min", "max"] = option("min", "warn")
     """Which is better."""
 
@@ -297,20 +306,21 @@ class KeepBestConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: Durations = option(Durations.parse("10%"), "free")
-    """Save so often; several intervals may be given, and time ('[1000, 30 min]'). The end always saves."""
+    """How often to save; several intervals may be given, also in time ('[1000, 30 min]'). The last step is always
+    saved."""
     keep: int = option(3, "free", at_least=1)
-    """Newest checkpoints that stay."""
+    """Number of newest checkpoints to keep."""
     keep_best: KeepBestConfig = section(KeepBestConfig)
     keep_every: Durations = option(Durations(), "free")
-    """Checkpoints that stay for ever, such as '10%' or '10000 steps'."""
+    """Interval of checkpoints that are never deleted, such as '10%' or '10000 steps'."""
     background: bool = option(True, "free")
-    """Write while training goes on."""
+    """Write checkpoints in the background while training continues."""
     on_full_disk: Literal["continue", "stop"] = option("continue", "free")
-    """What a save that fails for want of space does."""
+    """What to do when a checkpoint cannot be written because the disk is full."""
     export: Literal["last", "best"] = option("last", "free")
-    """Which weights the export takes."""
+    """Which checkpoint to export at the end."""
     export_dtype: Literal["fp32", "bf16"] = option("fp32", "free")
-    """Type of the exported weights."""
+    """Data type of the exported weights."""
     private: bool = option(False, "free")
     """Make the run folder readable by its owner only."""
 
@@ -318,92 +328,93 @@ class CheckpointConfig:
 @dataclass(frozen=True, kw_only=True)
 class EarlyStoppingConfig:
     patience: int = option(0, "warn", at_least=0)
-    """Stop after this many evaluations without improvement; 0: never."""
+    """Stop after this many evaluations without improvement; 0: off."""
     metric: str = option("loss", "warn")
-    """Evaluation metric that is watched."""
+    """Metric to monitor."""
     mode: Literal["min", "max"] = option("min", "warn")
     """Which is better."""
     threshold: float = option(0.0, "warn", at_least=0)
     """Smallest change that counts as an improvement."""
     target: float | None = option(None, "warn")
-    """Stop when the metric reaches this."""
+    """Stop when the metric reaches this value."""
     divergence: float | None = option(None, "warn")
-    """Stop when the metric gets worse than this."""
+    """Stop when the metric becomes worse than this value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     every: Durations = option(Durations.parse("10%"), "free")
-    """Evaluate so often."""
+    """How often to evaluate."""
     at_start: bool = option(False, "free")
     """Evaluate before the first step."""
     at_end: bool = option(True, "free")
     """Evaluate after the last step."""
     blocks: int | None = option(None, "warn", at_least=1)
-    """Blocks of each held-out set that are scored; default: all."""
+    """Number of blocks to evaluate of each validation set; default: all."""
     micro_batch_blocks: int | None = option(None, "free", at_least=1)
-    """Blocks of one forward pass; default: as in training."""
+    """Number of blocks in a forward pass; default: as in training."""
     prompts: list[str] = option([], "free")
-    """Texts that the model continues at every evaluation."""
-    sample_tokens: int = option(100, "free", at_least=1)
-    """Tokens of each continuation."""
+    """Prompts to continue at every evaluation."""
+    sample_tokens: int = option(100, "free", at_least=1, at_most=10**6)
+    """Number of tokens to generate for each prompt."""
     early_stopping: EarlyStoppingConfig = section(EarlyStoppingConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    every: Durations = option(Durations.parse(100), "free")
-    """Log so often."""
+    every: Durations = option(Durations.parse("100, 30 s"), "free")
+    """How often to log; several intervals may be given, also in time ('[100, 10 s]')."""
     trackers: list[str] = option(["tensorboard"], "free")
-    """tensorboard, wandb, mlflow, trackio, ... beside metrics.jsonl; '[]': none."""
+    """Trackers in addition to metrics.jsonl: tensorboard, wandb, mlflow, trackio, ...; '[]': none."""
     project: str = option("lmcore", "free")
-    """Project name for trackers."""
+    """Project name in the trackers."""
     name: str | None = option(None, "free")
-    """Run name for trackers; default: the run folder's name."""
+    """Run name in the trackers; default: the name of the run folder."""
     tags: list[str] = option([], "free")
-    """Tags for trackers."""
+    """Tags in the trackers."""
     save_code: bool = option(False, "free")
-    """Let the tracker keep a copy of the code."""
+    """Save a copy of the code in the trackers."""
     webhook: str | None = option(None, "free", secret=True)
-    """Address for a Slack-compatible message at the end, on failure, on rewind; or LMCORE_WEBHOOK."""
+    """URL for a Slack-compatible message at the end, on failure and on a rewind; also read from LMCORE_WEBHOOK."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
     max_skips: int = option(10, "free", at_least=0)
-    """Updates that may be skipped for a non-finite loss or gradient within ``guard.spike_window`` steps, before a rewind."""
+    """Number of updates that may be skipped for a non-finite loss or gradient within guard.spike_window steps before a
+    rewind."""
     max_rewinds: int = option(3, "free", at_least=0)
-    """Rewinds to a checkpoint before the run gives up (exit code 70)."""
+    """Number of rewinds to a checkpoint before the run stops (exit code 70)."""
     spike: Literal["off", "warn", "skip", "rewind"] = option("warn", "warn")
-    """What a loss spike does."""
-    spike_window: int = option(200, "warn", at_least=10)
-    """Steps to which a loss is compared."""
+    """What to do at a loss spike."""
+    spike_window: int = option(200, "warn", at_least=10, at_most=10**6)
+    """Number of previous steps to compare the loss with."""
     spike_sigma: float = option(6.0, "warn", above=0)
-    """Robust standard deviations above the window's median that make a spike."""
+    """How many robust standard deviations above the median of the window count as a spike."""
     hash_every: Durations = option(Durations(), "free")
-    """Compare the weights of all ranks so often."""
+    """How often to compare the weights of all processes."""
     stuck_seconds: float = option(1_800.0, "free", above=0)
-    """A step that takes longer ends the run with the stacks of all ranks."""
+    """Stop the run when a step takes longer than this, and print the stacks of all threads (exit code 71)."""
     stop_before_deadline_seconds: float = option(120.0, "free", at_least=0)
-    """Save and leave so long before a Slurm job ends; at most half of the time that it has left when it begins."""
+    """How long before the end of a Slurm job to save and exit; at most half of the time left at the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     run_dir: str | None = option(None, "free")
-    """Folder of the run; default: runs/<name of the last --config>, the same on every restart."""
+    """Folder of the run; default: runs/<name of the last --config, or of the text>, the same on every restart."""
     seed: int = option(1, "refuse", at_least=0, below=2**63)
-    """Seed of everything: order, initial weights, dropout, held-out split."""
+    """Seed of the order, the initial weights, dropout and the validation split."""
     resume: str = option("auto", "free")
-    """auto: go on from the newest good checkpoint; never; best; or the path of a checkpoint."""
+    """auto: resume from the newest valid checkpoint; never; best; or the path of a checkpoint."""
     allow_changes: list[str] = option([], "free")
-    """Keys that may differ from the checkpoint's although that is refused by default."""
+    """Options that may differ from the checkpoint although that is refused by default."""
     dry_run: bool = option(False, "free")
-    """Print the plan and stop."""
+    """Print the plan and exit."""
     fast_dev_run: bool = option(False, "free")
-    """Go through every part of a run in seconds."""
+    """Run every part of a training in seconds, with a tiny model."""
     debug: bool = option(False, "free")
-    """Show tracebacks of wrong requests."""
+    """Show the traceback of an error in the request."""
     data: DataConfig = section(DataConfig)
     tokenizer: TokenizerConfig = section(TokenizerConfig)
     model: ModelConfig = section(ModelConfig)
@@ -418,7 +429,7 @@ class RunConfig:
 
 
 class Key(NamedTuple):
-    """One option of the schema: its dotted name, its type, and what :func:`option` was told."""
+    """One option of the schema: its dotted name, type and default, and the arguments of :func:`option`."""
 
     name: str
     type: Any
@@ -454,7 +465,7 @@ def keys(kind: type = RunConfig, prefix: str = "") -> dict[str, Key]:
 
 
 def to_dict(config: Any, *, secrets: bool = True) -> dict[str, Any]:
-    """Nested plain values (what YAML and JSON can hold); without ``secrets`` those are ``None``."""
+    """Nested plain values, as YAML and JSON have them. With ``secrets=False`` secret values are ``None``."""
     values: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -463,22 +474,22 @@ def to_dict(config: Any, *, secrets: bool = True) -> dict[str, Any]:
         elif item.metadata["secret"] and not secrets:
             values[item.name] = None
         else:
-            values[item.name] = _plain(value)
+            values[item.name] = plain(value)
     return values
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, Durations):
         return value.plain()
     if isinstance(value, Duration):
         return str(value)
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return [plain(item) for item in value]
+    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def build(values: dict[str, Any], kind: type = RunConfig) -> Any:
-    """The inverse of :func:`to_dict`; missing keys take their defaults. The parser has checked the types."""
+    """The inverse of :func:`to_dict`; missing keys have their defaults. The types are not checked here."""
     arguments: dict[str, Any] = {}
     types_by_name = typing.get_type_hints(kind)
     for name, value in values.items():
@@ -494,14 +505,14 @@ def build(values: dict[str, Any], kind: type = RunConfig) -> Any:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration as asked; ``--config`` of this text repeats the run. Secrets are left out."""
+    """The whole configuration; ``--config`` with this text repeats the run. Secrets are left out."""
     return yaml.dump(to_dict(config, secrets=False))
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
-    """Dotted name -> scalar, or a list of plain values; free-form ones become ``model.config.n_layer``.
+    """Dotted name -> scalar or list of plain values; free-form dictionaries become ``model.config.n_layer``.
 
-    This is what checkpoints record and trackers get; secrets are ``None``.
+    Checkpoints record this and trackers receive it. Secret values are ``None``.
     """
 
     def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -514,56 +525,22 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     return dict(walk(to_dict(config, secrets=False), ""))
 
 
-class Change(NamedTuple):
-    """A key whose value differs between a checkpoint and the present request."""
-
-    key: str
-    old: Any
-    new: Any
-    cls: Resume
-
-
-def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """What differs between two :func:`flatten` views, refusals first; keys of another version are free."""
-    found = []
-    for name in dict.fromkeys([*old, *new]):
-        before, after = old.get(name), new.get(name)
-        if before != after:
-            known = keys().get(name) or keys().get(name.split(".config.")[0] + ".config")
-            found.append(Change(name, before, after, known.resume if known else "free"))
-    return sorted(found, key=lambda change: ["refuse", "warn", "free"].index(change.cls))
-
-
-def refuse_changes(found: list[Change], allowed: list[str]) -> list[Change]:
-    """Raise :class:`RequestError` on a changed past that is not ``allowed``; else give those to be said."""
-    refused = [change for change in found if change.cls == "refuse" and change.key not in allowed]
-    if refused:
-        listed = "; ".join(f"{change.key}: {change.old!r} then, {change.new!r} now" for change in refused)
-        names = " ".join(change.key for change in refused)
-        raise RequestError(
-            f"the checkpoint was made under another configuration ({listed}): take another --run_dir, "
-            f"or insist with --allow_changes {names}"
-        )
-    return [change for change in found if change.cls != "free"]
-
-
 def ranges(texts: list[str], key: str) -> list[tuple[int, int]]:
-    """``['7', '10-12']`` -> ``[(7, 8), (10, 13)]``: half-open, sorted, as the order takes them."""
+    """``['7', '10-12']`` -> ``[(7, 8), (10, 13)]``: sorted half-open ranges. Raises :class:`RequestError`."""
     found = []
     for text in texts:
-        first, dash, last = str(text).partition("-")
-        if (
-            not first.isdecimal()
-            or not (last.isdecimal() if dash else True)
-            or int(last or first) < int(first)
-        ):
-            raise RequestError(f"{key}: {text!r} is not a range: write '1200' or '1200-1263', both included")
-        found.append((int(first), int(last or first) + 1))
+        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", str(text))
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise RequestError(
+                f"{key}: {str(text)[:40]!r} is not a range: write '1200' or '1200-1263', both included"
+            )
+        found.append((first, last + 1))
     return sorted(found)
 
 
 def global_batch_blocks(config: RunConfig, block_size: int) -> int:
-    """Blocks of a step, whether it was given in blocks or in tokens."""
+    """The number of blocks in a step, whether it was given in blocks or in tokens."""
     tokens = config.train.global_batch_tokens
     if tokens is None:
         assert config.train.global_batch_blocks is not None  # check() has seen to it
@@ -572,19 +549,6 @@ def global_batch_blocks(config: RunConfig, block_size: int) -> int:
         below = tokens // block_size * block_size
         near = f"{below} or {below + block_size}" if below else f"{block_size}"
         raise RequestError(
-            f"train.global_batch_tokens {tokens} is no multiple of the block size {block_size}: take {near}"
+            f"train.global_batch_tokens must be a multiple of the block size {block_size} (got {tokens}); try {near}"
         )
     return tokens // block_size
-
-
-def type_name(kind: Any) -> str:
-    """A type as a person would write it: ``int | auto``, ``full | blocks | none``, ``list``."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        parts = [type_name(part) for part in typing.get_args(kind)]
-        return " | ".join("null" if part == "NoneType" else part for part in parts)
-    if typing.get_origin(kind) is tuple:
-        return ", ".join(type_name(part) for part in typing.get_args(kind))
-    if typing.get_origin(kind) is Literal:
-        return " | ".join(str(value) for value in typing.get_args(kind))
-    origin = typing.get_origin(kind) or kind
-    return {Durations: "durations", Duration: "duration"}.get(origin, origin.__name__)

@@ -1,8 +1,7 @@
-"""YAML as people expect it: ``1e-3`` is a number, ``off`` and ``no`` are words, ``1:20`` is text.
+"""YAML without the surprises of YAML 1.1: ``1e-3`` is a number, ``off`` and ``no`` are text, ``1:20`` is text.
 
-Comes in: text or plain values. Goes out: the other of the two. What always holds: only plain data is built,
-never an object; a key that is given twice is an error, not a silent choice; ``load(dump(values)) == values``,
-and readers of YAML 1.1 (PyYAML's ``safe_load``, jsonargparse) read the same from what is dumped.
+Only plain data is built, never an object. A duplicate key is an error. ``load(dump(values)) == values``, and
+PyYAML's ``safe_load`` reads the same values from what :func:`dump` writes.
 """
 
 from __future__ import annotations
@@ -14,6 +13,9 @@ import yaml
 
 from lmcore.errors import RequestError
 
+MAX_VALUES = 100_000
+"""Values in a document after its aliases are expanded. A few lines of aliases can expand to billions."""
+
 # YAML 1.2's core schema. PyYAML follows 1.1, where 1e-3 is text, off is false and 1:20 is eighty.
 _SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -24,6 +26,7 @@ _SCALARS = {
         "-+0123456789.",
     ),
 }
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -32,7 +35,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if str(key.value) in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} stands twice", key.start_mark
+                    None, None, f"duplicate key {key.value!r}", key.start_mark
                 )
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
@@ -40,7 +43,7 @@ class _Loader(yaml.SafeLoader):
 
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
-        return True  # anchors would only puzzle a reader
+        return True  # the same list under two keys is written twice, not as an anchor and an alias
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -55,14 +58,53 @@ for _name, (_pattern, _first) in _SCALARS.items():
 
 
 def load(text: str, where: str) -> Any:
-    """Plain values from YAML. Raises :class:`RequestError` that begins with ``where``."""
+    """Plain values from YAML.
+
+    Args:
+        where: the file or option, with which the error message begins.
+
+    Raises:
+        RequestError: not valid YAML, a tag other than those of plain data, or too many values (an alias bomb).
+    """
     try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _count(node, {})
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise RequestError(f"{where}{line}: not valid YAML: {reason}") from error
+
+
+def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """The number of values under ``node`` with its aliases expanded; ``known`` holds those of finished nodes."""
+    if id(node) in known:
+        count = known[id(node)]
+        if count is None:
+            raise yaml.constructor.ConstructorError(None, None, "a value contains itself", node.start_mark)
+        return count
+    known[id(node)] = None
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    if node.tag not in _PLAIN_TAGS and node.tag != "tag:yaml.org,2002:merge":
+        problem = f"the tag {node.tag!r} is not plain data"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    total = 1 + sum(_count(child, known) for child in children)
+    if total > MAX_VALUES:
+        problem = f"more than {MAX_VALUES:,} values after the aliases are expanded"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    known[id(node)] = total
+    return total
 
 
 def dump(values: dict[str, Any]) -> str:

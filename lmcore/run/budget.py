@@ -89,13 +89,14 @@ def horizon(
     share = blocks // world_size
     asked = config.train.micro_batch_blocks
     micro = asked if isinstance(asked, int) else micro_batch_blocks or largest_share(share, block_size)
-    if share % micro and isinstance(asked, int):
+    if share % micro and config.train.micro_batch_exact:
         divisors = [d for d in range(1, share + 1) if share % d == 0]
         raise RequestError(
-            f"train.global_batch_blocks {blocks} over {world_size} processes is {share} blocks each, which "
-            f"train.micro_batch_blocks {micro} does not divide: take one of {', '.join(map(str, divisors))}"
+            f"train.global_batch_blocks {blocks} over {world_size} processes is {share} blocks each, which must be a "
+            f"multiple of train.micro_batch_blocks (got {micro}): try one of {', '.join(map(str, divisors))}, or leave "
+            f"out train.micro_batch_exact"
         )
-    if share % micro:  # what a checkpoint remembers of another number of ranks
+    if share % micro:  # the micro-batch is an upper bound: a matter of memory, not of the result
         micro = largest_share(share, block_size, at_most=micro)
     duration = config.train.duration
     steps_per_epoch = None if epoch_blocks is None else Fraction(epoch_blocks, blocks)

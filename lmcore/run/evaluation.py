@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, final
 
+import numpy as np
+
 from lmcore.config.checks import METRICS, check_metrics
 from lmcore.data.batches import EvalBatches
 from lmcore.model.evaluate import evaluate
@@ -19,6 +21,26 @@ if TYPE_CHECKING:
     from lmcore.run.guard import Guard
     from lmcore.run.setup import Data
     from lmcore.run.state import State
+
+
+AUTO_PROMPTS, AUTO_PROMPT_TOKENS = 3, 8
+
+
+def prompts_of(prompts: list[str], data: Data) -> list[str]:
+    """``evaluate.prompts``; where it is ``[auto]``, the first tokens of blocks spread over the validation text."""
+    if prompts != ["auto"]:
+        return prompts
+    if data.encoder is None or not data.valid:
+        return []
+    dataset = next(iter(data.valid.values()))
+    count = min(AUTO_PROMPTS, dataset.n_in_order)
+    numbers = np.unique(np.linspace(0, dataset.n_in_order - 1, count).astype(np.int64))
+    blocks = dataset.read_in_order(numbers)
+    texts = (
+        data.encoder.decode(ids[: min(AUTO_PROMPT_TOKENS, n_labels)].tolist())
+        for ids, n_labels in zip(blocks.ids, blocks.n_labels)
+    )
+    return list(dict.fromkeys(text for text in texts if text.strip()))
 
 
 @final
@@ -86,7 +108,7 @@ class Evaluator:
 
     def samples(self, step: int) -> None:
         """A continuation of every prompt of ``evaluate.prompts``; rank 0 writes them."""
-        prompts, encoder = self._options.prompts, self._data.encoder
+        prompts, encoder = prompts_of(self._options.prompts, self._data), self._data.encoder
         if not prompts or encoder is None:
             return
         with self._report.pause(), self._engine.full_model() as whole:

@@ -53,7 +53,7 @@ def write_results(
         ("continue", training_command("--config", path / "config.yaml", "--train.duration", "N")),
     ]
     if config.model.factory is None:
-        prompt = (config.evaluate.prompts or ["..."])[0]
+        prompt = next((text for text in config.evaluate.prompts if text != "auto"), "...")
         commands = [
             ("generate", shell_command("lmcore", "generate", path, "--prompt", prompt)),
             ("load", f"AutoModelForCausalLM.from_pretrained({str(place)!r})"),

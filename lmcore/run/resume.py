@@ -6,15 +6,55 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmcore.checkpoint import reader
-from lmcore.config.schema import RunConfig, changes, flatten, refuse_changes
+from lmcore.config.schema import Resume, RunConfig, flatten, keys
 from lmcore.data.order import Cursor, Phase
 from lmcore.errors import RequestError
 from lmcore.report.redact import redact
 from lmcore.report.report import Report
 from lmcore.run.folder import RunFolder
+
+
+class Change(NamedTuple):
+    """An option whose value differs between a checkpoint and the present configuration."""
+
+    key: str
+    old: Any
+    new: Any
+    resume: Resume
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
+    """The differences between two :func:`~lmcore.config.schema.flatten` views, those to be refused first.
+
+    Options that this version does not have, or that the version of the checkpoint did not have, are ``free``.
+    """
+    found = []
+    for name in dict.fromkeys([*old, *new]):
+        before, after = old.get(name), new.get(name)
+        if before != after:
+            known = keys().get(name) or keys().get(name.split(".config.")[0] + ".config")
+            found.append(Change(name, before, after, known.resume if known else "free"))
+    return sorted(found, key=lambda change: ["refuse", "warn", "free"].index(change.resume))
+
+
+def refuse_changes(found: list[Change], allowed: list[str]) -> list[Change]:
+    """The changes that are worth a warning.
+
+    Raises:
+        RequestError: an option of class ``refuse`` differs and is not ``allowed``.
+    """
+    refused = [change for change in found if change.resume == "refuse" and change.key not in allowed]
+    if refused:
+        listed = "; ".join(f"{change.key} was {change.old!r}, is {change.new!r}" for change in refused)
+        names = " ".join(change.key for change in refused)
+        raise RequestError(
+            f"the checkpoint was made with other options ({listed}): restore them, choose another --run_dir, or "
+            f"allow the change with --allow_changes {names}"
+        )
+    return [change for change in found if change.resume != "free"]
 
 
 def find_checkpoint(

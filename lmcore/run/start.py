@@ -9,7 +9,9 @@ from lmcore.config.parse import parse
 from lmcore.config.schema import RunConfig
 from lmcore.errors import EXIT_SAVED, one_line_errors
 from lmcore.report.console import protect_output
+from lmcore.run import own_text
 from lmcore.run.guard import die_with_parent, left_on_request
+from lmcore.run.preflight import preflight
 
 
 def parse_or_exit(argv: Sequence[str] | None = None) -> RunConfig:
@@ -23,7 +25,13 @@ def parse_or_exit(argv: Sequence[str] | None = None) -> RunConfig:
     protect_output()
     is_main = os.environ.get("RANK", "0") == "0"
     with one_line_errors():
-        config = parse(None if argv is None else list(argv), say=print if is_main else lambda line: None)
+        config = parse(
+            None if argv is None else list(argv),
+            note=print if is_main else lambda line: None,
+            own_text=own_text.defaults,
+        )
+        if not config.fast_dev_run:  # which has its own text and sizes
+            preflight(config, processes=int(os.environ.get("WORLD_SIZE", "1")))
     if left_on_request(config.run_dir or ""):
         raise SystemExit(EXIT_SAVED)
     return config

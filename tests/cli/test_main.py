@@ -330,7 +330,7 @@ def test_plan_says_what_a_run_needs(
     assert f"{total:,} (" in said
     assert "2 x 1 x 4 x 64" in said
     assert "= 512 tokens" in said
-    assert "51 s at 100 tokens/s" in said
+    assert "0:00:51 at 100 tokens/s" in said
     assert call("plan", *common, "--device_gib", "0.001") == 0
     assert "does not fit" in capsys.readouterr().out
     assert call("plan", *common, "--strategy", "fsdp3") == 2

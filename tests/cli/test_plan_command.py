@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lmcore.cli.main import main
+from lmcore.data.tokenizer import tokenizer
 from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST
 from lmcore.model.build import build_model
 from lmcore.plan import plan, probe
@@ -50,11 +51,14 @@ def test_weights_from_elsewhere_are_planned_by_their_config_alone(
         "lmcore.process.available_bytes", lambda: 2**34
     )  # what is free here changes all the time
     Path("base.yaml").write_text("run_dir: runs/x\n")  # so that the demo's sizes do not stand in
-    base = ["--config", "base.yaml", "--tokenizer.vocab_size", 500, *SIZES]
-    model: Any = build_model(type="gpt2", config_overrides=SHAPE, vocab_size=500, block_size=64, seed=0)
+    made = tokenizer.train([words(200, 0)], vocab_size=300, folder="weights")
+    base = ["--config", "base.yaml", *SIZES]
+    model: Any = build_model(
+        type="gpt2", config_overrides=SHAPE, vocab_size=made.vocab_size, block_size=64, seed=0
+    )
     model.config.save_pretrained("weights")  # and no weights
     scratch = [part for name, value in SHAPE.items() for part in (f"--model.config.{name}", value)]
-    rows = planned(capsys, *base, *scratch)
+    rows = planned(capsys, *base, *scratch, "--tokenizer.path", "weights")
     found = planned(capsys, *base, "--model.type", "null", "--model.from_pretrained", "weights")
     assert found == rows
     assert count_of(found) == sum(p.numel() for p in model.parameters())
@@ -319,7 +323,7 @@ def test_a_number_of_processes_that_cannot_be_is_named(capsys: pytest.CaptureFix
     [
         (
             "--model.config.n_head 3 --model.config.n_embd 32",
-            "GPT2LMHeadModel refuses this configuration: `embed_dim`",
+            "model.config.n_embd must be a multiple of model.config.n_head 3 (got 32); try 30 or 33",
         ),
         ("--model.config.activation_function foo", "GPT2LMHeadModel refuses this configuration: 'foo'"),
         ("--model.config.n_layer -1", "model.config.n_layer -1 must be at least 1"),

@@ -22,8 +22,9 @@ from lmcore.config.checks import check
 from lmcore.config.durations import NEVER, Duration, Durations, is_due
 from lmcore.config.help import commented_yaml, docs, help_text
 from lmcore.config.parse import parse
-from lmcore.config.schema import RunConfig, changes, flatten, keys, refuse_changes, to_yaml
+from lmcore.config.schema import RunConfig, flatten, keys, to_yaml
 from lmcore.errors import RequestError
+from lmcore.run.resume import changes, refuse_changes
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -60,7 +61,7 @@ def test_options_of_0_1_0_still_parse_and_resume_alike() -> None:
 def test_every_option_has_help_that_is_printed_with_its_value() -> None:
     assert list(docs()) == list(keys())
     assert all(text.endswith((".", ")", "LMCORE_WEBHOOK.")) for text in docs().values())
-    text = help_text({name: key.default for name, key in keys().items()})
+    text = help_text()
     assert all(f"--{name} <" in text for name in keys())
     assert max(len(line) for line in text.splitlines()) <= 150
 
@@ -223,15 +224,55 @@ def test_defaults_then_files_in_order_then_command_line(tmp_path: Path) -> None:
     assert read("--config", str(first), "--run_dir", "here", "--fast_dev_run").run_dir == "here"
 
 
-def test_without_a_file_the_demo_recipe_stands_in_and_says_so(tmp_path: Path) -> None:
+def test_demo_recipe_is_used_only_without_config_and_without_text(tmp_path: Path) -> None:
     demo = tmp_path / "demo.yaml"
     demo.write_text("tokenizer.vocab_size: 77\n")
     said: list[str] = []
-    config = parse([], say=said.append, default_recipe=demo)
+    config = parse([], note=said.append, default_recipe=demo)
     assert (config.tokenizer.vocab_size, config.run_dir) == (77, "runs/demo")
     assert "demo" in said[0]
-    assert parse(["--config", str(demo)], say=said.append).run_dir == "runs/demo"
+    assert parse(["--config", str(demo)], note=said.append).run_dir == "runs/demo"
+    assert parse(["--data.train", "my/own*.txt"], note=said.append).tokenizer.vocab_size == 32_000
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("entries", "name"),
+    [
+        (["mytext/*.txt"], "mytext"),
+        (["a/b/corpus.jsonl.zst", "c"], "corpus"),
+        (["hf://owner/name"], "name"),
+        (["{path: x/y.txt, name: 日本語}"], "日本語"),
+        (["*.txt"], "own_text"),
+        (["../.."], "own_text"),
+        (["a b;c"], "a_b_c"),
+    ],
+)
+def test_run_folder_is_named_after_the_text(entries: list[str], name: str) -> None:
+    assert parse(["--data.train", *entries]).run_dir == f"runs/{name}"
+
+
+def test_run_dir_of_a_saved_configuration_follows_its_folder(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    (old / "checkpoints").mkdir(parents=True)
+    (old / "config.yaml").write_text(to_yaml(read("--run_dir", str(old))))
+    assert read("--config", str(old / "config.yaml")).run_dir == str(old)
+    old.rename(tmp_path / "new")
+    assert read("--config", str(tmp_path / "new" / "config.yaml")).run_dir == str(tmp_path / "new")
+    assert read("--config", str(tmp_path / "new" / "config.yaml"), "--run_dir", "other").run_dir == "other"
+
+
+def test_recipe_of_the_package_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    for name in ("gpt2_small", "recipes/gpt2_small.yaml"):
+        assert parse(["--config", name], note=said.append).run_dir == "runs/gpt2_small"
+    assert len(said) == 2
+    assert "recipes/gpt2_small.yaml" in refused("--config", "elsewhere/gpt2_small.yaml")
+    (tmp_path / "gpt2_small.yaml").write_text("seed: 5\n")
+    assert parse(["--config", "gpt2_small.yaml"]).seed == 5
 
 
 @pytest.mark.parametrize(
@@ -288,7 +329,7 @@ def test_of_keys_that_exclude_each_other_the_later_layer_wins(tmp_path: Path) ->
     config = parse(
         ["--config", str(file), "--tokenizer.path", "t.model", "--train.global_batch_tokens", "4096",
          "--model.type", "llama", "--data.valid", "v.txt"],
-        say=said.append,
+        note=said.append,
     )  # fmt: skip
     assert (config.tokenizer.path, config.tokenizer.vocab_size) == ("t.model", None)
     assert (config.train.global_batch_blocks, config.train.global_batch_tokens) == (None, 4096)
@@ -299,7 +340,7 @@ def test_of_keys_that_exclude_each_other_the_later_layer_wins(tmp_path: Path) ->
     )  # what a file had asked for and did not get; a default that gives way is not worth a word
     both = tmp_path / "both.yaml"
     both.write_text("tokenizer: {vocab_size: 800, path: t.model}\n")
-    assert "leave out tokenizer.vocab_size 800" in refused("--config", str(both))
+    assert "remove tokenizer.vocab_size 800" in refused("--config", str(both))
 
 
 # --- nothing is ignored ---
@@ -331,21 +372,21 @@ def test_a_switch_may_stand_alone() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--lr", "1"], ["--optim.lr"]),  # the last part alone is not enough, and never guessed
-        (["--see", "3"], ["no option --see", "--seed"]),  # no abbreviations
+        (["--lr", "1"], ["here it is --optim.lr"]),  # the last part alone is not enough, and never guessed
+        (["--see", "3"], ["unknown option --see", "--seed"]),  # no abbreviations
         (["--data.trian", "x"], ["--data.train"]),
-        (["--qqqqqq", "3"], ["--help"]),
-        (["a.txt"], ["'a.txt' stands alone", "--data.train a.txt"]),
-        (["--"], ["stands alone"]),
+        (["--qqqqqq", "3"], ["unknown option", "--help"]),
+        (["a.txt"], ["unexpected 'a.txt'", "--data.train a.txt"]),
+        (["--"], ["unexpected '--'"]),
         (["--optim"], ["section", "--optim.lr"]),
         (["--seed"], ["--seed needs a value"]),
-        (["--model.config."], ["no option"]),
+        (["--model.config."], ["unknown option"]),
         (["--model.config", "7"], ["--model.config", "7"]),
-        (["--seed", "x"], ["--seed", "'x'", "int"]),
+        (["--seed", "x"], ["--seed", "'x'", "an integer"]),
         (["--optim.schedule", "cosin"], ["cosine"]),
         (["--optim.warmup", "2 parsecs"], ["--optim.warmup", "parsecs", "epochs"]),
-        (["--dry_run", "perhaps"], ["--dry_run", "bool"]),
-        (["--optim.betas", "0.9"], ["--optim.betas", "float, float"]),
+        (["--dry_run", "perhaps"], ["--dry_run", "true or false"]),
+        (["--optim.betas", "0.9"], ["--optim.betas", "2 numbers"]),
         (["--data.train", "{path: [}"], ["--data.train", "YAML"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
         (["--config"], ["--config needs a value"]),
@@ -361,14 +402,14 @@ def test_a_wrong_command_line_gets_one_line_with_the_remedy(argv: list[str], wor
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("optim:\n  lr: x\n", ["optim.lr", "'x'", "float"]),
+        ("optim:\n  lr: x\n", ["optim.lr", "'x'", "a number"]),
         ("optim: 3\n", ["optim is a section"]),
-        ("- a\n", ["list at the top"]),
-        ("seed: 1\nseed: 2\n", ["seed stands twice", "line 2"]),
+        ("- a\n", ["got a list"]),
+        ("seed: 1\nseed: 2\n", ["duplicate key 'seed'", "line 2"]),
         ("a: [\n", ["not valid YAML", "line 2"]),
         ("model:\n  config: 3\n", ["model.config", "3"]),
         ("optim:\n  learning_rate: 3\n", ["optim.learning_rate"]),
-        ("1: 2\n", ["no option 1"]),
+        ("1: 2\n", ["unknown option 1"]),
         ("seed: !!python/object/apply:os.system ['true']\n", ["not valid YAML"]),
         ("data:\n  train: [null]\n", ["data.train"]),
     ],
@@ -420,18 +461,25 @@ def test_no_file_ends_in_a_traceback(tmp_path: Path, values: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("--optim.lr 0", ["optim.lr 0", "above 0"]),
+        ("--optim.lr 0", ["optim.lr must be above 0", "got 0"]),
         ("--optim.lr nan", ["optim.lr"]),
         ("--data.valid_fraction 1", ["below 1"]),
         ("--optim.betas 0.9 1", ["optim.betas", "below 1"]),
-        ("--seed -1", ["seed -1", "at least 0"]),
-        ("--train.global_batch_blocks 10 --train.micro_batch_blocks 4", ["10", "4", "8 or 12"]),
-        ("--train.global_batch_blocks 3 --train.micro_batch_blocks 4", ["take 4"]),
+        ("--seed -1", ["seed must be at least 0", "got -1"]),
+        (
+            "--train.global_batch_blocks 10 --train.micro_batch_blocks 4 --train.micro_batch_exact",
+            ["10", "4", "8 or 12"],
+        ),
+        (
+            "--train.global_batch_blocks 3 --train.micro_batch_blocks 4 --train.micro_batch_exact",
+            ["try 4"],
+        ),
+        ("--train.micro_batch_exact", ["got auto"]),
         ("--train.global_batch_tokens 1000 --data.block_size 512", ["1000", "512", "512 or 1024"]),
-        ("--train.global_batch_tokens 100 --data.block_size 512", ["take 512"]),
-        ("--train.global_batch_tokens 512 --train.global_batch_blocks 1", ["both are given"]),
-        ("--train.global_batch_blocks null", ["neither is given"]),
-        ("--train.duration 30min", ["train.duration 30 min", "max_minutes"]),
+        ("--train.global_batch_tokens 100 --data.block_size 512", ["try 512"]),
+        ("--train.global_batch_tokens 512 --train.global_batch_blocks 1", ["are both given"]),
+        ("--train.global_batch_blocks null", ["are both null"]),
+        ("--train.duration 30min", ["train.duration", "got 30 min", "max_minutes"]),
         ("--train.duration 10%", ["10%"]),
         ("--train.duration never", ["never"]),
         ("--optim.warmup 5min", ["optim.warmup"]),
@@ -453,11 +501,11 @@ def test_no_file_ends_in_a_traceback(tmp_path: Path, values: dict[str, Any]) -> 
         ("--data.skip_positions x", ["'x'"]),
         ("--train.profile 3-", ["train.profile"]),
         ("--checkpoint.export best", ["keep_best.k"]),
-        ("--checkpoint.keep_best.k 1 --data.valid_fraction 0", ["held-out"]),
-        ("--checkpoint.keep_best.metric valid/los", ["keep_best.metric", "'valid/los'", "mean loss"]),
+        ("--checkpoint.keep_best.k 1 --data.valid_fraction 0", ["validation text"]),
+        ("--checkpoint.keep_best.metric valid/los", ["keep_best.metric", "'valid/los'", "mean 'loss'"]),
         ("--evaluate.early_stopping.metric accuracy", ["early_stopping.metric", "loss, perplexity"]),
         ("--evaluate.early_stopping.metric train/grad_norm", ["early_stopping.metric", "loss, perplexity"]),
-        ("--checkpoint.keep_every [10,50%]", ["keep_every", "give one"]),
+        ("--checkpoint.keep_every [10,50%]", ["keep_every", "takes one"]),
         ("--evaluate.early_stopping.patience 3 --evaluate.every never", ["evaluate.every"]),
     ],
 )
@@ -507,10 +555,11 @@ def test_changes_are_classed_and_a_changed_past_is_refused() -> None:
         )
     )
     found = changes(old, new)
-    assert [(change.key, change.cls) for change in found] == [
+    assert [(change.key, change.resume) for change in found] == [
         ("data.train", "refuse"),
         ("model.config.n_layer", "refuse"),
         ("optim.lr", "warn"),
+        ("run_dir", "free"),
         ("report.every", "free"),
     ]
     with pytest.raises(RequestError) as caught:
@@ -518,7 +567,7 @@ def test_changes_are_classed_and_a_changed_past_is_refused() -> None:
     assert all(word in str(caught.value) for word in ["a.txt", "b.txt", "--allow_changes data.train"])
     said = refuse_changes(found, ["data.train", "model.config.n_layer"])
     assert [change.key for change in said] == ["data.train", "model.config.n_layer", "optim.lr"]
-    assert changes(old | {"gone.option": 1}, old)[0].cls == "free"
+    assert changes(old | {"gone.option": 1}, old)[0].resume == "free"
 
 
 # --- durations ---
@@ -571,7 +620,7 @@ def test_durations_become_steps_exactly() -> None:
     assert [steps(text) for text in ("7", "1001 tokens", "4 epochs", "1 epochs")] == [7, 2, 125, 32]
     assert [steps(text) for text in ("10%", "0.01%", "5 min", "never")] == [100, 1, None, None]
     for text in ("1 tokens", "1 epochs", "1%"):
-        with pytest.raises(RequestError, match="cannot be turned into steps"):
+        with pytest.raises(RequestError, match="cannot be converted to steps"):
             Duration.parse(text).to_steps()
 
 

@@ -189,7 +189,7 @@ def test_a_run_builds_what_its_engine_asks_for() -> None:
             "tests.support.own_parts:squares",
         ],
     ):
-        config = parse.parse([*(own or argv), "--data.block_size", "8"], say=lambda line: None)
+        config = parse.parse([*(own or argv), "--data.block_size", "8"], note=lambda line: None)
         for needs_weights in (True, False):
             engine: Any = SimpleNamespace(
                 needs_weights=needs_weights, sharded=True, gather_object=lambda word: [word]

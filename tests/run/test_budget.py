@@ -42,11 +42,21 @@ def test_the_number_of_ranks_changes_neither_batch_nor_steps(world_size: int) ->
     assert here.accumulation * here.micro_batch_blocks * world_size == 10
 
 
-def test_what_does_not_divide_is_refused_with_the_numbers() -> None:
+def test_indivisible_global_batch_raises_with_the_numbers() -> None:
     with pytest.raises(RequestError, match=r"10 .*3 processes"):
         sizes(world_size=3)
-    with pytest.raises(RequestError, match=r"5 blocks each.*2 does not divide.*1, 5"):
-        sizes("--train.micro_batch_blocks", "2", world_size=2)
+
+
+def test_micro_batch_is_an_upper_bound_unless_it_is_exact() -> None:
+    for asked, got in ((2, 1), (4, 1), (5, 5), (8, 5), (1_000, 5)):
+        here = sizes("--train.micro_batch_blocks", str(asked), world_size=2)
+        assert (here.micro_batch_blocks, here.accumulation) == (got, 5 // got)
+    exact = ["--train.micro_batch_exact", "--train.micro_batch_blocks"]
+    assert sizes(*exact, "5", world_size=2).micro_batch_blocks == 5
+    with pytest.raises(
+        RequestError, match=r"5 blocks each.*multiple of train.micro_batch_blocks \(got 2\).*1, 5"
+    ):
+        sizes(*exact, "2", world_size=2)
 
 
 def test_a_stream_does_not_know_its_epochs() -> None:

@@ -1,0 +1,147 @@
+"""Refusals that need neither data nor torch: they come within a second, before any work.
+
+``train_lm.py``, ``--dry_run`` and ``lmcore plan`` call :func:`preflight`. What needs the tokenizer, the model or the text
+is checked later, where it is known.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmcore.config.schema import global_batch_blocks
+from lmcore.data.text import sources
+from lmcore.errors import RequestError
+from lmcore.humanize import did_you_mean
+
+if TYPE_CHECKING:
+    from lmcore.config.schema import RunConfig
+
+TRACKERS = (
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb",
+)  # fmt: skip
+"""The trackers of accelerate, which imports torch; a test compares the two."""
+RESUME = ("auto", "never", "best")
+
+
+def preflight(config: RunConfig, *, processes: int = 1) -> None:
+    """Check files, sizes and names of a configuration.
+
+    Args:
+        processes: number of data-parallel processes, among which the global batch is divided.
+
+    Raises:
+        RequestError: a missing file, a batch that cannot be divided, an unknown tracker, a block longer than the
+            model's context.
+    """
+    _check_batch(config, processes)
+    _check_model(config)
+    _check_files(config)
+    _check_trackers(config)
+    _check_text(config)
+
+
+def _check_batch(config: RunConfig, processes: int) -> None:
+    if config.train.global_batch_tokens is not None and config.data.block_size is None:
+        return  # the block is known when the model is
+    blocks = global_batch_blocks(config, config.data.block_size or 1)
+    if blocks % processes:
+        raise RequestError(
+            f"train.global_batch_blocks must be a multiple of the {processes} processes (got {blocks}); try "
+            f"{blocks // processes * processes or processes}, or another number of processes"
+        )
+    micro = config.train.micro_batch_blocks
+    if config.train.micro_batch_exact and isinstance(micro, int) and blocks // processes % micro:
+        raise RequestError(
+            f"train.global_batch_blocks {blocks} over {processes} processes is {blocks // processes} blocks each, "
+            f"which must be a multiple of train.micro_batch_blocks (got {micro})"
+        )
+
+
+def _check_model(config: RunConfig) -> None:
+    source, block_size = config.model.from_pretrained, config.data.block_size
+    if source is None:
+        return
+    folder = Path(source)
+    if not folder.exists():
+        if _is_path(source):
+            raise RequestError(f"model.from_pretrained {source!r}: no such folder{_near(source)}")
+        return
+    if not (folder / "config.json").is_file():
+        inside = next((name for name in ("export",) if (folder / name / "config.json").is_file()), None)
+        hint = f"; did you mean {folder / inside}?" if inside else ""
+        raise RequestError(f"model.from_pretrained {source!r}: no config.json in it{hint}")
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"model.from_pretrained {source!r}: config.json is not readable: {error}"
+        ) from error
+    fields = {**fields, **config.model.config} if isinstance(fields, dict) else {}
+    context = fields.get("n_positions", fields.get("max_position_embeddings"))
+    if isinstance(context, int) and block_size is not None and block_size > context:
+        raise RequestError(
+            f"data.block_size {block_size} is larger than the context {context} of {source}: reduce it"
+        )
+
+
+def _check_files(config: RunConfig) -> None:
+    path = config.tokenizer.path
+    if (
+        path is not None
+        and not Path(path).exists()
+        and (_is_path(path) or path.endswith((".model", ".json")))
+    ):
+        raise RequestError(f"tokenizer.path {path!r}: no such file or folder{_near(path)}")
+    if config.engine.deepspeed is not None and not Path(config.engine.deepspeed).is_file():
+        known = [str(file) for file in Path("ds_configs").glob("*.json")]
+        raise RequestError(
+            f"engine.deepspeed {config.engine.deepspeed!r}: no such file"
+            f"{did_you_mean(config.engine.deepspeed, known)}"
+        )
+    if config.resume not in RESUME and not Path(config.resume).exists():
+        raise RequestError(
+            f"resume {config.resume!r}: no such checkpoint; give {', '.join(RESUME)} or the path of a checkpoint"
+            f"{did_you_mean(config.resume, RESUME)}"
+        )
+
+
+def _check_trackers(config: RunConfig) -> None:
+    for name in config.report.trackers:
+        if name not in TRACKERS:
+            raise RequestError(
+                f"report.trackers: unknown tracker {name!r}; choose from {', '.join(TRACKERS)}"
+                f"{did_you_mean(name, TRACKERS)}"
+            )
+        if importlib.util.find_spec(name) is None:
+            raise RequestError(
+                f"report.trackers: {name} is not installed: pip install {name.replace('_', '-')}, or choose others "
+                "(--report.trackers '[]': none)"
+            )
+
+
+def _check_text(config: RunConfig) -> None:
+    if config.data.factory is not None:
+        return
+    for entries in (config.data.train, config.data.valid, config.data.test):
+        if entries:
+            # The unit is decided by reading; here only the files are looked up.
+            plain: list[Any] = [
+                {**entry, "unit": "line"} if isinstance(entry, dict) else entry for entry in entries
+            ]
+            sources.resolve(
+                plain, text_field=config.data.text_field, unit="line", encoding=config.data.encoding
+            )
+
+
+def _is_path(text: str) -> bool:
+    """Whether a name can only be a path, not a Hub id (``name`` or ``owner/name``)."""
+    return text.startswith((".", "/", "~")) or text.count("/") > 1
+
+
+def _near(path: str) -> str:
+    parent = Path(path).parent
+    return did_you_mean(path, [str(parent / name) for name in os.listdir(parent)]) if parent.is_dir() else ""
