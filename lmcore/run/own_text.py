@@ -37,14 +37,15 @@ class Size:
     passes: float
     steps: int
     learning_rate: float
+    preset_size: str
 
 
 SIZES = (
-    Size(1e6, 2_000, 4, 128, 4, 256, 8, 20, 600, 3e-3),
-    Size(2e7, 8_000, 8, 192, 6, 256, 8, 4, 2_000, 3e-3),
-    Size(3e8, 16_000, 8, 384, 6, 512, 32, 3, 10_000, 1.5e-3),
-    Size(3e9, 32_000, 12, 512, 8, 1_024, 64, 2, 20_000, 1e-3),
-    Size(math.inf, 32_000, 12, 768, 12, 1_024, 512, 1, 20_000, 6e-4),
+    Size(1e6, 2_000, 4, 128, 4, 256, 8, 20, 600, 3e-3, "5M"),
+    Size(2e7, 8_000, 8, 192, 6, 256, 8, 4, 2_000, 3e-3, "5M"),
+    Size(3e8, 16_000, 8, 384, 6, 512, 32, 3, 10_000, 1.5e-3, "15M"),
+    Size(3e9, 32_000, 12, 512, 8, 1_024, 64, 2, 20_000, 1e-3, "124M"),
+    Size(math.inf, 32_000, 12, 768, 12, 1_024, 512, 1, 20_000, 6e-4, "124M"),
 )
 """From the demo's measured values upwards to GPT-2 small's: width and rate as in the recipes, about 20 tokens a parameter
 where the text has as many."""
@@ -54,7 +55,6 @@ FINE_TUNING_BLOCKS = 32
 DROPOUT = 0.1
 """Where a small text is passed over many times; elsewhere it would cost more than it regularizes."""
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
-MODEL_OPTIONS = ("model.type", "model.factory", "model.from_pretrained", "model.config")
 
 
 def text_bytes(entries: list[Any], **reading: Any) -> int:
@@ -110,6 +110,8 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if "tokenizer.path" not in given:
             choose("tokenizer.vocab_size", size.vocabulary, f"for {human_size(found)} of text")
         choose("optim.lr", size.learning_rate, f"for a model {size.width} wide")
+        if given.get("model.preset") is not None:
+            choose("model.size", size.preset_size, "the nearest of the preset's sizes")
         fields = _architecture(given, size)
         if fields:
             values |= {"model.type": given.get("model.type") or "gpt2", "model.config": fields}
@@ -119,7 +121,7 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     block_size = given.get("data.block_size") or size.context
     if given.get("train.global_batch_tokens") is None:
         choose("train.global_batch_blocks", blocks, f"blocks of {block_size:,} tokens in a step")
-    if not pretrained and given.get("model.factory") is None:
+    if not pretrained and given.get("model.factory") is None and given.get("model.preset") is None:
         choose("data.block_size", block_size, "tokens in a block")
     step_tokens = given.get("train.global_batch_tokens") or blocks * block_size
     passes = 2 if pretrained else size.passes
@@ -143,7 +145,7 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def _architecture(given: dict[str, Any], size: Size) -> dict[str, Any]:
     """Fields of ``model.config``; none where the user names a model of which the field names are not known here."""
     kind = given.get("model.type") or "gpt2"
-    if given.get("model.factory") is not None:
+    if given.get("model.factory") is not None or given.get("model.preset") is not None:
         return {}
     context = max(size.context, given.get("data.block_size") or 0)
     if kind == "gpt2":
