@@ -58,7 +58,7 @@ def preload() -> None:
     safely.
     """
     os.environ.update(ONE_THREAD | CPU_ONLY)
-    for name in (*PRELOADED, "jsonargparse", "matplotlib.figure", *MODULES):
+    for name in (*PRELOADED, "matplotlib.figure", *MODULES):
         importlib.import_module(name)
     _script()
     gc.collect()
