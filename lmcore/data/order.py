@@ -1,31 +1,31 @@
-"""position -> (source, epoch, block): the order of the training data, by arithmetic alone.
+"""The training order: position -> (source, epoch, block), by arithmetic alone.
 
-Comes in: how many blocks each source has, a seed, and positions (integers that count blocks from the start of
-the run). Goes out: for every position the source, the epoch of that source and the block in it. What always
-holds:
-
-* It is a pure function: no state, no file, no array that grows with the corpus. Resuming costs nothing.
-* Every epoch is a permutation: each block exactly once. Epochs differ in their order.
-* Ranks, workers, micro-batches and accumulation only slice the positions (:func:`rank_slice`).
-* The same version of this file gives the same order for ever; :data:`ORDER_VERSION` is stored in every
-  :class:`Cursor`, and golden vectors in the tests hold it fast.
-
-The permutation is a keyed Feistel network over the smallest power of two that holds the blocks, with cycle
-walking (M. Luby and C. Rackoff, SIAM J. Comput. 17(2), 1988; J. Black and P. Rogaway, CT-RSA 2002, section
-4): values that fall outside are sent through again until they land inside, which is again a permutation, for
-every size.
+A position counts blocks from the start of the run. The order is a pure function of the number of blocks per source,
+the seed and the position: it needs no state, no file and no array that grows with the corpus, so resuming costs
+nothing, and ranks, loader workers and gradient accumulation only slice the positions. Within an epoch every block
+comes exactly once.
 
     >>> order = Order(lengths=(3, 2), seed=1)
     >>> source, epoch, block = order.locate(np.arange(10))       # two epochs of five blocks
     >>> sorted(zip(source[:5].tolist(), block[:5].tolist()))
     [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+The shuffle is a keyed Feistel network over the smallest power of two that holds the blocks, with cycle walking
+(M. Luby and C. Rackoff, SIAM J. Comput. 17(2), 1988; J. Black and P. Rogaway, CT-RSA 2002, section 4): a value that
+falls outside the range is sent through again until it lands inside, which is again a permutation.
+
+Weighted sources are interleaved by a binary tree of them (:class:`_Mixture`): every node hands a fixed fraction of
+its draws to its left child, rounded to the nearest whole number.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
@@ -34,35 +34,43 @@ import numpy as np
 
 from lmcore.errors import RequestError
 
-ORDER_VERSION = 1
-"""Raised whenever a change makes any position mean another block; a checkpoint of another version is
-refused."""
+ORDER_VERSION = 2
+"""The version of new runs. Every cursor stores the version it began with and keeps it, so a change of the order never
+moves the data of a run that is under way. The versions differ in mixtures only: version 1 rounds each weight to
+1/1024 and shuffles windows of 1,024 positions; version 2 follows the weights exactly."""
+
+ORDER_VERSIONS = (1, 2)
 
 SHUFFLES = ("full", "blocks", "none")
 
-GROUP_BLOCKS = 256
-"""shuffle="blocks": so many neighbouring blocks stay near one another, so that a cold disk reads long
-runs."""
-WINDOW_BLOCKS = 512 * GROUP_BLOCKS
-"""shuffle="blocks": blocks are permuted freely inside a window of so many."""
-MIXTURE_SLOTS = 1024
-"""A mixture gives every source its exact share in each window of so many positions."""
+MAX_POSITION = 2**53
+"""No corpus and no run has this many blocks; larger numbers in the options are typing errors."""
 
-_ROUNDS = (
-    8  # 64 bytes of one blake2b digest; 4 rounds are provably strong, the rest is margin for tiny domains
-)
-_SMALLEST_DOMAIN_BITS = (
-    6  # a two-bit Feistel network reaches only part of the permutations of three or four blocks
-)
+GROUP_BLOCKS = 256
+"""``shuffle="blocks"``: this many neighbouring blocks stay close together, so that a cold disk reads long runs."""
+WINDOW_BLOCKS = 512 * GROUP_BLOCKS
+"""``shuffle="blocks"``: blocks are permuted freely inside a window of this many."""
+MIXTURE_SLOTS = 1024
+"""Order version 1: a mixture gives each source its rounded share in each window of this many positions."""
+
+# 64 bytes of one blake2b digest; 4 rounds are provably strong, the rest is a margin for tiny domains.
+_ROUNDS = 8
+# A two-bit Feistel network reaches only part of the permutations of three or four blocks.
+_SMALLEST_DOMAIN_BITS = 6
 _MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
+_SEARCHED_SOURCES = 10  # 3^10 pairs of halves: some hundredths of a second, once
 _32 = np.uint64(32)
+_LOW_32 = np.uint64(2**32 - 1)
 
 
 @lru_cache(maxsize=4096)
 def keys(seed: int, purpose: str, *numbers: int) -> np.ndarray:
-    """The (_ROUNDS,) round keys of one permutation. blake2b, because its output is fixed by its
-    specification."""
-    text = f"lmcore order {ORDER_VERSION}\0{seed}\0{purpose}\0" + "\0".join(map(str, numbers))
+    """The (_ROUNDS,) round keys of one permutation.
+
+    blake2b, because its output is fixed by its specification. The prefix is the same in all order versions: their
+    permutations are equal.
+    """
+    text = f"lmcore order 1\0{seed}\0{purpose}\0" + "\0".join(map(str, numbers))
     digest = hashlib.blake2b(text.encode(), digest_size=8 * _ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
@@ -103,7 +111,7 @@ def permute(index: np.ndarray, length: np.ndarray | int, round_keys: np.ndarray)
     Args:
         index: (n,) int64, each in ``[0, length)``.
         length: the size of the domain, one for all or (n,) int64.
-        round_keys: (R,) or (R, n) uint64 round keys; elements with equal keys and length share one
+        round_keys: (R,) or (R, n) uint64 from :func:`keys`; elements with equal keys and length share one
             permutation.
 
     Returns:
@@ -126,28 +134,222 @@ def permute(index: np.ndarray, length: np.ndarray | int, round_keys: np.ndarray)
     return out.astype(np.int64)
 
 
+# ------------------------------------------------------------------------------------------------------- mixtures
+
+
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """From ``position`` on, sources are mixed by ``weights`` (any positive scale), or, with ``None``, every
-    block of
-    every source comes once per epoch. A source appended later has weight 0 in earlier phases."""
+    """How sources are mixed from ``position`` on.
+
+    Attributes:
+        position: the first position of the phase.
+        weights: one for each source, on any positive scale; ``None``: no weights, every block of every source comes
+            once per epoch. A source that was appended to the list later has weight 0 in earlier phases.
+    """
 
     position: int = 0
     weights: tuple[float, ...] | None = None
 
 
+def phases_from_options(
+    options: Sequence[Mapping[str, Any]], names: Sequence[str], weights: tuple[float, ...] | None
+) -> tuple[Phase, ...]:
+    """The phases of a run: the sources' own weights from position 0, then the entries of ``data.phases``.
+
+    Args:
+        options: ``[{"position": 1000, "weights": {"web": 3, "books": 1}}, ...]``; a source that is not named has
+            weight 0, and ``"weights": None`` ends the weighting.
+        names: of the sources, in their order.
+        weights: of the sources at the beginning.
+
+    Raises:
+        RequestError: an entry of another form, an unknown source, or a number that is none.
+    """
+    phases = [Phase(weights=weights)]
+    for item in options:
+        form = "{position: 1000, weights: {NAME: 2.0, ...}}"
+        if not isinstance(item, Mapping) or set(item) != {"position", "weights"}:
+            raise RequestError(f"data.phases: {item!r} is not of the form {form}")
+        position, given = item["position"], item["weights"]
+        if isinstance(position, bool) or not isinstance(position, int) or not 0 < position < MAX_POSITION:
+            raise RequestError(f"data.phases: position {position!r} must be a whole number of blocks above 0")
+        if given is not None and not (isinstance(given, Mapping) and given):
+            raise RequestError(f"data.phases: weights {given!r} must be of the form {form}, or null")
+        for name, weight in (given or {}).items():
+            if name not in names:
+                raise RequestError(f"data.phases: no source {name!r}; the sources are {', '.join(names)}")
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise RequestError(f"data.phases: weight {weight!r} of source {name!r} is not a number")
+        mixed = None if given is None else tuple(_as_float(given.get(name, 0.0)) for name in names)
+        if mixed is not None:
+            _check_weights(mixed)
+        phases.append(Phase(position=position, weights=mixed))
+    return tuple(phases)
+
+
+def _as_float(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # an integer beyond the range of doubles
+        return math.inf
+
+
+def _check_weights(weights: Sequence[float]) -> None:
+    array = np.asarray(weights, dtype=np.float64)
+    if not np.isfinite(array).all() or (array < 0).any() or not (array > 0).any():
+        raise RequestError(
+            f"source weights {tuple(weights)}: they must be finite and not negative, and one must be above 0"
+        )
+
+
+class _Mixture:
+    """Order version 2: which source a position draws from, for fixed weights.
+
+    The sources are the leaves of a binary tree. Of the first q draws of a node, its first child gets
+    floor(q f + 1/2), where f is its share of the node's weight, and the second child the rest. Both counts grow by 0
+    or 1 with each draw, so a position finds its source on the way from the root to a leaf, and the number of draws of
+    a source before any position needs no history.
+
+    Rounding at one node is off by at most 1/2, and a node hands its own error on in proportion to the weights. A leaf
+    of weight w is therefore off by at most 1/2 (1 + sum of w / W over the nodes of weight W between the root and it).
+    :attr:`bound` is the largest of these values, in blocks. Up to ten sources get the tree with the smallest bound,
+    which is at most 1 but for a few sets of weights; more get Huffman's tree.
+
+    Fractions are 64-bit fixed-point numbers: 10^12 draws move a count by less than 10^-7 of a block.
+    """
+
+    def __init__(self, weights: tuple[float, ...]) -> None:
+        exact = {number: Fraction(weight) for number, weight in enumerate(weights) if weight > 0}
+        scale = math.lcm(*(weight.denominator for weight in exact.values()))
+        leaves = [(int(weight * scale), number) for number, weight in exact.items()]
+        # A node is ~source for a leaf; otherwise its row in the tables below, where children come before parents.
+        children: list[tuple[int, int]] = []
+        fractions: list[int] = []
+        totals: list[int] = []
+
+        def join(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+            total = one[0] + other[0]
+            children.append((one[1], other[1]))
+            fractions.append(min(((one[0] << 65) // total + 1) >> 1, 2**64 - 1))
+            totals.append(total)
+            return total, len(children) - 1
+
+        plan = _best_tree if len(leaves) <= _SEARCHED_SOURCES else _huffman_tree
+        self._root = plan([(weight, ~number) for weight, number in leaves], join)[1]
+        self._n_sources = len(weights)
+        self._children = np.array(children, dtype=np.int64).reshape(-1, 2)
+        self._fractions = np.array(fractions, dtype=np.uint64)
+        inverse = [0.0] * len(totals)  # the sum of 1 / W over the nodes from below the root down to each node
+        self.bound = 0.0
+        weight_of = {~number: weight for weight, number in leaves}
+        for node in reversed(range(len(totals))):
+            if node != self._root:
+                inverse[node] += 1 / totals[node]
+            for child in children[node]:
+                if child >= 0:
+                    inverse[child] = inverse[node]
+                else:
+                    self.bound = max(self.bound, 0.5 + 0.5 * weight_of[child] * inverse[node])
+
+    def locate(self, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) positions in the phase -> (n,) source, (n,) number of its earlier draws in the phase; int64."""
+        node = np.full(offset.shape, self._root, dtype=np.int64)
+        draw = offset.astype(np.uint64)
+        inner = np.flatnonzero(node >= 0)
+        while inner.size:
+            at, index = node[inner], draw[inner]
+            before = _rounded_share(index, self._fractions[at])
+            left = _rounded_share(index + np.uint64(1), self._fractions[at]) > before
+            draw[inner] = np.where(left, before, index - before)
+            node[inner] = np.where(left, self._children[at, 0], self._children[at, 1])
+            inner = inner[node[inner] >= 0]
+        return ~node, draw.astype(np.int64)
+
+    def counts(self, positions: int) -> tuple[int, ...]:
+        """The draws from each source in the first ``positions`` positions of the phase."""
+        found = [0] * self._n_sources
+        todo = [(self._root, positions)]
+        while todo:
+            node, draws = todo.pop()
+            if node < 0:
+                found[~node] = draws
+            else:
+                left = (draws * int(self._fractions[node]) + 2**63) >> 64
+                one, other = self._children[node].tolist()
+                todo += [(one, left), (other, draws - left)]
+        return tuple(found)
+
+
+_mixture = lru_cache(maxsize=64)(_Mixture)
+
+_Node = tuple[int, int]
+"""The weight of a node of a mixture's tree, and its number."""
+
+
+def _huffman_tree(nodes: list[_Node], join: Callable[[_Node, _Node], _Node]) -> _Node:
+    """Join the two lightest nodes until one is left; of equal ones, the older."""
+    heap = [(weight, age, number) for age, (weight, number) in enumerate(nodes)]
+    heapq.heapify(heap)
+    for age in range(len(nodes), 2 * len(nodes) - 1):
+        light, heavy = heapq.heappop(heap), heapq.heappop(heap)
+        weight, number = join((light[0], light[2]), (heavy[0], heavy[2]))
+        heapq.heappush(heap, (weight, age, number))
+    return heap[0][0], heap[0][2]
+
+
+def _best_tree(nodes: list[_Node], join: Callable[[_Node, _Node], _Node]) -> _Node:
+    """The tree with the smallest bound (:class:`_Mixture`), by trying all of them.
+
+    A subtree can stand below ancestors whose 1 / W add up to ``margin`` before one of its leaves is off by more than
+    one block. A leaf has margin 1 / w; two subtrees under a node of weight W the smaller of theirs less 1 / W. So the
+    best tree of a set of leaves is made of the best trees of two halves of it. Sets are bit masks.
+    """
+    total = sum(weight for weight, _ in nodes)
+    weights = [0.0] * (1 << len(nodes))
+    margins = [0.0] * (1 << len(nodes))
+    halves = [0] * (1 << len(nodes))
+    for chosen in range(1, 1 << len(nodes)):
+        rest = chosen & (chosen - 1)
+        lowest = chosen ^ rest
+        weights[chosen] = weights[rest] + nodes[lowest.bit_length() - 1][0] / total
+        if not rest:
+            margins[chosen] = 1 / weights[chosen]
+            continue
+        best, part = -math.inf, rest
+        while part:
+            part = (part - 1) & rest
+            margin = min(margins[lowest | part], margins[rest ^ part])
+            if margin > best:
+                best, halves[chosen] = margin, lowest | part
+        margins[chosen] = best - 1 / weights[chosen]
+
+    def build(chosen: int) -> _Node:
+        if not chosen & (chosen - 1):
+            return nodes[chosen.bit_length() - 1]
+        return join(build(halves[chosen]), build(chosen ^ halves[chosen]))
+
+    return build((1 << len(nodes)) - 1)
+
+
+def _rounded_share(draws: np.ndarray, fractions: np.ndarray) -> np.ndarray:
+    """floor(draws * fractions / 2^64 + 1/2) of (n,) uint64, by 32-bit halves: numpy has no 128-bit product."""
+    low, high = draws & _LOW_32, draws >> _32
+    f_low, f_high = fractions & _LOW_32, fractions >> _32
+    a, b, c = low * f_low, low * f_high, high * f_low
+    middle = (a >> _32) + (b & _LOW_32) + (c & _LOW_32)
+    whole = high * f_high + (b >> _32) + (c >> _32) + (middle >> _32)
+    return whole + ((middle >> np.uint64(31)) & np.uint64(1))
+
+
 def shares(weights: Sequence[float], slots: int = MIXTURE_SLOTS) -> tuple[int, ...]:
-    """How many of ``slots`` consecutive positions each source gets: largest remainders, ties to the first
-    source.
+    """Order version 1: how many of ``slots`` consecutive positions each source gets, by largest remainders; ties go to
+    the first source.
 
     Raises:
         RequestError: a negative or non-finite weight, no positive weight, or a weight too small for one slot.
     """
+    _check_weights(weights)
     array = np.asarray(weights, dtype=np.float64)
-    if not np.isfinite(array).all() or (array < 0).any() or not (array > 0).any():
-        raise RequestError(
-            f"source weights {tuple(weights)}: they must be finite, not negative, and not all zero"
-        )
     exact = array * (slots / array.sum())
     counts = np.floor(exact).astype(np.int64)
     missing = slots - int(counts.sum())
@@ -156,8 +358,9 @@ def shares(weights: Sequence[float], slots: int = MIXTURE_SLOTS) -> tuple[int, .
         if weight > 0 and count == 0:
             total = float(array.sum())
             raise RequestError(
-                f"source {number} has weight {weight} of {total}, less than one of {slots} positions: it "
-                f"would never be drawn; raise it to {total / slots:.3g} or leave the source out"
+                f"source {number} has weight {weight} of {total}, less than one of {slots} positions, and this run "
+                f"began with order version 1, which would never draw it: raise it to {total / slots:.3g}, leave the "
+                f"source out, or start a new run"
             )
     return tuple(counts.tolist())
 
@@ -166,8 +369,8 @@ def shares(weights: Sequence[float], slots: int = MIXTURE_SLOTS) -> tuple[int, .
 def _mixture_window(
     seed: int, start: int, counts: tuple[int, ...], window: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The sources (S,) of one window's slots, and (S,) how many earlier slots of the window have the same
-    source."""
+    """Order version 1: the sources (S,) of one window's slots, and (S,) how many earlier slots of the window have the
+    same source."""
     slots = sum(counts)
     shuffled = permute(np.arange(slots), slots, keys(seed, "mixture", start, window))
     source = np.repeat(np.arange(len(counts)), counts)[shuffled]
@@ -177,45 +380,64 @@ def _mixture_window(
     return source, rank
 
 
+# ---------------------------------------------------------------------------------------------------------- order
+
+
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """The order of all blocks of all sources; immutable, and cheap to make anew.
+    """The order of all blocks of all sources; immutable and cheap to make.
 
     Args:
         lengths: blocks per source.
-        seed: of the run; another seed is another order.
-        shuffle: ``full`` any block anywhere in its epoch; ``blocks`` groups of :data:`GROUP_BLOCKS`
-            neighbours are permuted, then blocks inside windows of :data:`WINDOW_BLOCKS`, for disks
-            that must read long runs; ``none`` as they stand in the sources.
-        phases: the mixtures, by rising position, the first at 0. Append-only: what lies before never moves.
+        seed: of the run; another seed gives another order.
+        shuffle: ``full``: any block anywhere in its epoch; ``blocks``: groups of :data:`GROUP_BLOCKS` neighbours are
+            permuted, then blocks inside windows of :data:`WINDOW_BLOCKS`, for disks that must read long runs;
+            ``none``: as in the sources.
+        phases: the mixtures by rising position, the first at 0. Append-only: appending one moves no earlier position.
+        version: 1 for runs that began with order version 1 (:data:`ORDER_VERSION`).
 
     Raises:
-        RequestError: no blocks at all, an unknown shuffle, or weights that fit no source.
+        RequestError: no blocks at all, an unknown shuffle or version, or weights that do not fit the sources.
+
+    Example:
+        >>> order = Order(lengths=(1000, 50), seed=1, phases=(Phase(weights=(3, 1)),))
+        >>> source, epoch, block = order.locate(np.arange(400))
+        >>> np.bincount(source).tolist(), epoch[source == 1].max().item()
+        ([300, 100], 1)
     """
 
     lengths: tuple[int, ...]
     seed: int
     shuffle: str = "full"
     phases: tuple[Phase, ...] = (Phase(),)
+    version: int = ORDER_VERSION
 
     def __post_init__(self) -> None:
+        if self.version not in ORDER_VERSIONS:
+            raise RequestError(f"order version {self.version} is unknown; known are {ORDER_VERSIONS}")
         if self.shuffle not in SHUFFLES:
-            raise RequestError(f"data.shuffle {self.shuffle!r} is none of {', '.join(SHUFFLES)}")
+            raise RequestError(f"unknown data.shuffle {self.shuffle!r}; choose from {', '.join(SHUFFLES)}")
         if self.epoch_blocks == 0:
             raise RequestError(
-                "the sources hold no block at all: give more text, or a smaller data.block_size"
+                "the sources do not fill a single block: give more text, or a smaller data.block_size"
             )
         starts = [phase.position for phase in self.phases]
         if not starts or starts[0] != 0 or any(b <= a for a, b in pairwise(starts)):
-            raise RequestError(f"phases start at positions {starts}: they must rise from 0")
+            raise RequestError(f"phases start at positions {starts}: the first must be 0, and they must rise")
         for phase in self.phases:
             if phase.weights is None:
                 continue
             if len(phase.weights) > len(self.lengths):
                 raise RequestError(f"{len(phase.weights)} weights for {len(self.lengths)} sources")
-            for number, (count, length) in enumerate(zip(shares(phase.weights), self.lengths)):
-                if count and not length:
-                    raise RequestError(f"source {number} has a weight, but not one whole block of text")
+            _check_weights(phase.weights)
+            if self.version == 1:
+                shares(phase.weights)
+            for number, (weight, length) in enumerate(zip(phase.weights, self.lengths)):
+                if weight and not length:
+                    raise RequestError(
+                        f"source {number} has a weight, but its text does not fill one block: give it weight 0, or "
+                        f"a smaller data.block_size"
+                    )
 
     @property
     def epoch_blocks(self) -> int:
@@ -226,7 +448,7 @@ class Order:
         """Epochs before ``position``, in units of :attr:`epoch_blocks`."""
         return position / self.epoch_blocks
 
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def locate(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(n,) positions -> (n,) source, (n,) epoch of that source, (n,) block in it; all int64."""
         positions = np.asarray(positions, dtype=np.int64)
         source, epoch, block = (np.zeros(positions.shape, dtype=np.int64) for _ in range(3))
@@ -249,21 +471,28 @@ class Order:
         return source, epoch, index - (ends - np.asarray(self.lengths))[source]
 
     def _locate_mixed(self, phase: int, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        counts = self._counts(phase)
+        if self.version == 1:
+            source, draw = self._locate_windows(phase, offset)
+        else:
+            source, draw = _mixture(self._weights(phase)).locate(offset)
+        draw = draw + np.asarray(self._drawn[phase])[source]
+        length = np.asarray(self.lengths, dtype=np.int64)[source]
+        epoch = draw // length
+        return source, epoch, self._shuffled(draw % length, length, source, epoch)
+
+    def _locate_windows(self, phase: int, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        counts = shares(self._weights(phase))
         window, slot = offset // MIXTURE_SLOTS, offset % MIXTURE_SLOTS
         source, rank = np.empty_like(offset), np.empty_like(offset)
         for number in np.unique(window).tolist():
             here = window == number
             sources, ranks = _mixture_window(self.seed, self.phases[phase].position, counts, number)
             source[here], rank[here] = sources[slot[here]], ranks[slot[here]]
-        draw = np.asarray(self._drawn[phase])[source] + window * np.asarray(counts)[source] + rank
-        length = np.asarray(self.lengths, dtype=np.int64)[source]
-        epoch = draw // length
-        return source, epoch, self._shuffled(draw % length, length, source, epoch)
+        return source, window * np.asarray(counts)[source] + rank
 
-    def _counts(self, phase: int) -> tuple[int, ...]:
+    def _weights(self, phase: int) -> tuple[float, ...]:
         weights = self.phases[phase].weights or ()
-        return shares(weights + (0.0,) * (len(self.lengths) - len(weights)))
+        return weights + (0.0,) * (len(self.lengths) - len(weights))
 
     @cached_property
     def _drawn(self) -> list[tuple[int, ...]]:
@@ -279,11 +508,10 @@ class Order:
         return self._drawn_after(number, self._drawn[number], position)
 
     def _drawn_after(self, number: int, drawn: tuple[int, ...], position: int) -> tuple[int, ...]:
-        """The blocks drawn from each source when phase ``number``, begun with ``drawn``, has come to
-        ``position``.
+        """The blocks drawn from each source when phase ``number``, begun with ``drawn``, has reached ``position``.
 
-        Where the kind of order changes, the next phase starts every source with a fresh epoch: which blocks
-        an unfinished one has left is not arithmetic.
+        Where weights begin or end, the next phase starts a fresh epoch of every source: which blocks of an unfinished
+        one are left is not arithmetic.
         """
         phase = self.phases[number]
         passed = position - phase.position
@@ -291,11 +519,15 @@ class Order:
             lengths = [max(length, 1) for length in self.lengths]
             begun = max(-(-count // length) for count, length in zip(drawn, lengths))
             return tuple((begun + -(-passed // self.epoch_blocks)) * length for length in lengths)
-        counts = self._counts(number)
-        windows, slots = divmod(passed, MIXTURE_SLOTS)
-        source, _ = _mixture_window(self.seed, phase.position, counts, windows)
-        rest = np.bincount(source[:slots], minlength=len(counts)).tolist()
-        return tuple(a + windows * b + c for a, b, c in zip(drawn, counts, rest))
+        if self.version == 1:
+            counts = shares(self._weights(number))
+            windows, slots = divmod(passed, MIXTURE_SLOTS)
+            source, _ = _mixture_window(self.seed, phase.position, counts, windows)
+            rest = np.bincount(source[:slots], minlength=len(counts)).tolist()
+            here = tuple(windows * count + more for count, more in zip(counts, rest))
+        else:
+            here = _mixture(self._weights(number)).counts(passed)
+        return tuple(before + count for before, count in zip(drawn, here))
 
     def _shuffled(
         self, index: np.ndarray, length: np.ndarray, source: np.ndarray, epoch: np.ndarray
@@ -323,54 +555,11 @@ class Order:
         return place
 
 
-Skips = tuple[tuple[int, int], ...]
-"""Ranges [start, stop) of positions that are never trained on."""
-
-
-def merge_skips(*many: Iterable[Sequence[int]]) -> Skips:
-    """Union of ranges, sorted, touching ones joined.
-
-    Raises:
-        RequestError: a range that is no range.
-    """
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted((int(a), int(b)) for ranges in many for a, b in ranges):
-        if start < 0 or stop <= start:
-            raise RequestError(f"data.skip_positions [{start}, {stop}]: give start < stop, both from 0 on")
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return tuple(merged)
-
-
-def next_positions(position: int, count: int, skips: Skips = ()) -> tuple[np.ndarray, int]:
-    """The next ``count`` positions from ``position`` on, jumping over ``skips``; and where to go on after
-    them."""
-    runs, missing = [], count
-    for start, stop in skips:
-        if stop <= position:
-            continue
-        if position + missing <= start:
-            break
-        if position < start:
-            runs.append(np.arange(position, start))
-            missing -= start - position
-        position = stop
-    runs.append(np.arange(position, position + missing))
-    return np.concatenate(runs), position + missing
-
-
-def count_positions(start: int, stop: int, skips: Skips = ()) -> int:
-    """Positions in [start, stop) that are not skipped."""
-    return max(stop - start, 0) - sum(max(min(b, stop) - max(a, start), 0) for a, b in skips)
-
-
 def rank_slice(positions: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """The contiguous share of one rank.
+    """The contiguous share of one rank of the (n,) positions of a step.
 
     Raises:
-        RequestError: the global batch does not divide.
+        RequestError: the number of positions is not a multiple of the number of ranks.
     """
     if len(positions) % world_size:
         raise RequestError(
@@ -379,101 +568,3 @@ def rank_slice(positions: np.ndarray, rank: int, world_size: int) -> np.ndarray:
         )
     share = len(positions) // world_size
     return positions[rank * share : (rank + 1) * share]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cursor:
-    """Where a run stands in its data: all that a checkpoint keeps of it, the same for every rank.
-
-    ``stream`` is empty for token stores; in mode stream it holds where each lane's window began
-    (:mod:`lmcore.data.stream`).
-    """
-
-    fingerprint: str
-    seed: int
-    position: int = 0
-    phases: tuple[Phase, ...] = (Phase(),)
-    skips: Skips = ()
-    stream: Mapping[str, Any] = field(default_factory=dict)
-    version: int = ORDER_VERSION
-
-    def advance(self, count: int) -> Cursor:
-        """The cursor after ``count`` more positions; skipped ones do not count."""
-        return replace(self, position=next_positions(self.position, count, self.skips)[1])
-
-    def with_skips(self, ranges: Iterable[Sequence[int]]) -> Cursor:
-        """Never train on these ranges [start, stop) of positions."""
-        return replace(self, skips=merge_skips(self.skips, ranges))
-
-    def with_weights(self, weights: Sequence[float] | None) -> Cursor:
-        """From here on, mix by ``weights``. Unchanged weights change nothing; what lies behind never
-        moves."""
-        new = None if weights is None else tuple(float(weight) for weight in weights)
-        if new == self.phases[-1].weights:
-            return self
-        kept = tuple(phase for phase in self.phases if phase.position < self.position)
-        return replace(self, phases=(*kept, Phase(position=self.position, weights=new)))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers, well under a kilobyte for token stores."""
-        phases = [[phase.position, phase.weights and list(phase.weights)] for phase in self.phases]
-        return {
-            "version": self.version,
-            "fingerprint": self.fingerprint,
-            "seed": self.seed,
-            "position": self.position,
-            "phases": phases,
-            "skips": [list(skip) for skip in self.skips],
-            "stream": dict(self.stream),
-        }
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Cursor:
-        """The inverse of :meth:`to_json`; also opens cursors of other versions, which :meth:`check`
-        refuses."""
-        phases = tuple(
-            Phase(position=position, weights=None if weights is None else tuple(weights))
-            for position, weights in data["phases"]
-        )
-        return Cursor(
-            version=data["version"],
-            fingerprint=data["fingerprint"],
-            seed=data["seed"],
-            position=data["position"],
-            phases=phases,
-            skips=tuple((start, stop) for start, stop in data["skips"]),
-            stream=data["stream"],
-        )
-
-    def check(
-        self,
-        *,
-        fingerprint: str,
-        seed: int,
-        accept: bool = False,
-        override: str = "--allow_changes data.train",
-    ) -> Cursor:
-        """The cursor to go on with, over data with this fingerprint and seed.
-
-        Args:
-            fingerprint: of the dataset that is there now.
-            seed: of the run as it is configured now.
-            accept: go on all the same: the position stays, but it now means other blocks.
-            override: how the user says so; shown in the message.
-
-        Raises:
-            RequestError: something differs from what the checkpoint was trained on; both values are shown.
-        """
-        pairs = {
-            "order version": (self.version, ORDER_VERSION),
-            "data": (self.fingerprint, fingerprint),
-            "seed": (self.seed, seed),
-        }
-        changed = [f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new]
-        if changed and not accept:
-            raise RequestError(
-                f"the checkpoint was trained on other data up to position {self.position}: "
-                f"{'; '.join(changed)}; some samples would come twice, others never: "
-                f"restore what changed, or insist with {override}"
-            )
-        return replace(self, version=ORDER_VERSION, fingerprint=fingerprint, seed=seed)
