@@ -39,8 +39,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lmcore.data import corpus
 from lmcore.data.batches import Batches
-from lmcore.data.blocks import BlockDataset
-from lmcore.data.order import Cursor, Order
+from lmcore.data.blocks import StoreBlocks
+from lmcore.data.cursor import Cursor
+from lmcore.data.order import Order
 from lmcore.data.store import build as tokens
 from lmcore.data.store.store import Piece, TokenStore
 from lmcore.data.stream import StreamDataset
@@ -116,7 +117,7 @@ def reading(folder: Path, n_tokens: int, rounds: int) -> dict[str, Any]:
     store = TokenStore(
         name="x", fingerprint="0" * 16, dtype="<u2", pieces=[Piece(path=str(path), n_tokens=n_tokens)]
     )
-    dataset = BlockDataset.from_stores([store], block_size=BLOCK, seed=1)
+    dataset = StoreBlocks([store], block_size=BLOCK, seed=1)
     loader_blocks = 256
     cursor = Cursor(fingerprint=dataset.fingerprint, seed=1)
 
@@ -216,7 +217,7 @@ def resuming(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
 
         def run() -> float:
             opened = pickle.loads(pickle.dumps(store))
-            dataset = BlockDataset.from_stores([opened], block_size=BLOCK, seed=1)
+            dataset = StoreBlocks([opened], block_size=BLOCK, seed=1)
             cursor = Cursor(fingerprint=dataset.fingerprint, seed=1, position=position)
             steps = iter(Batches(dataset, cursor=cursor, global_batch_blocks=64, micro_batch_blocks=16))
             next(steps)
@@ -445,15 +446,15 @@ from pathlib import Path
 import numpy as np, torch
 from lmcore.data import corpus
 from lmcore.data.batches import Batches
-from lmcore.data.blocks import BlockDataset
-from lmcore.data.order import Cursor
+from lmcore.data.blocks import StoreBlocks
+from lmcore.data.cursor import Cursor
 from lmcore.data.store.store import Piece, TokenStore
 def resident():
     return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1024
 n = int(sys.argv[2])
 store = TokenStore(name="x", fingerprint="0" * 16, dtype="<u2", pieces=[Piece(path=sys.argv[1], n_tokens=n)])
 before = resident()
-data = BlockDataset.from_stores([store], block_size=2048, seed=1)
+data = StoreBlocks([store], block_size=2048, seed=1)
 steps = iter(Batches(data, cursor=Cursor(fingerprint="", seed=1), global_batch_blocks=16, micro_batch_blocks=16))
 for _ in range(100):
     next(steps)

@@ -298,7 +298,7 @@ def _past(run: Path, fingerprint: str, seed: int) -> list[Any]:
 
     Refuses a corpus that is not the one the run was trained on.
     """
-    from lmcore.data.order import Cursor
+    from lmcore.data.cursor import Cursor
 
     cursors = []
     for path in sorted(
@@ -312,7 +312,7 @@ def _past(run: Path, fingerprint: str, seed: int) -> list[Any]:
 def _positions(asked: argparse.Namespace, batch: int, skips: Any) -> Any:
     import numpy as np
 
-    from lmcore.data.order import next_positions
+    from lmcore.data.cursor import next_positions
 
     if (asked.position is None) == (asked.step is None):
         raise RequestError("give --position or --step")

@@ -1,21 +1,18 @@
-"""Dataset + cursor -> the micro-batches of each step, on the device, ahead of time.
+"""Dataset + cursor -> the micro-batches of each step, on the device, read ahead.
 
-Comes in: anything that reads blocks by position (:class:`Readable`: token stores, a stream, the user's own
-data) and a cursor. Goes out: one :class:`StepBatch` for each step, with the cursor *after* it, so that what
-a checkpoint keeps is what was trained on, never what was read ahead. What always holds: a step is the next
-``global_batch_blocks`` positions; rank r has a contiguous share of them, cut into micro-batches; nothing
-else depends on the topology. Every rank makes the same number of steps. Positions from ``end_position`` on
-are blocks without labels.
+A step is the next ``global_batch_blocks`` positions. Each rank has a share of them, cut into micro-batches; nothing
+else depends on the number of ranks, workers or accumulation steps, and every rank makes the same number of steps.
+Each :class:`StepBatch` carries the cursor *after* it, so a checkpoint keeps what was trained on, never what was read
+ahead.
 
-Reading runs in one thread of this process, which for a memory-mapped store is several times as fast as worker
-processes (docs/log.md); ``workers`` are there for streams and for data that is slow to make. They change no
-order.
-
-    batches = Batches(dataset, cursor=cursor, global_batch_blocks=64, micro_batch_blocks=8, device="cuda")
+    batches = Batches(blocks, cursor=cursor, global_batch_blocks=64, micro_batch_blocks=8, device="cuda")
     for step in batches:
         for batch, key in zip(step.micro_batches, step.keys):
             ...
         cursor = step.cursor
+
+Reading runs in one thread of this process, which for a memory-mapped store is several times as fast as worker
+processes (docs/log.md); ``workers`` are there for streams and for data that is slow to make. They change no order.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -36,17 +33,22 @@ from typing import Any, Protocol, final
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from lmcore.data.blocks import BlockDataset, Blocks
+from lmcore.conventions import IGNORED_LABEL
+from lmcore.data.blocks import Blocks, StoreBlocks
+from lmcore.data.cursor import Cursor, count_positions, next_positions
 from lmcore.data.custom import IterableData, MapData, can_ignore, ignored
-from lmcore.data.device import Collate, ToDevice
-from lmcore.data.order import Cursor, count_positions, next_positions, permute
+from lmcore.data.order import permute
 from lmcore.errors import FaultError, RequestError
+
+Collate = Callable[[list[Any]], dict[str, Tensor]]
+"""A list of items -> a dict of tensors, as in torch's ``DataLoader``."""
 
 
 class Readable(Protocol):
-    """Data that can be read by position."""
+    """Data that can be read by position: token stores, a stream, a custom dataset."""
 
     @property
     def fingerprint(self) -> str:
@@ -54,7 +56,7 @@ class Readable(Protocol):
 
     @property
     def can_pad(self) -> bool:
-        """Can a block have no labels (position -1)?"""
+        """Whether a position of -1 gives a block without labels."""
 
     def read(self, positions: np.ndarray) -> Blocks | list[Any]:
         """The blocks, or the items, at these positions; -1 stands for one without labels."""
@@ -87,6 +89,7 @@ class StepBatch:
             ``micro_batch_blocks``; the seed of its dropout.
         label_count: labels of the whole step over all ranks, an int or a 0-d tensor; ``None`` from the loader if only
             the labels themselves can tell.
+        n_blocks: blocks of the whole step over all ranks, without those that only fill it up.
         positions: the first and the last position of the whole step.
         epoch: epochs after this step.
         cursor: where the next step begins. In mode stream it holds the lanes of this rank only: see
@@ -97,6 +100,7 @@ class StepBatch:
     micro_batches: list[dict[str, Any]]
     keys: list[int]
     label_count: Any
+    n_blocks: int
     positions: tuple[int, int]
     epoch: float
     cursor: Cursor
@@ -112,7 +116,8 @@ class _Plan:
     wanted: np.ndarray
     rows_of_workers: list[np.ndarray]
     keys: list[int]
-    label_count: Any
+    label_count: int | None
+    n_blocks: int
     positions: tuple[int, int]
     cursor: Cursor
 
@@ -126,17 +131,19 @@ class Batches:
         cursor: where to begin.
         global_batch_blocks: blocks of a step over all ranks.
         micro_batch_blocks: blocks of a forward pass of one rank.
-        end_position: the data ends here; ``None``: never. The last step is filled up with blocks without
-        labels.
+        end_position: the data ends here; ``None``: never. The last step is filled up with blocks without labels.
         workers: reading processes; 0 reads in a thread of this process.
         prefetch: steps that are made ready ahead of time.
         pin_memory: copy from page-locked memory; default: where the device is a GPU.
-        cu_seq_lens: with a document mask, also give ``cu_seq_lens_q``, ``cu_seq_lens_k`` (int32, over the
-            flattened micro-batch) and ``max_length_q``, ``max_length_k``, which flash attention takes.
+        flash_documents: with a document mask, also give what transformers' flash attention needs to keep documents
+            apart in micro-batches of several blocks: ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (int32, the document
+            starts in the flattened micro-batch and its length, repeated at the end up to a fixed size so that compiled
+            layers see one shape) and ``max_length_q``, ``max_length_k`` (T).
         collate: list of items -> dict of tensors, for data that gives items; default: torch's.
 
     Raises:
-        RequestError: the batch does not divide.
+        RequestError: the global batch is not a multiple of ranks times micro-batch, or ``data.skip_positions`` leave
+            nothing to train on.
     """
 
     def __init__(
@@ -153,7 +160,7 @@ class Batches:
         prefetch: int = 2,
         pin_memory: bool | None = None,
         device: torch.device | str = "cpu",
-        cu_seq_lens: bool = False,
+        flash_documents: bool = False,
         collate: Collate | None = None,
     ) -> None:
         if global_batch_blocks % (world_size * micro_batch_blocks):
@@ -161,6 +168,10 @@ class Batches:
                 f"train.global_batch_blocks {global_batch_blocks} is not a multiple of {world_size} "
                 f"processes x train.micro_batch_blocks {micro_batch_blocks} = "
                 f"{world_size * micro_batch_blocks}"
+            )
+        if end_position and not cursor.position and not count_positions(0, end_position, cursor.skips):
+            raise RequestError(
+                f"data.skip_positions skip all {end_position} positions of the run: leave some of them in"
             )
         self.cursor = cursor
         self.accumulation = global_batch_blocks // (world_size * micro_batch_blocks)
@@ -170,16 +181,7 @@ class Batches:
         self._rank, self._world_size = rank, world_size
         self._end = end_position
         self._workers, self._prefetch = workers, prefetch
-        self._to_device = ToDevice(torch.device(device), pin_memory, cu_seq_lens, collate)
-
-    @property
-    def steps_left(self) -> int | None:
-        """Steps from the cursor to the end; ``None`` without an end."""
-        if self._end is None:
-            return None
-        return -(
-            -count_positions(self.cursor.position, self._end, self.cursor.skips) // self._global_batch_blocks
-        )
+        self._to_device = _ToDevice(torch.device(device), pin_memory, flash_documents, collate)
 
     def __iter__(self) -> Iterator[StepBatch]:
         ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(maxsize=self._prefetch)
@@ -232,6 +234,7 @@ class Batches:
                 ],
                 keys=plan.keys,
                 label_count=plan.label_count,
+                n_blocks=plan.n_blocks,
                 positions=plan.positions,
                 epoch=self._dataset.epoch_of(cursor),
                 cursor=cursor,
@@ -252,6 +255,7 @@ class Batches:
                 wanted=wanted,
                 keys=mine[:: self._micro_batch_blocks].tolist(),
                 label_count=self._dataset.count_labels(positions),
+                n_blocks=len(positions),
                 positions=(int(positions[0]), int(positions[-1])),
                 cursor=cursor,
                 rows_of_workers=self._rows_of_workers(mine),
@@ -265,11 +269,11 @@ class Batches:
             yield self._dataset.read(plan.wanted)
 
     def _read_by_workers(self) -> Iterator[Blocks | list[Any]]:
-        """The same, each row read by the worker that owns it."""
+        """The same rows, each read by the worker that owns it."""
         closing = multiprocessing.Event()
         atexit.register(closing.set)
         with warnings.catch_warnings():
-            # The number of workers is the user's own; torch's opinion of it belongs to the plan, not here.
+            # The number of workers is the user's choice; torch's warning about it would come at every start.
             warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
             loader = DataLoader(
                 _WorkerShare(self),
@@ -313,8 +317,8 @@ class _WorkerShare(IterableDataset):
 
 
 def _ignore_signals(closing: Any, worker: int) -> None:
-    """The trainer decides what a signal means, and must be able to read on until it has saved; a worker
-    goes when its loader is closed."""
+    """The trainer decides what a signal means and must be able to read on until it has saved; a worker ends when its
+    loader is closed."""
 
     def leave_if_closing(number: int, frame: object) -> None:
         if closing.is_set():
@@ -350,30 +354,40 @@ def _joined(parts: list[Any], owned: list[np.ndarray], n_rows: int) -> Blocks | 
 
 
 def merge_cursors(cursors: Sequence[Cursor]) -> Cursor:
-    """The cursors of all ranks after the same step -> the one for the checkpoint. Only a stream has
-    something to merge: each rank knows where its own lanes are."""
+    """The cursors of all ranks after the same step -> the one for the checkpoint.
+
+    Only a stream has something to merge: each rank knows its own lanes.
+    """
     lanes = {key: value for cursor in cursors for key, value in cursor.stream.items()}
     return replace(cursors[0], stream=lanes)
 
 
 @final
 class EvalBatches:
-    """A held-out set, every block once, tails included, split over the ranks; every rank gets the same
-    number of micro-batches. Where labels can be ignored they are filled up with blocks without labels;
-    elsewhere (own data with labels that are no integers) micro-batches are made smaller.
+    """The micro-batches of a validation set: every block once, tails included, split over the ranks.
+
+    Every rank gets the same number of micro-batches. They are filled up with blocks without labels; for a custom
+    dataset whose labels cannot be ignored (no integers) some micro-batches are smaller instead.
 
     Args:
-        dataset: :class:`lmcore.data.blocks.BlockDataset` over stores, or own data (:func:`lmcore.data.custom.wrap`).
-        limit: at most so many blocks, always the same ones, spread over the set (iterable data: the first
+        dataset: blocks of stores with ``tails=True``, or a custom dataset (:func:`lmcore.data.custom.wrap`).
+        micro_batch_blocks: blocks of a forward pass of one rank.
+        limit: at most this many blocks, always the same ones, spread over the set (of an iterable dataset the first
             ones).
+        flash_documents: as in :class:`Batches`.
 
     Raises:
-        RequestError: fewer items than processes, where nothing can be filled up.
+        RequestError: an empty set, or fewer items than processes where nothing can be filled up.
+
+    Example:
+        >>> for batch in EvalBatches(blocks, micro_batch_blocks=8):
+        ...     batch["labels"].shape
+        torch.Size([8, 1024])
     """
 
     def __init__(
         self,
-        dataset: BlockDataset | MapData | IterableData,
+        dataset: StoreBlocks | MapData | IterableData,
         *,
         micro_batch_blocks: int,
         rank: int = 0,
@@ -381,7 +395,7 @@ class EvalBatches:
         limit: int | None = None,
         pin_memory: bool | None = None,
         device: torch.device | str = "cpu",
-        cu_seq_lens: bool = False,
+        flash_documents: bool = False,
         collate: Collate | None = None,
     ) -> None:
         self._dataset = dataset
@@ -396,11 +410,14 @@ class EvalBatches:
             self._total = dataset.n_in_order
             self._can_pad = dataset.can_pad
         self.n_blocks = self._total if limit is None else min(self._total, limit)
+        if not self.n_blocks:
+            raise RequestError("a validation set is empty: give it at least one item, or leave it out")
         if self.n_blocks < world_size and not self._can_pad:
             raise RequestError(
-                f"a held-out set of {self.n_blocks} items cannot be split over {world_size} processes"
+                f"a validation set of {self.n_blocks} items cannot be split over {world_size} processes, and its labels "
+                f"cannot be ignored to fill it up: give it at least {world_size} items"
             )
-        self._to_device = ToDevice(torch.device(device), pin_memory, cu_seq_lens, collate)
+        self._to_device = _ToDevice(torch.device(device), pin_memory, flash_documents, collate)
 
     def __len__(self) -> int:
         """Micro-batches of each rank."""
@@ -436,3 +453,103 @@ class EvalBatches:
 
 
 _EVAL_KEYS = np.arange(1, 9, dtype=np.uint64)  # any fixed permutation: the same blocks in every run
+
+
+# ------------------------------------------------------------------------------------------------------ the device
+
+_COPIED = "_copied"
+
+
+@final
+class _ToDevice:
+    """Rows of blocks or items -> one micro-batch on the device, its ids widened to int64.
+
+    What travels to a GPU is narrow, from page-locked memory, on a CUDA stream of its own; :meth:`hand_over` makes it
+    safe to use.
+    """
+
+    def __init__(
+        self, device: torch.device, pin_memory: bool | None, flash_documents: bool, collate: Collate | None
+    ) -> None:
+        self._device = device
+        self._cuda = device.type == "cuda"
+        self._pin = self._cuda if pin_memory is None else pin_memory and torch.cuda.is_available()
+        self._flash_documents = flash_documents
+        self._collate = collate or default_collate
+        self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
+
+    def __call__(self, rows: Blocks | list[Any], start: int, stop: int) -> dict[str, Any]:
+        if not self._cuda:
+            return self._make(rows, start, stop)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            batch = self._make(rows, start, stop)
+            batch[_COPIED] = self._stream.record_event()
+        return batch
+
+    def hand_over(self, micro_batches: list[dict[str, Any]]) -> None:
+        """Let the CUDA stream of the calling thread use what was copied on the stream of the reading thread."""
+        for batch in micro_batches if self._cuda else []:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(batch.pop(_COPIED))
+            for value in batch.values():
+                if isinstance(value, Tensor):
+                    value.record_stream(stream)
+
+    def _make(self, rows: Blocks | list[Any], start: int, stop: int) -> dict[str, Any]:
+        if not isinstance(rows, Blocks):
+            batch = self._collate(rows[start:stop])
+            if not isinstance(batch, dict):
+                raise RequestError(
+                    f"data.factory: a batch must be a dict, whose keys are arguments of the model's forward, "
+                    f"not {type(batch).__name__}"
+                )
+            if "labels" not in batch:
+                raise RequestError(
+                    f"data.factory: a batch must have labels, -100 where one does not count (integers); its keys are "
+                    f"{', '.join(map(str, batch))}"
+                )
+            return {
+                key: self._send(value) if isinstance(value, Tensor) else value for key, value in batch.items()
+            }
+        ids, n_labels = rows.ids[start:stop], rows.n_labels[start:stop]
+        # Never two views of one run of memory: ignoring a label would overwrite the input that it shares.
+        if self._cuda:
+            sent = self._widened(ids)
+            batch = {"input_ids": sent[:, :-1].clone(), "labels": sent[:, 1:].clone()}
+        else:
+            batch = {"input_ids": self._widened(ids[:, :-1]), "labels": self._widened(ids[:, 1:])}
+        size = batch["labels"].shape[1]
+        for row in np.flatnonzero(n_labels < size).tolist():
+            batch["labels"][row, int(n_labels[row]) :] = IGNORED_LABEL
+        if rows.position_ids is not None:
+            position_ids = rows.position_ids[start:stop]
+            batch["position_ids"] = self._widened(position_ids)
+            if self._flash_documents:
+                batch |= self._sequence_lengths(position_ids)
+        return batch
+
+    def _sequence_lengths(self, position_ids: np.ndarray) -> dict[str, Any]:
+        """The documents of a micro-batch as transformers' flash attention takes them (:class:`Batches`)."""
+        starts = np.flatnonzero(position_ids == 0)
+        n_blocks, size = position_ids.shape
+        # One size for all micro-batches whose documents have 16 tokens or more on average; a multiple of it for others.
+        unit = n_blocks * max(size // 16, 1)
+        lengths = np.full((len(starts) // unit + 1) * unit + 1, position_ids.size, dtype=np.int32)
+        lengths[: len(starts)] = starts
+        sent = self._send(torch.from_numpy(lengths))
+        return {"cu_seq_lens_q": sent, "cu_seq_lens_k": sent, "max_length_q": size, "max_length_k": size}
+
+    def _widened(self, array: np.ndarray) -> Tensor:
+        """int64 on the device; what travels is narrow."""
+        if not self._cuda:
+            # numpy, because torch would start a second pool of threads from this one.
+            return self._send(torch.from_numpy(array.astype(np.int64, order="C")))
+        # torch has few operations for unsigned integers: travel as signed ones, widen, and cut the sign off.
+        bits = 8 * array.itemsize
+        sent = self._send(torch.from_numpy(np.ascontiguousarray(array).view(f"i{array.itemsize}")))
+        return sent.to(torch.int64).bitwise_and_((1 << bits) - 1)
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        if self._pin:
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)

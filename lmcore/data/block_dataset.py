@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from lmcore.conventions import IGNORED_LABEL
 from lmcore.data.blocks import position_ids_of
 from lmcore.errors import RequestError
-from lmcore.conventions import IGNORED_LABEL
 
 _TEXTS_AT_ONCE = 64
 
@@ -197,7 +197,9 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         >>> collate([{"input_ids": [1, 2], "labels": [2, 3]}])["labels"]
         tensor([[2, 3]])
     """
-    return {key: torch.from_numpy(np.array([item[key] for item in items], dtype=np.int64)) for key in items[0]}
+    return {
+        key: torch.from_numpy(np.array([item[key] for item in items], dtype=np.int64)) for key in items[0]
+    }
 
 
 def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -1,17 +1,15 @@
-"""The user's own dataset (``data.factory``) by position.
+"""A custom dataset (``data.factory``) by position, for :class:`lmcore.data.batches.Batches`.
 
-Comes in: a map-style dataset (``__len__`` and ``__getitem__``) or an iterable one, whose items are dicts:
-their keys are the arguments of the model's ``forward``. Goes out: items by position, for
-:class:`lmcore.data.batches.Batches`. What always holds:
+Its items are dicts whose keys are the arguments of the model's ``forward``, and ``labels``.
 
-* Map-style: the order is that of :class:`lmcore.data.order.Order` over its length; it resumes at once, and
-  neither the number of ranks nor of workers changes it.
-* Iterable: every rank iterates over the whole dataset, which must give the same items everywhere, and keeps
-  its own share; the order is that of the dataset, again and again. A resume reads up to the position where
-  it was. It is read by one process: ``workers`` is 0 or 1.
+* Map-style (``__len__`` and ``__getitem__``): the order is that of :class:`lmcore.data.order.Order` over its length;
+  it resumes at once, and the numbers of ranks and workers do not change it.
+* Iterable: every rank iterates over the whole dataset, which must give the same items everywhere, and keeps its own
+  share; the order is that of the dataset, again and again. A resume reads up to the position where the run was. It is
+  read by one process: ``data.workers`` is 0 or 1.
 
-Integer ``labels`` can be ignored (-100), so that the last step of a map-style dataset is filled up. With
-other labels the last step runs on into the next epoch.
+Integer ``labels`` can be ignored (-100), so that the last step of a map-style dataset is filled up. With other labels
+the last step continues into the next epoch.
 """
 
 from __future__ import annotations
@@ -25,8 +23,9 @@ import torch
 from torch import Tensor
 
 from lmcore.conventions import IGNORED_LABEL
-from lmcore.data.blocks import BlockDataset
-from lmcore.data.order import ORDER_VERSION, Cursor, Order, rank_slice
+from lmcore.data.block_dataset import BlockDataset
+from lmcore.data.cursor import Cursor
+from lmcore.data.order import Order, rank_slice
 from lmcore.errors import RequestError
 
 
@@ -37,7 +36,7 @@ def wrap(data: Any, *, seed: int, shuffle: str = "full") -> MapData | IterableDa
         RequestError: it is neither map-style nor iterable, or empty.
     """
     if isinstance(data, BlockDataset):
-        return IterableData(data.of_one_rank())
+        return IterableData(data.without_sharding())
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return MapData(data, seed=seed, shuffle=shuffle)
     if isinstance(data, Iterable):
@@ -55,7 +54,7 @@ def ignored(item: Any) -> Any:
 
 
 def can_ignore(item: Any) -> bool:
-    """Has the item integer labels?"""
+    """Whether the item has integer labels."""
     if not isinstance(item, Mapping) or "labels" not in item:
         return False
     labels = item["labels"]
@@ -82,9 +81,9 @@ class MapData:
 
     @property
     def fingerprint(self) -> str:
-        """Its kind and length: what the items hold is the user's own business."""
+        """Its class and length; the content of the items is not looked at."""
         shuffle = self.order.shuffle
-        return f"own order={ORDER_VERSION} shuffle={shuffle} {_name(self._data)} of {self.epoch_blocks} items"
+        return f"own shuffle={shuffle} {_name(self._data)} of {self.epoch_blocks} items"
 
     @property
     def epoch_blocks(self) -> int:
@@ -138,7 +137,7 @@ class IterableData:
 
     @property
     def fingerprint(self) -> str:
-        """Its kind: what it yields is the user's own business."""
+        """Its class; what it yields is not looked at."""
         return f"own iterable {_name(self._data)}"
 
     def epoch_of(self, cursor: Cursor) -> float:

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from lmcore.data.blocks import BlockDataset
+from lmcore.data.blocks import StoreBlocks
+from lmcore.data.cursor import Cursor
 from lmcore.data.custom import MapData
-from lmcore.data.order import Cursor
 from lmcore.data.store.store import TokenStore
 from lmcore.data.stream import StreamDataset
 from lmcore.errors import RequestError
@@ -70,7 +70,7 @@ def places(
         for position in positions:
             lane, block = position % data.lanes, position // data.lanes
             yield f"position {position}: lane {lane}, block {block} of it", found[position]
-    elif isinstance(data, BlockDataset):
+    elif isinstance(data, StoreBlocks):
         now = data.resumed(cursors[-1]) if cursors else data
         for one in show(now, positions, lambda ids: ""):
             yield one.place, one.ids
@@ -115,12 +115,12 @@ def _streamed(
 
 
 def show(
-    dataset: BlockDataset, positions: Iterable[int], decode: Callable[[Sequence[int]], str]
+    dataset: StoreBlocks, positions: Iterable[int], decode: Callable[[Sequence[int]], str]
 ) -> list[Shown]:
     """The blocks at these positions.
 
     Args:
-        dataset: blocks over stores, under the cursor's mixtures (:meth:`lmcore.data.blocks.BlockDataset.resumed`).
+        dataset: blocks over stores, under the cursor's mixtures (:meth:`lmcore.data.blocks.StoreBlocks.resumed`).
         decode: ids -> text.
 
     Raises:

@@ -251,22 +251,24 @@ class _Mixture:
                 else:
                     self.bound = max(self.bound, 0.5 + 0.5 * weight_of[child] * inverse[node])
 
-    def locate(self, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, offset: np.ndarray, lane: int, lanes: int) -> tuple[np.ndarray, np.ndarray]:
         """(n,) positions in the phase -> (n,) source, (n,) number of its earlier draws in the phase; int64."""
+        offsets = _offsets(len(self._fractions), lane, lanes)
         node = np.full(offset.shape, self._root, dtype=np.int64)
         draw = offset.astype(np.uint64)
         inner = np.flatnonzero(node >= 0)
         while inner.size:
             at, index = node[inner], draw[inner]
-            before = _rounded_share(index, self._fractions[at])
-            left = _rounded_share(index + np.uint64(1), self._fractions[at]) > before
+            before = _share(index, self._fractions[at], offsets[at])
+            left = _share(index + np.uint64(1), self._fractions[at], offsets[at]) > before
             draw[inner] = np.where(left, before, index - before)
             node[inner] = np.where(left, self._children[at, 0], self._children[at, 1])
             inner = inner[node[inner] >= 0]
         return ~node, draw.astype(np.int64)
 
-    def counts(self, positions: int) -> tuple[int, ...]:
+    def counts(self, positions: int, lane: int, lanes: int) -> tuple[int, ...]:
         """The draws from each source in the first ``positions`` positions of the phase."""
+        offsets = _offsets(len(self._fractions), lane, lanes)
         found = [0] * self._n_sources
         todo = [(self._root, positions)]
         while todo:
@@ -274,13 +276,25 @@ class _Mixture:
             if node < 0:
                 found[~node] = draws
             else:
-                left = (draws * int(self._fractions[node]) + 2**63) >> 64
+                left = (draws * int(self._fractions[node]) + int(offsets[node])) >> 64
                 one, other = self._children[node].tolist()
                 todo += [(one, left), (other, draws - left)]
         return tuple(found)
 
 
 _mixture = lru_cache(maxsize=64)(_Mixture)
+
+
+def mixture_error_bound(weights: Sequence[float]) -> float:
+    """By how many blocks the draws of any source can be off its weight, at any position.
+
+    Example:
+        >>> mixture_error_bound((3, 1)), round(mixture_error_bound((0.5, 0.3, 0.2)), 2)
+        (0.5, 0.8)
+    """
+    _check_weights(weights)
+    return _mixture(tuple(map(float, weights))).bound
+
 
 _Node = tuple[int, int]
 """The weight of a node of a mixture's tree, and its number."""
@@ -331,14 +345,29 @@ def _best_tree(nodes: list[_Node], join: Callable[[_Node, _Node], _Node]) -> _No
     return build((1 << len(nodes)) - 1)
 
 
-def _rounded_share(draws: np.ndarray, fractions: np.ndarray) -> np.ndarray:
-    """floor(draws * fractions / 2^64 + 1/2) of (n,) uint64, by 32-bit halves: numpy has no 128-bit product."""
+@lru_cache(maxsize=4096)
+def _offsets(nodes: int, lane: int, lanes: int) -> np.ndarray:
+    """(nodes,) uint64: what is added to q f 2^64 before rounding down; 1/2 where there is one lane.
+
+    The lanes of a stream draw side by side. At each node their offsets are spread evenly over [0, 1), in another order
+    at each, so that all of them together draw from a child about what its share says.
+    """
+    if not nodes:
+        return np.zeros(0, dtype=np.uint64)
+    round_keys = np.stack([keys(0, "mixture lanes", node) for node in range(nodes)], axis=1)
+    places = permute(np.full(nodes, lane), lanes, round_keys).tolist()
+    return np.array([((2 * place + 1) << 63) // lanes for place in places], dtype=np.uint64)
+
+
+def _share(draws: np.ndarray, fractions: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """floor((draws * fractions + offsets) / 2^64) of (n,) uint64, by 32-bit halves: numpy has no 128-bit product."""
     low, high = draws & _LOW_32, draws >> _32
     f_low, f_high = fractions & _LOW_32, fractions >> _32
     a, b, c = low * f_low, low * f_high, high * f_low
     middle = (a >> _32) + (b & _LOW_32) + (c & _LOW_32)
     whole = high * f_high + (b >> _32) + (c >> _32) + (middle >> _32)
-    return whole + ((middle >> np.uint64(31)) & np.uint64(1))
+    rest = (middle << _32) | (a & _LOW_32)
+    return whole + (rest + offsets < rest)  # the sum wraps around where it carries
 
 
 def shares(weights: Sequence[float], slots: int = MIXTURE_SLOTS) -> tuple[int, ...]:
@@ -395,6 +424,7 @@ class Order:
             ``none``: as in the sources.
         phases: the mixtures by rising position, the first at 0. Append-only: appending one moves no earlier position.
         version: 1 for runs that began with order version 1 (:data:`ORDER_VERSION`).
+        lane, lanes: of several orders that draw from the same mixture side by side (``data.mode stream``), which one.
 
     Raises:
         RequestError: no blocks at all, an unknown shuffle or version, or weights that do not fit the sources.
@@ -411,6 +441,8 @@ class Order:
     shuffle: str = "full"
     phases: tuple[Phase, ...] = (Phase(),)
     version: int = ORDER_VERSION
+    lane: int = 0
+    lanes: int = 1
 
     def __post_init__(self) -> None:
         if self.version not in ORDER_VERSIONS:
@@ -474,7 +506,7 @@ class Order:
         if self.version == 1:
             source, draw = self._locate_windows(phase, offset)
         else:
-            source, draw = _mixture(self._weights(phase)).locate(offset)
+            source, draw = _mixture(self._weights(phase)).locate(offset, self.lane, self.lanes)
         draw = draw + np.asarray(self._drawn[phase])[source]
         length = np.asarray(self.lengths, dtype=np.int64)[source]
         epoch = draw // length
@@ -526,7 +558,7 @@ class Order:
             rest = np.bincount(source[:slots], minlength=len(counts)).tolist()
             here = tuple(windows * count + more for count, more in zip(counts, rest))
         else:
-            here = _mixture(self._weights(number)).counts(passed)
+            here = _mixture(self._weights(number)).counts(passed, self.lane, self.lanes)
         return tuple(before + count for before, count in zip(drawn, here))
 
     def _shuffled(

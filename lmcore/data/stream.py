@@ -34,7 +34,8 @@ from typing import Any, final
 import numpy as np
 
 from lmcore.data.blocks import Blocks, position_ids_of
-from lmcore.data.order import ORDER_VERSION, Cursor, Order, Phase, keys, permute
+from lmcore.data.cursor import Cursor
+from lmcore.data.order import ORDER_VERSION, Order, Phase, keys, permute
 from lmcore.data.store.build import identity_of
 from lmcore.data.store.workers import EncodesBatches
 from lmcore.data.text import documents as text
@@ -48,6 +49,7 @@ _MAX_STRIDES = 64
 _ENCODED_CHARACTERS = 2**15
 """Text that a lane encodes ahead at once, in the long run; after a start it takes only what it needs."""
 _ENDLESS = 2**60
+_LOCATED_AHEAD = 64
 
 
 @final
@@ -96,6 +98,7 @@ class StreamDataset:
         self.seed = seed
         self.shuffle = shuffle
         self.phases = phases
+        self.version = ORDER_VERSION
         self.window_blocks = window_blocks
         self.document_mask = document_mask
         self._sources = tuple(sources)
@@ -125,14 +128,17 @@ class StreamDataset:
         """All that decides what a position means, beside the seed and the lanes."""
         digest = hashlib.sha256(json.dumps(self._identities, sort_keys=True).encode()).hexdigest()[:32]
         return (
-            f"stream order={ORDER_VERSION} block_size={self.block_size} shuffle={self.shuffle} "
-            f"window={self.window_blocks} {digest}"
+            f"stream block_size={self.block_size} shuffle={self.shuffle} window={self.window_blocks} {digest}"
         )
 
     def new_cursor(self) -> Cursor:
         """The beginning."""
         return Cursor(
-            fingerprint=self.fingerprint, seed=self.seed, phases=self.phases, stream={"lanes": self.lanes}
+            fingerprint=self.fingerprint,
+            seed=self.seed,
+            phases=self.phases,
+            stream={"lanes": self.lanes},
+            version=self.version,
         )
 
     def resumed(self, cursor: Cursor) -> StreamDataset:
@@ -149,7 +155,7 @@ class StreamDataset:
                     f"stream's {lanes} lanes: take [{start // lanes * lanes}, {-(-stop // lanes) * lanes})"
                 )
         new = copy(self)
-        new.lanes, new.phases = lanes, cursor.phases
+        new.lanes, new.phases, new.version = lanes, cursor.phases, cursor.version
         new._parts = self._parts if lanes == self.lanes else [_cut(source, lanes) for source in self._sources]
         new._cursor, new._lanes = cursor, {}
         new._groups()
@@ -322,10 +328,22 @@ class _Lane:
         )
         # The order of an endless, unshuffled corpus: its block is the number of the draw from a source.
         self._order = (
-            Order(lengths=(_ENDLESS,) * len(groups), seed=seed, shuffle="none", phases=phases)
+            Order(
+                lengths=(_ENDLESS,) * len(groups),
+                seed=seed,
+                shuffle="none",
+                phases=phases,
+                version=stream.version,
+                lane=number,
+                lanes=stream.lanes,
+            )
             if len(groups) > 1
             else None
         )
+        self._located = (
+            0,
+            np.zeros((2, 0), dtype=np.int64),
+        )  # the first block, and (source, draw) of some from it on
         drawn = self._order.drawn_before(first) if self._order else (first,)
         self._feeds = [
             _Feed(stream, number, group, which, state[which] if state else None, drawn[which])
@@ -336,8 +354,12 @@ class _Lane:
         """The feed of the lane's block ``number``, and the number of the block in that feed."""
         if self._order is None:
             return self._feeds[0], number
-        source, _, draw = self._order.locate(np.array([number]))
-        return self._feeds[int(source[0])], int(draw[0])
+        first, known = self._located
+        if not first <= number < first + known.shape[1]:
+            source, _, draw = self._order.locate(np.arange(number, number + _LOCATED_AHEAD))
+            first, known = self._located = (number, np.stack([source, draw]))
+        source, draw = known[:, number - first].tolist()
+        return self._feeds[source], draw
 
     def state(self) -> list[list[int]]:
         return [feed.state for feed in self._feeds]

@@ -38,7 +38,15 @@ class Sizes:
         blocks = (
             "not known beforehand" if known is None else f"{int(known * self.global_batch_blocks):,} blocks"
         )
-        epochs = "" if known is None else f" = {float(self.total_steps / known):.2f} epochs"
+        positions = self.total_steps * self.global_batch_blocks
+        if self.end_position is not None:
+            positions = min(
+                positions, self.end_position
+            )  # what only fills up the last step is not trained on
+        tokens = positions * self.block_size
+        epochs = (
+            "" if known is None else f" = {float(positions / known / self.global_batch_blocks):.2f} epochs"
+        )
         return [
             ("epoch", f"{blocks} of {self.block_size:,} tokens"),
             (
@@ -48,8 +56,7 @@ class Sizes:
             ),
             (
                 "budget",
-                f"{config.train.duration} = {self.total_steps:,} steps = "
-                f"{self.total_steps * self.tokens_per_step:,} tokens{epochs}",
+                f"{config.train.duration} = {self.total_steps:,} steps = {tokens:,} tokens{epochs}",
             ),
         ]
 

@@ -61,10 +61,12 @@ class Evaluator:
         average: MovingAverage,
         guard: Guard,
         report: Report,
+        flash_documents: bool,
     ) -> None:
         self._options, self._seed = config.evaluate, config.seed
         self._allow_seconds = config.guard.stuck_seconds
         self._data, self._engine, self._average = data, engine, average
+        self._flash_documents = flash_documents
         self._guard, self._report = guard, report
         self._micro_batch_blocks = config.evaluate.micro_batch_blocks or sizes.micro_batch_blocks
         self._byte_lengths = data.encoder.byte_lengths() if data.encoder else None
@@ -94,6 +96,7 @@ class Evaluator:
                 world_size=self._engine.world_size,
                 limit=blocks,
                 device=self._engine.device,
+                flash_documents=self._flash_documents,
             )
             self._guard.beat("evaluate", state.step, allow_seconds=self._allow_seconds)
             with self._report.task(f"evaluating {name}", total=len(batches)) as advance:

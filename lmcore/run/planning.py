@@ -23,7 +23,7 @@ from lmcore.config.presets import model_type_and_fields
 from lmcore.config.schema import RunConfig, global_batch_blocks
 from lmcore.conventions import torch_dtype
 from lmcore.data.batches import Batches
-from lmcore.data.order import Cursor
+from lmcore.data.cursor import Cursor
 from lmcore.engine import launch
 from lmcore.engine.zero import memory_settings
 from lmcore.model.build import build_model

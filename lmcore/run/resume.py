@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lmcore.checkpoint import reader
 from lmcore.config.schema import Resume, RunConfig, flatten, keys
-from lmcore.data.order import Cursor, Phase
 from lmcore.errors import RequestError
 from lmcore.report.redact import redact
 from lmcore.report.report import Report
@@ -118,28 +116,3 @@ def _asked_once(config: RunConfig, folder: RunFolder, report: Report, before: Ma
         )
         return "auto"
     return config.resume
-
-
-def cursor_of(
-    state: Mapping[str, Any],
-    *,
-    fingerprint: str,
-    seed: int,
-    phases: Sequence[Phase],
-    skips: Sequence[tuple[int, int]],
-    accept_other_data: bool,
-) -> Cursor:
-    """The cursor of a checkpoint over the data that is there now: what lies behind it never moves, and from here on
-    the mixtures and skips of the configuration hold.
-
-    Raises:
-        RequestError: the data, the seed or the order is another one, and that was not accepted.
-    """
-    cursor = Cursor.from_json(state["cursor"]).check(
-        fingerprint=fingerprint, seed=seed, accept=accept_other_data
-    )
-    behind = tuple(phase for phase in cursor.phases if phase.position < max(cursor.position, 1))
-    now = [phase for phase in phases if phase.position <= cursor.position][-1]
-    ahead = tuple(phase for phase in phases if phase.position > cursor.position)
-    cursor = replace(cursor, phases=behind).with_weights(now.weights)
-    return replace(cursor, phases=cursor.phases + ahead).with_skips(skips)

@@ -20,8 +20,8 @@ import torch
 from lmcore.config.presets import describe_preset, model_type_and_fields, zero_init
 from lmcore.config.schema import RunConfig, global_batch_blocks
 from lmcore.data import corpus, custom
-from lmcore.data.blocks import BlockDataset
-from lmcore.data.order import Phase
+from lmcore.data.blocks import StoreBlocks
+from lmcore.data.order import Phase, phases_from_options
 from lmcore.data.stream import StreamDataset
 from lmcore.data.tokenizer.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from lmcore.data.tokenizer.training import train_tokenizer as train_on_texts
@@ -197,14 +197,16 @@ def open_data(
     on_main(lambda: None)  # wait until every rank has all stores
     pad_id = encoder.eos_id if encoder.pad_id is None else encoder.pad_id
     blocks = partial(
-        BlockDataset.from_stores,
+        StoreBlocks,
         block_size=block_size,
         document_mask=config.data.document_mask,
         pad_id=pad_id,
     )
     rows = [("tokenizer", f"{encoder.vocab_size:,} pieces, {encoder.fingerprint[:12]}")]
     if streamed:
-        phases = phases_of(config, [s.name for s in sources], corpus.mixture_weights(sources))
+        phases = phases_from_options(
+            config.data.phases, [s.name for s in sources], corpus.mixture_weights(sources)
+        )
         train: Any = StreamDataset(
             sources,
             encoder,
@@ -224,15 +226,15 @@ def open_data(
         if not config.data.valid:
             note("data.mode stream makes no validation set of the training text: give one with --data.valid")
     else:
-        phases = phases_of(config, [store.name for store in sets.train], sets.weights)
+        phases = phases_from_options(config.data.phases, [store.name for store in sets.train], sets.weights)
         train = blocks(sets.train, seed=config.seed, shuffle=config.data.shuffle, phases=phases)
         rows += [(f"text ({store.name})", describe_store(store)) for store in sets.train]
     rows += [(f"validation ({name})", describe_store(store)) for name, store in sets.valid.items()]
     rows += [(name, describe_store(store)) for name, store in sets.test.items()]
     return Data(
         train=train,
-        valid={name: blocks([store], drop_last=False) for name, store in sets.valid.items()},
-        test={name: blocks([store], drop_last=False) for name, store in sets.test.items()},
+        valid={name: blocks([store], tails=True) for name, store in sets.valid.items()},
+        test={name: blocks([store], tails=True) for name, store in sets.test.items()},
         encoder=encoder,
         block_size=block_size,
         phases=phases,
@@ -361,23 +363,11 @@ def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int)
     )
 
 
-def phases_of(config: RunConfig, names: list[str], weights: tuple[float, ...] | None) -> tuple[Phase, ...]:
-    """The mixtures: the sources' own weights from position 0, then those of ``data.phases``.
-
-    Raises:
-        RequestError: a phase without a position, or with an unknown source.
-    """
-    phases = [Phase(weights=weights)]
-    for item in config.data.phases:
-        given = item.get("weights")
-        if set(item) != {"position", "weights"} or not (given is None or isinstance(given, Mapping)):
-            raise RequestError(f"data.phases: {item} must have a position and weights by source name")
-        unknown = sorted(set(given or ()) - set(names))
-        if unknown:
-            raise RequestError(f"data.phases: no source {unknown[0]!r}; the sources are {', '.join(names)}")
-        mixed = None if given is None else tuple(float(given.get(name, 0.0)) for name in names)
-        phases.append(Phase(position=int(item["position"]), weights=mixed))
-    return tuple(phases)
+def flash_documents(config: RunConfig, module: ModelWithLoss) -> bool:
+    """Whether a document mask must reach flash attention as sequence lengths: it looks at position ids in micro-batches
+    of one block only."""
+    attention = getattr(getattr(module.model, "config", None), "_attn_implementation", None)
+    return config.data.document_mask and str(attention).startswith("flash_attention")
 
 
 def describe_store(store: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lmcore.data.order import Cursor
+from lmcore.data.cursor import Cursor
 
 
 @dataclass(kw_only=True)

@@ -25,8 +25,9 @@ from torch import Tensor
 from lmcore.checkpoint import reader, writer
 from lmcore.config.durations import Durations
 from lmcore.config.schema import RunConfig, flatten, ranges, to_yaml
+from lmcore.conventions import IGNORED_LABEL
 from lmcore.data.batches import Batches, StepBatch, merge_cursors
-from lmcore.data.order import Cursor, merge_skips
+from lmcore.data.cursor import Cursor, merge_skips
 from lmcore.engine.ranks import on_main
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED, FaultError, RequestError
 from lmcore.model.module import parameter_counts
@@ -49,7 +50,7 @@ from lmcore.run.late_numbers import LateNumbers
 from lmcore.run.planning import auto_micro_batch, plan_here, refuse_early
 from lmcore.run.profiler import ProfileWindow
 from lmcore.run.replicas import odd_ranks, parameter_hash
-from lmcore.run.resume import cursor_of, find_checkpoint
+from lmcore.run.resume import find_checkpoint
 from lmcore.run.state import State, differences, topology
 from lmcore.saved.load import describe
 
@@ -225,6 +226,7 @@ class Run:
             average=self._average,
             guard=self.guard,
             report=self.report,
+            flash_documents=setup.flash_documents(config, self.module),
         )
         self._early_stopping = EarlyStopping(**asdict(config.evaluate.early_stopping))
         self.saves = writer.Checkpoints(
@@ -278,14 +280,14 @@ class Run:
             kept = saved.state
         self.engine.load_optimizer_scalars(kept["optimizer_scalars"])
         self.state = State(
-            cursor=cursor_of(
-                kept,
+            cursor=Cursor.from_json(kept["cursor"])
+            .check(
                 fingerprint=self.data.train.fingerprint,
                 seed=self.config.seed,
-                phases=self.data.phases,
-                skips=self._skips,
-                accept_other_data="data.train" in self.config.allow_changes,
-            ),
+                accept="data.train" in self.config.allow_changes,
+            )
+            .with_phases(self.data.phases)
+            .with_skips(self._skips),
             metrics_step=kept.get("metrics_step", -1),
             **{name: kept[name] for name in ("step", "tokens", "metrics", "stop_values")},
         )
@@ -405,6 +407,7 @@ class Run:
                 prefetch=options.prefetch,
                 pin_memory=options.pin_memory,
                 device=self.engine.device,
+                flash_documents=setup.flash_documents(self.config, self.module),
                 collate=self.data.collate,
             )
         )
@@ -413,7 +416,7 @@ class Run:
         """Labels of the whole step over all ranks: by arithmetic, or, for the user's own data, by counting."""
         if batch.label_count is not None:
             return batch.label_count
-        counts = [(micro_batch["labels"] != -100).sum() for micro_batch in batch.micro_batches]
+        counts = [(micro_batch["labels"] != IGNORED_LABEL).sum() for micro_batch in batch.micro_batches]
         return self.engine.sum_over_ranks(torch.stack(counts).sum().to(self.engine.device))
 
     def learning_rate(self) -> float:
@@ -454,7 +457,7 @@ class Run:
         """
         state, rate = self.state, self.learning_rate()
         state.step, state.cursor = state.step + 1, batch.cursor
-        state.tokens += self.sizes.tokens_per_step
+        state.tokens += batch.n_blocks * self.sizes.block_size
         first, last = batch.positions
         sums = self.engine.sum_over_ranks(loss.values)
         numbers = LateNumbers(torch.stack([*sums, grad_norm.double(), applied.double()]))

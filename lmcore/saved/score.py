@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lmcore.data.batches import EvalBatches
-from lmcore.data.blocks import BlockDataset
+from lmcore.data.blocks import StoreBlocks
 from lmcore.data.store import build
 from lmcore.data.text import documents
 from lmcore.errors import RequestError
@@ -102,7 +102,7 @@ def score(
                 build.build_store(source, encoder, store_dir=folder, on_error=on_error, max_bad_fraction=1.0)
                 for source in sources
             ]
-            dataset = BlockDataset.from_stores(stores, block_size=size, drop_last=False, pad_id=pad_id)
+            dataset = StoreBlocks(stores, block_size=size, tails=True, pad_id=pad_id)
             batches = EvalBatches(
                 dataset, micro_batch_blocks=max(1, TOKENS_AT_ONCE // size), limit=blocks, device=device
             )

@@ -7,23 +7,27 @@ import math
 import sys
 import tracemalloc
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmcore.data.cursor import Cursor, next_positions
 from lmcore.data.order import (
     MIXTURE_SLOTS,
+    ORDER_VERSIONS,
     SHUFFLES,
-    Cursor,
     Order,
     Phase,
-    count_positions,
     keys,
-    merge_skips,
-    next_positions,
+    mixture_error_bound,
     permute,
+    phases_from_options,
     rank_slice,
     shares,
 )
@@ -96,34 +100,73 @@ def test_blocks_mix_as_well_as_the_documents_say() -> None:
     assert abs(np.mean([len(np.unique(one)) for one in parts]) / 632.3 - 1) < 0.02
 
 
-# ---- golden vectors: if one of these changes, ORDER_VERSION must, and every checkpoint in the world is refused ----
+# ---- golden vectors: if one of these changes, ORDER_VERSION must rise, and the old version must stay ----
 
 POSITIONS = np.array([0, 1, 2, 3, 1000, 66573, 66574, 10**6, 10**12])
-GOLDEN = [
+LENGTHS = (1000, 37, 65537)
+GOLDEN_EPOCHS = [
     (
-        {"shuffle": "full"},
+        "full",
         [2, 2, 2, 2, 2, 2, 2, 2, 2],
         [0, 0, 0, 0, 0, 0, 1, 15, 15020879],
         [24443, 52955, 10507, 21381, 42846, 38104, 32353, 52309, 42303],
     ),
     (
-        {"shuffle": "blocks"},
+        "blocks",
         [2, 2, 2, 2, 2, 2, 2, 2, 2],
         [0, 0, 0, 0, 0, 0, 1, 15, 15020879],
         [41040, 30321, 25040, 13394, 18225, 59962, 26646, 65255, 47954],
     ),
+]
+ZIPF = tuple(1 / number for number in range(1, 1001))
+GOLDEN_MIXTURES: list[tuple[dict[str, Any], list[int], list[int], list[int]]] = [
     (
-        {"shuffle": "full", "phases": mixed(0.5, 0.2, 0.3)},
+        {"lengths": LENGTHS, "phases": mixed(0.5, 0.2, 0.3), "version": 1},
         [1, 0, 1, 1, 1, 2, 0, 0, 2],
         [0, 0, 0, 0, 5, 0, 33, 500, 4574586],
         [34, 922, 7, 31, 35, 22848, 801, 286, 12830],
     ),
+    (
+        {"lengths": LENGTHS, "phases": mixed(0.5, 0.2, 0.3)},
+        [0, 2, 0, 1, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 359, 33, 500, 500000000],
+        [922, 52225, 578, 34, 299, 18, 720, 46, 359],
+    ),
+    (
+        {"lengths": (10**9,) * 1000, "phases": mixed(*ZIPF)},
+        [5, 64, 0, 80, 5, 609, 3, 634, 460],
+        [0] * 9,
+        [282559624, 661656781, 706544172, 306758980, 467924126, 546989995, 712645276, 282870550, 428000562],
+    ),
+    (
+        {
+            "lengths": (10**9,) * 3,
+            "phases": mixed(0.5, 0.2, 0.3),
+            "shuffle": "none",
+            "lane": 5,
+            "lanes": 8,
+        },
+        [1, 0, 2, 0, 1, 0, 2, 1, 1],
+        [0, 0, 0, 0, 0, 0, 0, 0, 200],
+        [0, 0, 0, 1, 200, 33286, 19972, 200000, 0],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("options", "source", "epoch", "block"), GOLDEN)
-def test_golden_vectors(options: dict, source: list[int], epoch: list[int], block: list[int]) -> None:
-    found = Order(lengths=(1000, 37, 65537), seed=42, **options).locate(POSITIONS)
+@pytest.mark.parametrize("version", ORDER_VERSIONS)
+@pytest.mark.parametrize(("shuffle", "source", "epoch", "block"), GOLDEN_EPOCHS)
+def test_golden_vectors(
+    version: int, shuffle: str, source: list[int], epoch: list[int], block: list[int]
+) -> None:
+    found = Order(lengths=LENGTHS, seed=42, shuffle=shuffle, version=version).locate(POSITIONS)
+    assert [part.tolist() for part in found] == [source, epoch, block]
+
+
+@pytest.mark.parametrize(("options", "source", "epoch", "block"), GOLDEN_MIXTURES)
+def test_golden_vectors_of_mixtures(
+    options: dict[str, Any], source: list[int], epoch: list[int], block: list[int]
+) -> None:
+    found = Order(seed=42, **options).locate(POSITIONS)
     assert [part.tolist() for part in found] == [source, epoch, block]
 
 
@@ -208,8 +251,80 @@ def test_resume_costs_nothing_at_a_trillion_tokens() -> None:
 # ---- mixtures ----
 
 
-def test_a_mixture_keeps_its_weights_in_every_window() -> None:
-    order = Order(lengths=(100, 37, 500), seed=1, phases=mixed(5, 2, 3))
+def largest_error(weights: Sequence[float], positions: int) -> float:
+    """How many blocks a source is off its weight, at the worst position and source."""
+    order = Order(lengths=(10**9,) * len(weights), seed=1, shuffle="none", phases=mixed(*weights))
+    source, _, block = order.locate(np.arange(positions))
+    share = np.asarray(weights, dtype=np.float64) / math.fsum(weights)
+    worst = 0.0
+    for number, exact in enumerate(share.tolist()):
+        at = np.flatnonzero(source == number)
+        draws = np.arange(len(at) + 1)
+        assert block[at].tolist() == draws[:-1].tolist()  # the draws of a source are numbered without gaps
+        worst = max(worst, (draws[1:] - exact * (at + 1)).max(initial=0))  # right after a draw
+        worst = max(worst, (exact * np.append(at, positions) - draws).max())  # right before the next
+    assert order.drawn_before(positions) == tuple(np.bincount(source, minlength=len(weights)).tolist())
+    return worst
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        (3, 1),
+        (0.9985, 0.0015),  # 0.15% is not rounded to 1/1024
+        (1, 1, 1),
+        (0.3, 0.3, 0.2, 0.15, 0.05),
+        (5, 0, 2, 3),
+        (1, 1e-9),
+        tuple(1 / number for number in range(1, 1001)),
+        (1,) * 2000,
+        (1000, *(1,) * 1000),
+    ],
+    ids=lambda weights: f"{len(weights)} sources",
+)
+def test_no_source_of_a_mixture_is_more_than_one_block_off(weights: tuple[float, ...]) -> None:
+    assert largest_error(weights, 40_000) <= 1
+
+
+@given(weights=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=8))
+@settings(max_examples=25, deadline=None)
+def test_small_mixtures_are_at_most_one_block_off(weights: list[float]) -> None:
+    assert largest_error(weights, 4000) <= 1 + 0.1
+
+
+@given(weights=st.lists(st.floats(1e-4, 1e4), min_size=9, max_size=60))
+@settings(max_examples=15, deadline=None)
+def test_error_of_a_mixture_stays_below_its_bound(weights: list[float]) -> None:
+    assert largest_error(weights, 4000) <= mixture_error_bound(weights) + 1e-6 < 2
+
+
+def test_mixture_weights_hold_at_a_trillion_positions() -> None:
+    weights = tuple(1 / number for number in range(1, 2001))
+    order = Order(lengths=(10**9,) * 2000, seed=1, phases=mixed(*weights))
+    counts = np.array(order.drawn_before(10**12))
+    assert counts.sum() == 10**12
+    total = sum(Fraction(weight) for weight in weights)
+    exact = [float(10**12 * Fraction(weight) / total - int(n)) for weight, n in zip(weights, counts)]
+    assert max(map(abs, exact)) < 1.01
+
+
+def test_lanes_of_a_mixture_complement_one_another() -> None:
+    """All lanes of a stream together hold the weights in each step, not only each by itself over time."""
+    weights = np.array([0.5, 0.3, 0.15, 0.05])
+    lanes = [
+        Order(lengths=(10**9,) * 4, seed=1, shuffle="none", phases=mixed(*weights), lane=lane, lanes=64)
+        for lane in range(64)
+    ]
+    source = np.stack([order.locate(np.arange(300))[0] for order in lanes])
+    counts = np.stack([(source == number).sum(axis=0) for number in range(4)])  # of each step
+    assert np.abs(counts - 64 * weights[:, None]).max() < 8
+    assert np.abs(counts.cumsum(axis=1) - 64 * weights[:, None] * np.arange(1, 301)).max() < 8
+    for order, lane in zip(lanes, source):
+        assert order.drawn_before(300) == tuple(np.bincount(lane, minlength=4).tolist())
+
+
+def test_version_1_keeps_its_rounded_weights_in_every_window() -> None:
+    order = Order(lengths=(100, 37, 500), seed=1, phases=mixed(5, 2, 3), version=1)
     counts = shares((5, 2, 3))
     for window in (0, 1, 77):
         source, _, _ = order.locate(np.arange(window * MIXTURE_SLOTS, (window + 1) * MIXTURE_SLOTS))
@@ -217,10 +332,11 @@ def test_a_mixture_keeps_its_weights_in_every_window() -> None:
     assert [round(count / MIXTURE_SLOTS, 3) for count in counts] == [0.5, 0.2, 0.3]
 
 
+@pytest.mark.parametrize("version", ORDER_VERSIONS)
 @pytest.mark.parametrize("shuffle", SHUFFLES)
-def test_each_source_of_a_mixture_has_its_own_epochs(shuffle: str) -> None:
+def test_each_source_of_a_mixture_has_its_own_epochs(shuffle: str, version: int) -> None:
     """In the order of the positions, every source goes through one whole permutation after another."""
-    order = Order(lengths=(100, 37, 500), seed=1, shuffle=shuffle, phases=mixed(5, 2, 3))
+    order = Order(lengths=(100, 37, 500), seed=1, shuffle=shuffle, phases=mixed(5, 2, 3), version=version)
     found = places(order, 0, 8000)
     for source, length in enumerate(order.lengths):
         blocks = [block for s, _, block in found if s == source]
@@ -230,13 +346,17 @@ def test_each_source_of_a_mixture_has_its_own_epochs(shuffle: str) -> None:
             assert sorted(blocks[epoch * length : (epoch + 1) * length]) == list(range(length))
 
 
-@given(change=st.integers(1, 6000), weights=st.tuples(st.integers(1, 9), st.integers(0, 9)))
-@settings(max_examples=25, deadline=None)
+@given(
+    change=st.integers(1, 6000),
+    weights=st.tuples(st.integers(1, 9), st.integers(0, 9)),
+    version=st.sampled_from(ORDER_VERSIONS),
+)
+@settings(max_examples=30, deadline=None)
 def test_an_appended_phase_moves_nothing_and_continues_each_source(
-    change: int, weights: tuple[int, int]
+    change: int, weights: tuple[int, int], version: int
 ) -> None:
-    before = Order(lengths=(300, 40), seed=1, phases=mixed(3, 1))
-    after = Order(lengths=(300, 40), seed=1, phases=(*before.phases, Phase(position=change, weights=weights)))
+    before = Order(lengths=(300, 40), seed=1, phases=mixed(3, 1), version=version)
+    after = replace(before, phases=(*before.phases, Phase(position=change, weights=weights)))
     assert places(after, 0, change) == places(before, 0, change)
     found = places(after, 0, change + 3000)
     for source, length in enumerate(after.lengths):
@@ -249,7 +369,7 @@ def test_an_appended_source_leaves_the_past_alone() -> None:
     phases = (*before.phases, Phase(position=500, weights=(1, 1, 2)))
     after = Order(lengths=(300, 40, 70), seed=1, phases=phases)
     assert places(after, 0, 500) == places(before, 0, 500)
-    assert np.bincount(after.locate(np.arange(500, 500 + MIXTURE_SLOTS))[0]).tolist() == [256, 256, 512]
+    assert np.bincount(after.locate(np.arange(500, 900))[0]).tolist() == [100, 100, 200]
 
 
 def test_from_all_sources_to_a_mixture_and_back_begins_fresh_epochs() -> None:
@@ -263,10 +383,46 @@ def test_from_all_sources_to_a_mixture_and_back_begins_fresh_epochs() -> None:
     assert len({(s, b) for s, _, b in after}) == 80
 
 
-@pytest.mark.parametrize("weights", [(), (0, 0), (-1, 2), (math.nan, 1), (math.inf, 1), (1, 1e-9)])
-def test_impossible_weights_are_refused(weights: tuple[float, ...]) -> None:
-    with pytest.raises(RequestError):
-        shares(weights)
+@pytest.mark.parametrize("weights", [(), (0, 0), (-1, 2), (math.nan, 1), (math.inf, 1)])
+@pytest.mark.parametrize("version", ORDER_VERSIONS)
+def test_impossible_weights_are_refused(weights: tuple[float, ...], version: int) -> None:
+    with pytest.raises(RequestError, match="source weights"):
+        Order(lengths=(5, 5), seed=1, phases=mixed(*weights), version=version)
+
+
+def test_version_1_refuses_weights_below_one_slot() -> None:
+    with pytest.raises(RequestError, match="order version 1"):
+        Order(lengths=(5, 5), seed=1, phases=mixed(1, 1e-9), version=1)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        None,
+        5,
+        {},
+        {"position": 5},
+        {"position": 5, "weights": {}},
+        {"position": 5, "weights": [1, 2]},
+        {"position": 5, "weights": {"a": 0, "b": 0}},
+        *({"position": 5, "weights": {"a": w}} for w in (None, "x", True, -1, math.nan, math.inf, 10**400)),
+        *({"position": p, "weights": {"a": 1}} for p in (None, "5", 1.5, True, -1, 0, 10**30, math.nan)),
+        {"position": 5, "weights": {"nobody": 1}},
+        {"position": 5, "weights": {"a": 1}, "more": 1},
+    ],
+)
+def test_impossible_phases_are_refused(item: Any) -> None:
+    with pytest.raises(RequestError, match=r"data\.phases|source weights"):
+        phases_from_options([item], ["a", "b"], None)
+
+
+def test_phases_are_given_by_source_name() -> None:
+    options = [{"position": 10, "weights": {"b": 2}}, {"position": 20, "weights": None}]
+    assert phases_from_options(options, ["a", "b"], (1.0, 1.0)) == (
+        Phase(weights=(1.0, 1.0)),
+        Phase(position=10, weights=(0.0, 2.0)),
+        Phase(position=20),
+    )
 
 
 @given(st.lists(st.floats(1, 50), min_size=1, max_size=12))
@@ -294,27 +450,7 @@ def test_impossible_orders_are_refused(options: dict) -> None:
         Order(seed=1, **options)
 
 
-# ---- positions ----
-
-RANGES = st.lists(
-    st.tuples(st.integers(0, 60), st.integers(1, 20)).map(lambda p: (p[0], p[0] + p[1])), max_size=5
-)
-
-
-@given(start=st.integers(0, 80), count=st.integers(1, 40), ranges=RANGES)
-def test_skipped_ranges_are_jumped_over(start: int, count: int, ranges: list[tuple[int, int]]) -> None:
-    skips = merge_skips(ranges)
-    allowed = [p for p in range(start, 400) if not any(a <= p < b for a, b in ranges)]
-    positions, after = next_positions(start, count, skips)
-    assert positions.tolist() == allowed[:count]
-    assert after == allowed[count - 1] + 1
-    assert count_positions(start, 300, skips) == len([p for p in allowed if p < 300])
-
-
-def test_impossible_skips_are_refused() -> None:
-    for bad in ([(5, 5)], [(7, 3)], [(-1, 3)]):
-        with pytest.raises(RequestError, match=r"skip_positions"):
-            merge_skips(bad)
+# ---- ranks ----
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
@@ -328,47 +464,3 @@ def test_ranks_cut_the_batch_and_nothing_else(world_size: int) -> None:
 def test_a_batch_that_does_not_divide_is_refused_with_its_numbers() -> None:
     with pytest.raises(RequestError, match=r"10 blocks .* 4 processes"):
         rank_slice(np.arange(10), 0, 4)
-
-
-# ---- the cursor ----
-
-
-def test_a_cursor_survives_json() -> None:
-    cursor = Cursor(fingerprint="f", seed=2**62, skips=((5, 9),)).advance(7).with_weights([0.1, 0.9])
-    again = Cursor.from_json(json.loads(json.dumps(cursor.to_json())))
-    assert again == cursor
-    assert cursor.position == 11  # 5 to 8 were jumped over
-
-
-def test_weights_append_a_phase_only_when_they_change() -> None:
-    cursor = Cursor(fingerprint="f", seed=1, phases=mixed(1, 2)).advance(10)
-    assert cursor.with_weights([1, 2]) is cursor
-    changed = cursor.with_weights([2, 1])
-    assert changed.phases == (Phase(weights=(1, 2)), Phase(position=10, weights=(2.0, 1.0)))
-    again = changed.with_weights([3, 1])  # changed twice before a step was made
-    assert again.phases == (Phase(weights=(1, 2)), Phase(position=10, weights=(3.0, 1.0)))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"fingerprint": "new"}, ("old", "new")),
-        ({"seed": 8}, ("7", "8")),
-        ({"version": 99}, ("99", "1")),
-    ],
-)
-def test_a_changed_past_is_refused_with_both_values_and_the_way_out(
-    change: dict, words: tuple[str, ...]
-) -> None:
-    saved = {**Cursor(fingerprint="old", seed=7, position=5).to_json()}
-    if "version" in change:
-        saved |= change
-    cursor = Cursor.from_json(saved)
-    now = {"fingerprint": "old", "seed": 7} | {k: v for k, v in change.items() if k != "version"}
-    with pytest.raises(RequestError) as caught:
-        cursor.check(**now)
-    for word in (*words, "--allow_changes"):
-        assert word in str(caught.value)
-    accepted = cursor.check(**now, accept=True)
-    assert (accepted.position, accepted.fingerprint, accepted.seed) == (5, now["fingerprint"], now["seed"])
-    assert Cursor(fingerprint="old", seed=7).check(fingerprint="old", seed=7).position == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
@@ -13,41 +12,15 @@ import numpy as np
 import pytest
 
 from lmcore.data.batches import Batches, StepBatch, merge_cursors
-from lmcore.data.order import Cursor, Phase
+from lmcore.data.cursor import Cursor
+from lmcore.data.order import Phase
 from lmcore.data.stream import StreamDataset
 from lmcore.data.text import documents
 from lmcore.errors import FaultError, RequestError
-from tests.support.data import Bytes
+from tests.support.data import Bytes, Tagged, tagged_text
 
 SIZE = 16
 STEPS = 12
-
-
-@final
-class Tagged:
-    """A document ``7 12`` becomes 12 tokens that tell document and place: 1000 * 7 + 0, 1, ..., and an end."""
-
-    vocab_size, eos_id, fingerprint = 10**8, 10**8 - 1, "tagged"
-
-    def __init__(self) -> None:
-        self.tokens = 0
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        out = []
-        for one in texts:
-            number, length = map(int, one.split())
-            out.append(1000 * number + np.arange(length, dtype=np.int64))
-            self.tokens += length + 1
-        return out
-
-
-def tagged(folder: Path, name: str = "a", n: int = 400, first: int = 0, files: int = 1) -> Path:
-    """n documents of 1 to 40 tokens in text files, one to a line, padded so that files have several parts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(files):
-        lines = [f"{first + i} {(i * 7) % 40 + 1}" for i in range(number, n, files)]
-        (folder / f"{name}{number}.txt").write_text("\n".join(line + " " * 500 for line in lines))
-    return folder
 
 
 def stream(*folders: Path, tokenizer: Any = None, lanes: int = 8, **options: Any) -> StreamDataset:
@@ -101,72 +74,15 @@ def run(
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tagged(tmp_path_factory.mktemp("corpus"), files=3)
+    return tagged_text(tmp_path_factory.mktemp("corpus"), files=3)
 
 
 # ---- topology and resume ----
 
 
-@pytest.mark.parametrize("lanes", [8, 16])
-@pytest.mark.parametrize("world_size", [2, 4, 8])
-@pytest.mark.parametrize("micro", [1, 2])
-def test_no_topology_changes_the_global_batches(
-    corpus: Path, lanes: int, world_size: int, micro: int
-) -> None:
-    dataset = stream(corpus, lanes=lanes, document_mask=True)
-    expected, cursors, _ = run(dataset)
-    found, theirs, _ = run(dataset, world_size=world_size, micro=micro)
-    assert np.array_equal(found, expected)
-    assert theirs == cursors
-
-
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (2, 2), (1, 5)])
-def test_no_number_of_workers_changes_the_global_batches(corpus: Path, world_size: int, workers: int) -> None:
-    dataset = stream(corpus)
-    expected, cursors, _ = run(dataset)
-    found, theirs, _ = run(dataset, world_size=world_size, workers=workers)
-    assert np.array_equal(found, expected)
-    assert theirs == cursors
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("workers", [0, 1, 2, 5])
-@pytest.mark.parametrize("lanes", [8, 16])
-def test_the_whole_matrix(corpus: Path, world_size: int, workers: int, lanes: int) -> None:
-    dataset = stream(corpus, lanes=lanes, document_mask=True)
-    expected, cursors, _ = run(dataset)
-    for micro in (1, 2):
-        found, theirs, _ = run(dataset, world_size=world_size, workers=workers, micro=micro)
-        assert np.array_equal(found, expected)
-        assert theirs == cursors
-    middle, _, _ = run(dataset, cursors[4], world_size=world_size, workers=workers, count=STEPS - 5)
-    assert np.array_equal(middle, expected[5:])
-
-
-def test_resumed_at_every_step_and_again_and_again(corpus: Path) -> None:
-    dataset = stream(corpus)
-    expected, cursors, _ = run(dataset)
-    for first in range(STEPS - 2):
-        cursor = Cursor.from_json(json.loads(json.dumps(cursors[first].to_json())))
-        assert cursor == cursors[first]
-        fresh = stream(corpus)  # another process
-        found, again, _ = run(fresh, cursor, count=STEPS - 1 - first, world_size=2 ** (first % 4))
-        assert np.array_equal(found, expected[first + 1 :])
-        assert again == cursors[first + 1 :]
-        twice, third, _ = run(
-            fresh, again[0], count=STEPS - 2 - first, micro=2
-        )  # saved right after the resume
-        assert np.array_equal(twice, expected[first + 2 :])
-        thrice, _, _ = (
-            run(fresh, third[0], count=STEPS - 3 - first) if first < STEPS - 3 else (twice[1:], 0, 0)
-        )
-        assert np.array_equal(thrice, expected[first + 3 :])
-
-
 def test_resumed_far_into_later_epochs(tmp_path: Path) -> None:
     """A small corpus, read several times over."""
-    folder = tagged(tmp_path, n=40)
+    folder = tagged_text(tmp_path, n=40)
     expected, cursors, ranks = run(stream(folder), count=60)
     assert ranks[0][-1].epoch > 4
     for first in (17, 38, 58):
@@ -211,7 +127,7 @@ def lane_tokens(batches: np.ndarray, lane: int, lanes: int) -> np.ndarray:
 
 def test_a_lane_loses_no_token_and_repeats_none(tmp_path: Path) -> None:
     """Unshuffled, a lane is the documents of its parts, one after another, epoch by epoch."""
-    folder = tagged(tmp_path, n=120, files=5)
+    folder = tagged_text(tmp_path, n=120, files=5)
     dataset = stream(folder, lanes=4, shuffle="none")
     batches, _, _ = run(dataset, size=8, count=60)
     parts = [
@@ -287,7 +203,7 @@ def test_few_parts_are_said(tmp_path: Path) -> None:
 
 
 def test_a_mixture_is_exact_in_each_lane_and_resumes(tmp_path: Path) -> None:
-    folders = [tagged(tmp_path / "x", n=200), tagged(tmp_path / "y", n=200, first=5000)]
+    folders = [tagged_text(tmp_path / "x", n=200), tagged_text(tmp_path / "y", n=200, first=5000)]
     phases = (Phase(weights=(3, 1)),)
     dataset = stream(*folders, lanes=2, phases=phases)
     expected, cursors, _ = run(dataset, count=512, size=4)
@@ -311,7 +227,7 @@ def test_a_mixture_is_exact_in_each_lane_and_resumes(tmp_path: Path) -> None:
 
 
 def test_sources_without_weights_are_one_corpus(tmp_path: Path) -> None:
-    folders = [tagged(tmp_path / "x", n=60), tagged(tmp_path / "y", n=60, first=500)]
+    folders = [tagged_text(tmp_path / "x", n=60), tagged_text(tmp_path / "y", n=60, first=500)]
     dataset = stream(*folders, lanes=2, shuffle="none")
     batches, _, _ = run(dataset, count=200, size=2)
     seen = {int(t) // 1000 for t in batches[:, :, 0].ravel() if t != Tagged.eos_id}
@@ -371,7 +287,7 @@ def test_a_stream_of_nothing_is_refused_and_does_not_turn_for_ever(tmp_path: Pat
 
 
 def test_one_side_of_a_split(tmp_path: Path) -> None:
-    folder = tagged(tmp_path, n=200)
+    folder = tagged_text(tmp_path, n=200)
     seen = []
     for side in ("train", "valid"):
         batches, _, _ = run(stream(folder, lanes=2, split=(side, 0.3)), size=2, count=400)
@@ -383,7 +299,11 @@ def test_one_side_of_a_split(tmp_path: Path) -> None:
 def test_another_corpus_under_the_cursor_is_refused(corpus: Path, tmp_path: Path) -> None:
     cursor = stream(corpus).new_cursor()
     assert cursor.check(fingerprint=stream(corpus).fingerprint, seed=5) == cursor
-    for other in (stream(tagged(tmp_path)), stream(corpus, block_size=8), stream(corpus, window_blocks=8)):
+    for other in (
+        stream(tagged_text(tmp_path)),
+        stream(corpus, block_size=8),
+        stream(corpus, window_blocks=8),
+    ):
         with pytest.raises(RequestError, match="other data"):
             cursor.check(fingerprint=other.fingerprint, seed=5)
     with pytest.raises(RequestError, match="multiple of its 8 lanes"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lmcore.data.batches import EvalBatches
-from lmcore.data.blocks import BlockDataset
+from lmcore.data.blocks import StoreBlocks
 from lmcore.data.store.store import Piece, TokenStore
 from lmcore.model.build import build_model
 from lmcore.model.evaluate import evaluate
@@ -87,7 +87,7 @@ def test_evaluation_scores_every_token_once_with_the_tail(
 ) -> None:
     """No smoothing, no z-loss, no dropout enters; float32 logits against float64: 1e-5 relative."""
     held = store(tmp_path, count)
-    blocks = BlockDataset.from_stores([held], block_size=T, drop_last=False)
+    blocks = StoreBlocks([held], block_size=T, tails=True)
     lengths = np.arange(V, dtype=np.int32) % 5
     module.train()
     result = evaluate(
@@ -106,7 +106,7 @@ def test_evaluation_scores_every_token_once_with_the_tail(
 
 def test_evaluation_sums_over_ranks(tmp_path: Any, module: ModelWithLoss) -> None:
     held = store(tmp_path, 7 * T + 3)
-    blocks = BlockDataset.from_stores([held], block_size=T, drop_last=False)
+    blocks = StoreBlocks([held], block_size=T, tails=True)
     whole = evaluate(OneProcess(module), EvalBatches(blocks, micro_batch_blocks=2))
     parts = [EvalBatches(blocks, micro_batch_blocks=2, rank=rank, world_size=3) for rank in range(3)]
     assert len({len(part) for part in parts}) == 1, "every rank makes the same number of micro-batches"

@@ -1,4 +1,4 @@
-"""The arithmetic of the budget, and the cursor that a resumed run reads on from."""
+"""The arithmetic of the budget."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from fractions import Fraction
 import pytest
 
 from lmcore.config import parse
-from lmcore.data.order import Cursor, Phase
 from lmcore.errors import RequestError
 from lmcore.run.budget import Sizes, horizon
-from lmcore.run.resume import cursor_of
 from lmcore.run.state import differences, topology
 
 
@@ -70,35 +68,15 @@ def test_auto_is_what_the_checkpoint_remembers_where_that_divides() -> None:
     assert sizes(micro_batch_blocks=4).micro_batch_blocks == 2
 
 
-def test_what_lies_behind_a_cursor_never_moves() -> None:
-    past = Cursor(fingerprint="f", seed=1, position=100, phases=(Phase(weights=(1.0, 1.0)),), skips=((3, 5),))
-
-    def now(*phases: Phase) -> Cursor:
-        return cursor_of(
-            {"cursor": past.to_json()},
-            fingerprint="f",
-            seed=1,
-            phases=phases,
-            skips=((200, 210),),
-            accept_other_data=False,
-        )
-
-    same = now(Phase(weights=(1.0, 1.0)))
-    assert same.phases == past.phases
-    assert same.skips == ((3, 5), (200, 210))
-    changed = now(Phase(weights=(3.0, 1.0)))
-    assert changed.phases == (Phase(weights=(1.0, 1.0)), Phase(position=100, weights=(3.0, 1.0)))
-    planned = now(Phase(weights=(1.0, 1.0)), Phase(position=150, weights=(0.0, 1.0)))
-    assert planned.phases == (Phase(weights=(1.0, 1.0)), Phase(position=150, weights=(0.0, 1.0)))
-    with pytest.raises(RequestError, match="seed"):
-        cursor_of(
-            {"cursor": past.to_json()},
-            fingerprint="f",
-            seed=2,
-            phases=past.phases,
-            skips=(),
-            accept_other_data=False,
-        )
+def test_padding_of_the_last_step_is_not_counted_in_the_budget() -> None:
+    one = sizes("--train.duration", "3 epochs", epoch_blocks=104)
+    config = parse.parse(
+        ["--data.train", "x", "--run_dir", "x", "--train.duration", "3 epochs"], default_recipe=None
+    )
+    rows = dict(one.rows(config, 1))
+    assert (
+        "32 steps = 4,992 tokens = 3.00 epochs" in rows["budget"]
+    )  # 312 blocks of 16; 32 whole steps are 320
 
 
 def test_another_topology_is_named() -> None:

@@ -1,5 +1,4 @@
-"""What the tests of the data rooms share: a tokenizer that is plain arithmetic, and stores whose tokens tell where
-they lie."""
+"""Data for tests: tokenizers that are plain arithmetic, and texts and stores whose tokens tell where they lie."""
 
 from __future__ import annotations
 
@@ -45,6 +44,33 @@ class SlowBytes:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         time.sleep(self.seconds)
         return Bytes().encode_batch(texts)
+
+
+@final
+class Tagged:
+    """A document ``7 12`` becomes 12 tokens that tell document and place: 1000 * 7 + 0, 1, ..., and an end."""
+
+    vocab_size, eos_id, fingerprint = 10**8, 10**8 - 1, "tagged"
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        out = []
+        for one in texts:
+            number, length = map(int, one.split())
+            out.append(1000 * number + np.arange(length, dtype=np.int64))
+            self.tokens += length + 1
+        return out
+
+
+def tagged_text(folder: Path, name: str = "a", n: int = 400, first: int = 0, files: int = 1) -> Path:
+    """n documents of 1 to 40 tokens in text files, one to a line, padded so that files have several parts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(files):
+        lines = [f"{first + i} {(i * 7) % 40 + 1}" for i in range(number, n, files)]
+        (folder / f"{name}{number}.txt").write_text("\n".join(line + " " * 500 for line in lines))
+    return folder
 
 
 def counting_store(

@@ -1,0 +1,76 @@
+"""Runs of the data loader over several ranks, put together again by position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lmcore.data.batches import Batches, StepBatch, merge_cursors
+from lmcore.data.cursor import Cursor, next_positions
+
+Row = dict[str, list[int]]
+
+
+def take(batches: Batches, count: int | None = None) -> list[StepBatch]:
+    """The first ``count`` steps, all by default; the reading thread and workers are ended."""
+    found = []
+    iterator = iter(batches)
+    for step in iterator:
+        found.append(step)
+        if len(found) == count:
+            break
+    iterator.close()  # type: ignore[attr-defined]  # a generator
+    return found
+
+
+def run_ranks(
+    dataset: Any,
+    cursor: Cursor,
+    *,
+    size: int,
+    count: int | None = None,
+    world_size: int = 1,
+    micro: int = 1,
+    **options: Any,
+) -> tuple[list[list[Row]], list[Cursor], list[list[StepBatch]]]:
+    """(the rows of each global batch in the order of their positions, the cursor after each step, each rank's steps)."""
+    ranks = [
+        take(
+            Batches(
+                dataset,
+                cursor=cursor,
+                global_batch_blocks=size,
+                micro_batch_blocks=micro,
+                rank=rank,
+                world_size=world_size,
+                **options,
+            ),
+            count,
+        )
+        for rank in range(world_size)
+    ]
+    assert len({len(steps) for steps in ranks}) == 1, "ranks make different numbers of steps"
+    reader = dataset.resumed(cursor)
+    batches, cursors, here = [], [], cursor
+    for number in range(len(ranks[0])):
+        positions, _ = next_positions(here.position, size, here.skips)
+        rows: dict[int, Row] = {}
+        for rank, steps in enumerate(ranks):
+            mine = reader.rank_slice(positions, rank, world_size).tolist()
+            found = [
+                {key: value[row].tolist() for key, value in batch.items()}
+                for batch in steps[number].micro_batches
+                for row in range(len(batch["labels"]))
+            ]
+            assert len(found) == len(mine)
+            rows |= dict(zip(mine, found))
+        batches.append([rows[position] for position in sorted(rows)])
+        here = merge_cursors([steps[number].cursor for steps in ranks])
+        cursors.append(here)
+    return batches, cursors, ranks
+
+
+def inputs_of(batch: list[Row]) -> np.ndarray:
+    """(B, T) inputs of a global batch."""
+    return np.array([row["input_ids"] for row in batch])
