@@ -1,9 +1,9 @@
-# The commands of the house. Each works on a fresh machine: Linux, Python 3.11 or newer, pip.
+# Each target works on a fresh machine with Linux, Python 3.11 or newer, and pip.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all check format clean docker-build docker-shell
+.PHONY: help demo test test-all check docs format clean docker-build docker-shell
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -31,6 +31,9 @@ check: $(BIN)/.installed-dev  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(BIN)/.installed-dev  ## the documentation site, in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: $(BIN)/.installed-dev  ## write the format
 	$(BIN)/ruff format .

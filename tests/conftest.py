@@ -8,6 +8,8 @@ import shutil
 import signal
 import tempfile
 
+import hypothesis
+
 # Before torch is imported anywhere: two cores, several processes; more threads only fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,3 +31,9 @@ def pytest_configure() -> None:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+
+
+# Property tests draw new examples on a developer's machine; a gate must give the same answer twice.
+hypothesis.settings.register_profile("ci", derandomize=True, print_blob=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
