@@ -2,7 +2,7 @@
 
 Each change (create, write, fsync, rename, unlink, link, mkdir, rmdir) is one method, which calls ``before`` first.
 Tests pass a ``before`` that kills the process, raises an error, or records what a power cut would leave, at every
-single call. Files are never created or appended to through a symbolic link.
+single call. A file is never created through a symbolic link.
 
 Example::
 
@@ -15,12 +15,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TextIO, final
-
-from lmcore.errors import RequestError
+from typing import Any, Final, NamedTuple, final
 
 CHUNK_BYTES: Final = 4 << 20
 """The largest single write: long enough to be fast, short enough that other threads get their turn."""
@@ -71,18 +69,6 @@ class Disk:
         self._announce(Call(operation="create", path=str(path)))
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if exclusive else os.O_TRUNC)
         return Opened(str(path), os.open(path, flags | os.O_NOFOLLOW, 0o666))
-
-    def append(self, path: Path | str) -> TextIO:
-        """A text file (UTF-8) opened for appending, created if it is missing: logs and ``metrics.jsonl``.
-
-        What is written to it does not pass ``before``: a log may lose its last lines.
-
-        Raises:
-            OSError: among others ``ELOOP`` if ``path`` is a symbolic link.
-        """
-        self._announce(Call(operation="create", path=str(path)))
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8")
 
     def write(self, file: Opened, data: bytes | memoryview) -> None:
         """All of ``data``, in pieces of at most :data:`CHUNK_BYTES`; a short write is continued."""
@@ -226,33 +212,3 @@ class Disk:
 
 DISK: Final = Disk()
 """The default of every ``disk`` argument."""
-
-
-def refuse_links_out(folder: Path, *, allowed: Collection[str] = ("checkpoints",)) -> None:
-    """Refuse a folder that is about to be written if an entry of it is a link that leads elsewhere.
-
-    A run folder from somebody else may hold ``train.log -> ~/.bashrc``. Links inside the folder are fine, and so is
-    ``checkpoints``, which people move to a larger disk.
-
-    Args:
-        folder: a run folder; it may be a link itself, and may be missing.
-        allowed: names at its top that may be links to anywhere.
-
-    Raises:
-        RequestError: names the link and its target.
-    """
-    root = os.path.realpath(folder)
-    for place in (folder, folder / "logs", folder / "tokenizer"):
-        try:
-            entries = list(os.scandir(place))
-        except OSError:
-            continue  # not there yet; whoever writes there reports what is wrong
-        for entry in entries:
-            if not entry.is_symlink() or (place == folder and entry.name in allowed):
-                continue
-            target = os.path.realpath(entry.path)
-            if os.path.commonpath([root, target]) != root:
-                raise RequestError(
-                    f"{entry.path} is a link to {target}, outside of the run folder, and would be written through: "
-                    "replace the link by a copy, or choose another --run_dir"
-                )

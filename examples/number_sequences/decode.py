@@ -18,9 +18,8 @@ from torch import Tensor
 
 from examples.number_sequences.sequences import PADDING, Sequences, random_draws, to_text, unseen_pairs
 from examples.number_sequences.transformer import Transformer, greedy
-from lmcore.checkpoint.writer import find
 from lmcore.errors import RequestError
-from lmcore.saved.load import model_of
+from lmcore.saved.load import load_model
 
 MODEL = "examples.number_sequences.transformer:build"
 """What stands in a run folder is not executed: the model and the data are named here."""
@@ -51,11 +50,7 @@ def score(predictions: Tensor, labels: Tensor) -> Score:
 
 def open_run(run_dir: str) -> tuple[Transformer, Sequences]:
     """The model of the newest good checkpoint, and the run's test set."""
-    found = find(Path(run_dir) / "checkpoints", "auto", repair=False)
-    if found is None:
-        raise RequestError(f"{run_dir} has no checkpoint yet")
-    with found:
-        model = model_of(found, factory=MODEL)
+    model = load_model(run_dir, factory=MODEL, device="cpu").model
     data = yaml.safe_load((Path(run_dir) / "config.yaml").read_text(encoding="utf-8"))["data"]
     if data["factory"] not in DATA:
         raise RequestError(f"{run_dir} was trained on other data: {data['factory']}")

@@ -111,8 +111,8 @@ class Checkpoints:
         background: write and hash in a thread of low priority; ``save`` returns when the tensors are copied.
         on_full_disk: after a failed save ``stop`` raises ``FaultError`` at the next step boundary, ``continue`` notes it
             and trains on. A failure of the last save is always raised (``wait(final=True)``).
-        progress: called while a save is written in the foreground: at each tensor, and at each file that is read
-            back. A watchdog can take it for a sign of life.
+        progress: called while :meth:`save` works, on every rank: at each tensor, and at each file that is read back. A
+            watchdog takes it for a sign of life, so that a long save is not mistaken for a hang.
         note: gets one line per event; always called on the caller's thread.
     """
 
@@ -191,7 +191,7 @@ class Checkpoints:
                     tensors = iter(tensors)
                     self._run(save, in_order(save.plan, tensors))
         for _ in tensors:  # the rest of the gathering: the other ranks are in it and wait for this one
-            pass
+            self._progress()
 
     def _run(self, save: _Save, tensors: Iterator[Tensor]) -> None:
         save.tensors = tensors

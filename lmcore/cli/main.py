@@ -139,7 +139,9 @@ def prepare(words: list[str]) -> None:
 
 def _one_at_a_time(lock: Path, work: Callable[[], Any]) -> Any:
     """What one process does for all: the second finds it done (a tokenizer is not trained twice)."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    from lmcore.disk import DISK
+
+    DISK.makedirs(lock.parent)
     with open(lock, "w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         return work()
@@ -270,15 +272,19 @@ def order(words: list[str]) -> None:
     parser.add_argument("--position", default=None, help="one position or FIRST-LAST, both included")
     parser.add_argument("--step", type=int, default=None, help="all positions of this step (the first is 1)")
     parser.add_argument("--text", type=int, default=80, help="characters of each block to show; 0: none")
+    parser.add_argument(
+        "--factory",
+        default=None,
+        metavar="MODULE:NAME",
+        help="the code of your own data, as in training: only what is named here is run",
+    )
     asked = parser.parse_args(words)
-    from lmcore.config import parse as command_line
     from lmcore.config.schema import global_batch_blocks
     from lmcore.run import setup as assemble
+    from lmcore.saved.run_config import read_run_config
 
     run = Path(asked.run)
-    if not (run / "config.yaml").is_file():
-        raise RequestError(f"{run}: no config.yaml there; give the folder of a run")
-    config = command_line.parse(["--config", str(run / "config.yaml")])
+    config = read_run_config(run, trusted=[asked.factory] if asked.factory else (), uses=("data.factory",))
     display = tasks()
     data = assemble.open_data(config, run / "tokenizer", note=display.note, task=display.task)
     display.close()
@@ -298,13 +304,17 @@ def _past(run: Path, fingerprint: str, seed: int) -> list[Any]:
 
     Refuses a corpus that is not the one the run was trained on.
     """
+    from lmcore.checkpoint.manifest import STATE, Damaged, committed, read_json
     from lmcore.data.cursor import Cursor
 
     cursors = []
-    for path in sorted(
-        (run / "checkpoints").glob("step-*/state.json")
-    ):  # a run that has not saved yet has none
-        cursor = Cursor.from_json(json.loads(path.read_text(encoding="utf-8"))["cursor"])
+    for path in committed(run / "checkpoints"):  # a run that has not saved yet has none
+        try:
+            cursor = Cursor.from_json(read_json(path / STATE)["cursor"])
+        except (Damaged, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RequestError(
+                f"{path}: {STATE} has no valid cursor ({error}); check it with lmcore checkpoints"
+            ) from None
         cursors.append(cursor.check(fingerprint=fingerprint, seed=seed, override="the text as it was"))
     return cursors
 

@@ -7,7 +7,6 @@ data are the user's own; only ``--probe`` trains, two steps that leave nothing b
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lmcore.disk import DISK
 from lmcore.errors import EXIT_FINISHED, RequestError
 
 MACHINE = """\
@@ -120,8 +120,8 @@ def probe_rows(
         if engine.is_main:
             kept = {"signature": made.signature(), "tokens_per_second": rate, "watts_per_device": watts}
             folder = Path(config.run_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / PLAN_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+            DISK.makedirs(folder)
+            DISK.write_json(folder / PLAN_FILE, kept)
         return [*made.rows(), *rows] if engine.is_main else []
     finally:
         engine.close()

@@ -85,7 +85,7 @@ def _opened(parser: Parser, words: list[str]) -> tuple[argparse.Namespace, Any]:
 
 def to_stderr(line: str) -> None:
     """A line about the result, beside it: standard output holds the result alone."""
-    from lmcore.report.console import printable
+    from lmcore.humanize import printable
 
     print(f"lmcore: {printable(line)}", file=sys.stderr)
 
@@ -152,7 +152,7 @@ def generate(words: list[str]) -> None:
 
 def _continue(asked: argparse.Namespace, saved: Any, prompt: str, *, echo: bool = True) -> None:
     """Write all samples of one prompt to standard output, as they come."""
-    from lmcore.report.console import printable
+    from lmcore.humanize import printable
     from lmcore.saved.generate import stream
 
     shown = (lambda text: text) if asked.raw else printable
@@ -262,7 +262,7 @@ def evaluate(words: list[str]) -> None:
         "--json", default=None, metavar="FILE", help="write the results there too; -: only them"
     )
     asked, saved = _opened(parser, words)
-    from lmcore.report.console import printable
+    from lmcore.humanize import printable
     from lmcore.saved.score import score
 
     sets: dict[str, list[str]] = {}
@@ -333,7 +333,7 @@ def export(words: list[str]) -> None:
         raise RequestError(f"--max_shard_gb must be above 0 (got {asked.max_shard_gb})")
     quiet_libraries()
     from lmcore.checkpoint.reader import open_checkpoint
-    from lmcore.report.console import printable
+    from lmcore.humanize import printable
     from lmcore.saved import export as exporting
     from lmcore.saved.load import resolve
 
@@ -423,8 +423,7 @@ def checkpoints(words: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON array with all that is known")
     asked = parser.parse_args(words)
     from lmcore.checkpoint.reader import listing
-    from lmcore.humanize import short, size
-    from lmcore.report.console import printable
+    from lmcore.humanize import printable, short, size
 
     folder = Path(asked.run) / "checkpoints"
     if not folder.is_dir():

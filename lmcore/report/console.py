@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from lmcore.disk import DISK
 from lmcore.humanize import CONTROL, duration, one_line, printable, short
 from lmcore.report.redact import hide_values, redact
 
@@ -485,7 +486,7 @@ class RankLog:
     def _write_line(self, text: str) -> None:
         try:
             if self._log_file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
+                DISK.makedirs(self._path.parent)
                 self._log_file = open(self._path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             if self._lost_lines:
                 self._log_file.write(f"{now()} {self._lost_lines} lines are missing here\n")

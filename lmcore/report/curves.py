@@ -45,9 +45,7 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """The configuration as nested values."""
-        import yaml  # lazily: comes with jsonargparse
-
-        values = yaml.safe_load(self.config)
+        values = plain_yaml(self.config, f"{self.path}/config.yaml")
         return values if isinstance(values, dict) else {}
 
     def of(self, kind: str) -> list[dict[str, Any]]:
@@ -55,6 +53,28 @@ class Run:
 
     def events(self, *names: str) -> list[dict[str, Any]]:
         return [record for record in self.of("event") if record.get("event") in names]
+
+
+def plain_yaml(text: str, where: str) -> Any:
+    """Values of YAML as lmcore writes it: no tags, and no aliases, of which a few lines can stand for terabytes.
+
+    Raises:
+        RequestError: not such YAML; the message begins with ``where``.
+    """
+    import yaml  # lazily: comes with jsonargparse
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("an alias (*name), which lmcore does not write")
+            return super().compose_node(parent, index)
+
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RequestError(
+            f"{where}: not a configuration of lmcore: {' '.join(str(error).split())}"
+        ) from None
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
@@ -118,6 +138,11 @@ def smoothed(points: Points) -> Points:
     return result
 
 
+def _plain_label(text: str) -> str:
+    """A name as matplotlib shows it: between two dollar signs it would read a formula, and fail on most texts."""
+    return text.replace("$", r"\$")
+
+
 def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # lazily: matplotlib takes a second to import
 
@@ -172,7 +197,7 @@ def loss_picture(runs: Sequence[Run], by: str, *, format: str = "svg") -> bytes:
     figure, axes = _axes(f"Loss by {label}", label, "nats per token")
     for index, run in enumerate(runs):
         colour = COLOURS[index % len(COLOURS)]
-        prefix = f"{run.name}: " if len(runs) > 1 else ""
+        prefix = f"{_plain_label(run.name)}: " if len(runs) > 1 else ""
         train = series(run.of("train"), "loss", by)
         raw = thinned(train)
         if len(train) > 12:
@@ -186,7 +211,7 @@ def loss_picture(runs: Sequence[Run], by: str, *, format: str = "svg") -> bytes:
             shade = colour if len(runs) > 1 else COLOURS[(number + 1) % len(COLOURS)]
             if points:
                 style = {"color": shade, "linestyle": "--", "marker": "o", "markersize": 3, "linewidth": 1.2}
-                axes.plot(*zip(*thinned(points)), label=f"{prefix}{name}", **style)
+                axes.plot(*zip(*thinned(points)), label=f"{prefix}{_plain_label(str(name))}", **style)
         if by == "step" and len(runs) == 1:
             _marks(axes, run)
     limits = _loss_limits(runs)
@@ -216,7 +241,7 @@ def _simple(
         for index, run in enumerate(runs):
             points = thinned(series(run.of("train"), key, scale=scale))
             if points:
-                name = run.name if len(runs) > 1 else None
+                name = _plain_label(run.name) if len(runs) > 1 else None
                 axes.plot(*zip(*points), color=COLOURS[index % len(COLOURS)], linewidth=1.2, label=name)
         if log and any(y > 0 for run in runs for _, y in series(run.of("train"), key)):
             axes.set_yscale("log")

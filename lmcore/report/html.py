@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lmcore.disk import DISK
 from lmcore.humanize import duration, printable, short, size
 from lmcore.report.curves import COLOURS, PICTURES, Run, loss_picture, read_run, series
 
@@ -46,10 +47,8 @@ border-radius:3px;margin-right:6px}.wide{overflow-x:auto}
 def write_report(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
     """Write the page; atomically, since someone may have it open."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(page(runs), encoding="utf-8")
-    os.replace(temporary, target)
+    DISK.makedirs(target.parent)
+    DISK.write_text(target, page(runs), durable=False)
     return target
 
 

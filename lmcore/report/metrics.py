@@ -24,6 +24,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lmcore.disk import DISK
+
 ABANDONING_EVENTS = frozenset({"start", "resume", "rewound"})
 """Events after which the records of later steps belong to a past that was given up."""
 WAITING_RECORDS = 100_000
@@ -39,7 +41,7 @@ class MetricsFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Raises ``OSError`` if the file cannot be opened."""
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        DISK.makedirs(self.path.parent)
         self._torn = self.path.exists() and self.path.stat().st_size > 0 and self._last_byte() != b"\n"
         # Without a buffer: after a failed write it is known what is in the file.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run

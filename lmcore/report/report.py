@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lmcore.disk import DISK
 from lmcore.errors import RequestError
 from lmcore.humanize import duration, short
 from lmcore.report.console import RankLog, now, one_line, silence_other_bars
@@ -97,7 +98,7 @@ class Report(RankLog):
         self._file: MetricsFile | None = None
         if self.is_main:
             try:
-                self.run_dir.mkdir(parents=True, exist_ok=True)
+                DISK.makedirs(self.run_dir)
                 self._file = MetricsFile(self.run_dir / "metrics.jsonl")
             except OSError as error:
                 raise RequestError(

@@ -14,6 +14,7 @@ from lmcore.config.durations import Duration, Durations
 from lmcore.config.schema import RunConfig
 from lmcore.data import corpus
 from lmcore.data.text import documents
+from lmcore.disk import DISK
 from lmcore.run.setup import reading_of
 
 SAMPLE_BYTES = 2_000_000
@@ -50,10 +51,10 @@ def write_sample(config: RunConfig, folder: Path) -> None:
     """The first documents of the training text, every tenth of them to evaluate on, for :func:`shortened`."""
     if config.data.factory is not None:
         return
-    (folder / "sample").mkdir(parents=True, exist_ok=True)
+    DISK.makedirs(folder / "sample")
     lines = list(_sample_lines(config))
-    (folder / "sample" / "train.jsonl").write_text("".join(lines), encoding="utf-8")
-    (folder / "sample" / "valid.jsonl").write_text("".join(lines[::10]), encoding="utf-8")
+    DISK.write_text(folder / "sample" / "train.jsonl", "".join(lines), durable=False)
+    DISK.write_text(folder / "sample" / "valid.jsonl", "".join(lines[::10]), durable=False)
 
 
 def _sample_lines(config: RunConfig) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lmcore.checkpoint import reader
@@ -14,6 +16,19 @@ if TYPE_CHECKING:
     from lmcore.config.schema import RunConfig
     from lmcore.report.report import Report
     from lmcore.run.folder import RunFolder
+
+
+@contextlib.contextmanager
+def _trained_all_the_same(step: int, what: str, command: str) -> Iterator[None]:
+    """What fails after the last step is a fault (70), not a wrong request: it names the command that does the rest."""
+    try:
+        yield
+    except Exception as error:  # any library that draws, converts or writes
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise FaultError(
+            f"the training is finished and its checkpoint of step {step} is saved, but {what} failed: {why}; when "
+            f"that is fixed, this does the rest: {command}"
+        ) from error
 
 
 def write_results(
@@ -29,7 +44,7 @@ def write_results(
         averaged: export the moving average instead of the last weights.
 
     Raises:
-        FaultError: there is no checkpoint, or the export does not compute what the trained model does.
+        FaultError: there is no checkpoint, or the export or the report could not be written. The checkpoint stays.
     """
     path = folder.path
     which = "best" if config.checkpoint.export == "best" else "auto"
@@ -39,15 +54,25 @@ def write_results(
     with chosen:
         place = chosen.path
         if config.model.factory is None:
-            place = export(
-                chosen,
-                path / "export",
-                run_dir=path,
-                dtype=config.checkpoint.export_dtype,
-                weights="ema" if averaged else "model",
-                note=report.note,
+            weights = ["--weights", "ema"] if averaged else []
+            dtype = (
+                []
+                if config.checkpoint.export_dtype == "fp32"
+                else ["--dtype", config.checkpoint.export_dtype]
             )
-    page = write_report([read_run(path)], path / "report.html")
+            best = ["--checkpoint", "best"] if which == "best" else []
+            command = shell_command("lmcore", "export", path, *best, *dtype, *weights)
+            with _trained_all_the_same(chosen.step, "the export", command):
+                place = export(
+                    chosen,
+                    path / "export",
+                    run_dir=path,
+                    dtype=config.checkpoint.export_dtype,
+                    weights="ema" if averaged else "model",
+                    note=report.note,
+                )
+        with _trained_all_the_same(chosen.step, "the report", shell_command("lmcore", "report", path)):
+            page = write_report([read_run(path)], path / "report.html")
     rows = [("model", str(place)), ("report", str(page))]
     commands = [
         ("continue", training_command("--config", path / "config.yaml", "--train.duration", "N")),

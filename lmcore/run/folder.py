@@ -222,8 +222,11 @@ class RunFolder:
     def _refuse_links(self) -> None:
         """Raises ``RequestError`` if a name that a run writes to is a link out of the folder."""
         root = os.path.realpath(self.path)
-        for name in NEVER_LINKS:
-            path = self.path / name
+        for path in (
+            *(self.path / name for name in NEVER_LINKS),
+            *self.logs.glob("*"),
+            *self.logs.glob(".*"),
+        ):
             if path.is_symlink() and os.path.commonpath([root, os.path.realpath(path)]) != root:
                 raise RequestError(
                     f"{path} is a link to {os.readlink(path)!r}, outside of the run folder, and the run would write "

@@ -45,6 +45,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final, final
 
+from lmcore.disk import DISK
 from lmcore.errors import EXIT_FAULT, EXIT_SAVED, RequestError
 from lmcore.run.anomalies import (
     SPIKE_POLICIES,
@@ -307,7 +308,7 @@ class Guard:
             with contextlib.suppress(
                 OSError
             ):  # somebody else may have taken it away, or the disk is read-only now
-                (self._run_dir / name).unlink()
+                DISK.unlink(self._run_dir / name)
 
     # ---- numerical faults ---------------------------------------------------------------------------------
 

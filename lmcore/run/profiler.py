@@ -12,6 +12,8 @@ from typing import final
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lmcore.disk import DISK
+
 TABLE_ROWS = 30
 
 
@@ -38,12 +40,12 @@ class ProfileWindow:
     def _finish(self) -> str:
         assert self._profile is not None
         self._profile.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        DISK.makedirs(self._folder)
         name = f"steps-{self._first}-{self._last}"
         trace = self._folder / f"{name}.json.gz"
         self._profile.export_chrome_trace(str(trace))
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = self._profile.key_averages().table(sort_by=by, row_limit=TABLE_ROWS)
-        (self._folder / f"{name}.txt").write_text(table, encoding="utf-8")
+        DISK.write_text(self._folder / f"{name}.txt", table, durable=False)
         self._profile = None
         return str(trace)

@@ -27,11 +27,12 @@ class Change(NamedTuple):
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     """The differences between two :func:`~lmcore.config.schema.flatten` views, those to be refused first.
 
-    Options that this version does not have, or that the version of the checkpoint did not have, are ``free``.
+    Options that this version does not have are ``free``; one that the version of the checkpoint did not have counts as
+    having had its default.
     """
-    found = []
+    found, defaults = [], flatten(RunConfig())
     for name in dict.fromkeys([*old, *new]):
-        before, after = old.get(name), new.get(name)
+        before, after = old.get(name, defaults.get(name)), new.get(name)
         if before != after:
             known = keys().get(name) or keys().get(name.split(".config.")[0] + ".config")
             found.append(Change(name, before, after, known.resume if known else "free"))

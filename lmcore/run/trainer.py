@@ -28,6 +28,7 @@ from lmcore.config.schema import RunConfig, flatten, ranges, to_yaml
 from lmcore.conventions import IGNORED_LABEL
 from lmcore.data.batches import Batches, StepBatch, merge_cursors
 from lmcore.data.cursor import Cursor, merge_skips
+from lmcore.disk import DISK
 from lmcore.engine.ranks import on_main
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED, FaultError, RequestError
 from lmcore.model.module import parameter_counts
@@ -52,6 +53,7 @@ from lmcore.run.profiler import ProfileWindow
 from lmcore.run.replicas import odd_ranks, parameter_hash
 from lmcore.run.resume import find_checkpoint
 from lmcore.run.state import State, differences, topology
+from lmcore.saved.export import refuse_foreign_folder
 from lmcore.saved.load import describe
 
 if TYPE_CHECKING:
@@ -158,6 +160,8 @@ class Run:
         self.report.capture_logging()
         self._found = on_main(self.engine, partial(find_checkpoint, config, self.folder, self.report))
         on_main(self.engine, partial(refuse_early, config))
+        if config.model.factory is None:
+            on_main(self.engine, partial(refuse_foreign_folder, self.folder.path / "export"))
         if self._owns_folder:
             self.folder.write_status("preparing", step=self._past.get("step", 0))
 
@@ -237,6 +241,7 @@ class Run:
             background=config.checkpoint.background,
             on_full_disk=config.checkpoint.on_full_disk,
             is_main=engine.is_main,
+            progress=lambda: self.guard.beat("save", self.state.step),
             note=self.report.note,
         )
         self._skips = merge_skips(ranges(config.data.skip_positions, "data.skip_positions"))
@@ -306,7 +311,7 @@ class Run:
         )
         if engine.is_main:
             self.folder.write_status("running", step=state.step)
-            (self.folder.path / "config.yaml").write_text(redact(to_yaml(config)), encoding="utf-8")
+            DISK.write_text(self.folder.path / "config.yaml", redact(to_yaml(config)))
             self.trackers = Trackers(
                 config.report.trackers,
                 self.folder.path,

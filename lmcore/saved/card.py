@@ -279,10 +279,7 @@ def _procedure(opened: Checkpoint, adapter: Mapping[str, Any] | None) -> list[tu
 
 def _without_paths(text: str) -> str:
     """A configuration in which paths of this machine are cut to their last part."""
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        return ""
+    values = curves.plain_yaml(text, "config.yaml")
     return yaml.safe_dump(_cut(values), sort_keys=False, allow_unicode=True, width=110)
 
 

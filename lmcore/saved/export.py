@@ -187,7 +187,7 @@ def _write_adapter(trained: Any, folder: Path, opened: Checkpoint) -> dict[str, 
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    folder.mkdir()
+    DISK.mkdir(folder)
     config = trained.peft_config["default"]
     config.base_model_name_or_path = card.base_model(opened)
     config.task_type = "CAUSAL_LM"

@@ -22,10 +22,12 @@ from safetensors.torch import save_file
 
 from lmcore.checkpoint import writer
 from lmcore.checkpoint.manifest import manifest_bytes
+from lmcore.cli.main import main
 from lmcore.data.tokenizer.tokenizer import load_tokenizer
 from lmcore.errors import RequestError
 from lmcore.model.build import build_model
 from lmcore.saved import load
+from lmcore.saved.run_config import CODE, read_run_config
 
 
 class Bomb:
@@ -423,3 +425,62 @@ def test_damaged_tokenizer_of_an_export_is_one_line(tmp_path: Path, name: str) -
     said = attempt(lambda: load.load_model(tmp_path, device="cpu"))
     assert said != "opened"
     assert "\n" not in said
+
+
+# ---- configurations of run folders --------------------------------------------------------------------------
+
+
+def run_folder(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(text)
+    (folder / "metrics.jsonl").write_text('{"kind": "event", "event": "start", "step": 0}\n')
+    return folder
+
+
+@pytest.mark.parametrize("option", CODE)
+def test_code_named_by_a_run_folder_runs_only_if_the_user_names_it(
+    tmp_path: Path, mark: Path, option: str
+) -> None:
+    section, _, key = option.partition(".")
+    other = "" if section == "data" else "data: {train: [a.txt]}\n"
+    run = run_folder(
+        tmp_path / "run", f"{other}{section}:\n  {key}: os:system\n  config: {{command: touch {mark}}}\n"
+    )
+    for trusted in ((), ("os:popen",)):
+        with pytest.raises(
+            RequestError, match=rf"{option} is 'os:system', which is code.*--factory os:system"
+        ):
+            read_run_config(run, trusted=trusted)
+    assert read_run_config(run, trusted=("os:system",)).run_dir
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("words", [["order", "RUN", "--step", "1"], ["report", "RUN"], ["checkpoints", "RUN"],
+                                   ["generate", "RUN", "--prompt", "x"], ["export", "RUN"],
+                                   ["evaluate", "RUN", "--data", "RUN/metrics.jsonl"]])  # fmt: skip
+def test_commands_run_no_code_of_a_run_folder(tmp_path: Path, mark: Path, words: list[str]) -> None:
+    run = run_folder(
+        tmp_path / "run",
+        f"data: {{factory: 'os:system', config: {{command: 'touch {mark}'}}}}\nmodel: {{factory: 'os:system'}}\n",
+    )
+    (run / "checkpoints").mkdir()
+    attempt(lambda: main([*(word.replace("RUN", str(run)) for word in words), "--debug"]))
+    assert not mark.exists()
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefghi", "bcdefghij")
+)
+"""A thousand bytes that stand for 9 to the 10th power of values."""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "text", [BOMB, "[" * 5_000, "run_dir: [", "\x00", "- a\n", "!!python/object:os.system {}"]
+)
+def test_hostile_config_yaml_is_one_line(tmp_path: Path, text: str) -> None:
+    runs = [run_folder(tmp_path / name, text) for name in "ab"]
+    with pytest.raises(RequestError) as refused:
+        read_run_config(runs[0])
+    assert "\n" not in str(refused.value)
+    attempt(lambda: main(["report", *map(str, runs), "--out", str(tmp_path / "out.html"), "--debug"]))

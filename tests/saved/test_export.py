@@ -110,7 +110,13 @@ def make_run(
             where = {"step": step, "epoch": step / 3, "tokens": 128 * step, "position": 2 * step}
             report.step(**where, lr=1e-3, due=True, **sums)
         report.evaluation(
-            set="valid", step=steps, epoch=1.0, tokens=384, loss=2.5, perplexity=12.18, bits_per_byte=1.9
+            set="costs $5_{ to $6_",
+            step=steps,
+            epoch=1.0,
+            tokens=384,
+            loss=2.5,
+            perplexity=12.18,
+            bits_per_byte=1.9,
         )
     (run_dir / "config.yaml").write_text(
         "run_dir: /home/me/runs/demo\noptim:\n  lr: 0.001\ndata:\n  train:\n  - /home/me/corpus/a.txt\n"
@@ -239,7 +245,7 @@ def test_model_card(tmp_path: Path) -> None:
         "library_name: transformers",
         "| train | stdlib | 10 documents, 0.0 MB, 1,234 tokens |",
         "| validation | v\\|1 | 2 documents, 99 tokens |",
-        "| valid | 3 | 2.5000 | 12.1800 | 1.9000 |",
+        "| costs $5_{ to $6_ | 3 | 2.5000 | 12.1800 | 1.9000 |",
         "pretrained from scratch",
         "- method: pretraining from scratch",
         "- optimizer: name adamw, lr 0.001",

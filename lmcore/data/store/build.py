@@ -289,7 +289,7 @@ def _tidy(folder: Path) -> None:
     for pattern in (".*.tmp", ".now.*", "*.claim", "failure.json"):
         for path in folder.glob(pattern):
             with contextlib.suppress(OSError):  # others tidy at the same time, or it is a store to read only
-                path.unlink()
+                DISK.unlink(path)
 
 
 def _bad_records(manifest: dict[str, Any]) -> Iterator[str]:

@@ -308,7 +308,7 @@ def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
             report()
         DISK.fsync(file)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        DISK.remove_quietly(aside)
         raise
     finally:
         DISK.close(file)

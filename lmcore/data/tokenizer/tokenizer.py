@@ -131,7 +131,8 @@ class Tokenizer(ABC):
         files = self._files_to_save(model_max_length)
         target = Path(folder)
         DISK.makedirs(target)
-        (target / RECORD_FILE).unlink(missing_ok=True)
+        if (target / RECORD_FILE).exists():
+            DISK.unlink(target / RECORD_FILE)
         for path in huggingface.stale_files(target, list(files)):
             DISK.unlink(path)
         for name in sorted(files, key=lambda one: one == RECORD_FILE):

@@ -1,0 +1,47 @@
+"""The configuration of a run folder, read as data: code that it names runs only if the user names it too."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from lmcore.config import parse
+from lmcore.config.schema import RunConfig, flatten
+from lmcore.errors import RequestError
+from lmcore.report.curves import plain_yaml
+
+CODE = ("data.factory", "model.factory", "loss.factory", "optim.name")
+"""Options that can name code (``package.module:function``)."""
+
+
+def read_run_config(
+    run_dir: Path, *, trusted: Collection[str] = (), uses: Collection[str] = CODE
+) -> RunConfig:
+    """The configuration that a run was started with.
+
+    A run folder may come from somebody else, and ``os:system`` is an import path too. ``--config FILE`` is the other
+    case: a file that the user hands to lmcore to be followed.
+
+    Args:
+        trusted: import paths (``package.module:function``) that the user has named.
+        uses: options of :data:`CODE` whose code the caller is about to run; the others may name anything.
+
+    Raises:
+        RequestError: no valid configuration there, or it names code that is not in ``trusted``.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise RequestError(f"{run_dir}: no config.yaml there; give the folder of a run")
+    try:
+        plain_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: {error}") from None
+    config = parse.parse(["--config", str(path)])
+    values = flatten(config)
+    for option in uses:
+        named = values.get(option)
+        if isinstance(named, str) and ":" in named and named not in trusted:
+            raise RequestError(
+                f"{path}: {option} is {named!r}, which is code: if you trust it, add --factory {named}"
+            )
+    return config
