@@ -27,6 +27,7 @@ def pytest_configure() -> None:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", outside)  # ``tmp_path`` stays where pytest has it
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{outside}/torchinductor_{getpass.getuser()}")
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="lmcore-tests-")
+    os.environ["LMCORE_CACHE"] = f"{tempfile.tempdir}/cache"
 
 
 def pytest_unconfigure() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -13,6 +15,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -24,8 +27,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcore.data.store import build as tokens_room
-from lmcore.data.store import claims
+from lmcore.data.store import build, claims, verification
 from lmcore.data.store.build import Progress, build_store
 from lmcore.data.store.store import MANIFEST, TokenStore
 from lmcore.data.text import documents as text
@@ -285,7 +287,7 @@ def test_a_kill_at_any_call_of_the_end_leaves_nothing_behind(tmp_path: Path) -> 
     counter = Counter()
     assert whole.folder is not None
     begun = tmp_path / "begun"
-    assert forked(lambda: build(begun, KillAt(8, torn=True))) == -signal.SIGKILL
+    assert forked(lambda: build(begun, KillAt(13, torn=True))) == -signal.SIGKILL
     left = {name for name in contents(next(begun.iterdir())) if name.startswith(".") or "claim" in name}
     assert left, "a claim, and a part that is not whole"
     shutil.copytree(begun, tmp_path / "count")
@@ -486,19 +488,248 @@ def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
     path.write_bytes(good[:-1])
     with pytest.raises(RequestError, match=r"has only \d+ bytes"):
         TokenStore.open(folder)
-    path.write_bytes(b"\1" + good[1:])
-    with pytest.raises(RequestError, match=r"is damaged"):
-        TokenStore.open(folder).verify()
     path.unlink()
     with pytest.raises(RequestError, match=r"is missing"):
         TokenStore.open(folder)
+    path.write_bytes(good)
     manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "version": 99}))
-    with pytest.raises(RequestError, match=r"version 99"):
-        TokenStore.open(folder)
-    (folder / MANIFEST).write_text("{")
-    with pytest.raises(RequestError, match=r"is damaged"):
-        TokenStore.open(folder)
+    part = manifest["parts"][0]
+    for change, words in {
+        "version": ({"version": 99}, "version 99"),
+        "half the tokens": ({"tokens": manifest["tokens"] // 2}, "damaged"),
+        "another type": ({"dtype": "|u1"}, "damaged"),
+        "no fields": (dict.fromkeys(manifest), "version"),
+        "negative": ({"documents": -1}, "damaged"),
+        "another corpus": ({"identity": {**manifest["identity"], "eos": False}}, "damaged"),
+        "a file outside": ({"parts": [{**part, "file": "../outside"}]}, "cannot be a name"),
+        "an absolute path": ({"parts": [{**part, "file": "/etc/passwd"}]}, "cannot be a name"),
+        "a number": ({"parts": [{**part, "file": 5}]}, "damaged"),
+        "a list": ({"parts": [[]]}, "damaged"),
+        "no parts": ({"parts": {}}, "damaged"),
+    }.values():
+        (folder / MANIFEST).write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(RequestError, match=words) as caught:
+            TokenStore.open(folder)
+        assert "\n" not in str(caught.value)
+    for text_of_it in ("", "{", "{}", "[]", "[" * 100_000, '{"version": NaN}', "\xff"):
+        (folder / MANIFEST).write_text(text_of_it, encoding="latin-1")
+        with pytest.raises(RequestError, match=r"damaged|version"):
+            TokenStore.open(folder)
+
+
+# ---- verification: nothing is trusted because it exists ----
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LMCORE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The parts whose bytes were read and compared."""
+    names: list[str] = []
+    read = verification._read
+
+    def counting(folder: Path, part: verification.Part, dtype: str) -> object:
+        names.append(part["file"])
+        return read(folder, part, dtype)
+
+    monkeypatch.setattr(verification, "_read", counting)
+    return names
+
+
+def flip(path: Path, at: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_store_is_compared_once_and_again_where_it_changed(tmp_path: Path, compared: list[str]) -> None:
+    source = corpus(tmp_path / "text")
+
+    def again() -> TokenStore:
+        compared.clear()
+        return build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
+
+    folder = again().folder
+    parts = len(compared)
+    assert folder is not None
+    assert parts > 4
+    again()
+    assert compared == []
+    (folder / "part-000002.bin").touch()
+    again()
+    assert compared == ["part-000002"]
+    whole = (folder / "part-000003.bin").read_bytes()
+    flip(folder / "part-000003.bin")
+    with pytest.raises(FaultError, match=r"part-000003\.bin.*the hash of \.bin differs; 1 of \d+ parts"):
+        again()
+    with pytest.raises(FaultError, match="differs"):  # and is not forgotten
+        again()
+    (folder / "part-000003.bin").write_bytes(whole)
+    again()
+    ends = folder / "part-000001.ends"
+    ends.write_bytes(bytes(len(ends.read_bytes())))
+    with pytest.raises(FaultError, match=r"the hash of \.ends differs"):
+        again()
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_store_on_another_machine_is_compared_there(
+    tmp_path: Path, compared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = corpus(tmp_path / "text")
+    build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
+    for place in (tmp_path / "other", Path("/proc/nowhere")):  # the second cannot remember anything
+        monkeypatch.setenv("LMCORE_CACHE", str(place))
+        compared.clear()
+        build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
+        assert len(compared) > 4
+
+
+@pytest.mark.usefixtures("cache")
+def test_damaged_parts_of_an_unfinished_store_are_built_again(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "text")
+    whole = build_store(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
+    store = build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
+    assert store.folder is not None
+    (store.folder / MANIFEST).unlink()
+    flip(store.folder / "part-000001.bin", at=4)
+    (store.folder / "part-000002.json").write_text("{")
+    (store.folder / "part-000003.json").write_bytes((store.folder / "part-000004.json").read_bytes())
+    notes: list[str] = []
+    again = build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000, note=notes.append)
+    assert contents(again.folder) == contents(whole.folder)
+    assert sum("is built again" in line for line in notes) == 3
+
+
+@pytest.mark.usefixtures("cache")
+def test_ids_beyond_the_vocabulary_are_refused_also_where_the_hashes_agree(tmp_path: Path) -> None:
+    store = build_store(corpus(tmp_path / "text"), Bytes(), store_dir=tmp_path / "stores")
+    assert store.folder is not None
+    tokens = store.read(0, store.n_tokens)
+    tokens[5] = 257
+    tokens.tofile(store.folder / "part-000000.bin")
+    digest = hashlib.blake2b(tokens.tobytes(), digest_size=16).hexdigest()
+    manifest = json.loads((store.folder / MANIFEST).read_text())
+    manifest["parts"][0]["bin_hash"] = digest
+    (store.folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(FaultError, match="holds the token 257, but the tokenizer has only 257 ids"):
+        build_store(corpus(tmp_path / "text"), Bytes(), store_dir=tmp_path / "stores")
+    with pytest.raises(FaultError, match="holds the token 257"):
+        opened(store.folder)
+
+
+@pytest.mark.usefixtures("cache")
+def test_damage_found_in_the_background_ends_the_next_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = corpus(tmp_path / "text")
+    store = build_store(source, Bytes(), store_dir=tmp_path / "stores")
+    monkeypatch.setattr(verification, "BACKGROUND_BYTES", 10)
+    assert store.folder is not None
+    (store.folder / "part-000000.bin").touch()
+    notes: list[str] = []
+    good = build_store(source, Bytes(), store_dir=tmp_path / "stores", note=notes.append)
+    assert "in the background" in notes[0]
+    [thread] = [one for one in threading.enumerate() if one.name == verification.THREAD]
+    thread.join()
+    assert good.read(0, 5).tolist()
+    flip(store.folder / "part-000000.bin")
+    bad = build_store(source, Bytes(), store_dir=tmp_path / "stores")
+    elsewhere = pickle.loads(pickle.dumps(bad))  # in a worker of the data loader
+    assert bad._alarm is not None
+    wait_for(bad._alarm.exists)
+    for one in (bad, elsewhere):
+        with pytest.raises(FaultError, match="differs"):
+            one.read(0, 5)
+
+
+def test_two_processes_compare_a_store_once(tmp_path: Path, cache: Path) -> None:
+    corpus(tmp_path / "text", 30)
+    stores = tmp_path / "stores"
+    ranks = [start(tmp_path / "text", stores, worker=rank) for rank in range(2)]
+    for process in ranks:
+        out, err = process.communicate(timeout=120)
+        assert "done" in out, err
+    [memory] = (cache / "stores").glob("*.json")
+    assert len(json.loads(memory.read_text())) == len(list(stores.glob("*/part-*.json")))
+
+
+# ---- names and file systems ----
+
+
+@pytest.mark.parametrize("name", ["../../evil", "a/b", ".hidden", "..", "a\0b", "a\x1b[31m", "/tmp/x"])
+def test_the_name_of_a_source_does_not_lead_out_of_the_folder_of_the_stores(
+    tmp_path: Path, name: str
+) -> None:
+    source = dataclasses.replace(corpus(tmp_path / "text", 2), name=name)
+    with pytest.raises(RequestError, match="a source cannot be called"):
+        build_store(source, Bytes(), store_dir=tmp_path / "in" / "stores")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
+
+
+@pytest.mark.parametrize("name", ["日本語 [1] (a)*", "x" * 240, "猫" * 85, "a?b"])
+def test_unusual_names_of_sources_are_names_of_stores(tmp_path: Path, name: str) -> None:
+    source = dataclasses.replace(corpus(tmp_path / "text", 2), name=name)
+    store = build_store(source, Bytes(), store_dir=tmp_path / "stores")
+    assert store.name == name
+    (tmp_path / "text" / "more.txt").write_text("more")
+    [grown] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file"}])
+    notes: list[str] = []
+    build_store(
+        dataclasses.replace(grown, name=name), Bytes(), store_dir=tmp_path / "stores", note=notes.append
+    )
+    assert "1 files added" in notes[0]
+
+
+def test_a_file_system_without_hard_links_gives_the_same_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = corpus(tmp_path / "text", 12)
+    whole = build_store(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    store = build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
+    assert contents(store.folder) == contents(whole.folder)
+    (tmp_path / "text" / "zzz.txt").write_text("new " * 600)
+    [grown] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
+    tokenizer = Counting()
+    build_store(grown, tokenizer, store_dir=tmp_path / "stores")
+    assert tokenizer.texts == 1  # the unchanged parts are copied
+
+
+@pytest.mark.parametrize("left", [b"", b"{", b"[]", b'{"part_bytes": "x"}', b'{"part_bytes": -5}'])
+def test_a_plan_that_a_kill_left_half_written_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bytes
+) -> None:
+    monkeypatch.setattr(build, "_PLAN_SECONDS", 0.1)
+    source = corpus(tmp_path / "text", 2)
+    store = build_store(source, Bytes(), store_dir=tmp_path / "whole")
+    folder = tmp_path / "stores" / (store.folder.name if store.folder else "")
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_bytes(left)
+    again = build_store(source, Bytes(), store_dir=tmp_path / "stores")
+    assert contents(again.folder) == contents(store.folder)
+
+
+def test_a_store_made_under_a_former_fingerprint_of_the_tokenizer_opens(tmp_path: Path) -> None:
+    @final
+    class Renamed(Counting):  # type: ignore[misc]  # a fake of a fake
+        fingerprint = "new"
+        former_fingerprints = ("bytes",)
+
+    source = corpus(tmp_path / "text", 3)
+    old = build_store(source, Bytes(), store_dir=tmp_path / "stores")
+    tokenizer = Renamed()
+    store = build_store(source, tokenizer, store_dir=tmp_path / "stores")
+    assert (store.folder, store.fingerprint, tokenizer.texts) == (old.folder, old.fingerprint, 0)
 
 
 # ---- what others wrote ----
@@ -583,6 +814,19 @@ def test_damaged_and_mixed_token_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "alone.idx").write_bytes(b"")
     TOKENS.astype("<u2").tofile(tmp_path / "d.ds")
     (tmp_path / "empty.bin").write_bytes(b"")
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, -1
+    (tmp_path / "minus.bin").write_bytes(header.tobytes() + TOKENS.astype("<u2").tobytes())
+    header[2] = 99
+    (tmp_path / "more.bin").write_bytes(header.tobytes() + TOKENS.astype("<u2").tobytes())
+    write_megatron(tmp_path / "negative.idx", [9, 4, -4], 8, "<u2", [0, 1, 2, 3])
+    write_megatron(tmp_path / "less.idx", [3, 2, 4], 8, "<u2", [0, 1, 2, 3])
+    (tmp_path / "less.bin").write_bytes(b"12")
+    np.save(tmp_path / "cut.npy", TOKENS.astype("<u2"))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-4])
+    (tmp_path / "head.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:20])
+    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "zero.npy", np.array(5, dtype="<u2"))
     for name, words in {
         "odd.bin": "whole number",
         "square.npy": "one row",
@@ -592,6 +836,14 @@ def test_damaged_and_mixed_token_files_are_refused(tmp_path: Path) -> None:
         "alone.idx": "missing",
         "d.ds": "beside",
         "empty.bin": "no tokens",
+        "minus.bin": "says -1 tokens, but the file holds 9",
+        "more.bin": "says 99 tokens",
+        "negative.bin": "a sequence of -4 tokens",
+        "less.bin": "2 bytes for the 9 tokens",
+        "cut.npy": "not a numpy array",
+        "head.npy": "not a numpy array",
+        "objects.npy": "not a numpy array",
+        "zero.npy": "one row",
         "[aw]*[ie].[bn]*": "",
     }.items():
         if words:
@@ -615,6 +867,9 @@ def test_foreign_tokens_beyond_the_vocabulary_are_a_fault(tmp_path: Path) -> Non
     assert store.read(0, 2).tolist() == [1, 2]
     with pytest.raises(FaultError, match=r"token 300 .* another tokenizer"):
         store.read(1, 3)
+    np.save(tmp_path / "b.npy", np.array([1, -2, 3], dtype="<i4"))
+    with pytest.raises(FaultError, match=r"token -2 .* another tokenizer"):
+        opened(tmp_path / "b.npy").read(0, 3)
 
 
 def test_a_rank_that_finishes_first_may_tidy_up_under_the_other(
@@ -623,7 +878,7 @@ def test_a_rank_that_finishes_first_may_tidy_up_under_the_other(
     """Two ranks write the same manifest; the first to be done takes the other's file from under it."""
     source = corpus(tmp_path / "text", 4)
     stores = tmp_path / "stores"
-    commit, rival = tokens_room.commit, []
+    commit, rival = build.commit, []
 
     def robbed(path: Path, data: bytes) -> None:
         if path.name == "manifest.json" and not rival:
@@ -632,7 +887,7 @@ def test_a_rank_that_finishes_first_may_tidy_up_under_the_other(
             raise FileNotFoundError(2, "No such file or directory", str(path))
         commit(path, data)
 
-    monkeypatch.setattr(tokens_room, "commit", robbed)
+    monkeypatch.setattr(build, "commit", robbed)
     store = build_store(source, Bytes(), store_dir=stores, part_bytes=2000)
     assert rival
     assert store.n_documents == 4

@@ -1,19 +1,20 @@
-"""Documents -> token store: built once, in parallel, and then only memory-mapped.
+"""Documents -> a token store: built once, in parallel, and then only memory-mapped.
 
-Comes in: a :class:`lmcore.data.text.documents.Source` and a tokenizer. Goes out: a :class:`lmcore.data.store.store.TokenStore`.
-What always holds:
-
-* The store depends on the files, the options and the tokenizer alone: it is byte for byte the same for any
-  number of processes and ranks, and after any number of kills. Its folder is named by a fingerprint of all
-  of them, so that different corpora never meet; an unchanged one is opened at once.
-* Each part is written aside, made durable and renamed, its description last: a part is whole or does not
-  exist. A kill costs at most the part that each process was working on.
-* Ranks need nothing but the common file system. A part is claimed by a file with a heartbeat; a claim whose
-  owner died is taken over; a failure is written down where everybody sees it. Nobody waits for ever.
+* The store depends on the files, the options and the tokenizer alone: it is byte for byte the same for any number of
+  processes and ranks, and after any number of kills. Its folder is named by a fingerprint of all of them, so that
+  different corpora never meet; an unchanged one is opened at once.
+* Each part is written aside, made durable and renamed, its description last: a part is whole or does not exist. A kill
+  costs at most the part that each process was working on.
+* Ranks need nothing but the common file system. A part is claimed by a file with a heartbeat; a claim whose owner died is
+  taken over; a failure is written down where every process sees it. Nobody waits for ever.
 * Bad records are counted and located; the policy is applied before any position exists.
+* Nothing is trusted because it exists: parts are compared with their hashes before a store is finished, and again on
+  every machine that opens it (:mod:`lmcore.data.store.verification`).
 
-The folder: ``part-000000.bin`` (little-endian tokens), ``part-000000.ends`` (document ends, counted from
-the start of the part), ``part-000000.json`` (its counts and hashes), ..., and at last ``manifest.json``.
+The folder: ``part-000000.bin`` (little-endian tokens), ``part-000000.ends`` (document ends, counted from the start of
+the part), ``part-000000.json`` (its counts and hashes), ..., and at last ``manifest.json``.
+
+Example::
 
     store = build_store(source, tokenizer, store_dir="token_stores", processes=8)
 """
@@ -21,16 +22,20 @@ the start of the part), ``part-000000.json`` (its counts and hashes), ..., and a
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
-import socket
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lmcore.data.store import token_files
-from lmcore.data.store.store import MANIFEST, STORE_VERSION, TokenStore, sample_of
+from lmcore.data.store import token_files, verification
+from lmcore.data.store.claims import aside, create_once
+from lmcore.data.store.manifest import MANIFEST, STORE_VERSION, fingerprint_of, read_manifest, read_part
+from lmcore.data.store.store import TokenStore, sample_of
 from lmcore.data.store.workers import (
     COUNTS,
     EncodesBatches,
@@ -49,6 +54,11 @@ from lmcore.errors import FaultError, RequestError
 __all__ = ["Progress", "TokenStore", "build_store"]
 
 
+_PLAN = "plan.json"
+_NAME_BYTES = 200
+"""Of a source's name in the name of a folder, which most file systems limit to 255."""
+_PLAN_SECONDS = 5.0
+"""A plan without content for so long is of a process that died while writing it."""
 _SAID_RECORDS = 100
 """So many bad records are said one by one at each start; all are in the manifest."""
 
@@ -92,6 +102,7 @@ def build_store(
         RequestError: nothing to read, or nowhere to write.
     """
     note = note or (lambda line: None)
+    known = (tokenizer.fingerprint, *getattr(tokenizer, "former_fingerprints", ()))
     if token_files.are_tokens(source.paths):
         if split[0] != "all":
             raise RequestError(
@@ -103,17 +114,19 @@ def build_store(
             source.relative_paths,
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
-            tokenizer_fingerprint=tokenizer.fingerprint,
+            tokenizer_fingerprints=known,
+            note=note,
         )
+    name = _folder_name(source.name) + ("" if split[0] == "all" else f"-{split[0]}")
     identity = identity_of(source, tokenizer, split, eos)
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    side = "" if split[0] == "all" else f"-{split[0]}"
-    folder = Path(store_dir) / f"{source.name}{side}-{fingerprint[:16]}"
+    candidates = [{**identity, "tokenizer": one} for one in known]
+    folders = [Path(store_dir) / f"{name}-{fingerprint_of(one)[:16]}" for one in candidates]
+    folder = next((one for one in folders if (one / MANIFEST).exists()), folders[0])
     if not (folder / MANIFEST).exists():
         try:
             job = _job(source, tokenizer, folder, identity, split, eos, on_error, note, part_bytes)
-            build_all(job, processes, worker, progress)
-            _finish(job, fingerprint, identity)
+            _build_and_compare(job, processes, worker, progress, note)
+            _finish(job, identity)
         except OSError as error:
             # A rank that is done takes what lies aside away, also from under one that is about to be done.
             done_by_another = isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()
@@ -124,6 +137,7 @@ def build_store(
                 ) from error
     _tidy(folder)
     store = TokenStore.open(folder)
+    store.verify(vocab_size=tokenizer.vocab_size, note=note)
     _enforce(store.manifest, on_error, max_bad_fraction)
     for line in _left_out(store.manifest, folder):
         note(line)
@@ -134,6 +148,21 @@ def build_store(
             f"{f'; the first bad record: {first}' if first else ''}"
         )
     return store
+
+
+def _folder_name(name: str) -> str:
+    """The part of a store's folder that comes from the name of its source.
+
+    Raises:
+        RequestError: it would lead out of data.store_dir, or be hidden there.
+    """
+    if not name or name.startswith(".") or set(name) & {"/", os.sep, "\0"} or not name.isprintable():
+        raise RequestError(
+            f"a source cannot be called {name[:80]!r}: its name is part of a folder's name; give it another with "
+            f"--data.train '{{path: ..., name: my_text}}'"
+        )
+    raw = name.encode("utf-8", "surrogateescape")
+    return name if len(raw) <= _NAME_BYTES else raw[:_NAME_BYTES].decode("utf-8", "ignore")
 
 
 # ---- what a store is made of ----
@@ -199,26 +228,21 @@ def _job(
     """Agree on the parts with all other ranks, and take over what an older store of this source has."""
     prefix = folder.name.rpartition("-")[0]
     older = []
-    for path in folder.parent.glob(f"{prefix}-*/{MANIFEST}"):
-        with contextlib.suppress(ValueError, OSError):
-            manifest = json.loads(path.read_text())
+    for path in folder.parent.glob(f"{glob.escape(prefix)}-*/{MANIFEST}"):
+        with contextlib.suppress(RequestError, OSError):  # what cannot be used is not used
+            manifest = read_manifest(path.parent)
             if manifest["name"] == source.name and manifest["identity"]["split"][0] == split[0]:
                 older.append((path.stat().st_mtime, path.parent, manifest))
     older.sort(key=lambda entry: entry[0])
     DISK.makedirs(folder)
-    plan = folder / "plan.json"
-    if not plan.exists():
-        total = sum(size for _, size, _ in identity["files"])
-        part_bytes = part_bytes or min(max(1 << (total // 64).bit_length(), 2**20), 2**26)
-        if older:
-            note(f"token store {prefix}: {_changes(older[-1][2]['identity'], identity)}")
-            part_bytes = older[-1][2]["part_bytes"]  # the same cuts: unchanged parts can be taken over
-        aside = folder / f".plan.{socket.gethostname()}.{os.getpid()}.tmp"
-        DISK.write_json(aside, {"part_bytes": part_bytes})
-        with contextlib.suppress(FileExistsError):
-            os.link(aside, plan)  # the first rank decides
-        DISK.unlink(aside)
-    parts = tuple(hub.parts_of(source, part_bytes=json.loads(plan.read_text())["part_bytes"]))
+    total = sum(size for _, size, _ in identity["files"])
+    part_bytes = part_bytes or min(max(1 << (total // 64).bit_length(), 2**20), 2**26)
+    if older and not (folder / _PLAN).exists():
+        note(f"token store {prefix}: {_changes(older[-1][2]['identity'], identity)}")
+        part_bytes = (
+            older[-1][2]["part_bytes"] or part_bytes
+        )  # the same cuts: unchanged parts can be taken over
+    parts = tuple(hub.parts_of(source, part_bytes=_agreed(folder / _PLAN, part_bytes)))
     options = [
         identity[key] for key in ("version", "tokenizer", "eos", "split", "text_field", "unit", "encoding")
     ]
@@ -244,40 +268,108 @@ def _job(
     return job
 
 
+def _agreed(plan: Path, part_bytes: int) -> int:
+    """The size of the parts that the first rank has written down, which is ``part_bytes`` if that is this one."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            create_once(plan, encoded({"part_bytes": part_bytes}))
+        end = time.monotonic() + _PLAN_SECONDS
+        while time.monotonic() < end:
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError, FileNotFoundError):
+                agreed = json.loads(plan.read_bytes())["part_bytes"]
+                if isinstance(agreed, int) and agreed > 0:
+                    return agreed
+            time.sleep(0.02)
+        plan.unlink(missing_ok=True)
+
+
 def _take_over(job: Job, other: Path, manifest: dict[str, Any]) -> None:
-    """Hard links to the parts of another store that hold the same text, made in the same way."""
+    """Hard links to (or copies of) the parts of another store that hold the same text, made in the same way."""
     there = {part["key"]: part for part in manifest["parts"]}
     for part, key in zip(job.parts, job.keys):
         name = part_file(part.index)
         if key not in there or is_done(job, part.index):
             continue
-        with contextlib.suppress(
-            OSError
-        ):  # no hard links here, or the older store was just removed: build it
+        with contextlib.suppress(OSError):  # the older store was just removed, or the disk is full: build it
             for suffix in (".bin", ".ends"):
-                with contextlib.suppress(FileExistsError):
-                    os.link(other / f"{there[key]['file']}{suffix}", job.folder / f"{name}{suffix}")
+                target = job.folder / f"{name}{suffix}"
+                _link_or_copy(other / f"{there[key]['file']}{suffix}", target)
             commit(job.folder / f"{name}.json", encoded({**there[key], "file": name}))
+
+
+def _link_or_copy(old: Path, new: Path) -> None:
+    aside(new).unlink(missing_ok=True)
+    try:
+        os.link(old, aside(new))
+    except FileNotFoundError:
+        raise
+    except OSError:  # no hard links here
+        shutil.copyfile(old, aside(new))
+    DISK.rename(aside(new), new)
 
 
 # ---- the end ----
 
 
-def _finish(job: Job, fingerprint: str, identity: dict[str, Any]) -> None:
-    """Write the manifest. Every rank may do it: the bytes are the same. Nothing in it tells when, where, or
-    by whom."""
+def _build_and_compare(
+    job: Job,
+    processes: int,
+    worker: int,
+    progress: Callable[[Progress], None] | None,
+    note: Callable[[str], None],
+) -> None:
+    """Build every part, and build those again that are not what their descriptions say: an interrupted run may have
+    left them on a disk that lost or changed something since.
+
+    Raises:
+        FaultError: parts are damaged again and again.
+    """
+    damage: dict[str, str] = {}
+    for _ in range(3):
+        build_all(job, processes, worker, progress)
+        if (job.folder / MANIFEST).exists():
+            return
+        parts, damage = [], {}
+        for part, key in zip(job.parts, job.keys):
+            name = part_file(part.index)
+            try:
+                described = read_part(job.folder / f"{name}.json")
+            except RequestError as error:
+                damage[name] = str(error)
+                continue
+            if (described["key"], described["file"]) != (key, name):
+                damage[name] = "it belongs to another store"
+            else:
+                parts.append(described)
+        damage |= verification.find_damage(job.folder, parts, job.dtype)
+        if not damage or (job.folder / MANIFEST).exists():
+            return
+        for name, reason in damage.items():
+            note(f"token store {job.folder.name}: {name} is damaged ({reason}): it is built again")
+            for suffix in (".json", ".bin", ".ends"):
+                (job.folder / f"{name}{suffix}").unlink(missing_ok=True)
+    name, reason = next(iter(damage.items()))
+    raise FaultError(
+        f"{job.folder / name} is damaged each time it is written ({reason}): check the disk, or set data.store_dir to "
+        f"another one"
+    )
+
+
+def _finish(job: Job, identity: dict[str, Any]) -> None:
+    """Write the manifest. Every rank may do it: the bytes are the same. Nothing in it tells when, where, or by which
+    process."""
     if (job.folder / MANIFEST).exists():
         return
-    parts = [json.loads((job.folder / f"{part_file(part.index)}.json").read_text()) for part in job.parts]
+    parts = [read_part(job.folder / f"{part_file(part.index)}.json") for part in job.parts]
     # Parts that were taken over from a store of an earlier version do not have all counts.
     totals = {key: sum(part.get(key, 0) for part in parts) for key in COUNTS}
     manifest = {
         "version": STORE_VERSION,
         "name": job.source.name,
-        "fingerprint": fingerprint,
+        "fingerprint": fingerprint_of(identity),
         "dtype": job.dtype,
         **totals,
-        "part_bytes": json.loads((job.folder / "plan.json").read_text())["part_bytes"],
+        "part_bytes": json.loads((job.folder / _PLAN).read_text())["part_bytes"],
         "identity": identity,
         "parts": parts,
     }

@@ -1,9 +1,8 @@
-"""How processes and ranks share work through a folder, and never wait for the dead.
+"""How processes and ranks share work through a folder, and never wait for one that has died.
 
-Comes in: the path of a claim. Goes out: the claim, if nobody who lives has it. What always holds: a claim
-has a heartbeat; one whose process is gone, or whose heartbeat stopped, can be taken; a failure is written
-down where all others see it. A claim only saves double work: the work itself must be such that two may do
-it at once.
+A claim is a file with a heartbeat. One whose process is gone, or whose heartbeat stopped, can be taken over; a failure
+is written down where all others see it. A claim only saves double work: what it protects must be such that two may do it
+at once. File systems without hard links work too.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lmcore.disk import DISK
 from lmcore.errors import FaultError, RequestError
@@ -23,8 +21,9 @@ from lmcore.process import is_alive
 
 HEARTBEAT_SECONDS = 2.0
 STALE_SECONDS = 120.0
-"""A claim without a heartbeat for so long is dead; far above what a network file system delays a time
-stamp."""
+"""A claim without a heartbeat for so long is dead; far above what a network file system delays a time stamp."""
+UNREADABLE_SECONDS = 10.0
+"""A claim that has no content for so long is of a process that died while writing it."""
 
 
 def now_of(folder: Path) -> float:
@@ -38,7 +37,7 @@ def now_of(folder: Path) -> float:
 
 
 class Claim:
-    """The file that says who works on a part, and how far it is."""
+    """The file that says which process works on a part, and how far it is."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,7 +55,8 @@ class Claim:
         while not self._stopped.wait(HEARTBEAT_SECONDS / 4):
             with contextlib.suppress(OSError):
                 if self.path.exists():  # not after somebody took it over
-                    os.replace(_written(self.path, self.state), self.path)
+                    aside(self.path).write_text(json.dumps(self.state))
+                    os.replace(aside(self.path), self.path)
 
     def __enter__(self) -> Claim:
         self._thread.start()
@@ -70,15 +70,11 @@ class Claim:
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[Claim | None]:
-    """The claim at ``path``, or ``None`` if somebody who lives has it. Two owners at once would do no harm:
-    they write the same bytes."""
+    """The claim at ``path``, or ``None`` if a living process has it. Two owners at once would do no harm: they write the
+    same bytes."""
     for _ in range(2):
         try:
-            aside = _written(path, {"host": socket.gethostname(), "pid": os.getpid()})
-            try:
-                os.link(aside, path)  # a claim is never seen half written
-            finally:
-                os.unlink(aside)
+            create_once(path, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
         except FileExistsError:
             if not _is_stale(path):
                 break
@@ -90,21 +86,45 @@ def claimed(path: Path) -> Iterator[Claim | None]:
     yield None
 
 
-def _written(path: Path, state: dict[str, Any]) -> Path:
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(state))
-    return aside
+def aside(path: Path) -> Path:
+    """Where a file is written before it gets its name: another place for each process."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def create_once(path: Path, data: bytes) -> None:
+    """A new file with this content, whole at once where the file system has hard links.
+
+    Without them (exFAT, SMB, gcsfuse) another process may see the file before its content.
+
+    Raises:
+        FileExistsError: there is one already.
+    """
+    DISK.write_file(aside(path), data)
+    try:
+        os.link(aside(path), path)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links here; whatever else is wrong, the next call says so again
+        file = DISK.create(path, exclusive=True)
+        try:
+            DISK.write(file, data)
+            DISK.fsync(file)
+        finally:
+            DISK.close(file)
+    finally:
+        DISK.unlink(aside(path))
 
 
 def _is_stale(path: Path) -> bool:
     try:
         age = now_of(path.parent) - path.stat().st_mtime
         owner = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return False  # just being made or removed
-    if owner.get("host") == socket.gethostname() and not is_alive(owner.get("pid", 0)):
-        return True
-    return age > STALE_SECONDS
+        host, pid = str(owner.get("host")), int(owner.get("pid", 0))
+    except FileNotFoundError:
+        return False  # just removed
+    except (ValueError, TypeError, AttributeError):
+        return age > UNREADABLE_SECONDS  # being written, or its owner died in between
+    return age > STALE_SECONDS or (host == socket.gethostname() and not is_alive(pid))
 
 
 def write_failure(folder: Path, error: Exception) -> None:
@@ -117,9 +137,9 @@ def raise_failure(folder: Path, started: float) -> None:
     path = folder / "failure.json"
     try:
         if path.stat().st_mtime <= started:
-            return  # of an earlier attempt; whoever misses one of this very instant meets its cause himself
+            return  # of an earlier attempt; one of this very instant has a cause that is met again
         failure = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        kind, message = failure["kind"], failure["message"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return
-    kind = FaultError if failure["kind"] == "FaultError" else RequestError
-    raise kind(failure["message"])
+    raise (FaultError if kind == "FaultError" else RequestError)(message)

@@ -1,8 +1,8 @@
-"""One source's tokens as one long array, wherever its pieces lie on the disk.
+"""One source's tokens as one long array, whichever files its pieces lie in.
 
-Comes in: a folder that :func:`lmcore.data.store.build.build_store` made (or pieces that :mod:`lmcore.data.store.token_files` found).
-Goes out: runs of tokens and the document ends among them. What always holds: the pieces are memory-mapped,
-never loaded; a read may cross them; nothing here grows with the number of tokens or blocks.
+The pieces are memory-mapped, never loaded; a read may cross them; nothing here grows with the number of tokens or blocks.
+
+Example::
 
     store = TokenStore.open("token_stores/wiki-1f0c...")
     store.read(0, 1025)                       # (1025,) uint16 or uint32
@@ -11,21 +11,24 @@ never loaded; a read may cross them; nothing here grows with the number of token
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
 import mmap
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
+from lmcore.data.store import verification
+from lmcore.data.store.manifest import MANIFEST, read_manifest
 from lmcore.errors import FaultError, RequestError
 
-STORE_VERSION = 1
-MANIFEST = "manifest.json"
+__all__ = ["MANIFEST", "Piece", "TokenStore", "sample_of"]
+
 _OPEN_FILES = 4096  # the kernel allows 65,530 mappings for each process
 
 
@@ -51,19 +54,23 @@ class Piece:
 
 @final
 class TokenStore:
-    """The tokens of one source, in order, each document followed by its end-of-document token if there is
-    one.
+    """The N tokens of one source, in order, each document followed by its end-of-document token if there is one.
+
+    :func:`lmcore.data.store.build.build_store` builds or opens one, :meth:`open` opens a finished one.
 
     Args:
         name: of the source, as it appears in the metrics.
         fingerprint: hex digits that change whenever any token may have changed.
-        dtype: ``uint16`` or ``uint32`` (others as foreign files have them).
+        dtype: ``uint16`` or ``uint32`` (others as token files of other programs have them).
         pieces: in order.
-        n_documents, n_bytes: of the texts, UTF-8; ``None`` where a foreign format does not say.
+        n_documents, n_bytes: of the texts, UTF-8; ``None`` where another program's format does not say.
         bad_records: how many records were skipped when it was built.
         eos_id: ends a document in pieces that do not list their ends.
-        vocab_size: with it, every token that is read is checked; for files whose writer is not known.
+        vocab_size: with it, every token that is read is checked; for files of other programs.
         folder: where the manifest is, if there is one.
+
+    Raises:
+        RequestError: a file is missing or too short.
     """
 
     def __init__(
@@ -95,35 +102,25 @@ class TokenStore:
         self._starts = np.cumsum([0] + [piece.n_tokens for piece in self._pieces])
         self.n_tokens = int(self._starts[-1])
         self._arrays: OrderedDict[int, np.ndarray] = OrderedDict()  # piece: its tokens; ~piece: its ends
+        self._alarm: Path | None = None  # appears if the comparison in the background finds damage
+        again = f"remove {folder}, and it is built again" if folder else "get the file again"
         for piece in self._pieces:
             size = Path(piece.path).stat().st_size if Path(piece.path).exists() else -1
             if size < piece.offset_bytes + piece.n_tokens * self.dtype.itemsize:
                 raise RequestError(
                     f"{piece.path} {'is missing' if size < 0 else f'has only {size} bytes'}, but "
-                    f"{piece.n_tokens} tokens are expected: remove the token store, it is built again"
+                    f"{piece.n_tokens} tokens are expected: {again}"
                 )
 
     @staticmethod
     def open(folder: str | Path) -> TokenStore:
-        """The finished store in ``folder``.
+        """The finished store in ``folder``. Its tokens are read as they are: :meth:`verify` compares them.
 
         Raises:
-            RequestError: there is none, it is unfinished, of another version, or a file of it is missing.
+            RequestError: there is none, it is unfinished, damaged or of another version, or a file of it is missing.
         """
         folder = Path(folder)
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-        except FileNotFoundError:
-            raise RequestError(
-                f"{folder} holds no finished token store (no {MANIFEST}): prepare it"
-            ) from None
-        except ValueError as error:
-            raise RequestError(f"{folder / MANIFEST} is damaged ({error}): remove the folder") from None
-        if manifest["version"] != STORE_VERSION:
-            raise RequestError(
-                f"{folder} is a token store of version {manifest['version']}, this is version "
-                f"{STORE_VERSION}: remove the folder, it will be built again"
-            )
+        manifest = read_manifest(folder)
         pieces = [
             Piece(
                 path=str(folder / f"{part['file']}.bin"),
@@ -166,6 +163,8 @@ class TokenStore:
     def gather(self, starts: np.ndarray, out: np.ndarray) -> None:
         """Fill row i of ``out`` (B, count) with the tokens from ``starts[i]`` on; ``starts`` is (B,)."""
         count = out.shape[1]
+        if self._alarm is not None and self._alarm.exists():
+            raise FaultError(self._alarm.read_text())
         if starts.size and (starts.min() < 0 or int(starts.max()) + count > self.n_tokens):
             raise IndexError(
                 f"tokens [{starts.min()}, {starts.max() + count}) of {self.n_tokens} in {self.name}"
@@ -182,12 +181,12 @@ class TokenStore:
                 run = self._tokens(piece)[offset : offset + count - filled]
                 out[row, filled : filled + len(run)] = run
                 filled, piece, offset = filled + len(run), piece + 1, 0
-        if self._vocab_size is not None and out.size and int(out.max()) >= self._vocab_size:
-            row = int(np.argmax(out.max(axis=1)))
+        limit = self._vocab_size
+        if limit is not None and out.size and (int(out.max()) >= limit or int(out.min()) < 0):
+            row, column = (index[0] for index in np.nonzero((out < 0) | (out >= limit)))
             raise FaultError(
-                f"token {int(out.max())} in {self.name}, between tokens {starts[row]} and "
-                f"{starts[row] + count}, but the tokenizer has only {self._vocab_size} ids: these files were "
-                f"made with another tokenizer"
+                f"token {out[row, column]} in {self.name}, between tokens {starts[row]} and {starts[row] + count}, "
+                f"but the tokenizer has the ids 0 to {limit - 1}: these files were made with another tokenizer"
             )
 
     def document_ends(self, start: int, stop: int) -> np.ndarray:
@@ -218,21 +217,22 @@ class TokenStore:
         ends = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
         return ends[(ends > start) & (ends <= stop)]
 
-    def verify(self) -> None:
-        """Read every byte and compare it with the manifest's hashes.
+    def verify(self, *, vocab_size: int | None = None, note: Callable[[str], None] | None = None) -> None:
+        """Compare every file with the hashes in the manifest, if that was not done on this machine since it changed
+        (:mod:`lmcore.data.store.verification`).
+
+        Args:
+            vocab_size: every id must be below it; ``None``: not checked.
+            note: gets one line if it takes long.
 
         Raises:
-            RequestError: a file differs from what was built.
+            FaultError: a file differs from what was built, or holds ids beyond the vocabulary.
         """
-        for part in self.manifest.get("parts", []):
-            for suffix in ("bin", "ends"):
-                path = self.folder / f"{part['file']}.{suffix}" if self.folder else Path(part["file"])
-                with open(path, "rb") as file:
-                    digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-                if digest != part[f"{suffix}_hash"]:
-                    raise RequestError(
-                        f"{path} is damaged (its hash differs): remove {self.folder} to build it again"
-                    )
+        if self.folder is not None:
+            parts = self.manifest.get("parts", [])
+            self._alarm = verification.verify(
+                self.folder, parts, self.dtype.str, vocab_size=vocab_size, note=note
+            )
 
     def _tokens(self, piece: int) -> np.ndarray:
         array = self._arrays.get(piece)
@@ -264,15 +264,23 @@ def sample_of(path: str) -> tuple[int, str]:
         RequestError: it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.blake2b(digest_size=16)
-            if size <= 2**20:
-                digest.update(file.read())
-            else:
-                for number in range(16):
-                    file.seek((size - 2**16) * number // 15)
-                    digest.update(file.read(2**16))
+        stat = os.stat(path)
+        return _sample(path, stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+@functools.lru_cache(
+    maxsize=2**18
+)  # the tokenizer, the training and the held-out side ask for the same files
+def _sample(path: str, size: int, *_: int) -> tuple[int, str]:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= 2**20:
+            digest.update(file.read())
+        else:
+            for number in range(16):
+                file.seek((size - 2**16) * number // 15)
+                digest.update(file.read(2**16))
     return size, digest.hexdigest()

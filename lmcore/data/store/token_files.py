@@ -1,8 +1,7 @@
-"""Token files that other programs wrote, as token stores.
+"""Token files of other programs, as token stores.
 
-Comes in: the paths of a source. Goes out: a :class:`lmcore.data.store.store.TokenStore` over the files as they lie;
-nothing is copied or converted. What always holds: every token that is read is checked against the vocabulary,
-because nobody here knows which tokenizer made it.
+The files are read where they lie; nothing is copied or converted. Every token that is read is checked against the
+vocabulary, because it is not known which tokenizer made it.
 
 ===========  ======================================================================================
 nanoGPT      ``.bin``: uint16, nothing else (uint32 where the vocabulary is larger than 65,536)
@@ -22,14 +21,15 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lmcore.data.store.store import MANIFEST, Piece, TokenStore, sample_of
+from lmcore.data.store.manifest import MANIFEST
+from lmcore.data.store.store import Piece, TokenStore, sample_of
+from lmcore.data.text.sources import FOREIGN_SUFFIXES
 from lmcore.errors import RequestError
 
-SUFFIXES = (".bin", ".idx", ".npy", ".ds", ".index")
 _LLMC = {20240520: "<u2", 20240801: "<u4"}
 _LLMC_HEADER_BYTES = 1024
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
@@ -43,7 +43,7 @@ def are_tokens(paths: Sequence[str]) -> bool:
     Raises:
         RequestError: some are and some are not.
     """
-    found = [path.endswith(SUFFIXES) for path in paths]
+    found = [path.endswith(FOREIGN_SUFFIXES) for path in paths]
     if any(found) and not all(found):
         raise RequestError(
             f"{paths[found.index(True)]} is a file of tokens and {paths[found.index(False)]} is text: make two sources"
@@ -58,14 +58,16 @@ def open_files(
     *,
     vocab_size: int,
     eos_id: int | None,
-    tokenizer_fingerprint: str = "",
+    tokenizer_fingerprints: Sequence[str] = (),
+    note: Callable[[str], None] | None = None,
 ) -> TokenStore:
     """One store over all the files, in order.
 
     Args:
         vocab_size: of the tokenizer that is said to have made them.
         eos_id: ends a document where the format does not say.
-        tokenizer_fingerprint: of the same tokenizer; a store of ours knows which one made it.
+        tokenizer_fingerprints: of the same tokenizer, the present one first; a store of lmcore knows which one made it.
+        note: gets one line if comparing a store of lmcore with its hashes takes long.
 
     Raises:
         RequestError: a format that is not known, damaged, or tokens of different widths.
@@ -73,11 +75,13 @@ def open_files(
     if os.path.exists(os.path.join(os.path.dirname(paths[0]), MANIFEST)):
         store = TokenStore.open(os.path.dirname(paths[0]))
         made_by = store.manifest["identity"]["tokenizer"]
-        if made_by != tokenizer_fingerprint:
+        if made_by not in tokenizer_fingerprints:
+            this = tokenizer_fingerprints[0] if tokenizer_fingerprints else "not known"
             raise RequestError(
-                f"{store.folder} was made with the tokenizer {made_by[:16]}, this one is "
-                f"{tokenizer_fingerprint[:16]}: give the tokenizer that made it with tokenizer.path"
+                f"{store.folder} was made with the tokenizer {made_by[:16]}, this one is {this[:16]}: give the "
+                f"tokenizer that made it with tokenizer.path"
             )
+        store.verify(vocab_size=vocab_size, note=note)
         return store
     pieces, dtypes, samples = [], {}, []
     for path, relative in zip(paths, relative_paths or paths):
@@ -124,6 +128,11 @@ def _open(path: str, vocab_size: int) -> tuple[Piece, str]:
     if len(head) == _LLMC_HEADER_BYTES:
         magic, _, count = np.frombuffer(head, dtype="<i4", count=3).tolist()
         if magic in _LLMC:
+            held = (os.path.getsize(path) - _LLMC_HEADER_BYTES) // np.dtype(_LLMC[magic]).itemsize
+            if not 0 <= count <= held:
+                raise RequestError(
+                    f"{path}: its header says {count} tokens, but the file holds {held}: it is damaged"
+                )
             return Piece(path=path, n_tokens=count, offset_bytes=_LLMC_HEADER_BYTES), _LLMC[magic]
     dtype = "<u2" if vocab_size <= 2**16 else "<u4"
     return Piece(path=path, n_tokens=_count(path, np.dtype(dtype).itemsize)), dtype
@@ -137,8 +146,16 @@ def _count(path: str, width: int) -> int:
 
 
 def _numpy(path: str) -> tuple[Piece, str]:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.ndim != 1 or array.dtype.str not in ("|u1", "<u2", "<u4", "<i4", "<i8"):
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError, SyntaxError, MemoryError, OverflowError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise RequestError(f"{path} is not a numpy array of integers ({reason[0][:200]})") from error
+    if (
+        not isinstance(array, np.memmap)
+        or array.ndim != 1
+        or array.dtype.str not in ("|u1", "<u2", "<u4", "<i4", "<i8")
+    ):
         raise RequestError(
             f"{path} is an array {array.shape} of {array.dtype}: one row of integers is needed"
         )
@@ -178,7 +195,13 @@ def _megatron(path: str, index: str) -> tuple[Piece, str]:
     if not sequences:
         return Piece(path=path, n_tokens=0), dtype.str
     lengths = np.memmap(index, dtype="<i4", mode="r", offset=head, shape=(sequences,))
+    if int(lengths.min()) < 0:
+        raise RequestError(f"{index} holds a sequence of {int(lengths.min())} tokens: it is damaged")
     tokens = int(lengths.sum(dtype=np.int64))
+    if os.path.getsize(path) < tokens * dtype.itemsize:
+        raise RequestError(
+            f"{path} has {os.path.getsize(path)} bytes for the {tokens} tokens of its index: one of them is damaged"
+        )
     pointers = head + 4 * sequences
     last = int(np.memmap(index, dtype="<i8", mode="r", offset=pointers, shape=(sequences,))[-1])
     if last + int(lengths[-1]) * dtype.itemsize != tokens * dtype.itemsize:

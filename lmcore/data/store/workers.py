@@ -1,8 +1,7 @@
-"""Who builds which part of a token store, and how one part is built.
+"""Which process builds which part of a token store, and how one part is built.
 
-Comes in: a :class:`Job` that every process and rank has alike. Goes out: the parts' files, all of them.
-What always holds: a part is whole or does not exist; a claim is only a courtesy (two processes at one part
-write the same bytes); a dead owner's claim is taken over; a failure is written where everybody sees it.
+A part is whole or does not exist. A claim is only a courtesy (two processes at one part write the same bytes), that of a
+dead process is taken over, and a failure is written where every process sees it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import json
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +23,7 @@ from typing import Any, Protocol, final
 
 import numpy as np
 
-from lmcore.data.store.claims import Claim, claimed, now_of, raise_failure, write_failure
+from lmcore.data.store.claims import Claim, aside, claimed, now_of, raise_failure, write_failure
 from lmcore.data.text import documents as text
 from lmcore.data.text import hub
 from lmcore.disk import DISK
@@ -102,21 +100,16 @@ def is_done(job: Job, index: int) -> bool:
     return (job.folder / f"{part_file(index)}.json").exists()
 
 
-def _aside(path: Path) -> Path:
-    """Where a file is written before it gets its name: another place for each process."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-
-
 def commit(path: Path, data: bytes) -> None:
     """A file that is whole and durable, or not there; several processes may write the same one."""
-    DISK.write_file(_aside(path), data)
-    DISK.rename(_aside(path), path)
+    DISK.write_file(aside(path), data)
+    DISK.rename(aside(path), path)
     DISK.fsync_dir(path.parent)
 
 
 def encoded(value: Any) -> bytes:
     """JSON as it stands in the files of a store."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 # ---- who builds which part ----
@@ -286,10 +279,10 @@ def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
     def on_empty(where: str) -> None:
         counts["empty"] += 1
 
-    aside = _aside(job.folder / f"{name}.bin")
+    unfinished = aside(job.folder / f"{name}.bin")
     digest = hashlib.blake2b(digest_size=16)
     lengths: list[np.ndarray] = []
-    file = DISK.create(aside)
+    file = DISK.create(unfinished)
     try:
         for texts in _batches(job, part, on_bad, on_empty, counts):
             ids = job.tokenizer.encode_batch(texts)
@@ -308,7 +301,7 @@ def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
             report()
         DISK.fsync(file)
     except BaseException:
-        DISK.remove_quietly(aside)
+        DISK.remove_quietly(unfinished)
         raise
     finally:
         DISK.close(file)
@@ -327,7 +320,7 @@ def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
     with contextlib.suppress(
         FileNotFoundError
     ):  # somebody took the part over and finished it, and cleaned up
-        DISK.rename(aside, job.folder / f"{name}.bin")
+        DISK.rename(unfinished, job.folder / f"{name}.bin")
         commit(job.folder / f"{name}.ends", ends.tobytes())
         commit(job.folder / f"{name}.json", encoded(description))
 
