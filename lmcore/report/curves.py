@@ -1,58 +1,237 @@
-"""A run's records -> curves: what lies behind the pictures of ``report.html`` and of the model card.
+"""A run folder as curves: what the pictures of ``report.html`` and of the model card are drawn from.
 
-Comes in: a run folder (``metrics.jsonl``, ``config.yaml``, ``status.json``). Goes out: :class:`Run`, and
-pictures as SVG or PNG. What always holds: what was thrown away by a resume or a rewind is not drawn; a long
-run costs no more points than a short one, and its extremes stay visible; matplotlib is imported only when a
-picture is drawn.
+Reading takes memory for a few hundred stretches of the run, however long it is: a stretch keeps the lowest, the highest
+and the mean of each number, so that no spike is lost. What a resume or a rewind threw away is not drawn.
 
     >>> svg = loss_picture([read_run("runs/a"), read_run("runs/b")], by="tokens")
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import io
+import itertools
 import json
-import math
-import os
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any, final
 
 from lmcore.errors import RequestError
-from lmcore.humanize import short
-from lmcore.report.metrics import read_metrics
+from lmcore.humanize import one_line, short
+from lmcore.report.metrics import RECORD_KEYS, iterate_metrics
 from lmcore.report.redact import redact
 
 Points = list[tuple[float, float]]
 
-POINTS = 600
-"""Points of a curve; a picture is not wider."""
-COLOURS = ("#1f6feb", "#d1570a", "#2da44e", "#8250df", "#bf3989", "#6e7781", "#9a6700", "#0a7ea4")
+CAN_DRAW = importlib.util.find_spec("matplotlib") is not None
+"""matplotlib is optional: without it there are tables and texts, but no pictures."""
+STRETCHES = 300
+"""At least this many, at most twice as many stretches are kept; a picture has no more columns."""
+SAMPLED_STEPS = 24
+"""Samples of so many steps are kept at least, of at most twice as many."""
+SHOWN_EVENTS = 200
+COLOURS = ("#1f6feb", "#d1570a", "#2da44e", "#8250df", "#bf3989", "#0a7ea4", "#9a6700", "#6e7781")
+INK, GRID = "#0a0b0c", "#0a0b0d"
+"""Colours of text and of grid lines; in a page, :func:`lmcore.report.html.figure` makes variables of all of them."""
 MARKS = {"resume": "#6e7781", "rewind": "#cf222e", "skip": "#d1570a", "signal": "#9a6700"}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+# ---- reading
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a number that can be drawn: no bool, not infinite, not NaN."""
+    return type(value) in (int, float) and -1e300 < value < 1e300
+
+
+@dataclass
+class _Stretch:
+    """Of consecutive records: for each key the lowest and highest (value, step, tokens), the sum and the count."""
+
+    step: float
+    tokens: float
+    numbers: dict[str, tuple[tuple[float, float, float], tuple[float, float, float], float, int]]
+
+    @staticmethod
+    def of(records: Sequence[dict[str, Any]]) -> _Stretch:
+        middle = records[len(records) // 2]
+        numbers = {}
+        for key in records[0].keys() | records[-1].keys():
+            found = [
+                (record[key], record.get("step", 0), record.get("tokens", 0))
+                for record in records
+                if is_number(record.get(key))
+            ]
+            if found:
+                numbers[key] = min(found), max(found), sum(value for value, _, _ in found), len(found)
+        return _Stretch(middle.get("step", 0), middle.get("tokens", 0), numbers)
+
+    def joined(self, other: _Stretch) -> _Stretch:
+        numbers = {**self.numbers, **other.numbers}
+        for key in self.numbers.keys() & other.numbers.keys():
+            (low, high, total, count), (low_2, high_2, total_2, count_2) = (
+                self.numbers[key],
+                other.numbers[key],
+            )
+            numbers[key] = min(low, low_2), max(high, high_2), total + total_2, count + count_2
+        return _Stretch((self.step + other.step) / 2, (self.tokens + other.tokens) / 2, numbers)
+
+
+class Curves:
+    """The numbers of records over step and tokens, thinned while they are added."""
+
+    def __init__(self, records: Iterable[dict[str, Any]] = ()) -> None:
+        self.last: dict[str, Any] = {}
+        """The newest record."""
+        self._size = 1
+        self._stretches: list[_Stretch] = []
+        self._waiting: list[dict[str, Any]] = []
+        for record in records:
+            self.add(record)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """The next record; one of the same step as the last replaces it."""
+        if self._waiting and self._waiting[-1].get("step") == record.get("step"):
+            self._waiting.pop()
+        elif len(self._waiting) > self._size:
+            self._close(self._waiting[: self._size])
+            del self._waiting[: self._size]
+        self._waiting.append(record)
+        self.last = record
+
+    def _close(self, records: Sequence[dict[str, Any]]) -> None:
+        self._stretches.append(_Stretch.of(records))
+        if len(self._stretches) >= 2 * STRETCHES:
+            pairs = zip(self._stretches[::2], self._stretches[1::2])
+            self._stretches = [one.joined(other) for one, other in pairs]
+            self._size *= 2
+
+    def _all(self) -> list[_Stretch]:
+        rest = [
+            self._waiting[start : start + self._size] for start in range(0, len(self._waiting), self._size)
+        ]
+        return [*self._stretches, *map(_Stretch.of, rest)]
+
+    def __bool__(self) -> bool:
+        return bool(self.last)
+
+    def keys(self) -> set[str]:
+        """Names of all numbers that were seen."""
+        return {key for stretch in self._all() for key in stretch.numbers}
+
+    def points(self, key: str, by: str = "step") -> Points:
+        """(x, value) of the lowest and the highest of each stretch; ``by`` is ``step`` or ``tokens``."""
+        column = 1 if by == "step" else 2
+        found: Points = []
+        for stretch in self._all():
+            if key in stretch.numbers:
+                low, high, _, _ = stretch.numbers[key]
+                found += sorted({(low[column], low[0]), (high[column], high[0])})
+        return found
+
+    def means(self, key: str, by: str = "step") -> Points:
+        """(x, mean) of each stretch."""
+        return [
+            (getattr(stretch, by), stretch.numbers[key][2] / stretch.numbers[key][3])
+            for stretch in self._all()
+            if key in stretch.numbers
+        ]
+
+
+@dataclass
+class Evaluations:
+    """The results on one set."""
+
+    curve: Curves = field(default_factory=Curves)
+    best: dict[str, Any] | None = None
+    """The record of the lowest loss."""
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.curve.add(record)
+        if is_number(record.get("loss")) and (self.best is None or record["loss"] <= self.best["loss"]):
+            self.best = record
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.curve.last
 
 
 @final
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """What one run folder says."""
+    """What one run folder says; as large for a long run as for a short one."""
 
     name: str
     path: Path
-    records: list[dict[str, Any]]
     config: str = ""
     status: dict[str, Any] = field(default_factory=dict)
+    train: Curves = field(default_factory=Curves)
+    evaluations: dict[str, Evaluations] = field(default_factory=dict)
+    start: dict[str, Any] | None = None
+    """The first ``start`` or ``resume`` event with a table of rows."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """The first events but for checkpoints, and the last one."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """How often each event happened."""
+    saved_steps: list[int] = field(default_factory=list)
+    samples: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    sampled_steps: int = 0
+    """Steps that were sampled; ``samples`` holds some of them, evenly spread, and the newest."""
+    _sample_every: int = 1
+    _save_every: int = 1
+
+    def add(self, record: dict[str, Any]) -> None:
+        """The next record of metrics.jsonl."""
+        match record["kind"]:
+            case "train":
+                self.train.add(record)
+            case "eval" if isinstance(record.get("set"), str):
+                self.evaluations.setdefault(record["set"], Evaluations()).add(record)
+            case "sample" if "step" in record:
+                self._add_sample(record)
+            case "event":
+                self._add_event(record)
+
+    def _add_sample(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        if step not in self.samples:
+            newest = next(reversed(self.samples), None)
+            if newest is not None and (self.sampled_steps - 1) % self._sample_every:
+                del self.samples[newest]
+            self.samples[step] = []
+            self.sampled_steps += 1
+            if len(self.samples) > 2 * SAMPLED_STEPS:
+                self._sample_every *= 2
+                self.samples = dict(list(self.samples.items())[::2])
+        again = [old for old in self.samples[step] if old.get("set") != record.get("set")]
+        self.samples[step] = [*again, record][:SHOWN_EVENTS]
+
+    def _add_event(self, record: dict[str, Any]) -> None:
+        name = str(record.get("event"))
+        self.counts[name] += 1
+        if name == "checkpoint":
+            if type(record.get("step")) is int and self.counts[name] % self._save_every == 0:
+                self.saved_steps.append(record["step"])
+            if len(self.saved_steps) >= 2 * STRETCHES:
+                self.saved_steps, self._save_every = self.saved_steps[1::2], 2 * self._save_every
+            return
+        if self.start is None and name in ("start", "resume") and isinstance(record.get("rows"), dict):
+            self.start = record
+        if len(self.events) > SHOWN_EVENTS:
+            self.events.pop()
+        self.events.append(record)
 
     def settings(self) -> dict[str, Any]:
         """The configuration as nested values."""
         values = plain_yaml(self.config, f"{self.path}/config.yaml")
         return values if isinstance(values, dict) else {}
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [record for record in self.records if record["kind"] == kind]
-
-    def events(self, *names: str) -> list[dict[str, Any]]:
-        return [record for record in self.of("event") if record.get("event") in names]
 
 
 def plain_yaml(text: str, where: str) -> Any:
@@ -61,7 +240,7 @@ def plain_yaml(text: str, where: str) -> Any:
     Raises:
         RequestError: not such YAML; the message begins with ``where``.
     """
-    import yaml  # lazily: comes with jsonargparse
+    import yaml  # lazily: only a comparison needs it
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
@@ -77,8 +256,8 @@ def plain_yaml(text: str, where: str) -> Any:
         ) from None
 
 
-def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read a run folder.
+def read_run(path: str | PathLike[str]) -> Run:
+    """Read a run folder, in time and memory that grow with the number of records and not at all, respectively.
 
     Raises:
         RequestError: no metrics there.
@@ -92,70 +271,83 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     config, status = folder / "config.yaml", folder / "status.json"
     try:
         state = json.loads(status.read_text(encoding="utf-8")) if status.is_file() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         state = {}
-    return Run(
+    run = Run(
         name=folder.resolve().name,
         path=folder,
-        records=read_metrics(metrics),
-        config=redact(config.read_text(encoding="utf-8")) if config.is_file() else "",
-        status=state,
+        config=redact(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else "",
+        status=state if isinstance(state, dict) else {},
     )
+    for record in iterate_metrics(metrics):
+        run.add(record)
+    return run
 
 
-# ---- curves
-
-
-def series(records: Sequence[dict[str, Any]], value: str, by: str = "step", scale: float = 1.0) -> Points:
-    """(x, y) of the records that have both as numbers."""
-    return [
-        (float(record[by]), scale * float(record[value]))
-        for record in records
-        if isinstance(record.get(value), (int, float)) and isinstance(record.get(by), (int, float))
-    ]
-
-
-def thinned(points: Points, most: int = POINTS) -> Points:
-    """At most about ``most`` points: of each stretch the lowest and the highest, so that no spike is lost."""
-    if len(points) <= most:
-        return points
-    size = math.ceil(2 * len(points) / most)
-    kept: Points = []
-    for start in range(0, len(points), size):
-        part = points[start : start + size]
-        kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
-    return [*kept, points[-1]] if kept[-1] != points[-1] else kept
+# ---- drawing
 
 
 def smoothed(points: Points) -> Points:
-    """An exponential mean over about 2% of the curve (debiased at its start)."""
-    decay = 1 - 1 / max(3.0, len(points) / 50)
-    mean = weight = 0.0
+    """A mean over about 4% of the curve around each point, over fewer near its ends.
+
+    The window lies evenly around the point, so the mean neither lags behind a falling loss nor leads it.
+    """
+    half = max(2, len(points) // 50)
+    sums = [0.0, *itertools.accumulate(y for _, y in points)]
     result: Points = []
-    for x, y in points:
-        mean, weight = decay * mean + (1 - decay) * y, decay * weight + (1 - decay)
-        result.append((x, mean / weight))
+    for index, (x, _) in enumerate(points):
+        reach = min(half, index, len(points) - 1 - index)
+        first, last = index - reach, index + reach + 1
+        result.append((x, (sums[last] - sums[first]) / (last - first)))
     return result
 
 
-def _plain_label(text: str) -> str:
-    """A name as matplotlib shows it: between two dollar signs it would read a formula, and fail on most texts."""
-    return text.replace("$", r"\$")
+@functools.cache
+def _fonts() -> list[str]:
+    """DejaVu, which matplotlib brings, and then an installed font with Chinese, Japanese and Korean characters."""
+    from matplotlib import font_manager
+
+    installed = set(font_manager.get_font_names())
+    families = ("Noto Sans CJK JP", "Noto Sans JP", "Source Han Sans JP", "IPAexGothic", "IPAGothic", "TakaoPGothic",
+                "VL PGothic", "Hiragino Sans", "Yu Gothic", "Meiryo", "MS Gothic", "Noto Sans CJK SC", "Noto Sans SC",
+                "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "Noto Sans CJK KR",
+                "Noto Sans KR", "NanumGothic", "Droid Sans Fallback", "Arial Unicode MS")  # fmt: skip
+    return ["DejaVu Sans", *[name for name in families if name in installed][:2]]
 
 
-def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # lazily: matplotlib takes a second to import
+def _drawn(draw: Callable[..., bytes]) -> Callable[..., bytes]:
+    """Run a drawing function with the fonts and colours of a report; names are text, never formulas."""
 
-    figure = Figure(figsize=(6.0, 3.1), layout="constrained")
+    @functools.wraps(draw)
+    def wrapper(*arguments: Any, **options: Any) -> bytes:
+        import matplotlib  # lazily: it takes a second to import
+
+        style: Any = {"font.family": _fonts(), "text.parse_math": False, "svg.fonttype": "none"}
+        style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor"), INK)
+        style |= {"xtick.color": INK, "ytick.color": INK, "grid.color": GRID, "svg.hashsalt": "lmcore"}
+        with matplotlib.rc_context(rc=style), warnings.catch_warnings():
+            # Characters that no installed font has: in a page the browser draws the text, with its own fonts.
+            warnings.filterwarnings("ignore", message="(?s).*[Gg]lyph .* missing from")
+            return draw(*arguments, **options)
+
+    return wrapper
+
+
+def _axes(title: str, x_label: str, y_label: str, size: tuple[float, float] = (4.4, 2.9)) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=11, loc="left", fontweight="bold")
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.tick_params(labelsize=9)
+    axes.grid(alpha=0.18, linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(_tick)
+        axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xmargin(0.01)
     return figure, axes
 
@@ -164,110 +356,141 @@ def _tick(value: float, _: float = 0) -> str:
     return short(value) if abs(value) >= 10_000 else f"{value:.6g}"
 
 
-def _finish(figure: Any, axes: Any, name: str, *, format: str = "svg") -> bytes:
-    import matplotlib
+def _label(name: str) -> str:
+    """A name for a legend; one that begins with ``_`` would be left out there."""
+    name = one_line(name)
+    name = name if len(name) <= 48 else f"{name[:47]}…"
+    return f" {name}" if name.startswith("_") else name
 
+
+def _finish(figure: Any, axes: Any, *, format: str = "svg") -> bytes:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         axes.legend(handles, labels, fontsize=8, frameon=False)
+    if format == "svg":  # the page's own background
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
     out = io.BytesIO()
-    # Text stays text: smaller, searchable, and drawn in a font that has Japanese. The salt makes ids unique.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        metadata = {"Date": None} if format == "svg" else None
-        figure.savefig(out, format=format, metadata=metadata, dpi=150)
-    return out.getvalue()
+    figure.savefig(out, format=format, metadata={"Date": None} if format == "svg" else None, dpi=150)
+    if format != "svg":
+        return out.getvalue()
+    # Ids are made of the drawing's content: equal clip paths of two pictures of one page must not share one.
+    return re.sub(
+        rb'(id="|url\(#|href="#)', rb"\g<1>" + f"p{next(_PICTURE_NUMBERS)}-".encode(), out.getvalue()
+    )
+
+
+_PICTURE_NUMBERS = itertools.count()
 
 
 def _loss_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
-    """Where the losses are after the first fall, so that the first steps do not flatten the rest."""
-    values = [y for run in runs for _, y in series([*run.of("train"), *run.of("eval")], "loss")]
+    """All losses, from the first one on; a spike beyond twice that range runs out of the picture."""
+    curves = [run.train for run in runs] + [known.curve for run in runs for known in run.evaluations.values()]
+    points = [curve.points("loss") for curve in curves]
+    values = sorted(y for curve in points for _, y in curve)
     if len(values) < 8:
         return None
-    ordered = sorted(values)
-    low, high = ordered[0], ordered[int(0.98 * (len(ordered) - 1))]
-    margin = 0.06 * (high - low) or 0.1
+    usual = max([values[int(0.98 * (len(values) - 1))], *[curve[0][1] for curve in points if curve]])
+    low, high = values[0], values[-1]
+    if high - low > 2 * (usual - low):
+        high = usual
+    margin = 0.05 * (high - low) or 0.1
     return low - margin, high + margin
 
 
-def loss_picture(runs: Sequence[Run], by: str, *, format: str = "svg") -> bytes:
-    """Training loss (raw and smoothed) and held-out losses of one or several runs, by ``step`` or
-    ``tokens``.
-    """
+@_drawn
+def loss_picture(runs: Sequence[Run], by: str, *, format: str = "svg", wide: bool = False) -> bytes:
+    """Training loss (as logged, and its mean) and validation losses of one or several runs, by ``step`` or ``tokens``."""
     label = "steps" if by == "step" else by
-    figure, axes = _axes(f"Loss by {label}", label, "nats per token")
-    for index, run in enumerate(runs):
-        colour = COLOURS[index % len(COLOURS)]
-        prefix = f"{_plain_label(run.name)}: " if len(runs) > 1 else ""
-        train = series(run.of("train"), "loss", by)
-        raw = thinned(train)
-        if len(train) > 12:
-            axes.plot(*zip(*raw), color=colour, alpha=0.28, linewidth=0.8)
-            axes.plot(*zip(*thinned(smoothed(train))), color=colour, linewidth=1.6, label=f"{prefix}train")
-        elif train:
-            axes.plot(*zip(*raw), color=colour, linewidth=1.6, label=f"{prefix}train")
-        sets = list(dict.fromkeys(r["set"] for r in run.of("eval")))
-        for number, name in enumerate(sets):
-            points = series([r for r in run.of("eval") if r["set"] == name], "loss", by)
-            shade = colour if len(runs) > 1 else COLOURS[(number + 1) % len(COLOURS)]
+    figure, axes = _axes(f"Loss by {label}", label, "nats per token", (8.8, 3.3) if wide else (4.4, 2.9))
+    colours = itertools.cycle(COLOURS)
+    for run in runs:
+        prefix = f"{run.name}: " if len(runs) > 1 else ""
+        raw, mean = run.train.points("loss", by), run.train.means("loss", by)
+        colour = next(colours)
+        if len(mean) > 12:
+            axes.plot(*zip(*raw), color=colour, alpha=0.35, linewidth=0.8)
+            axes.plot(*zip(*smoothed(mean)), color=colour, linewidth=1.7, label=_label(f"{prefix}train"))
+        elif raw:
+            axes.plot(*zip(*raw), color=colour, linewidth=1.7, marker=".", label=_label(f"{prefix}train"))
+        for (name, known), marker in zip(run.evaluations.items(), itertools.cycle(MARKERS)):
+            points = known.curve.points("loss", by)
+            style = {"color": next(colours), "linestyle": "--", "marker": marker, "markersize": 3.5}
             if points:
-                style = {"color": shade, "linestyle": "--", "marker": "o", "markersize": 3, "linewidth": 1.2}
-                axes.plot(*zip(*thinned(points)), label=f"{prefix}{_plain_label(str(name))}", **style)
-        if by == "step" and len(runs) == 1:
-            _marks(axes, run)
+                axes.plot(*zip(*points), label=_label(f"{prefix}{name}"), linewidth=1.2, **style)
+    if by == "step" and len(runs) == 1:
+        _mark_events(axes, runs[0])
     limits = _loss_limits(runs)
     if limits:
         axes.set_ylim(*limits)
-    return _finish(figure, axes, f"loss-{by}", format=format)
+    return _finish(figure, axes, format=format)
 
 
-def _marks(axes: Any, run: Run) -> None:
-    saved = [event["step"] for event in run.events("checkpoint") if isinstance(event.get("step"), int)]
-    if saved:
+def _mark_events(axes: Any, run: Run) -> None:
+    if run.saved_steps:
         bottom = axes.get_xaxis_transform()
-        axes.plot(
-            saved, [0.015] * len(saved), "^", color="#2da44e", ms=4, transform=bottom, label="checkpoint"
-        )
+        places = [0.015] * len(run.saved_steps)
+        axes.plot(run.saved_steps, places, "^", color="#2da44e", ms=4, transform=bottom, label="checkpoint")
     for name, colour in MARKS.items():
-        for index, event in enumerate(e for e in run.events(name) if isinstance(e.get("step"), int)):
-            label = name if index == 0 else None
-            axes.axvline(event["step"], color=colour, linewidth=0.9, linestyle=":", label=label)
+        steps = [
+            event["step"]
+            for event in run.events
+            if event.get("event") == name and is_number(event.get("step"))
+        ]
+        for index, step in enumerate(steps):
+            axes.axvline(step, color=colour, linewidth=0.9, linestyle=":", label=None if index else name)
 
 
-def _simple(
-    key: str, label: str, scale: float = 1.0, *, log: bool = False
-) -> Callable[[Sequence[Run], str], bytes]:
-    def draw(runs: Sequence[Run], title: str) -> bytes:
-        figure, axes = _axes(title, "steps", label)
-        for index, run in enumerate(runs):
-            points = thinned(series(run.of("train"), key, scale=scale))
-            if points:
-                name = _plain_label(run.name) if len(runs) > 1 else None
-                axes.plot(*zip(*points), color=COLOURS[index % len(COLOURS)], linewidth=1.2, label=name)
-        if log and any(y > 0 for run in runs for _, y in series(run.of("train"), key)):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(_tick)
-            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}" if f"{value:e}"[0] in "25" else "")
-            axes.tick_params(axis="y", which="minor", labelsize=8)
-        else:
-            axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
-        return _finish(figure, axes, key)
+@_drawn
+def number_picture(
+    runs: Sequence[Run], key: str, title: str, label: str, *, scale: float = 1.0, log: bool = False
+) -> bytes:
+    """One number of the train records over the steps of one or several runs."""
+    figure, axes = _axes(title, "steps", label)
+    lowest = 0.0
+    for run, colour in zip(runs, itertools.cycle(COLOURS)):
+        points = [(x, scale * y) for x, y in run.train.points(key)]
+        if points:
+            name = _label(run.name) if len(runs) > 1 else None
+            axes.plot(*zip(*points), color=colour, linewidth=1.2, label=name)
+            lowest = min(lowest, *[y for _, y in points])
+    if log and any(y > 0 for run in runs for _, y in run.train.points(key)):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(_tick)
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}" if f"{value:e}"[0] in "25" else "")
+        axes.tick_params(axis="y", which="minor", labelsize=8)
+    elif lowest == 0:
+        axes.set_ylim(0, 1.12 * axes.get_ylim()[1] or 1.0)
+    return _finish(figure, axes)
 
-    return draw
 
-
-PICTURES: dict[str, tuple[str, Callable[[Sequence[Run], str], bytes]]] = {
-    "lr": ("Learning rate", _simple("lr", "learning rate")),
-    "grad_norm": ("Gradient norm, before clipping", _simple("grad_norm", "norm", log=True)),
-    "tokens_per_second": ("Throughput", _simple("tokens_per_second", "tokens per second")),
-    "memory_bytes": ("Peak memory of the first rank", _simple("memory_bytes", "GiB", 2.0**-30)),
-    "data_wait": ("Waiting for data", _simple("data_wait", "% of the time", 100.0)),
-    "mfu": ("Use of the device's peak (MFU)", _simple("mfu", "%", 100.0)),
+PICTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "lr": ("Learning rate", "learning rate", {}),
+    "grad_norm": ("Gradient norm, before clipping", "norm", {"log": True}),
+    "tokens_per_second": ("Throughput", "tokens per second", {}),
+    "memory_bytes": ("Peak memory of the first rank", "GiB", {"scale": 2.0**-30}),
+    "data_wait": ("Waiting for data", "% of the time", {"scale": 100.0}),
+    "mfu": ("Use of the device's peak (MFU)", "%", {"scale": 100.0}),
 }
+"""Key of a train record -> title, label, options of :func:`number_picture`."""
 
 
-def loss_png(records: list[dict[str, Any]]) -> bytes | None:
-    """The loss curve of one run as PNG, for a model card; ``None`` without a logged loss."""
-    run = Run("", Path(), records)
-    if not series(run.of("train"), "loss"):
+def pictures(runs: Sequence[Run]) -> Iterator[bytes]:
+    """Every number of the runs but the loss, the user's own metrics included, as SVG."""
+    known = set().union(*[run.train.keys() for run in runs])
+    own = sorted(known - RECORD_KEYS)
+    for key in own[:24]:
+        yield number_picture(runs, key, _label(key), _label(key))
+    for key, (title, label, options) in PICTURES.items():
+        if key in known:
+            yield number_picture(runs, key, title, label, **options)
+
+
+def loss_png(records: Iterable[dict[str, Any]]) -> bytes | None:
+    """The loss curve of one run as PNG, for a model card; ``None`` without a logged loss or without matplotlib."""
+    run = Run("", Path())
+    for record in records:
+        run.add(record)
+    if not CAN_DRAW or not run.train.points("loss"):
         return None
     return loss_picture([run], "step", format="png")

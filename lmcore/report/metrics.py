@@ -28,6 +28,30 @@ from lmcore.disk import DISK
 
 ABANDONING_EVENTS = frozenset({"start", "resume", "rewound"})
 """Events after which the records of later steps belong to a past that was given up."""
+RECORD_KEYS = frozenset(
+    {
+        "kind",
+        "step",
+        "epoch",
+        "tokens",
+        "position",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "data_wait",
+        "step_seconds",
+        "memory_bytes",
+        "tensor_bytes",
+        "train_seconds",
+        "mfu",
+        "nonfinite_losses",
+        "skipped_steps",
+        "time",
+        "set",
+    }
+)
+"""Keys of a train record; the user's own metrics have other names."""
 WAITING_RECORDS = 100_000
 """Records that wait in memory while the file cannot be written; beyond that the oldest are lost."""
 

@@ -28,7 +28,7 @@ from lmcore.errors import RequestError
 from lmcore.humanize import duration, short
 from lmcore.report.console import RankLog, now, one_line, silence_other_bars
 from lmcore.report.meters import PeakMemory, Sums, Timer, Totals
-from lmcore.report.metrics import MetricsFile, read_metrics, versions
+from lmcore.report.metrics import RECORD_KEYS, MetricsFile, read_metrics, versions
 from lmcore.report.redact import redact
 
 if TYPE_CHECKING:  # torch costs seconds to import, and this module only calls methods of tensors it is handed
@@ -41,31 +41,6 @@ __all__ = ["Report", "read_metrics", "silence_other_bars"]
 DISPLAY_SECONDS = 0.25
 PLAIN_STEP_SECONDS = 30.0
 """Without a terminal the latest step is printed this often between two log lines; metrics.jsonl does not get it."""
-
-RECORD_KEYS = frozenset(
-    {
-        "kind",
-        "step",
-        "epoch",
-        "tokens",
-        "position",
-        "loss",
-        "lr",
-        "grad_norm",
-        "tokens_per_second",
-        "data_wait",
-        "step_seconds",
-        "memory_bytes",
-        "tensor_bytes",
-        "train_seconds",
-        "mfu",
-        "nonfinite_losses",
-        "skipped_steps",
-        "time",
-        "set",
-    }
-)
-"""Keys of a train record; the user's own metrics have other names."""
 
 
 class Report(RankLog):
