@@ -158,10 +158,10 @@ class Run:
             self.config = config = dev_run.shortened(config, self.folder.path)
         self.guard.install(training=False)  # nothing can be saved yet: a signal ends the process at once
         self.report.capture_logging()
-        self._found = on_main(self.engine, partial(find_checkpoint, config, self.folder, self.report))
-        on_main(self.engine, partial(refuse_early, config))
         if config.model.factory is None:
             on_main(self.engine, partial(refuse_foreign_folder, self.folder.path / "export"))
+        self._found = on_main(self.engine, partial(find_checkpoint, config, self.folder, self.report))
+        on_main(self.engine, partial(refuse_early, config))
         if self._owns_folder:
             self.folder.write_status("preparing", step=self._past.get("step", 0))
 
