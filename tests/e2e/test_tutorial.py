@@ -1,11 +1,15 @@
-"""The tutorial: every block of code on the page runs, and prints what the page says it prints."""
+"""The tutorial: every cell of the notebook runs and prints what it shows, and both pages show the same."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +24,10 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return [(code, output) for code, output in found]
 
 
+def notebook() -> dict[str, Any]:
+    return json.loads((FOLDER / "tutorial.ipynb").read_text(encoding="utf-8"))
+
+
 def assert_same(shown: str, printed: str) -> None:
     """Equal, but for the last digits of measured losses, which depend on the processor's arithmetic."""
     assert NUMBER.sub("#", shown) == NUMBER.sub("#", printed)
@@ -27,16 +35,28 @@ def assert_same(shown: str, printed: str) -> None:
     assert [float(number) for number in NUMBER.findall(printed)] == pytest.approx(wanted, rel=0.2, abs=0.1)
 
 
-def test_the_page_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs_and_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells in their order, in one namespace, as a kernel runs them."""
     for name in ("neko.txt", "held.txt"):
         (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
-    for number, (code, shown) in enumerate(blocks("README.md"), 1):
+    cells = [cell for cell in notebook()["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 10
+    for number, cell in enumerate(cells, 1):
+        shown = "".join(line for output in cell["outputs"] for line in output["text"])
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            exec(compile(code, f"README.md, block {number}", "exec"), names)
+            exec(compile("".join(cell["source"]), f"tutorial.ipynb, code cell {number}", "exec"), names)
         assert_same(shown, out.getvalue())
+
+
+def test_notebook_is_made_of_the_japanese_page(tmp_path: Path) -> None:
+    for name in ("README.ja.md", "make_notebook.py"):
+        (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
+    subprocess.run([sys.executable, str(tmp_path / "make_notebook.py")], check=True)
+    made = (tmp_path / "tutorial.ipynb").read_text(encoding="utf-8")
+    assert json.loads(made) == notebook(), "run python examples/tutorial/make_notebook.py"
 
 
 def test_both_languages_show_the_same_code_and_output() -> None:
