@@ -85,6 +85,10 @@ def attention(
     Returns:
         (B, T, H, D), and ``None`` for the attention weights, which are not kept.
     """
+    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # As autocast would inside sdpa: rotary positions leave queries and keys in float32.
+        narrow = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     if not _plain_is_faster(module, query, key, value, attention_mask, dropout, more):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -99,6 +99,29 @@ def test_plain_attention_is_used_for_causal_bf16_only(monkeypatch: Any) -> None:
     assert asked(narrow, dropout=0.1), "the fused kernel of a CPU knows no dropout"
 
 
+def test_rotary_models_take_plain_attention_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary positions leave queries and keys in float32, which autocast narrows inside of sdpa."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    built: Any = build_model(type="nanochat", config_overrides=shape, vocab_size=V, block_size=T, seed=0)
+    kernels.use_faster_kernels(built)
+    ids = torch.randint(0, V, (2, T))
+    taken: list[bool] = []
+    rule = kernels._plain_is_faster
+
+    def noted(*arguments: Any) -> bool:
+        taken.append(rule(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(kernels, "_plain_is_faster", noted)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = built(input_ids=ids).logits.float()
+        monkeypatch.setattr(kernels, "_plain_is_faster", lambda *arguments: False)
+        fused = built(input_ids=ids).logits.float()
+    assert taken == [True]
+    # bfloat16 has 8 bits; the products of one layer are rounded in another order.
+    torch.testing.assert_close(plain, fused, rtol=0, atol=2**-6 * float(fused.abs().max()))
+
+
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
 def test_the_tanh_form_of_gelu_is_the_fused_kernel(activation: str) -> None:
     built: Any = build_model(
