@@ -46,7 +46,7 @@ ADAMW_OF_0_1 = {
 }
 MUON = {
     "optim.name": "muon",
-    "optim.warmup": "0",
+    "optim.warmup": "never",
     "optim.schedule": "linear",
     "optim.min_lr_ratio": 0,
     "train.global_batch_blocks": 4,

@@ -193,14 +193,14 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LrMultipliersConfig:
-    matrices: float | None = option(None, "warn", at_least=0)
-    """Learning rate of the matrices inside the network, as a multiple of optim.lr; default: 1."""
-    embedding: float | None = option(None, "warn", at_least=0)
-    """The same for the embeddings (and a head tied to them); default: the optimizer's."""
-    head: float | None = option(None, "warn", at_least=0)
-    """The same for an untied vocabulary head; default: the optimizer's."""
-    vectors: float | None = option(None, "warn", at_least=0)
-    """The same for biases and normalization weights; default: the optimizer's."""
+    matrices: float = option(1.0, "warn", at_least=0)
+    """Learning rate of the matrices inside the network, as a multiple of optim.lr."""
+    embedding: float = option(1.0, "warn", at_least=0)
+    """The same of the embeddings (and of a head that is tied to them)."""
+    head: float = option(1.0, "warn", at_least=0)
+    """The same of a vocabulary head of its own."""
+    vectors: float = option(1.0, "warn", at_least=0)
+    """The same of biases and norms."""
 
 
 @dataclass(frozen=True, kw_only=True)

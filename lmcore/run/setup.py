@@ -498,9 +498,8 @@ def make_optimizer(
 
 
 def lr_multipliers(config: RunConfig) -> dict[str, float]:
-    """The learning rate of each kind of parameter over ``optim.lr``: as given, else the optimizer's defaults."""
-    given = {kind: value for kind, value in vars(config.optim.lr_multipliers).items() if value is not None}
-    return optim.default_lr_multipliers(config.optim.name) | given
+    """The learning rate of each kind of parameter over ``optim.lr``: matrices, embedding, head, vectors."""
+    return dict(vars(config.optim.lr_multipliers))
 
 
 def learning_rates(config: RunConfig, sizes: Sizes) -> Callable[[int], float]:
