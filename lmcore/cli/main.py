@@ -166,7 +166,7 @@ def inspect(words: list[str]) -> None:
     elif encoder is None:
         encoder, reason = _trial_tokenizer(config)
     with display.task("reading", unit="bytes") as advance:
-        found = room.run(
+        found = room.inspect_sources(
             config.data.train or ["stdlib"],
             encoder,
             text_field=config.data.text_field,
@@ -176,7 +176,7 @@ def inspect(words: list[str]) -> None:
             progress=advance,
         )
     display.close()
-    print("\n".join(room.lines(found)))
+    print("\n".join(room.report_lines(found)))
     if reason:
         print(reason)
 

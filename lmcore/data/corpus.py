@@ -103,8 +103,11 @@ def sample_texts(
         random.Random(f"{seed} tokenizer").shuffle(work)
     for source, part in work:
         for document in hub.documents_of(source, part, bad=bad):
-            total += len(document.text.encode())
-            yield document.text
+            text, left = document.text, max_bytes - total
+            if len(text) > left + 2**20:  # one enormous document must not make the sample enormous
+                text = text[:left]
+            total += len(text.encode())
+            yield text
             if total >= max_bytes:
                 return
 

@@ -1,10 +1,9 @@
-"""What the corpus is, before anyone trains on it.
+"""What a corpus is, before anyone trains on it: documents, bytes, tokens, bad records and three samples of each source.
 
-Comes in: the entries of ``data.train`` and, if there is one, a tokenizer. Goes out: numbers for each source,
-its bad records, and three documents as the model will see them. What always holds: nothing is written; what
-was measured on a sample is called a sample, and the sample is the same each time.
+Nothing is written. What was measured on a sample is called a sample, and the sample is the same each time.
 
-    print("\\n".join(lines(run(["corpus/*.jsonl"], load("tokenizer")))))
+    reports = inspect_sources(["corpus/*.jsonl"], load_tokenizer("tokenizer"))
+    print("\\n".join(report_lines(reports)))
 """
 
 from __future__ import annotations
@@ -17,20 +16,27 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmcore.data.text import documents as text
+from lmcore.data.text.documents import BadRecord, Document, Source, parts, read, resolve
 from lmcore.data.tokenizer.tokenizer import Tokenizer
+from lmcore.humanize import one_line, size
 
 _BATCH_CHARACTERS = 2**20
+_ENCODED_CHARACTERS = 2**22
+"""A longer document is encoded in pieces: the time of a tokenizer grows faster than a single line."""
 _SHOWN_BAD = 10
 
 
 @dataclass(kw_only=True)
 class SourceReport:
-    """One source in numbers.
+    """One source in numbers. The counts are of what was read.
 
-    ``read_share`` is the share of the source's bytes on disk that was read; the counts are of what was read.
-    ``documents_unchanged`` counts those that come back exactly from their ids. ``samples`` are (where,
-    decoded text).
+    Attributes:
+        read_share: share of the source's bytes on disk that was read; ``None`` where reading ended inside a file.
+        bytes, longest_bytes: of text, in UTF-8.
+        tokens: ``None`` without a tokenizer.
+        documents_unchanged: documents that come back exactly from their ids; ``first_changed`` does not.
+        bad: number of documents that are bad or lost, at least this many if ``bad_unknown``.
+        samples: (where, decoded text) of a few documents.
     """
 
     name: str
@@ -38,7 +44,7 @@ class SourceReport:
     ignored_files: int
     unit: str
     encoding: str
-    read_share: float = 1.0
+    read_share: float | None = 1.0
     documents: int = 0
     empty: int = 0
     bytes: int = 0
@@ -48,8 +54,10 @@ class SourceReport:
     documents_unchanged: int = 0
     first_changed: str | None = None
     bad: int = 0
-    bad_records: list[text.BadRecord] = field(default_factory=list)
+    bad_unknown: bool = False
+    bad_records: list[BadRecord] = field(default_factory=list)
     samples: list[tuple[str, str]] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     @property
     def tokens_per_byte(self) -> float | None:
@@ -64,7 +72,7 @@ class SourceReport:
         )
 
 
-def run(
+def inspect_sources(
     entries: Iterable[str | Mapping[str, Any]],
     tokenizer: Tokenizer | None = None,
     *,
@@ -81,19 +89,20 @@ def run(
     Args:
         entries: as in ``data.train``, see :func:`lmcore.data.text.documents.resolve`.
         tokenizer: with it, tokens are counted and every document is encoded and decoded.
-        max_bytes: a source with more bytes on disk is sampled: parts of 1 MiB in seeded random order.
+        max_bytes: a source with more bytes on disk is sampled: parts of 1 MiB in seeded random order. Reading also
+            ends after so many bytes of text (compressed files).
         samples: decoded documents to keep for each source, drawn by a hash of their place.
         progress: called with the bytes on disk of each part that was read.
 
     Raises:
         RequestError: as :func:`lmcore.data.text.documents.resolve`.
     """
-    sources = text.resolve(entries, text_field=text_field, unit=unit, encoding=encoding)
-    return [_source(one, tokenizer, max_bytes, samples, seed, progress) for one in sources]
+    sources = resolve(entries, text_field=text_field, unit=unit, encoding=encoding, join_files=True)
+    return [_inspect(one, tokenizer, max_bytes, samples, seed, progress) for one in sources]
 
 
-def _source(
-    source: text.Source,
+def _inspect(
+    source: Source,
     encoder: Tokenizer | None,
     max_bytes: int,
     samples: int,
@@ -106,28 +115,30 @@ def _source(
         ignored_files=source.ignored,
         unit=f"{source.unit} ({source.unit_reason})" if source.unit_reason else source.unit,
         encoding=source.encoding,
+        notes=source.notes,
         tokens=None if encoder is None else 0,
     )
     # Small parts where a sample is wanted: a few large ones would show a few files only.
-    parts = text.parts(source, part_bytes=2**20)
-    total = sum(part.n_bytes for part in parts)
+    work = parts(source, part_bytes=2**20)
+    total = sum(part.n_bytes for part in work)
     if total > max_bytes:
-        random.Random(f"{seed} inspect").shuffle(parts)
+        random.Random(f"{seed} inspect").shuffle(work)
     done = 0
-    drawn: list[tuple[int, text.Document]] = []
-    batch: list[text.Document] = []
+    drawn: list[tuple[int, Document]] = []
+    batch: list[Document] = []
 
-    def bad(record: text.BadRecord) -> None:
-        report.bad += 1
+    def bad(record: BadRecord) -> None:
+        report.bad += record.documents
+        report.bad_unknown |= record.at_least
         if len(report.bad_records) < _SHOWN_BAD:
             report.bad_records.append(record)
 
     def empty(where: str) -> None:
         report.empty += 1
 
-    for part in parts:
+    for part in work:
         held = 0
-        for document in text.read(source, part, bad=bad, empty=empty):
+        for document in read(source, part, bad=bad, empty=empty):
             key = hashlib.blake2b(
                 f"{seed} {document.where}".encode("utf-8", "replace"), digest_size=8
             ).digest()
@@ -139,11 +150,16 @@ def _source(
             if held >= _BATCH_CHARACTERS:
                 _count(report, encoder, batch)
                 held = 0
+                if report.bytes >= max_bytes:
+                    report.read_share = None
+                    break
         _count(report, encoder, batch)
         done += part.n_bytes
         if progress is not None:
             progress(part.n_bytes)
-        if done >= max_bytes and done < total:
+        if report.read_share is None:
+            break
+        if max(done, report.bytes) >= max_bytes and done < total:
             report.read_share = done / total
             break
     for _, document in sorted(drawn, reverse=True):
@@ -152,25 +168,32 @@ def _source(
     return report
 
 
-def _count(report: SourceReport, encoder: Tokenizer | None, batch: list[text.Document]) -> None:
+def _count(report: SourceReport, encoder: Tokenizer | None, batch: list[Document]) -> None:
     for document in batch:
         length = len(document.text.encode())
         report.documents += 1
         report.bytes += length
         report.longest_bytes = max(report.longest_bytes, length)
     if encoder is not None and report.tokens is not None:
-        for document, ids in zip(batch, encoder.encode_batch([document.text for document in batch])):
+        pieces = [(document, piece) for document in batch for piece in _pieces(document.text)]
+        changed = set()
+        for (document, piece), ids in zip(pieces, encoder.encode_batch([piece for _, piece in pieces])):
             report.tokens += len(ids)
             if encoder.unk_id is not None:
                 report.unknown_tokens += int((ids == encoder.unk_id).sum())
-            if encoder.decode(ids.tolist()) == document.text:
-                report.documents_unchanged += 1
-            elif report.first_changed is None:
-                report.first_changed = document.where
+            if encoder.decode(ids.tolist()) != piece:
+                changed.add(document.where)
+                report.first_changed = report.first_changed or document.where
+        report.documents_unchanged += len(batch) - len(changed)
     batch.clear()
 
 
-def lines(reports: Iterable[SourceReport], *, width: int = 100) -> list[str]:
+def _pieces(text: str) -> list[str]:
+    starts = range(0, len(text), _ENCODED_CHARACTERS)
+    return [text] if len(starts) < 2 else [text[start : start + _ENCODED_CHARACTERS] for start in starts]
+
+
+def report_lines(reports: Iterable[SourceReport], *, width: int = 100) -> list[str]:
     """The reports as plain lines for a person."""
     result: list[str] = []
     for report in reports:
@@ -183,7 +206,10 @@ def _lines(report: SourceReport, width: int) -> list[str]:
     if report.ignored_files:
         files += f", {report.ignored_files:,} of no known kind left out"
     rows = [("files", files), ("unit of text", report.unit), ("encoding", report.encoding)]
-    if report.read_share < 1:
+    rows += [("left out", note.removeprefix("left out: ")) for note in report.notes]
+    if report.read_share is None:
+        rows.append(("sampled", f"reading ended after {size(report.bytes)} of text; the counts are of these"))
+    elif report.read_share < 1:
         rows.append(("sampled", f"{report.read_share:.1%} of the bytes were read; the counts are of these"))
     mean = report.bytes / report.documents if report.documents else 0
     rows.append(("documents", f"{report.documents:,} ({report.empty:,} empty ones dropped)"))
@@ -205,13 +231,16 @@ def _lines(report: SourceReport, width: int) -> list[str]:
             rows.append(
                 ("unknown", f"{report.unknown_tokens:,} tokens stand for text that the tokenizer loses")
             )
-    rows.append(("bad records", f"{report.bad:,}"))
-    result = [f"source {report.name}"] + [f"  {name:<13} {value}" for name, value in rows]
+    at_least = "at least " if report.bad_unknown else ""
+    rows.append(("bad records", f"{at_least}{report.bad:,}"))
+    # File names and text are somebody else's: nothing of them may act on the terminal.
+    result = [f"source {one_line(report.name)}"] + [f"  {name:<13} {one_line(value)}" for name, value in rows]
     result += [f"    {record}" for record in report.bad_records]
-    if report.bad > len(report.bad_records):
-        result.append(f"    ... and {report.bad - len(report.bad_records):,} more")
+    more = report.bad - sum(record.documents for record in report.bad_records)
+    if more > 0:
+        result.append(f"    ... and {more:,} more")
     for where, sample in report.samples:
-        shown = sample.replace("\n", "\\n").replace("\t", "\\t")
-        shown = shown if len(shown) <= width else shown[: width - 3] + "..."
-        result += [f"  sample {os.path.basename(where)}", f"    {shown}"]
+        shown = one_line(sample[: 4 * width].replace("\t", "\\t"))
+        shown = shown if len(shown) <= width and len(sample) <= 4 * width else shown[: width - 3] + "..."
+        result += [f"  sample {one_line(os.path.basename(where))}", f"    {shown}"]
     return result

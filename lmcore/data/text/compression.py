@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import itertools
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -140,20 +141,21 @@ def as_lines_of_bytes(
     """The content in an encoding whose line end is the byte 0x0A; and that encoding."""
     if not encoding_is_wide(encoding):
         return pieces, encoding
-    return _to_utf8(pieces, codecs.getincrementaldecoder(encoding)(SURROGATE)), "utf-8"
+    return _to_utf8(pieces, encoding), "utf-8"
 
 
-def _to_utf8(
-    pieces: Iterable[bytes | Damage], decoder: codecs.IncrementalDecoder
-) -> Iterator[bytes | Damage]:
-    for piece in pieces:
+def _to_utf8(pieces: Iterable[bytes | Damage], encoding: str) -> Iterator[bytes | Damage]:
+    decoder = codecs.getincrementaldecoder(encoding)(SURROGATE)
+    for piece in itertools.chain(pieces, [None]):
         if isinstance(piece, Damage):
-            decoder.reset()
             yield piece
-        else:
-            yield decoder.decode(piece).encode("utf-8", "surrogatepass")
-    if rest := decoder.decode(b"", final=True):
-        yield rest.encode("utf-8", "surrogatepass")
+            return
+        try:
+            yield decoder.decode(piece or b"", piece is None).encode("utf-8", "surrogatepass")
+        except UnicodeError as error:  # no byte order mark
+            reason = f"not {encoding} ({error}): set data.encoding (without a byte order mark: {encoding}-le, {encoding}-be)"
+            yield Damage(reason, n_bytes=len(piece or b""), at_least=True)
+            return
 
 
 def lines(
