@@ -1,8 +1,6 @@
-"""Is this machine ready? Each complaint comes with its remedy.
+"""``lmcore doctor``: check this machine and name the remedy for each problem.
 
-Comes in: nothing but the machine. Goes out: :class:`Finding` for each thing that has ruined somebody's run
-before. What always holds: it only looks; it needs no GPU and no network; a check that cannot be made says so
-instead of failing.
+It changes nothing and needs no GPU and no network. A check that cannot be made says so instead of failing.
 
     >>> for finding in examine():
     ...     print(finding.line())
@@ -11,6 +9,7 @@ instead of failing.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -25,6 +24,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, final
 
+from lmcore.cli.saved import Parser
+from lmcore.errors import EXIT_FINISHED
 from lmcore.process import available_bytes
 
 GIB = 2**30
@@ -52,6 +53,24 @@ class Finding:
         """One line for a person."""
         mark = {"ok": "ok  ", "note": "note", "warn": "WARN", "bad": "BAD "}[self.state]
         return f"{mark}  {self.name:<22} {self.value}" + (f"\n      -> {self.remedy}" if self.remedy else "")
+
+
+EXIT_COMPLAINTS = 1
+"""``doctor`` has found something that will not work."""
+
+
+def doctor(words: list[str]) -> int:
+    """Check this machine and name the remedy for each problem."""
+    parser = Parser(prog="lmcore doctor")
+    parser.add_argument("folder", nargs="?", default=".", help="where runs will be written")
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args(words)
+    found = examine(asked.folder)
+    if asked.json:
+        print(json.dumps([vars(one) for one in found], indent=2))
+    else:
+        print("\n".join(one.line() for one in found))
+    return EXIT_COMPLAINTS if any(one.state == "bad" for one in found) else EXIT_FINISHED
 
 
 def examine(folder: str | os.PathLike[str] = ".") -> list[Finding]:

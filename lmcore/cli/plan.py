@@ -1,8 +1,7 @@
-"""The verb ``plan``: the arithmetic of a run, from its configuration alone; a part of the command line.
+"""``lmcore plan`` and ``--dry_run``: parameters, steps, memory and time of a run from its configuration alone.
 
-Comes in: the options of ``train_lm.py`` and what the machine will be. Goes out: the rows of :class:`lmcore.plan.plan.Plan`.
-What always holds: no weight is made (the model is imagined), and no text is read unless the budget is in epochs or the
-data are the user's own; only ``--probe`` trains, two steps that leave nothing but their numbers.
+No weights are allocated and no text is read; ``--tokenize`` counts the tokens of the text, and only ``--probe`` trains:
+two steps that leave nothing but their numbers.
 """
 
 from __future__ import annotations
@@ -14,10 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lmcore.cli.options import configured, run_dir_of, taken
+from lmcore.cli.saved import tasks
 from lmcore.disk import DISK
 from lmcore.errors import EXIT_FINISHED, RequestError
+from lmcore.humanize import duration, size, table
+from lmcore.run.preflight import preflight
 
-MACHINE = """\
+USAGE = """\
 usage: lmcore plan [--probe] [--tokenize] [--processes N] [--strategy S] [--device_gib G] [--tokens_per_second R]
                              [--watts W] [options of train_lm.py]
 
@@ -34,6 +37,34 @@ STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 Rows = list[tuple[str, str]]
 
 
+def plan(words: list[str]) -> None:
+    """Plan a run before it starts: parameters, steps, memory, time and cost."""
+    if words[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return
+    probed, tokenized = "--probe" in words, "--tokenize" in words
+    words = [word for word in words if word not in ("--probe", "--tokenize")]
+    given = {"tokenize": "true"} if tokenized else {}
+    for name in ("processes", "strategy", "device_gib", "tokens_per_second", "watts"):
+        value = taken(words, name)
+        if value is not None:
+            given[name] = value
+    config = configured(words, "plan", "")
+    processes = given.get("processes", "1")
+    preflight(config, processes=int(processes) if processes.isdecimal() and int(processes) else 1)
+    display = tasks()  # first: it tells the libraries to be quiet
+    from lmcore.run import setup
+
+    opened = partial(
+        setup.open_data, config, run_dir_of(config) / "tokenizer", note=display.note, task=display.task
+    )
+    rows_of = probe_rows if probed else plan_rows
+    rows = rows_of(config, given, open_data=opened, note=display.note)
+    display.close()
+    if rows:  # under a launcher one process speaks
+        print(table([*rows, disk(run_dir_of(config))]))
+
+
 def plan_rows(
     config: Any,
     given: dict[str, str],
@@ -44,7 +75,7 @@ def plan_rows(
     """The plan of a configuration as rows.
 
     Args:
-        given: what :data:`MACHINE` names, as words.
+        given: what :data:`USAGE` names, as words.
         open_data: opens the run's data; called only where the budget is in epochs or the data are the user's own.
 
     Raises:
@@ -66,7 +97,6 @@ def probe_rows(
 
     Their numbers are kept in the run folder, for the run's report.
     """
-    from lmcore.humanize import duration, size
     from lmcore.plan import probe
     from lmcore.run import setup as assemble
     from lmcore.run.planning import PLAN_FILE
@@ -189,7 +219,6 @@ class _Asked:
 
     def _estimated_epoch(self, note: Callable[[str], None]) -> int:
         """Blocks in an epoch by the size of the text, which is neither read nor tokenized."""
-        from lmcore.humanize import size
         from lmcore.run import own_text
 
         data = self.config.data
@@ -274,7 +303,6 @@ def disk(folder: str | os.PathLike[str]) -> tuple[str, str]:
 def dry_run(config: Any) -> int:
     """``train_lm.py --dry_run``: print the plan and nothing else. Returns the exit code."""
     if os.environ.get("RANK", "0") == "0":
-        from lmcore.humanize import table
         from lmcore.run import setup
 
         run_dir = Path(config.run_dir or "")

@@ -1,0 +1,222 @@
+"""The commands about the data of a run: ``prepare``, ``inspect``, ``tokenizer``, ``order``.
+
+The first three take the options of ``train_lm.py``, so that they read exactly the text of that run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmcore.cli.options import configured, run_dir_of, taken
+from lmcore.cli.saved import Parser, tasks
+from lmcore.errors import RequestError
+
+if TYPE_CHECKING:
+    from lmcore.config.schema import RunConfig
+
+MOST_POSITIONS = 1_000_000
+"""Positions that ``order`` shows at once."""
+
+
+def prepare(words: list[str]) -> None:
+    """Build the tokenizer and the token stores of a configuration, without training."""
+    worker = taken(words, "worker", "0") or "0"
+    if not worker.isdigit():
+        raise RequestError(f"--worker must be a number, 0 for the first of several workers (got {worker})")
+    config = configured(
+        words,
+        "prepare [--worker N]",
+        "Run it on machines without GPUs, so that training starts at once. Several workers may share the work.",
+    )
+    from lmcore.run import setup
+
+    display = tasks()
+    home = run_dir_of(config) / "tokenizer"
+    data = setup.open_data(
+        config,
+        home,
+        rank=int(worker),
+        on_main=partial(_one_at_a_time, home.parent / ".prepare.lock"),
+        note=display.note,
+        task=display.task,
+    )
+    display.close()
+    for name, value in data.rows:
+        print(f"{name}: {value}")
+    print(f"blocks in an epoch: {data.train.epoch_blocks:,} of {data.block_size:,} tokens")
+
+
+def _one_at_a_time(lock: Path, work: Callable[[], Any]) -> Any:
+    """Run ``work`` under a lock: the second process finds the tokenizer trained."""
+    from lmcore.disk import DISK
+
+    DISK.makedirs(lock.parent)
+    with open(lock, "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        return work()
+
+
+def inspect(words: list[str]) -> None:
+    """Show the corpus: documents, bytes, tokens, broken records and three samples."""
+    config = configured(
+        words,
+        "inspect",
+        "Tokens are counted by tokenizer.path, by the run's tokenizer, or by one trained on a sample.",
+    )
+    from lmcore.data import inspect as inspection
+    from lmcore.data.tokenizer.tokenizer import load_tokenizer
+    from lmcore.run import setup
+
+    home = run_dir_of(config) / "tokenizer"
+    display = tasks()
+    encoder, reason = setup.given_tokenizer(config), ""
+    if encoder is None and setup.unfit_reason(config, home) is None:
+        encoder = load_tokenizer(home)
+    elif encoder is None:
+        encoder, reason = _trial_tokenizer(config)
+    with display.task("reading", unit="bytes") as advance:
+        found = inspection.inspect_sources(
+            config.data.train or ["stdlib"],
+            encoder,
+            text_field=config.data.text_field,
+            unit=config.data.unit,
+            encoding=config.data.encoding,
+            seed=config.seed,
+            progress=advance,
+        )
+    display.close()
+    print("\n".join(inspection.report_lines(found)))
+    if reason:
+        print(reason)
+
+
+_TRIAL_BYTES = 4_000_000
+"""Text for the tokenizer that ``inspect`` counts with: it is trained in seconds, also on text without spaces."""
+
+
+def _trial_tokenizer(config: RunConfig) -> tuple[Any, str]:
+    """A tokenizer like the run's, trained on a sample and not saved; and a note about it."""
+    from lmcore.run import setup
+
+    small = min(config.tokenizer.sample_bytes, _TRIAL_BYTES)
+    forgiving = replace(config.data, on_error="skip")  # broken records are counted and shown below
+    try:
+        made = setup.train_tokenizer(
+            replace(config, data=forgiving, tokenizer=replace(config.tokenizer, sample_bytes=small)),
+            None,
+            note=lambda line: None,
+        )
+    except RequestError as refusal:
+        return None, f"tokens: not counted ({refusal})"
+    return made, (
+        f"the tokens are those of a tokenizer of {made.vocab_size:,} pieces that was trained on {small / 1e6:g} MB of "
+        "this text at most, for this count; give --tokenizer.path, or train one: lmcore tokenizer train ..."
+    )
+
+
+def tokenizer(words: list[str]) -> None:
+    """Train a tokenizer on data.train: tokenizer train [--out FOLDER]."""
+    if words[:1] != ["train"]:
+        if words[:1] in (["-h"], ["--help"]):
+            print("usage: lmcore tokenizer train [--out FOLDER] [options of train_lm.py]")
+            return
+        raise RequestError("tokenizer needs a subcommand: lmcore tokenizer train --data.train ...")
+    words = words[1:]
+    out = taken(words, "out")
+    config = configured(words, "tokenizer train [--out FOLDER]", "Validation text is not used.")
+    from lmcore.data.tokenizer.tokenizer import load_tokenizer
+    from lmcore.run import setup
+
+    folder = Path(out) if out else run_dir_of(config) / "tokenizer"
+    if (folder / "tokenizer.json").exists():
+        raise RequestError(f"{folder} already contains a tokenizer: choose another --out, or remove it")
+    display = tasks()
+    setup.train_tokenizer(config, folder, note=display.note, task=display.task)
+    display.close()
+    made = load_tokenizer(folder)
+    print(
+        f"{folder}: {made.vocab_size:,} pieces, {made.fingerprint[:12]}; use it with --tokenizer.path {shlex.quote(str(folder))}"
+    )
+
+
+def order(words: list[str]) -> None:
+    """Show the blocks of positions or of a step: order RUN --position 0-7."""
+    parser = Parser(prog="lmcore order")
+    parser.add_argument("run", help="a run folder")
+    parser.add_argument("--position", default=None, help="one position or FIRST-LAST, both included")
+    parser.add_argument("--step", type=int, default=None, help="all positions of this step (the first is 1)")
+    parser.add_argument("--text", type=int, default=80, help="characters of each block to show; 0: none")
+    parser.add_argument(
+        "--factory",
+        default=None,
+        metavar="MODULE:NAME",
+        help="the data.factory of the run, which is code: it is run only if it is named here",
+    )
+    asked = parser.parse_args(words)
+    from lmcore.config.schema import global_batch_blocks
+    from lmcore.run import setup
+    from lmcore.saved.run_config import read_run_config
+
+    run = Path(asked.run)
+    config = read_run_config(run, trusted=[asked.factory] if asked.factory else (), uses=("data.factory",))
+    display = tasks()
+    data = setup.open_data(config, run / "tokenizer", note=display.note, task=display.task)
+    display.close()
+    cursors = _past(run, data.train.fingerprint, config.seed)
+    positions = _positions(
+        asked, global_batch_blocks(config, data.block_size), cursors[-1].skips if cursors else ()
+    )
+    from lmcore.data import locate
+
+    decode = data.encoder.decode if data.encoder else str
+    for place, ids in locate.places(data.train, positions.tolist(), cursors):
+        print(f"{place}  {decode(ids)[: asked.text]!r}" if asked.text and ids is not None else place)
+
+
+def _past(run: Path, fingerprint: str, seed: int) -> list[Any]:
+    """The cursors of the checkpoints, oldest first; the last one knows all skipped positions.
+
+    Raises:
+        RequestError: the corpus is not the one of the run.
+    """
+    from lmcore.checkpoint.manifest import STATE, Damaged, committed, read_json
+    from lmcore.data.cursor import Cursor
+
+    cursors = []
+    for path in committed(run / "checkpoints"):
+        try:
+            cursor = Cursor.from_json(read_json(path / STATE)["cursor"])
+        except (Damaged, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RequestError(
+                f"{path}: {STATE} has no valid cursor ({error}); check it with lmcore checkpoints"
+            ) from None
+        cursors.append(cursor.check(fingerprint=fingerprint, seed=seed, override="the text as it was"))
+    return cursors
+
+
+def _positions(asked: argparse.Namespace, batch: int, skips: Any) -> Any:
+    import numpy as np
+
+    from lmcore.config.schema import ranges
+    from lmcore.data.cursor import next_positions
+
+    if (asked.position is None) == (asked.step is None):
+        raise RequestError("give --position or --step")
+    if asked.position is not None:
+        ((start, stop),) = ranges([asked.position], "--position")
+        if stop - start > MOST_POSITIONS:
+            raise RequestError(f"--position {asked.position}: at most {MOST_POSITIONS:,} positions at once")
+        return np.arange(start, stop)
+    if not 1 <= asked.step < 2**40:
+        raise RequestError(f"--step must be at least 1 (got {asked.step})")
+    position = (asked.step - 1) * batch
+    for start, stop in skips:  # sorted; positions skipped before this step move it
+        position += stop - start if start <= position else 0
+    return next_positions(position, batch, skips)[0]

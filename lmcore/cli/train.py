@@ -1,0 +1,101 @@
+"""``lmcore train``: start ``accelerate launch`` with the configuration that fits this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from lmcore.config.parse import parse
+from lmcore.errors import RequestError
+from lmcore.run import own_text
+from lmcore.run.preflight import preflight
+
+PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = PACKAGE / "accelerate_configs"
+USAGE = """\
+usage: lmcore train [--config_file FILE] [--processes N] [options of train_lm.py]
+
+Starts accelerate launch: on the CPU where there is no GPU, on one GPU, or with DDP on all GPUs of this machine.
+
+  --config_file FILE     another configuration of accelerate: a file, or a name such as fsdp2
+  --processes N          number of processes (default: the GPUs, or one on the CPU)
+
+lmcore train --help all lists the options of train_lm.py.
+"""
+
+
+def script() -> Path:
+    """``train_lm.py``: installed as a module beside the package, or in the repository."""
+    beside = PACKAGE.parent / "train_lm.py"
+    if beside.is_file():
+        return beside
+    found = importlib.util.find_spec("train_lm")
+    if found is None or found.origin is None:
+        raise RequestError("train_lm is not installed: pip install lmcore, or run in the repository")
+    return Path(found.origin)
+
+
+def launch_command(
+    words: list[str], *, gpus: int, config_file: str | None = None, processes: int | None = None
+) -> list[str]:
+    """The arguments of ``accelerate launch``.
+
+    Args:
+        words: options of ``train_lm.py``, passed on as they are.
+        gpus: number of GPUs of this machine.
+        config_file: a configuration of accelerate, by path or by its name in ``accelerate_configs/``.
+        processes: default: as many as GPUs, or those of ``config_file``.
+
+    Raises:
+        RequestError: no such configuration, or more processes than GPUs.
+
+    >>> launch_command(["--seed", "1"], gpus=0)[:2]
+    ['--config_file', '.../accelerate_configs/cpu.yaml']
+    """
+    if config_file is not None:
+        file = Path(config_file)
+        if not file.is_file():
+            file = CONFIGS / f"{Path(config_file).name.removesuffix('.yaml')}.yaml"
+        if not file.is_file():
+            known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+            raise RequestError(f"--config_file {config_file}: no such file; by name there are {known}")
+        count = [] if processes is None else ["--num_processes", str(processes)]
+        return ["--config_file", str(file), *count, str(script()), *words]
+    if gpus and processes is not None and processes > gpus:
+        raise RequestError(f"--processes {processes}: this machine has {gpus} GPUs, one for each process")
+    wanted = processes or max(1, gpus)
+    if wanted == 1:
+        name, count = "gpu" if gpus else "cpu", []
+    else:
+        name, count = "ddp" if gpus else "cpu_2", ["--num_processes", str(wanted)]
+    return ["--config_file", str(CONFIGS / f"{name}.yaml"), *count, str(script()), *words]
+
+
+def train(words: list[str]) -> int:
+    """Train, on all GPUs of this machine or on the CPU; all options of train_lm.py."""
+    from lmcore.cli.options import taken  # shared by the commands that take options of train_lm.py
+
+    if words in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        return 0
+    if words[:1] == ["--help"] and words[1:] == ["all"]:
+        words = ["--help"]
+    config_file, number = taken(words, "config_file"), taken(words, "processes")
+    if number is not None and not (number.isdecimal() and 0 < int(number) < 100_000):
+        raise RequestError(f"--processes must be a number of at least 1 (got {number})")
+    config = parse(words, own_text=own_text.defaults)  # a wrong option is refused before anything is started
+    processes = None if number is None else int(number)
+    import torch  # lazily: counting the GPUs needs it
+
+    arguments = launch_command(
+        words, gpus=torch.cuda.device_count(), config_file=config_file, processes=processes
+    )
+    if config_file is None and not config.fast_dev_run:
+        here = arguments.index("--num_processes") if "--num_processes" in arguments else -1
+        preflight(config, processes=int(arguments[here + 1]) if here >= 0 else 1)
+    print(f"accelerate launch {shlex.join(arguments)}", flush=True)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
+    os.execv(sys.executable, command)
