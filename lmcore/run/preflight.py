@@ -40,6 +40,7 @@ def preflight(config: RunConfig, *, processes: int = 1) -> None:
     _check_batch(config, processes)
     _check_model(config)
     _check_files(config)
+    _check_deepspeed(config)
     _check_trackers(config)
     _check_text(config)
 
@@ -106,6 +107,15 @@ def _check_files(config: RunConfig) -> None:
         raise RequestError(
             f"resume {config.resume!r}: no such checkpoint; give {', '.join(RESUME)} or the path of a checkpoint"
             f"{did_you_mean(config.resume, RESUME)}"
+        )
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    asked = config.engine.deepspeed is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if asked and importlib.util.find_spec("deepspeed") is None:
+        raise RequestError(
+            "ZeRO needs deepspeed, which is not installed: pip install deepspeed ninja, or choose another strategy "
+            "(accelerate_configs/fsdp2.yaml)"
         )
 
 
