@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Batches": "lmcore.data.batches",
-    "BlockDataset": "lmcore.data.blocks",
+    "BlockDataset": "lmcore.data.block_dataset",
     "Cursor": "lmcore.data.cursor",
     "Duration": "lmcore.config.durations",
     "Engine": "lmcore.engine.engine",
@@ -36,7 +36,7 @@ _HOME = {
     "build_optimizer": "lmcore.model.optim",
     "build_store": "lmcore.data.store.build",
     "causal_lm_loss": "lmcore.model.loss",
-    "collate": "lmcore.data.blocks",
+    "collate": "lmcore.data.block_dataset",
     "evaluate": "lmcore.model.evaluate",
     "export": "lmcore.saved.export",
     "generate": "lmcore.saved.generate",
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from lmcore.config.parse import parse as parse
     from lmcore.config.schema import RunConfig as RunConfig
     from lmcore.data.batches import Batches as Batches
-    from lmcore.data.blocks import BlockDataset as BlockDataset
-    from lmcore.data.blocks import collate as collate
+    from lmcore.data.block_dataset import BlockDataset as BlockDataset
+    from lmcore.data.block_dataset import collate as collate
     from lmcore.data.cursor import Cursor as Cursor
     from lmcore.data.order import Order as Order
     from lmcore.data.store.build import build_store as build_store

@@ -6,7 +6,6 @@ machine. What nobody recorded (licence, language, intended use) is listed for a 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections.abc import Mapping
@@ -145,7 +144,7 @@ def write(
         )
     disk.mkdir(folder / "lm_eval")
     disk.write_text(folder / "lm_eval" / "own_text.yaml", LM_EVAL_TASK)
-    curve = curves.loss_png(records) if importlib.util.find_spec("matplotlib") else None
+    curve = curves.loss_png(records)
     if curve is not None:
         disk.write_bytes(folder / "loss.png", curve)
     text = markdown(
