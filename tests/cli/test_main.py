@@ -297,7 +297,7 @@ def test_data_commands_read_the_text_of_the_run(
     assert call("tokenizer", "train", "--tokenizer.vocab_size", "300", *common) == 0
     assert "runs/x/tokenizer: 300 pieces" in capsys.readouterr().out
     assert call("tokenizer", "train", "--out", "runs/x/tokenizer", *common) == 2
-    assert "holds a tokenizer already" in capsys.readouterr().err
+    assert "already contains a tokenizer" in capsys.readouterr().err
     assert call("inspect", *common) == 0
     said = capsys.readouterr().out
     assert "600" in said

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lmcore.cli.main import main
-from lmcore.data.tokenizer import tokenizer
+from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST
 from lmcore.model.build import build_model
 from lmcore.plan import plan, probe
@@ -51,7 +51,7 @@ def test_weights_from_elsewhere_are_planned_by_their_config_alone(
         "lmcore.process.available_bytes", lambda: 2**34
     )  # what is free here changes all the time
     Path("base.yaml").write_text("run_dir: runs/x\n")  # so that the demo's sizes do not stand in
-    made = tokenizer.train([words(200, 0)], vocab_size=300, folder="weights")
+    made = train_tokenizer([words(200, 0)], vocab_size=300, folder="weights")
     base = ["--config", "base.yaml", *SIZES]
     model: Any = build_model(
         type="gpt2", config_overrides=SHAPE, vocab_size=made.vocab_size, block_size=64, seed=0
