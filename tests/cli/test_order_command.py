@@ -82,7 +82,19 @@ def test_items_of_an_own_dataset_are_numbered(tmp_path: Path, capsys: pytest.Cap
     }
     argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     assert run_ranks(train_in_rank, 1, argv, None, 0) == [EXIT_FINISHED]
-    assert main(["order", str(tmp_path / "own"), "--position", "0-63", "--factory", "tests.support.own_parts:data"]) == EXIT_FINISHED
+    assert (
+        main(
+            [
+                "order",
+                str(tmp_path / "own"),
+                "--position",
+                "0-63",
+                "--factory",
+                "tests.support.own_parts:data",
+            ]
+        )
+        == EXIT_FINISHED
+    )
     lines = capsys.readouterr().out.splitlines()
     assert sorted(int(line.split()[3].rstrip(",")) for line in lines) == list(range(64))
     assert all(line.endswith("epoch 0") for line in lines)
