@@ -51,6 +51,9 @@ class Opened(NamedTuple):
 class Disk:
     """Every change of the disk, one method each. ``before`` is called ahead of each and may raise."""
 
+    large_writes = 0
+    """Pieces of large files that were written so far, by all disks together: a sign that a long save is making progress."""
+
     def __init__(self, before: Callable[[Call], None] | None = None) -> None:
         self.before = before
 
@@ -77,6 +80,8 @@ class Disk:
             piece = view[:CHUNK_BYTES]
             self._announce(Call(operation="write", path=file.path, fd=file.fd, data=piece))
             view = view[os.write(file.fd, piece) :]
+            if len(piece) >= 1 << 16:
+                Disk.large_writes += 1
 
     def fsync(self, file: Opened) -> None:
         """Make the content of a file durable."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -64,7 +64,6 @@ class Evaluator:
         flash_documents: bool,
     ) -> None:
         self._options, self._seed = config.evaluate, config.seed
-        self._allow_seconds = config.guard.stuck_seconds
         self._data, self._engine, self._average = data, engine, average
         self._flash_documents = flash_documents
         self._guard, self._report = guard, report
@@ -98,10 +97,14 @@ class Evaluator:
                 device=self._engine.device,
                 flash_documents=self._flash_documents,
             )
-            self._guard.beat("evaluate", state.step, allow_seconds=self._allow_seconds)
             with self._report.task(f"evaluating {name}", total=len(batches)) as advance:
+
+                def moved(advance: Callable[[], None] = advance) -> None:
+                    self._guard.beat("evaluate", state.step)  # a long evaluation is not a stuck one
+                    advance()
+
                 result = evaluate(
-                    self._engine, batches, byte_lengths=self._byte_lengths, on_micro_batch=advance
+                    self._engine, batches, byte_lengths=self._byte_lengths, on_micro_batch=moved
                 )
             values: dict[str, Any] = {metric: getattr(result, metric) for metric in METRICS}
             self._report.evaluation(set=name, step=state.step, epoch=epoch, tokens=state.tokens, **values)
@@ -114,6 +117,7 @@ class Evaluator:
         prompts, encoder = prompts_of(self._options.prompts, self._data), self._data.encoder
         if not prompts or encoder is None:
             return
+        self._guard.beat("samples", step)
         with self._report.pause(), self._engine.full_model() as whole:
             if whole is not None and self._engine.is_main:
                 texts = generate(whole, encoder, prompts, self._options.sample_tokens, seed=self._seed)

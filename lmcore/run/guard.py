@@ -1,13 +1,11 @@
-"""What to do at this step boundary: signals, deadlines, stop files, numerical faults, stuck ranks.
+"""What to do at a step boundary: signals, deadlines, stop files, numerical faults; and stuck or dead ranks.
 
-Comes in: signals, clocks, files in the run folder, and one report per step. Goes out: a few bits that the
-ranks combine with "or", and a :class:`Verdict` of them; an ``Action`` for each report. What always holds: a
-signal only sets a flag; all ranks act on the same bits at the same boundary; whatever the launcher does, a
-trainer whose launcher died is told.
+A signal only sets a flag. The ranks combine their flags at the step boundary (``engine.agree``), so that all of them act
+alike, by the :class:`Verdict` of the same bits.
 
 Example::
 
-    guard = Guard(run_dir=folder.path, rank=engine.rank, world_size=engine.world_size)
+    guard = Guard(config.guard, run_dir=folder.path, rank=engine.rank, world_size=engine.world_size)
     guard.install()
     while step < total:
         ...                                              # one step
@@ -42,13 +40,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Final, final
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final, final
 
 from lmcore.disk import DISK
-from lmcore.errors import EXIT_FAULT, EXIT_SAVED, RequestError
+from lmcore.errors import EXIT_FAULT, EXIT_SAVED
 from lmcore.run.anomalies import (
-    SPIKE_POLICIES,
     Action,
     History,
     Policy,
@@ -56,7 +53,11 @@ from lmcore.run.anomalies import (
     decide,
     norm_limit,
 )
-from lmcore.run.watchdog import EXIT_STUCK, Watchdog
+from lmcore.run.peers import EXIT_STUCK, Peers, connect
+from lmcore.run.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from lmcore.config.schema import GuardConfig
 
 __all__ = [
     "DEADLINE",
@@ -74,7 +75,9 @@ __all__ = [
     "Guard",
     "Verdict",
     "die_with_parent",
+    "leaving",
     "left_on_request",
+    "report_dead_rank",
     "verdict",
 ]
 
@@ -161,45 +164,35 @@ class Guard:
     """The guard of one rank. Made on every rank.
 
     Args:
-        run_dir: where SAVE and STOP are looked for (rank 0) and ``logs`` lies.
-        max_minutes: stop this long after the making of this object; ``None`` for no limit.
-        stop_before_deadline_seconds: how long before the job's end (``SLURM_JOB_END_TIME``) to stop; at most half of
-            the time that is left at the beginning, so that every piece of a run gets on.
-        max_skips, max_rewinds, spike, spike_window, spike_sigma: see ``lmcore/run/anomalies.py``.
-        stuck_seconds: no step boundary for this long means stuck; 0 for never.
-        say: gets one line for everything worth knowing.
+        options: ``guard.*``; :class:`lmcore.config.schema.GuardConfig`.
+        run_dir: where SAVE and STOP are looked for (rank 0), and ``logs`` lies.
+        max_minutes: stop this long after the construction of this object; ``None`` for no limit.
+        note: called with one line for everything worth knowing.
+        environ: the environment, for ``SLURM_JOB_END_TIME``.
     """
 
     def __init__(
         self,
+        options: GuardConfig,
         *,
         run_dir: Path | str,
         rank: int = 0,
         world_size: int = 1,
         max_minutes: float | None = None,
-        stop_before_deadline_seconds: float = 120.0,
-        max_skips: int = 5,
-        max_rewinds: int = 3,
-        spike: str = "warn",
-        spike_window: int = 128,
-        spike_sigma: float = 6.0,
-        stuck_seconds: float = 0.0,
-        say: Callable[[str], None] = print,
+        note: Callable[[str], None] = print,
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        if spike not in SPIKE_POLICIES:
-            raise RequestError(f"guard.spike {spike!r}: choose one of {', '.join(SPIKE_POLICIES)}")
         self.policy = Policy(
-            max_skips=max_skips,
-            max_rewinds=max_rewinds,
-            spike=spike,
-            window=max(8, spike_window),
-            sigma=spike_sigma,
+            max_skips=options.max_skips,
+            max_rewinds=options.max_rewinds,
+            spike=options.spike,
+            window=max(8, options.spike_window),
+            sigma=options.spike_sigma,
         )
         self.history = History()
         self._run_dir, self._rank, self._world_size = Path(run_dir), rank, world_size
-        self._stuck_seconds, self._say = stuck_seconds, say
-        self._margin = stop_before_deadline_seconds
+        self._stuck_seconds, self._note = options.stuck_seconds, note
+        self._margin = options.stop_before_deadline_seconds
         now = time.monotonic()
         self._stop_at = now + max_minutes * 60 if max_minutes else math.inf
         left = _seconds_to_job_end(os.environ if environ is None else environ)
@@ -207,9 +200,9 @@ class Guard:
         if self._margin > max(0.0, left / 2):
             self._margin = max(0.0, left / 2)
             if rank == 0:
-                say(
-                    f"guard.stop_before_deadline_seconds {stop_before_deadline_seconds:g} is more than half of the "
-                    f"{max(0.0, left):.0f} s that this job has left: {self._margin:.0f} s are kept free instead"
+                note(
+                    f"guard.stop_before_deadline_seconds {options.stop_before_deadline_seconds:g} is more than half of "
+                    f"the {max(0.0, left):.0f} s that this job has left: stopping {self._margin:.0f} s before its end"
                 )
         self._signalled = 0
         self._raised = 0
@@ -219,15 +212,19 @@ class Guard:
         self._training = True
         self._before: dict[int, Any] = {}
         self._watchdog: Watchdog | None = None
-        self._excepthook = sys.excepthook
+        self._peers: Peers | None = None
+        self._on_end: Callable[[str], None] | None = None
 
     # ---- signals ------------------------------------------------------------------------------------------
 
-    def install(self, *, training: bool = True) -> None:
+    def install(self, *, training: bool = True, on_end: Callable[[str], None] | None = None) -> None:
         """Take the signals, and ask to be told when the launcher dies. Main thread only.
 
         With ``training=False`` (before the loop, while the corpus is prepared and nothing can be saved) a
         signal leaves at once with code 75 instead of setting a flag; :meth:`begin` ends that.
+
+        Args:
+            on_end: called on one rank, with a line that names the rank that is dead or stuck, before the process ends.
         """
         self._training = training
         for number in _SIGNALS:
@@ -235,6 +232,10 @@ class Guard:
                 continue  # started under nohup, or in the background of a script: stay deaf as asked
             self._before[number] = signal.signal(number, self._on_signal)
         die_with_parent()
+        self._peers = connect(os.environ) if self._world_size > 1 else None
+        self._on_end = on_end
+        if self._peers is not None:
+            self._peers.note, self._peers.on_end = self._note, on_end
 
     def begin(self) -> None:
         """From now on signals only set flags: there is something to save."""
@@ -255,7 +256,7 @@ class Guard:
             raise SystemExit(EXIT_SAVED)
 
     def close(self, *, give_signals_back: bool = False) -> None:
-        """Leave in good order: before the last barrier, so that no rank takes this for a fault.
+        """This rank has finished: its leaving is not a death for the others.
 
         The signals stay taken, so that a second SIGTERM in the last moments does not turn "saved" or
         "finished" into "killed"; ``give_signals_back`` is for a process that lives on.
@@ -263,7 +264,8 @@ class Guard:
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None
-            sys.excepthook = self._excepthook
+        if self._peers is not None:
+            self._peers.done()
         if give_signals_back and threading.current_thread() is threading.main_thread():
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -272,7 +274,7 @@ class Guard:
     # ---- flags --------------------------------------------------------------------------------------------
 
     def raise_flag(self, flag: int) -> None:
-        """Set a bit of one's own (``FAULT``, ``REWIND``) for the next :meth:`flags`."""
+        """Set a bit (``FAULT``, ``REWIND``) for the next :meth:`flags`."""
         self._raised |= flag
 
     def flags(self, *, reserve_seconds: float = 0.0) -> int:
@@ -315,7 +317,7 @@ class Guard:
     def after_step(
         self, step: int, positions: tuple[int, int], loss: float, norm: float, applied: bool
     ) -> Action:
-        """Judge one step; call it in the order of the steps, with numbers that are the same on all ranks.
+        """Check one step; call it in the order of the steps, with numbers that are the same on all ranks.
 
         ``positions`` are [first, stop) of the step. The report may come a step late, but every step up to a
         checkpoint must have been reported before :meth:`state_dict` is taken for it.
@@ -338,61 +340,77 @@ class Guard:
         self.history = History.from_json(state)
 
     def rewound(self, state: Mapping[str, Any]) -> None:
-        """After a rewind: the history of the checkpoint, but the count of rewinds goes on."""
+        """After a rewind: the history of the checkpoint, but the number of rewinds so far is kept."""
         self.history = replace(History.from_json(state), rewinds=self.history.rewinds)
 
     # ---- stuck and dead ranks -----------------------------------------------------------------------------
 
-    def watch(self, *, session: str, on_end: Callable[[str], None] | None = None) -> None:
-        """Begin to watch the other ranks (and this one). ``session``: one word for all ranks of this
-        start.
-        """
+    def watch(self) -> None:
+        """From now on a run that makes no progress for ``guard.stuck_seconds`` is stuck."""
         self._watchdog = Watchdog(
             logs=self._run_dir / "logs",
             rank=self._rank,
-            world_size=self._world_size,
-            session=session,
             stuck_seconds=self._stuck_seconds,
-            say=self._say,
-            on_end=on_end,
+            note=self._note,
+            on_end=self._on_end,
+            peers=self._peers,
         )
         self._watchdog.start()
-        self._excepthook = sys.excepthook
-        sys.excepthook = self._on_crash
 
-    def _on_crash(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """A lost connection says that a peer is gone, but not which: look, before this process ends as
-        well.
-        """
-        self._excepthook(kind, error, trace)
+    def beat(self, what: str, step: int) -> None:
+        """This rank has reached ``what``: call it at least once in ``guard.stuck_seconds``."""
         if self._watchdog is not None:
-            self._watchdog.name_the_dead()
+            self._watchdog.beat(what, step)
 
-    def beat(self, what: str, step: int, *, allow_seconds: float | None = None) -> None:
-        """This rank has reached ``what``. Before something that takes longer than a step:
-        ``allow_seconds``.
-        """
-        if self._watchdog is not None:
-            self._watchdog.beat(what, step, allow_seconds)
+
+def report_dead_rank(*, wait_seconds: float = 1.5) -> bool:
+    """After a lost connection, which does not say whose it was: name the rank that has died, if one has.
+
+    Returns whether one has; then it was said, and ``on_end`` of :meth:`Guard.install` was called.
+    """
+    peers = connect(os.environ)
+    fault = None if peers is None else peers.wait_for_fault(wait_seconds)
+    if peers is not None and fault is not None:
+        peers.report(fault)
+    return fault is not None
+
+
+def leaving() -> None:
+    """This rank ends by itself, with an error of its own: another rank's end must not cut it short."""
+    peers = connect(os.environ)
+    if peers is not None:
+        peers.leaving()
+
+
+_LAUNCHERS: Final = ("accelerate", "torchrun", "torch.distributed", "deepspeed")
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> bool:
-    """Ask the kernel for a signal when the launcher dies; says whether that was done.
+    """Ask the kernel for a signal when the launcher dies; whether that was done. Linux only.
 
-    ``accelerate launch`` of one process dies of SIGTERM without a word to its trainer, and ``torchrun`` of
-    SIGUSR1; the orphan would go on and hold the device, or be killed unsaved. Only under a launcher: a
-    trainer that was started from a shell with ``nohup`` must outlive the shell. Linux only.
+    ``accelerate launch`` of one process dies of SIGTERM without telling its trainer, and ``torchrun`` of SIGUSR1; the
+    orphan would train on and hold the device, or be killed unsaved. Only under a launcher: a trainer that was started
+    from a shell with ``nohup`` must outlive the shell.
+
+    Raises:
+        SystemExit: the launcher has died already (code 75: nothing was done yet).
     """
     if not sys.platform.startswith("linux"):
         return False
-    try:
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return False
-    if not any(word in command for word in ("accelerate", "torchrun", "torch.distributed", "deepspeed")):
+    parent, command = os.getppid(), ""
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
+    if not any(word in command for word in _LAUNCHERS):
+        # An orphan of the first moment belongs to process 1, and only its environment knows of the launcher.
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+        if launched and os.getppid() == 1:
+            raise SystemExit(EXIT_SAVED)
         return False
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
-    return ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, int(number), 0, 0, 0) == 0
+    done = ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, int(number), 0, 0, 0) == 0
+    if os.getppid() != parent:  # it died before the kernel knew that we want to be told
+        raise SystemExit(EXIT_SAVED)
+    return done
 
 
 def left_on_request(run_dir: Path | str, environ: Mapping[str, str] | None = None) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from lmcore.config.parse import parse
-from lmcore.config.schema import RunConfig
 from lmcore.errors import EXIT_SAVED, one_line_errors
-from lmcore.report.console import protect_output
-from lmcore.run import own_text
 from lmcore.run.guard import die_with_parent, left_on_request
-from lmcore.run.preflight import preflight
+from lmcore.run.peers import connect
+
+if TYPE_CHECKING:
+    from lmcore.config.schema import RunConfig
 
 
 def parse_or_exit(argv: Sequence[str] | None = None) -> RunConfig:
@@ -20,8 +20,15 @@ def parse_or_exit(argv: Sequence[str] | None = None) -> RunConfig:
     A rank that torch's launcher starts again (``--max_restarts``) after the run was stopped on purpose exits with 75:
     such restarts are meant for crashes.
     """
-    # At once: a rank that still imports, or waits for the others, becomes an orphan too if its launcher dies.
+    # At once: a rank that still imports, or waits for the others, is an orphan too if its launcher dies, and must end
+    # when another rank dies.
     die_with_parent()
+    connect(os.environ)
+    from lmcore.config.parse import parse  # these take a second
+    from lmcore.report.console import protect_output
+    from lmcore.run import own_text
+    from lmcore.run.preflight import preflight
+
     protect_output()
     is_main = os.environ.get("RANK", "0") == "0"
     with one_line_errors():

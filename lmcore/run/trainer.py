@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -45,7 +44,7 @@ from lmcore.run.ema import MovingAverage
 from lmcore.run.evaluation import Evaluator
 from lmcore.run.finish import write_results
 from lmcore.run.folder import LOCK_WAIT_SECONDS, RunFolder, place
-from lmcore.run.guard import EXIT_STUCK, FAULT, Guard, Verdict
+from lmcore.run.guard import EXIT_STUCK, FAULT, Guard, Verdict, leaving, report_dead_rank
 from lmcore.run.intervals import EVALUATE, LOG, SAVE, Due, Intervals
 from lmcore.run.late_numbers import LateNumbers
 from lmcore.run.planning import auto_micro_batch, plan_here, refuse_early
@@ -140,23 +139,18 @@ class Run:
             )
         )
         self.guard = Guard(
+            config.guard,
             run_dir=self.folder.path,
             rank=self.engine.rank,
             world_size=self.engine.world_size,
             max_minutes=config.train.max_minutes,
-            stop_before_deadline_seconds=config.guard.stop_before_deadline_seconds,
-            max_skips=config.guard.max_skips,
-            max_rewinds=config.guard.max_rewinds,
-            spike=config.guard.spike,
-            spike_window=config.guard.spike_window,
-            spike_sigma=config.guard.spike_sigma,
-            stuck_seconds=config.guard.stuck_seconds,
-            say=self.report.note,
+            note=self.report.note,
         )
         if config.fast_dev_run:
             on_main(self.engine, partial(dev_run.write_sample, config, self.folder.path))
             self.config = config = dev_run.shortened(config, self.folder.path)
-        self.guard.install(training=False)  # nothing can be saved yet: a signal ends the process at once
+        # Nothing can be saved yet: a signal ends the process at once.
+        self.guard.install(training=False, on_end=self._end_by_rank)
         self.report.capture_logging()
         if config.model.factory is None:
             on_main(self.engine, partial(refuse_foreign_folder, self.folder.path / "export"))
@@ -355,9 +349,7 @@ class Run:
         facts = {"position": state.cursor.position, **place(), "plan": planned}
         report.event("resume" if self._found else "start", step=state.step, **facts)
         self.guard.begin()  # from here on a signal only sets a flag: there is something to save
-        self.guard.watch(
-            session=engine.broadcast_object(str(time.time_ns())), on_end=partial(self._failed, EXIT_STUCK)
-        )
+        self.guard.watch()
 
     # ---- the loop
 
@@ -568,7 +560,7 @@ class Run:
         """Write a checkpoint: copied on all ranks, written in the background."""
         state, engine = self.state, self.engine
         on_main(engine, self.folder.check_owner)
-        self.guard.beat("save", state.step, allow_seconds=self.config.guard.stuck_seconds)
+        self.guard.beat("save", state.step)
         with self.report.task("saving"):
             cursor = merge_cursors(engine.gather_object(state.cursor))
             self.saves.save(
@@ -645,6 +637,8 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if error is not None:
+                leaving()
             failure = self._failure_of(error) if error is not None else None
             if failure is not None and failure is not error:
                 raise failure from error
@@ -656,12 +650,18 @@ class Run:
             elif isinstance(error, RequestError | FaultError):
                 self._failed(error.exit_code, str(error))
             elif isinstance(error, Exception):
-                self._failed(EXIT_CRASHED, f"{type(error).__name__}: {error}")
+                code = EXIT_CRASHED
+                if (
+                    self.engine.world_size > 1 and report_dead_rank()
+                ):  # the error is that of a lost connection
+                    code = EXIT_STUCK
+                else:
+                    self._failed(code, f"{type(error).__name__}: {error}")
                 if self.engine.world_size > 1:
                     # Leaving the process group may wait for the other ranks: the traceback must not wait for that.
                     sys.excepthook(type(error), error, trace)
                     self._close.close()
-                    raise SystemExit(EXIT_CRASHED) from error
+                    raise SystemExit(code) from error
             elif error is None:
                 self._succeeded()
         finally:
@@ -705,6 +705,11 @@ class Run:
             self._failed(failure.exit_code, str(failure))
             return failure
         return error
+
+    def _end_by_rank(self, line: str) -> None:
+        """Another rank is dead or stuck; called on rank 0, or on rank 1 if rank 0 is the one."""
+        self._owns_folder = True
+        self._failed(EXIT_STUCK, line)
 
     def _failed(self, exit_code: int, reason: str) -> None:
         """status.json and the webhook hear of a failure, once the folder is ours."""

@@ -1,11 +1,8 @@
-"""Signals only set flags, deadlines and files are seen, numerical decisions are pure, dead and stuck ranks
-are named.
-"""
+"""Signals only set flags, deadlines and files are seen, decisions about numbers that are not finite are pure."""
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import math
 import os
@@ -18,14 +15,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import pytest
 import torch
 
-from lmcore.errors import RequestError
-from lmcore.run import guard as room
-from lmcore.run import watchdog
+from lmcore.config.schema import GuardConfig
 from lmcore.run.anomalies import Action, History, Policy, Report, decide, limit, norm_limit
 from lmcore.run.folder import RunFolder
 from lmcore.run.guard import (
@@ -39,19 +34,41 @@ from lmcore.run.guard import (
     SIGUSR1,
     STOP_FILE,
     Guard,
+    Verdict,
     left_on_request,
     verdict,
 )
 from lmcore.run.replicas import odd_ranks, parameter_hash
-from lmcore.run.watchdog import EXIT_STUCK, Watchdog
 from tests.support.disk_faults import forked
 
-ROOT = Path(room.__file__).parents[2]
+ROOT = Path(__file__).parents[2]
+
+
+def make(
+    run_dir: Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    max_minutes: float | None = None,
+    note: Any = print,
+    environ: Any = None,
+    **options: Any,
+) -> Guard:
+    """A guard with these options of ``guard.*``."""
+    return Guard(
+        GuardConfig(**options),
+        run_dir=run_dir,
+        rank=rank,
+        world_size=world_size,
+        max_minutes=max_minutes,
+        note=note,
+        environ=environ,
+    )
 
 
 @pytest.fixture
 def guard(tmp_path: Path) -> Iterator[Guard]:
-    made = Guard(run_dir=tmp_path, environ={}, say=lambda _: None)
+    made = make(run_dir=tmp_path, environ={}, note=lambda _: None)
     made.install()
     yield made
     made.close(give_signals_back=True)
@@ -78,7 +95,7 @@ def test_a_signal_only_sets_a_flag(
 
 def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     def work() -> None:
-        made = Guard(run_dir=tmp_path, environ={})
+        made = make(run_dir=tmp_path, environ={})
         made.install()
         os.kill(os.getpid(), signal.SIGINT)
         made._first_sigint -= 3
@@ -89,7 +106,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_before_training_a_signal_leaves_at_once(tmp_path: Path) -> None:
-    made = Guard(run_dir=tmp_path, environ={})
+    made = make(run_dir=tmp_path, environ={})
     made.install(training=False)
     with pytest.raises(SystemExit) as left:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -118,7 +135,7 @@ def test_a_forked_data_worker_is_deaf_to_the_signals(guard: Guard) -> None:
 
 def test_close_gives_the_signals_back(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
-    made = Guard(run_dir=tmp_path, environ={})
+    made = make(run_dir=tmp_path, environ={})
     made.install()
     made.close()
     os.kill(os.getpid(), signal.SIGTERM)  # in the last moments of a run: it does not change how it ended
@@ -128,7 +145,7 @@ def test_close_gives_the_signals_back(tmp_path: Path) -> None:
 
 def test_ignored_hangups_stay_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
-    made = Guard(run_dir=tmp_path, environ={})
+    made = make(run_dir=tmp_path, environ={})
     made.install()
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     made.close(give_signals_back=True)
@@ -140,14 +157,14 @@ def test_deadlines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "time", lambda: now[0] * 1e6)
     slurm = {"SLURM_JOB_END_TIME": str(int(1e9 + 600))}
-    made = Guard(run_dir=tmp_path, stop_before_deadline_seconds=120, environ=slurm)
+    made = make(run_dir=tmp_path, stop_before_deadline_seconds=120, environ=slurm)
     monkeypatch.setattr(time, "time", lambda: 0.0)  # the clock on the wall jumps; the deadline does not
     now[0] += 470
     assert made.flags() == 0
     assert made.flags(reserve_seconds=15) == DEADLINE, "a save that takes long must begin earlier"
     now[0] += 11
     assert made.flags() == DEADLINE
-    made = Guard(run_dir=tmp_path, max_minutes=2, environ={"SLURM_JOB_END_TIME": "soon"})
+    made = make(run_dir=tmp_path, max_minutes=2, environ={"SLURM_JOB_END_TIME": "soon"})
     now[0] += 119
     assert made.flags() == 0
     now[0] += 1
@@ -163,8 +180,8 @@ def test_a_margin_as_long_as_the_job_leaves_half_of_it_to_train(
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "time", lambda: now[0])
     job = {"SLURM_JOB_END_TIME": "1300"}
-    made = Guard(run_dir=tmp_path, stop_before_deadline_seconds=300, environ=job, say=heard.append)
-    Guard(run_dir=tmp_path, rank=1, stop_before_deadline_seconds=300, environ=job, say=heard.append)
+    made = make(run_dir=tmp_path, stop_before_deadline_seconds=300, environ=job, note=heard.append)
+    make(run_dir=tmp_path, rank=1, stop_before_deadline_seconds=300, environ=job, note=heard.append)
     assert len(heard) == 1
     assert "300 is more than half of the 300 s" in heard[0]
     now[0] += 149
@@ -172,9 +189,9 @@ def test_a_margin_as_long_as_the_job_leaves_half_of_it_to_train(
     now[0] += 1
     assert made.flags() == DEADLINE
     now[0] += 500
-    late = Guard(run_dir=tmp_path, environ=job, say=heard.append)
+    late = make(run_dir=tmp_path, environ=job, note=heard.append)
     assert late.flags() == DEADLINE, "a job that should have ended"
-    Guard(run_dir=tmp_path, environ={}, say=heard.append)
+    make(run_dir=tmp_path, environ={}, note=heard.append)
     assert len(heard) == 2
 
 
@@ -183,8 +200,8 @@ def test_files_are_seen_on_rank_0_and_taken_away_when_done(
 ) -> None:
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    made = Guard(run_dir=tmp_path, environ={})
-    other = Guard(run_dir=tmp_path, rank=1, world_size=2, environ={})
+    made = make(run_dir=tmp_path, environ={})
+    other = make(run_dir=tmp_path, rank=1, world_size=2, environ={})
     (tmp_path / "SAVE").touch()
     assert made.flags() == SAVE_FILE
     assert other.flags() == 0
@@ -201,7 +218,7 @@ def test_files_are_seen_on_rank_0_and_taken_away_when_done(
 
 
 def test_verdicts() -> None:
-    assert verdict(0) == room.Verdict()
+    assert verdict(0) == Verdict()
     save = verdict(SAVE_FILE)
     assert (save.save, save.stop, save.checkpoint_reason) == (True, False, "save file")
     stop = verdict(SAVE_FILE | STOP_FILE)
@@ -210,7 +227,7 @@ def test_verdicts() -> None:
     assert (both.checkpoint_reason, both.reason) == ("signal", "SIGTERM, the job's end time is near")
     fault = verdict(FAULT | SIGTERM)
     assert (fault.save, fault.stop, fault.exit_code) == (False, True, 70)
-    assert verdict(REWIND) == room.Verdict(rewind=True, reason="a rewind")
+    assert verdict(REWIND) == Verdict(rewind=True, reason="a rewind")
 
 
 def test_one_s_own_flags_are_said_once(guard: Guard) -> None:
@@ -226,8 +243,9 @@ time.sleep(120)  # {name}
 """
 CHILD = """
 import os, sys, time, pathlib; sys.path.insert(0, {root!r})
+from lmcore.config.schema import GuardConfig
 from lmcore.run.guard import Guard, SIGTERM
-guard = Guard(run_dir={folder!r}); guard.install()
+guard = Guard(GuardConfig(), run_dir={folder!r}); guard.install()
 path = pathlib.Path({folder!r}, "pid")
 path.write_text(str(os.getpid()))
 path.rename({folder!r} + "/ready")
@@ -259,6 +277,47 @@ def test_the_trainer_of_a_dead_launcher_is_told(tmp_path: Path, name: str, told:
     assert wait_for(tmp_path / "saved", seconds=120 if told else 1) == told
     with contextlib.suppress(ProcessLookupError):  # the one that was told has left already
         os.kill(int((tmp_path / "ready").read_text()), signal.SIGKILL)
+
+
+ORPHAN = """
+import os, sys, time; sys.path.insert(0, {root!r})
+from lmcore.run import guard
+read = os.getppid
+if {when!r} == "before":      # the launcher has died before the first question, and left us to process 1
+    os.getppid = lambda: 1
+else:                         # it dies while the kernel is being asked
+    parents = iter([read(), 1])
+    os.getppid = lambda: next(parents)
+guard.Path = lambda path: type("P", (), {{"read_bytes": lambda self: {command!r}}})()
+guard.die_with_parent()
+print("trains on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "command", "env", "code"),
+    [
+        ("before", b"/sbin/init", {"ACCELERATE_MIXED_PRECISION": "no"}, 75),
+        ("before", b"/sbin/init", {"TORCHELASTIC_RUN_ID": "none"}, 75),
+        ("during", b"python\0accelerate launch", {"ACCELERATE_MIXED_PRECISION": "no"}, 75),
+        ("before", b"/sbin/init", {}, 0),  # nohup from a shell that has ended
+        (
+            "before",
+            b"accelerate launch",
+            {"ACCELERATE_MIXED_PRECISION": "no"},
+            0,
+        ),  # a container's first process
+    ],
+)
+def test_a_launcher_that_dies_in_its_first_moment_leaves_no_orphan(
+    when: str, command: bytes, env: dict[str, str], code: int
+) -> None:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
+    script = ORPHAN.format(root=str(ROOT), when=when, command=command)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=clean | env, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "trains on" in done.stdout) == (code, code == 0), done.stderr
 
 
 def test_a_launcher_does_not_undo_a_stop_that_was_asked_for(tmp_path: Path) -> None:
@@ -389,7 +448,7 @@ def test_decisions_do_not_depend_on_being_killed_in_between() -> None:
 
 
 def test_the_guard_keeps_the_count_of_rewinds_over_a_rewind(tmp_path: Path) -> None:
-    made = Guard(run_dir=tmp_path, max_skips=0, max_rewinds=1, environ={})
+    made = make(run_dir=tmp_path, max_skips=0, max_rewinds=1, environ={})
     saved = made.state_dict()
     assert made.after_step(5, (0, 8), math.nan, 1.0, False).kind == "rewind"
     made.rewound(saved)
@@ -397,8 +456,6 @@ def test_the_guard_keeps_the_count_of_rewinds_over_a_rewind(tmp_path: Path) -> N
     assert made.after_step(5, (8, 16), math.nan, 1.0, False).kind == "stop"
     made.load_state_dict(saved)
     assert made.after_step(5, (8, 16), 2.0, 1.0, True).kind == "go"
-    with pytest.raises(RequestError, match=r"guard.spike 'maybe'"):
-        Guard(run_dir=tmp_path, spike="maybe")
 
 
 # ---- equal weights? ----------------------------------------------------------------------------------------
@@ -434,277 +491,3 @@ def test_the_odd_ranks_are_named() -> None:
     assert odd_ranks([5, 7, 5]) == [1]
     assert odd_ranks([7, 5, 5, 5]) == [0]
     assert odd_ranks([5, 7]) == [1]
-
-
-# ---- dead and stuck ranks ----------------------------------------------------------------------------------
-
-RANK = """
-import sys, time, os, signal; sys.path.insert(0, {root!r})
-from pathlib import Path
-from lmcore.run.guard import Guard
-rank, world_size, stuck, mode = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-folder = Path({folder!r})
-patient = 600  # what comes before the fault may take its time: the machine may be slow
-def on_end(line): (folder / "end").write_text(str(rank) + " " + line)
-def wait_for(*paths):
-    while not all(path.exists() for path in paths): time.sleep(0.01)
-guard = Guard(run_dir=folder, rank=rank, world_size=world_size, stuck_seconds=stuck, environ={{}})
-guard.install()
-guard.watch(session="s1", on_end=on_end)
-guard.beat("start", 0, allow_seconds=patient)
-wait_for(*[folder / "logs" / f".alive-rank-{{other:05d}}.json" for other in range(world_size)])
-for step in range(10**6):
-    guard.beat("step", step, allow_seconds=patient)
-    if step == 10 and rank == 1:
-        (folder / "hurt").touch()
-        if mode == "stop": os.kill(os.getpid(), signal.SIGSTOP)
-        if mode == "sleep": time.sleep(1000)
-        if mode == "spin":
-            while True: pass
-        if mode == "leave": guard.close(); raise SystemExit(0)
-    if step == 10 and rank != 1 and mode in ("stop", "sleep", "spin"):
-        wait_for(folder / "hurt")
-        guard.beat("backward", step)   # it has got further, and waits for rank 1 in a collective
-        time.sleep(1000)
-    if step == 10 and mode == "alone":
-        guard.beat("forward", step)
-        time.sleep(1000)
-    if step == 10 and mode == "leave":
-        wait_for(folder / "hurt")
-    if step == 10 + 125 and mode == "leave": break   # the watchdog has looked twice at where rank 1 was
-    time.sleep(0.02)
-guard.close()
-"""
-
-
-@final
-class Ranks:
-    """The processes of one pretended run; their output goes to files."""
-
-    def __init__(self, folder: Path, mode: str, *, world_size: int = 2, stuck: float = 2.0) -> None:
-        script = RANK.format(root=str(ROOT), folder=str(folder))
-        self.folder = folder
-        self.processes = []
-        for rank in range(world_size):
-            with open(folder / f"out-{rank}", "w") as out:
-                command = [sys.executable, "-c", script, str(rank), str(world_size), str(stuck), mode]
-                self.processes.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
-
-    def codes(self) -> list[int]:
-        return [process.wait(120) for process in self.processes]
-
-    def output(self, rank: int) -> str:
-        return (self.folder / f"out-{rank}").read_text()
-
-    def __enter__(self) -> Ranks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-
-def test_a_killed_rank_is_named_at_once(tmp_path: Path) -> None:
-    """Not after ``stuck_seconds``; by all the others, who do not take each other's end for the cause."""
-    with Ranks(tmp_path, "die", world_size=3, stuck=3600) as ranks:
-        assert wait_for(tmp_path / "hurt")
-        ranks.processes[1].kill()
-        assert ranks.codes() == [EXIT_STUCK, -9, EXIT_STUCK]
-        for rank in (0, 2):
-            assert f"rank 1 (pid {ranks.processes[1].pid} on" in ranks.output(rank)
-            assert "is dead" in ranks.output(rank)
-        assert (tmp_path / "end").read_text().startswith("0 rank 1")
-
-
-@pytest.mark.parametrize("mode", ["stop", "sleep", "spin"])
-def test_a_stuck_rank_is_named_with_everybodys_stacks(tmp_path: Path, mode: str) -> None:
-    with Ranks(tmp_path, mode, stuck=1.5) as ranks:
-        assert ranks.codes() == [EXIT_STUCK, -9], "a stuck rank does not keep the device"
-        assert f"rank 1 (pid {ranks.processes[1].pid} on" in ranks.output(0)
-        assert "is stuck: no progress for 1.5 s" in ranks.output(0)
-        for rank in (0, 1):
-            stacks = (tmp_path / "logs" / f"stacks-rank-{rank:05d}.txt").read_text()
-            assert 'File "<string>", line' in stacks
-
-
-def test_a_stuck_rank_names_itself(tmp_path: Path) -> None:
-    with Ranks(tmp_path, "alone", world_size=1, stuck=1.5) as ranks:
-        assert ranks.codes() == [EXIT_STUCK]
-        assert "rank 0 (this one, at forward, step 10) is stuck: no progress for 1.5 s" in ranks.output(0)
-        assert 'File "<string>", line' in (tmp_path / "logs" / "stacks-rank-00000.txt").read_text()
-
-
-def test_leaving_in_good_order_is_no_death(tmp_path: Path) -> None:
-    with Ranks(tmp_path, "leave", stuck=30) as ranks:
-        assert ranks.codes() == [0, 0]
-        assert ranks.output(0) == ranks.output(1) == ""
-    assert not list((tmp_path / "logs").glob("stacks-*")), "what is empty is cleared away"
-
-
-ELSEWHERE = """
-import socket, sys, time; sys.path.insert(0, {root!r})
-rank = int(sys.argv[1])
-socket.gethostname = lambda: f"node-{{rank}}"
-from lmcore.run.watchdog import Watchdog
-from pathlib import Path
-dog = Watchdog(logs=Path({logs!r}), rank=rank, world_size=4, session="s", stuck_seconds=0, say=print)
-dog.start()
-if rank == 3:
-    sys.stdin.readline()
-    dog.name_the_dead(answer_seconds=0)  # it has lost the connection, too, and says so before it ends
-    raise SystemExit(1)
-time.sleep(1000)
-"""
-
-
-def test_a_dead_rank_of_another_machine_is_named_and_a_living_one_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rank 1 waits in a collective, rank 2 is dead, rank 3 has failed as we did and said so."""
-    logs = tmp_path / "logs"
-    script = ELSEWHERE.format(root=str(ROOT), logs=str(logs))
-    others = [
-        subprocess.Popen([sys.executable, "-c", script, str(rank)], stdin=subprocess.PIPE)
-        for rank in (1, 2, 3)
-    ]
-    said: list[str] = []
-    dog = Watchdog(
-        logs=logs, rank=0, world_size=4, session="s", stuck_seconds=0, say=said.append, leave=lambda _: None
-    )
-    dog.start()
-    sleep, asked = time.sleep, dict[int, float]()
-
-    def until_rank_1_has_answered(seconds: float) -> None:
-        """However slow it is; the dead one is waited for as long as ever."""
-        sleep(seconds)
-        give_up = time.monotonic() + 120
-        alive = logs / ".alive-rank-00001.json"
-        asked.setdefault(1, dog._peers[1]["beat_time"])
-        while json.loads(alive.read_text())["beat_time"] == asked[1] and time.monotonic() < give_up:
-            sleep(0.02)
-
-    try:
-        for rank in (1, 2, 3):
-            assert wait_for(logs / f".alive-rank-{rank:05d}.json")
-        others[1].kill()
-        others[1].wait()
-        assert others[2].stdin is not None
-        others[2].stdin.close()  # rank 3 may fail now
-        others[2].wait()
-        assert dog.dead_peers() == [], "by looking nothing is known of other machines"
-        monkeypatch.setattr(time, "sleep", until_rank_1_has_answered)
-        dog.name_the_dead(wait_seconds=0)
-        pid = others[1].pid
-        assert said == [
-            f"rank 2 (pid {pid} on node-2) gives no sign of life; its last word was start, step 0"
-        ]
-    finally:
-        dog.close()
-        for process in others:
-            process.kill()
-            process.wait()
-            assert process.stdin is not None
-            process.stdin.close()
-
-
-def sign(logs: Path, rank: int, pid: int, **more: object) -> None:
-    """What a rank of this machine has left whose process is gone."""
-    content = {
-        "session": "new",
-        "host": os.uname().nodename,
-        "pid": pid,
-        "start": "1",
-        "count": 5,
-        "what": "backward",
-        "step": 3,
-        "beat_time": 0,
-        "done": False,
-        "failed": False,
-    }
-    logs.mkdir(exist_ok=True)
-    (logs / f".alive-rank-{rank:05d}.json").write_text(json.dumps(content | more))
-
-
-def dog_of(logs: Path, left: list[int], said: list[str], **more: Any) -> Watchdog:
-    """The watchdog of rank 0; where it would end the process it takes a note."""
-    settings = {"rank": 0, "world_size": 2, "session": "new", "stuck_seconds": 60.0} | more
-    return Watchdog(logs=logs, say=said.append, leave=left.append, **settings)
-
-
-def test_signs_of_an_earlier_start_are_ignored(tmp_path: Path) -> None:
-    logs = tmp_path / "logs"
-    sign(logs, 1, 999999, session="old")
-    left: list[int] = []
-    said: list[str] = []
-    dog = dog_of(logs, left, said)
-    dog._tick = 3600  # only this thread looks
-    dog.start()
-    assert dog.dead_peers() == []
-    sign(logs, 1, 999999)
-    assert "rank 1 (pid 999999" in dog.dead_peers()[0]
-    assert "backward, step 3" in dog.dead_peers()[0]
-    dog.name_the_dead()
-    assert "rank 1 (pid 999999" in said[0]
-    dog.close()
-    dog.close()
-    assert left == []
-
-
-def test_a_rank_that_ends_because_of_another_s_death_is_not_accused(tmp_path: Path) -> None:
-    """The ranks do not look at the same moment: the first to see it is gone when the last one looks."""
-    left: list[int] = []
-    said: list[str] = []
-    sign(tmp_path, 1, 999999)
-    first = dog_of(tmp_path, left, said, world_size=3)
-    first._publish(done=False)
-    first._read_peers()
-    first._end(first._dead(), "dead")
-    assert left == [EXIT_STUCK]
-    own = json.loads((tmp_path / ".alive-rank-00000.json").read_text())
-    (tmp_path / ".alive-rank-00000.json").write_text(json.dumps(own | {"pid": 999998}))
-    last = dog_of(tmp_path, left, said, rank=2, world_size=3)
-    [word] = last.dead_peers()
-    assert word.startswith("rank 1 (pid 999999")
-    sign(tmp_path, 1, 999999, done=True)
-    [word] = dog_of(tmp_path, left, said, rank=2, world_size=3).dead_peers()
-    assert word.startswith("rank 0 (pid 999998"), "it is the only one"
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-@pytest.mark.parametrize("at_once", [True, False])
-def test_of_ranks_that_are_all_at_fault_one_tells_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int], at_once: bool
-) -> None:
-    """They stand at the same place, so that each of them names all; at the same moment, or one after the other."""
-    monkeypatch.setattr(watchdog, "_STACKS_SECONDS", 0.1)
-    told: list[int] = []
-    dogs = [
-        dog_of(tmp_path, [], [], rank=rank, on_end=lambda _, rank=rank: told.append(rank)) for rank in (0, 1)
-    ]
-    for dog in dogs:
-        dog._failed = at_once
-        dog._publish(done=False)
-    for rank in order:
-        dogs[rank]._failed = True
-        dogs[rank]._publish(done=False)
-        dogs[rank]._report_end("both are stuck", [0, 1])
-    assert told == [0 if at_once else order[0]]
-
-
-def test_a_long_phase_may_ask_for_more_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        faulthandler, "dump_traceback_later", lambda *_words, **_more: None
-    )  # ends the process
-    left: list[int] = []
-    dog = dog_of(tmp_path, left, [], world_size=1, stuck_seconds=0.3)
-    dog.beat("compile", 0, allow_seconds=600)
-    dog.start()
-    time.sleep(1.2)
-    assert left == []
-    dog.beat("step", 1)
-    give_up = time.monotonic() + 120
-    while not left and time.monotonic() < give_up:
-        time.sleep(0.02)
-    assert left == [EXIT_STUCK]
-    dog.close()

@@ -1,0 +1,446 @@
+"""Every rank is connected to rank 0 from its first moment, so that the death of one ends the others within seconds.
+
+A launcher ends the ranks of its own machine when one of them dies, but not those of other machines, and a rank that
+waits inside a collective, or for others that never come, does not notice by itself. So each rank keeps one idle TCP
+connection to rank 0, from before torch is imported until it has finished. The kernel closes the connections of a
+process that dies, however it dies; TCP keepalive finds a machine that is gone. Nothing is sent while all is well, and
+a process that is merely busy or stopped is not taken for dead.
+
+::
+
+    peers = connect(os.environ)      # at the very start; None without other ranks
+    ...
+    peers.done()                     # this rank has finished: its leaving is not a death
+
+When a rank has died, rank 0 tells all others, and each ends with code 71 after a short grace in which it may end by
+itself, for example with the same error. If rank 0 has died, each rank sees that itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+EXIT_STUCK: Final = 71
+"""Another rank is dead or stuck; this one ended itself so that the launcher can start all of them again."""
+GRACE_SECONDS: Final = 2.0
+"""How long a rank may take to end by itself after another one has ended: all may have met the same error."""
+ANSWER_SECONDS: Final = 2.0
+"""How long a rank may take to say where it stands, before it is taken for the stuck one."""
+LEAVING_SECONDS: Final = 15.0
+"""The same for a rank that is known to be ending by itself."""
+_KEEPALIVE: Final = (
+    ("TCP_KEEPIDLE", 2),
+    ("TCP_KEEPINTVL", 2),
+    ("TCP_KEEPCNT", 3),
+    ("TCP_USER_TIMEOUT", 8_000),
+)
+_PORTS: Final = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How far a rank is: ``count`` of its beats, ``what`` it reached last in which ``step``, how many seconds ago."""
+
+    count: int = 0
+    what: str = "start"
+    step: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(kw_only=True)
+class _Peer:
+    """The other end of a connection."""
+
+    socket: socket.socket
+    rank: int = -1  # not connected yet
+    greeted_as: int = -1
+    pid: int = 0
+    host: str = ""
+    done: bool = False
+    unread: bytes = b""
+    standing: Standing | None = None
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # it is gone: the reading side notices
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+
+@final
+class Peers:
+    """The connections of one rank. Made by :func:`connect`.
+
+    Attributes:
+        on_end: called once with one line about the dead or stuck rank, on the one rank that speaks for the run; writes
+            ``status.json``, for example.
+        note: called with the same line on every rank.
+        standing: asked how far this rank is.
+        stacks: called with the line before the process ends because a rank is stuck; writes this rank's stacks.
+        stuck_seconds: how long no rank may make progress; see :meth:`raise_alarm`.
+        on_wait: called with the seconds for which this rank shall wait on after an alarm.
+        fault: the line, once a rank is known to be dead or stuck.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, where: tuple[str, int], token: str, *, leave: Callable[[int], None]
+    ) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.on_end: Callable[[str], None] | None = None
+        self.note: Callable[[str], None] | None = None
+        self.standing: Callable[[], Standing] = Standing
+        self.stacks: Callable[[str], None] | None = None
+        self.stuck_seconds = 0.0
+        self.on_wait: Callable[[float], None] | None = None
+        self.fault: str | None = None
+        self._address, self._port, self._token, self._leave = *where, token, leave
+        self._hello = {"lmcore": token, "rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
+        self._peers: list[_Peer] = []
+        self._done = False
+        self._main_lost = False  # rank 0 is dead, or does not answer
+        self._leaving_until = 0.0
+        self._alarm = False
+        self._inquiry: float | None = None  # when the answers are due
+        self._answered = threading.Event()
+        self._fault_known = threading.Event()
+        self._ending = threading.Lock()
+        self._reporting, self._reported = threading.Lock(), False
+        self._sockets: list[socket.socket] = []
+        os.register_at_fork(after_in_child=self._forget)
+        run = self._serve if rank == 0 else self._follow
+        threading.Thread(target=run, name="peers", daemon=True).start()
+
+    # ---- for the run ---------------------------------------------------------------------------------------
+
+    def done(self) -> None:
+        """This rank has finished: its leaving is not a death, and neither is that of the others from now on."""
+        self._done = True
+        for peer in list(self._peers):
+            peer.send({"done": True})
+
+    def wait_for_fault(self, seconds: float) -> str | None:
+        """The line about a dead rank, if it becomes known within ``seconds``: after a connection was lost, say."""
+        self._fault_known.wait(seconds)
+        return self.fault
+
+    def leaving(self) -> None:
+        """This rank is about to end by itself, with an error of its own: do not end it before it has said so."""
+        self._leaving_until = time.monotonic() + LEAVING_SECONDS
+
+    def report(self, line: str) -> None:
+        """Say which rank is dead or stuck, and call ``on_end`` if this rank speaks for the run. Once; then nothing."""
+        with self._reporting:
+            if self._reported:
+                return
+            self._reported = True
+            self._say(line)
+            if self.on_end is not None and (self.rank == 0 or (self.rank == 1 and self._main_lost)):
+                self.on_end(line)
+
+    def raise_alarm(self) -> None:
+        """This rank has made no progress for too long: let rank 0 ask all where they stand.
+
+        If none has made progress for ``stuck_seconds``, the run ends and the rank that is furthest behind is named. A
+        rank that only waits for a busy one is told to wait on.
+        """
+        if self.rank == 0:
+            self._alarm = True
+            return
+        self._answered.clear()
+        for main in self._peers:
+            main.send({"alarm": True})
+        if not self._answered.wait(3 * ANSWER_SECONDS):
+            self._main_lost = True
+            culprit = self._peers[0].name if self._peers else "rank 0, which was never reached,"
+            line = f"{culprit} is stuck: it does not answer, and there was no progress for {self.stuck_seconds:g} s"
+            self._end(line, self._peers, stuck=True)
+
+    # ---- rank 0 --------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        listener = self._listen()
+        if listener is None:
+            self._say(
+                f"no free port for the connections between ranks near {self._port}: a dead rank is noticed late"
+            )
+            return
+        with selectors.DefaultSelector() as selector:
+            selector.register(listener, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select(timeout=0.5):
+                    if key.fileobj is listener:
+                        with contextlib.suppress(OSError):
+                            accepted, _ = listener.accept()
+                            self._keep(accepted)
+                            accepted.setblocking(False)
+                            selector.register(accepted, selectors.EVENT_READ, _Peer(socket=accepted))
+                        continue
+                    peer: _Peer = key.data
+                    if not self._read(peer, self._hear):
+                        selector.unregister(peer.socket)
+                        peer.socket.close()
+                        if peer.rank >= 0 and not peer.done and not self._done:
+                            self._end(f"{peer.name} is dead", [peer])
+                self._inquire()
+
+    def _listen(self) -> socket.socket | None:
+        for port in _ports(self._port):
+            listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((self._address, port))
+                listener.listen(self.world_size)
+            except OSError:
+                listener.close()
+                continue
+            self._sockets.append(listener)
+            return listener
+        return None
+
+    def _hear(self, peer: _Peer, message: dict[str, Any]) -> None:
+        """A message of another rank to rank 0."""
+        if peer.rank < 0:
+            if "met" in message and peer.greeted_as > 0:
+                peer.rank = peer.greeted_as
+                self._peers.append(peer)
+                return
+            rank = int(message["rank"])
+            if message["lmcore"] != self._token or rank not in range(1, self.world_size):
+                raise ValueError(f"a greeting that is not of this run: {message}")
+            peer.greeted_as, peer.pid, peer.host = rank, int(message["pid"]), str(message["host"])
+            peer.send(
+                self._hello
+            )  # it may have given up waiting meanwhile, and come again: only "met" counts
+        elif "done" in message:
+            peer.done = True
+        elif "alarm" in message:
+            self._alarm = True
+        elif "at" in message:
+            peer.standing = Standing(**message["at"])
+
+    def _inquire(self) -> None:
+        """Ask all ranks where they stand after an alarm; judge when all have answered, or are late."""
+        if self._alarm and self._inquiry is None:
+            self._inquiry = time.monotonic() + ANSWER_SECONDS
+            for peer in self._peers:
+                peer.standing = None
+                peer.send({"where": True})
+        if self._inquiry is None:
+            return
+        asked = [peer for peer in self._peers if not peer.done]
+        if time.monotonic() < self._inquiry and any(peer.standing is None for peer in asked):
+            return
+        self._alarm, self._inquiry = False, None
+        own = self.standing()
+        known = [own, *(peer.standing for peer in asked if peer.standing is not None)]
+        freshest = min(standing.seconds for standing in known)
+        if freshest < self.stuck_seconds:  # somebody moves: the others wait for it
+            for peer in asked:
+                peer.send({"wait": self.stuck_seconds - freshest})
+            if self.on_wait is not None:
+                self.on_wait(self.stuck_seconds - freshest)
+            return
+        silent = [peer for peer in asked if peer.standing is None]
+        least = min(standing.count for standing in known)
+        culprits = silent or [p for p in asked if p.standing is not None and p.standing.count == least]
+        words = [f"{peer.name} is stuck{_said(peer.standing)}" for peer in culprits]
+        if not silent and own.count == least:
+            words.insert(0, f"rank 0 (pid {os.getpid()} on {socket.gethostname()}) is stuck{_said(own)}")
+        line = f"{'; '.join(words)}: no progress for {self.stuck_seconds:g} s"
+        self._end(line, silent, stuck=True)
+
+    # ---- the other ranks -----------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        main = self._connect()
+        self._peers.append(main)
+        while self._read(main, self._obey):
+            pass
+        if not (main.done or self._done):
+            self._main_lost = True
+            self._end(f"{main.name} is dead", [main])
+
+    def _connect(self) -> _Peer:
+        """The connection to rank 0, however long it takes to come up."""
+        while True:
+            for port in _ports(self._port):
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                    found = socket.create_connection((self._address, port), timeout=5.0)
+                    try:
+                        found.sendall(json.dumps(self._hello).encode() + b"\n")
+                        line = b""
+                        while not line.endswith(b"\n") and (byte := found.recv(1)):
+                            line += byte
+                        answer = json.loads(line)
+                        if answer["lmcore"] == self._token:
+                            found.sendall(b'{"met": true}\n')
+                            found.settimeout(None)
+                            self._keep(found)
+                            return _Peer(
+                                socket=found, rank=0, pid=int(answer["pid"]), host=str(answer["host"])
+                            )
+                        found.close()
+                    except BaseException:
+                        found.close()
+                        raise
+            time.sleep(0.2)
+
+    def _obey(self, main: _Peer, message: dict[str, Any]) -> None:
+        """A message of rank 0."""
+        if "done" in message:
+            main.done = True
+        elif "where" in message:
+            now = self.standing()
+            main.send(
+                {"at": {"count": now.count, "what": now.what, "step": now.step, "seconds": now.seconds}}
+            )
+        elif "wait" in message:
+            self._answered.set()
+            if self.on_wait is not None:
+                self.on_wait(float(message["wait"]))
+        elif "end" in message:
+            self._answered.set()
+            self._end(str(message["end"]), [], stuck=bool(message.get("stuck")))
+
+    # ---- both ----------------------------------------------------------------------------------------------
+
+    def _read(self, peer: _Peer, handle: Callable[[_Peer, dict[str, Any]], None]) -> bool:
+        """Handle what has come in; ``False`` when the connection is closed."""
+        try:
+            data = peer.socket.recv(65536)
+        except BlockingIOError:
+            return True
+        except OSError:  # reset, or no answer to keepalive
+            return False
+        if not data or len(peer.unread) > 1 << 16:
+            return False
+        *lines, peer.unread = (peer.unread + data).split(b"\n")
+        for line in lines:
+            try:
+                message = json.loads(line)
+                if isinstance(message, dict):
+                    handle(peer, message)
+            except (ValueError, KeyError, TypeError):
+                return False  # not one of us
+        return True
+
+    def _keep(self, connection: socket.socket) -> None:
+        self._sockets.append(connection)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE:
+            if hasattr(socket, name):  # Linux
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def _forget(self) -> None:
+        """In a forked child: a copy of a connection would keep it open when this rank dies."""
+        self._done = True
+        for connection in self._sockets:
+            with contextlib.suppress(OSError):
+                connection.close()
+
+    def _end(self, line: str, silent: list[_Peer], *, stuck: bool = False) -> None:
+        """End this rank, and as rank 0 all others: say who is dead or stuck, then leave with code 71.
+
+        Args:
+            silent: ranks that do not answer. Those of this machine are made to write their stacks, and killed.
+        """
+        if self._done or not self._ending.acquire(blocking=False):
+            return
+        self.fault = line
+        self._fault_known.set()
+        if self.rank == 0:
+            for peer in self._peers:
+                peer.send({"end": line, "stuck": stuck})
+        if stuck and self.stacks is not None:
+            self.stacks(line)
+        here = [peer.pid for peer in silent if stuck and peer.host == socket.gethostname()]
+        for number in (
+            signal.SIGUSR2,
+            signal.SIGCONT,
+        ):  # C code writes the stacks; a stopped process once it runs
+            for pid in here:
+                _signal(pid, number)
+        if stuck:
+            time.sleep(1.0)
+        else:
+            time.sleep(GRACE_SECONDS)
+            while time.monotonic() < self._leaving_until:
+                time.sleep(0.1)
+        if self._done:
+            return
+        self.report(line)
+        if self.rank != 0:
+            time.sleep(1.0)  # a launcher ends all ranks when the first one leaves: rank 0 first says why
+        for pid in here:
+            _signal(pid, signal.SIGKILL)  # the run is over: it must not keep the device
+        self._leave(EXIT_STUCK)
+
+    def _say(self, line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the launcher may be gone, and the pipe with it
+            if self.note is None or self.rank != 0:
+                print(f"train_lm.py: {line}", file=sys.stderr, flush=True)
+            if self.note is not None:
+                self.note(line)
+
+
+def _said(standing: Standing | None) -> str:
+    return " and does not answer" if standing is None else f" at {standing.what}, step {standing.step}"
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(OSError):
+        os.kill(pid, number)
+
+
+def _ports(first: int) -> list[int]:
+    """Where rank 0 may listen: below the ports that kernels hand out by themselves, and the same list on every rank."""
+    return [15_000 + (first - 15_000 + 1_009 * index) % 17_000 for index in range(_PORTS)]
+
+
+_PEERS: Peers | None = None
+
+
+def connect(env: Mapping[str, str], *, leave: Callable[[int], None] = os._exit) -> Peers | None:
+    """Connect this rank to the others, once in a process; returns at once, connecting goes on in a thread.
+
+    Args:
+        env: what a launcher leaves: ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``.
+
+    Returns:
+        ``None`` for a single process, or without an address to meet at.
+    """
+    global _PEERS
+    if _PEERS is not None:
+        return _PEERS
+    try:
+        rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    except (KeyError, ValueError):
+        return None
+    if world_size < 2:
+        return None
+    one_node = env.get("LOCAL_WORLD_SIZE") == str(world_size)
+    # On several nodes each launcher counts its restarts for itself.
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    token = f"{port}/{world_size}/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
+    if one_node or address == "localhost" or address.startswith("127."):
+        address = "127.0.0.1"
+    elif rank == 0:
+        address = ""  # the name of this host may stand for its loopback
+    where = (address, 15_000 + zlib.crc32(token.encode()) % 17_000)
+    _PEERS = Peers(rank, world_size, where, token, leave=leave)
+    return _PEERS
