@@ -35,6 +35,8 @@ TRAIN_METRICS = ("train/loss", "train/grad_norm")
 SOURCE_KEYS = ("path", "paths", "weight", "name", "text_field", "unit", "encoding")
 MAY_BE_EMPTY = ("evaluate.prompts",)
 """Text options for which the empty string has a meaning."""
+MAY_BE_SPACE = (*MAY_BE_EMPTY, "tokenizer.user_symbols")
+"""Text options for which white space has a meaning."""
 
 
 def check(config: RunConfig) -> None:
@@ -62,7 +64,8 @@ def check(config: RunConfig) -> None:
 
 
 def _check_limits(key: Key, value: Any) -> None:
-    if isinstance(value, str) and not value.strip() and key.name not in MAY_BE_EMPTY:
+    said = value if key.name in MAY_BE_SPACE else value.strip() if isinstance(value, str) else value
+    if said == "" and key.name not in MAY_BE_EMPTY:
         null = " (or null for the default)" if type(None) in typing.get_args(key.type) else ""
         raise RequestError(f"{key.name} must not be empty{null}")
     if not isinstance(value, (int, float)) or isinstance(value, bool):

@@ -243,6 +243,16 @@ def test_a_vocabulary_that_transformers_does_not_read_is_refused(tmp_path: Path)
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "xlm-roberta", "t5", "bert"])
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path, model_type: str) -> None:
+    """transformers opens an empty tokenizer from it."""
+    folder = write(tmp_path / "a", {}, None, model_type)
+    with pytest.raises(
+        RequestError, match=r"needs a vocabulary, and there is none of .*tokenizer\.json|cannot open"
+    ):
+        load_tokenizer(folder)
+
+
 def test_files_of_an_unexpected_name_are_kept_where_they_matter(tmp_path: Path) -> None:
     """``fast_tokenizer_files`` names another file than tokenizer.json."""
     folder = gpt2_like(tmp_path / "a", fast_tokenizer_files=["tokenizer.json", "tokenizer.4.0.0.json"])

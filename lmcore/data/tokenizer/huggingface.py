@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -265,6 +266,8 @@ _NEVER = (
 )
 """Endings of files that no tokenizer is made of: weights, code, pages."""
 _LARGEST_FILE_BYTES = 2**28
+_OTHER_VOCABULARIES = re.compile(r"tokenizer(\..*)?\.json|tekken\.json|\.model|\.tiktoken")
+"""Vocabularies that transformers looks for besides those that a class names."""
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -310,7 +313,13 @@ def complete(files: dict[str, bytes]) -> tuple[dict[str, bytes], Any]:
         # Training reads a literal "</s>" in a text as text; so does whoever opens the copy. With a chat template
         # the special tokens of its output must be found.
         config.setdefault("split_special_tokens", True)
-    named = {name for one in type(whole).__mro__ for name in getattr(one, "vocab_files_names", {}).values()}
+    named = _named_files(whole)
+    needed = named - {TOKENIZER_CONFIG}
+    if needed and not any(name in needed or _OTHER_VOCABULARIES.search(name) for name in files):
+        # transformers would open an empty vocabulary without a word.
+        raise RequestError(
+            f"a {kind} needs a vocabulary, and there is none of {', '.join(sorted(needed | {'tokenizer.json'}))}"
+        )
     expected = [name for name in files if name in TOKENIZER_FILES or name in named or name.endswith(".jinja")]
     everything = [name for name in files if name != MODEL_CONFIG]
     for names in (expected, everything):
@@ -329,6 +338,12 @@ def complete(files: dict[str, bytes]) -> tuple[dict[str, bytes], Any]:
         f"the tokenizer ({kind}) needs more than the files in its folder ({', '.join(sorted(files))}): "
         f"save it with tokenizer.save_pretrained() of transformers and give that folder"
     )
+
+
+def _named_files(tokenizer: Any) -> set[str]:
+    """The files that the class of a tokenizer reads."""
+    kinds = type(tokenizer).__mro__
+    return {name for kind in kinds for name in getattr(kind, "vocab_files_names", {}).values()}
 
 
 def open_files(files: dict[str, bytes]) -> Any:
@@ -407,8 +422,7 @@ def fingerprint_of(tokenizer: Any, files: dict[str, bytes]) -> str:
             description.pop(name, None)
         parts: Any = _without_defaults(description)
     else:
-        names = {n for one in type(tokenizer).__mro__ for n in getattr(one, "vocab_files_names", {}).values()}
-        names -= {TOKENIZER_CONFIG, "tokenizer.json"}
+        names = _named_files(tokenizer) - {TOKENIZER_CONFIG, "tokenizer.json"}
         parts = {
             "class": type(tokenizer).__name__,
             "files": {n: hashlib.sha256(data).hexdigest() for n, data in files.items() if n in names},

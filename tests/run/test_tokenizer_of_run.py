@@ -1,0 +1,171 @@
+"""Which tokenizer a run uses: nothing is trusted because it exists, and nothing is made that was not asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcore.config import parse
+from lmcore.data.tokenizer.tokenizer import load_tokenizer
+from lmcore.data.tokenizer.training import train_tokenizer
+from lmcore.errors import RequestError
+from lmcore.run import dev_run, setup
+
+TEXT = "".join(f"the {number}th line of the text, with {number * 7} words\n\n" for number in range(400))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def config_of(tmp_path: Path, **options: Any) -> Any:
+    given = {
+        "data__train": tmp_path / "text.txt",
+        "data__block_size": 32,
+        "data__store_dir": tmp_path / "stores",
+        "data__processes": 1,
+        "tokenizer__vocab_size": 320,
+        "run_dir": tmp_path / "run",
+        **options,
+    }
+    words = [word for name, value in given.items() for word in (f"--{name.replace('__', '.')}", str(value))]
+    return parse.parse(words)
+
+
+def opened(tmp_path: Path, **options: Any) -> tuple[Any, list[str]]:
+    """The data of a start of this configuration, and what was said about the tokenizer."""
+    notes: list[str] = []
+    home = tmp_path / "run" / "tokenizer"
+    data = setup.open_data(config_of(tmp_path, **options), home, note=notes.append)
+    return data, [line for line in notes if line.startswith("tokenizer: ")]
+
+
+def a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
+
+
+def test_an_unchanged_start_uses_the_tokenizer_that_is_there(tmp_path: Path, text: Path) -> None:
+    data, notes = opened(tmp_path)
+    assert "trained on" in notes[0]
+    again, notes = opened(tmp_path)
+    assert notes == []
+    assert again.encoder.fingerprint == data.encoder.fingerprint
+    text.rename(tmp_path / "moved.txt")
+    (tmp_path / "moved.txt").rename(text)
+    assert opened(tmp_path)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"tokenizer__vocab_size": 330}, "tokenizer.vocab_size 320 -> 330"),
+        ({"tokenizer__model_type": "char"}, "tokenizer.model_type 'bpe' -> 'char'"),
+        ({"tokenizer__user_symbols": '["<x>"]'}, "tokenizer.user_symbols [] -> ['<x>']"),
+        ({"data__valid_fraction": 0.3}, "data.valid_fraction"),
+        ({"tokenizer__sample_bytes": 5000}, "tokenizer.sample_bytes 100000000 -> 5000"),
+        ({"resume": "never", "tokenizer__vocab_size": 330}, "tokenizer.vocab_size 320 -> 330"),
+    ],
+)
+@pytest.mark.usefixtures("text")
+def test_a_tokenizer_of_other_options_is_replaced(
+    tmp_path: Path, options: dict[str, Any], reason: str
+) -> None:
+    first, _ = opened(tmp_path)
+    if "resume" in options:
+        a_checkpoint(tmp_path)
+    second, notes = opened(tmp_path, **options)
+    assert "is replaced" in notes[0]
+    assert reason in notes[0]
+    assert "trained on" in notes[1]
+    if "data__valid_fraction" not in options and "tokenizer__sample_bytes" not in options:
+        assert second.encoder.fingerprint != first.encoder.fingerprint
+
+
+def test_a_tokenizer_of_other_text_is_replaced(tmp_path: Path, text: Path) -> None:
+    opened(tmp_path)
+    text.write_text(TEXT.replace("line", "LINE"))
+    assert "is replaced: other text" in opened(tmp_path)[1][0]
+
+
+@pytest.mark.usefixtures("text")
+def test_what_a_development_run_trained_is_not_taken_for_the_run_s_own(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    folder = tmp_path / "run"
+    dev_run.write_sample(config, folder)
+    setup.open_data(dev_run.shortened(config, folder), folder / "tokenizer", note=lambda line: None)
+    assert "is replaced" in opened(tmp_path)[1][0]
+
+
+@pytest.mark.usefixtures("text")
+def test_a_tokenizer_whose_making_is_not_known_is_replaced(tmp_path: Path) -> None:
+    home = tmp_path / "run" / "tokenizer"
+    train_tokenizer([TEXT], vocab_size=320, folder=home)
+    assert "what it was made of is not known" in opened(tmp_path)[1][0]
+    (home / "tokenizer.model").write_bytes(b"damaged")
+    assert "is replaced" in opened(tmp_path)[1][0]
+    (home / "lmcore_tokenizer.json").unlink()  # as a kill while saving leaves it
+    assert "is replaced" in opened(tmp_path)[1][0]
+    assert opened(tmp_path)[1] == []
+
+
+def test_a_resumed_run_keeps_the_tokenizer_of_its_checkpoints(tmp_path: Path, text: Path) -> None:
+    first, _ = opened(tmp_path)
+    a_checkpoint(tmp_path)
+    text.write_text(TEXT + "appended\n")
+    again, notes = opened(tmp_path)
+    assert again.encoder.fingerprint == first.encoder.fingerprint
+    assert "of the checkpoints here is used" in notes[0]
+
+
+@pytest.mark.usefixtures("text")
+def test_a_stream_builds_no_token_store(tmp_path: Path) -> None:
+    data, _ = opened(tmp_path, data__mode="stream", data__valid_fraction=0, train__duration="4 steps")
+    assert data.valid == {}
+    assert not (tmp_path / "stores").exists()
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """An exported model of another vocabulary, with its tokenizer."""
+    from transformers import GPT2Config
+
+    folder = tmp_path / "weights"
+    GPT2Config(vocab_size=300, n_positions=64, n_embd=8, n_layer=1, n_head=1).save_pretrained(folder)
+    train_tokenizer([TEXT], vocab_size=300, folder=folder)
+    return folder
+
+
+PRETRAINED = {"model__type": "null"}
+
+
+@pytest.mark.usefixtures("text")
+def test_pretrained_weights_bring_their_own_tokenizer(tmp_path: Path, weights: Path) -> None:
+    data, notes = opened(tmp_path, model__from_pretrained=weights, **PRETRAINED)
+    assert data.encoder.fingerprint == load_tokenizer(weights).fingerprint
+    assert f"that of {weights}" in notes[0]
+    data, notes = opened(tmp_path, model__from_pretrained=weights, tokenizer__train="true", **PRETRAINED)
+    assert data.encoder.vocab_size == 320
+
+
+@pytest.mark.usefixtures("text")
+def test_another_tokenizer_for_pretrained_weights_is_said(tmp_path: Path, weights: Path) -> None:
+    train_tokenizer([TEXT], vocab_size=290, folder=tmp_path / "other")
+    options = {"model__from_pretrained": weights, "tokenizer__vocab_size": "null", **PRETRAINED}
+    _, notes = opened(tmp_path, tokenizer__path=tmp_path / "other", **options)
+    assert "is not the tokenizer of" in notes[0]
+    assert opened(tmp_path, tokenizer__path=weights, **options)[1] == []
+
+
+@pytest.mark.usefixtures("text")
+def test_pretrained_weights_without_a_tokenizer_are_refused(tmp_path: Path, weights: Path) -> None:
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "lmcore_tokenizer.json"):
+        (weights / name).unlink()
+    with pytest.raises(
+        RequestError, match=r"comes without its tokenizer .*tokenizer\.path.*tokenizer\.train true"
+    ):
+        opened(tmp_path, model__from_pretrained=weights, **PRETRAINED)
