@@ -364,7 +364,7 @@ def report(words: list[str]) -> None:
     parser = Parser(prog="lmcore report")
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument(
-        "--out", default=None, help="default: RUN/report.html, or comparison.html for several"
+        "--out", default=None, help="default: RUN/report.html, or RUN/comparison.html in each of several runs"
     )
     parser.add_argument(
         "--where",
@@ -389,12 +389,13 @@ def report(words: list[str]) -> None:
         raise RequestError(
             f"--where {' '.join(asked.where)}: none of the {len(asked.runs)} runs is like that"
         )
-    out = asked.out or (runs[0].path / "report.html" if len(runs) == 1 else "comparison.html")
-    html.write_report(runs, out)
+    name = "report.html" if len(runs) == 1 else "comparison.html"
+    outs = [Path(asked.out)] if asked.out else [run.path / name for run in runs]
+    html.write_report(runs, *outs)
     for run in runs:
         facts = html.facts(run)
         print(f"{run.name}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
-    print(out)
+    print("\n".join(map(str, outs)))
 
 
 def _matching(runs: list[list[tuple[str, Any]]], wish: str) -> list[bool]:

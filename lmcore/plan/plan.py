@@ -406,18 +406,13 @@ class Plan:
             ),
             (
                 "tokens per parameter",
-                f"{ratio:.3g} ({TOKENS_PER_PARAMETER} spend a given compute best: Hoffmann et al. 2022)",
+                f"{ratio:.3g}; about {TOKENS_PER_PARAMETER} make the best model for a given compute "
+                f"(Hoffmann et al. 2022)",
             ),
             ("FLOPs per token", self._flops()),
             (
                 "memory per device",
-                f"{'at least ' if self.uncounted else ''}{size(m.total)} = weights {size(m.weights)} + gradients "
-                f"{size(m.gradients)} + optimizer {size(m.optimizer)} + buffers {size(m.buffers)} + "
-                + (
-                    f"activations, which could not be counted ({self.uncounted})"
-                    if self.uncounted
-                    else f"activations {size(m.activations)} + head {size(m.logits)}"
-                )
+                f"{'at least ' if self.uncounted else ''}{size(m.total)} at the peak = {self._parts_of_the_peak()}"
                 + (f"; on the host {size(m.host)}" if m.host else ""),
             ),
         ]
@@ -437,6 +432,22 @@ class Plan:
             rate = f"{duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s"
             rows.append(("time", f"{rate}, evaluating and saving not counted; {energy}"))
         return rows
+
+    def _parts_of_the_peak(self) -> str:
+        """What is held when most is held: gradients, for example, may not exist yet at that moment."""
+        m = self.memory
+        parts = {
+            "weights": m.weights,
+            "gradients": m.gradients,
+            "optimizer": m.optimizer,
+            "buffers": m.buffers,
+        }
+        if not self.uncounted:
+            parts |= {"activations": m.activations, "head": m.logits}
+        words = [f"{name} {size(held)}" for name, held in parts.items() if held]
+        if self.uncounted:
+            words.append(f"activations, which could not be counted ({self.uncounted})")
+        return " + ".join(words)
 
     def beside_the_budget(self) -> list[tuple[str, str]]:
         """:meth:`rows` without those that a run's start table has of itself."""

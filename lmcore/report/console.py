@@ -19,6 +19,7 @@ import shutil
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,11 @@ from lmcore.report.redact import hide_values, redact
 REFRESHES_PER_SECOND = 2
 PLAIN_TASK_SECONDS = 30.0
 """Without a terminal a long task (tokenizing, evaluating) prints its progress this often."""
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal ``text`` takes: two for each wide character (Chinese, Japanese, Korean)."""
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
 # ---- commands that can be pasted
@@ -252,10 +258,10 @@ class Console:
         if self._rich is not None:
             self._rich.print(self._grid(rows, title=printable(title), title_justify="left"))
             return
-        width = max((len(name) for name, _ in rows), default=0)
+        width = max((columns(name) for name, _ in rows), default=0)
         self.line(title)
         for name, value in rows:
-            self.line(f"  {name:<{width}}  {value}")
+            self.line(f"  {name}{' ' * (width - columns(name))}  {value}")
 
     def panel(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """The results at the end of a run."""
@@ -342,7 +348,7 @@ class Console:
         lines = []
         for task in list(self._tasks.values()):
             words = task.text or _progress(task)
-            space = min(40, width - len(task.description) - len(words) - 2)
+            space = min(40, width - columns(task.description) - columns(words) - 2)
             line = Text(f"{task.description} ", style="bold")
             if space >= 8 and task.total:
                 full = round(space * min(1.0, task.done / task.total))
@@ -359,7 +365,7 @@ class Console:
         lines: list[str] = []
         for name, value in self.cells:
             cell = f"{name} {value}"
-            if lines and len(lines[-1]) + 3 + len(cell) <= width:
+            if lines and columns(lines[-1]) + 3 + columns(cell) <= width:
                 lines[-1] += f" · {cell}"
             else:
                 lines.append(cell)

@@ -402,7 +402,7 @@ def _loss_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
 def loss_picture(runs: Sequence[Run], by: str, *, format: str = "svg", wide: bool = False) -> bytes:
     """Training loss (as logged, and its mean) and validation losses of one or several runs, by ``step`` or ``tokens``."""
     label = "steps" if by == "step" else by
-    figure, axes = _axes(f"Loss by {label}", label, "nats per token", (8.8, 3.3) if wide else (4.4, 2.9))
+    figure, axes = _axes(f"Loss by {label}", label, "nats per token", (11.0, 3.7) if wide else (4.4, 2.9))
     colours = itertools.cycle(COLOURS)
     for run in runs:
         prefix = f"{run.name}: " if len(runs) > 1 else ""

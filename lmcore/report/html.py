@@ -44,12 +44,13 @@ _VARIABLES = {colour: f"var(--c{index})" for index, colour in enumerate(COLOURS)
 }
 
 
-def write_report(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
+def write_report(runs: Sequence[Run], path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Path:
     """Write the page; it replaces an older one at once, since someone may have that open."""
-    target = Path(path)
-    DISK.makedirs(target.parent)
-    DISK.write_text(target, page(runs), durable=False)
-    return target
+    text = page(runs)
+    for target in map(Path, (path, *more)):
+        DISK.makedirs(target.parent)
+        DISK.write_text(target, text, durable=False)
+    return Path(path)
 
 
 def page(runs: Sequence[Run]) -> str:

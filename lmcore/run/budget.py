@@ -47,6 +47,7 @@ class Sizes:
         epochs = (
             "" if known is None else f" = {float(positions / known / self.global_batch_blocks):.2f} epochs"
         )
+        given = "" if config.train.duration.unit == "steps" else f"{config.train.duration} = "
         return [
             ("epoch", f"{blocks} of {self.block_size:,} tokens"),
             (
@@ -56,7 +57,7 @@ class Sizes:
             ),
             (
                 "budget",
-                f"{config.train.duration} = {self.total_steps:,} steps = {tokens:,} tokens{epochs}",
+                f"{given}{self.total_steps:,} steps = {tokens:,} tokens{epochs}",
             ),
         ]
 
