@@ -318,7 +318,17 @@ class RunFolder:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         # "running" comes at every save, between two steps: how the run ended must outlive a power cut, this need not.
-        self._disk.write_json(self.path / "status.json", self._status | status, durable=state != "running")
+        path, whole = self.path / "status.json", self._status | status
+        try:
+            self._disk.write_json(path, whole, durable=state != "running")
+        except OSError:
+            # On a full disk the old file's own place is left. Without even that a run in progress goes on: its saves
+            # and metrics report the disk, and how it ends is written again.
+            if not _overwrite(path, json.dumps(whole, indent=2) + "\n") and state not in (
+                "running",
+                "preparing",
+            ):
+                raise
 
     def remember(self, **facts: Any) -> None:
         """Keep facts in every later ``status.json`` of this process."""
@@ -396,3 +406,21 @@ def _write_holder(fd: int, holder: Mapping[str, Any]) -> None:
     text = json.dumps(holder).encode() + b"\n"
     os.pwrite(fd, text, 0)
     os.ftruncate(fd, len(text))
+
+
+def _overwrite(path: Path, text: str) -> bool:
+    """Write over an existing file where it lies, which needs no new space; whether that worked."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        data = text.encode()
+        if os.pwrite(descriptor, data, 0) < len(data):
+            return False
+        os.ftruncate(descriptor, len(data))
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)

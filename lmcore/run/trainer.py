@@ -8,6 +8,7 @@ every checkpoint. A save comes before the evaluation of its step, and after ever
 
 from __future__ import annotations
 
+import errno
 import gc
 import sys
 from collections.abc import Iterator, Mapping
@@ -689,6 +690,13 @@ class Run:
         ):
             return error
         step = self.state.step
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            failure = FaultError(
+                f"{error.strerror} in step {step + 1}{f': {error.filename}' if error.filename else ''}; the last "
+                f"checkpoint is whole: free space and run the same command to resume"
+            )
+            self._failed(failure.exit_code, str(failure))
+            return failure
         if self.engine.world_size == 1 and not self.engine.updating and step > 0:
             self._check_steps(lag_steps=0)
             self.save("exception")

@@ -475,3 +475,26 @@ def test_fuzzed_names_never_lead_out(tmp_path: Path) -> None:
         with pytest.raises(RequestError):
             confined(root, name)  # type: ignore[arg-type]
     assert confined(root, "inner/part-1.bin") == root / "inner" / "part-1.bin"
+
+
+def test_status_is_written_in_place_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.lock()
+    run.write_status("running", step=5)
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run._disk, "write_json", full)
+    run.write_status("running", step=6)
+    run.write_status("failed", step=7, exit_code=70, reason="the disk is full")
+    status = run.read_status()
+    assert status is not None
+    assert (status["state"], status["step"], status["exit_code"]) == ("failed", 7, 70)
+    (run.path / "status.json").unlink()
+    run.write_status("running", step=8)  # nothing to write over: the training goes on
+    with pytest.raises(OSError, match="No space"):
+        run.write_status("failed", exit_code=70)
+    run.unlock()
