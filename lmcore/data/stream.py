@@ -1,24 +1,20 @@
-"""Blocks without a token store: text is tokenized while the model trains.
+"""Blocks without a token store: text is tokenized while the model trains (``data.mode stream``).
 
-Comes in: sources, a tokenizer, a cursor. Goes out: the same blocks by position as :mod:`lmcore.data.blocks`
-gives, for :class:`lmcore.data.batches.Batches`. It starts at once, needs no disk, and also reads the Hub
-(``hf://``).
-
-How the order stays independent of the topology: there are V *lanes*, a fixed number that is kept in the
-cursor (default: the blocks of the global batch). Position p is the block p // V of lane p % V. Lane l reads
-the parts l, l + V, l + 2V, ... of the permuted part list, one epoch after another, as one run of tokens,
-cuts it into blocks, and shuffles them in windows. Ranks own ranges of lanes and workers own lanes of their
-rank, so neither changes what a lane holds. The state of a lane is where its window began: part, document,
-token. It travels with the batch.
-
-What always holds: the global batches are the same for every world size, micro-batch and worker count; no
-token of a good document is lost or comes twice in a pass of a lane; resuming tokenizes at most one window
-for each lane. What is weaker than with a store (docs/guarantees.md): lanes read at their own speed, so that
-epochs blur into one another at their borders; the shuffle reaches as far as the windows; the length of an
-epoch in positions is not known.
+It starts at once, needs no disk, and also reads the Hub (``hf://``). :class:`StreamDataset` gives blocks by position to
+:class:`lmcore.data.batches.Batches`, as :class:`lmcore.data.blocks.StoreBlocks` does.
 
     dataset = StreamDataset(sources, tokenizer, block_size=1024, lanes=64, seed=1)
-    cursor = Cursor(fingerprint=dataset.fingerprint, seed=1, stream={"lanes": 64})
+    batches = Batches(dataset, cursor=dataset.new_cursor(), global_batch_blocks=64, micro_batch_blocks=8)
+
+The order does not depend on the number of ranks or workers, because there is a fixed number V of *lanes* (kept in the
+cursor; default: the blocks of the global batch). Position p is block p // V of lane p % V. Lane l reads the parts l,
+l + V, l + 2V, ... of the permuted part list, one epoch after another, as one run of tokens, cuts it into blocks, and
+shuffles them in windows. Ranks own ranges of lanes, and workers own lanes of their rank. The state of a lane is where
+its window began (part, document, token); it travels with the batch, and a resume tokenizes at most one window for each
+lane. No token of a good document is lost or comes twice in a pass of a lane.
+
+Weaker than with a store (docs/guarantees.md): lanes read at their own speed, so epochs overlap at their borders; the
+shuffle reaches as far as the windows; the length of an epoch in positions is not known.
 """
 
 from __future__ import annotations
@@ -26,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
@@ -50,6 +47,8 @@ _ENCODED_CHARACTERS = 2**15
 """Text that a lane encodes ahead at once, in the long run; after a start it takes only what it needs."""
 _ENDLESS = 2**60
 _LOCATED_AHEAD = 64
+_BARREN_EPOCHS = 20
+"""Epochs that a lane goes through without a document before it gives up."""
 
 
 @final
@@ -121,7 +120,7 @@ class StreamDataset:
                 f"the stream has only {few} parts for {lanes} lanes: its epochs overlap widely, and each "
                 f"file is read several times; data.mode store has neither fault"
             )
-        self._groups()
+        self._check_weights()
 
     @property
     def fingerprint(self) -> str:
@@ -158,19 +157,21 @@ class StreamDataset:
         new.lanes, new.phases, new.version = lanes, cursor.phases, cursor.version
         new._parts = self._parts if lanes == self.lanes else [_cut(source, lanes) for source in self._sources]
         new._cursor, new._lanes = cursor, {}
-        new._groups()
+        new._check_weights()
         return new
+
+    def _check_weights(self) -> None:
+        weighted = [phase.weights is not None for phase in self.phases]
+        if any(weighted) and not all(weighted):
+            raise RequestError(
+                "a stream cannot change between weighted sources and none: give weights throughout"
+            )
 
     def _groups(self) -> list[list[tuple[int, int]]]:
         """What is drawn from separately: [(source, part), ...] for each group; without weights all is one group."""
         numbered = [[(s, p) for p in range(len(parts))] for s, parts in enumerate(self._parts)]
-        weighted = [phase.weights is not None for phase in self.phases]
-        if all(weighted):
+        if self.phases[0].weights is not None:
             return numbered
-        if any(weighted):
-            raise RequestError(
-                "a stream cannot change between weighted sources and none: give weights throughout"
-            )
         return [[pair for group in numbered for pair in group]]
 
     # ---- slicing ----
@@ -282,9 +283,14 @@ class StreamDataset:
                 f"data.max_bad_fraction {limit:g}; the last: {record}"
             )
 
+    @property
+    def has_text(self) -> bool:
+        """Whether this process has read a good document."""
+        return self._read_good[0] > 0
+
     def no_text(self, lane: int) -> RequestError:
         """The error for a lane whose share of the corpus has no document."""
-        if self._read_good[0]:
+        if self.has_text:
             return RequestError(
                 f"a stream of {self.lanes} lanes needs at least as many documents, and lane {lane} has none: give more "
                 f"text, fewer lanes (data.stream_lanes), or train with --data.mode store"
@@ -470,10 +476,13 @@ class _Feed:
     def _read(self, ordinal: int, skip: int) -> Iterator[tuple[int, int, str]]:
         """(part ordinal, document, text) without end, from document ``skip`` of the ``ordinal``-th part
         on."""
-        total = len(self._group)
+        lanes, total = self._stream.lanes, len(self._group)
+        cycle = total // math.gcd(lanes, total)
         barren = 0
         while True:
-            number = self._lane + ordinal * self._stream.lanes
+            number = self._lane + ordinal * lanes
+            if self._stream.shuffle == "none" and self._stream.version > 1:
+                number += ordinal // cycle  # a lane goes around all parts, even where lanes and parts divide
             place = number % total
             if self._stream.shuffle != "none":
                 key = keys(self._stream.seed, "stream parts", self._which, number // total)
@@ -485,6 +494,7 @@ class _Feed:
                 if document >= skip and one is not None:
                     barren = 0
                     yield ordinal, document, one
-            if barren > 2 * total:
+            # The parts of a lane are drawn anew in each epoch: where there is text at all, it meets some sooner or later.
+            if barren > (_BARREN_EPOCHS if self._stream.has_text else 2) * total:
                 raise self._stream.no_text(self._lane)
             ordinal, skip = ordinal + 1, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
@@ -139,11 +140,12 @@ def test_a_lane_loses_no_token_and_repeats_none(tmp_path: Path) -> None:
         assert np.array_equal(found[:-1, -1], found[1:, 0])  # blocks share one token, nothing lies between
         run_of = np.concatenate([found[:, :-1].ravel(), found[-1, -1:]])
         expected: list[int] = []
-        ordinal = lane
+        cycle = len(parts) // math.gcd(4, len(parts))
+        ordinal = 0
         while len(expected) < len(run_of):
-            for number, length in parts[ordinal % len(parts)]:
+            for number, length in parts[(lane + 4 * ordinal + ordinal // cycle) % len(parts)]:
                 expected += [*range(1000 * number, 1000 * number + length), Tagged.eos_id]
-            ordinal += 4
+            ordinal += 1
         assert run_of.tolist() == expected[: len(run_of)]
     everything = sorted(number for part in parts for number, _ in part)
     assert everything == list(range(120))  # each document is in one part
@@ -360,3 +362,20 @@ def test_a_window_mixes_as_well_as_the_documents_say(tmp_path: Path) -> None:
             :1000
         ]
         assert low < len(np.unique(seen)) < high
+
+
+@pytest.mark.parametrize("shuffle", ["full", "none"])
+@pytest.mark.parametrize("document_count", [1, 3])
+def test_stream_of_fewer_documents_than_lanes_trains(
+    tmp_path: Path, shuffle: str, document_count: int
+) -> None:
+    """Empty files beside it change nothing: every lane meets the documents sooner or later."""
+    folder = tagged_text(tmp_path, n=document_count)
+    for name in ("0.txt", "z.txt"):
+        (folder / name).write_text("\n\n")
+    dataset = stream(folder, shuffle=shuffle)
+    expected, cursors, _ = run(dataset, count=10)
+    seen = {int(token) // 1000 for token in expected[:, :, 0].ravel() if token != Tagged.eos_id}
+    assert seen == set(range(document_count))
+    found, _, _ = run(stream(folder, shuffle=shuffle), cursors[4], count=5, world_size=2)
+    assert np.array_equal(found, expected[5:])
