@@ -534,7 +534,7 @@ class _ToDevice:
         n_blocks, size = position_ids.shape
         # One size for all micro-batches whose documents have 16 tokens or more on average; a multiple of it for others.
         unit = n_blocks * max(size // 16, 1)
-        lengths = np.full((len(starts) // unit + 1) * unit + 1, position_ids.size, dtype=np.int32)
+        lengths = np.full(-(-len(starts) // unit) * unit + 1, position_ids.size, dtype=np.int32)
         lengths[: len(starts)] = starts
         sent = self._send(torch.from_numpy(lengths))
         return {"cu_seq_lens_q": sent, "cu_seq_lens_k": sent, "max_length_q": size, "max_length_k": size}

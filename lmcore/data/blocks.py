@@ -212,7 +212,9 @@ class StoreBlocks:
         dtype = np.result_type(*[store.dtype for store in self.stores])
         ids = np.empty((n_blocks, width), dtype=dtype)
         n_labels = np.zeros(n_blocks, dtype=np.int64)
-        position_ids = np.zeros((n_blocks, self.block_size), dtype=np.int32) if self.document_mask else None
+        position_ids = None
+        if self.document_mask:
+            position_ids = np.tile(np.arange(self.block_size, dtype=np.int32), (n_blocks, 1))
         if len(rows) < n_blocks:
             ids[:] = self.pad_id
         for number in np.unique(source).tolist():
