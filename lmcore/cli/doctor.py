@@ -186,7 +186,9 @@ def _distributed(folder: Path) -> Iterator[Finding]:
 
 def _compilers(folder: Path) -> Iterator[Finding]:
     """What torch.compile and DeepSpeed's native operators are built with at run time."""
-    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("c++")
+    from lmcore.engine.launch import cpp_compiler
+
+    compiler = cpp_compiler()
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if compiler is None:
         yield Finding("warn", "C++ compiler", "none", "train.compile and DeepSpeed's CPU Adam need g++")

@@ -267,8 +267,8 @@ class TrainConfig:
     """Data type of the stored weights."""
     tf32: bool = option(True, "warn")
     """Use TensorFloat-32 for fp32 matrix products on a GPU."""
-    compile: bool = option(False, "warn")
-    """Compile the layers with torch.compile."""
+    compile: bool | Literal["auto"] = option("auto", "warn")
+    """Compile the layers with torch.compile; auto: on GPUs, where a C++ compiler is found."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option("default", "free")
     """Mode of torch.compile."""
     activation_checkpointing: bool | int = option(False, "free", at_least=0, at_most=10**6)

@@ -79,6 +79,7 @@ class Engine:
         rank, world_size: of this process, and how many there are.
         is_main: whether this is rank 0.
         sharded: whether no rank holds the whole weights.
+        compiled: whether layers are compiled; "auto" is resolved.
         needs_weights: whether this rank must build the model with its weights; where it is sharded only rank 0.
         updating: true during an update, when the weights may be between two steps.
 
@@ -94,6 +95,7 @@ class Engine:
         launch.check_compile(os.environ)
         cuda = launch.uses_cuda(os.environ)
         self.precision = launch.resolve_precision(train.precision, os.environ, cuda=cuda)
+        self.compiled, self._compile_row = launch.compiles(train.compile, cuda=cuda)
         self._param_dtype = torch_dtype(train.param_dtype)
         if train.param_dtype != "fp32" and request.strategy not in ("single", "ddp"):
             raise RequestError(
@@ -166,7 +168,7 @@ class Engine:
             # Not Module.to: buffers (rotary frequencies) stay as they are.
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(self._param_dtype)
-        if self._train.compile:  # before checkpointing: the recomputation is of the compiled layer
+        if self.compiled:  # before checkpointing: the recomputation is of the compiled layer
             compile_regions(module, self._train.compile_mode)
         if every := int(self._train.activation_checkpointing):
             enable_activation_checkpointing(self._inner.model, every=every)
@@ -430,6 +432,7 @@ class Engine:
         rows = [("devices", devices), ("strategy", self.strategy), ("precision", self.precision)]
         if self.strategy == "fsdp2" and (mesh := launch.fill_in_mesh(os.environ)) is not None:
             rows[1] = ("strategy", f"fsdp2, {mesh[0]} replicas of {mesh[1]} shards")
+        rows.append(("compile", self._compile_row))
         return [*rows, ("memory", self._memory)] if self._memory else rows
 
     def close(self) -> None:

@@ -251,6 +251,34 @@ def check_compile(env: Mapping[str, str]) -> None:
         )
 
 
+def compiles(asked: bool | str, *, cuda: bool) -> tuple[bool, str]:
+    """Whether layers are compiled, and one line that says so or why not.
+
+    Args:
+        asked: ``train.compile``: true, false or "auto": on GPUs where there is a compiler. On a CPU compiling takes
+            longer than most runs that are made there.
+
+    Raises:
+        RequestError: it was asked for, and there is no C++ compiler.
+    """
+    if asked == "auto" and not cuda:
+        return False, "off on a CPU (train.compile auto)"
+    if asked and cpp_compiler() is None:
+        if asked == "auto":
+            return False, "off: no C++ compiler found (apt install g++ makes training faster)"
+        raise RequestError(
+            "train.compile needs a C++ compiler, and neither CXX nor g++, c++ or clang++ was found: install one (apt install "
+            "g++), or use --train.compile false"
+        )
+    return bool(asked), "layer by layer; the first step takes longer" if asked else "off"
+
+
+def cpp_compiler() -> str | None:
+    """Path of the C++ compiler that torch.compile would use: ``CXX``, g++, c++ or clang++."""
+    names = [name for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
 def check_accumulation(env: Mapping[str, str], asked: int) -> None:
     """The launcher's accumulation, if it names one, must be the run's."""
     launched = env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")

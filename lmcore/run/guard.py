@@ -255,6 +255,11 @@ class Guard:
         if not self._training:
             raise SystemExit(EXIT_SAVED)
 
+    @property
+    def signalled(self) -> bool:
+        """Whether this rank was sent a signal that asks it to save and stop."""
+        return self._signalled != 0
+
     def close(self, *, give_signals_back: bool = False) -> None:
         """This rank has finished: its leaving is not a death for the others.
 

@@ -246,7 +246,7 @@ class Run:
             strategy=engine.strategy,
             precision=engine.precision,
             device=engine.device.type,
-            compiled=config.train.compile,
+            compiled=engine.compiled,
             micro_batch_blocks=sizes.micro_batch_blocks,
         )
         self._profile: ProfileWindow | None = None
@@ -640,6 +640,15 @@ class Run:
         try:
             if error is not None:
                 leaving()
+            if error is not None and self._signal_stopped_compiler(error):
+                self._failure_of(error)  # which saves what there is to save
+                self.exit_code = EXIT_SAVED
+                if self._owns_folder:
+                    reason = "a signal while compiling"
+                    self.folder.write_status(
+                        "saved", step=self.state.step, exit_code=EXIT_SAVED, reason=reason
+                    )
+                raise SystemExit(EXIT_SAVED) from None
             failure = self._failure_of(error) if error is not None else None
             if failure is not None and failure is not error:
                 raise failure from error
@@ -667,6 +676,13 @@ class Run:
                 self._succeeded()
         finally:
             self._close.close()
+
+    def _signal_stopped_compiler(self, error: BaseException) -> bool:
+        """A signal to the process group ends the compilers that torch has started, and torch reports their failure."""
+        if not self._training or not self.guard.signalled:
+            return False
+        kinds = [kind.__module__ for kind in type(error).__mro__]
+        return any(name.startswith(("torch._inductor", "torch._dynamo")) for name in kinds)
 
     def _succeeded(self) -> None:
         state, reason = self._ending or ("failed", "left before the training was finished")

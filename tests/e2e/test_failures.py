@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lmcore.errors import EXIT_FAULT, EXIT_FINISHED
+from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED
 from lmcore.run.guard import EXIT_STUCK
 from tests.support.fork_server import RankFailure, run_ranks
 from tests.support.trackers import read_tensorboard, web_server
@@ -106,3 +106,28 @@ def test_a_stuck_rank_is_a_failure_for_scripts_and_for_the_webhook(
     assert len(received) == 1, "one rank speaks for all"
     assert received[0]["text"].startswith("stuck: failed: rank ")
     assert "no progress for 5 s" in received[0]["text"]
+
+
+def _train_and_interrupt_the_compiler(argv: list[str]) -> int:
+    """As ``train_in_rank``; SIGTERM to the process group ends the compiler that the first step has started."""
+    import os
+    import signal
+
+    from torch._inductor.exc import InductorError
+
+    from lmcore.engine.engine import Engine
+
+    def forward(self: Any, *arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise InductorError(RuntimeError("g++: fatal error: Terminated\n" * 5_000), None)
+
+    Engine.forward = forward  # type: ignore[method-assign]
+    return train_in_rank(argv, None, 0)
+
+
+def test_a_signal_while_compiling_ends_as_saved(text: Path) -> None:
+    run_dir = text / "compiling"
+    assert run_ranks(_train_and_interrupt_the_compiler, 1, request(text, run_dir, **SHORT)) == [EXIT_SAVED]
+    said = json.loads((run_dir / "status.json").read_text())
+    assert (said["state"], said["exit_code"]) == ("saved", EXIT_SAVED)
+    assert len(said["reason"]) < 100

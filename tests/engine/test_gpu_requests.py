@@ -129,6 +129,25 @@ def test_more_processes_than_gpus_are_refused_with_the_number(monkeypatch: pytes
         launch.uses_cuda({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"})
 
 
+# ---- compiling ---------------------------------------------------------------------------------------------
+
+
+def test_compile_auto_is_on_for_gpus_with_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert launch.compiles("auto", cuda=False) == (False, "off on a CPU (train.compile auto)")
+    on, row = launch.compiles("auto", cuda=True)
+    assert (on, "no C++ compiler" in row) == (False, True)
+    assert launch.compiles(False, cuda=True)[0] is False
+    with pytest.raises(RequestError, match=r"C\+\+ compiler.*apt install g\+\+.*--train.compile false"):
+        launch.compiles(True, cuda=False)
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    assert launch.compiles("auto", cuda=True)[0] is True
+    assert launch.compiles(True, cuda=False)[0] is True
+
+
 # ---- HSDP --------------------------------------------------------------------------------------------------
 
 
