@@ -14,6 +14,9 @@ from lmcore.config.durations import Duration
 from lmcore.config.schema import RunConfig, global_batch_blocks
 from lmcore.errors import RequestError
 
+FEW_STEPS = 10
+"""Fewer steps than this are said loudly: a schedule and a warmup need more."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
@@ -60,6 +63,32 @@ class Sizes:
                 f"{given}{self.total_steps:,} steps = {tokens:,} tokens{epochs}",
             ),
         ]
+
+    def warnings(self, config: RunConfig, *, validated: bool) -> list[str]:
+        """What makes the run useless although nothing is wrong, each with what to change.
+
+        Args:
+            validated: whether there is a validation set.
+        """
+        found = []
+        if self.total_steps < FEW_STEPS and not config.fast_dev_run:
+            has = (
+                ""
+                if self.steps_per_epoch is None
+                else f" of {int(self.steps_per_epoch * self.global_batch_blocks):,} in the text"
+            )
+            smaller = max(1, self.global_batch_blocks * self.total_steps // 100)
+            found.append(
+                f"only {self.total_steps} steps: hardly anything is learnt. A step takes {self.global_batch_blocks} blocks"
+                f"{has}: reduce --train.global_batch_blocks (to {smaller}, for example), or train longer with "
+                "--train.duration"
+            )
+        if not validated and not config.fast_dev_run:
+            found.append(
+                "no validation text: nothing will tell learning from memorizing. Name some with --data.valid FILE, or "
+                "hold out a part of the training text with --data.valid_fraction"
+            )
+        return found
 
     def steps_of(self, duration: Duration) -> int:
         """A duration of the configuration in whole steps; 0 for never."""

@@ -333,6 +333,8 @@ class Run:
                 ("starting at", f"step {state.step:,}, position {state.cursor.position:,}"),
             ]
         )
+        for line in sizes.warnings(config, validated=bool(self.data.valid)):
+            report.warn_once(line)
         report.begin(
             step=state.step,
             total_steps=sizes.total_steps,

@@ -57,6 +57,18 @@ def test_micro_batch_is_an_upper_bound_unless_it_is_exact() -> None:
         sizes(*exact, "2", world_size=2)
 
 
+def test_a_useless_budget_and_missing_validation_are_warned_about() -> None:
+    config = parse.parse(["--data.train", "x"], default_recipe=None)
+    (few,) = sizes("--train.duration", "2 steps").warnings(config, validated=True)
+    assert "only 2 steps" in few
+    assert "10 blocks of 103 in the text" in few
+    assert "--train.global_batch_blocks" in few
+    (none,) = sizes("--train.duration", "500 steps").warnings(config, validated=False)
+    assert "no validation text" in none
+    assert "--data.valid FILE" in none
+    assert sizes("--train.duration", "500 steps").warnings(config, validated=True) == []
+
+
 def test_a_stream_does_not_know_its_epochs() -> None:
     with pytest.raises(RequestError, match="steps or tokens"):
         sizes("--train.duration", "1 epochs", epoch_blocks=None)
