@@ -56,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RequestError(
                 f"unknown command {words[0]!r}: choose from {', '.join(COMMANDS)}{did_you_mean(words[0], COMMANDS)}"
             )
+        if words[0] in ("schema", "completion") and words[1:] in (["-h"], ["--help"]):
+            print(
+                f"usage: lmcore {words[0]}{' bash|zsh' if words[0] == 'completion' else ''}\n\n{COMMANDS[words[0]][1]}"
+            )
+            return EXIT_FINISHED
         module = importlib.import_module(f"lmcore.cli.{COMMANDS[words[0]][0]}")
         code: int | None = getattr(module, words[0])(words[1:])
         return code or EXIT_FINISHED
