@@ -174,8 +174,11 @@ class Disk:
 
     def write_json(self, path: Path, value: Any, *, durable: bool = True) -> None:
         """Indented JSON with a final newline, replaced as a whole."""
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        self.write_text(path, text, durable=durable)
+        try:
+            data = json.dumps(value, indent=2, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # a file name that is not UTF-8: JSON has an escape for it
+            data = json.dumps(value, indent=2).encode()
+        self.write_bytes(path, data + b"\n", durable=durable)
 
     def fsync_tree(self, path: Path) -> None:
         """Make all files and folders below ``path`` durable that a library has written there."""

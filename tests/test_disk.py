@@ -19,6 +19,8 @@ def test_write_json_replaces_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "status.json"
     disk = Disk()
     disk.write_json(path, {"state": "running", "名": "前"})
+    disk.write_json(path, {"file": "caf\udce9"})  # the bytes of this name are not UTF-8
+    assert json.loads(path.read_text()) == {"file": "caf\udce9"}
     disk.write_json(path, {"state": "finished"})
     assert json.loads(path.read_text()) == {"state": "finished"}
     assert os.listdir(tmp_path) == ["status.json"]
@@ -154,8 +156,10 @@ NOT_THROUGH_DISK = {
     "report/metrics": "metrics.jsonl is only appended to; a torn line is skipped and never glued to the next",
     "run/folder": "the lock file is written in place, under the lock that it holds",
     "run/watchdog": "signs of life between processes, worth nothing after a restart",
-    "cli/main": "a lock file without content",
+    "cli/data": "a lock file without content",
     "process": "a file of the kernel, under /proc",
+    "data/store/build": "copies and leftovers of parts; a store is committed by its manifest, through Disk",
+    "data/store/verification": "a cache of which parts were verified, not the state of a run",
     "data/store/claims": "claims of processes on parts of a store, worth nothing after they have ended",
     "data/tokenizer/huggingface": "a temporary folder for transformers to read",
 }

@@ -133,7 +133,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def state_bytes(state: Mapping[str, Any]) -> bytes:
     """The content of ``state.json``: strict JSON, in which infinities and NaN survive (:data:`_NOT_FINITE`)."""
-    return json.dumps(_strict(state), ensure_ascii=False, allow_nan=False).encode()
+    strict = _strict(state)
+    try:
+        return json.dumps(strict, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:  # a file name that is not UTF-8: JSON has an escape for it
+        return json.dumps(strict, allow_nan=False).encode()
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:

@@ -24,6 +24,7 @@ import errno
 import hashlib
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -72,6 +73,9 @@ BACKGROUND_NICE: Final = 10
 """Niceness of the writing thread, so that the training threads come first."""
 PREEMPTION_REASONS: Final = frozenset({"signal", "deadline", "stop file", "exception", "preemption"})
 """A checkpoint saved for one of these is removed as soon as a newer one is committed."""
+
+
+_LEFTOVER: Final = re.compile(r"\.step-.*\.tmp|\.old-step-.*")
 
 
 @final
@@ -288,8 +292,10 @@ class Checkpoints:
         content = state_bytes({"version": VERSION, **state, "step": step})
         planned = plan(layout, shard_bytes=self._shard_bytes)
         self._disk.makedirs(self.folder)
-        for left in (*self.folder.glob(".step-*.tmp"), *self.folder.glob(".old-step-*")):
-            self._disk.remove_tree(left)
+        with os.scandir(self.folder) as entries:
+            left = [Path(entry.path) for entry in entries if _LEFTOVER.fullmatch(entry.name)]
+        for path in left:
+            self._disk.remove_tree(path)
         needed = planned.total_bytes + len(content) + (1 << 20)
         status = os.statvfs(self.folder)
         free = status.f_bavail * status.f_frsize

@@ -78,6 +78,22 @@ def adapt(
     }  # fmt: skip
 
 
+def describe(model: Any) -> str:
+    """The adapters of a model in words: ``LoRA rank 8, alpha 16, dropout 0.0 in c_attn``; empty without adapters."""
+    if not hasattr(model, "lora"):
+        return ""
+    from peft.tuners.lora import LoraLayer
+
+    layers = sorted(
+        {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    )
+    options = model.lora
+    alpha = 2 * options["rank"] if options["alpha"] is None else options["alpha"]
+    return (
+        f"LoRA rank {options['rank']}, alpha {alpha:g}, dropout {options['dropout']} in {', '.join(layers)}"
+    )
+
+
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Add the adapters to their weights and remove them, in place; all parameters are trainable again."""

@@ -35,7 +35,7 @@ def preflight(config: RunConfig, *, processes: int = 1) -> None:
 
     Raises:
         RequestError: a missing file, a batch that cannot be divided, an unknown tracker, a block longer than the
-            model's context.
+            model's context, a prompt that is not UTF-8.
     """
     _check_batch(config, processes)
     _check_model(config)
@@ -43,6 +43,7 @@ def preflight(config: RunConfig, *, processes: int = 1) -> None:
     _check_deepspeed(config)
     _check_trackers(config)
     _check_text(config)
+    _check_prompts(config)
 
 
 def _check_batch(config: RunConfig, processes: int) -> None:
@@ -145,6 +146,16 @@ def _check_text(config: RunConfig) -> None:
             sources.resolve(
                 plain, text_field=config.data.text_field, unit="line", encoding=config.data.encoding
             )
+
+
+def _check_prompts(config: RunConfig) -> None:
+    for prompt in config.evaluate.prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are not UTF-8: no tokenizer reads them
+            raise RequestError(
+                f"evaluate.prompts: {prompt!a} is not valid UTF-8; write it in a UTF-8 terminal or in a YAML file"
+            ) from None
 
 
 def _is_path(text: str) -> bool:

@@ -390,6 +390,15 @@ def model_name(config: RunConfig) -> str:
     return config.model.factory or config.model.from_pretrained or config.model.type or ""
 
 
+def describe_model(config: RunConfig, model: Any, counts: Mapping[str, int]) -> str:
+    """Name and number of parameters for the start table; where not all are trained, which."""
+    words = f"{model_name(config)}, {counts['total']:,} parameters"
+    if counts["trained"] != counts["total"]:
+        words += f", {counts['trained']:,} trained"
+    adapters = lora.describe(model)
+    return f"{words} ({adapters})" if adapters else words
+
+
 def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = print) -> ModelWithLoss:
     """The model with its loss; without weights on ranks that get their parts of them from rank 0."""
     encoder = data.encoder

@@ -324,7 +324,7 @@ class Run:
             [
                 ("run folder", str(self.folder.path)),
                 ("job", ", ".join(f"{name} {value}" for name, value in place().items())),
-                ("model", f"{setup.model_name(config)}, {self._counts['total']:,} parameters"),
+                ("model", setup.describe_model(config, self.module.model, self._counts)),
                 *self.data.rows,
                 *sizes.rows(config, engine.world_size),
                 *setup.describe_optimizer(config, sizes),

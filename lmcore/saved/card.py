@@ -133,7 +133,7 @@ def write(
     Args:
         run_dir: whose ``metrics.jsonl`` and ``config.yaml`` are read.
         record: content of ``lmcore_export.json``.
-        adapter: rank, alpha, dropout, modules and number of parameters of a low-rank adapter.
+        adapter: ``method`` and number of ``parameters`` of a low-rank adapter.
     """
     metrics = run_dir / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.is_file() else []
@@ -257,13 +257,8 @@ def _procedure(opened: Checkpoint, adapter: Mapping[str, Any] | None) -> list[tu
             rows.append((label, ", ".join(values)))
 
     if adapter:
-        rows.append(
-            (
-                "method",
-                f"LoRA: rank {adapter['rank']}, alpha {adapter['alpha']}, dropout {adapter['dropout']}, in "
-                f"{', '.join(adapter['modules'])}; {adapter['parameters']:,} parameters trained, the others frozen",
-            )
-        )
+        words = f"{adapter['method']}; {adapter['parameters']:,} parameters trained, the others frozen"
+        rows.append(("method", words))
     elif config.get("model.from_pretrained"):
         rows.append(("method", "continued pretraining of all weights"))
     else:

@@ -188,6 +188,7 @@ def _write_adapter(trained: Any, folder: Path, opened: Checkpoint) -> dict[str, 
     from safetensors.torch import save_file
 
     DISK.mkdir(folder)
+    words = lora.describe(trained)
     config = trained.peft_config["default"]
     config.base_model_name_or_path = card.base_model(opened)
     config.task_type = "CAUSAL_LM"
@@ -198,13 +199,7 @@ def _write_adapter(trained: Any, folder: Path, opened: Checkpoint) -> dict[str, 
         for name, tensor in get_peft_model_state_dict(trained).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    modules = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in tensors})
-    return {
-        **{key: trained.lora.get(key) for key in ("rank", "dropout")},
-        "alpha": config.lora_alpha,
-        "modules": modules,
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
-    }
+    return {"method": words, "parameters": sum(tensor.numel() for tensor in tensors.values())}
 
 
 def _write_model(trained: Any, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:

@@ -590,7 +590,12 @@ def test_fifo_in_a_checkpoint_is_damage(two: Path, name: str) -> None:
 
 
 def test_numbers_that_json_lacks_survive_in_strict_json(tmp_path: Path) -> None:
-    state = {"losses": [float("inf"), float("-inf"), 1.5], "norm": {"last": float("nan")}, "name": "NaN"}
+    state: dict[str, Any] = {
+        "losses": [float("inf"), float("-inf"), 1.5],
+        "norm": {"last": float("nan")},
+        "name": "NaN",
+    }
+    state["file"] = "caf\udce9.txt"  # the bytes of its name are not UTF-8
     saves = Checkpoints(tmp_path, note=lambda _: None)
     saves.save(1, layout=[], tensors=iter([]), state=state)
     saves.wait(final=True)
@@ -603,6 +608,7 @@ def test_numbers_that_json_lacks_survive_in_strict_json(tmp_path: Path) -> None:
     assert checkpoint is not None
     assert checkpoint.state["losses"] == state["losses"]
     assert checkpoint.state["name"] == "NaN"
+    assert checkpoint.state["file"] == state["file"]
     assert checkpoint.state["norm"]["last"] != checkpoint.state["norm"]["last"]
 
 

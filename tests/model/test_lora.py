@@ -86,6 +86,29 @@ def test_lora_export_is_a_plain_model_with_the_same_logits(whole: Path) -> None:
         assert not torch.allclose(base(input_ids=ids).logits, found, atol=1e-4), "the adapters did something"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft about transformers
+def test_peft_applies_the_exported_adapter_to_the_base_model(whole: Path) -> None:
+    from peft import PeftModel
+
+    base: Any = load.open_export(whole.parent / "base" / "export")
+    adapted_model = PeftModel.from_pretrained(base, str(whole / "export" / "adapter")).eval()
+    merged: Any = load.open_export(whole / "export").eval()
+    ids = torch.arange(330).reshape(-1, 30)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            adapted_model(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_the_start_table_and_the_model_card_say_what_is_trained(whole: Path) -> None:
+    method = "LoRA rank 4, alpha 8, dropout 0.1 in c_attn"
+    assert f"1,024 trained ({method})" in (whole / "train.log").read_text()
+    card = (whole / "export" / "README.md").read_text()
+    assert f"- method: {method}; 1,024 parameters trained, the others frozen" in card
+    assert "continued from `base/export`" in card
+    assert str(whole.parent) not in card
+
+
 def test_lora_resume_is_bit_exact(text: Path, whole: Path) -> None:
     stopped = text / "stopped"
     assert train(adapted(text, stopped), kill_before_step=3) == [EXIT_SAVED]
@@ -159,7 +182,7 @@ def test_lora_with_sharding_or_from_scratch_is_refused(monkeypatch: pytest.Monke
     class Sharded:
         strategy, closed = "zero3", False
 
-        def __init__(self, **options: Any) -> None: ...
+        def __init__(self, *_: Any, **options: Any) -> None: ...
 
         def close(self) -> None:
             Sharded.closed = True

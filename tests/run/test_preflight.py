@@ -84,3 +84,9 @@ def test_refusal_needs_no_torch_and_changes_nothing(program: list[str], tmp_path
     assert "Traceback" not in done.stderr
     assert time.monotonic() - begin < 10  # 0.5 s on an idle machine
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["torch.py"]
+
+
+def test_prompt_that_is_not_utf8_is_refused() -> None:
+    preflight(parse(["--evaluate.prompts", "猫"], default_recipe=None))
+    said = refused("--evaluate.prompts", "caf\udce9")  # what Python makes of the bytes caf\xe9
+    assert r"evaluate.prompts: 'caf\udce9' is not valid UTF-8" in said
