@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -156,7 +155,7 @@ def table(results: list[dict[str, Any]], asked: argparse.Namespace) -> str:
     for variant, rate in dict.fromkeys((r["variant"], r["lr"]) for r in same):
         curves = [r["curve"] for r in same if (r["variant"], r["lr"]) == (variant, rate)]
         losses = [points[-1][2] for points in curves]
-        spread = statistics.stdev(losses) if len(losses) > 1 else math.nan
+        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
         seconds = statistics.mean(points[-1][1] for points in curves)
         reached = [first_below(points, asked.target) for points in curves] if asked.target else []
         hits = [hit for hit in reached if hit is not None]
@@ -166,7 +165,7 @@ def table(results: list[dict[str, Any]], asked: argparse.Namespace) -> str:
             else "- | -"
         )
         lines.append(
-            f"| {variant} | {rate:g} | {len(curves)} | {statistics.mean(losses):.4f} ± {spread:.4f} | {seconds:.0f} | "
+            f"| {variant} | {rate:g} | {len(curves)} | {statistics.mean(losses):.4f}{spread} | {seconds:.0f} | "
             f"{to_target} |"
         )
     return "\n".join(lines)

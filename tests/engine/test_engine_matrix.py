@@ -131,6 +131,15 @@ def test_offload_with_the_torch_optimizer(stage: int, precision: str, tmp_path: 
     assert_same_bits(engine_runs.run(job, load=str(tmp_path), first_step=4, steps=4), whole)
 
 
+@pytest.mark.parametrize("mode", SEVEN)
+def test_learning_rate_by_kind(mode: str, tmp_path: Path) -> None:
+    """Four rates in one optimizer, under every strategy and across a resume."""
+    job = Job(mode=mode, model="gpt2-untied", optimizer="adamw by kind", steps=8)
+    whole = engine_runs.run(job, save=str(tmp_path), save_at=4)
+    close(whole.losses, engine_runs.reference(job).losses, 1e-5)
+    assert_same_bits(engine_runs.run(job, load=str(tmp_path), first_step=4, steps=4), whole)
+
+
 @pytest.mark.parametrize("mode", ["single", "ddp2", "fsdp2"])
 def test_muon(mode: str, tmp_path: Path) -> None:
     """Its bf16 iteration amplifies rounding (seen: 1e-4 in the norm), so that only the losses are held."""
