@@ -119,3 +119,30 @@ def test_the_tables_name_options_that_exist() -> None:
             free = any(name.startswith(form) for form in ("model.config.", "data.config.", "optim.config."))
             section = any(key.startswith(f"{name}.") for key in known)
             assert name in known or free or section, f"{page.name} names {name}"
+
+
+def test_the_library_page_trains_as_printed(tmp_path: Path) -> None:
+    code = "\n".join(
+        re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/library.md").read_text(), re.DOTALL | re.MULTILINE)
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", done.stdout)]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0] - 1, "it does not learn"
+    assert "torch.Size([4, 8])" in done.stdout
+
+
+def test_the_library_page_lists_every_public_name() -> None:
+    import lmcore
+
+    table = (ROOT / "docs/library.md").read_text().partition("## Names")[2]
+    assert set(re.findall(r"`(\w+)`", table)) >= set(lmcore.__all__)
