@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Any, config: Any) -> Any:
+    sys.path.append(str(ROOT))  # here, not above: mkdocs restores the path after it has loaded this file
     for source, page in OUTSIDE.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=text))
@@ -62,8 +64,9 @@ def on_page_markdown(markdown: str, *, page: Any, files: Any, **_: Any) -> str:
 
 def options() -> str:
     """Every option with its type, default and help, from the schema."""
-    from lmcore.config.help import docs
-    from lmcore.config.schema import keys, type_name
+    from lmcore.config.convert import type_name
+    from lmcore.config.help import default_text, docs
+    from lmcore.config.schema import keys
 
     lines = ["# Options", "", "Options of `train_lm.py`, as in `python train_lm.py --help`.", ""]
     section = None
@@ -72,8 +75,8 @@ def options() -> str:
         if here != section:
             section = here
             lines += ["", f"## {here}", "", "| option | type | default | |", "|---|---|---|---|"]
-        value = str(key.default).lower() if isinstance(key.default, bool) else key.default
-        default = "" if value in (None, [], {}) else f"`{value}`"
+        value = default_text(key)
+        default = "" if value in ("null", "[]", "{}") else f"`{value}`"
         help_text = docs()[name].replace("|", "\\|")
         kind = type_name(key.type).replace("|", "\\|")
         lines.append(f"| `--{name}` | {kind} | {default} | {help_text} |")

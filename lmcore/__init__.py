@@ -30,6 +30,7 @@ _HOME = {
     "RequestError": "lmcore.errors",
     "Run": "lmcore.run.trainer",
     "RunConfig": "lmcore.config.schema",
+    "StoreBlocks": "lmcore.data.blocks",
     "TokenStore": "lmcore.data.store.store",
     "Tokenizer": "lmcore.data.tokenizer.tokenizer",
     "build_model": "lmcore.model.build",
@@ -44,7 +45,9 @@ _HOME = {
     "load_model": "lmcore.saved.load",
     "load_tokenizer": "lmcore.data.tokenizer.tokenizer",
     "open_checkpoint": "lmcore.checkpoint.reader",
+    "parameter_groups": "lmcore.model.optim",
     "parse": "lmcore.config.parse",
+    "resolve_sources": "lmcore.data.text.sources",
     "train_tokenizer": "lmcore.data.tokenizer.training",
 }
 """Public name -> the module that defines it."""
@@ -59,10 +62,12 @@ if TYPE_CHECKING:
     from lmcore.data.batches import Batches as Batches
     from lmcore.data.block_dataset import BlockDataset as BlockDataset
     from lmcore.data.block_dataset import collate as collate
+    from lmcore.data.blocks import StoreBlocks as StoreBlocks
     from lmcore.data.cursor import Cursor as Cursor
     from lmcore.data.order import Order as Order
     from lmcore.data.store.build import build_store as build_store
     from lmcore.data.store.store import TokenStore as TokenStore
+    from lmcore.data.text.sources import resolve_sources as resolve_sources
     from lmcore.data.tokenizer.tokenizer import Tokenizer as Tokenizer
     from lmcore.data.tokenizer.tokenizer import load_tokenizer as load_tokenizer
     from lmcore.data.tokenizer.training import train_tokenizer as train_tokenizer
@@ -74,6 +79,7 @@ if TYPE_CHECKING:
     from lmcore.model.loss import causal_lm_loss as causal_lm_loss
     from lmcore.model.module import ModelWithLoss as ModelWithLoss
     from lmcore.model.optim import build_optimizer as build_optimizer
+    from lmcore.model.optim import parameter_groups as parameter_groups
     from lmcore.model.schedules import learning_rate as learning_rate
     from lmcore.run.trainer import Run as Run
     from lmcore.saved.export import export as export

@@ -54,9 +54,9 @@ class Reading:
             join_files: files that are named one by one are one source (training text), not a set each (validation).
 
         Raises:
-            RequestError: see :func:`lmcore.data.text.documents.resolve`.
+            RequestError: see :func:`lmcore.data.text.documents.resolve_sources`.
         """
-        return documents.resolve(
+        return documents.resolve_sources(
             list(entries),
             text_field=self.text_field,
             unit=self.unit,
@@ -211,7 +211,7 @@ def open_corpus(
     """Build or open every store. ``processes`` tokenize on this rank; ``worker`` is the rank. An empty set has none.
 
     Raises:
-        RequestError, FaultError: see :func:`lmcore.data.text.documents.resolve` and :func:`lmcore.data.store.build.build_store`.
+        RequestError, FaultError: see :func:`resolve_sources` and :func:`build_store`.
     """
 
     def store(source: documents.Source, split: tuple[str, float]) -> TokenStore:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmcore.data.text.documents import BadRecord, Document, Source, parts, read, resolve
+from lmcore.data.text.documents import BadRecord, Document, Source, parts, read, resolve_sources
 from lmcore.data.tokenizer.tokenizer import Tokenizer
 from lmcore.humanize import one_line, size
 
@@ -87,7 +87,7 @@ def inspect_sources(
     """Read the sources and count.
 
     Args:
-        entries: as in ``data.train``, see :func:`lmcore.data.text.documents.resolve`.
+        entries: as in ``data.train``, see :func:`lmcore.data.text.documents.resolve_sources`.
         tokenizer: with it, tokens are counted and every document is encoded and decoded.
         max_bytes: a source with more bytes on disk is sampled: parts of 1 MiB in seeded random order. Reading also
             ends after so many bytes of text (compressed files).
@@ -95,9 +95,9 @@ def inspect_sources(
         progress: called with the bytes on disk of each part that was read.
 
     Raises:
-        RequestError: as :func:`lmcore.data.text.documents.resolve`.
+        RequestError: as :func:`lmcore.data.text.documents.resolve_sources`.
     """
-    sources = resolve(entries, text_field=text_field, unit=unit, encoding=encoding, join_files=True)
+    sources = resolve_sources(entries, text_field=text_field, unit=unit, encoding=encoding, join_files=True)
     return [_inspect(one, tokenizer, max_bytes, samples, seed, progress) for one in sources]
 
 

@@ -64,7 +64,7 @@ def text_bytes(entries: list[Any], **reading: Any) -> int:
         RequestError: no such file, as when the text is opened.
     """
     total = 0
-    for source in sources.resolve(entries, **reading):
+    for source in sources.resolve_sources(entries, **reading):
         for path in source.paths:
             if path.startswith(sources.HUB):
                 total += UNKNOWN_BYTES

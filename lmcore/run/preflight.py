@@ -143,7 +143,7 @@ def _check_text(config: RunConfig) -> None:
             plain: list[Any] = [
                 {**entry, "unit": "line"} if isinstance(entry, dict) else entry for entry in entries
             ]
-            sources.resolve(
+            sources.resolve_sources(
                 plain, text_field=config.data.text_field, unit="line", encoding=config.data.encoding
             )
 

@@ -96,7 +96,9 @@ def score(
     pad_id = encoder.eos_id if encoder.pad_id is None else encoder.pad_id
     results: dict[str, Evaluation] = {}
     for name, entries in sets.items():
-        sources = documents.resolve(list(entries), text_field=text_field, unit=unit, encoding=encoding)
+        sources = documents.resolve_sources(
+            list(entries), text_field=text_field, unit=unit, encoding=encoding
+        )
         with tempfile.TemporaryDirectory(prefix="lmcore-score-") as folder:
             stores = [
                 build.build_store(source, encoder, store_dir=folder, on_error=on_error, max_bad_fraction=1.0)

@@ -20,7 +20,7 @@ def source(tmp_path: Path) -> documents.Source:
     lines = [json.dumps({"text": f"document {number} of this file"}) for number in range(200)]
     lines[50], lines[120] = "{broken", '{"text": 5}'
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    [found] = documents.resolve([str(tmp_path / "a.jsonl")])
+    [found] = documents.resolve_sources([str(tmp_path / "a.jsonl")])
     return found
 
 

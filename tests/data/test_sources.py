@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lmcore.data.text.documents import parts, resolve
+from lmcore.data.text.documents import parts, resolve_sources
 from lmcore.errors import RequestError
 from tests.support.texts import read_all, write_parquet
 
@@ -25,26 +25,26 @@ def make(folder: Path, *names: str) -> None:
 
 def test_files_of_folders_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, "b.txt", "a/z.txt", "a/y.md", "a/.hidden.txt", ".git/x.txt", "a/image.png", "c.txt.gz")
-    [source] = resolve([str(tmp_path)])
+    [source] = resolve_sources([str(tmp_path)])
     assert source.relative_paths == ("a/y.md", "a/z.txt", "b.txt", "c.txt.gz")
     assert source.ignored == 1
     assert source.name == re.sub(r"[^\w.-]+", "-", tmp_path.name)
     monkeypatch.chdir(tmp_path)
-    [one, deep] = resolve(["*.txt", "a/**"])
+    [one, deep] = resolve_sources(["*.txt", "a/**"])
     assert (one.relative_paths, one.name) == (("b.txt",), Path(tmp_path).name)
     assert (deep.relative_paths, deep.name) == (("image.png", "y.md", "z.txt"), "a")
     assert all(os.path.isabs(path) for path in deep.paths)
-    [named] = resolve(
+    [named] = resolve_sources(
         [{"paths": ["b.txt", "a/z.txt"], "name": "books", "weight": 2, "encoding": "cp932", "unit": "file"}]
     )
     assert (named.name, named.weight, named.encoding, named.unit) == ("books", 2.0, "cp932", "file")
-    assert [s.name for s in resolve(["a/z.txt", "b.txt", {"path": "a/y.md", "name": "z-2"}])] == [
+    assert [s.name for s in resolve_sources(["a/z.txt", "b.txt", {"path": "a/y.md", "name": "z-2"}])] == [
         "z",
         "b",
         "z-2",
     ]
-    assert resolve(["hf://owner/name"])[0].paths == ("hf://owner/name",)
-    assert resolve("b.txt")[0].paths == (str(tmp_path / "b.txt"),)
+    assert resolve_sources(["hf://owner/name"])[0].paths == ("hf://owner/name",)
+    assert resolve_sources("b.txt")[0].paths == (str(tmp_path / "b.txt"),)
 
 
 def test_duplicate_file_raises(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_duplicate_file_raises(tmp_path: Path) -> None:
         ["."],
     ):
         with pytest.raises(RequestError, match="twice"):
-            resolve([str(tmp_path / entry) for entry in entries])
+            resolve_sources([str(tmp_path / entry) for entry in entries])
 
 
 def test_symlink_loops_end_and_each_folder_is_walked_once(tmp_path: Path) -> None:
@@ -71,11 +71,11 @@ def test_symlink_loops_end_and_each_folder_is_walked_once(tmp_path: Path) -> Non
     (tmp_path / "circle").symlink_to("circle")
     (tmp_path / "broken").symlink_to("nothing")
     for entry in (str(tmp_path), f"{tmp_path}/**", f"{tmp_path}/**/*.txt"):
-        assert resolve([entry])[0].relative_paths == ("sub/b.txt", "z/c.txt"), entry
+        assert resolve_sources([entry])[0].relative_paths == ("sub/b.txt", "z/c.txt"), entry
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "in").symlink_to(tmp_path / "z")
-    assert resolve([str(elsewhere)])[0].relative_paths == ("in/c.txt",)
+    assert resolve_sources([str(elsewhere)])[0].relative_paths == ("in/c.txt",)
 
 
 def test_deep_folders_are_walked(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_deep_folders_are_walked(tmp_path: Path) -> None:
     file = os.path.join(folders[-1], "a.txt")
     with open(file, "w") as opened:
         opened.write("text")
-    found = resolve([str(tmp_path)])[0].paths
+    found = resolve_sources([str(tmp_path)])[0].paths
     os.unlink(file)
     for folder in reversed(folders):  # pytest's own clean-up is recursive
         os.rmdir(folder)
@@ -98,7 +98,7 @@ def test_folders_of_the_system_are_not_walked(tmp_path: Path) -> None:
     (tmp_path / "devices").symlink_to("/dev")
     os.mkfifo(tmp_path / "pipe.txt")
     for entry in (str(tmp_path), f"{tmp_path}/**"):
-        [source] = resolve([entry])
+        [source] = resolve_sources([entry])
         assert source.relative_paths == ("a.txt",)
         assert [note.rpartition("/")[2] for note in source.notes] == [
             "devices, a folder of the system",
@@ -128,7 +128,7 @@ def test_what_a_training_wrote_is_not_read_as_text(tmp_path: Path) -> None:
     make(tmp_path, *written)
     wanted = ("a.txt", "own/b.jsonl", "own/manifest.json", "runs/x/notes.txt")
     for entry in (str(tmp_path), f"{tmp_path}/**"):
-        [source] = resolve([entry])
+        [source] = resolve_sources([entry])
         assert source.relative_paths == wanted
         assert {note.rpartition(", ")[2] for note in source.notes} == {
             "the files of a run",
@@ -137,7 +137,7 @@ def test_what_a_training_wrote_is_not_read_as_text(tmp_path: Path) -> None:
             "a tokenizer or a model",
         }
     with pytest.raises(RequestError, match=r"no file of a known kind.*left out: .*/kept, a checkpoint"):
-        resolve([str(tmp_path / "kept")])
+        resolve_sources([str(tmp_path / "kept")])
 
 
 def test_expanded_glob_is_the_same_source(tmp_path: Path) -> None:
@@ -155,10 +155,13 @@ def test_expanded_glob_is_the_same_source(tmp_path: Path) -> None:
     )
     for pattern in ("*.txt", "part-*.jsonl.gz", "*/*.txt"):
         expanded = sorted(str(path) for path in folder.glob(pattern))
-        quoted, unquoted = resolve([f"{folder}/{pattern}"]), resolve(expanded, join_files=True)
+        quoted, unquoted = (
+            resolve_sources([f"{folder}/{pattern}"]),
+            resolve_sources(expanded, join_files=True),
+        )
         assert quoted == unquoted, pattern
     # No glob gives these files: still one source, which is named after their folder.
-    [source] = resolve([f"{folder}/a.txt", f"{folder}/deep/x.txt", f"{folder}/c.md"], join_files=True)
+    [source] = resolve_sources([f"{folder}/a.txt", f"{folder}/deep/x.txt", f"{folder}/c.md"], join_files=True)
     assert (source.name, source.relative_paths) == ("corpus", ("a.txt", "c.md", "deep/x.txt"))
     # A folder, a mapping and a file of tokens are sources of their own.
     (folder / "t.bin").write_bytes(b"\0\0")
@@ -169,9 +172,9 @@ def test_expanded_glob_is_the_same_source(tmp_path: Path) -> None:
         f"{folder}/b.txt",
         f"{folder}/t.bin",
     ]
-    assert [len(source.paths) for source in resolve(entries, join_files=True)] == [2, 2, 1, 1]
+    assert [len(source.paths) for source in resolve_sources(entries, join_files=True)] == [2, 2, 1, 1]
     with pytest.raises(RequestError, match="twice"):
-        resolve([f"{folder}/a.txt", f"{folder}/a.txt"], join_files=True)
+        resolve_sources([f"{folder}/a.txt", f"{folder}/a.txt"], join_files=True)
 
 
 @pytest.mark.parametrize("name", ["[D] set", "q?", "a*b", "{x}", "null", "[a]"])
@@ -183,7 +186,7 @@ def test_names_with_glob_characters(tmp_path: Path, name: str) -> None:
         tmp_path / name / "*.txt",
         tmp_path / name / "**",
     ):
-        [source] = resolve([str(entry)])
+        [source] = resolve_sources([str(entry)])
         assert source.relative_paths == (f"{name}.txt",)
 
 
@@ -198,14 +201,14 @@ def test_long_and_undecodable_file_names(tmp_path: Path) -> None:
         with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
             file.write(b"text\n\0bad\n")
     for path in (os.fsdecode(os.path.join(os.fsencode(tmp_path), name)) for name in names):
-        [source] = resolve([path], unit="line")
+        [source] = resolve_sources([path], unit="line")
         assert len(f"{source.name}-valid-{16 * 'f'}".encode()) <= 255
         documents, bad, _ = read_all(source)
         assert [document.text for document in documents] == ["text"]
         assert str(bad[0]).encode()
         assert "\x1b" not in str(bad[0])
         "".join(source.relative_paths).encode()
-    assert len(resolve([str(tmp_path)])[0].paths) == 4
+    assert len(resolve_sources([str(tmp_path)])[0].paths) == 4
 
 
 @pytest.mark.parametrize(
@@ -248,13 +251,13 @@ def test_wrong_requests(tmp_path: Path, entry: Any, message: str, monkeypatch: p
     (tmp_path / "a.csv").write_text("id,text\n1,a\n")
     write_parquet(tmp_path / "a.parquet", ["a"])
     with pytest.raises(RequestError, match=message) as caught:
-        resolve([entry])
+        resolve_sources([entry])
     assert "\n" not in str(caught.value)
 
 
 def test_field_missing_in_some_records_is_allowed(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"title": "a"}\n{"text": "b"}\n')
-    documents, bad, _ = read_all(resolve([str(tmp_path / "a.jsonl")])[0])
+    documents, bad, _ = read_all(resolve_sources([str(tmp_path / "a.jsonl")])[0])
     assert ([d.text for d in documents], len(bad)) == (["b"], 1)
 
 
@@ -264,7 +267,7 @@ def test_unit_auto_rule(tmp_path: Path) -> None:
         folder.mkdir()
         for name, content in files.items():
             (folder / name).write_text(content)
-        [source] = resolve([str(folder)])
+        [source] = resolve_sources([str(folder)])
         return source.unit, source.unit_reason
 
     assert unit({"a.py": "x\n\ny", "b.py": "", "c.txt": ""}) == ("file", "auto: mostly source code or markup")
@@ -282,7 +285,7 @@ def test_unit_auto_takes_time_in_proportion_to_the_text(tmp_path: Path) -> None:
     for line in ("word " * 25_000 + "\n", "x" * 2**20, "\r" * 2**20, "a\n" * 2**19, " \n" * 2**19):
         path.write_text((line * (2**20 // len(line) + 1))[: 2**20])
         started = time.perf_counter()
-        resolve([str(path)])
+        resolve_sources([str(path)])
         assert time.perf_counter() - started < 5  # about 0.05 s; a minute where it is quadratic
 
 
@@ -292,7 +295,7 @@ def test_many_files_are_listed_in_linear_time(tmp_path: Path) -> None:
             (tmp_path / str(number)).mkdir()
         (tmp_path / str(number // 1000 * 1000) / f"{number}.txt").write_text("text")
     started = time.perf_counter()
-    [source] = resolve([str(tmp_path)])
+    [source] = resolve_sources([str(tmp_path)])
     assert len(parts(source)[0].pieces) == 20_000
     assert time.perf_counter() - started < 10  # about 0.6 s
 
@@ -302,7 +305,7 @@ def test_gzip_of_one_long_line_is_read_in_bounded_memory(tmp_path: Path) -> None
     with gzip.open(path, "wb", compresslevel=1) as file:
         for _ in range(300):
             file.write(b"x" * 2**20)
-    [source] = resolve([str(path)])
+    [source] = resolve_sources([str(path)])
     tracemalloc.start()
     documents, bad, _ = read_all(source)
     peak = tracemalloc.get_traced_memory()[1]
@@ -312,7 +315,7 @@ def test_gzip_of_one_long_line_is_read_in_bounded_memory(tmp_path: Path) -> None
 
 
 def test_standard_library_corpus() -> None:
-    [source] = resolve(["stdlib"])
+    [source] = resolve_sources(["stdlib"])
     assert (source.name, source.unit) == ("stdlib", "file")
     assert all(path.endswith(".py") for path in source.paths)
     assert not any(

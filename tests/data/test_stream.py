@@ -25,7 +25,7 @@ STEPS = 12
 
 
 def stream(*folders: Path, tokenizer: Any = None, lanes: int = 8, **options: Any) -> StreamDataset:
-    sources = documents.resolve([{"path": str(folder), "unit": "line"} for folder in folders])
+    sources = documents.resolve_sources([{"path": str(folder), "unit": "line"} for folder in folders])
     defaults = {"block_size": SIZE, "lanes": lanes, "seed": 5, "window_blocks": 4 * lanes}
     return StreamDataset(sources, tokenizer or Tagged(), **{**defaults, **options})
 
@@ -182,7 +182,7 @@ def test_compressed_files_are_shared_out_by_document(tmp_path: Path) -> None:
         for number in range(90):
             file.write(json.dumps({"text": f"{number} {number % 30 + 1}"}) + "\n")
     notes: list[str] = []
-    sources = documents.resolve([str(tmp_path / "a.jsonl.gz")])
+    sources = documents.resolve_sources([str(tmp_path / "a.jsonl.gz")])
     dataset = StreamDataset(sources, Tagged(), block_size=SIZE, lanes=8, seed=1, note=notes.append)
     numbers = [int(one.split()[0]) for part in dataset._parts[0] for one in dataset.documents(0, part) if one]
     assert sorted(numbers) == list(range(90))
@@ -196,7 +196,7 @@ def test_few_parts_are_said(tmp_path: Path) -> None:
     notes: list[str] = []
     with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
         file.write("1 5\n")
-    sources = documents.resolve([str(tmp_path / "a.txt.gz")])
+    sources = documents.resolve_sources([str(tmp_path / "a.txt.gz")])
     StreamDataset(sources, Tagged(), block_size=SIZE, lanes=100, seed=1, note=notes.append)
     assert "64 parts for 100 lanes" in notes[0]
 
@@ -261,7 +261,7 @@ def test_bad_records_end_the_stream_or_are_left_out(tmp_path: Path, workers: int
     lines = [json.dumps({"text": f"{number} 30"}) for number in range(200)]
     lines[50] = "{broken"
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    sources = documents.resolve([str(tmp_path / "a.jsonl")])
+    sources = documents.resolve_sources([str(tmp_path / "a.jsonl")])
     options: dict[str, Any] = {"block_size": SIZE, "lanes": 2, "seed": 1}
     with pytest.raises(FaultError, match=r"a\.jsonl, byte .*on_error skip"):
         run(StreamDataset(sources, Tagged(), **options), size=2, count=200, workers=workers)
@@ -273,7 +273,7 @@ def test_bad_records_end_the_stream_or_are_left_out(tmp_path: Path, workers: int
 
 def test_too_many_bad_records_end_the_stream_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(["{broken"] * 40 + [json.dumps({"text": "1 3"})] * 40))
-    sources = documents.resolve([str(tmp_path / "a.jsonl")])
+    sources = documents.resolve_sources([str(tmp_path / "a.jsonl")])
     dataset = StreamDataset(sources, Tagged(), block_size=SIZE, lanes=1, seed=1, on_error="skip")
     with pytest.raises(FaultError, match=r"more than data\.max_bad_fraction"):
         run(dataset, size=1, count=1)
@@ -282,7 +282,7 @@ def test_too_many_bad_records_end_the_stream_all_the_same(tmp_path: Path) -> Non
 def test_a_stream_of_nothing_is_refused_and_does_not_turn_for_ever(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n")
     dataset = StreamDataset(
-        documents.resolve([str(tmp_path / "a.txt")]), Bytes(), block_size=4, lanes=1, seed=1
+        documents.resolve_sources([str(tmp_path / "a.txt")]), Bytes(), block_size=4, lanes=1, seed=1
     )
     with pytest.raises(RequestError, match="no text at all"):
         run(dataset, size=1, count=1)
@@ -324,7 +324,7 @@ def test_a_hub_data_set_streams_and_prepares(tmp_path: Path) -> None:
     for shard in range(3):
         rows = [{"content": f"{shard * 50 + number} {number % 20 + 1}"} for number in range(50)]
         (folder / f"train-{shard}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    [source] = documents.resolve([{"path": f"hf://{folder}", "text_field": "content"}])
+    [source] = documents.resolve_sources([{"path": f"hf://{folder}", "text_field": "content"}])
     dataset = StreamDataset([source], Tagged(), block_size=SIZE, lanes=2, seed=1)
     expected, cursors, _ = run(dataset, size=2, count=150)
     assert {int(t) // 1000 for t in expected[:, :, 0].ravel() if t != Tagged.eos_id} == set(range(150))
@@ -335,9 +335,13 @@ def test_a_hub_data_set_streams_and_prepares(tmp_path: Path) -> None:
     with pytest.raises(FaultError, match="no text in 'text'"):
         build_store(replace(source, text_field="text"), Tagged(), store_dir=tmp_path / "stores")
     with pytest.raises(RequestError, match="cannot be opened"):
-        StreamDataset(documents.resolve([f"hf://{tmp_path}/none"]), Tagged(), block_size=4, lanes=1, seed=1)
+        StreamDataset(
+            documents.resolve_sources([f"hf://{tmp_path}/none"]), Tagged(), block_size=4, lanes=1, seed=1
+        )
     with pytest.raises(RequestError, match="splitt is not known"):
-        StreamDataset(documents.resolve([f"hf://{folder}?splitt=x"]), Tagged(), block_size=4, lanes=1, seed=1)
+        StreamDataset(
+            documents.resolve_sources([f"hf://{folder}?splitt=x"]), Tagged(), block_size=4, lanes=1, seed=1
+        )
 
 
 @final
@@ -354,7 +358,7 @@ def test_a_window_mixes_as_well_as_the_documents_say(tmp_path: Path) -> None:
     """Of 1,000 neighbours, how many of 1,000 parts of the corpus: as guarantees.md has it, 16 and 64 lanes."""
     path = tmp_path / "numbered.txt"
     path.write_text("".join(f"{number // 100:03d}{number:045d}\n" for number in range(100_000)))
-    [source] = documents.resolve([{"path": str(path), "unit": "line"}])
+    [source] = documents.resolve_sources([{"path": str(path), "unit": "line"}])
     for lanes, low, high in ((16, 25, 40), (64, 70, 90)):
         data = StreamDataset([source], Numbered(), block_size=16, lanes=lanes, seed=3, window_blocks=1024)
         data = data.resumed(data.new_cursor())

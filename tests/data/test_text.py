@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcore.data.text import compression, formats
-from lmcore.data.text.documents import BadRecord, Source, parts, read, resolve, side
+from lmcore.data.text.documents import BadRecord, Source, parts, read, resolve_sources, side
 from lmcore.errors import FaultError
 from tests.support.texts import COMPRESS, read_all, source_of, texts_of, write_parquet
 
@@ -124,7 +124,7 @@ def test_lines_do_not_depend_on_how_the_bytes_arrive(pieces: list[bytes], broken
 def test_small_files_share_a_part_and_large_ones_are_cut(tmp_path: Path) -> None:
     for number in range(10):
         (tmp_path / f"{number}.txt").write_text(f"document {number}\n" * 10)
-    [source] = resolve([str(tmp_path)])
+    [source] = resolve_sources([str(tmp_path)])
     assert source.unit == "file"
     cut = parts(source, part_bytes=300)
     assert [len(part.pieces) for part in cut] == [2, 2, 2, 2, 2]
@@ -173,7 +173,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str, suffix
     )
     path = tmp_path / f"corpus.{name}{suffix}"
     path.write_bytes(COMPRESS[suffix](content.encode(encoding)))
-    [source] = resolve([str(path)], encoding=encoding, unit="line")
+    [source] = resolve_sources([str(path)], encoding=encoding, unit="line")
     assert texts_of(source) == documents
     assert texts_of(source, part_bytes=7) == documents
 
@@ -191,7 +191,7 @@ def test_parquet_row_groups_are_parts(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     documents = [f"{number} {JAPANESE[number % 6]}" for number in range(23)]
     write_parquet(path, documents)
-    [source] = resolve([str(path)])
+    [source] = resolve_sources([str(path)])
     assert len(parts(source, part_bytes=1)) == 5
     assert len(parts(source)) == 1
     assert texts_of(source, part_bytes=1) == texts_of(source) == documents
@@ -440,7 +440,7 @@ def test_what_is_too_large_is_a_bad_record(
 def test_vanished_and_changed_files_are_noticed(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(f"{name}1\n{name}2\n")
-    [source] = resolve([str(tmp_path)], unit="line")
+    [source] = resolve_sources([str(tmp_path)], unit="line")
     [part] = parts(source)
     (tmp_path / "b.txt").unlink()
     (tmp_path / "c.txt").write_text("c1\nc2\nc3\n")

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcore.data.inspect import inspect_sources, report_lines
-from lmcore.data.text.documents import resolve
+from lmcore.data.text.documents import resolve_sources
 from lmcore.errors import RequestError
 from tests.support.texts import COMPRESS, read_all
 
@@ -116,7 +116,7 @@ CONTENTS = [
 def check(path: Path, unit: str, encoding: str) -> None:
     """Whatever it is, it ends as documents, bad records or a refusal on one line."""
     try:
-        [source] = resolve([str(path)], unit=unit, encoding=encoding)
+        [source] = resolve_sources([str(path)], unit=unit, encoding=encoding)
         for part_bytes in (7, 2**26):
             documents, bad, _ = read_all(source, part_bytes=part_bytes)
             for document in documents:

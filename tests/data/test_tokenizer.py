@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcore.data.corpus import Reading, sample_texts, source_changes, tokenizer_source
-from lmcore.data.text.documents import Source, resolve
+from lmcore.data.text.documents import Source, resolve_sources
 from lmcore.data.tokenizer import tokenizer, training, word_cache
 from lmcore.data.tokenizer.huggingface import TEST_TEXTS
 from lmcore.data.tokenizer.tokenizer import (
@@ -327,7 +327,7 @@ def test_characters_as_tokens(tmp_path: Path) -> None:
 def test_samples_of_a_corpus_are_bounded_and_repeatable(tmp_path: Path) -> None:
     for number in range(40):
         (tmp_path / f"{number:02}.txt").write_text(f"{number} " + "x" * 100_000)
-    sources: list[Source] = resolve([str(tmp_path)])
+    sources: list[Source] = resolve_sources([str(tmp_path)])
     bad: list[Any] = []
     everything = list(sample_texts(sources, bad=bad.append))
     assert [text.split()[0] for text in everything] == [str(n) for n in range(40)]
@@ -358,9 +358,11 @@ def test_a_data_set_of_the_hub_is_text_to_train_on(tmp_path: Path) -> None:
         rows = [json.dumps({"text": f"line {number} of {shard}"}) for number in range(40)]
         (tmp_path / f"train-{shard}.jsonl").write_text("\n".join(rows))
     bad: list[Any] = []
-    found = list(sample_texts(resolve([f"hf://{tmp_path}"]), bad=bad.append))
+    found = list(sample_texts(resolve_sources([f"hf://{tmp_path}"]), bad=bad.append))
     assert found == [f"line {number} of {shard}" for shard in range(2) for number in range(40)]
-    assert list(sample_texts(resolve([f"hf://{tmp_path}"]), max_bytes=30, bad=bad.append)) == found[:3]
+    assert (
+        list(sample_texts(resolve_sources([f"hf://{tmp_path}"]), max_bytes=30, bad=bad.append)) == found[:3]
+    )
     assert bad == []
 
 

@@ -64,7 +64,7 @@ def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         return Kind(lambda: wrap(items, seed=11), end)
     folders = [tagged_text(folder / "a", files=3), tagged_text(folder / "b", first=5000, files=2)]
     mixture = request.param == "stream mixture"
-    sources = documents.resolve(
+    sources = documents.resolve_sources(
         [{"path": str(one), "unit": "line"} for one in (folders if mixture else folders[:1])]
     )
     weights = {"phases": (Phase(weights=(3, 1)),)} if mixture else {}

@@ -1,6 +1,6 @@
 """Text files to documents.
 
-    [source] = resolve(["corpus/*.jsonl.zst"])
+    [source] = resolve_sources(["corpus/*.jsonl.zst"])
     for part in parts(source):
         for document in read(source, part, bad=print):
             document.text
@@ -54,7 +54,7 @@ from lmcore.data.text.sources import (
     file_identity,
     file_kind,
     is_plain_text,
-    resolve,
+    resolve_sources,
 )
 from lmcore.errors import RequestError
 from lmcore.humanize import one_line, size
@@ -69,7 +69,7 @@ __all__ = [
     "is_plain_text",
     "parts",
     "read",
-    "resolve",
+    "resolve_sources",
     "side",
 ]
 

@@ -115,7 +115,7 @@ def _suffix(path: str) -> str:
     return os.path.splitext(stem)[1] if suffix in CODECS else suffix
 
 
-def resolve(
+def resolve_sources(
     entries: str | Iterable[str | Mapping[str, Any]],
     *,
     text_field: str = "text",
@@ -139,7 +139,7 @@ def resolve(
             a text field that the first records do not have.
 
     Example:
-        >>> [source] = resolve(["corpus/*.txt"])
+        >>> [source] = resolve_sources(["corpus/*.txt"])
         >>> source.name, source.relative_paths
         ('corpus', ('a.txt', 'b.txt'))
     """
