@@ -110,7 +110,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["inspect", "--data.train", "/no/such/file.txt"], "/no/such/file.txt"),
     ],
 )
-def test_a_wrong_request_is_one_line_and_code_2(
+def test_wrong_command_is_refused_in_one_line_with_code_2(
     words: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -123,7 +123,7 @@ def test_a_wrong_request_is_one_line_and_code_2(
         call(*words, "--debug")
 
 
-def test_a_closed_pipe_is_no_error(run_dir: Path) -> None:
+def test_closed_pipe_is_no_error(run_dir: Path) -> None:
     done = subprocess.run(
         f"{sys.executable} -m lmcore checkpoints {run_dir} | true",
         shell=True,
@@ -316,7 +316,7 @@ def test_data_commands_read_the_text_of_the_run(
     assert list((tmp_path / "token_stores").glob("*/manifest.json"))
 
 
-def test_plan_says_what_a_run_needs(
+def test_plan_prints_parameters_batch_and_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""``python -m lmcore order``: what it shows is what the run has read, of every kind of data."""
+"""``lmcore order`` shows what the run has read, for every kind of data."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _train_and_tell(argv: list[str], out: str) -> int:
         pytest.param({"data__mode": "stream", "data__skip_positions": "24-35"}, id="stream-skipped"),
     ],
 )
-def test_what_a_step_saw_is_shown_decoded(
+def test_order_shows_the_blocks_of_a_step_decoded(
     text: Path, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At the beginning, before and after the checkpoints that are kept, at the end."""
@@ -64,7 +64,7 @@ def test_what_a_step_saw_is_shown_decoded(
         assert sorted(shown) == sorted(repr(decode(ids)) for ids in seen[step])
 
 
-def test_items_of_an_own_dataset_are_numbered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_order_numbers_items_of_an_own_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {
         "run_dir": tmp_path / "own",
         "data.factory": "tests.support.own_parts:data",

@@ -17,7 +17,6 @@ from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST
 from lmcore.model.build import build_model
 from lmcore.plan import plan, probe
-from lmcore.report import html
 from lmcore.report.metrics import read_metrics
 from tests.support.fork_server import run_ranks
 from tests.support.whole_runs import request, train, words
@@ -43,7 +42,7 @@ def count_of(rows: dict[str, str]) -> int:
     return int(rows["parameters"].split()[0].replace(",", ""))
 
 
-def test_weights_from_elsewhere_are_planned_by_their_config_alone(
+def test_pretrained_model_is_planned_from_its_config_without_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -103,7 +102,7 @@ def own(name: str) -> list[str]:
             "--data.block_size", "64", *SIZES]  # fmt: skip
 
 
-def test_a_model_of_own_code_is_imagined_or_built_or_counted_in_part(capsys: Any, tmp_path: Path) -> None:
+def test_own_model_is_planned_on_meta_or_built(capsys: Any, tmp_path: Path) -> None:
     home = ["--run_dir", str(tmp_path)]
     rows = planned(capsys, *own("bare"), "--model.config.width", 32, *home)
     assert count_of(rows) == 2 * 500 * 32
@@ -121,7 +120,7 @@ def test_a_model_of_own_code_is_imagined_or_built_or_counted_in_part(capsys: Any
     )
 
 
-def test_on_a_cpu_the_free_memory_is_the_measure(
+def test_cpu_plan_compares_with_the_available_memory(
     capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lmcore import process as _memory
@@ -138,7 +137,7 @@ def test_on_a_cpu_the_free_memory_is_the_measure(
     assert "verdict" not in planned(capsys, *home)
 
 
-def test_own_data_give_their_own_shapes(capsys: Any, tmp_path: Path) -> None:
+def test_own_dataset_is_planned_with_its_shapes(capsys: Any, tmp_path: Path) -> None:
     rows = planned(
         capsys, "--config", "examples/number_sequences/unseen_pairs.yaml", "--run_dir", tmp_path,
     )  # fmt: skip
@@ -147,7 +146,7 @@ def test_own_data_give_their_own_shapes(capsys: Any, tmp_path: Path) -> None:
     assert "epochs" in rows["budget"]
 
 
-def test_a_moving_average_is_one_more_copy(capsys: Any, tmp_path: Path) -> None:
+def test_ema_counts_one_more_copy_of_the_weights(capsys: Any, tmp_path: Path) -> None:
     def mebibytes(*options: str) -> tuple[float, float]:
         rows = planned(capsys, *SMALL, "--run_dir", tmp_path, *options)
         number, unit = rows["memory per device"].partition("optimizer ")[2].split()[:2]
@@ -162,7 +161,7 @@ def test_a_moving_average_is_one_more_copy(capsys: Any, tmp_path: Path) -> None:
     assert large == pytest.approx(small * 16 / 12, rel=0.01)
 
 
-def test_the_launchers_word_for_the_strategy_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strategy_of_the_launcher_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     from lmcore.config import parse
     from lmcore.run.planning import setting_of
 
@@ -195,7 +194,7 @@ def _probe(argv: list[str]) -> str:
     return said.getvalue()
 
 
-def test_a_probe_trains_two_real_steps_and_says_what_it_assumes(tmp_path: Path) -> None:
+def test_probe_trains_two_steps_and_prints_its_assumptions(tmp_path: Path) -> None:
     argv = ["plan", "--probe", *SMALL, "--run_dir", str(tmp_path / "run"), "--debug"]
     (said,) = run_ranks(_probe, 1, argv)
     assert "2 steps of 2 micro-batches on 1 x CPU, single, fp32" in said
@@ -216,14 +215,14 @@ def test_a_probe_trains_two_real_steps_and_says_what_it_assumes(tmp_path: Path) 
     assert "2 devices are 2 times as fast" in said
 
 
-def test_a_probe_of_two_processes_is_of_both(tmp_path: Path) -> None:
+def test_probe_under_ddp_measures_both_processes(tmp_path: Path) -> None:
     argv = ["plan", "--probe", *SMALL, "--run_dir", str(tmp_path), "--debug"]
     first, second = run_ranks(_probe, 2, argv)
     assert "2 steps of 1 micro-batches on 2 x CPU, ddp" in first
     assert second == "", "one speaks"
 
 
-def test_a_probe_puts_a_long_step_together_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_extrapolates_gradient_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 64 micro-batches 4 are run: forward and backward count 16 times, the update once."""
     calls: list[str] = []
 
@@ -261,9 +260,7 @@ def test_a_probe_puts_a_long_step_together_again(monkeypatch: pytest.MonkeyPatch
     assert (found.step_seconds, found.first_seconds, found.micro_batches) == (8.0 / 4 * 64 + 3.0, 9.5, 4)
 
 
-def test_the_power_of_a_board_is_asked_for_on_a_gpu_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_power_limit_is_read_on_a_gpu_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert probe.board_watts(torch.device("cpu")) is None
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 700.00\n")
@@ -274,7 +271,7 @@ def test_the_power_of_a_board_is_asked_for_on_a_gpu_only(
     assert probe.board_watts(torch.device("cuda", 0)) is None
 
 
-def test_a_run_says_its_plan_and_its_report_compares(tmp_path: Path) -> None:
+def test_report_compares_plan_and_measurement(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text(words(300, 0), encoding="utf-8")
     (tmp_path / "held.txt").write_text(words(40, 1), encoding="utf-8")
     run_dir = tmp_path / "run"
@@ -291,7 +288,7 @@ def test_a_run_says_its_plan_and_its_report_compares(tmp_path: Path) -> None:
     steps = read_metrics(run_dir / "metrics.jsonl", kind="train")
     assert all(0 < step["tensor_bytes"] < step["memory_bytes"] for step in steps)
     page = (run_dir / "report.html").read_text(encoding="utf-8")
-    table = page[page.index("Plan against reality") :]
+    table = page[page.index("Plan and measurement") :]
     table = table[: table.index("</table>")]
     rows = {row[0]: row[1:] for row in (re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", one) for one in table.split("<tr>"))
             if row}  # fmt: skip
@@ -304,16 +301,7 @@ def test_a_run_says_its_plan_and_its_report_compares(tmp_path: Path) -> None:
     assert float(rows["memory of a device"][2]) > 0
 
 
-def test_a_report_says_where_no_rate_was_planned(tmp_path: Path) -> None:
-    run = html.Run("x", tmp_path, [{"kind": "train", "step": 2, "tokens_per_second": 5.0, "tensor_bytes": 3 * 2**30,
-                                    "memory_bytes": 4 * 2**30}])  # fmt: skip
-    said = html._plan({"memory_bytes": 2 * 2**30, "steps": 2}, run)
-    assert "plan --probe" in said
-    assert "<td class=n>2 GiB</td><td class=n>3 GiB</td><td class=n>1.50</td>" in said
-    assert "<th>tokens/s</th><td class=n>-</td><td class=n>5</td><td class=n></td>" in said
-
-
-def test_a_number_of_processes_that_cannot_be_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_number_of_processes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--processes", "0"]) == EXIT_REQUEST
     assert "--processes 0: at least one" in capsys.readouterr().err
 
@@ -330,7 +318,7 @@ def test_a_number_of_processes_that_cannot_be_is_named(capsys: pytest.CaptureFix
         ("--model.config.n_embd 0", "model.config.n_embd 0 must be at least 1"),
     ],
 )
-def test_a_model_that_cannot_be_is_one_line(
+def test_invalid_model_config_is_refused_in_one_line(
     words: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", *words.split()]) == EXIT_REQUEST

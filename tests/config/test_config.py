@@ -155,7 +155,7 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
 @SHARED_FOLDER
 @given(requests())
 @example({})
-def test_what_is_written_is_what_is_read(tmp_path: Path, wanted: dict[str, Any]) -> None:
+def test_yaml_and_print_config_round_trip(tmp_path: Path, wanted: dict[str, Any]) -> None:
     values = schema.to_dict(RunConfig(run_dir="runs/x"))
     for name, value in wanted.items():
         *path, last = name.split(".")
@@ -187,13 +187,13 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, wanted: dict[str, Any])
         SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3)
     )
 )
-def test_yaml_gives_back_what_it_was_given(value: Any) -> None:
+def test_yaml_dump_and_load_round_trip(value: Any) -> None:
     text = yaml_text.dump({"value": value})
     assert yaml_text.load(text, "here") == {"value": value}
     assert yaml.safe_load(text) == {"value": value}
 
 
-def test_numbers_and_words_are_read_as_people_mean_them() -> None:
+def test_yaml_numbers_and_words() -> None:
     text = "[1e-3, 1.5, 6e4, 1_000, off, no, yes, 1:20, 0123, 2026-11-20, null, true, .5, -3]"
     assert yaml_text.load(text, "here") == [
         0.001, 1.5, 60000.0, 1000, "off", "no", "yes", "1:20", "0123", "2026-11-20", None, True, 0.5, -3,
@@ -203,7 +203,7 @@ def test_numbers_and_words_are_read_as_people_mean_them() -> None:
 # --- layers ---
 
 
-def test_defaults_then_files_in_order_then_command_line(tmp_path: Path) -> None:
+def test_precedence_defaults_files_command_line(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("seed: 10\noptim: {lr: 1e-2, eps: 1e-5}\nmodel: {config: {n_layer: 3, n_head: 3}}\n")
     second.write_text("optim:\n  lr: 2e-2\nmodel.config.n_head: 4\ntrain:\n")
@@ -284,14 +284,14 @@ def test_recipe_of_the_package_is_found_from_any_folder(
         ["--data.train=a.txt", "--data.train=b c.txt"],
     ],
 )
-def test_four_ways_to_write_a_list(argv: list[str], tmp_path: Path) -> None:
+def test_lists_can_be_written_in_four_ways(argv: list[str], tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("data:\n  train: other.txt\n")
     assert read("--config", str(file)).data.train == ["other.txt"]
     assert read(*argv, "--config", str(file)).data.train == ["a.txt", "b c.txt"]
 
 
-def test_values_as_they_are_typed() -> None:
+def test_command_line_values_are_converted() -> None:
     config = read(
         "--dry_run", "--train.compile", "false", "--optim.betas", "0.8", "0.9", "--report.name", "2026",
         "--data.train", "{path: a.txt, weight: 2}", "{paths: [b, c], weight: 1}", "--report.trackers", "[]",
@@ -320,7 +320,7 @@ def test_values_as_they_are_typed() -> None:
     assert config.guard.spike == "off"
 
 
-def test_of_keys_that_exclude_each_other_the_later_layer_wins(tmp_path: Path) -> None:
+def test_exclusive_options_take_the_later_layer(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
         "tokenizer: {vocab_size: 800}\nmodel: {config: {n_layer: 2}}\ntrain: {global_batch_blocks: 8}\n"
@@ -346,7 +346,7 @@ def test_of_keys_that_exclude_each_other_the_later_layer_wins(tmp_path: Path) ->
 # --- nothing is ignored ---
 
 
-def test_a_typo_in_any_name_is_an_error_with_the_right_name(tmp_path: Path) -> None:
+def test_mistyped_option_suggests_the_right_name(tmp_path: Path) -> None:
     file = tmp_path / "typo.yaml"
     for name, key in keys().items():
         if key.is_free_form:
@@ -362,7 +362,7 @@ def test_a_typo_in_any_name_is_an_error_with_the_right_name(tmp_path: Path) -> N
         assert name in message
 
 
-def test_a_switch_may_stand_alone() -> None:
+def test_switch_needs_no_value() -> None:
     assert parse(["--train.deterministic", "--seed", "3"]).train.deterministic is True
     assert parse(["--train.activation_checkpointing", "--seed", "3"]).train.activation_checkpointing is True
     assert parse(["--train.activation_checkpointing", "2"]).train.activation_checkpointing == 2
@@ -393,7 +393,7 @@ def test_a_switch_may_stand_alone() -> None:
         (["--help", "optimizer"], ["optimizer", "optim"]),
     ],
 )
-def test_a_wrong_command_line_gets_one_line_with_the_remedy(argv: list[str], words: list[str]) -> None:
+def test_wrong_command_line_is_refused_in_one_line(argv: list[str], words: list[str]) -> None:
     message = refused(*argv)
     assert "\n" not in message
     assert all(word in message for word in words), message
@@ -414,7 +414,7 @@ def test_a_wrong_command_line_gets_one_line_with_the_remedy(argv: list[str], wor
         ("data:\n  train: [null]\n", ["data.train"]),
     ],
 )
-def test_a_wrong_file_gets_one_line_with_its_name(text: str, words: list[str], tmp_path: Path) -> None:
+def test_wrong_file_is_refused_with_its_name(text: str, words: list[str], tmp_path: Path) -> None:
     file = tmp_path / "wrong.yaml"
     file.write_text(text)
     message = refused("--config", str(file))
@@ -422,7 +422,7 @@ def test_a_wrong_file_gets_one_line_with_its_name(text: str, words: list[str], t
     assert all(word in message for word in [str(file), *words]), message
 
 
-def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+def test_config_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8" in refused("--config", str(tmp_path / "x.yaml"))
     assert "directory" in refused("--config", str(tmp_path))
@@ -509,7 +509,7 @@ def test_no_file_ends_in_a_traceback(tmp_path: Path, values: dict[str, Any]) -> 
         ("--evaluate.early_stopping.patience 3 --evaluate.every never", ["evaluate.every"]),
     ],
 )
-def test_impossible_relations_are_refused_with_their_numbers(argv: str, words: list[str]) -> None:
+def test_conflicting_options_are_refused_with_their_values(argv: str, words: list[str]) -> None:
     message = refused(*argv.split())
     assert "\n" not in message
     assert all(word in message for word in words), message
@@ -540,7 +540,7 @@ def test_secrets_are_never_written() -> None:
     assert "canary" not in to_yaml(config) + commented_yaml(config) + str(flatten(config))
 
 
-def test_changes_are_classed_and_a_changed_past_is_refused() -> None:
+def test_resume_refuses_changed_options_by_their_class() -> None:
     old = flatten(read("--data.train", "a.txt", "--model.config.n_layer", "2"))
     new = flatten(
         read(
@@ -606,12 +606,12 @@ def test_durations(text: Any, value: float, unit: str, written: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "-1", "0", "0%", "1.5 steps", "0.5", "5 parsecs", "ten", True, "1e400 x", "1 2", [1]]
 )
-def test_what_is_no_duration_is_refused(text: Any) -> None:
+def test_invalid_duration_is_refused(text: Any) -> None:
     with pytest.raises(RequestError):
         Duration.parse(text)
 
 
-def test_durations_become_steps_exactly() -> None:
+def test_durations_convert_to_steps_exactly() -> None:
     known = {"tokens_per_step": 1_000, "steps_per_epoch": Fraction(125, 4), "total_steps": 1_000}
 
     def steps(text: str) -> int | None:
@@ -632,7 +632,7 @@ def test_durations_become_steps_exactly() -> None:
     tokens_per_step=st.integers(1, 50),
     epoch=st.fractions(Fraction(1, 3), 60, max_denominator=7),
 )
-def test_an_interval_is_due_at_the_first_step_that_reaches_each_multiple(
+def test_interval_is_due_at_the_first_step_of_each_multiple(
     total: int, value: float, unit: str, tokens_per_step: int, epoch: Fraction
 ) -> None:
     assume(unit not in ("steps", "tokens") or value == int(value))
@@ -661,7 +661,7 @@ def test_several_intervals_and_time() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_read_and_open_with_what_a_reader_needs(recipe: Path) -> None:
+def test_recipe_parses_and_has_a_complete_header(recipe: Path) -> None:
     config = parse(["--config", str(recipe)])
     assert config.run_dir == f"runs/{recipe.stem}"
     lines = recipe.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""What cannot be is refused before the text is read: tokenizing may take hours."""
+"""Wrong requests are refused before the text is tokenized, which may take hours."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _train_and_say(argv: list[str]) -> tuple[int, str]:
         ),
     ],
 )
-def test_a_request_that_cannot_be_is_refused_before_the_text_is_read(
+def test_wrong_request_is_refused_before_tokenizing(
     tmp_path: Path, options: dict[str, object], said: str
 ) -> None:
     (tmp_path / "train.txt").write_text(words(20, 0), encoding="utf-8")
