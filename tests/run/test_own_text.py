@@ -9,7 +9,9 @@ import pytest
 from lmcore.config.parse import parse
 from lmcore.config.schema import RunConfig
 from lmcore.errors import RequestError
+from lmcore.report.metrics import read_metrics
 from lmcore.run import own_text
+from tests.support.whole_runs import request, train, words
 
 
 @pytest.fixture
@@ -85,3 +87,15 @@ def test_a_pretrained_model_gets_a_fine_tuning_rate_and_keeps_its_own_sizes(text
 def test_a_missing_file_is_refused_when_its_size_is_asked(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"\*.txt"):
         configure(tmp_path)
+
+
+def test_samples_continue_the_beginnings_of_the_validation_text(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text(words(200, 0), encoding="utf-8")
+    (tmp_path / "held.txt").write_text(words(40, 1), encoding="utf-8")
+    run_dir = tmp_path / "run"
+    options = {"train__duration": "2 steps", "evaluate__every": "never", "evaluate__prompts": "auto"}
+    assert train(request(tmp_path, run_dir, **options)) == [0]
+    prompts = [record["prompt"] for record in read_metrics(run_dir / "metrics.jsonl", kind="sample")]
+    held = (tmp_path / "held.txt").read_text(encoding="utf-8")
+    assert 1 <= len(prompts) <= 3
+    assert all(prompt.strip() in held for prompt in prompts), prompts
