@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from lmcore.conventions import IGNORED_LABEL
 from lmcore.data.blocks import Blocks, StoreBlocks
 from lmcore.data.cursor import Cursor, count_positions, next_positions
-from lmcore.data.custom import IterableData, MapData, can_ignore, ignored
+from lmcore.data.custom import Items, IterableData, MapData, can_ignore, ignored
 from lmcore.data.order import permute
 from lmcore.errors import FaultError, RequestError
 
@@ -225,7 +225,9 @@ class Batches:
         read = self._read_here() if self._workers == 0 else self._read_by_workers()
         for plan in self._plans():
             rows = next(read)
-            state = getattr(rows, "state", None)
+            state = rows.state if isinstance(rows, Blocks) else None
+            if isinstance(rows, Items) and isinstance(self._dataset, IterableData):
+                self._dataset.take_over(rows.passes)
             cursor = plan.cursor if state is None else replace(plan.cursor, stream=state)
             size = self._micro_batch_blocks
             yield StepBatch(
@@ -331,7 +333,8 @@ def _ignore_signals(closing: Any, worker: int) -> None:
 
 def _joined(parts: list[Any], owned: list[np.ndarray], n_rows: int) -> Blocks | list[Any]:
     if not isinstance(parts[0], Blocks):
-        items: list[Any] = [None] * n_rows
+        items = Items([None] * n_rows)
+        items.passes = max((part.passes for part in parts if isinstance(part, Items)), key=len, default=())
         for part, rows in zip(parts, owned):
             for row, item in zip(rows.tolist(), part):
                 items[row] = item

@@ -64,6 +64,12 @@ def can_ignore(item: Any) -> bool:
     return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
 
 
+class Items(list[Any]):
+    """The items of some positions, and where the passes over an iterable dataset ended that were read so far."""
+
+    passes: tuple[int, ...] = ()
+
+
 def _name(data: Any) -> str:
     return f"{type(data).__module__}.{type(data).__qualname__}"
 
@@ -122,6 +128,9 @@ class MapData:
         return [item if one else ignored(item) for item, one in zip(items, real.tolist())]
 
 
+_END = object()
+
+
 @final
 class IterableData:
     """An iterable dataset, read in its own order, again and again."""
@@ -141,7 +150,7 @@ class IterableData:
         return f"own iterable {_name(self._data)}"
 
     def epoch_of(self, cursor: Cursor) -> float:
-        """Whole passes before the cursor, as far as this process has read."""
+        """Whole passes before the cursor, as far as the dataset was read."""
         return float(sum(end <= cursor.position for end in self._passes))
 
     def resumed(self, cursor: Cursor) -> IterableData:
@@ -162,18 +171,23 @@ class IterableData:
     def count_labels(self, positions: np.ndarray) -> int | None:
         return None
 
-    def read(self, positions: np.ndarray) -> list[Any]:
+    def read(self, positions: np.ndarray) -> Items:
         """The items at these positions, which rise; those between are read and dropped."""
         if self._items is None:
             self._items = self._endless()
-        out = []
+        out = Items()
         for position in positions.tolist():
             while self._position < position:
                 next(self._items)
                 self._position += 1
             out.append(next(self._items))
             self._position += 1
+        out.passes = tuple(self._passes)
         return out
+
+    def take_over(self, passes: tuple[int, ...]) -> None:
+        """Know the passes that another process has read."""
+        self._passes = max(self._passes, list(passes), key=len)
 
     def one_pass(self) -> Iterator[Any]:
         """All items once, for evaluation."""
@@ -184,10 +198,16 @@ class IterableData:
         for epoch in range(2**62):
             if hasattr(self._data, "set_epoch"):
                 self._data.set_epoch(epoch)
-            before = count
-            for item in self._data:
-                count += 1
-                yield item
-            if count == before:
+            items = iter(self._data)
+            item = next(items, _END)
+            if item is _END:
                 raise RequestError(f"data.factory: {_name(self._data)} yields nothing in epoch {epoch}")
-            self._passes.append(count)
+            while item is not _END:
+                following = next(
+                    items, _END
+                )  # one ahead: the pass ends with its last item, not with the next one
+                count += 1
+                if following is _END:
+                    self._passes.append(count)
+                yield item
+                item = following

@@ -528,6 +528,18 @@ def test_iterable_data_is_shared_out_by_position() -> None:
         assert sorted(y for y in labels if y >= 0) == list(range(10))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_epochs_of_iterable_data_are_counted_in_any_process(workers: int) -> None:
+    """Passes over 6 items in steps of 3; an epoch is over with its last item. After a resume as before."""
+    dataset = wrap(Rows(6), seed=11)
+    start = beginning(dataset)
+    sizes = {"global_batch_blocks": 3, "micro_batch_blocks": 3, "workers": workers}
+    steps = take(Batches(dataset, cursor=start, **sizes), 5)
+    assert [step.epoch for step in steps] == [0, 1, 1, 2, 2]
+    again = take(Batches(dataset, cursor=steps[2].cursor, **sizes), 2)
+    assert [step.epoch for step in again] == [2, 2]
+
+
 def test_the_tutorials_dataset_is_own_data_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """It shares its blocks out by rank itself when it stands alone, but not here."""
     monkeypatch.setenv("WORLD_SIZE", "2")
