@@ -128,7 +128,11 @@ def training_texts(
     seed: int,
     bad: Callable[[documents.BadRecord], None],
 ) -> Iterator[str]:
-    """Texts to train a tokenizer on: of the training side only, at most about ``max_bytes`` of them."""
+    """Texts to train a tokenizer on: of the training side only, at most about ``max_bytes`` of them.
+
+    Where the split holds every document out, as it can with a single one, all of them are training text
+    (:func:`open_corpus` does the same).
+    """
     sources = _text_sources(entries, reading)
     empty = True
     first: documents.BadRecord | None = None
@@ -138,16 +142,20 @@ def training_texts(
         first = first or record
         bad(record)
 
+    held_out = False
     for document in sample_texts(sources, max_bytes=max_bytes, seed=seed, bad=on_bad):
         if documents.side(document, valid_fraction) == "train":
             empty = False
             yield document
-    if empty:
+        else:
+            held_out = True
+    if empty and held_out:
+        yield from sample_texts(sources, max_bytes=max_bytes, seed=seed, bad=lambda record: None)
+    elif empty:
         named = ", ".join(repr(source.name) for source in sources)
-        held = f" that data.valid_fraction {valid_fraction:g} does not hold out" if valid_fraction else ""
         raise RequestError(
             f"there is no text to train a tokenizer on: source {named} ({sum(len(s.paths) for s in sources):,} "
-            f"files) holds none{held}; {f'the first bad record: {first}' if first else 'give data.train more text'}"
+            f"files) holds none; {f'the first bad record: {first}' if first else 'give data.train more text'}"
         )
 
 
@@ -231,7 +239,6 @@ def open_corpus(
 
     sources = reading.sources(train)
     fraction = 0.0 if valid else valid_fraction
-    split = ("train", fraction) if fraction else ("all", 0.0)
     every = [*sources, *streamed]
     valid_sources = reading.like(every).sources(valid, join_files=False)
     test_sources = reading.like(every).sources(test, join_files=False)
@@ -241,15 +248,30 @@ def open_corpus(
         for option, sets in (("data.valid", valid_sources), ("data.test", test_sources)):
             for line in _training_files_in(option, sets, every):
                 note(line)
-    training = tuple(
-        store(source, ("all", 0.0) if token_files.are_tokens(source.paths) else split) for source in sources
-    )
+    whole: set[str] = set()
+
+    def training_store(source: documents.Source) -> TokenStore:
+        if not fraction or token_files.are_tokens(source.paths):
+            return store(source, ("all", 0.0))
+        try:
+            return store(source, ("train", fraction))
+        except build.NoText:  # each document fell on the validation side, as a single one can
+            opened = store(source, ("all", 0.0))
+            whole.add(source.name)
+            if note is not None:
+                note(
+                    f"data.valid_fraction {fraction:g} would hold all of {source.name!r} out: training on all of it, "
+                    f"without a validation set of it; give one with --data.valid"
+                )
+            return opened
+
+    training = tuple(training_store(source) for source in sources)
     if valid:
         held_out = {source.name: store(source, ("all", 0.0)) for source in valid_sources}
     elif fraction:
         held_out = {}
         for source in sources:
-            if token_files.are_tokens(source.paths):
+            if source.name in whole or token_files.are_tokens(source.paths):
                 continue
             # One source: its held-out side is simply "valid"; of several, each is a set under its own name.
             try:
