@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lmcore.checkpoint import reader
@@ -56,6 +57,22 @@ def refuse_changes(found: list[Change], allowed: list[str]) -> list[Change]:
     return [change for change in found if change.resume != "free"]
 
 
+@contextlib.contextmanager
+def state_of(path: Any) -> Iterator[None]:
+    """Around reading the state of a checkpoint: hashes do not protect from somebody who can compute them.
+
+    Raises:
+        RequestError: the state lacks something, or has something of another type.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RequestError(
+            f"{path}: its state.json is not one that this lmcore writes ({what}); resume from another checkpoint"
+        ) from error
+
+
 def find_checkpoint(
     config: RunConfig, folder: RunFolder, report: Report
 ) -> tuple[str, dict[str, Any]] | None:
@@ -90,7 +107,8 @@ def find_checkpoint(
         return None
     with found:
         now = redact(flatten(config))  # as it was saved
-        changed = refuse_changes(changes(found.state["config"], now), config.allow_changes)
+        with state_of(found.path):
+            changed = refuse_changes(changes(found.state["config"], now), config.allow_changes)
         for change in changed:
             report.warn_once(f"{change.key} was {change.old} up to step {found.step}, is {change.new} now")
         folder.remember(checkpoint_step=found.step)

@@ -51,7 +51,7 @@ from lmcore.run.late_numbers import LateNumbers
 from lmcore.run.planning import auto_micro_batch, plan_here, refuse_early
 from lmcore.run.profiler import ProfileWindow
 from lmcore.run.replicas import odd_ranks, parameter_hash
-from lmcore.run.resume import find_checkpoint
+from lmcore.run.resume import find_checkpoint, state_of
 from lmcore.run.state import State, differences, topology
 from lmcore.saved.export import refuse_foreign_folder
 from lmcore.saved.load import describe
@@ -267,7 +267,8 @@ class Run:
         self._stop_early: str | None = None
         if self._found:
             past = self._load(self._found[0])
-            self.guard.load_state_dict(past["guard"])
+            with state_of(self._found[0]):
+                self.guard.load_state_dict(past["guard"])
         home = self.folder.path / "tokenizer"
         on_main(engine, partial(setup.keep_tokenizer, config, home, data, note=self.report.note))
 
@@ -278,21 +279,24 @@ class Run:
             self._average.load(saved.read)
             self.saves.resumed(saved)
             kept = saved.state
-        self.engine.load_optimizer_scalars(kept["optimizer_scalars"])
-        self.state = State(
-            cursor=Cursor.from_json(kept["cursor"])
-            .check(
-                fingerprint=self.data.train.fingerprint,
-                seed=self.config.seed,
-                accept="data.train" in self.config.allow_changes,
+        with state_of(path):
+            self.engine.load_optimizer_scalars(kept["optimizer_scalars"])
+            self.state = State(
+                cursor=Cursor.from_json(kept["cursor"])
+                .check(
+                    fingerprint=self.data.train.fingerprint,
+                    seed=self.config.seed,
+                    accept="data.train" in self.config.allow_changes,
+                )
+                .with_phases(self.data.phases)
+                .with_skips(self._skips),
+                metrics_step=kept.get("metrics_step", -1),
+                **{name: kept[name] for name in ("step", "tokens", "metrics", "stop_values")},
             )
-            .with_phases(self.data.phases)
-            .with_skips(self._skips),
-            metrics_step=kept.get("metrics_step", -1),
-            **{name: kept[name] for name in ("step", "tokens", "metrics", "stop_values")},
-        )
-        for line in differences(kept["topology"], self._topology):
-            self.report.warn_once(f"{line}: what follows is close to the same run, not bit for bit the same")
+            for line in differences(kept["topology"], self._topology):
+                self.report.warn_once(
+                    f"{line}: what follows is close to the same run, not bit for bit the same"
+                )
         return kept
 
     def announce(self) -> None:
@@ -347,7 +351,8 @@ class Run:
             bytes_before=self._bytes_before,
         )
         if self._found:
-            report.load_state(self._past["report"])
+            with state_of(self._found[0]):
+                report.load_state(self._past["report"])
         planned = self._plan.numbers() if self._plan else {}
         facts = {"position": state.cursor.position, **place(), "plan": planned}
         report.event("resume" if self._found else "start", step=state.step, **facts)

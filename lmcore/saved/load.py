@@ -383,6 +383,9 @@ def open_export(folder: Path) -> nn.Module:
         RequestError: files changed since the export, weights are missing, or transformers cannot open it.
     """
     where = str(folder)
+    for path in folder.iterdir():
+        if not (path.is_file() or path.is_dir()):  # a FIFO would block whoever opens it
+            raise RequestError(f"{path} is neither a file nor a folder: remove it")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if (folder / name).exists():
             raise RequestError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lmcore.checkpoint.manifest import manifest_bytes
 from lmcore.cli.main import main
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_REQUEST, RequestError
 from lmcore.report.metrics import read_metrics
@@ -71,6 +73,40 @@ def test_foreign_files_in_export_are_refused_before_the_training(text: Path) -> 
     assert not (run_dir / "checkpoints").exists()
     assert not (run_dir / "tokenizer").exists(), "before any work"
     assert (run_dir / "export" / "thesis.txt").read_text() == "years of work"
+
+
+STATES: list[dict[str, Any]] = [
+    {"config": []},
+    {"cursor": {}},
+    {"cursor": [1]},
+    {"guard": "none"},
+    {"report": 7},
+    {"optimizer_scalars": None},
+    {"topology": 3},
+    {"tokens": None, "metrics": None, "stop_values": 1, "cursor": None},
+]
+
+
+def _resume_from_states(run_dir: Path, argv: list[str]) -> int:
+    """Resume from the newest checkpoint with each of the states, its hashes computed anew; the worst exit code."""
+    path = run_dir / "checkpoints" / "step-00000004"
+    state = json.loads((path / "state.json").read_text())
+    codes = []
+    for change in STATES:
+        data = json.dumps(state | change).encode()
+        (path / "state.json").write_bytes(data)
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["files"]["state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (path / "manifest.json").write_bytes(manifest_bytes(manifest))
+        codes.append(train_in_rank(argv, None, 0))
+        assert "its state.json is not one that this lmcore writes" in reason(run_dir), change
+    return max(codes) if len(set(codes)) == 1 else -1
+
+
+def test_hostile_state_with_valid_hashes_is_one_line(text: Path, finished: Path) -> None:
+    run_dir = copy(finished, "hostile")
+    argv = request(text, run_dir, **(SHORT | {"train__duration": "6 steps"}))
+    assert run_ranks(_resume_from_states, 1, run_dir, argv) == [EXIT_REQUEST]
 
 
 def _train_with_a_failing_export(argv: list[str]) -> int:

@@ -407,6 +407,15 @@ def test_damaged_export_is_one_line(tmp_path: Path, name: str) -> None:
     assert "\n" not in said
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json", "tokenizer.json", "other"])
+def test_fifo_in_an_export_is_refused(tmp_path: Path, name: str) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    assert "neither a file nor a folder" in attempt(lambda: load.load_model(tmp_path, device="cpu"))
+
+
 TOKENIZER_DAMAGES: dict[str, dict[str, bytes]] = {
     "deep": {"tokenizer.json": b'{"a":' * 50_000},
     "a class that opens itself": {"tokenizer_config.json": b'{"tokenizer_class": "AutoTokenizer"}'},

@@ -1,6 +1,4 @@
-"""A disk that is killed, full, or without power: hooks for ``lmcore.disk.Disk`` that tests and the campaign
-share.
-"""
+"""Hooks for ``lmcore.disk.Disk``: a disk that is killed, full, or without power. For tests and the fault campaign."""
 
 from __future__ import annotations
 
