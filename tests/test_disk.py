@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lmcore.disk import CHUNK_BYTES, Call, Disk
+from lmcore.checkpoint.manifest import state_bytes
+from lmcore.disk import CHUNK_BYTES, DISK, Call, Disk
 from tests.support.disk_faults import Counter, FailAt, KillAt, PowerCut, PoweredDisk, forked
 
 
@@ -250,3 +251,10 @@ def test_files_are_not_written_through_links(tmp_path: Path) -> None:
     Disk().write_text(tmp_path / "log", "new")  # replaces the link
     assert outside.read_text() == "x"
     assert not (tmp_path / "log").is_symlink()
+
+
+def test_json_holds_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    value = {"data.train": [os.fsdecode(b"caf\xe9.txt"), "日本語.txt"]}
+    DISK.write_json(tmp_path / "a.json", value)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == value
+    assert json.loads(state_bytes(value).decode("utf-8")) == value

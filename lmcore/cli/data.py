@@ -70,7 +70,7 @@ def inspect(words: list[str]) -> None:
         "inspect",
         "Tokens are counted by tokenizer.path, by the run's tokenizer, or by one trained on a sample.",
     )
-    from lmcore.data import inspect as inspection
+    from lmcore.data.inspect import inspect_sources, report_lines
     from lmcore.data.tokenizer.tokenizer import load_tokenizer
     from lmcore.run import setup
 
@@ -82,7 +82,7 @@ def inspect(words: list[str]) -> None:
     elif encoder is None:
         encoder, reason = _trial_tokenizer(config)
     with display.task("reading", unit="bytes") as advance:
-        found = inspection.inspect_sources(
+        found = inspect_sources(
             config.data.train or ["stdlib"],
             encoder,
             text_field=config.data.text_field,
@@ -92,7 +92,7 @@ def inspect(words: list[str]) -> None:
             progress=advance,
         )
     display.close()
-    print("\n".join(inspection.report_lines(found)))
+    print("\n".join(report_lines(found)))
     if reason:
         print(reason)
 
@@ -173,10 +173,10 @@ def order(words: list[str]) -> None:
     positions = _positions(
         asked, global_batch_blocks(config, data.block_size), cursors[-1].skips if cursors else ()
     )
-    from lmcore.data import locate
+    from lmcore.data.locate import locate
 
     decode = data.encoder.decode if data.encoder else str
-    for place, ids in locate.places(data.train, positions.tolist(), cursors):
+    for place, ids in locate(data.train, positions.tolist(), cursors):
         print(f"{place}  {decode(ids)[: asked.text]!r}" if asked.text and ids is not None else place)
 
 

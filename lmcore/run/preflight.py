@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lmcore.config.schema import global_batch_blocks
 from lmcore.data.text import sources
 from lmcore.errors import RequestError
-from lmcore.humanize import did_you_mean
+from lmcore.humanize import did_you_mean, one_line
 
 if TYPE_CHECKING:
     from lmcore.config.schema import RunConfig
@@ -37,6 +37,7 @@ def preflight(config: RunConfig, *, processes: int = 1) -> None:
         RequestError: a missing file, a batch that cannot be divided, an unknown tracker, a block longer than the
             model's context, a prompt that is not UTF-8.
     """
+    _check_run_dir(config)
     _check_batch(config, processes)
     _check_model(config)
     _check_files(config)
@@ -44,6 +45,16 @@ def preflight(config: RunConfig, *, processes: int = 1) -> None:
     _check_trackers(config)
     _check_text(config)
     _check_prompts(config)
+
+
+def _check_run_dir(config: RunConfig) -> None:
+    path = os.path.abspath(config.run_dir or ".")
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # the checkpoints would be written, and could not be read
+        raise RequestError(
+            f"run_dir {one_line(path)} is not UTF-8, and safetensors opens no file below such a path; choose another name"
+        ) from None
 
 
 def _check_batch(config: RunConfig, processes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from lmcore.data.blocks import StoreBlocks
 from lmcore.data.cursor import Cursor
-from lmcore.data.locate import show
+from lmcore.data.locate import locate
 from lmcore.data.order import Order, Phase
 from lmcore.data.store.build import build_store
 from lmcore.data.store.store import TokenStore
@@ -159,18 +160,22 @@ def test_any_position_can_be_shown(tmp_path: Path) -> None:
     store = build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=800)
     dataset = StoreBlocks([store], block_size=40, seed=3)
     assert len(store.manifest["parts"]) > 1
-    for one in show(dataset, [0, 5, 29, 30], Bytes().decode):
-        assert one.ids == tuple(dataset.read(np.array([one.position])).ids[0, :-1].tolist())
-        assert one.text == Bytes().decode(list(one.ids))
-        assert one.first_token == 40 * one.block
-        assert one.documents == sum(token == 256 for token in one.ids[:-1]) + 1
-        assert one.epoch == one.position // dataset.epoch_blocks
-        number = int(one.text.split("file ")[1][0])
-        first, _, last = one.files.partition(" to ")
+    places = list(locate(dataset, [0, 5, 29, 30]))
+    for position, (place, ids) in zip([0, 5, 29, 30], places, strict=True):
+        assert ids == dataset.read(np.array([position])).ids[0, :-1].tolist()
+        said = re.fullmatch(
+            r"position (\d+): source files, epoch (\d+), block (\d+), tokens (\d+)-(\d+), (\d+) documents, (.*)",
+            place,
+        )
+        assert said, place
+        epoch, block = position // dataset.epoch_blocks, int(said[3])
+        assert [int(said[n]) for n in (1, 2, 4, 5)] == [position, epoch, 40 * block, 40 * block + 39]
+        assert int(said[6]) == sum(token == 256 for token in ids[:-1]) + 1
+        number = int(Bytes().decode(ids).split("file ")[1][0])
+        first, _, last = said[7].partition(" to ")
         assert int(first[0]) <= number <= int((last or first)[0]) + 1
-        assert f"position {one.position}: source files" in str(one)
     foreign = StoreBlocks([counting_store(tmp_path, 100)], block_size=10)
-    assert "files of tokens" in str(show(foreign, [1], lambda ids: str(list(ids)))[0])
+    assert "files of tokens" in next(locate(foreign, [1]))[0]
 
 
 @settings(max_examples=100, deadline=None)

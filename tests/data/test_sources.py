@@ -223,6 +223,14 @@ def test_long_and_undecodable_file_names(tmp_path: Path) -> None:
         ("-", "standard input.*write it to a file"),
         ({"path": "corpus.txt", "wieght": 1}, r"unknown option 'wieght' .*; did you mean 'weight'\?"),
         ({"weight": 1}, "without a path"),
+        ({"paths": []}, "without a path"),
+        ({"paths": 5}, "a path must be a text, not 5"),
+        ({"path": ["corpus.txt", None]}, "a path must be a text, not None"),
+        ({"path": "corpus.txt", "encoding": 5}, "encoding 5 is not known"),
+        ({"path": "corpus.txt", "weight": True}, "positive"),
+        ({"path": "corpus.txt", "weight": float("nan")}, "positive"),
+        (None, "a source is a path.*not None"),
+        (7, "a source is a path.*not 7"),
         ({"path": "corpus.txt", "weight": 0}, "positive"),
         ({"path": "corpus.txt", "unit": "lines"}, r"unknown unit 'lines'; .*; did you mean 'line'\?"),
         ({"path": "corpus.txt", "encoding": "shift-jiss"}, "encoding 'shift-jiss' is not known"),
@@ -253,6 +261,25 @@ def test_wrong_requests(tmp_path: Path, entry: Any, message: str, monkeypatch: p
     with pytest.raises(RequestError, match=message) as caught:
         resolve_sources([entry])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.zip", b"PK\x03\x04rest", "a zip archive"),
+        ("a.tar.gz", gzip.compress(b"\0" * 257 + b"ustar" + b"\0" * 600), "a tar archive: unpack it"),
+        ("a.txt", b"\x7fELF\0\0", "a program"),
+        ("a", b"PAR1\0\0", "a parquet file: give it a name that ends in .parquet"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer.*git lfs pull"),
+        ("a.jsonl", b"BZh91AY&SY\0\0", "bzip2 data: give it a name that ends in .bz2"),
+    ],
+)
+def test_archive_named_as_text_is_refused_at_once(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RequestError, match=rf"{re.escape(name)} is not text but {message}"):
+        resolve_sources([str(tmp_path / name)])
 
 
 def test_field_missing_in_some_records_is_allowed(tmp_path: Path) -> None:

@@ -338,7 +338,7 @@ def test_a_hub_data_set_streams_and_prepares(tmp_path: Path) -> None:
         StreamDataset(
             documents.resolve_sources([f"hf://{tmp_path}/none"]), Tagged(), block_size=4, lanes=1, seed=1
         )
-    with pytest.raises(RequestError, match="splitt is not known"):
+    with pytest.raises(RequestError, match="unknown option splitt; choose from config, split"):
         StreamDataset(
             documents.resolve_sources([f"hf://{folder}?splitt=x"]), Tagged(), block_size=4, lanes=1, seed=1
         )

@@ -62,7 +62,7 @@ PIECES = st.sampled_from(
     part_bytes=st.integers(1, 60),
     bom=st.booleans(),
 )
-def test_plain_text_is_the_same_however_it_is_cut(
+def test_plain_text_does_not_depend_on_part_size(
     tmp_path_factory: pytest.TempPathFactory, content: str, unit: str, part_bytes: int, bom: bool
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "plain.txt"
@@ -90,7 +90,7 @@ def test_plain_text_is_the_same_however_it_is_cut(
     part_bytes=st.integers(1, 80),
     end=st.sampled_from(["", "\n", "\r\n"]),
 )
-def test_json_lines_are_the_same_however_they_are_cut(
+def test_json_lines_do_not_depend_on_part_size(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str], part_bytes: int, end: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "lines.jsonl"
@@ -105,7 +105,7 @@ def test_json_lines_are_the_same_however_they_are_cut(
     ),
     broken_at=st.integers(0, 12),
 )
-def test_lines_do_not_depend_on_how_the_bytes_arrive(pieces: list[bytes], broken_at: int) -> None:
+def test_lines_do_not_depend_on_chunk_size(pieces: list[bytes], broken_at: int) -> None:
     whole = b"".join(pieces)
     expected = whole.split(b"\n")
     if not expected[-1]:
@@ -121,7 +121,7 @@ def test_lines_do_not_depend_on_how_the_bytes_arrive(pieces: list[bytes], broken
     assert kept == before.split(b"\n")[:-1] + (tail if tail[-1] else tail[:-1])
 
 
-def test_small_files_share_a_part_and_large_ones_are_cut(tmp_path: Path) -> None:
+def test_parts_of_small_and_large_files(tmp_path: Path) -> None:
     for number in range(10):
         (tmp_path / f"{number}.txt").write_text(f"document {number}\n" * 10)
     [source] = resolve_sources([str(tmp_path)])
@@ -225,7 +225,7 @@ def test_parquet_bad_values(tmp_path: Path) -> None:
     assert [b.where for b in bad] == ["row 1"]
 
 
-def test_several_frames_are_one_stream(tmp_path: Path) -> None:
+def test_concatenated_compressed_frames(tmp_path: Path) -> None:
     for suffix, compress in COMPRESS.items():
         path = tmp_path / f"a.txt{suffix}"
         path.write_bytes(
@@ -239,7 +239,7 @@ def test_several_frames_are_one_stream(tmp_path: Path) -> None:
     assert texts_of(source_of(tmp_path / "a.txt.gz")) == ["one", "two"]
 
 
-def test_text_is_otherwise_left_alone(tmp_path: Path) -> None:
+def test_text_is_not_normalized(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     kept = "  two  spaces \t Å e\u0301 ﬁ \u200b\u00a0 \x1b[0m \x0b"
     path.write_bytes(f"{kept}\nlone\rreturn\n\n \u3000\n".encode())
@@ -252,7 +252,7 @@ def test_text_is_otherwise_left_alone(tmp_path: Path) -> None:
 # --- bad records ---
 
 
-def test_each_bad_record_is_located_and_costs_only_itself(tmp_path: Path) -> None:
+def test_bad_json_records_are_located(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     good = json.dumps({"text": "good"}).encode()
     cases = {
@@ -340,7 +340,7 @@ def test_json_array_needs_the_memory_of_one_record(tmp_path: Path) -> None:
     assert peak < 12 * 2**20, f"{peak:,} bytes for a file of {path.stat().st_size:,}"
 
 
-def test_other_encodings_are_bad_records_with_the_remedy(tmp_path: Path) -> None:
+def test_wrong_encoding_names_data_encoding(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"good\n" + "漢字カナ".encode("cp932") + b"\ngood")
     documents, bad, _ = read_all(source_of(path, unit="line"))
@@ -387,7 +387,7 @@ def test_damaged_compressed_file_keeps_all_before_the_damage(tmp_path: Path, suf
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
-def test_a_truncated_stream_keeps_everything_before(tmp_path: Path, suffix: str) -> None:
+def test_truncated_compressed_file_keeps_all_before(tmp_path: Path, suffix: str) -> None:
     source_lines = [f"{n} {random.Random(n).getrandbits(64)}" for n in range(30_000)]
     data = COMPRESS[suffix]("\n".join(source_lines).encode())
     path = tmp_path / f"a.txt{suffix}"
@@ -403,14 +403,14 @@ def test_a_truncated_stream_keeps_everything_before(tmp_path: Path, suffix: str)
         )
 
 
-def test_a_record_is_good_if_only_its_line_end_is_cut_off(tmp_path: Path) -> None:
+def test_json_record_without_line_end_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b"}')[:-4])  # in the middle of the checksum
     documents, bad, _ = read_all(source_of(path))
     assert ([d.text for d in documents], len(bad)) == (["a", "b"], 1)
 
 
-def test_a_line_of_100_megabytes_is_one_document(tmp_path: Path) -> None:
+def test_line_of_100_megabytes_is_one_document(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     with path.open("wb") as file:
         file.write("前\n".encode())
@@ -423,7 +423,7 @@ def test_a_line_of_100_megabytes_is_one_document(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unit", ["line", "paragraph", "file"])
-def test_what_is_too_large_is_a_bad_record(
+def test_too_large_document_is_a_bad_record(
     tmp_path: Path, unit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compression, "MAX_DOCUMENT_BYTES", 1000)
@@ -437,7 +437,7 @@ def test_what_is_too_large_is_a_bad_record(
     assert "1,000" in bad[0].reason
 
 
-def test_vanished_and_changed_files_are_noticed(tmp_path: Path) -> None:
+def test_vanished_and_changed_files_are_bad_records(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(f"{name}1\n{name}2\n")
     [source] = resolve_sources([str(tmp_path)], unit="line")
@@ -456,7 +456,7 @@ def test_vanished_and_changed_files_are_noticed(tmp_path: Path) -> None:
     assert [b.reason.split()[2] for b in read_all(source)[1]] == ["vanished"]
 
 
-def test_a_policy_that_raises_ends_the_reading(tmp_path: Path) -> None:
+def test_error_in_bad_record_callback_ends_reading(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n{\n')
 
@@ -625,7 +625,7 @@ def test_fuzz_50000_damaged_files(tmp_path: Path) -> None:
 # --- splitting ---
 
 
-def test_the_held_out_side_is_decided_by_the_content_alone() -> None:
+def test_validation_split_is_decided_by_content() -> None:
     texts = [f"document {n} 猫" for n in range(20_000)]
     held = [t for t in texts if side(t, 0.05) == "valid"]
     assert 900 < len(held) < 1100  # 1,000 expected, standard deviation 31
@@ -637,7 +637,7 @@ def test_the_held_out_side_is_decided_by_the_content_alone() -> None:
     assert side("猫", 0.5) == "valid"  # golden: a new hash would mix training and held-out text
 
 
-def test_nothing_heavy_is_imported() -> None:
+def test_text_package_imports_no_torch() -> None:
     program = (
         "import sys, lmcore.data.text.documents, lmcore.data.tokenizer.tokenizer, lmcore.data.inspect\n"
         "print([m for m in ('torch', 'transformers', 'pyarrow', 'zstandard') if m in sys.modules])"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -22,6 +23,10 @@ def refused(*argv: str, processes: int = 1) -> str:
         preflight(parse(list(argv), default_recipe=None), processes=processes)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_run_dir_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    assert "is not UTF-8" in refused("--run_dir", os.path.join(tmp_path, os.fsdecode(b"run\xe9")))
 
 
 def test_global_batch_must_divide_among_the_processes() -> None:

@@ -109,7 +109,9 @@ def commit(path: Path, data: bytes) -> None:
 
 def encoded(value: Any) -> bytes:
     """JSON as it stands in the files of a store."""
-    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(
+        "utf-8", "backslashreplace"
+    )
 
 
 # ---- who builds which part ----

@@ -140,7 +140,7 @@ class BadRecord:
     def __str__(self) -> str:
         lost = ""
         if self.at_least:
-            lost = f" (lost: at least {self.documents:,} documents, about {size(self.n_bytes)})"
+            lost = f" (lost: about {size(self.n_bytes)} of text, an unknown number of documents)"
         elif self.documents > 1:
             lost = f" (lost: {self.documents:,} documents)"
         return one_line(f"{self.path}, {self.where}: {self.reason}{lost}")

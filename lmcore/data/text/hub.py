@@ -1,8 +1,11 @@
-"""Data sets of the Hugging Face Hub as sources: ``hf://owner/name``, read as a stream.
+"""Datasets of the Hugging Face Hub as sources: ``hf://owner/name[@revision][?config=...&split=...]``, read as a stream.
 
-Comes in: a :class:`lmcore.data.text.documents.Source` whose path is ``hf://owner/name[@revision][?config=...&split=...]``.
-Goes out: its shards as parts, and the documents of a part. What always holds: the same revision gives the
-same documents in the same order. Needs the optional package ``datasets``.
+The same revision gives the same documents in the same order. Needs the optional package ``datasets``.
+
+    [source] = resolve_sources(["hf://roneneldan/TinyStories@main?split=validation"])
+    for part in parts_of(source, part_bytes=2**26):
+        for document in documents_of(source, part, bad=print):
+            document.text
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ PREFIX = HUB
 
 @lru_cache(maxsize=8)
 def _open(path: str) -> tuple[Any, str]:
-    """(the streaming data set, a hash of what it is made of).
+    """(the streaming dataset, a hash of what it is made of).
 
     Raises:
-        RequestError: ``datasets`` is not installed, or there is no such data set.
+        RequestError: ``datasets`` is not installed, or there is no such dataset.
     """
     try:
-        import datasets  # optional, and slow to import: only who names hf:// pays
+        import datasets  # optional, and slow to import
     except ImportError:
         raise RequestError(f"{path} needs the package datasets: pip install datasets") from None
     name, _, query = path.removeprefix(PREFIX).partition("?")
@@ -35,11 +38,11 @@ def _open(path: str) -> tuple[Any, str]:
     options = {key: values[-1] for key, values in parse_qs(query).items()}
     unknown = sorted(set(options) - {"config", "split"})
     if unknown:
-        raise RequestError(f"{path}: {', '.join(unknown)} is not known; config= and split= are")
+        raise RequestError(f"{path}: unknown option {', '.join(unknown)}; choose from config, split")
     try:
         builder = datasets.load_dataset_builder(name, options.get("config"), revision=revision or None)
         data = builder.as_streaming_dataset(split=options.get("split", "train"))
-    except (OSError, ValueError) as error:  # no network, no such data set, config or split
+    except (OSError, ValueError) as error:  # no network, no such dataset, config or split
         raise RequestError(f"{path} cannot be opened: {error}") from error
     return (
         data,
@@ -48,15 +51,15 @@ def _open(path: str) -> tuple[Any, str]:
 
 
 def fingerprint(path: str) -> str:
-    """Changes whenever the data set does."""
+    """A hash that changes whenever the dataset does."""
     return _open(path)[1]
 
 
 def is_hub(source: documents.Source) -> bool:
-    """Is it a data set of the Hub?
+    """Is the source a dataset of the Hub?
 
     Raises:
-        RequestError: it is one among others.
+        RequestError: it is one of several paths of the source.
     """
     found = [path.startswith(PREFIX) for path in source.paths]
     if any(found) and len(found) > 1:
@@ -65,7 +68,7 @@ def is_hub(source: documents.Source) -> bool:
 
 
 def parts_of(source: documents.Source, *, part_bytes: int) -> list[documents.Part]:
-    """The parts of any source: :func:`lmcore.data.text.documents.parts`, or one part for each shard of a data set."""
+    """The parts of any source: :func:`lmcore.data.text.documents.parts`, or one part for each shard of a dataset."""
     if not is_hub(source):
         return documents.parts(source, part_bytes=part_bytes)
     [path] = source.paths

@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lmcore.data.text import formats
-from lmcore.data.text.compression import CODECS, SURROGATE, chunks, compression_of, encoding_is_wide
+from lmcore.data.text.compression import CODECS, SURROGATE, Damage, chunks, compression_of, encoding_is_wide
+from lmcore.data.text.signatures import HEAD_BYTES, signature
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean
 
@@ -111,8 +112,11 @@ def _plain(paths: Iterable[str]) -> list[str]:
 
 
 def _suffix(path: str) -> str:
-    stem, suffix = os.path.splitext(path.lower())
-    return os.path.splitext(stem)[1] if suffix in CODECS else suffix
+    """``.txt`` of ``a.TXT`` and of ``a.txt.gz``; empty for ``a`` and ``.a``."""
+    names = path.rpartition("/")[2].lower().lstrip(".").split(".")
+    if len(names) > 1 and f".{names[-1]}" in CODECS:
+        names.pop()
+    return f".{names[-1]}" if len(names) > 1 else ""
 
 
 def resolve_sources(
@@ -220,8 +224,12 @@ def _source(entry: Entry, text_field: str, unit: str, encoding: str) -> Source:
     if isinstance(entry, tuple):
         folder = _common_folder(entry)
         options: dict[str, Any] = {"paths": entry, "name": _name(folder)}
+    elif isinstance(entry, str | os.PathLike):
+        options = {"path": entry}
+    elif isinstance(entry, Mapping):
+        options = dict(entry)
     else:
-        options = {"path": entry} if isinstance(entry, str) else dict(entry)
+        raise RequestError(f"a source is a path, a glob, a folder or a mapping with 'path', not {entry!r}")
     known = ("path", "paths", "weight", "name", "text_field", "unit", "encoding")
     for key in options:
         if key not in known:
@@ -248,7 +256,9 @@ def _source(entry: Entry, text_field: str, unit: str, encoding: str) -> Source:
     ignored = 0
     notes: list[str] = []
     for pattern in patterns:
-        found = _expand(str(pattern))
+        if not isinstance(pattern, str | os.PathLike):
+            raise RequestError(f"a path must be a text, not {pattern!r}")
+        found = _expand(os.fspath(pattern))
         ignored += found.ignored
         notes += found.notes
         for path, relative in found.files:
@@ -273,7 +283,9 @@ def _source(entry: Entry, text_field: str, unit: str, encoding: str) -> Source:
 
 
 def _as_list(value: Any) -> Sequence[Any]:
-    return [] if value is None else [value] if isinstance(value, str | os.PathLike) else list(value)
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _utf8_name(name: str) -> str:
@@ -351,7 +363,7 @@ def _expand(pattern: str) -> _Found:
         if os.path.isdir(path):
             return _folder(path, pattern)
         if os.path.isfile(path):
-            return _Found([(_readable(path), os.path.basename(path))])
+            return _Found([(_checked_content(_readable(path)), os.path.basename(path))])
         if glob.has_magic(pattern):
             return _matches(pattern)
         if os.path.exists(path):
@@ -436,6 +448,19 @@ def _match(names: Sequence[str], parts: Sequence[str]) -> bool:
 def _readable(path: str) -> str:
     if not os.access(path, os.R_OK):
         raise RequestError(f"{path} may not be read by this user (chmod u+r)")
+    return path
+
+
+def _checked_content(path: str) -> str:
+    """A file that was named itself must be text. (In folders and globs an archive is a bad record among others.)"""
+    if path.endswith(FOREIGN_SUFFIXES):
+        return path
+    with open(path, "rb") as file:
+        head = next(chunks(file, compression_of(path)), b"")
+    if isinstance(head, Damage) or (head.startswith(b"PAR1") and file_kind(path) == "parquet"):
+        return path  # reading says more
+    if what := signature(head[:HEAD_BYTES]):
+        raise RequestError(f"{path} is not text but {what}")
     return path
 
 
@@ -551,7 +576,7 @@ def _auto_unit(paths: Sequence[str], encoding: str) -> tuple[str, str]:
         return "line", "auto: no plain text files"
     if 2 * sum(_suffix(p) in _CODE for p in plain) > len(plain):
         return "file", "auto: mostly source code or markup"
-    if len(plain) > 1 and statistics.median(os.path.getsize(p) for p in plain) <= _SMALL_FILE_BYTES:
+    if len(plain) > 1 and statistics.median(map(_size, plain)) <= _SMALL_FILE_BYTES:
         return "file", f"auto: {len(plain)} files, the median at most 1 MiB"
     head: list[bytes] = []
     try:
@@ -566,6 +591,13 @@ def _auto_unit(paths: Sequence[str], encoding: str) -> tuple[str, str]:
     if _has_paragraphs(text.split("\n")):
         return "paragraph", f"auto: blank lines in {os.path.basename(plain[0])}"
     return "line", f"auto: no blank lines in {os.path.basename(plain[0])}"
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0  # vanished since it was listed: reading reports it
 
 
 def _has_paragraphs(lines: Sequence[str]) -> bool:

@@ -1,0 +1,224 @@
+"""Bad records: counted as documents and bytes, limited, reported, and the reason of the first one reaches the user."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet
+import pytest
+
+from lmcore.data import corpus
+from lmcore.data.store import build
+from lmcore.data.store.store import TokenStore
+from lmcore.data.stream import StreamDataset
+from lmcore.data.text import documents
+from lmcore.errors import FaultError, RequestError
+from tests.support.data import Bytes
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> documents.Source:
+    lines = [json.dumps({"text": f"document {number} of this file"}) for number in range(200)]
+    lines[50], lines[120] = "{broken", '{"text": 5}'
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    [found] = documents.resolve_sources([str(tmp_path / "a.jsonl")])
+    return found
+
+
+def test_store_reports_bad_records_at_each_start(
+    tmp_path: Path, source: documents.Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"store_dir": tmp_path / "stores", "on_error": "skip", "max_bad_fraction": 0.5}
+    for _ in range(2):
+        notes: list[str] = []
+        store = build.build_store(source, Bytes(), note=notes.append, **options)
+        first, second = (record for part in store.manifest["parts"] for record in part["bad_records"])
+        assert notes == [
+            "a: 2 bad records are left out",
+            f"  a.jsonl, {first['where']}: {first['reason']}",
+            f"  a.jsonl, {second['where']}: {second['reason']}",
+        ]
+    assert "not JSON" in first["reason"]
+    monkeypatch.setattr(build, "_SAID_RECORDS", 1)
+    notes = []
+    build.build_store(source, Bytes(), note=notes.append, **options)
+    assert notes[2:] == [f"  and 1 more, in {store.folder}/manifest.json"]
+
+
+def test_stream_reports_each_bad_record_once(
+    source: documents.Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = StreamDataset(
+        [source], Bytes(), block_size=50, lanes=1, seed=1, on_error="skip", max_bad_fraction=0.5
+    )
+    for position in range(300):  # three times through the file
+        dataset.read(np.array([position]))
+    said = [record.getMessage() for record in caplog.records if record.name == "lmcore.data.stream"]
+    assert len(said) == 2
+    assert all(line.startswith(f"left out: {source.paths[0]}, byte ") for line in said)
+
+
+def parquet(path: Path, column: str, texts: list[str]) -> None:
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    arrow.parquet.write_table(arrow.table({column: texts}), path, **options)
+
+
+def skipping(folder: Path, path: Path, limit: float, **options: Any) -> TokenStore:
+    [source] = documents.resolve_sources([str(path)], **options)
+    return build.build_store(
+        source, Bytes(), store_dir=folder / "stores", on_error="skip", max_bad_fraction=limit
+    )
+
+
+def test_lost_parquet_rows_count_as_documents(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    texts = [f"document number {number} with some words" for number in range(500)]
+    parquet(folder / "a.parquet", "text", texts)
+    parquet(folder / "b.parquet", "content", texts)
+    parquet(folder / "c.parquet", "text", [text + " x" for text in texts])
+    data = bytearray((folder / "c.parquet").read_bytes())
+    data[200] ^= 255
+    (folder / "c.parquet").write_bytes(data)
+    with pytest.raises(FaultError, match=r"1,000 of 1,500 documents of text are bad or lost, about 6\d"):
+        skipping(tmp_path, folder, 0.6)
+    store = skipping(tmp_path, folder, 0.7)
+    assert (store.n_documents, store.manifest["bad"], store.manifest["bad_places"]) == (500, 1000, 2)
+    # A stream counts alike.
+    [source] = documents.resolve_sources([str(folder)])
+    stream = StreamDataset(
+        [source], Bytes(), block_size=50, lanes=1, seed=1, on_error="skip", max_bad_fraction=0.1
+    )
+    with pytest.raises(
+        FaultError, match=r"00 of [\d,]+ documents so far are bad or lost, \d+\.\d+% of the text"
+    ):
+        stream.read(np.arange(2000))
+
+
+def test_rest_of_a_damaged_file_counts_by_its_bytes(tmp_path: Path) -> None:
+    frames = [
+        gzip.compress("".join(f"{number} {hash((number, frame))}\n" for number in range(2000)).encode())
+        for frame in range(10)
+    ]
+    (tmp_path / "a.txt.gz").write_bytes(b"".join(frames)[:-5])  # cut off: nothing tells how much is missing
+    with pytest.raises(
+        FaultError, match=r"at least 1 of 20,001 documents of a are bad or lost, more than.*is cut off"
+    ):
+        skipping(tmp_path, tmp_path / "a.txt.gz", 1e-9, unit="line")
+    frames[5] = b"\xff" + frames[5][1:]
+    (tmp_path / "b.txt.gz").write_bytes(b"".join(frames))
+    with pytest.raises(
+        FaultError, match=r"at least 1 of 10,001 documents of b are bad or lost, about [45]\d\.\d+% of the"
+    ):
+        skipping(tmp_path, tmp_path / "b.txt.gz", 0.4, unit="line")
+    store = skipping(tmp_path, tmp_path / "b.txt.gz", 0.6, unit="line")
+    assert (store.n_documents, store.manifest["bad_unknown"]) == (10_000, 1)
+    # One line that is most of the text is few documents and many bytes.
+    (tmp_path / "c.txt").write_bytes(b"short\n" * 5000 + b"\xff" * 50_000)
+    with pytest.raises(
+        FaultError, match=r"1 of 5,001 documents of c are bad or lost, about 62\.\d+% of the text"
+    ):
+        skipping(tmp_path, tmp_path / "c.txt", 0.1, unit="line")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("sjis.txt", "吾輩は猫である。\n".encode("cp932") * 9, "not utf-8.*set data.encoding"),
+        ("u16.txt", "吾輩は猫である。\n".encode("utf-16") * 9, "looks like utf-16"),
+        ("list.jsonl", b'{"text": ["a"]}\n' * 9, "must be a string, not list"),
+        ("a.json", b'["a", "b"]', "a record must be an object, not str"),
+        ("a.zip", b"PK\x03\x04rest", "a zip archive.*unpack it"),
+        ("a.tar", b"\0" * 257 + b"ustar" + b"\0" * 600, "a tar archive: unpack it"),
+        ("a.db", b"SQLite format 3\0rest", "an SQLite database"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ],
+)
+def test_first_bad_record_is_named_when_there_is_no_text(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    path = (
+        tmp_path / f"{name[:-1]}*"
+    )  # in a glob: a file that is named itself is refused at once if it is not text
+    seen: list[documents.BadRecord] = []
+    options: dict[str, Any] = {
+        "reading": corpus.Reading(),
+        "valid_fraction": 0.01,
+        "max_bytes": 10**6,
+        "seed": 1,
+    }
+    with pytest.raises(
+        RequestError, match=rf"(?s)no text to train a tokenizer on.*first bad record: .*{reason}"
+    ):
+        list(corpus.training_texts([str(path)], bad=seen.append, **options))
+    assert seen
+    with pytest.raises(RequestError, match=rf"(?s)holds no text at all.*first bad record: .*{reason}"):
+        skipping(tmp_path, path, 1.0)
+    stream = StreamDataset(
+        documents.resolve_sources([str(path)]),
+        Bytes(),
+        block_size=4,
+        lanes=2,
+        seed=1,
+        on_error="skip",
+        max_bad_fraction=1.0,
+    )
+    with pytest.raises(RequestError, match=rf"(?s)hold no text at all; the first bad record: .*{reason}"):
+        stream.read(np.arange(2))
+
+
+def opened(
+    folder: Path, train: list[Any], valid: list[Any], **options: Any
+) -> tuple[corpus.Corpus, list[str]]:
+    notes: list[str] = []
+    made = corpus.open_corpus(
+        Bytes(),  # type: ignore[arg-type]
+        train=train,
+        valid=valid,
+        test=[],
+        valid_fraction=0.0,
+        reading=corpus.Reading(**options),
+        store_dir=str(folder / "stores"),
+        eos=True,
+        processes=1,
+        worker=0,
+        on_error="raise",
+        max_bad_fraction=0.0,
+        note=notes.append,
+    )
+    return made, notes
+
+
+def test_validation_text_has_the_unit_of_the_training_text(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("first\n\nsecond\n")
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "a.txt").write_text("a\n\nb\n\nc\n")
+    train, valid = [f"{tmp_path}/*.txt"], [str(tmp_path / "held")]
+    made, _ = opened(tmp_path, train, valid)
+    assert made.train[0].n_documents == 3
+    assert made.valid["held"].n_documents == 1  # by itself it would be three paragraphs
+    made, _ = opened(tmp_path, train, [{"path": valid[0], "unit": "line"}])
+    assert made.valid["held"].n_documents == 3
+    made, _ = opened(tmp_path, train, valid, unit="paragraph")
+    assert (made.train[0].n_documents, made.valid["held"].n_documents) == (6, 3)
+
+
+def test_validation_file_inside_the_training_glob_is_said(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link.txt").symlink_to(tmp_path / "b.txt")
+    _, notes = opened(tmp_path, [f"{tmp_path}/*.txt"], [str(tmp_path / "elsewhere" / "link.txt")])
+    [note] = [note for note in notes if "overlaps with the training text" in note]
+    assert "data.valid 'link'" in note
+    assert "data.valid_fraction" in note
+    (tmp_path / "elsewhere" / "own.txt").write_text("other text")
+    assert opened(tmp_path, [f"{tmp_path}/*.txt"], [str(tmp_path / "elsewhere" / "own.txt")])[1] == []
