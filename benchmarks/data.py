@@ -358,7 +358,7 @@ def scaling(made: Path, folder: Path, copies: int, rounds: int) -> dict[str, Any
     """``prepare`` of a larger corpus (many copies of the same text, one file each) with one process and with two."""
     corpus = folder / "corpus"
     corpus.mkdir()
-    [source] = text.resolve(["stdlib"])
+    [source] = text.resolve_sources(["stdlib"])
     documents = [d.text for part in text.parts(source) for d in text.read(source, part, bad=print)]
     content = "".join(json.dumps({"text": one}) + "\n" for one in documents)
     for number in range(copies):
@@ -368,7 +368,7 @@ def scaling(made: Path, folder: Path, copies: int, rounds: int) -> dict[str, Any
     def build(processes: int) -> int:
         nonlocal number
         number += 1
-        [many] = text.resolve([str(corpus)])
+        [many] = text.resolve_sources([str(corpus)])
         place = folder / f"scaling-{number}"
         store = tokens.build_store(many, load_tokenizer(made), store_dir=place, processes=processes)
         shutil.rmtree(place)
@@ -407,7 +407,7 @@ def shuffling(folder: Path, quick: bool) -> dict[str, float]:
     # 48 characters and an end: a document is a block of 16 tokens, a part of the corpus 100 neighbouring documents.
     path = folder / "numbered.txt"
     path.write_text("".join(f"{number // 100:03d}{number:045d}\n" for number in range(100_000)))
-    [source] = text.resolve([{"path": str(path), "unit": "line"}])
+    [source] = text.resolve_sources([{"path": str(path), "unit": "line"}])
     for lanes, window in ((16, 1024), (64, 1024), (64, 16_384)):
         data = StreamDataset([source], Numbered(), block_size=16, lanes=lanes, seed=3, window_blocks=window)
         data = data.resumed(data.new_cursor())
@@ -489,7 +489,7 @@ def main() -> None:
     for name in ("datasets", "litdata"):
         if not has(name):
             print(f"{name} is not installed: its row is left out")
-    [source] = text.resolve(["stdlib"])
+    [source] = text.resolve_sources(["stdlib"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = folder / "tokenizer"

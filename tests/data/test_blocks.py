@@ -156,7 +156,7 @@ def test_any_position_can_be_shown(tmp_path: Path) -> None:
     folder.mkdir()
     for number in range(6):
         (folder / f"{number}.txt").write_text(f"file {number} " * 40)
-    [source] = text.resolve([{"path": str(folder), "unit": "file", "name": "files"}])
+    [source] = text.resolve_sources([{"path": str(folder), "unit": "file", "name": "files"}])
     store = build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=800)
     dataset = StoreBlocks([store], block_size=40, seed=3)
     assert len(store.manifest["parts"]) > 1

@@ -46,7 +46,7 @@ def corpus(folder: Path, n: int = 12, size: int = 900) -> text.Source:
     for number in range(n):
         words = " ".join(f"{number}.{place} 文" for place in range(size // 8))
         (folder / f"{number:03}.txt").write_text(words)
-    return text.resolve([{"path": str(folder), "unit": "file", "name": "small"}])[0]
+    return text.resolve_sources([{"path": str(folder), "unit": "file", "name": "small"}])[0]
 
 
 def contents(folder: Path | None) -> dict[str, bytes]:
@@ -125,7 +125,7 @@ def test_the_two_sides_of_a_split_are_the_whole(tmp_path: Path) -> None:
 def test_the_number_of_processes_changes_no_byte(tmp_path: Path, processes: int) -> None:
     source = corpus(tmp_path / "text")
     (tmp_path / "text" / "004.txt").write_bytes(b"broken \xff\xfe here")
-    [source] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
+    [source] = text.resolve_sources([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
     options = {"part_bytes": 2000, "on_error": "skip", "max_bad_fraction": 0.5}
     one = build_store(source, Bytes(), store_dir=tmp_path / "one", **options)
     seen: list[Progress] = []
@@ -152,7 +152,7 @@ def test_appended_files_only_add_parts_and_the_change_is_said(tmp_path: Path) ->
     source = corpus(tmp_path / "text", 12)
     first = build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
     (tmp_path / "text" / "zzz.txt").write_text("new " * 600)
-    [grown] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
+    [grown] = text.resolve_sources([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
     tokenizer, notes = Counting(), []
     second = build_store(grown, tokenizer, store_dir=tmp_path / "stores", note=notes.append)
     assert tokenizer.texts == 1
@@ -189,7 +189,7 @@ def test_every_change_is_noticed(tmp_path: Path) -> None:
     assert "1 files changed (005.txt)" in notes[-1]
     moved = tmp_path / "moved"
     (tmp_path / "text").rename(moved)
-    [again] = text.resolve([{"path": str(moved), "unit": "file", "name": "small"}])
+    [again] = text.resolve_sources([{"path": str(moved), "unit": "file", "name": "small"}])
     fingerprints.add(build_store(again, Bytes(), store_dir=tmp_path / "stores").fingerprint)
     assert len(fingerprints) == 4  # a moved corpus is the same corpus
 
@@ -206,7 +206,7 @@ from tests.support.data import SlowBytes
 from tests.support.disk_faults import KillAt
 
 DISK.before = KillAt({kill_at}, torn=True)
-[source] = text.resolve([{{"path": {path!r}, "unit": "file", "name": "small"}}])
+[source] = text.resolve_sources([{{"path": {path!r}, "unit": "file", "name": "small"}}])
 tokens.build_store(
     source, SlowBytes({delay}), store_dir={stores!r}, part_bytes=2000, worker={worker}, processes={processes}
 )
@@ -314,7 +314,7 @@ def test_tokenizing_processes_end_with_their_parent(tmp_path: Path) -> None:
     wait_for(lambda: not any(is_alive(pid) for pid in pids))
     assert (
         build_store(
-            text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])[0],
+            text.resolve_sources([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])[0],
             Bytes(),
             store_dir=stores,
         ).n_documents
@@ -343,12 +343,12 @@ def test_ranks_share_the_work_and_outlive_a_killed_one(tmp_path: Path) -> None:
 def test_a_failure_ends_all_processes_with_the_same_words(tmp_path: Path) -> None:
     corpus(tmp_path / "text", 30)
     (tmp_path / "text" / "017.txt").write_bytes(b"broken \xff here")
-    [source] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
+    [source] = text.resolve_sources([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
     with pytest.raises(FaultError, match=r"017\.txt, byte .*data\.on_error skip"):
         build_store(source, Bytes(), store_dir=tmp_path / "stores", processes=2, part_bytes=2000)
     # Mended, it goes on; the old failure is forgotten.
     (tmp_path / "text" / "017.txt").write_text("mended")
-    [source] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
+    [source] = text.resolve_sources([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
     assert build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000).n_documents == 30
 
 
@@ -416,7 +416,7 @@ def test_bad_records_are_counted_and_located_and_cost_no_good_one(tmp_path: Path
     lines = [json.dumps({"text": f"good {number}"}) for number in range(50)]
     lines[7], lines[20], lines[33] = "{broken", json.dumps({"text": 5}), json.dumps({"other": "x"})
     path.write_text("\n".join(lines))
-    [source] = text.resolve([str(path)])
+    [source] = text.resolve_sources([str(path)])
     with pytest.raises(FaultError, match=r"a\.jsonl, byte \d+: .*skip"):
         build_store(source, Bytes(), store_dir=tmp_path / "stores")
     with pytest.raises(
@@ -441,7 +441,7 @@ def test_bad_records_are_counted_and_located_and_cost_no_good_one(tmp_path: Path
 
 def test_no_text_at_all_is_a_refusal(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
-    [source] = text.resolve([str(tmp_path / "empty.txt")])
+    [source] = text.resolve_sources([str(tmp_path / "empty.txt")])
     with pytest.raises(RequestError, match=r"no text at all"):
         build_store(source, Bytes(), store_dir=tmp_path / "stores")
 
@@ -678,7 +678,7 @@ def test_unusual_names_of_sources_are_names_of_stores(tmp_path: Path, name: str)
     store = build_store(source, Bytes(), store_dir=tmp_path / "stores")
     assert store.name == name
     (tmp_path / "text" / "more.txt").write_text("more")
-    [grown] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file"}])
+    [grown] = text.resolve_sources([{"path": str(tmp_path / "text"), "unit": "file"}])
     notes: list[str] = []
     build_store(
         dataclasses.replace(grown, name=name), Bytes(), store_dir=tmp_path / "stores", note=notes.append
@@ -699,7 +699,7 @@ def test_a_file_system_without_hard_links_gives_the_same_store(
     store = build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
     assert contents(store.folder) == contents(whole.folder)
     (tmp_path / "text" / "zzz.txt").write_text("new " * 600)
-    [grown] = text.resolve([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
+    [grown] = text.resolve_sources([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
     tokenizer = Counting()
     build_store(grown, tokenizer, store_dir=tmp_path / "stores")
     assert tokenizer.texts == 1  # the unchanged parts are copied
@@ -736,7 +736,7 @@ def test_a_store_made_under_a_former_fingerprint_of_the_tokenizer_opens(tmp_path
 
 
 def opened(path: Path | str, **options: object) -> TokenStore:
-    [source] = text.resolve([str(path)])
+    [source] = text.resolve_sources([str(path)])
     tokenizer = Bytes()
     if options:
         tokenizer.__dict__.update(options)
@@ -849,10 +849,10 @@ def test_damaged_and_mixed_token_files_are_refused(tmp_path: Path) -> None:
         if words:
             with pytest.raises(RequestError, match=words):
                 opened(tmp_path / name)
-    [source] = text.resolve([{"paths": [str(tmp_path / "a.bin"), str(tmp_path / "wide.npy")]}])
+    [source] = text.resolve_sources([{"paths": [str(tmp_path / "a.bin"), str(tmp_path / "wide.npy")]}])
     with pytest.raises(RequestError, match=r"different widths"):
         build_store(source, Bytes(), store_dir=tmp_path / "stores")
-    [source] = text.resolve([str(tmp_path / "a.bin")])
+    [source] = text.resolve_sources([str(tmp_path / "a.bin")])
     with pytest.raises(RequestError, match=r"cannot be split"):
         build_store(source, Bytes(), store_dir=tmp_path / "stores", split=("train", 0.1))
     (tmp_path / "b.txt").write_text("text")

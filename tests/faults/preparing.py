@@ -49,7 +49,7 @@ def build(place: Path, stores: Path, worker: int) -> None:
     from lmcore.data.text import documents as text
     from lmcore.data.tokenizer.tokenizer import load_tokenizer
 
-    [source] = text.resolve([{"path": str(place / "texts"), "name": "texts"}])
+    [source] = text.resolve_sources([{"path": str(place / "texts"), "name": "texts"}])
     tokens.build_store(
         source, load_tokenizer(place / "tokenizer"), store_dir=stores, worker=worker, part_bytes=PART_BYTES
     )
