@@ -17,7 +17,7 @@ from lmcore.cli.options import configured, run_dir_of, taken
 from lmcore.cli.saved import tasks
 from lmcore.disk import DISK
 from lmcore.errors import EXIT_FINISHED, RequestError
-from lmcore.humanize import duration, size, table
+from lmcore.humanize import did_you_mean, duration, size, table
 from lmcore.run.preflight import preflight
 
 USAGE = """\
@@ -75,13 +75,13 @@ def plan_rows(
     """The plan of a configuration as rows.
 
     Args:
-        given: what :data:`USAGE` names, as words.
-        open_data: opens the run's data; called only where the budget is in epochs or the data are the user's own.
+        given: the options of :data:`USAGE` with their values as text.
+        open_data: opens the data of the run; called with ``--tokenize`` and for a dataset of the user's own.
 
     Raises:
-        RequestError: what the run itself would refuse.
+        RequestError: the run itself would be refused.
     """
-    asked = _Asked(config, given, open_data=open_data, note=note)
+    asked = _PlannedRun(config, given, open_data=open_data, note=note)
     rate, watts = _number(given, "tokens_per_second", 0), _number(given, "watts", 0)
     return asked.plan(tokens_per_second=rate or None, watts_per_device=watts or None).rows()
 
@@ -98,17 +98,17 @@ def probe_rows(
     Their numbers are kept in the run folder, for the run's report.
     """
     from lmcore.plan import probe
-    from lmcore.run import setup as assemble
+    from lmcore.run import setup
     from lmcore.run.planning import PLAN_FILE
 
-    engine = assemble.open_engine(config)
+    engine = setup.open_engine(config)
     try:
-        asked = _Asked(config, given, open_data=open_data, note=note, engine=engine)
+        asked = _PlannedRun(config, given, open_data=open_data, note=note, engine=engine)
         sizes, here = asked.sizes, asked.setting_here(probe.MICRO_BATCHES)
         measured = probe.probe(
             engine,
             partial(asked.build, note=lambda line: None),
-            partial(assemble.make_optimizer, config),
+            partial(setup.make_optimizer, config),
             asked.batch_for,
             accumulation=sizes.accumulation,
             micro_batch_blocks=sizes.micro_batch_blocks,
@@ -121,14 +121,14 @@ def probe_rows(
         expected = asked.plan(setting=here, device_type=engine.device.type).memory.total
         kind = "tensors" if engine.device.type == "cuda" else "resident, above what Python and torch take"
         part = "" if measured.micro_batches == sizes.accumulation else f" of {sizes.accumulation}"
-        assumed = ["the data are there in time", "nothing is evaluated or saved"]
+        assumed = ["no wait for data", "no evaluation, no checkpoints"]
         if made.setting.world_size != engine.world_size:
             assumed.append(
                 f"{made.setting.world_size} devices are {made.setting.world_size / engine.world_size:g} times as "
-                f"fast as {engine.world_size}, as if talking to one another took no time"
+                f"fast as {engine.world_size}, assuming that communication takes no time"
             )
         if watts is not None:
-            source = "what the board may draw, as nvidia-smi says" if watts == limit else "given by --watts"
+            source = "the power limit that nvidia-smi reports" if watts == limit else "given by --watts"
             assumed.append(
                 f"each device draws {watts:,.0f} W all the time ({source}); its host is not counted"
             )
@@ -157,8 +157,8 @@ def probe_rows(
         engine.close()
 
 
-class _Asked:
-    """A configuration understood: its model imagined, its budget in steps, without a weight."""
+class _PlannedRun:
+    """A configuration with its model on the meta device and its budget in steps; no weights are allocated."""
 
     def __init__(
         self,
@@ -171,16 +171,17 @@ class _Asked:
     ) -> None:
         import torch
 
-        from lmcore.run import planning
-        from lmcore.run import setup as assemble
+        from lmcore.run import planning, setup
         from lmcore.run.budget import horizon
 
         processes = int(_number(given, "processes", engine.world_size if engine else 1))
         strategy = given.get("strategy")
         if processes < 1:
-            raise RequestError(f"--processes {processes}: at least one device trains")
+            raise RequestError(f"--processes must be at least 1 (got {processes})")
         if strategy not in (None, *STRATEGIES):
-            raise RequestError(f"--strategy {strategy}: take one of {', '.join(STRATEGIES)}")
+            raise RequestError(
+                f"--strategy must be one of {', '.join(STRATEGIES)} (got {strategy}){did_you_mean(strategy, STRATEGIES)}"
+            )
         self.config, self.engine = config, engine
         on_gpu = engine.device.type == "cuda" if engine else torch.cuda.is_available()
         here = planning.device_bytes_of(torch.device("cuda" if on_gpu else "cpu"))
@@ -188,10 +189,10 @@ class _Asked:
         precision = config.train.precision
         if precision == "auto":
             precision = engine.precision if engine else "bf16" if self.device_bytes else "fp32"
-        self.block_size = assemble.block_size_of(config)
+        self.block_size = setup.block_size_of(config)
         own_data = config.data.factory is not None
         wanted = not own_data or config.tokenizer.path is not None
-        self.encoder = assemble.given_tokenizer(config) if wanted else None
+        self.encoder = setup.given_tokenizer(config) if wanted else None
         in_epochs = config.train.duration.unit == "epochs"
         data = open_data() if own_data or (in_epochs and "tokenize" in given) else None
         self.encoder = data.encoder if data else self.encoder
@@ -233,7 +234,7 @@ class _Asked:
         return blocks
 
     def plan(self, *, setting: Any = None, device_type: str | None = None, **known: Any) -> Any:
-        """The plan; of another setting or device if given."""
+        """The plan, for another setting or device if given."""
         from lmcore.run import planning
 
         return planning.plan_of(
@@ -249,7 +250,7 @@ class _Asked:
         )
 
     def setting_here(self, micro_batches: int) -> Any:
-        """What is probed: the engine's strategy and processes, a step of so many micro-batches at most."""
+        """The setting of the probe: strategy and processes of the engine, at most ``micro_batches`` in a step."""
         from lmcore.run import planning
 
         engine = self.engine
@@ -262,9 +263,9 @@ class _Asked:
 
     def build(self, *, note: Callable[[str], None]) -> Any:
         """The model with its weights, as the run would build it."""
-        from lmcore.run import setup as assemble
+        from lmcore.run import setup
 
-        return assemble.build_model(
+        return setup.build_model(
             self.config,
             vocab_size=self.vocab_size,
             special_ids=self.encoder.special_ids if self.encoder else {},
@@ -284,10 +285,17 @@ class _Asked:
 
 
 def _number(given: dict[str, str], name: str, default: float) -> float:
+    """The value of ``--name``: a finite number of at least 0. Raises :class:`RequestError`."""
+    text = given.get(name)
+    if text is None:
+        return default
     try:
-        return float(given.get(name, default))
+        value = float(text)
     except ValueError:
-        raise RequestError(f"--{name} {given[name]}: give a number") from None
+        value = -1.0
+    if not 0 <= value < 1e15:
+        raise RequestError(f"--{name} must be a number of at least 0 (got {text})")
+    return value
 
 
 def disk(folder: str | os.PathLike[str]) -> tuple[str, str]:

@@ -303,7 +303,16 @@ def test_report_compares_plan_and_measurement(tmp_path: Path) -> None:
 
 def test_invalid_number_of_processes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--processes", "0"]) == EXIT_REQUEST
-    assert "--processes 0: at least one" in capsys.readouterr().err
+    assert "--processes must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "x", "1e400", ""])
+@pytest.mark.parametrize("option", ["--device_gib", "--watts", "--tokens_per_second", "--processes"])
+def test_numbers_of_the_plan_must_be_finite(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--train.duration", "5 steps", option, value]) == EXIT_REQUEST
+    assert f"{option} must be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
