@@ -299,7 +299,7 @@ def test_the_plan_shows_its_arithmetic() -> None:
         "240 tokens",
         "100 steps",
         "2 epochs",
-        "24 (20",
+        "24; about 20",
         "does not fit",
         "would fit with",
     ):
