@@ -134,6 +134,34 @@ def redact(value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
     return _redact(value, secret_values(environ, None if environ is None else ()))
 
 
+def redact_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings without their secrets: by the names of the settings, by exact values, and in URLs.
+
+    Unlike :func:`redact` it does not search texts for assignments: a prompt that reads ``token=x`` stays as it is, so
+    that the settings repeat the run.
+    """
+    secrets = secret_values()
+
+    def leaf(text: str) -> str:
+        for secret in secrets:
+            text = text.replace(secret, HIDDEN)
+        return _URL_PASSWORD.sub(rf"\g<before>{HIDDEN}", text)
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, str):
+            return leaf(value)
+        if isinstance(value, Mapping):
+            return {
+                key: HIDDEN
+                if isinstance(key, str) and _is_value(item) and is_secret_name(key)
+                else walk(item)
+                for key, item in value.items()
+            }
+        return [walk(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return walk(values)
+
+
 def hide_values(text: str) -> str:
     """``text`` without the values of secret variables and options; names in it decide nothing."""
     for secret in secret_values():

@@ -6,7 +6,7 @@ nothing else, and a failure is noted once. After a resume a tracker continues th
 TensorBoard and Weights & Biases are tested; mlflow, trackio, comet_ml, aim, clearml, dvclive and swanlab are passed
 through untested.
 
-    >>> trackers = Trackers(["tensorboard"], "runs/demo", hyper_parameters={"lr": 3e-4}, note=print)
+    >>> trackers = Trackers(config.report, "runs/demo", hyper_parameters={"lr": 3e-4}, note=print)
     >>> trackers.log("train", {"loss": 9.01, "epoch": 0.1}, step=1)
     >>> trackers.close()
 """
@@ -29,11 +29,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean
 from lmcore.report.redact import redact
+
+if TYPE_CHECKING:
+    from lmcore.config.schema import ReportConfig
 
 QUEUE_RECORDS = 1000
 """Values that wait for a slow tracker; more are dropped, and counted."""
@@ -75,53 +78,48 @@ class Trackers:
 
     def __init__(
         self,
-        names: Sequence[str],
+        options: ReportConfig,
         run_dir: str | os.PathLike[str],
         *,
-        project: str = "lmcore",
-        name: str | None = None,
-        tags: Sequence[str] = (),
         hyper_parameters: Mapping[str, Any] | None = None,
-        save_code: bool = False,
         resume_step: int | None = None,
         run_ids: Mapping[str, str] | None = None,
-        webhook: str | None = None,
         note: Callable[[str], None] = print,
     ) -> None:
         """
         Args:
-            names: ``tensorboard``, ``wandb``, or any name that accelerate's ``log_with`` knows.
-            name: name of the run there; by default that of the run folder.
+            options: the trackers (names of accelerate's ``log_with``), what the run is called there, and the webhook
+                (a URL that takes a JSON object with ``text``: Slack, Mattermost, Discord's ``/slack``; by default the
+                variable ``LMCORE_WEBHOOK``).
             hyper_parameters: nested or flat; the version of the code is added.
-            save_code: Weights & Biases also keeps the source of the script.
             resume_step: the step of the checkpoint that was resumed; TensorBoard hides what was written beyond it.
             run_ids: :meth:`state` of the run that is resumed.
-            webhook: URL that takes a JSON object with ``text`` (Slack, Mattermost, Discord's ``/slack``); by
-                default the variable ``LMCORE_WEBHOOK``.
             note: gets one line for each tracker that fails.
 
         Raises:
             RequestError: see :func:`check`.
         """
         folder = Path(run_dir)
-        name = name or folder.resolve().name
+        name = options.name or folder.resolve().name
         self._note = note
-        self._webhook = webhook = webhook or os.environ.get(WEBHOOK_VARIABLE) or None
+        self._webhook = options.webhook or os.environ.get(WEBHOOK_VARIABLE) or None
         self._posts: list[threading.Thread] = []
         self._ids: dict[str, str] = {}
-        check(names, webhook)
+        check(options.trackers, self._webhook)
         settings = flat_scalars(redact({**(hyper_parameters or {}), "code_version": code_version()}))
         self._workers = []
-        for tracker in dict.fromkeys(names):
-            options: dict[str, Any] = {}
+        for tracker in dict.fromkeys(options.trackers):
+            own: dict[str, Any] = {}
             if tracker == "tensorboard":
                 # Hides what an abandoned past wrote beyond the step.
-                options = {"purge_step": None if resume_step is None else resume_step + 1}
+                own = {"purge_step": None if resume_step is None else resume_step + 1}
             elif tracker == "wandb":
                 run_id = self._ids["wandb"] = (run_ids or {}).get("wandb") or secrets.token_hex(4)
-                options = {"name": name, "id": run_id, "resume": "allow", "dir": os.fspath(folder)}
-                options |= {"tags": list(tags), "save_code": save_code, "config": settings}
-            opener = partial(TrackerAdapter, tracker, project, folder, settings, options, resume_step or 0)
+                own = {"name": name, "id": run_id, "resume": "allow", "dir": os.fspath(folder)}
+                own |= {"tags": list(options.tags), "save_code": options.save_code, "config": settings}
+            opener = partial(
+                TrackerAdapter, tracker, options.project, folder, settings, own, resume_step or 0
+            )
             self._workers.append(_Worker(tracker, opener, note))
 
     def log(self, group: str, values: Mapping[str, Any], step: int) -> None:

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from lmcore.checkpoint import reader, writer
+from lmcore.config import yaml
 from lmcore.config.durations import Durations
-from lmcore.config.schema import RunConfig, flatten, ranges, to_yaml
+from lmcore.config.schema import RunConfig, flatten, ranges, to_dict
 from lmcore.conventions import IGNORED_LABEL
 from lmcore.data.batches import Batches, StepBatch, merge_cursors
 from lmcore.data.cursor import Cursor, merge_skips
@@ -34,7 +35,7 @@ from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED, FaultError, Req
 from lmcore.model.module import parameter_counts
 from lmcore.plan import plan
 from lmcore.process import resident_bytes
-from lmcore.report.redact import redact
+from lmcore.report.redact import redact, redact_settings
 from lmcore.report.report import Report, silence_other_bars
 from lmcore.report.trackers import Trackers, tell
 from lmcore.run import dev_run, setup
@@ -310,18 +311,15 @@ class Run:
         )
         if engine.is_main:
             self.folder.write_status("running", step=state.step)
-            DISK.write_text(self.folder.path / "config.yaml", redact(to_yaml(config)))
+            DISK.write_text(
+                self.folder.path / "config.yaml", yaml.dump(redact_settings(to_dict(config, secrets=False)))
+            )
             self.trackers = Trackers(
-                config.report.trackers,
+                config.report,
                 self.folder.path,
-                project=config.report.project,
-                name=config.report.name,
-                tags=config.report.tags,
                 hyper_parameters=redact(flatten(config)),
-                save_code=config.report.save_code,
                 resume_step=state.step if self._found else None,
                 run_ids=self._past.get("trackers"),
-                webhook=config.report.webhook,
                 note=report.note,
             )
         report.start(

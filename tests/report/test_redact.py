@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from lmcore.config.schema import ReportConfig
 from lmcore.report.html import read_run, write_report
-from lmcore.report.redact import HIDDEN, is_secret_name, redact, secret_values
+from lmcore.report.redact import HIDDEN, is_secret_name, redact, redact_settings, secret_values
 from lmcore.report.report import Report
 from lmcore.report.trackers import Trackers
 
@@ -128,7 +129,9 @@ def test_no_output_of_a_report_holds_a_secret(
     text = " ".join(secrets.values())
     monkeypatch.setattr("sys.argv", ["train_lm.py", "--data.config.github_pat", f"{CANARY}-3"])
     stream = io.StringIO()
-    trackers = Trackers(["tensorboard"], tmp_path, hyper_parameters={"x": text}, note=pytest.fail)
+    trackers = Trackers(
+        ReportConfig(trackers=["tensorboard"]), tmp_path, hyper_parameters={"x": text}, note=pytest.fail
+    )
     with Report(tmp_path, stream=stream) as report:
         report.start([("model", text)])
         report.begin(total_steps=1, trackers=trackers)
@@ -152,3 +155,22 @@ def test_no_output_of_a_report_holds_a_secret(
     for path in outputs:
         assert CANARY.encode() not in path.read_bytes(), path.name
     assert HIDDEN in (tmp_path / "printed").read_text()
+
+
+def test_saved_configuration_repeats_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only names of settings, exact values and URLs hide: a prompt with an assignment in it stays."""
+    monkeypatch.setenv("DB_PASS", CANARY)
+    values: dict[str, Any] = {
+        "data": {"train": ["task-adaptive-pretraining/x.txt"], "config": {"sort_key": "length", "db_pass": "short"}},
+        "evaluate": {"prompts": ["password = 'x'", "token=abc --api_key abc", f"say {CANARY}"]},
+        "report": {"webhook": None, "tags": ("a", "b")},
+        "optim": {"lr": 0.1},
+    }  # fmt: skip
+    kept = redact_settings(values)
+    assert kept["data"] == {
+        "train": values["data"]["train"],
+        "config": {"sort_key": "length", "db_pass": HIDDEN},
+    }
+    assert kept["evaluate"]["prompts"] == ["password = 'x'", "token=abc --api_key abc", f"say {HIDDEN}"]
+    assert kept["report"] == {"webhook": None, "tags": ["a", "b"]}
+    assert kept["optim"] == {"lr": 0.1}

@@ -13,10 +13,15 @@ from typing import Any
 
 import pytest
 
+from lmcore.config.schema import ReportConfig
 from lmcore.errors import RequestError
 from lmcore.report import trackers as trackers_module
 from lmcore.report.trackers import Trackers, check, code_version, flat_scalars
 from tests.support.trackers import read_tensorboard, web_server
+
+
+def options(*names: str, **values: Any) -> ReportConfig:
+    return ReportConfig(trackers=list(names), **values)
 
 
 class Recorder:
@@ -98,13 +103,15 @@ def written(path: Path) -> bytes:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own
 def test_tensorboard_resume_hides_the_abandoned_past(tmp_path: Path) -> None:
-    trackers = Trackers(["tensorboard"], tmp_path, hyper_parameters={"optim": {"lr": 3e-4}}, note=pytest.fail)
+    trackers = Trackers(
+        options("tensorboard"), tmp_path, hyper_parameters={"optim": {"lr": 3e-4}}, note=pytest.fail
+    )
     for step in (1, 10, 20, 30):
         trackers.log("train", {"loss": 9.0 / step, "grad_norm": None, "mfu": math.nan}, step)
     trackers.log("valid", {"loss": 3.5, "perplexity": math.inf}, 30)
     trackers.text("samples", "def f():\n    return 1", 30)
     trackers.close()
-    resumed = Trackers(["tensorboard"], tmp_path, resume_step=20, note=pytest.fail)
+    resumed = Trackers(options("tensorboard"), tmp_path, resume_step=20, note=pytest.fail)
     resumed.log("train", {"loss": 0.25}, 40)
     resumed.close()
     scalars = read_tensorboard(tmp_path / "tensorboard")
@@ -128,18 +135,15 @@ def test_wandb_offline_is_read_back_with_the_same_id_after_a_resume(
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     notes: list[str] = []
     first = Trackers(
-        ["wandb"],
+        options("wandb", project="mine", name="try", tags=["a", "b"]),
         tmp_path,
-        project="mine",
-        name="try",
-        tags=["a", "b"],
         hyper_parameters={"lr": 3e-4, "betas": (0.9, 0.95)},
         note=notes.append,
     )
     first.log("train", {"loss": 9.0, "epoch": 0.5}, 1)
     first.log("valid", {"loss": 3.5}, 10)
     first.close(120)
-    second = Trackers(["wandb"], tmp_path, run_ids=first.state(), note=notes.append)
+    second = Trackers(options("wandb"), tmp_path, run_ids=first.state(), note=notes.append)
     second.log("train", {"loss": 8.0}, 5)  # an earlier step: a rewind
     second.close(120)
     assert notes == []
@@ -174,7 +178,9 @@ def test_wandb_offline_is_read_back_with_the_same_id_after_a_resume(
 def test_failing_tracker_is_noted_once_and_others_go_on(tmp_path: Path, other_trackers: None) -> None:
     notes: list[str] = []
     for name in ("mlflow", "trackio"):
-        trackers = Trackers([name], tmp_path, project=name, hyper_parameters={"lr": 1.0}, note=notes.append)
+        trackers = Trackers(
+            options(name, project=name), tmp_path, hyper_parameters={"lr": 1.0}, note=notes.append
+        )
         for step in range(1, 6):
             trackers.log("train", {"loss": float(step)}, step)
         trackers.text("samples", "some text", 5)
@@ -193,7 +199,7 @@ def test_hanging_tracker_blocks_nothing(
 ) -> None:
     monkeypatch.setattr(trackers_module, "QUEUE_RECORDS", 10)
     notes: list[str] = []
-    trackers = Trackers(["aim"], tmp_path, note=notes.append)
+    trackers = Trackers(options("aim"), tmp_path, note=notes.append)
     try:
         started = time.monotonic()
         for step in range(200):
@@ -214,14 +220,14 @@ def test_webhook_gets_the_text_and_a_hanging_one_is_left(
     with web_server() as (url, received):
         for webhook in (url, None):
             monkeypatch.setenv("LMCORE_WEBHOOK", url)
-            trackers = Trackers([], tmp_path, webhook=webhook, note=notes.append)
+            trackers = Trackers(options(webhook=webhook), tmp_path, note=notes.append)
             trackers.notify("run demo finished: 完了")
             trackers.close(120)
     assert received == [{"text": "run demo finished: 完了"}] * 2
     assert notes == []
     monkeypatch.setattr(trackers_module, "WEBHOOK_SECONDS", 3600)
     with web_server(answer_after=3600) as (url, received):
-        trackers = Trackers([], tmp_path, webhook=url, note=notes.append)
+        trackers = Trackers(options(webhook=url), tmp_path, note=notes.append)
         trackers.notify("failed")
         [post] = trackers._posts
         trackers.close(seconds=0.5)
@@ -229,7 +235,7 @@ def test_webhook_gets_the_text_and_a_hanging_one_is_left(
     post.join()
     monkeypatch.setattr(trackers_module, "WEBHOOK_SECONDS", 0.3)
     with web_server(answer_after=3600) as (url, received):
-        trackers = Trackers([], tmp_path, webhook=url, note=notes.append)
+        trackers = Trackers(options(webhook=url), tmp_path, note=notes.append)
         trackers.notify("failed")
         trackers.close(seconds=120)
     assert "was not reached" in notes[-1]
@@ -238,11 +244,11 @@ def test_webhook_gets_the_text_and_a_hanging_one_is_left(
 
 def test_unknown_trackers_and_webhooks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"unknown tracker 'wandbb'.*did you mean 'wandb'"):
-        Trackers(["wandbb"], tmp_path)
+        Trackers(options("wandbb"), tmp_path)
     with pytest.raises(RequestError, match="is not installed: pip install comet-ml"):
         check(["comet_ml"])
     with pytest.raises(RequestError, match="http"):
-        Trackers([], tmp_path, webhook="file:///etc/passwd")
+        Trackers(options(webhook="file:///etc/passwd"), tmp_path)
 
 
 def test_hyper_parameters_become_plain_scalars() -> None:
