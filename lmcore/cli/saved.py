@@ -128,9 +128,6 @@ def generate(words: list[str]) -> None:
         "--samples", type=int, default=1, help="number of continuations, with seeds from --seed on"
     )
     parser.add_argument("--no_stop", action="store_true", help="continue after the end of a document")
-    parser.add_argument(
-        "--raw", action="store_true", help="write control characters (terminal escape codes) as they are"
-    )
     for place, word in enumerate(words[:-1]):
         if word == "--prompt" and words[place + 1].startswith("--"):  # argparse takes it for an option
             words = [*words[:place], f"--prompt={words[place + 1]}", *words[place + 2 :]]
@@ -155,7 +152,6 @@ def _continue(asked: argparse.Namespace, saved: Any, prompt: str, *, echo: bool 
     from lmcore.humanize import printable
     from lmcore.saved.generate import stream
 
-    shown = (lambda text: text) if asked.raw else printable
     for number in range(asked.samples):
         pieces = stream(
             saved.model,
@@ -170,9 +166,9 @@ def _continue(asked: argparse.Namespace, saved: Any, prompt: str, *, echo: bool 
             stop_at_eos=not asked.no_stop,
         )
         if echo:
-            sys.stdout.write(shown(prompt))
+            sys.stdout.write(printable(prompt))
         for piece in pieces:
-            sys.stdout.write(shown(piece))
+            sys.stdout.write(printable(piece))
             sys.stdout.flush()
         sys.stdout.write("\n" if number + 1 == asked.samples else "\n\n")
 

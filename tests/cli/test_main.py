@@ -226,8 +226,6 @@ def test_generate_shows_no_escape_codes(
     shown = capsys.readouterr().out
     assert not {"\x1b", "\x07", "\x9b"} & set(shown)
     assert "b\n\tc" in shown, "line ends and tabs are text"
-    assert call("generate", run_dir, "--prompt", "x", "--raw", "--device", "cpu") == 0
-    assert "a\x1b]0;title\x07\x9b2J" in capsys.readouterr().out
 
 
 def test_generate_prompt_may_begin_with_dashes(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
