@@ -1,4 +1,4 @@
-"""The commands about the data of a run: ``prepare``, ``inspect``, ``tokenizer``, ``order``.
+"""The commands about the data of a run: ``prepare``, ``inspect``, ``tokenizer``, ``order``, ``stores``.
 
 The first three take the options of ``train_lm.py``, so that they read exactly the text of that run.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lmcore.cli.options import configured, run_dir_of, taken
 from lmcore.cli.saved import Parser, tasks
 from lmcore.errors import RequestError
+from lmcore.humanize import did_you_mean
 
 if TYPE_CHECKING:
     from lmcore.config.schema import RunConfig
@@ -220,3 +221,44 @@ def _positions(asked: argparse.Namespace, batch: int, skips: Any) -> Any:
     for start, stop in skips:  # sorted; positions skipped before this step move it
         position += stop - start if start <= position else 0
     return next_positions(position, batch, skips)[0]
+
+
+def stores(words: list[str]) -> None:
+    """`stores [--remove unused]`: list the token stores and the runs that use them."""
+    from lmcore.config.schema import DataConfig
+    from lmcore.data.store.inventory import list_stores, remove_store
+    from lmcore.humanize import size, table
+
+    parser = Parser(prog="lmcore stores", description="List the token stores and the runs that use them.")
+    parser.add_argument(
+        "--store_dir", default=DataConfig().store_dir, help="folder of the stores [%(default)s]"
+    )
+    parser.add_argument("--runs", nargs="+", default=["runs"], help="folders of runs [runs]")
+    parser.add_argument(
+        "--remove", nargs="+", metavar="NAME", help="remove these stores, or: unused, all that no run uses"
+    )
+    asked = parser.parse_args(words)
+    found = list_stores(asked.store_dir, runs=asked.runs)
+    known = {store.folder.name: store for store in found}
+    if asked.remove is None:
+        if not found:
+            print(f"{asked.store_dir}: no token stores")
+            return
+        rows = []
+        for store in found:
+            tokens = store.reason if store.n_tokens is None else f"{store.n_tokens:,} tokens"
+            used = ", ".join(map(str, store.used_by)) or ("being built" if store.is_being_built else "unused")
+            rows.append((store.folder.name, f"{size(store.n_bytes):>9}  {tokens}  {used}"))
+        print(table(rows))
+        return
+    names = [name for name in asked.remove if name != "unused"]
+    for name in names:
+        if name not in known:
+            raise RequestError(f"{asked.store_dir} holds no store {name!r}{did_you_mean(name, known)}")
+    if "unused" in asked.remove:
+        names += [s.folder.name for s in found if not s.used_by and not s.is_being_built]
+    for name in dict.fromkeys(names):
+        remove_store(known[name])
+        print(f"removed {known[name].folder} ({size(known[name].n_bytes)})")
+    if not names:
+        print(f"{asked.store_dir}: every store is used by a run under {', '.join(asked.runs)}")

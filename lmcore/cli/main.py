@@ -30,6 +30,7 @@ COMMANDS = {
     "report": ("saved", "write report.html for a run, or compare runs"),
     "checkpoints": ("saved", "list and verify the checkpoints of a run"),
     "order": ("data", "show the blocks of positions or of a step"),
+    "stores": ("data", "list token stores and the runs that use them, or remove them"),
     "doctor": ("doctor", "check this machine and name the remedy for each problem"),
     "schema": ("options", "print the JSON schema of the configuration, for editors"),
     "completion": ("options", "print a completion script for bash or zsh"),

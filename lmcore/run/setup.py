@@ -22,6 +22,7 @@ from lmcore.config.schema import RunConfig, global_batch_blocks
 from lmcore.data import corpus, custom
 from lmcore.data.blocks import StoreBlocks
 from lmcore.data.order import Phase, phases_from_options
+from lmcore.data.store.inventory import record_use
 from lmcore.data.stream import StreamDataset
 from lmcore.data.tokenizer.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from lmcore.data.tokenizer.training import train_tokenizer as train_on_texts
@@ -194,7 +195,7 @@ def open_data(
             note=note,
             streamed=sources,
         )
-    on_main(lambda: None)  # wait until every rank has all stores
+    on_main(partial(_record_stores, home.parent, sets))  # and wait until every rank has all stores
     pad_id = encoder.eos_id if encoder.pad_id is None else encoder.pad_id
     blocks = partial(
         StoreBlocks,
@@ -240,6 +241,15 @@ def open_data(
         phases=phases,
         rows=rows,
     )
+
+
+def _record_stores(run_dir: Path, sets: corpus.Corpus) -> None:
+    """For ``lmcore stores``: a store that no run names may be removed."""
+    stores = [*sets.train, *sets.valid.values(), *sets.test.values()]
+    with contextlib.suppress(
+        OSError
+    ):  # `order` and `plan` also look at runs that cannot be written, or do not exist
+        record_use(run_dir, [store.folder for store in stores if store.folder is not None])
 
 
 def given_tokenizer(config: RunConfig) -> Tokenizer | None:

@@ -27,8 +27,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmcore.cli.main import main
 from lmcore.data.store import build, claims, verification
 from lmcore.data.store.build import Progress, build_store
+from lmcore.data.store.inventory import list_stores, record_use, remove_store
 from lmcore.data.store.store import MANIFEST, TokenStore
 from lmcore.data.text import documents as text
 from lmcore.disk import DISK, Call
@@ -891,3 +893,57 @@ def test_a_rank_that_finishes_first_may_tidy_up_under_the_other(
     store = build_store(source, Bytes(), store_dir=stores, part_bytes=2000)
     assert rival
     assert store.n_documents == 4
+
+
+# ---- which stores are there, and which are used ----
+
+
+def test_stores_that_no_run_uses_are_listed_and_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stores = tmp_path / "stores"
+    source = corpus(tmp_path / "text")
+    used = build_store(source, Bytes(), store_dir=stores)
+    former = build_store(source, Bytes(), store_dir=stores, eos=False)
+    unused = build_store(source, Bytes(), store_dir=stores, split=("train", 0.5))
+    assert used.folder is not None
+    assert unused.folder is not None
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    record_use(tmp_path / "runs" / "a", [used.folder])
+    # A run of version 0.1.0: its checkpoint names the training stores by name and fingerprint.
+    state = tmp_path / "runs" / "old" / "checkpoints" / "step-00000002" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"cursor": {"fingerprint": f"[{former.name}:{former.fingerprint[:16]}]"}}))
+    (stores / "something else").mkdir()
+    unfinished = stores / "b-0123"
+    unfinished.mkdir()
+    (unfinished / "plan.json").write_text("{}")
+    building = stores / "c-0123"
+    building.mkdir()
+    (building / "plan.json").write_text("{}")
+    (building / "part-000000.claim").write_text("{}")
+
+    found = {store.folder: store for store in list_stores(stores, runs=[tmp_path / "runs"])}
+    assert set(found) == {used.folder, former.folder, unused.folder, unfinished, building}
+    assert found[used.folder].used_by == (tmp_path / "runs" / "a",)
+    assert former.folder is not None
+    assert found[former.folder].used_by == (tmp_path / "runs" / "old",)
+    assert found[unused.folder].used_by == ()
+    assert found[used.folder].n_tokens == used.n_tokens
+    assert (found[unfinished].n_tokens, found[unfinished].reason) == (None, "not finished")
+    with pytest.raises(RequestError, match="is being built"):
+        remove_store(found[building])
+
+    words = ["stores", "--store_dir", str(stores), "--runs", str(tmp_path / "runs")]
+    assert main(words) == 0
+    listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "unused" in listed[unused.folder.name]
+    assert "old" in listed[former.folder.name]
+    assert main([*words, "--remove", unused.folder.name[:-1]]) == 2
+    assert "did you mean" in capsys.readouterr().err
+    assert main([*words, "--remove", "unused"]) == 0
+    assert sorted(path for path in stores.iterdir()) == sorted(
+        [used.folder, former.folder, building, stores / "something else"]
+    )
+    assert main([*words, "--remove", "unused"]) == 0
+    assert "every store is used" in capsys.readouterr().out

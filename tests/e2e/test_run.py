@@ -240,7 +240,5 @@ def test_a_refused_tokenizer_changes_nothing(text: Path, whole: Path) -> None:
         assert code == EXIT_REQUEST, message
         assert {path.name: path.read_bytes() for path in (run_dir / "tokenizer").iterdir()} == before
     other.save(run_dir / "tokenizer")
-    with pytest.raises(
-        RequestError, match=f"knows 320 tokens, the tokenizer beside it has {other.vocab_size}"
-    ):
+    with pytest.raises(RequestError, match="is not the tokenizer that the checkpoint was trained with"):
         load_model(run_dir, device="cpu")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lmcore.config import parse
+from lmcore.data.store.inventory import list_stores
 from lmcore.data.tokenizer.tokenizer import load_tokenizer
 from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.errors import RequestError
@@ -120,6 +121,14 @@ def test_a_resumed_run_keeps_the_tokenizer_of_its_checkpoints(tmp_path: Path, te
     again, notes = opened(tmp_path)
     assert again.encoder.fingerprint == first.encoder.fingerprint
     assert "of the checkpoints here is used" in notes[0]
+
+
+@pytest.mark.usefixtures("text")
+def test_a_run_writes_down_which_stores_it_uses(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    opened(tmp_path, data__valid_fraction=0.2)
+    found = list_stores(tmp_path / "stores", runs=[tmp_path])
+    assert [store.used_by for store in found] == [(tmp_path / "run",)] * 2
 
 
 @pytest.mark.usefixtures("text")

@@ -1,0 +1,130 @@
+"""Which token stores lie in a folder, which runs use them, and their removal.
+
+Each run writes the stores that it opens into ``stores.json`` of its folder; of runs of version 0.1.0, which did not, the
+newest checkpoint tells the training stores.
+
+Example::
+
+    for store in list_stores("token_stores", runs=["runs"]):
+        if not store.used_by and not store.is_being_built:
+            remove_store(store)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmcore.data.store.claims import STALE_SECONDS
+from lmcore.data.store.manifest import MANIFEST, read_manifest
+from lmcore.disk import DISK
+from lmcore.errors import RequestError
+
+USES = "stores.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreInfo:
+    """One folder of a token store.
+
+    Attributes:
+        n_tokens: ``None`` where the store is not finished or is damaged; ``reason`` then says which.
+        n_bytes: on the disk; hard links to parts of another store are counted in both.
+        used_by: folders of runs.
+    """
+
+    folder: Path
+    n_tokens: int | None
+    n_bytes: int
+    used_by: tuple[Path, ...]
+    is_being_built: bool = False
+    reason: str = ""
+
+
+def record_use(run_dir: Path, stores: Iterable[Path]) -> None:
+    """Write down which stores a run has opened."""
+    DISK.write_json(run_dir / USES, sorted({str(folder.resolve()) for folder in stores}))
+
+
+def list_stores(store_dir: str | Path, *, runs: Iterable[str | Path] = ("runs",)) -> list[StoreInfo]:
+    """Every store in ``store_dir``, by name; and which runs below the folders ``runs`` use it.
+
+    Raises:
+        RequestError: there is no such folder.
+    """
+    store_dir = Path(store_dir)
+    if not store_dir.is_dir():
+        raise RequestError(f"no folder {store_dir}: give the folder of the token stores (data.store_dir)")
+    users = list(_runs(runs))
+    found = []
+    for folder in sorted(path for path in store_dir.iterdir() if path.is_dir()):
+        if not (folder / MANIFEST).exists() and not (folder / "plan.json").exists():
+            continue  # it is something else
+        n_tokens, reason = None, "not finished"
+        mark = ""
+        if (folder / MANIFEST).exists():
+            try:
+                manifest = read_manifest(folder)
+                n_tokens, reason = manifest["tokens"], ""
+                mark = f"{manifest['name']}:{manifest['fingerprint'][:16]}"
+            except RequestError as error:
+                reason = str(error)
+        real = str(folder.resolve())
+        found.append(
+            StoreInfo(
+                folder=folder,
+                n_tokens=n_tokens,
+                n_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+                used_by=tuple(
+                    run for run, (stores, state) in users if real in stores or (mark and mark in state)
+                ),
+                is_being_built=_is_claimed(folder),
+                reason=reason,
+            )
+        )
+    return found
+
+
+def remove_store(store: StoreInfo) -> None:
+    """Remove the folder of a store; its corpus stays, and a run that needs it builds it again.
+
+    Raises:
+        RequestError: it is being built, or cannot be removed.
+    """
+    if store.is_being_built:
+        raise RequestError(f"{store.folder} is being built: wait for it, or stop it first")
+    try:
+        # Without its manifest it is an unfinished store: a kill in between leaves nothing that would be opened.
+        (store.folder / MANIFEST).unlink(missing_ok=True)
+        DISK.remove_tree(store.folder)
+    except OSError as error:
+        raise RequestError(f"{store.folder} cannot be removed: {error.strerror or error}") from error
+
+
+def _runs(places: Iterable[str | Path]) -> Iterator[tuple[Path, tuple[set[str], str]]]:
+    """(run folder, (the stores that it names, the state of its newest checkpoint as text))."""
+    for place in map(Path, places):
+        for run in [place, *sorted(place.glob("*"))] if place.is_dir() else []:
+            named: set[str] = set()
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                value = json.loads((run / USES).read_bytes())
+                named = {one for one in value if isinstance(one, str)} if isinstance(value, list) else set()
+            states = sorted(run.glob("checkpoints/step-*/state.json"))
+            state = ""
+            with contextlib.suppress(OSError):
+                state = states[-1].read_text(errors="replace") if states else ""
+            if named or state:
+                yield run, (named, state)
+
+
+def _is_claimed(folder: Path) -> bool:
+    """Whether some process works on it: a claim with a heartbeat."""
+    for claim in folder.glob("*.claim"):
+        with contextlib.suppress(OSError):
+            if time.time() - claim.stat().st_mtime < STALE_SECONDS:
+                return True
+    return False
