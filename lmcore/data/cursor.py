@@ -1,4 +1,4 @@
-"""The cursor: where a run stands in its data, and which positions it skips.
+"""The cursor: where a run is in its data, and which positions it skips.
 
 A checkpoint keeps these few integers and nothing else about the data. The next step is the next
 ``global_batch_blocks`` positions from ``position`` on, jumping over the skipped ranges.
@@ -69,7 +69,7 @@ def count_positions(start: int, stop: int, skips: Skips = ()) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Cursor:
-    """Where a run stands in its data; the same for every rank.
+    """Where a run is in its data; the same for every rank.
 
     Attributes:
         fingerprint: of the data (:attr:`lmcore.data.batches.Readable.fingerprint`).

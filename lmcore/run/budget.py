@@ -1,8 +1,6 @@
-"""What the budget means here: global batch, micro-batch, accumulation and steps, with the arithmetic shown.
+"""Global batch, micro-batch, accumulation and steps of a run, with the arithmetic shown.
 
-Comes in: the configuration, the blocks of an epoch, the number of ranks. Goes out: :class:`Sizes`. What always holds:
-the global batch and the number of steps do not depend on the number of ranks; what does not divide is refused with the
-numbers; nothing is rounded in silence.
+The global batch and the number of steps do not depend on the number of ranks. Nothing is rounded silently.
 """
 
 from __future__ import annotations

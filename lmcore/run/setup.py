@@ -32,7 +32,7 @@ from lmcore.model.config import configured_context_length
 from lmcore.model.module import ModelWithLoss, head_parameters, vocabulary_parameters
 from lmcore.plugins import import_path
 
-if TYPE_CHECKING:  # the verbs that need no engine must not pay for accelerate's import
+if TYPE_CHECKING:  # commands that need no engine must not pay for importing accelerate
     from lmcore.engine.engine import Engine
     from lmcore.run.budget import Sizes
 

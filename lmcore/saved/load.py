@@ -81,7 +81,7 @@ def load_model(
         dtype: of the parameters.
         weights: ``model``, or ``ema`` for the moving average where the run kept one (checkpoints only).
         factory: for a model of your own: the function, or its ``module:function``. A checkpoint only says which
-            one it was; what stands in a file must not decide which code runs.
+            one it was; what is in a file must not decide which code runs.
         note: gets one line for each damaged checkpoint that was skipped.
 
     Raises:

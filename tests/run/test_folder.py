@@ -24,11 +24,11 @@ import pytest
 from lmcore.disk import Disk
 from lmcore.errors import FaultError, RequestError
 from lmcore.names import confined, safe_name
-from lmcore.run import folder as room
+from lmcore.run import folder as run_folder
 from lmcore.run.folder import RunFolder, job_id
 from tests.support.disk_faults import Counter, KillAt, forked
 
-ROOT = Path(room.__file__).parents[2]
+ROOT = Path(run_folder.__file__).parents[2]
 QUICK = 0.1
 
 
@@ -205,10 +205,10 @@ def test_a_torn_lock_file_is_no_wall(tmp_path: Path, heard: list[str]) -> None:
 def test_where_there_are_no_locks_the_beat_decides(
     tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_record_lock", lambda _fd: None)
+    monkeypatch.setattr(run_folder, "_record_lock", lambda _fd: None)
     first = RunFolder(tmp_path / "run")
     first.lock(note=heard.append, beat_seconds=QUICK)
-    monkeypatch.setattr(room, "_held", {})  # as another process would see it
+    monkeypatch.setattr(run_folder, "_held", {})  # as another process would see it
     with monkeypatch.context() as patch:
         patch.setattr(time, "sleep", lambda _seconds: until_it_beats(tmp_path / "run"))
         with pytest.raises(RequestError, match=f"in use by pid {os.getpid()}"):
@@ -224,11 +224,11 @@ def test_without_record_locks_the_second_of_two_simultaneous_starts_is_refused(
     tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both found no holder; the one who wrote last has the folder, and the other reads that before it begins."""
-    monkeypatch.setattr(room, "_record_lock", lambda _fd: None)
+    monkeypatch.setattr(run_folder, "_record_lock", lambda _fd: None)
     sleep = time.sleep
 
     def overtaken(seconds: float) -> None:
-        if seconds == room.SETTLE_SECONDS:
+        if seconds == run_folder.SETTLE_SECONDS:
             foreign(tmp_path / "run")
         else:
             sleep(seconds)
@@ -263,7 +263,7 @@ def test_a_lock_file_that_was_taken_over_is_noticed(tmp_path: Path) -> None:
     folder.unlock()
 
 
-@pytest.mark.parametrize("name", room.NEVER_LINKS)
+@pytest.mark.parametrize("name", run_folder.NEVER_LINKS)
 def test_a_link_out_of_the_folder_is_not_written_through(tmp_path: Path, name: str) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")
@@ -298,7 +298,7 @@ def test_the_holder_beats(tmp_path: Path) -> None:
 
 def test_a_beat_on_its_way_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would write to whatever file gets the descriptor next, or make the free lock look taken."""
-    write, begun, unlocked = room._write_holder, threading.Event(), threading.Event()
+    write, begun, unlocked = run_folder._write_holder, threading.Event(), threading.Event()
 
     def late(fd: int, holder: dict[str, Any]) -> None:
         if holder["beat"]:
@@ -306,7 +306,7 @@ def test_a_beat_on_its_way_is_waited_for(tmp_path: Path, monkeypatch: pytest.Mon
             unlocked.wait(0.5)  # longer than an unlock that waits for nobody
         write(fd, holder)
 
-    monkeypatch.setattr(room, "_write_holder", late)
+    monkeypatch.setattr(run_folder, "_write_holder", late)
     folder = RunFolder(tmp_path / "run")
     folder.lock(note=print, beat_seconds=0.01)
     assert begun.wait(120)

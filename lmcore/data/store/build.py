@@ -206,10 +206,10 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
         "removed": [name for name in before if name not in after],
         "changed": [name for name in after if name in before and before[name] != after[name]],
     }
-    for verb, names in groups.items():
+    for change, names in groups.items():
         if names:
             words.append(
-                f"{len(names)} files {verb} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                f"{len(names)} files {change} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             )
     return "; ".join(words)
 

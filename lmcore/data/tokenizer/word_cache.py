@@ -1,11 +1,9 @@
-"""Text -> ids by way of its words, each of which SentencePiece encodes once.
+"""Text to ids by way of its words, each of which SentencePiece encodes once.
 
-Comes in: texts, and the pairs of characters that stand beside one another in some piece of the vocabulary.
-Goes out: the ids that SentencePiece gives for the whole texts. What always holds: between two characters that
-stand side by side in no piece, byte-pair merging never joins anything, so that the ids of the words, one after
-another, are those of the text; whether two characters are cut apart depends on these two alone, and no pair
-of the vocabulary is cut; memory is bounded. Most words of a corpus have been met before, and looking a word up
-takes a fraction of the time of merging it anew.
+The ids are those that SentencePiece gives for the whole text. Why that holds: byte-pair merging joins two neighbouring characters
+only if they are neighbours in some piece of the vocabulary, so the ids on both sides of any other pair are independent. Texts are
+cut at such pairs only. Most words of a corpus were met before, and a look-up takes a fraction of the time of merging. Memory is
+bounded.
 """
 
 from __future__ import annotations
