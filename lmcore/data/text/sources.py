@@ -149,6 +149,7 @@ def resolve_sources(
     """
     sources: list[Source] = []
     owners: dict[tuple[int, int], str] = {}
+    taken: set[str] = set()
     listed: list[Entry] = [entries] if isinstance(entries, str) else list(entries)
     for entry in _joined(listed) if join_files else listed:
         source = _source(entry, text_field, unit, encoding)
@@ -158,12 +159,12 @@ def resolve_sources(
                 raise RequestError(
                     f"{path} is in the corpus twice (also as {owners[identity]}): give it once"
                 )
-        taken = [other.name for other in sources]
         if source.name in taken:
             if isinstance(entry, Mapping) and entry.get("name"):
                 raise RequestError(f"two sources are called {source.name!r}: give each its own name")
             names = (f"{source.name}-{number}" for number in itertools.count(2))
             source = replace(source, name=next(name for name in names if name not in taken))
+        taken.add(source.name)
         sources.append(source)
     return sources
 
@@ -183,8 +184,9 @@ def _joined(entries: Sequence[Entry]) -> list[Entry]:
     if len(files) < 2 or len({os.path.abspath(os.path.expanduser(file)) for file in files}) < len(files):
         return list(entries)
     joined = _pattern_of(files) or tuple(files)
-    rest = [entry for entry in entries if entry not in files]
-    first = next(index for index, entry in enumerate(entries) if entry in files)
+    chosen = set(files)
+    rest = [entry for entry in entries if not (isinstance(entry, str) and entry in chosen)]
+    first = entries.index(files[0])
     return [*rest[:first], joined, *rest[first:]]
 
 
