@@ -22,7 +22,7 @@ from lmcore.run.preflight import preflight
 
 USAGE = """\
 usage: lmcore plan [--probe] [--tokenize] [--processes N] [--strategy S] [--device_gib G] [--tokens_per_second R]
-                             [--watts W] [options of train_lm.py]
+                             [options of train_lm.py]
 
   --probe                train two real steps here and measure: tokens/s, time, memory against the plan
   --tokenize             tokenize the text to count the blocks of an epoch (default: estimated from its size)
@@ -30,22 +30,21 @@ usage: lmcore plan [--probe] [--tokenize] [--processes N] [--strategy S] [--devi
   --strategy S           single, ddp, fsdp2, zero1, zero2, zero3 (default: single, or ddp for several)
   --device_gib G         memory of each GPU (default: this machine's GPU; without one, the run is planned for its
                          CPU and judged by the memory that is free here)
-  --tokens_per_second R  of all devices together, for time and energy
-  --watts W              of each device (with --probe, the default is the limit of this machine's GPU)
+  --tokens_per_second R  of all devices together, for the time
 """
 STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 Rows = list[tuple[str, str]]
 
 
 def plan(words: list[str]) -> None:
-    """Plan a run before it starts: parameters, steps, memory, time and cost."""
+    """Plan a run before it starts: parameters, steps, memory and time."""
     if words[:1] in (["-h"], ["--help"]):
         print(USAGE)
         return
     probed, tokenized = "--probe" in words, "--tokenize" in words
     words = [word for word in words if word not in ("--probe", "--tokenize")]
     given = {"tokenize": "true"} if tokenized else {}
-    for name in ("processes", "strategy", "device_gib", "tokens_per_second", "watts"):
+    for name in ("processes", "strategy", "device_gib", "tokens_per_second"):
         value = taken(words, name)
         if value is not None:
             given[name] = value
@@ -82,8 +81,7 @@ def plan_rows(
         RequestError: the run itself would be refused.
     """
     asked = _PlannedRun(config, given, open_data=open_data, note=note)
-    rate, watts = _number(given, "tokens_per_second", 0), _number(given, "watts", 0)
-    return asked.plan(tokens_per_second=rate or None, watts_per_device=watts or None).rows()
+    return asked.plan(tokens_per_second=_number(given, "tokens_per_second", 0) or None).rows()
 
 
 def probe_rows(
@@ -114,10 +112,8 @@ def probe_rows(
             micro_batch_blocks=sizes.micro_batch_blocks,
             clip_norm=config.optim.clip_norm,
         )
-        limit = probe.board_watts(engine.device)
         rate = sizes.tokens_per_step / measured.step_seconds
-        watts = _number(given, "watts", 0) or limit
-        made = asked.plan(tokens_per_second=rate, watts_per_device=watts)
+        made = asked.plan(tokens_per_second=rate)
         expected = asked.plan(setting=here, device_type=engine.device.type).memory.total
         kind = "tensors" if engine.device.type == "cuda" else "resident, above what Python and torch take"
         part = "" if measured.micro_batches == sizes.accumulation else f" of {sizes.accumulation}"
@@ -126,11 +122,6 @@ def probe_rows(
             assumed.append(
                 f"{made.setting.world_size} devices are {made.setting.world_size / engine.world_size:g} times as "
                 f"fast as {engine.world_size}, assuming that communication takes no time"
-            )
-        if watts is not None:
-            source = "the power limit that nvidia-smi reports" if watts == limit else "given by --watts"
-            assumed.append(
-                f"each device draws {watts:,.0f} W all the time ({source}); its host is not counted"
             )
         rows = [
             (
@@ -148,7 +139,7 @@ def probe_rows(
             ("assumed", "; ".join(assumed)),
         ]
         if engine.is_main:
-            kept = {"signature": made.signature(), "tokens_per_second": rate, "watts_per_device": watts}
+            kept = {"signature": made.signature(), "tokens_per_second": rate}
             folder = Path(config.run_dir)
             DISK.makedirs(folder)
             DISK.write_json(folder / PLAN_FILE, kept)
@@ -199,7 +190,7 @@ class _PlannedRun:
         self.vocab_size = None if own_data else config.tokenizer.vocab_size
         if self.encoder is not None:
             self.vocab_size = self.encoder.vocab_size
-        self.module = planning.imagined(
+        self.module = planning.model_without_weights(
             config, vocab_size=self.vocab_size, block_size=self.block_size, note=note
         )
         setting = planning.setting_of(config, precision=precision, world_size=processes, strategy=strategy)

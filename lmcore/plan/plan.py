@@ -1,8 +1,7 @@
-"""What a run will need, before it runs: parameters, steps, FLOPs, memory of each device, disk, time, energy.
+"""What a run will need before it runs: parameters, steps, FLOPs, memory of each device, disk, time.
 
-Comes in: counts, and a :class:`~lmcore.plan.trace.Rehearsal` of one micro-batch. Goes out: a :class:`Plan` and its rows.
-What always holds: pure functions; every number can be computed by hand from the formula beside it; what a strategy
-keeps where stands in :func:`memory`, the one place.
+Pure functions of counts and of one traced micro-batch (:class:`~lmcore.plan.trace.StepTrace`). Every number can be computed
+by hand from the formula beside it; :func:`memory` is the one place that knows what each strategy keeps where.
 
 Sources: ZeRO's partitions, Rajbhandari et al. 2020, arXiv 1910.02054, section 5; what each strategy keeps beside them
 was read in DeepSpeed 0.19.8 and torch 2.13 and measured (tests/plan/test_plan.py); 6 N FLOPs a token, Kaplan et al. 2020,
@@ -28,7 +27,16 @@ from lmcore.humanize import (
     size,  # named here, beside the rows that it shows
 )
 from lmcore.model.module import ModelWithLoss, decoder_layers
-from lmcore.plan.trace import ACTIVATIONS, COPIES, LAYER_GRADIENTS, LOGITS, OTHER_GRADIENTS, Rehearsal
+from lmcore.plan.trace import (
+    ACTIVATIONS,
+    COPIES,
+    LAYER_GRADIENTS,
+    LOGITS,
+    OTHER_GRADIENTS,
+    StepTrace,
+    optimizer_bytes,
+    trace_step,
+)
 
 Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 TOKENS_PER_PARAMETER = 20
@@ -160,7 +168,7 @@ class Setting:
 
     @property
     def casts(self) -> tuple[torch.dtype | None, torch.dtype | None]:
-        """(autocast, type of the weights in forward) for :func:`lmcore.plan.trace.rehearse`."""
+        """(autocast, type of the weights in forward) for :func:`lmcore.plan.trace.trace_step`."""
         compute = None if self.precision == "fp32" else torch_dtype(self.precision)
         if self.strategy in ("single", "ddp"):
             return compute, None if self.param_dtype == "fp32" else torch_dtype(self.param_dtype)
@@ -185,7 +193,7 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.logits
 
 
-def memory(counted: Parameters, rehearsal: Rehearsal, setting: Setting, *, optimizer_bytes: int) -> Memory:
+def memory(counted: Parameters, traced: StepTrace, setting: Setting, *, optimizer_bytes: int) -> Memory:
     """The fullest moment of a step under a strategy.
 
     With P parameters, N ranks, w and c bytes of a weight kept and computed with, O bytes of optimizer state:
@@ -219,7 +227,7 @@ def memory(counted: Parameters, rehearsal: Rehearsal, setting: Setting, *, optim
         if wide := kept < 4 and setting.reduce_dtype == "fp32":
             resident = 4 * trained
         share = 0.0 if resident else 1.0
-        moment = rehearsal.peak(gradients=share, other_gradients=share)
+        moment = traced.peak(gradients=share, other_gradients=share)
         if wide and kept * trained > moment[ACTIVATIONS] + moment[LOGITS] + moment[COPIES]:
             resident, moment = resident + kept * trained, (0,) * 5  # the fullest moment is the update
         return Memory(
@@ -231,9 +239,9 @@ def memory(counted: Parameters, rehearsal: Rehearsal, setting: Setting, *, optim
             logits=moment[LOGITS],
         )
     if setting.strategy == "fsdp2":
-        return _memory_fsdp2(counted, rehearsal, setting, optimizer_bytes, compute)
+        return _memory_fsdp2(counted, traced, setting, optimizer_bytes, compute)
     # ZeRO: gradients leave for their owner as soon as a bucket is full.
-    moment = rehearsal.peak(gradients=0.0, other_gradients=0.0)
+    moment = traced.peak(gradients=0.0, other_gradients=0.0)
     state = (4 * trained + optimizer_bytes) // ranks
     gradients = 4 * trained // ranks
     if setting.strategy == "zero1" and (several or compute < 4):
@@ -260,14 +268,14 @@ def memory(counted: Parameters, rehearsal: Rehearsal, setting: Setting, *, optim
 
 
 def _memory_fsdp2(
-    counted: Parameters, rehearsal: Rehearsal, setting: Setting, optimizer_bytes: int, compute: int
+    counted: Parameters, traced: StepTrace, setting: Setting, optimizer_bytes: int, compute: int
 ) -> Memory:
     """Layers are gathered one after the other; what is outside of them stays gathered from forward to backward."""
     ranks, layer = setting.world_size, counted.largest_layer
     reduce = BYTES[setting.reduce_dtype]
     outside = compute * counted.outside_layers
     all_gradients = 4 * counted.trained // ranks
-    of_layers = max(1, rehearsal.moments[-1][LAYER_GRADIENTS])
+    of_layers = max(1, traced.moments[-1][LAYER_GRADIENTS])
 
     def at(moment: tuple[int, ...]) -> tuple[int, int]:
         """(gradients, gathered) at a moment."""
@@ -280,7 +288,7 @@ def _memory_fsdp2(
     def size(moment: tuple[int, ...]) -> int:
         return sum(at(moment)) + moment[ACTIVATIONS] + moment[LOGITS] + moment[OTHER_GRADIENTS]
 
-    moment = max(rehearsal.moments, key=size)
+    moment = max(traced.moments, key=size)
     gradients, gathered = at(moment)
     return Memory(
         weights=4 * counted.total // ranks + counted.buffer_bytes,
@@ -336,12 +344,50 @@ def largest_micro_batch(share: int, capacity: int, needs: Callable[[int], int]) 
     return divisors[low]
 
 
+def fitting_micro_batch(
+    module: ModelWithLoss,
+    setting: Setting,
+    *,
+    share: int,
+    block_size: int,
+    device_bytes: int,
+    make_optimizer: Callable[[list[tuple[str, Any]]], torch.optim.Optimizer],
+    device_type: str = "cpu",
+) -> int:
+    """The largest divisor of ``share`` (blocks of a step on this rank) whose step fits, at least 1.
+
+    Args:
+        setting: strategy, world size and precision of the run; its micro-batch and accumulation are not used.
+        device_bytes: of the smallest device.
+    """
+    counted = parameters(module)
+    autocast, weights = setting.casts
+    kept = None if setting.param_dtype == "fp32" else torch_dtype(setting.param_dtype)
+    state_bytes = optimizer_bytes(module, make_optimizer, weights=kept)
+
+    def needs(blocks: int) -> int:
+        traced = trace_step(
+            module,
+            micro_batch_blocks=blocks,
+            block_size=block_size,
+            autocast=autocast,
+            weights=weights,
+            activation_checkpointing=setting.activation_checkpointing,
+            device_type=device_type,
+            count_flops=False,
+        )
+        one = replace(setting, micro_batch_blocks=blocks, accumulation=share // blocks)
+        return memory(counted, traced, one, optimizer_bytes=state_bytes).total
+
+    return largest_micro_batch(share, int(USABLE * device_bytes), needs)
+
+
 # ------------------------------------------------------------------------------------------------------------- plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All of it. ``None`` is what nobody could know beforehand."""
+    """Everything that is known about a run before it starts; ``None`` where it is not known."""
 
     parameters: Parameters
     setting: Setting
@@ -357,7 +403,6 @@ class Plan:
     checkpoint_bytes: int
     checkpoints_kept: int
     tokens_per_second: float | None = None
-    watts_per_device: float | None = None
     uncounted: str | None = None
     """Why the activations of a step could not be counted; then :attr:`memory` is a lower bound."""
 
@@ -379,15 +424,8 @@ class Plan:
         """At the given rate of all devices together."""
         return None if not self.tokens_per_second else self.tokens / self.tokens_per_second
 
-    @property
-    def kilowatt_hours(self) -> float | None:
-        """Of the devices, at the given power."""
-        if self.seconds is None or self.watts_per_device is None:
-            return None
-        return self.seconds / 3_600 * self.watts_per_device * self.setting.world_size / 1_000
-
     def rows(self) -> list[tuple[str, str]]:
-        """For the start table: what, how much and how it comes about."""
+        """For the start table: what, how much and how it is computed."""
         p, s, m = self.parameters, self.setting, self.memory
         groups = ", ".join(f"{name} {short(count)}" for name, count in p.groups.items())
         frozen = f"; {short(p.trained)} trained" if p.trained != p.total else ""
@@ -426,11 +464,8 @@ class Plan:
         kept = f"{size(self.checkpoint_bytes)} x {self.checkpoints_kept} kept = "
         rows.append(("checkpoints", kept + size(self.checkpoint_bytes * self.checkpoints_kept)))
         if self.seconds is not None:
-            energy = "energy not known without the power of a device (--watts)"
-            if (used := self.kilowatt_hours) is not None:
-                energy = f"{used:.3g} kWh of the devices at {self.watts_per_device:,.0f} W each"
             rate = f"{duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s"
-            rows.append(("time", f"{rate}, evaluating and saving not counted; {energy}"))
+            rows.append(("time", f"{rate}, evaluating and saving not counted"))
         return rows
 
     def _parts_of_the_peak(self) -> str:

@@ -1,20 +1,17 @@
 """Two real steps of a run, timed and measured: what a plan cannot know by arithmetic.
 
-Comes in: an engine, a way to make the module, an optimizer, a micro-batch. Goes out: a :class:`Probe`. What always
-holds: the steps are those of the run (its forward, backward, clipping and update, on this device, in its precision);
-the first one warms up and only its memory counts; a step of many micro-batches is cut to :data:`MICRO_BATCHES`, and
-its time is put together again from theirs and the update's; nothing is written.
+The steps are those of the run: its forward, backward, clipping and update, on this device, in its precision. The first one
+warms up, and only its memory counts. Of a step with many micro-batches :data:`MICRO_BATCHES` are run; its time is then
+computed from theirs and the update's. Nothing is written.
 """
 
 from __future__ import annotations
 
 import gc
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -103,18 +100,6 @@ def text_batch(vocab_size: int, micro_batch_blocks: int, block_size: int) -> dic
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (micro_batch_blocks, block_size + 1), generator=draw)
     return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
-
-
-def board_watts(device: Any) -> float | None:
-    """The power limit of a GPU's board, by nvidia-smi: what it can draw, not what it does; ``None``: not known."""
-    smi = shutil.which("nvidia-smi")
-    if device.type != "cuda" or smi is None:
-        return None
-    asked = [smi, "--query-gpu=power.limit", "--format=csv,noheader,nounits", "-i", str(device.index or 0)]
-    try:
-        return float(subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
 
 
 def _now(device: torch.device) -> float:

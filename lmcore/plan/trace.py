@@ -1,14 +1,12 @@
-"""A training step without its arithmetic: what it would hold in memory, tensor by tensor, and its FLOPs.
+"""A training step traced without its arithmetic: what it holds in memory, tensor by tensor, and its FLOPs.
 
-Comes in: a module with its loss and the shape of a micro-batch. Goes out: a :class:`Rehearsal`. How: the
-module is copied with *fake* tensors (torch's ``FakeTensorMode``: shapes and types, no numbers), and a real
-step of forward and backward runs over them, while every storage is written into a ledger from its birth to
-its death. What always holds: nothing is allocated, so that a model of any size can be planned on any machine;
-the module that came in is not changed; kernels, casts of autocast, recomputation and the chunked head are
-those of the real run, because it is its code that runs.
+The module is copied with *fake* tensors (torch's ``FakeTensorMode``: shapes and types, no numbers), and a real step of
+forward and backward runs over them while every storage is recorded from its creation to its end. Nothing is allocated,
+so that a model of any size can be planned on any machine, and the given module is not changed. Kernels, autocast,
+recomputation and the chunked head are those of the real run, because it is the run's own code.
 
-Fake tensors stand for the CPU unless torch here was built for the device that is planned; then the two differ
-in the workspace of kernels only.
+Fake tensors are on the CPU unless torch was built for the planned device; the two then differ in the workspace of
+kernels only.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ layers; gradients of the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rehearsal:
+class StepTrace:
     """What one micro-batch of a step holds, beside weights and optimizer, in bytes.
 
     ``moments`` are rows of five numbers, see :data:`ACTIVATIONS`. Gradients are there as torch makes them:
@@ -60,7 +58,7 @@ class Rehearsal:
         return max(self.moments, key=lambda moment: sum(s * part for s, part in zip(shares, moment)))
 
 
-def rehearse(
+def trace_step(
     module: nn.Module,
     *,
     micro_batch_blocks: int,
@@ -71,7 +69,7 @@ def rehearse(
     activation_checkpointing: bool | int = False,
     device_type: str = "cpu",
     count_flops: bool = True,
-) -> Rehearsal:
+) -> StepTrace:
     """Run a micro-batch of ``micro_batch_blocks`` x ``block_size`` tokens over fake tensors.
 
     Args:
@@ -80,7 +78,7 @@ def rehearse(
         activation_checkpointing: recompute the layers, every n-th if it is a number, as the run would.
         autocast: the type of the matrix products, as the strategies without sharding compute.
         weights: cast the weights to this type beforehand, as sharded strategies do.
-        device_type: of the planned run; the head, attention and dropout take other ways on a GPU.
+        device_type: of the planned run; the head, attention and dropout run differently on a GPU.
         count_flops: another pass; without it ``flops`` is 0.
     """
     with _fakes(module), _as_on(device_type):
@@ -104,7 +102,7 @@ def rehearse(
         if count_flops:
             with flops:
                 _forward_and_backward(_fake_copy(original, weights), batch, autocast)
-    return Rehearsal(
+    return StepTrace(
         moments=tuple(ledger.moments), flops=flops.get_total_flops(), tokens=micro_batch_blocks * block_size
     )
 
@@ -125,8 +123,7 @@ def optimizer_bytes(
 ) -> int:
     """What an optimizer keeps between updates: one update over fake tensors, then its state is counted.
 
-    An optimizer that looks at numbers cannot be rehearsed; it is taken for Adam, two float32 numbers a
-    parameter.
+    An optimizer that looks at numbers cannot be traced; it is counted as Adam, two float32 numbers a parameter.
     """
     with _fakes(module):
         module = _fake_copy(module, weights)
@@ -142,7 +139,7 @@ def optimizer_bytes(
         return sum(value.numel() * value.element_size() for value in kept if isinstance(value, Tensor))
 
 
-def imagine(
+def build_on_meta(
     *,
     type: str | None,
     config_overrides: Mapping[str, Any],
@@ -196,7 +193,7 @@ def imagine(
     return model, probe
 
 
-def imagine_own(make: Callable[[], nn.Module]) -> nn.Module:
+def build_own_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
     """A model of the user's own code, made of fake tensors. Its code may raise anything that it asks of numbers."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         return make()
@@ -222,7 +219,7 @@ def _fakes(module: nn.Module) -> FakeTensorMode:
 
 
 def _watch_head(module: nn.Module, ledger: _Ledger) -> None:
-    """What is born inside of the vocabulary head is the head's."""
+    """Storages created inside the vocabulary head count as the head's."""
     head = module.get_output_embeddings() if isinstance(module, ModelWithLoss) else None
     if head is not None:
         head.register_forward_pre_hook(lambda *args: setattr(ledger, "in_head", True))
@@ -247,7 +244,7 @@ def _fake_copy(module: nn.Module, weights: torch.dtype | None) -> nn.Module:
 
 @contextlib.contextmanager
 def _as_on(device_type: str) -> Iterator[None]:
-    """Let the code under rehearsal take the ways that it takes on the planned device, with plain blocks."""
+    """Let the traced code take the paths that it takes on the planned device, with plain blocks."""
     with contextlib.ExitStack() as stack:
         # Whether positions start anew inside a block is a question about numbers, and there are none here.
         # They do not, and then the real run passes no mask; fake tensors would be given one.
@@ -285,7 +282,7 @@ def _as_on(device_type: str) -> Iterator[None]:
 
 
 class _Ledger(TorchDispatchMode):
-    """Every storage that comes to life under it, by kind, until it dies."""
+    """Records every storage that is created under it, by kind, until it is freed."""
 
     def __init__(self, constant: list[Tensor], *, weights: list[Tensor]) -> None:
         super().__init__()
@@ -302,10 +299,10 @@ class _Ledger(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._born(tensor, func, args)
+                self._created(tensor, func, args)
         return result
 
-    def _born(self, tensor: Tensor, func: Any, args: Any) -> None:
+    def _created(self, tensor: Tensor, func: Any, args: Any) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known or key in self._live:
@@ -317,9 +314,9 @@ class _Ledger(TorchDispatchMode):
             kind = LOGITS
         self._live[key] = (kind, storage.nbytes())
         self._change(kind, storage.nbytes())
-        weakref.finalize(storage, self._died, key)
+        weakref.finalize(storage, self._freed, key)
 
-    def _died(self, key: int) -> None:
+    def _freed(self, key: int) -> None:
         kind, size = self._live.pop(key)
         self._now[kind] -= size
 

@@ -1,6 +1,6 @@
 """The configuration -> a plan, a part of the room ``assemble``: for ``plan``, ``--dry_run`` and the start of a run.
 
-Comes in: a configuration, and what the machine is (devices, strategy, precision). Goes out: an imagined model, a
+Comes in: a configuration, and what the machine is (devices, strategy, precision). Goes out: a model without weights, a
 :class:`lmcore.plan.plan.Setting`, a :class:`lmcore.plan.plan.Plan`, the micro-batch that fits. What always holds: the three
 callers count by the same functions; what could not be counted is said, with the reason.
 """
@@ -29,7 +29,7 @@ from lmcore.engine.zero import memory_settings
 from lmcore.model.build import build_model
 from lmcore.model.module import ModelWithLoss
 from lmcore.plan import plan, trace
-from lmcore.plan.fit import fitting_micro_batch
+from lmcore.plan.plan import fitting_micro_batch
 from lmcore.plugins import import_path
 from lmcore.report import trackers
 from lmcore.run.budget import Sizes
@@ -65,14 +65,14 @@ def cut(setting: plan.Setting, sizes: Sizes) -> plan.Setting:
     return replace(setting, micro_batch_blocks=sizes.micro_batch_blocks, accumulation=sizes.accumulation)
 
 
-def imagined(
+def model_without_weights(
     config: RunConfig, *, vocab_size: int | None, block_size: int, note: Note = print
 ) -> ModelWithLoss:
-    """The run's model and loss without its weights; a user's model that cannot be imagined is built."""
+    """The run's model and loss without its weights; a user's model that cannot be built without them is built with them."""
     named = config.model
     if named.factory is None:
         type, fields = model_type_and_fields(config)
-        bare, probe = trace.imagine(
+        bare, probe = trace.build_on_meta(
             type=type,
             config_overrides=fields,
             vocab_size=vocab_size or 0,
@@ -91,7 +91,7 @@ def imagined(
         seed=config.seed,
     )
     try:
-        return with_loss(config, trace.imagine_own(make), note=note)
+        return with_loss(config, trace.build_own_on_meta(make), note=note)
     except Exception as error:  # own code may ask anything of numbers that are not there
         note(f"model.factory {named.factory} was built to be counted: without numbers it says {_said(error)}")
         return with_loss(config, make(), note=note)
@@ -105,7 +105,7 @@ def refuse_early(config: RunConfig) -> None:
     trackers.check(config.report.trackers, config.report.webhook)
     type, fields = model_type_and_fields(config)
     if type is not None:
-        trace.imagine(
+        trace.build_on_meta(
             type=type,
             config_overrides=fields,
             vocab_size=config.tokenizer.vocab_size or 2,
@@ -141,9 +141,8 @@ def plan_of(
     batch: Mapping[str, Tensor] | None = None,
     epoch_tokens: int | None = None,
     tokens_per_second: float | None = None,
-    watts_per_device: float | None = None,
 ) -> plan.Plan:
-    """The plan of a module that is not wrapped yet, or of an imagined one; it is not changed.
+    """The plan of a module that is not wrapped yet, or of one without weights; it is not changed.
 
     Args:
         device_bytes: ``None`` on a CPU: the share of each process in the memory that is free here.
@@ -157,9 +156,9 @@ def plan_of(
 
     average = average_bytes(config, counted)
 
-    def held(one: plan.Setting, *, count_flops: bool = False, blocks: int | None = None) -> trace.Rehearsal:
+    def held(one: plan.Setting, *, count_flops: bool = False, blocks: int | None = None) -> trace.StepTrace:
         autocast, cast = one.casts
-        return trace.rehearse(
+        return trace.trace_step(
             module,
             micro_batch_blocks=blocks or one.micro_batch_blocks,
             block_size=sizes.block_size,
@@ -179,14 +178,14 @@ def plan_of(
     flops: int | None = None
     try:
         memory = needs(setting)
-        rehearsed = held(setting, count_flops=True, blocks=1 if batch is None else None)
-        flops = rehearsed.flops // rehearsed.tokens
+        traced = held(setting, count_flops=True, blocks=1 if batch is None else None)
+        flops = traced.flops // traced.tokens
     except (
         Exception
     ) as error:  # code that asks numbers of tensors that have none (own models, routed experts)
         uncounted = _said(error)
         grown = (0, 0, 0, 4 * counted.trained, 0)
-        least = trace.Rehearsal(moments=((0,) * 5, grown), flops=0, tokens=1)
+        least = trace.StepTrace(moments=((0,) * 5, grown), flops=0, tokens=1)
         memory = plan.memory(counted, least, setting, optimizer_bytes=state_bytes + average)
     if device_bytes is not None and memory.total > plan.USABLE * device_bytes and uncounted is None:
         advice = plan.advise(setting, device_bytes, lambda one: needs(one).total)
@@ -205,7 +204,6 @@ def plan_of(
         checkpoint_bytes=plan.checkpoint_bytes(counted, optimizer_bytes=state_bytes + average),
         checkpoints_kept=config.checkpoint.keep + config.checkpoint.keep_best.k,
         tokens_per_second=tokens_per_second,
-        watts_per_device=watts_per_device,
         uncounted=uncounted,
     )
 
@@ -305,6 +303,4 @@ def _plan_here(
     if kept.get("signature") != made.signature():
         note(f"{probed} is of another model, batch or strategy: its rate is not compared with")
         return made
-    return replace(
-        made, tokens_per_second=kept["tokens_per_second"], watts_per_device=kept["watts_per_device"]
-    )
+    return replace(made, tokens_per_second=kept["tokens_per_second"])

@@ -335,7 +335,7 @@ def _recomputed_layers(argv: list[str]) -> int:
     layers, recomputed = set(), lmcore.model.module._recomputed
 
     def seen(forward: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(args[0], FakeTensor):  # the plan's rehearsal
+        if not isinstance(args[0], FakeTensor):  # of the plan's traced step
             layers.add(id(layer))
         return recomputed(forward, layer, *args, **kwargs)
 

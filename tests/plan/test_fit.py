@@ -1,4 +1,4 @@
-"""Micro-batch auto: it fits, the next larger one would not, and the global batch is not touched."""
+"""Micro-batch auto: it fits, the next larger one would not, and the global batch stays the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lmcore.model import optim
 from lmcore.model.build import build_model
 from lmcore.model.module import ModelWithLoss
 from lmcore.plan import plan, trace
-from lmcore.plan.fit import fitting_micro_batch
+from lmcore.plan.plan import fitting_micro_batch
 
 SHAPE = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}
 SHARE, T = 24, 64
@@ -31,9 +31,9 @@ def test_the_largest_divisor_that_fits(strategy: str) -> None:
     counted, state = plan.parameters(module), trace.optimizer_bytes(module, make)  # type: ignore[arg-type]
 
     def total(blocks: int) -> int:
-        rehearsed = trace.rehearse(module, micro_batch_blocks=blocks, block_size=T)
+        traced = trace.trace_step(module, micro_batch_blocks=blocks, block_size=T)
         one = replace(setting, micro_batch_blocks=blocks, accumulation=SHARE // blocks)
-        return plan.memory(counted, rehearsed, one, optimizer_bytes=state).total
+        return plan.memory(counted, traced, one, optimizer_bytes=state).total
 
     fit = partial(
         fitting_micro_batch,
@@ -47,4 +47,4 @@ def test_the_largest_divisor_that_fits(strategy: str) -> None:
         between = (total(smaller) + total(larger)) / 2 / plan.USABLE
         assert fit(device_bytes=int(between)) == smaller
     assert fit(device_bytes=2**40) == SHARE
-    assert fit(device_bytes=1) == 1, "what does not fit at all is the plan's to say"
+    assert fit(device_bytes=1) == 1, "a model that does not fit at all is reported by the plan"

@@ -14,7 +14,7 @@ from lmcore.model import optim
 from lmcore.model.build import build_model
 from lmcore.model.module import ModelWithLoss, enable_activation_checkpointing
 from lmcore.plan import plan
-from lmcore.plan.trace import Rehearsal, imagine, optimizer_bytes, rehearse
+from lmcore.plan.trace import StepTrace, build_on_meta, optimizer_bytes, trace_step
 from tests.support.plan_runs import Case, make_module, measure, measured_resident_bytes
 
 GPT2 = {"n_layer": 6, "n_embd": 256, "n_head": 4}
@@ -103,7 +103,7 @@ def planned_bytes(case: Case) -> int:
         zero_bucket=case.zero.get("reduce_bucket_size", plan.ZERO_BUCKET),
     )
     autocast, weights = setting.casts
-    held = rehearse(
+    held = trace_step(
         module,
         micro_batch_blocks=case.micro_batch_blocks,
         block_size=case.block_size,
@@ -149,11 +149,11 @@ def test_planned_memory_of_100_million_parameters(name: str) -> None:
         assert planned == pytest.approx(measure(case, measured_resident_bytes), rel=0.25)
 
 
-# --- the rehearsal ---
+# --- the traced ---
 
 
-def imagined(fields: dict[str, int], vocab_size: int) -> ModelWithLoss:
-    model, probe = imagine(type="gpt2", config_overrides=fields, vocab_size=vocab_size)
+def without_weights(fields: dict[str, int], vocab_size: int) -> ModelWithLoss:
+    model, probe = build_on_meta(type="gpt2", config_overrides=fields, vocab_size=vocab_size)
     return ModelWithLoss(model, probe=probe)
 
 
@@ -167,26 +167,26 @@ def small() -> ModelWithLoss:
 
 def held_bytes(module: nn.Module = None, **options: int) -> int:  # type: ignore[assignment]  # None: the small one
     blocks = options.pop("micro_batch_blocks", 2)
-    found = rehearse(
+    found = trace_step(
         module or small(), micro_batch_blocks=blocks, block_size=64, count_flops=False, **options
     )  # type: ignore[arg-type]
     return sum(found.peak())
 
 
-def test_a_rehearsal_changes_nothing_and_computes_nothing() -> None:
+def test_trace_step_changes_nothing_and_computes_nothing() -> None:
     before = {name: p.detach().clone() for name, p in small().named_parameters()}
     state = torch.get_rng_state()
-    rehearse(small(), micro_batch_blocks=4, block_size=64)
+    trace_step(small(), micro_batch_blocks=4, block_size=64)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in small().named_parameters())
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_an_imagined_model_is_the_one_that_is_built() -> None:
+def test_a_model_built_on_meta_is_the_one_that_is_built() -> None:
     fields = {"n_layer": 3, "n_embd": 64, "n_head": 2, "n_positions": 64}
-    bare = imagined(fields, 640)
+    bare = without_weights(fields, 640)
     assert bare.head_path == small().head_path == "chunked"
     assert plan.parameters(bare) == plan.parameters(small())
-    real, fake = (rehearse(module, micro_batch_blocks=2, block_size=64) for module in (small(), bare))
+    real, fake = (trace_step(module, micro_batch_blocks=2, block_size=64) for module in (small(), bare))
     assert (real.peak(), real.flops) == (fake.peak(), fake.flops)
 
 
@@ -208,8 +208,8 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_by_recomputation() -> Non
 
 def test_flops_are_those_of_the_formula() -> None:
     fields = {"n_layer": 4, "n_embd": 128, "n_head": 4, "n_positions": 128}
-    module = imagined(fields, 8_000)
-    found = rehearse(module, micro_batch_blocks=2, block_size=128)
+    module = without_weights(fields, 8_000)
+    found = trace_step(module, micro_batch_blocks=2, block_size=128)
     counted = plan.parameters(module)
     formula = plan.flops_per_token(counted, positions=128 * 128, block_size=128, tied=True)
     assert formula == 6 * (counted.total - 128 * 128) + 12 * 4 * 128 * 128
@@ -232,7 +232,7 @@ COUNTED = plan.Parameters(
     total=1_000, trained=1_000, groups={"embeddings": 200, "attention": 800}, outside_layers=200,
     largest_layer=200, layers=4, width=10, buffer_bytes=0,
 )  # fmt: skip
-HELD = Rehearsal(
+HELD = StepTrace(
     moments=((0, 0, 0, 0, 0), (50, 30, 0, 0, 0), (40, 0, 0, 1_600, 0), (0, 0, 0, 3_200, 800)),
     flops=1,
     tokens=1,
@@ -291,7 +291,7 @@ def test_the_plan_shows_its_arithmetic() -> None:
         memory=plan.memory(COUNTED, HELD, plan.Setting(), optimizer_bytes=8_000), device_bytes=1_000,
         advice=(("x", 5),),
         flops_per_token=6_000, flops_counted=5_900, block_size=10, steps=100, tokens_per_step=240, epoch_tokens=12_000,
-        checkpoint_bytes=12_000, checkpoints_kept=4, tokens_per_second=10, watts_per_device=500,
+        checkpoint_bytes=12_000, checkpoints_kept=4, tokens_per_second=10,
     )  # fmt: skip
     text = humanize.table(made.rows())
     for word in (
@@ -305,7 +305,6 @@ def test_the_plan_shows_its_arithmetic() -> None:
     ):
         assert word in text, text
     assert (made.tokens, made.seconds, made.fits) == (24_000, 2_400, False)
-    assert made.kilowatt_hours == pytest.approx(2_400 / 3_600 * 500 * 2 / 1_000)
     assert made.numbers()["steps"] == 100
 
 
