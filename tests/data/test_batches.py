@@ -99,7 +99,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 # ---- one rank ----
 
 
-def test_the_global_batches_are_the_blocks_of_the_positions(dataset: StoreBlocks) -> None:
+def test_global_batches_are_the_blocks_of_their_positions(dataset: StoreBlocks) -> None:
     batches, [steps] = run(dataset, beginning(dataset), count=3)
     for number, (batch, step) in enumerate(zip(batches, steps)):
         ids = dataset.read(np.arange(number * GLOBAL, (number + 1) * GLOBAL)).ids.astype(np.int64)
@@ -120,7 +120,7 @@ def test_the_global_batches_are_the_blocks_of_the_positions(dataset: StoreBlocks
     skips=st.lists(st.tuples(st.integers(0, 600), st.integers(1, 30)), max_size=3),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_topology_any_start_any_end(
+def test_any_topology_start_end_and_skips(
     dataset: StoreBlocks,
     world_size: int,
     micro: int,
@@ -152,7 +152,7 @@ def test_any_topology_any_start_any_end(
 # ---- resume ----
 
 
-def test_what_was_read_ahead_is_not_in_the_cursor(dataset: StoreBlocks) -> None:
+def test_prefetched_steps_are_not_in_the_cursor(dataset: StoreBlocks) -> None:
     iterator = iter(
         Batches(dataset, cursor=beginning(dataset), global_batch_blocks=6, micro_batch_blocks=6, prefetch=8)
     )
@@ -164,7 +164,7 @@ def test_what_was_read_ahead_is_not_in_the_cursor(dataset: StoreBlocks) -> None:
 
 
 @pytest.mark.parametrize("micro", [1, 2])
-def test_ignoring_labels_leaves_the_inputs_alone(tmp_path: Path, micro: int) -> None:
+def test_ignored_labels_do_not_overwrite_inputs(tmp_path: Path, micro: int) -> None:
     """Also in a micro-batch of one block, whose inputs and labels lie in one run of memory."""
     store = counting_store(tmp_path, 21)  # 2 blocks of 8 and a tail of 4 labels
     dataset = StoreBlocks([store], block_size=SIZE, seed=11, pad_id=7)
@@ -184,7 +184,7 @@ def test_ignoring_labels_leaves_the_inputs_alone(tmp_path: Path, micro: int) -> 
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
-def test_epochs_are_whole_steps_and_every_label_comes_once_in_each(dataset: StoreBlocks, epochs: int) -> None:
+def test_every_label_once_per_epoch_with_padded_last_step(dataset: StoreBlocks, epochs: int) -> None:
     batches = Batches(
         dataset,
         cursor=beginning(dataset),
@@ -203,7 +203,7 @@ def test_epochs_are_whole_steps_and_every_label_comes_once_in_each(dataset: Stor
     assert steps[-1].epoch == epochs
 
 
-def test_a_longer_run_after_the_end_misses_nothing(dataset: StoreBlocks) -> None:
+def test_longer_duration_after_padded_step_misses_no_block(dataset: StoreBlocks) -> None:
     """The last step of the first epoch was padded: the cursor stands at the end of the epoch, not of the step."""
     _, [steps] = run(dataset, beginning(dataset), end_position=101)
     assert steps[-1].cursor.position == 101
@@ -225,7 +225,7 @@ def test_skipped_positions_are_never_trained_on(dataset: StoreBlocks) -> None:
     assert same(resumed, found[1:])
 
 
-def test_a_changed_mixture_goes_on_from_the_cursor(tmp_path: Path) -> None:
+def test_changed_mixture_holds_from_the_cursor_on(tmp_path: Path) -> None:
     stores = [counting_store(tmp_path, 900, first=10_000 * i, name=f"s{i}") for i in range(2)]
     phases = (Phase(weights=(3, 1)),)
     dataset = StoreBlocks(stores, block_size=SIZE, seed=11, phases=phases)
@@ -239,7 +239,7 @@ def test_a_changed_mixture_goes_on_from_the_cursor(tmp_path: Path) -> None:
     assert same(resumed, after[6:10])
 
 
-def test_the_topology_must_divide_the_batch(dataset: StoreBlocks) -> None:
+def test_indivisible_global_batch_raises(dataset: StoreBlocks) -> None:
     with pytest.raises(RequestError, match=r"48 .* 2 processes x .* 5 = 10"):
         run(dataset, beginning(dataset), world_size=2, micro=5)
 
@@ -281,9 +281,7 @@ def left_behind() -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_fault_while_reading_ahead_is_raised_where_the_step_is_wanted(
-    dataset: StoreBlocks, workers: int
-) -> None:
+def test_prefetch_error_is_raised_at_its_step(dataset: StoreBlocks, workers: int) -> None:
     batches = Batches(
         Breaks(dataset),
         cursor=beginning(dataset),
@@ -301,7 +299,7 @@ def test_a_fault_while_reading_ahead_is_raised_where_the_step_is_wanted(
     assert not left_behind()
 
 
-def test_an_abandoned_iterator_leaves_nothing_behind(dataset: StoreBlocks) -> None:
+def test_closed_loader_leaves_no_thread_or_worker(dataset: StoreBlocks) -> None:
     for workers in (0, 2):
         take(
             Batches(
@@ -354,7 +352,7 @@ for step in Batches(dataset, cursor=cursor, global_batch_blocks=8, micro_batch_b
 """
 
 
-def test_a_crash_of_the_training_loop_does_not_hang_on_its_workers(tmp_path: Path) -> None:
+def test_crash_of_the_loop_does_not_hang_on_loader_workers(tmp_path: Path) -> None:
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
         [sys.executable, "-c", CRASH.format(root=root, folder=str(tmp_path))],
@@ -383,7 +381,7 @@ def test_evaluation_scores_every_label_once(dataset: StoreBlocks, world_size: in
     assert found == [*range(1, 61 * SIZE + 5), *range(10_001, 10_001 + 40 * SIZE)]
 
 
-def test_a_limited_evaluation_takes_the_same_blocks_on_every_topology(dataset: StoreBlocks) -> None:
+def test_limited_evaluation_takes_the_same_blocks_on_any_topology(dataset: StoreBlocks) -> None:
     seen = []
     for world_size, micro in ((1, 4), (3, 2), (4, 1)):
         rows = [
@@ -401,7 +399,7 @@ def test_a_limited_evaluation_takes_the_same_blocks_on_every_topology(dataset: S
     assert seen[0] != sorted(seen[0])[:20] or max(seen[0]) > 300  # spread, not the first 20
 
 
-def test_a_held_out_set_smaller_than_a_block(tmp_path: Path) -> None:
+def test_validation_set_smaller_than_a_block(tmp_path: Path) -> None:
     dataset = StoreBlocks([counting_store(tmp_path, 5)], block_size=64, tails=True)
     [batch] = list(EvalBatches(dataset, micro_batch_blocks=2))
     assert batch["labels"][0].tolist() == [1, 2, 3, 4] + [IGNORED_LABEL] * 60
@@ -468,7 +466,7 @@ def own(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_map_style_data_has_a_keyed_order_and_resumes(workers: int) -> None:
+def test_map_style_dataset_is_shuffled_and_resumes(workers: int) -> None:
     dataset = wrap(Items(20, "int"), seed=11)
     start = beginning(dataset)
     expected = own(dataset, start, end_position=40)
@@ -487,7 +485,7 @@ def test_map_style_data_has_a_keyed_order_and_resumes(workers: int) -> None:
     assert step.micro_batches[0]["x"].shape == (3, 2)
 
 
-def test_labels_that_cannot_be_ignored_run_on_into_the_next_epoch() -> None:
+def test_float_labels_continue_into_the_next_epoch() -> None:
     dataset = wrap(Items(20, "float"), seed=11)
     found = own(dataset, beginning(dataset), end_position=20)
     assert [len(batch) for batch in found] == [6] * 4
@@ -505,7 +503,7 @@ def test_labels_that_cannot_be_ignored_run_on_into_the_next_epoch() -> None:
         EvalBatches(dataset, micro_batch_blocks=4, world_size=21)
 
 
-def test_iterable_data_is_shared_out_by_position() -> None:
+def test_iterable_dataset_is_sharded_by_position() -> None:
     rows = Rows(10)
     dataset = wrap(rows, seed=11)
     start = beginning(dataset)
@@ -540,7 +538,7 @@ def test_epochs_of_iterable_data_are_counted_in_any_process(workers: int) -> Non
     assert [step.epoch for step in again] == [2, 2]
 
 
-def test_the_tutorials_dataset_is_own_data_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_dataset_as_custom_dataset_is_not_sharded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """It shares its blocks out by rank itself when it stands alone, but not here."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -552,7 +550,7 @@ def test_the_tutorials_dataset_is_own_data_too(monkeypatch: pytest.MonkeyPatch) 
     assert bytes(first.micro_batches[0]["input_ids"].ravel().tolist()) == b"abcdefgh"
 
 
-def test_impossible_own_data_is_refused() -> None:
+def test_invalid_custom_dataset_raises() -> None:
     for bad, words in ((5, "int"), (Items(0, "int"), "empty")):
         with pytest.raises(RequestError, match=words):
             wrap(bad, seed=1)
@@ -573,7 +571,7 @@ def test_impossible_own_data_is_refused() -> None:
     assert sorted(take(collated, 1)[0].micro_batches[0]["x"].tolist()) == [1, 3]
 
 
-def test_cursors_of_stores_merge_to_themselves(dataset: StoreBlocks) -> None:
+def test_store_cursors_of_all_ranks_merge(dataset: StoreBlocks) -> None:
     _, ranks = run(dataset, beginning(dataset), count=2, world_size=2)
     assert merge_cursors([steps[1].cursor for steps in ranks]) == ranks[0][1].cursor
 

@@ -35,7 +35,7 @@ def test_contiguous_blocks_with_shifted_labels(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 34, 35, 36, 100])
-def test_the_tail_is_one_padded_block_whose_missing_labels_are_ignored(size: int) -> None:
+def test_tail_is_padded_and_its_missing_labels_ignored(size: int) -> None:
     whole = rows(BlockDataset.from_texts(Bytes(), TEXTS, size))
     found = rows(BlockDataset.from_texts(Bytes(), TEXTS, size, drop_last=False))
     assert found[: len(whole)] == whole
@@ -48,12 +48,12 @@ def test_the_tail_is_one_padded_block_whose_missing_labels_are_ignored(size: int
     assert labels == IDS[start + 1 : start + 1 + left] + [IGNORED_LABEL] * (size - left)
 
 
-def test_nothing_comes_of_texts_without_a_label() -> None:
+def test_empty_text_yields_no_blocks() -> None:
     for texts in ([], [""], ["a"]):
         assert rows(BlockDataset.from_texts(Bytes(), texts, 4, drop_last=False)) == []
 
 
-def test_the_generator_is_called_anew_for_each_epoch() -> None:
+def test_generator_is_called_for_each_epoch() -> None:
     calls = []
 
     def generator() -> Iterator[str]:
@@ -65,7 +65,7 @@ def test_the_generator_is_called_anew_for_each_epoch() -> None:
     assert len(calls) == 2
 
 
-def test_a_file_is_read_line_by_line_without_newlines(tmp_path: Path) -> None:
+def test_file_is_read_by_lines_without_newlines(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes("\ufeffabc\r\n\ndéf\nlast".encode())
     assert rows(BlockDataset.from_file(Bytes(), str(path), 3)) == rows(
@@ -73,14 +73,14 @@ def test_a_file_is_read_line_by_line_without_newlines(tmp_path: Path) -> None:
     )
 
 
-def test_an_end_of_text_is_inserted_only_on_request() -> None:
+def test_eos_is_inserted_only_on_request() -> None:
     plain = rows(BlockDataset.from_texts(Bytes(), ["abc", "de"], 1))
     ended = rows(BlockDataset.from_texts(Bytes(), ["abc", "de"], 1, eos=True))
     assert [256 in inputs for inputs, _ in plain] == [False] * 4
     assert [i for inputs, _ in ended for i in inputs] == [*b"abc", 256, *b"de"]
 
 
-def test_ignored_labels_go_by_position_so_that_a_real_eos_counts() -> None:
+def test_labels_are_ignored_by_position_so_a_real_eos_counts() -> None:
     """pad = EOS here: the real EOS inside is scored, the padding is not. Where pad is only padding, the result is
     that of CrossEntropyLoss(ignore_index=pad)."""
     dataset = BlockDataset.from_texts(Bytes(), ["ab", "cd"], 8, eos=True, drop_last=False)
@@ -102,7 +102,7 @@ def tutorial_collate(item: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_in_a_plain_loader_nothing_comes_twice(workers: int) -> None:
+def test_dataloader_workers_yield_nothing_twice(workers: int) -> None:
     dataset = BlockDataset.from_texts(Bytes(), TEXTS * 5, 4)
     expected = rows(dataset)
     for collate_fn in (None, collate, tutorial_collate):
@@ -117,9 +117,7 @@ def test_in_a_plain_loader_nothing_comes_twice(workers: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_ranks_share_the_blocks_and_get_the_same_number(
-    world_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_shard_the_blocks_evenly(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rows(BlockDataset.from_texts(Bytes(), TEXTS, 3, drop_last=False))
     per_rank, dropped = [], []
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
@@ -153,12 +151,12 @@ def test_other_tokenizers_encode_without_special_tokens() -> None:
         BlockDataset.from_texts(raw, [""], 3, eos=True)
 
 
-def test_a_block_of_nothing_is_refused() -> None:
+def test_block_size_zero_raises() -> None:
     with pytest.raises(RequestError, match="block_size 0"):
         BlockDataset.from_texts(Bytes(), TEXTS, 0)
 
 
-def test_texts_that_can_be_iterated_only_once_are_refused() -> None:
+def test_generator_object_raises() -> None:
     """Every epoch but the first would be empty."""
     with pytest.raises(RequestError, match=r"generator, which can be iterated only once.*Give a list"):
         BlockDataset.from_texts(Bytes(), (text for text in TEXTS), 3)
@@ -176,7 +174,7 @@ def test_texts_that_can_be_iterated_only_once_are_refused() -> None:
         assert rows(dataset) == rows(dataset) != []
 
 
-def test_dataset_travels_to_worker_processes() -> None:
+def test_dataset_can_be_pickled() -> None:
     dataset = BlockDataset(Bytes(), texts_of_the_module, 5)
     expected = rows(dataset)
     assert rows(pickle.loads(pickle.dumps(dataset))) == expected

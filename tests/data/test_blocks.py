@@ -17,14 +17,14 @@ from lmcore.data.locate import locate
 from lmcore.data.order import Order, Phase
 from lmcore.data.store.build import build_store
 from lmcore.data.store.store import TokenStore
-from lmcore.data.text import documents as text
+from lmcore.data.text.sources import resolve_sources
 from lmcore.errors import RequestError
 from tests.support.data import Bytes, counting_store
 
 
 @given(total=st.integers(2, 200), size=st.integers(1, 60), pieces=st.integers(1, 4), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_an_epoch_has_every_label_once_but_the_tail(
+def test_every_label_once_per_epoch_but_the_tail(
     total: int, size: int, pieces: int, seed: int, tmp_path_factory
 ) -> None:
     store = counting_store(tmp_path_factory.mktemp("store"), total, pieces=pieces)
@@ -46,9 +46,7 @@ def test_an_epoch_has_every_label_once_but_the_tail(
 )
 @example(totals=[0, 2], size=2)  # an empty source has no tail
 @settings(max_examples=40, deadline=None)
-def test_in_order_every_label_of_every_store_comes_once(
-    totals: list[int], size: int, tmp_path_factory
-) -> None:
+def test_evaluation_order_has_every_label_once(totals: list[int], size: int, tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("stores")
     stores = [counting_store(folder, total, first=1000 * i, name=f"s{i}") for i, total in enumerate(totals)]
     dataset = StoreBlocks(stores, block_size=size, tails=True)
@@ -61,7 +59,7 @@ def test_in_order_every_label_of_every_store_comes_once(
     assert blocks.n_labels[-1] == 0
 
 
-def test_several_sources_of_different_widths(tmp_path: Path) -> None:
+def test_sources_of_different_dtypes(tmp_path: Path) -> None:
     wide = counting_store(tmp_path, 1000, first=70_000, name="wide")
     np.arange(500, dtype="<u2").tofile(tmp_path / "narrow.bin")
     narrow = TokenStore(
@@ -77,7 +75,7 @@ def test_several_sources_of_different_widths(tmp_path: Path) -> None:
     assert blocks.ids[:, 0].tolist() == (block * 10 + 70_000 * source).tolist()
 
 
-def test_a_negative_position_is_a_block_without_labels(tmp_path: Path) -> None:
+def test_negative_position_gives_padding(tmp_path: Path) -> None:
     dataset = StoreBlocks([counting_store(tmp_path, 100)], block_size=10, seed=1, pad_id=7)
     blocks = dataset.read(np.array([3, -1, 4]))
     assert blocks.n_labels.tolist() == [10, 0, 10]
@@ -117,7 +115,7 @@ def test_position_ids_begin_anew_in_each_document(tmp_path: Path) -> None:
             assert found.tolist() == want
 
 
-def test_the_fingerprint_tells_all_that_moves_a_block(tmp_path: Path) -> None:
+def test_fingerprint_covers_everything_that_moves_a_block(tmp_path: Path) -> None:
     stores = [counting_store(tmp_path, 100, first=i, name=f"s{i}") for i in range(80)]
 
     def fingerprint(n: int, **options: object) -> str:
@@ -150,13 +148,13 @@ def test_mixtures_follow_the_cursor(tmp_path: Path) -> None:
     assert np.array_equal(later.read(np.arange(64)).ids, dataset.read(np.arange(64)).ids)
 
 
-def test_any_position_can_be_shown(tmp_path: Path) -> None:
+def test_show_decodes_any_position(tmp_path: Path) -> None:
     """What the model sees at a position, and where it comes from."""
     folder = tmp_path / "text"
     folder.mkdir()
     for number in range(6):
         (folder / f"{number}.txt").write_text(f"file {number} " * 40)
-    [source] = text.resolve_sources([{"path": str(folder), "unit": "file", "name": "files"}])
+    [source] = resolve_sources([{"path": str(folder), "unit": "file", "name": "files"}])
     store = build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=800)
     dataset = StoreBlocks([store], block_size=40, seed=3)
     assert len(store.manifest["parts"]) > 1
@@ -180,7 +178,7 @@ def test_any_position_can_be_shown(tmp_path: Path) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5000), st.lists(st.integers(-1, 1500), max_size=5)), max_size=8))
-def test_what_is_located_ahead_is_what_the_order_says(reads: list[tuple[int, list[int]]]) -> None:
+def test_blocks_located_ahead_equal_the_order(reads: list[tuple[int, list[int]]]) -> None:
     with TemporaryDirectory() as name:
         stores = [
             counting_store(Path(name), 999, name="a"),

@@ -26,7 +26,7 @@ RANGES = st.lists(
 
 
 @given(start=st.integers(0, 80), count=st.integers(1, 40), ranges=RANGES)
-def test_skipped_ranges_are_jumped_over(start: int, count: int, ranges: list[tuple[int, int]]) -> None:
+def test_skipped_positions_are_jumped_over(start: int, count: int, ranges: list[tuple[int, int]]) -> None:
     skips = merge_skips(ranges)
     allowed = [p for p in range(start, 400) if not any(a <= p < b for a, b in ranges)]
     positions, after = next_positions(start, count, skips)
@@ -35,7 +35,7 @@ def test_skipped_ranges_are_jumped_over(start: int, count: int, ranges: list[tup
     assert count_positions(start, 300, skips) == len([p for p in allowed if p < 300])
 
 
-def test_impossible_skips_are_refused() -> None:
+def test_invalid_skips_raise() -> None:
     for bad in ([(5, 5)], [(7, 3)], [(-1, 3)]):
         with pytest.raises(RequestError, match=r"skip_positions"):
             merge_skips(bad)
@@ -44,14 +44,14 @@ def test_impossible_skips_are_refused() -> None:
 # ---- the cursor ----
 
 
-def test_a_cursor_survives_json() -> None:
+def test_cursor_round_trip_through_json() -> None:
     cursor = Cursor(fingerprint="f", seed=2**62, skips=((5, 9),)).advance(7).with_weights([0.1, 0.9])
     again = Cursor.from_json(json.loads(json.dumps(cursor.to_json())))
     assert again == cursor
     assert cursor.position == 11  # 5 to 8 were jumped over
 
 
-def test_weights_append_a_phase_only_when_they_change() -> None:
+def test_changed_weights_append_a_phase() -> None:
     cursor = Cursor(fingerprint="f", seed=1, phases=mixed(1, 2)).advance(10)
     assert cursor.with_weights([1, 2]) is cursor
     changed = cursor.with_weights([2, 1])
@@ -68,9 +68,7 @@ def test_weights_append_a_phase_only_when_they_change() -> None:
         ({"version": 99}, ("99", "2")),
     ],
 )
-def test_a_changed_past_is_refused_with_both_values_and_the_way_out(
-    change: dict, words: tuple[str, ...]
-) -> None:
+def test_resume_with_changed_data_seed_or_version_raises(change: dict, words: tuple[str, ...]) -> None:
     saved = {**Cursor(fingerprint="old", seed=7, position=5).to_json()}
     if "version" in change:
         saved |= change

@@ -60,7 +60,7 @@ def test_any_size_and_seed_is_a_bijection(size: int, seed: int) -> None:
     assert len(set(permute(np.arange(size), size, keys(seed, "test")).tolist())) == size
 
 
-def test_one_call_may_hold_many_permutations() -> None:
+def test_many_permutations_in_one_call() -> None:
     sizes = np.array(SIZES)
     each = [permute(np.array([size // 2]), size, keys(7, "test", size))[0] for size in SIZES]
     together = permute(sizes // 2, sizes, np.stack([keys(7, "test", size) for size in SIZES], axis=1))
@@ -90,7 +90,7 @@ def test_full_shuffle_mixes_like_a_true_permutation() -> None:
     assert np.std(distinct) < 20
 
 
-def test_blocks_mix_as_well_as_the_documents_say() -> None:
+def test_block_shuffle_mixes_as_documented() -> None:
     """The same for ``blocks``: 512 groups of neighbours in a window, so about 1000 (1 - e^-0.512) (1 - e^-2.5)."""
     order = Order(lengths=(10**8,), seed=3, shuffle="blocks")
     parts = (order.locate(np.arange(40_000))[2] // 10**5).reshape(-1, 1000)
@@ -212,7 +212,7 @@ def test_epochs_and_seeds_differ_in_their_order() -> None:
 
 @given(positions=st.lists(st.integers(0, 10**12), min_size=1, max_size=20), data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_the_order_is_a_pure_function_of_the_position(positions: list[int], data: st.DataObject) -> None:
+def test_order_is_a_pure_function_of_the_position(positions: list[int], data: st.DataObject) -> None:
     phases = data.draw(
         st.sampled_from([(Phase(),), mixed(1, 2), (Phase(), Phase(position=999, weights=(3, 1)))])
     )
@@ -288,7 +288,7 @@ def test_no_source_of_a_mixture_is_more_than_one_block_off(weights: tuple[float,
 
 @given(weights=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=8))
 @settings(max_examples=25, deadline=None)
-def test_small_mixtures_are_at_most_one_block_off(weights: list[float]) -> None:
+def test_small_random_mixtures_are_about_one_block_off_at_most(weights: list[float]) -> None:
     assert largest_error(weights, 4000) <= 1 + 0.1
 
 
@@ -352,7 +352,7 @@ def test_each_source_of_a_mixture_has_its_own_epochs(shuffle: str, version: int)
     version=st.sampled_from(ORDER_VERSIONS),
 )
 @settings(max_examples=30, deadline=None)
-def test_an_appended_phase_moves_nothing_and_continues_each_source(
+def test_appended_phase_moves_no_earlier_position(
     change: int, weights: tuple[int, int], version: int
 ) -> None:
     before = Order(lengths=(300, 40), seed=1, phases=mixed(3, 1), version=version)
@@ -364,7 +364,7 @@ def test_an_appended_phase_moves_nothing_and_continues_each_source(
         assert epochs == [k // length for k in range(len(epochs))]
 
 
-def test_an_appended_source_leaves_the_past_alone() -> None:
+def test_appended_source_moves_no_earlier_position() -> None:
     before = Order(lengths=(300, 40), seed=1, phases=mixed(3, 1))
     phases = (*before.phases, Phase(position=500, weights=(1, 1, 2)))
     after = Order(lengths=(300, 40, 70), seed=1, phases=phases)
@@ -372,7 +372,7 @@ def test_an_appended_source_leaves_the_past_alone() -> None:
     assert np.bincount(after.locate(np.arange(500, 900))[0]).tolist() == [100, 100, 200]
 
 
-def test_from_all_sources_to_a_mixture_and_back_begins_fresh_epochs() -> None:
+def test_weights_that_begin_or_end_start_fresh_epochs() -> None:
     phases = (Phase(), Phase(position=100, weights=(1, 1)), Phase(position=3000))
     order = Order(lengths=(60, 20), seed=1, phases=phases)
     found = places(order, 100, 3000)
@@ -385,7 +385,7 @@ def test_from_all_sources_to_a_mixture_and_back_begins_fresh_epochs() -> None:
 
 @pytest.mark.parametrize("weights", [(), (0, 0), (-1, 2), (math.nan, 1), (math.inf, 1)])
 @pytest.mark.parametrize("version", ORDER_VERSIONS)
-def test_impossible_weights_are_refused(weights: tuple[float, ...], version: int) -> None:
+def test_invalid_weights_raise(weights: tuple[float, ...], version: int) -> None:
     with pytest.raises(RequestError, match="source weights"):
         Order(lengths=(5, 5), seed=1, phases=mixed(*weights), version=version)
 
@@ -411,7 +411,7 @@ def test_version_1_refuses_weights_below_one_slot() -> None:
         {"position": 5, "weights": {"a": 1}, "more": 1},
     ],
 )
-def test_impossible_phases_are_refused(item: Any) -> None:
+def test_invalid_phases_raise(item: Any) -> None:
     with pytest.raises(RequestError, match=r"data\.phases|source weights"):
         phases_from_options([item], ["a", "b"], None)
 
@@ -445,7 +445,7 @@ def test_shares_fill_the_window(weights: list[float]) -> None:
         {"lengths": (5, 0), "phases": mixed(1, 1)},
     ],
 )
-def test_impossible_orders_are_refused(options: dict) -> None:
+def test_invalid_order_raises(options: dict) -> None:
     with pytest.raises(RequestError):
         Order(seed=1, **options)
 
@@ -454,13 +454,13 @@ def test_impossible_orders_are_refused(options: dict) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-def test_ranks_cut_the_batch_and_nothing_else(world_size: int) -> None:
+def test_ranks_slice_the_batch(world_size: int) -> None:
     positions = np.arange(100, 148)
     assert np.concatenate([rank_slice(positions, r, world_size) for r in range(world_size)]).tolist() == (
         positions.tolist()
     )
 
 
-def test_a_batch_that_does_not_divide_is_refused_with_its_numbers() -> None:
+def test_indivisible_batch_raises() -> None:
     with pytest.raises(RequestError, match=r"10 blocks .* 4 processes"):
         rank_slice(np.arange(10), 0, 4)

@@ -81,7 +81,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- topology and resume ----
 
 
-def test_resumed_far_into_later_epochs(tmp_path: Path) -> None:
+def test_resume_in_later_epochs(tmp_path: Path) -> None:
     """A small corpus, read several times over."""
     folder = tagged_text(tmp_path, n=40)
     expected, cursors, ranks = run(stream(folder), count=60)
@@ -91,7 +91,7 @@ def test_resumed_far_into_later_epochs(tmp_path: Path) -> None:
         assert np.array_equal(found, expected[first + 1 :])
 
 
-def test_a_resume_tokenizes_at_most_a_window_of_each_lane(corpus: Path) -> None:
+def test_resume_tokenizes_at_most_one_window_per_lane(corpus: Path) -> None:
     _, cursors, _ = run(stream(corpus), count=40)
     for step in (9, 22, 39):
         tokenizer = Tagged()
@@ -104,14 +104,14 @@ def test_a_resume_tokenizes_at_most_a_window_of_each_lane(corpus: Path) -> None:
         assert len(json.dumps(cursors[step].to_json())) < 1024
 
 
-def test_the_global_batch_may_change_by_multiples_of_the_lanes(corpus: Path) -> None:
+def test_global_batch_may_change_by_multiples_of_the_lanes(corpus: Path) -> None:
     dataset = stream(corpus)
     expected, cursors, _ = run(dataset, count=12, size=16)
     found, _, _ = run(dataset, cursors[3], count=16, size=8, world_size=2)
     assert np.array_equal(found.reshape(8, 16, 2, SIZE), expected[4:])
 
 
-def test_the_lanes_of_the_checkpoint_win(corpus: Path) -> None:
+def test_resume_keeps_the_lanes_of_the_checkpoint(corpus: Path) -> None:
     expected, cursors, _ = run(stream(corpus, lanes=8, window_blocks=32))
     found, _, _ = run(stream(corpus, lanes=16, window_blocks=32), cursors[3], count=STEPS - 4)
     assert np.array_equal(found, expected[4:])
@@ -126,7 +126,7 @@ def lane_tokens(batches: np.ndarray, lane: int, lanes: int) -> np.ndarray:
     return np.concatenate([blocks[:, 0], blocks[:, 1, -1:]], axis=1)
 
 
-def test_a_lane_loses_no_token_and_repeats_none(tmp_path: Path) -> None:
+def test_lane_loses_no_token_and_repeats_none(tmp_path: Path) -> None:
     """Unshuffled, a lane is the documents of its parts, one after another, epoch by epoch."""
     folder = tagged_text(tmp_path, n=120, files=5)
     dataset = stream(folder, lanes=4, shuffle="none")
@@ -151,7 +151,7 @@ def test_a_lane_loses_no_token_and_repeats_none(tmp_path: Path) -> None:
     assert everything == list(range(120))  # each document is in one part
 
 
-def test_a_window_is_a_permutation_of_its_blocks(corpus: Path) -> None:
+def test_shuffle_window_is_a_permutation(corpus: Path) -> None:
     """The shuffle moves blocks inside windows only; the first window of each lane is shorter, by another share."""
     plain, _, _ = run(stream(corpus, window_blocks=8), count=20, size=8)  # one block a window: nothing moves
     shuffled, _, _ = run(stream(corpus), count=20, size=8)
@@ -166,7 +166,7 @@ def test_a_window_is_a_permutation_of_its_blocks(corpus: Path) -> None:
     assert moved > 20
 
 
-def test_documents_behind_a_mask_are_those_of_the_text(corpus: Path) -> None:
+def test_document_mask_follows_the_documents(corpus: Path) -> None:
     batches, _, _ = run(stream(corpus, document_mask=True), count=6)
     for inputs, _, position_ids in batches.reshape(-1, 3, SIZE):
         expected, count = [], 0
@@ -176,7 +176,7 @@ def test_documents_behind_a_mask_are_those_of_the_text(corpus: Path) -> None:
         assert position_ids.tolist() == expected
 
 
-def test_compressed_files_are_shared_out_by_document(tmp_path: Path) -> None:
+def test_compressed_files_are_sharded_by_document(tmp_path: Path) -> None:
     """A file that cannot be cut is read by several lanes; each document still comes once in a pass."""
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         for number in range(90):
@@ -192,7 +192,7 @@ def test_compressed_files_are_shared_out_by_document(tmp_path: Path) -> None:
     assert np.array_equal(found, expected[3:])
 
 
-def test_few_parts_are_said(tmp_path: Path) -> None:
+def test_too_few_parts_are_noted(tmp_path: Path) -> None:
     notes: list[str] = []
     with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
         file.write("1 5\n")
@@ -204,7 +204,7 @@ def test_few_parts_are_said(tmp_path: Path) -> None:
 # ---- mixtures ----
 
 
-def test_a_mixture_is_exact_in_each_lane_and_resumes(tmp_path: Path) -> None:
+def test_mixture_holds_in_each_lane_and_resumes(tmp_path: Path) -> None:
     folders = [tagged_text(tmp_path / "x", n=200), tagged_text(tmp_path / "y", n=200, first=5000)]
     phases = (Phase(weights=(3, 1)),)
     dataset = stream(*folders, lanes=2, phases=phases)
@@ -239,7 +239,7 @@ def test_sources_without_weights_are_one_corpus(tmp_path: Path) -> None:
 # ---- refusals, skips, bad input ----
 
 
-def test_what_does_not_divide_is_refused_with_its_numbers(corpus: Path) -> None:
+def test_indivisible_lanes_raise(corpus: Path) -> None:
     for size, world_size in ((12, 1), (24, 3)):
         with pytest.raises(
             RequestError, match=rf"8 lanes .* multiple of 8, not {size}.* divides 8, not {world_size}"
@@ -247,7 +247,7 @@ def test_what_does_not_divide_is_refused_with_its_numbers(corpus: Path) -> None:
             run(stream(corpus), size=size, world_size=world_size, count=1)
 
 
-def test_skipped_positions_are_whole_rounds_of_the_lanes(corpus: Path) -> None:
+def test_skips_are_whole_rounds_of_the_lanes(corpus: Path) -> None:
     dataset = stream(corpus)
     expected, _, _ = run(dataset, count=8, size=8)
     found, _, _ = run(dataset, dataset.new_cursor().with_skips([(16, 32)]), count=6, size=8, world_size=2)
@@ -257,7 +257,7 @@ def test_skipped_positions_are_whole_rounds_of_the_lanes(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_records_end_the_stream_or_are_left_out(tmp_path: Path, workers: int) -> None:
+def test_bad_records_raise_or_are_skipped(tmp_path: Path, workers: int) -> None:
     lines = [json.dumps({"text": f"{number} 30"}) for number in range(200)]
     lines[50] = "{broken"
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
@@ -271,7 +271,7 @@ def test_bad_records_end_the_stream_or_are_left_out(tmp_path: Path, workers: int
     assert seen == set(range(200)) - {50}
 
 
-def test_too_many_bad_records_end_the_stream_all_the_same(tmp_path: Path) -> None:
+def test_too_many_bad_records_raise(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(["{broken"] * 40 + [json.dumps({"text": "1 3"})] * 40))
     sources = documents.resolve_sources([str(tmp_path / "a.jsonl")])
     dataset = StreamDataset(sources, Tagged(), block_size=SIZE, lanes=1, seed=1, on_error="skip")
@@ -279,7 +279,7 @@ def test_too_many_bad_records_end_the_stream_all_the_same(tmp_path: Path) -> Non
         run(dataset, size=1, count=1)
 
 
-def test_a_stream_of_nothing_is_refused_and_does_not_turn_for_ever(tmp_path: Path) -> None:
+def test_stream_without_text_raises(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n")
     dataset = StreamDataset(
         documents.resolve_sources([str(tmp_path / "a.txt")]), Bytes(), block_size=4, lanes=1, seed=1
@@ -288,7 +288,7 @@ def test_a_stream_of_nothing_is_refused_and_does_not_turn_for_ever(tmp_path: Pat
         run(dataset, size=1, count=1)
 
 
-def test_one_side_of_a_split(tmp_path: Path) -> None:
+def test_validation_split_of_a_stream(tmp_path: Path) -> None:
     folder = tagged_text(tmp_path, n=200)
     seen = []
     for side in ("train", "valid"):
@@ -298,7 +298,7 @@ def test_one_side_of_a_split(tmp_path: Path) -> None:
     assert seen[0] | seen[1] == set(range(200))
 
 
-def test_another_corpus_under_the_cursor_is_refused(corpus: Path, tmp_path: Path) -> None:
+def test_resume_with_another_corpus_raises(corpus: Path, tmp_path: Path) -> None:
     cursor = stream(corpus).new_cursor()
     assert cursor.check(fingerprint=stream(corpus).fingerprint, seed=5) == cursor
     for other in (
@@ -315,7 +315,7 @@ def test_another_corpus_under_the_cursor_is_refused(corpus: Path, tmp_path: Path
 # ---- the Hub ----
 
 
-def test_a_hub_data_set_streams_and_prepares(tmp_path: Path) -> None:
+def test_hub_dataset_streams_and_builds_a_store(tmp_path: Path) -> None:
     """From a local folder: the same code path as the Hub, without the network."""
     from lmcore.data.store.build import build_store
 
@@ -354,7 +354,7 @@ class Numbered:
         return [np.full(15, int(one[:3]), dtype=np.int32) for one in texts]
 
 
-def test_a_window_mixes_as_well_as_the_documents_say(tmp_path: Path) -> None:
+def test_shuffle_window_mixes_as_documented(tmp_path: Path) -> None:
     """Of 1,000 neighbours, how many of 1,000 parts of the corpus: as guarantees.md has it, 16 and 64 lanes."""
     path = tmp_path / "numbered.txt"
     path.write_text("".join(f"{number // 100:03d}{number:045d}\n" for number in range(100_000)))
