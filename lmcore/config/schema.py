@@ -127,7 +127,7 @@ class TokenizerConfig:
     """Vocabulary size of the tokenizer to train."""
     model_type: Literal["bpe", "unigram", "char"] = option("bpe", "refuse")
     """SentencePiece model type; char: one piece per character."""
-    character_coverage: float = option(0.9995, "refuse", above=0, at_most=1)
+    character_coverage: float = option(0.9995, "refuse", at_least=0.98, at_most=1)
     """Share of the characters that become pieces; the others are encoded as bytes."""
     byte_fallback: bool = option(True, "refuse")
     """Encode unknown characters as bytes, so that no text is lost."""
@@ -193,13 +193,13 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LrMultipliersConfig:
-    matrices: float = option(1.0, "warn", at_least=0)
+    matrices: float = option(1.0, "warn", at_least=0, at_most=10**6)
     """Learning rate of the matrices inside the network, as a multiple of optim.lr."""
-    embedding: float = option(1.0, "warn", at_least=0)
+    embedding: float = option(1.0, "warn", at_least=0, at_most=10**6)
     """The same of the embeddings (and of a head that is tied to them)."""
-    head: float = option(1.0, "warn", at_least=0)
+    head: float = option(1.0, "warn", at_least=0, at_most=10**6)
     """The same of a vocabulary head of its own."""
-    vectors: float = option(1.0, "warn", at_least=0)
+    vectors: float = option(1.0, "warn", at_least=0, at_most=10**6)
     """The same of biases and norms."""
 
 
@@ -276,7 +276,7 @@ class TrainConfig:
     layer."""
     deterministic: bool = option(False, "warn")
     """Use deterministic kernels; an operation without one is an error."""
-    max_minutes: float | None = option(None, "free", above=0)
+    max_minutes: float | None = option(None, "free", above=0, at_most=10**8)
     """Save and exit (code 75) after this time."""
     profile: str | None = option(None, "free")
     """Steps to profile with torch, such as '10-15'; the trace is written to the run folder."""
@@ -351,7 +351,7 @@ class EvaluateConfig:
     """Evaluate after the last step."""
     blocks: int | None = option(None, "warn", at_least=1)
     """Number of blocks to evaluate of each validation set; default: all."""
-    micro_batch_blocks: int | None = option(None, "free", at_least=1)
+    micro_batch_blocks: int | None = option(None, "free", at_least=1, at_most=2**24)
     """Number of blocks in a forward pass; default: as in training."""
     prompts: list[str] = option([], "free")
     """Prompts to continue at every evaluation."""
@@ -393,9 +393,9 @@ class GuardConfig:
     """How many robust standard deviations above the median of the window count as a spike."""
     hash_every: Durations = option(Durations(), "free")
     """How often to compare the weights of all processes."""
-    stuck_seconds: float = option(1_800.0, "free", above=0)
+    stuck_seconds: float = option(1_800.0, "free", above=0, at_most=10**8)
     """Stop the run when a step takes longer than this, and print the stacks of all threads (exit code 71)."""
-    stop_before_deadline_seconds: float = option(120.0, "free", at_least=0)
+    stop_before_deadline_seconds: float = option(120.0, "free", at_least=0, at_most=10**8)
     """How long before the end of a Slurm job to save and exit; at most half of the time left at the start."""
 
 

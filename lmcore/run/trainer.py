@@ -666,13 +666,13 @@ class Run:
                 self._failed(error.exit_code, str(error))
             elif isinstance(error, Exception):
                 code = EXIT_CRASHED
-                if (
-                    self.engine.world_size > 1 and report_dead_rank()
-                ):  # the error is that of a lost connection
+                engine = getattr(self, "engine", None)  # the error may come before the processes have met
+                several = engine is not None and engine.world_size > 1
+                if several and report_dead_rank():  # the error is that of a lost connection
                     code = EXIT_STUCK
                 else:
                     self._failed(code, f"{type(error).__name__}: {error}")
-                if self.engine.world_size > 1:
+                if several:
                     # Leaving the process group may wait for the other ranks: the traceback must not wait for that.
                     sys.excepthook(type(error), error, trace)
                     self._close.close()

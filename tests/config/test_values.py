@@ -131,6 +131,12 @@ def test_every_option_with_each_unusual_value(value: str, tmp_path: Path) -> Non
         ("seed: 9223372036854775808", "seed must fit in 64 bits"),
         ("train: {precision: bf17}", "did you mean 'bf16'"),
         ("run_dir: ''", "run_dir must not be empty"),
+        ("guard: {stuck_seconds: 1e299}", "guard.stuck_seconds must be at most 1e+08"),
+        (
+            "evaluate: {micro_batch_blocks: 4611686018427387904}",
+            "evaluate.micro_batch_blocks must be at most",
+        ),
+        ("tokenizer: {character_coverage: 0.5}", "tokenizer.character_coverage must be at least 0.98"),
         ("optim: {betas: 0.9}", "optim.betas must be 2 numbers"),
         ("report: {trackers: [1, null]}", "report.trackers must be text (got null)"),
         ("data: {train: [{path: a, weight: .nan}]}", "weight of a must be above 0 (got nan)"),
