@@ -100,7 +100,7 @@ class Trackers:
             RequestError: see :func:`check`.
         """
         folder = Path(run_dir)
-        name = options.name or folder.resolve().name
+        name = redact(options.name or folder.resolve().name)
         self._note = note
         self._webhook = options.webhook or os.environ.get(WEBHOOK_VARIABLE) or None
         self._posts: list[threading.Thread] = []
@@ -116,7 +116,11 @@ class Trackers:
             elif tracker == "wandb":
                 run_id = self._ids["wandb"] = (run_ids or {}).get("wandb") or secrets.token_hex(4)
                 own = {"name": name, "id": run_id, "resume": "allow", "dir": os.fspath(folder)}
-                own |= {"tags": list(options.tags), "save_code": options.save_code, "config": settings}
+                own |= {
+                    "tags": redact(list(options.tags)),
+                    "save_code": options.save_code,
+                    "config": settings,
+                }
             opener = partial(
                 TrackerAdapter, tracker, options.project, folder, settings, own, resume_step or 0
             )
