@@ -28,7 +28,7 @@ from lmcore.checkpoint.tensors import TensorFile, plan
 from lmcore.checkpoint.writer import Checkpoint, Checkpoints, abandon_after, find, listing, open_checkpoint
 from lmcore.disk import Call, Disk
 from lmcore.errors import FaultError, RequestError
-from tests.support.disk_faults import Counter, FailAt, FullAt, KillAt, PowerCut, PoweredDisk, forked
+from tests.support.disk_faults import Counter, FailAt, FullAt, KillAt, PowerCut, PoweredDisk, damage, forked
 
 SHAPES = {
     "wte.weight": ((7, 4), torch.float32),
@@ -364,41 +364,6 @@ def test_free_space_is_checked_before_saving(
 
 
 # ---- damage ------------------------------------------------------------------------------------------------
-
-
-def damage(folder: Path, draw: random.Random) -> str:
-    """Hurt one checkpoint folder in one way; says how."""
-    path = draw.choice(sorted(folder.iterdir()))
-    data = bytearray(path.read_bytes())
-    kind = draw.choice(["flip", "flip", "flip", "truncate", "zero", "delete", "add", "append", "swap"])
-    if kind == "flip":
-        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    elif kind == "truncate":
-        del data[draw.randrange(len(data)) :]
-    elif kind == "zero":
-        start = draw.randrange(len(data)) // 512 * 512
-        if not any(data[start : start + 4096]):
-            kind = "flip"  # a page of zeros stays the same page
-            data[start] ^= 1
-        data[start : start + 4096] = (
-            bytes(len(data[start : start + 4096])) if kind == "zero" else data[start : start + 4096]
-        )
-    elif kind == "append":
-        data += bytes(draw.randrange(1, 9))
-    if kind == "delete":
-        path.unlink()
-    elif kind == "add":
-        (folder / draw.choice(["extra.safetensors", "x.json", "pytorch_model.bin", ".hidden"])).write_bytes(
-            b"x"
-        )
-    elif kind == "swap":
-        other = draw.choice([p for p in sorted(folder.iterdir()) if p != path])
-        content = other.read_bytes()
-        other.write_bytes(path.read_bytes())
-        path.write_bytes(content)
-    else:
-        path.write_bytes(bytes(data))
-    return f"{kind} {path.name}"
 
 
 def test_500_damaged_checkpoints_are_all_detected(tmp_path: Path, two: Path) -> None:

@@ -668,7 +668,7 @@ def damage(place: Path, seed: int, folder: Path, repeats: int = 100) -> Trial:
     taken.
     """
     from lmcore.checkpoint.writer import find
-    from tests.checkpoint.test_checkpoint import damage as hurt
+    from tests.support.disk_faults import damage as hurt
 
     draw, trial = random.Random(seed), Trial()
     good = undisturbed(place)["run"] / "checkpoints"

@@ -211,3 +211,38 @@ class PoweredDisk:
         path.mkdir(exist_ok=True)
         for name, inode in names.items():
             self._write(inode, path / name, draw, seed)
+
+
+def damage(folder: Path, draw: random.Random) -> str:
+    """Damage one file of a checkpoint folder in a random way; returns which way and which file."""
+    path = draw.choice(sorted(folder.iterdir()))
+    data = bytearray(path.read_bytes())
+    kind = draw.choice(["flip", "flip", "flip", "truncate", "zero", "delete", "add", "append", "swap"])
+    if kind == "flip":
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    elif kind == "truncate":
+        del data[draw.randrange(len(data)) :]
+    elif kind == "zero":
+        start = draw.randrange(len(data)) // 512 * 512
+        if not any(data[start : start + 4096]):
+            kind = "flip"  # a page of zeros stays the same page
+            data[start] ^= 1
+        data[start : start + 4096] = (
+            bytes(len(data[start : start + 4096])) if kind == "zero" else data[start : start + 4096]
+        )
+    elif kind == "append":
+        data += bytes(draw.randrange(1, 9))
+    if kind == "delete":
+        path.unlink()
+    elif kind == "add":
+        (folder / draw.choice(["extra.safetensors", "x.json", "pytorch_model.bin", ".hidden"])).write_bytes(
+            b"x"
+        )
+    elif kind == "swap":
+        other = draw.choice([p for p in sorted(folder.iterdir()) if p != path])
+        content = other.read_bytes()
+        other.write_bytes(path.read_bytes())
+        path.write_bytes(content)
+    else:
+        path.write_bytes(bytes(data))
+    return f"{kind} {path.name}"
