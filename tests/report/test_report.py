@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import re
 import subprocess
@@ -437,7 +438,7 @@ def test_a_terminal_shows_one_calm_display(
     assert redraws < 40 * (elapsed + 2), "a few redraws a second, not a flood"
 
 
-@pytest.mark.parametrize("why", ["redirected", "TERM=dumb", "SLURM_JOB_ID=7", "CI=true"])
+@pytest.mark.parametrize("why", ["redirected", "TERM=dumb", "SLURM_JOB_ID=7", "CI=true", "JPY_PARENT_PID=7"])
 def test_elsewhere_each_line_is_plain_and_whole(
     why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,6 +465,45 @@ def test_elsewhere_each_line_is_plain_and_whole(
     assert "gpt2 " * 39 in text, "nothing is cut or wrapped"
     assert "  | \treturn" not in text
     assert text.count("something fell back") == 1
+
+
+def test_plain_output_shows_the_latest_step_between_two_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without waiting for the device: the loss is one that the host has anyway, and metrics.jsonl does not get it."""
+    monkeypatch.setattr("lmcore.report.report.PLAIN_STEP_SECONDS", 0.0)
+    stream = io.StringIO()
+    with make(tmp_path, stream=stream) as report:
+        report.begin(total_steps=100)
+        feed(report, 1, 4, every=1000)
+        assert "alone" not in stream.getvalue(), "no loss is known yet"
+        report.latest(step=4, loss=2.5)
+        feed(report, 5, 5, every=1000)
+    assert "step 5/100 5%, loss 2.5000 (of step 4 alone)" in stream.getvalue()
+    assert [r["step"] for r in read_metrics(tmp_path, "train")] == [1]
+
+
+def test_end_shows_what_was_reached_also_after_a_resume(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with make(tmp_path) as report:
+        report.begin(total_steps=4)
+        feed(report, 1, 4, losses=lambda step: 3.0)
+        for name, loss in (("日本語", 2.25), ("second", math.inf)):
+            report.evaluation(
+                set=name, step=4, epoch=0.1, tokens=4, loss=loss, perplexity=9.5, bits_per_byte=1.5
+            )
+        state = json.loads(json.dumps(report.state(), allow_nan=False))
+    with make(tmp_path, stream=stream) as report:
+        report.begin(step=4, total_steps=4)
+        report.load_state(state)
+        report.end("finished", [("model", "here")])
+    said = stream.getvalue()
+    assert "training loss  3.0000" in said
+    assert "日本語 loss    2.2500  perplexity 9.5  bits/byte 1.5000  (step 4)" in said, (
+        "wide characters are aligned"
+    )
+    assert "second loss    not finite" in said
+    assert "time in steps" in said
 
 
 def test_a_long_task_speaks_up_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
