@@ -284,7 +284,7 @@ def open_tokenizer(
     if config.tokenizer.path is not None or not (resumes and (home / "tokenizer.json").exists()):
         given = given_tokenizer(config)
         if given is not None:
-            _say_origin(config, given, note)
+            _note_origin(config, given, note)
             return given
 
     def make() -> None:
@@ -317,7 +317,7 @@ def unfit_reason(config: RunConfig, home: Path) -> str | None:
     return corpus.source_changes(made_from, tokenizer_source_of(config)) or None
 
 
-def _say_origin(config: RunConfig, given: Tokenizer, note: Note) -> None:
+def _note_origin(config: RunConfig, given: Tokenizer, note: Note) -> None:
     weights = config.model.from_pretrained
     if weights is None or config.tokenizer.train:
         return

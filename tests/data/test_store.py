@@ -1,4 +1,4 @@
-"""Laws 2, 5, 6 and 7 where tokens are made: nothing lost, nobody waits for ever, bad input costs only itself."""
+"""Token stores: nothing is lost, no process waits for ever, bad input costs only itself, damage is found."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_the_number_of_processes_changes_no_byte(tmp_path: Path, processes: int)
     assert seen[-1].total_parts == len(many.manifest["parts"])
 
 
-def test_an_unchanged_corpus_is_opened_at_once(tmp_path: Path) -> None:
+def test_unchanged_corpus_is_not_tokenized_again(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text")
     first = build_store(source, Bytes(), store_dir=tmp_path / "stores")
     before = contents(first.folder)
@@ -166,7 +166,7 @@ def test_appended_files_only_add_parts_and_the_change_is_said(tmp_path: Path) ->
     assert contents(second.folder) == contents(clean.folder)
 
 
-def test_every_change_is_noticed(tmp_path: Path) -> None:
+def test_every_change_gives_another_fingerprint(tmp_path: Path) -> None:
     """A fingerprint for each: content, tokenizer, options. Two corpora never share a folder."""
     source = corpus(tmp_path / "text")
 
@@ -250,7 +250,7 @@ FOR_EVER = 600.0
 """Seconds of a call of the tokenizer that only a kill ends."""
 
 
-def test_ten_kills_lose_at_most_a_part_each_and_change_no_byte(tmp_path: Path) -> None:
+def test_ten_kills_lose_at_most_a_part_each(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text", 80)
     counter = Counter()
     with pytest.MonkeyPatch.context() as patch:
@@ -277,7 +277,7 @@ def test_ten_kills_lose_at_most_a_part_each_and_change_no_byte(tmp_path: Path) -
     finished.verify()
 
 
-def test_a_kill_at_any_call_of_the_end_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_kill_while_finishing_leaves_no_debris(tmp_path: Path) -> None:
     """Also one that comes when the manifest is there and what earlier kills have left is not yet taken away."""
     source = corpus(tmp_path / "text", 3)
     whole = build_store(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
@@ -324,7 +324,7 @@ def test_tokenizing_processes_end_with_their_parent(tmp_path: Path) -> None:
     )
 
 
-def test_ranks_share_the_work_and_outlive_a_killed_one(tmp_path: Path) -> None:
+def test_ranks_share_the_work_and_survive_a_killed_rank(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text", 24)
     whole = build_store(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
     stores = tmp_path / "shared"
@@ -354,7 +354,7 @@ def test_a_failure_ends_all_processes_with_the_same_words(tmp_path: Path) -> Non
     assert build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000).n_documents == 30
 
 
-def test_the_dead_hold_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_claim_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 3600.0)  # two claims of one process share a file aside
     path = tmp_path / "x.claim"
     gone = subprocess.Popen([sys.executable, "-c", ""])
@@ -380,9 +380,7 @@ def test_the_dead_hold_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert mine is not None  # no heartbeat from elsewhere
 
 
-def test_a_full_disk_is_a_refusal_that_keeps_what_is_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_keeps_finished_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = corpus(tmp_path / "text")
     calls = 0
 
@@ -403,7 +401,7 @@ def test_a_full_disk_is_a_refusal_that_keeps_what_is_finished(
     assert contents(store.folder) == contents(whole.folder)
 
 
-def test_nowhere_to_write_is_a_refusal(tmp_path: Path) -> None:
+def test_unwritable_store_dir_raises(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text", 2)
     (tmp_path / "file").write_text("")
     with pytest.raises(RequestError, match=r"cannot be written"):
@@ -441,14 +439,14 @@ def test_bad_records_are_counted_and_located_and_cost_no_good_one(tmp_path: Path
         build_store(source, Bytes(), store_dir=tmp_path / "stores")
 
 
-def test_no_text_at_all_is_a_refusal(tmp_path: Path) -> None:
+def test_empty_corpus_raises(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     [source] = text.resolve_sources([str(tmp_path / "empty.txt")])
     with pytest.raises(RequestError, match=r"no text at all"):
         build_store(source, Bytes(), store_dir=tmp_path / "stores")
 
 
-def test_a_tokenizer_that_exceeds_its_vocabulary_is_found_out(tmp_path: Path) -> None:
+def test_ids_beyond_the_vocabulary_raise_while_building(tmp_path: Path) -> None:
     @final
     class Liar:
         vocab_size, eos_id, fingerprint = 100, 1, "liar"
@@ -465,7 +463,7 @@ def test_a_tokenizer_that_exceeds_its_vocabulary_is_found_out(tmp_path: Path) ->
 
 @given(data=st.data(), total=st.integers(1, 300), pieces=st.integers(1, 7))
 @settings(max_examples=40, deadline=None)
-def test_the_pieces_are_one_array(data: st.DataObject, total: int, pieces: int, tmp_path_factory) -> None:
+def test_reads_cross_pieces(data: st.DataObject, total: int, pieces: int, tmp_path_factory) -> None:
     store = counting_store(tmp_path_factory.mktemp("store"), total, pieces=pieces, documents=7)
     cuts = np.linspace(0, total, pieces + 1).astype(int)
     ends = sorted({e for a, b in pairwise(cuts) for e in [*range(a + 7, b, 7), b] if b > a})
@@ -734,7 +732,7 @@ def test_a_store_made_under_a_former_fingerprint_of_the_tokenizer_opens(tmp_path
     assert (store.folder, store.fingerprint, tokenizer.texts) == (old.folder, old.fingerprint, 0)
 
 
-# ---- what others wrote ----
+# ---- token files of other programs ----
 
 
 def opened(path: Path | str, **options: object) -> TokenStore:
@@ -795,7 +793,7 @@ def test_megatron_and_datatrove_files_know_their_documents(tmp_path: Path) -> No
     assert opened(tmp_path / "d.ds").document_ends(0, 9).tolist() == [4, 9]
 
 
-def test_a_store_of_ours_is_a_source_too(tmp_path: Path) -> None:
+def test_a_token_store_is_a_source(tmp_path: Path) -> None:
     store = build_store(corpus(tmp_path / "text"), Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
     again = opened(f"{store.folder}/*.bin")
     assert again.fingerprint == store.fingerprint

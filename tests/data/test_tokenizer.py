@@ -118,7 +118,7 @@ def test_whether_words_are_cut_depends_on_two_characters(text: str) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(texts=st.lists(ANY_TEXT, max_size=5))
-def test_words_met_before_give_the_ids_of_the_whole(ours: SentencePieceTokenizer, texts: list[str]) -> None:
+def test_word_cache_gives_the_ids_of_the_whole_text(ours: SentencePieceTokenizer, texts: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # So small that words are forgotten, and looking them up is given up and tried again, within a few texts.
         for name, value in (("GROUP", 50), ("KEPT", 300), ("CALL", 20), ("TRIAL", 100), ("REST", 100)):
@@ -148,7 +148,7 @@ def test_no_piece_of_the_vocabulary_is_cut(options: dict[str, Any], way: int | N
     ]
 
 
-def test_words_are_forgotten_and_given_up_where_they_do_not_pay(
+def test_word_cache_is_bounded_and_pauses_where_it_does_not_pay(
     ours: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = pickle.loads(pickle.dumps(ours))
@@ -163,7 +163,9 @@ def test_words_are_forgotten_and_given_up_where_they_do_not_pay(
     assert made._words._rest > 0
 
 
-def test_the_cuts_are_real_and_bounded(ours: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_texts_are_cut_into_bounded_pieces(
+    ours: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = NEKO * 200
     assert max(map(len, ours._cut(long))) < 4200
     assert ours.encode(long) == ours.processor.encode(long)
@@ -212,7 +214,7 @@ def test_ids_fit_and_are_int32(ours: SentencePieceTokenizer) -> None:
     assert ours.encode_batch([]) == []
 
 
-def test_it_travels_to_other_processes(ours: SentencePieceTokenizer) -> None:
+def test_tokenizers_can_be_pickled(ours: SentencePieceTokenizer) -> None:
     other = pickle.loads(pickle.dumps(ours))
     assert other.fingerprint == ours.fingerprint
     assert other.encode(NEKO) == ours.encode(NEKO)
@@ -476,7 +478,7 @@ def test_the_hub_is_asked_with_the_revision(byte_level: Path, monkeypatch: pytes
     assert asked == [("owner/name", "abc"), ("owner/name", "v1"), ("gpt2", None)]
 
 
-def test_code_of_a_stranger_is_never_run(byte_level: Path, tmp_path: Path) -> None:
+def test_remote_code_is_never_run(byte_level: Path, tmp_path: Path) -> None:
     for file in byte_level.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())

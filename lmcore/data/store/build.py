@@ -59,8 +59,8 @@ _NAME_BYTES = 200
 """Of a source's name in the name of a folder, which most file systems limit to 255."""
 _PLAN_SECONDS = 5.0
 """A plan without content for so long is of a process that died while writing it."""
-_SAID_RECORDS = 100
-"""So many bad records are said one by one at each start; all are in the manifest."""
+_LISTED_RECORDS = 100
+"""So many bad records are listed at each start; all are in the manifest."""
 
 
 class NoText(RequestError):
@@ -418,7 +418,7 @@ def _left_out(manifest: dict[str, Any], folder: Path) -> Iterator[str]:
     at_least = "at least " if manifest.get("bad_unknown") else ""
     yield f"{manifest['name']}: {at_least}{manifest['bad']:,} bad records are left out"
     records = list(_bad_records(manifest))
-    for record in records[:_SAID_RECORDS]:
+    for record in records[:_LISTED_RECORDS]:
         yield f"  {record}"
-    if len(records) > _SAID_RECORDS:
-        yield f"  and {len(records) - _SAID_RECORDS:,} more, in {folder / MANIFEST}"
+    if len(records) > _LISTED_RECORDS:
+        yield f"  and {len(records) - _LISTED_RECORDS:,} more, in {folder / MANIFEST}"

@@ -30,7 +30,7 @@ from lmcore.humanize import size
 BACKGROUND_BYTES = 8 * 2**30
 """A store with more to compare than this does not keep training waiting (10 to 60 s, by the disk)."""
 THREAD = "token store verification"
-_SAID_BYTES = 2**30
+_NOTED_BYTES = 2**30
 _CHUNK_BYTES = 2**22
 _THREADS = 8
 
@@ -96,7 +96,7 @@ def verify(
         work = (folder, parts, dtype, vocab_size, alarm)
         threading.Thread(target=_in_background, args=work, daemon=True, name=THREAD).start()
         return alarm
-    if note is not None and todo > _SAID_BYTES:
+    if note is not None and todo > _NOTED_BYTES:
         note(f"token store {folder}: {size(todo)} are compared with their hashes, once on this machine")
     message = _verdict(folder, parts, dtype, vocab_size)
     if message is not None:

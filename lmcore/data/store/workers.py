@@ -35,12 +35,8 @@ memory."""
 COUNTS = (
     *("tokens", "documents", "bytes"),  # of the side that the store keeps
     *("records", "record_bytes", "empty"),  # of all documents that were read
-    *(
-        "bad",
-        "bad_bytes",
-        "bad_places",
-        "bad_unknown",
-    ),  # lost documents; how many places do not tell their number
+    # Lost documents, and how many places do not tell their number.
+    *("bad", "bad_bytes", "bad_places", "bad_unknown"),
 )
 """What is counted in each part."""
 KEPT_BAD_RECORDS = 100
@@ -118,7 +114,7 @@ def encoded(value: Any) -> bytes:
 
 
 def build_all(job: Job, processes: int, worker: int, progress: Callable[[Progress], None] | None) -> None:
-    """Return when every part is there, whoever built it."""
+    """Return when every part is there, whichever process built it."""
     report = _Reporter(job, progress)
     pending = [part.index for part in job.parts if not is_done(job, part.index)]
     processes = min(processes, len(pending))
@@ -171,7 +167,7 @@ def _start_child(payload: bytes, number: int) -> subprocess.Popen[bytes]:
 
 
 def child_main() -> None:
-    """What a tokenizing process runs; it ends with its parent, and leaves signals to it."""
+    """What a tokenizing process runs; it ends with its parent, which handles signals."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     size = int.from_bytes(sys.stdin.buffer.read(8), "little")
     number, sys.path[:] = int(sys.argv[1]), sys.argv[2:]
@@ -186,16 +182,14 @@ def child_main() -> None:
     try:
         _build_pending(job, started, number, _Reporter(job, None))
     except (RequestError, FaultError, OSError):
-        code = 3  # written down already, the parent tells it
+        code = 3  # written down already, and the parent raises it
     os._exit(code)
 
 
 def _build_pending(job: Job, started: float, number: int, report: _Reporter) -> None:
-    """Build one part after another, from a place of one's own on, until all are there."""
+    """Build one part after another, from another one in each process on, until all are there."""
     count = len(job.parts)
-    first = (
-        number * 7919 % max(count, 1)
-    )  # a prime stride spreads the processes without their knowing each other
+    first = number * 7919 % max(count, 1)  # a prime stride spreads the processes without communication
     while True:
         waiting = False
         for step in range(count):
@@ -321,7 +315,7 @@ def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
     }
     with contextlib.suppress(
         FileNotFoundError
-    ):  # somebody took the part over and finished it, and cleaned up
+    ):  # another process took the part over, finished it, and cleaned up
         DISK.rename(unfinished, job.folder / f"{name}.bin")
         commit(job.folder / f"{name}.ends", ends.tobytes())
         commit(job.folder / f"{name}.json", encoded(description))
