@@ -318,6 +318,8 @@ def _merge(merged: Layer, layer: Layer, source: str, note: Callable[[str], objec
     if kind and merged["model.config"] and any(merged[name] != value for name, value in kind):
         note(f"{kind[0][0]} of {source} is another model: model.config of the earlier file is not used")
         merged["model.config"] = {}
+    if merged["model.preset"] is None and "model.size" not in layer:
+        merged["model.size"] = None  # a size is one of a preset
     for name, value in layer.items():
         merged[name] = _deep(merged[name], value) if keys()[name].is_free_form else value
 

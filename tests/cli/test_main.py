@@ -309,7 +309,7 @@ def test_data_commands_read_the_text_of_the_run(
     assert re.search(
         r"tokenizing: [\d.,kM]+/[\d.,kM]+ bytes \d+%, .*\d documents, [\d,]+ tokens, \d:", progress
     )
-    assert "held out" in said
+    assert "validation (valid)" in said
     assert "blocks in an epoch" in said
     assert list((tmp_path / "token_stores").glob("*/manifest.json"))
 
@@ -318,7 +318,16 @@ def test_plan_prints_parameters_batch_and_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    model = ["--model.config.n_layer", "2", "--model.config.n_embd", "64", "--model.config.n_head", "2"]
+    model = [
+        "--model.type",
+        "gpt2",
+        "--model.config.n_layer",
+        "2",
+        "--model.config.n_embd",
+        "64",
+        "--model.config.n_head",
+        "2",
+    ]
     common = [*model, "--tokenizer.vocab_size", "640", "--train.duration", "10 steps", "--data.block_size", "64",
               "--model.config.n_positions", "64", "--train.global_batch_blocks", "8",
               "--train.micro_batch_blocks", "4"]  # fmt: skip

@@ -170,7 +170,7 @@ def test_the_saved_configuration_repeats_the_run(text: Path, whole: Path) -> Non
 BAD = {
     "no such file": ({"data__train": "nowhere/*.txt"}, "nowhere"),
     "unknown model type": ({"model__type": "gtp2"}, "gpt2"),
-    "does not divide": ({"train__micro_batch_blocks": 5}, "12"),
+    "does not divide": ({"train__micro_batch_blocks": 5, "train__micro_batch_exact": "true"}, "12"),
     "block size beyond the context": ({"data__block_size": 128}, "64"),
     "corpus smaller than a block": (
         {

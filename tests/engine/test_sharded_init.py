@@ -196,7 +196,7 @@ def test_a_run_builds_what_its_engine_asks_for() -> None:
             )
             module = setup.open_model(config, data, engine, note=notes.append)
             assert all(p.is_meta for p in module.parameters()) == (not needs_weights and not own)
-    assert len([line for line in notes if "every rank builds the whole model on its host" in line]) == 2
+    assert len([line for line in notes if "every rank builds the whole model in host memory" in line]) == 2
 
 
 def open_what_only_rank_0_reads(folder: str) -> str:

@@ -99,7 +99,8 @@ def remove_store(store: StoreInfo) -> None:
         raise RequestError(f"{store.folder} is being built: wait for it, or stop it first")
     try:
         # Without its manifest it is an unfinished store: a kill in between leaves nothing that would be opened.
-        (store.folder / MANIFEST).unlink(missing_ok=True)
+        if (store.folder / MANIFEST).exists():
+            DISK.unlink(store.folder / MANIFEST)
         DISK.remove_tree(store.folder)
     except OSError as error:
         raise RequestError(f"{store.folder} cannot be removed: {error.strerror or error}") from error
