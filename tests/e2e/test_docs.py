@@ -157,3 +157,16 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     options = (tmp_path / "site/reference/options/index.html").read_text()
     assert "--train.duration" in options
+
+
+def test_the_tests_that_the_documentation_names_exist() -> None:
+    """``test_resume_...`` names every test that begins so."""
+    there: set[str] = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        there.add(path.name)
+        there.update(re.findall(r"def (test_\w+)\(", path.read_text(encoding="utf-8")))
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        if page.name == "log.md":
+            continue  # it tells of the past
+        for name in re.findall(r"\b(test_\w+(?:\.py)?)", page.read_text(encoding="utf-8")):
+            assert name in there or any(known.startswith(name) for known in there), f"{page.name}: {name}"
