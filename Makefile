@@ -23,7 +23,7 @@ demo: $(BIN)/.installed  ## install, train the demo recipe end to end, sample, r
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train_lm.py
 
 test: $(BIN)/.installed-dev  ## install, the core tests: every law, one pairing of every mode
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 test-all: $(BIN)/.installed-dev  ## the rest: whole matrices, Slurm, faults, the commands of the docs
 	$(BIN)/python -m pytest -q -m 'slow or slurm'

@@ -92,7 +92,7 @@ class Duration(NamedTuple):
             return f"{number}%"
         if self.unit == "minutes":
             seconds = round(self.value * 60)
-            in_seconds = len(number) > 6 and Duration.parse(f"{seconds} s") == self
+            in_seconds = len(number) > 6 and seconds > 0 and Duration.parse(f"{seconds} s") == self
             return f"{seconds} s" if in_seconds else f"{number} min"
         return f"{number} {self.unit}"
 

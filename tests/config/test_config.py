@@ -669,3 +669,11 @@ def test_recipe_parses_and_has_a_complete_header(recipe: Path) -> None:
     for word in ("command", "hardware", "time", "result"):
         assert word in header, f"{recipe.name}: the header has no {word}"
     assert f"recipes/{recipe.name}" in header or recipe.stem == "demo"
+
+
+@pytest.mark.parametrize(
+    "text", ["0.001 s", "1 s", "10 s", "90 s", "0.5 min", "1 h", "7 steps", "12.5%", "0.1 epochs"]
+)
+def test_durations_are_written_as_they_are_read(text: str) -> None:
+    """A saved configuration holds them as text."""
+    assert Duration.parse(str(Duration.parse(text))) == Duration.parse(text)

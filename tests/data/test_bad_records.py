@@ -44,7 +44,7 @@ def test_store_reports_bad_records_at_each_start(
             f"  a.jsonl, {second['where']}: {second['reason']}",
         ]
     assert "not JSON" in first["reason"]
-    monkeypatch.setattr(build, "_SAID_RECORDS", 1)
+    monkeypatch.setattr(build, "_LISTED_RECORDS", 1)
     notes = []
     build.build_store(source, Bytes(), note=notes.append, **options)
     assert notes[2:] == [f"  and 1 more, in {store.folder}/manifest.json"]
