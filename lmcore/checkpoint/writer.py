@@ -128,7 +128,7 @@ class Checkpoints:
         keep_best: Mapping[str, Any] | None = None,
         keep_every: int | None = None,
         background: bool = True,
-        on_full_disk: str = "stop",
+        on_full_disk: str = "continue",
         is_main: bool = True,
         disk: Disk = DISK,
         progress: Callable[[], None] = lambda: None,

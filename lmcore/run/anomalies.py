@@ -41,10 +41,10 @@ class Policy:
         sigma: how many robust standard deviations above the median make a spike.
     """
 
-    max_skips: int = 5
+    max_skips: int = 10
     max_rewinds: int = 3
     spike: str = "warn"
-    window: int = 128
+    window: int = 200
     sigma: float = 6.0
 
 

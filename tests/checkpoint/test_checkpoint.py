@@ -350,7 +350,7 @@ def test_free_space_is_checked_before_saving(
 
     counter = Counter()
     monkeypatch.setattr(os, "statvfs", lambda _: Little)
-    saves = Checkpoints(two, disk=Disk(counter))
+    saves = Checkpoints(two, disk=Disk(counter), on_full_disk="stop")
     save(saves, 3)
     with pytest.raises(FaultError, match=r"are needed, .* are free.*--checkpoint.on_full_disk continue"):
         saves.poll()
@@ -766,7 +766,7 @@ def test_checkpoint_that_reads_back_differently_is_not_committed(two: Path) -> N
                 file.seek(-1, 2)
                 file.write(b"\x55")
 
-    saves = Checkpoints(two, disk=Disk(corrupt))
+    saves = Checkpoints(two, disk=Disk(corrupt), on_full_disk="stop")
     save(saves, 3)
     with pytest.raises(FaultError, match="reads back differently"):
         saves.wait()
@@ -929,7 +929,7 @@ def test_background_exception_is_raised_by_wait(tmp_path: Path) -> None:
         if call.operation == "fsync":
             raise RuntimeError("a fault of our own")
 
-    saves = Checkpoints(tmp_path, disk=Disk(before), note=lambda _: None)
+    saves = Checkpoints(tmp_path, disk=Disk(before), note=lambda _: None, on_full_disk="stop")
     save(saves, 1)
     with pytest.raises(FaultError, match="a fault of our own"):
         saves.wait()

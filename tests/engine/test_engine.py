@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from lmcore.config.schema import EngineConfig, TrainConfig
 from tests.support import engine_runs
-from tests.support.engine_runs import SEVEN, Job, Trace
+from tests.support.engine_runs import (
+    SEVEN,
+    Job,
+    Trace,
+    assert_follows,
+    assert_same_bits,
+    close,
+    largest_difference,
+)
 from tests.support.fork_server import RankFailure, run_ranks
 
 # mode -> model and accumulation: every value of each meets every kind of strategy.
@@ -41,33 +49,6 @@ HALF = 10
 def job_of(mode: str, **changes: Any) -> Job:
     model, accumulation = PAIRING[mode]
     return replace(Job(mode=mode, model=model, accumulation=accumulation), **changes)
-
-
-def close(ours: list[float], theirs: list[float], tolerance: float) -> None:
-    assert len(ours) == len(theirs)
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=tolerance, atol=0)
-
-
-def largest_difference(ours: dict[Any, Tensor], theirs: dict[Any, Tensor], skip: str = "none") -> float:
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[key] - theirs[key]).abs().max()) for key in theirs if skip not in str(key))
-
-
-def assert_follows(ours: Trace, theirs: Trace) -> None:
-    """fp32: the losses, the norms, Adam's moments and the weights, key biases apart."""
-    close(ours.losses, theirs.losses, 1e-5)
-    close(ours.norms, theirs.norms, 1e-5)
-    assert largest_difference(ours.weights, theirs.weights, skip="attn.c_attn.bias") < 1e-5
-    assert largest_difference(ours.slots, theirs.slots) < 1e-6
-
-
-def assert_same_bits(ours: Trace, theirs: Trace) -> None:
-    assert ours.losses == theirs.losses[-len(ours.losses) :]
-    assert ours.norms == theirs.norms[-len(ours.norms) :]
-    for mine, other in ((ours.weights, theirs.weights), (ours.slots, theirs.slots)):
-        assert mine.keys() == other.keys()
-        assert all(torch.equal(mine[key], other[key]) for key in mine)
-    assert ours.scalars == theirs.scalars
 
 
 @pytest.fixture(scope="module")

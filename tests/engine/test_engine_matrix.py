@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.test_engine import assert_follows, assert_same_bits, close, largest_difference
 from tests.support import engine_runs
-from tests.support.engine_runs import SEVEN, Job
+from tests.support.engine_runs import SEVEN, Job, assert_follows, assert_same_bits, close, largest_difference
 
 pytestmark = pytest.mark.slow
 

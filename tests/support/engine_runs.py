@@ -332,3 +332,30 @@ def run(job: Job, **changes: Any) -> Trace:
     job = replace(job, **changes)
     strategy, world_size = MODES[job.mode]
     return run_ranks(train, world_size, job, timeout=240, launched=strategy != "single")[0]
+
+
+def close(ours: list[float], theirs: list[float], tolerance: float) -> None:
+    assert len(ours) == len(theirs)
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=tolerance, atol=0)
+
+
+def largest_difference(ours: dict[Any, Tensor], theirs: dict[Any, Tensor], skip: str = "none") -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[key] - theirs[key]).abs().max()) for key in theirs if skip not in str(key))
+
+
+def assert_follows(ours: Trace, theirs: Trace) -> None:
+    """fp32: the losses, the norms, Adam's moments and the weights, key biases apart."""
+    close(ours.losses, theirs.losses, 1e-5)
+    close(ours.norms, theirs.norms, 1e-5)
+    assert largest_difference(ours.weights, theirs.weights, skip="attn.c_attn.bias") < 1e-5
+    assert largest_difference(ours.slots, theirs.slots) < 1e-6
+
+
+def assert_same_bits(ours: Trace, theirs: Trace) -> None:
+    assert ours.losses == theirs.losses[-len(ours.losses) :]
+    assert ours.norms == theirs.norms[-len(ours.norms) :]
+    for mine, other in ((ours.weights, theirs.weights), (ours.slots, theirs.slots)):
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[key], other[key]) for key in mine)
+    assert ours.scalars == theirs.scalars
