@@ -59,7 +59,7 @@ def test_each_default_is_explained_and_each_option_overrides_its_own(text: Path)
     config, notes = configure(text, *argv)
     assert (config.optim.lr, str(config.train.duration), config.evaluate.prompts) == (0.5, "7 steps", ["a"])
     assert config.model.config["n_layer"] == 1
-    assert config.model.config["n_embd"] == 128
+    assert config.model.config["n_embd"] == 64
     told = "\n".join(notes)
     assert "tokenizer.vocab_size" in told
     assert "optim.lr" not in told
@@ -70,7 +70,7 @@ def test_each_default_is_explained_and_each_option_overrides_its_own(text: Path)
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_other_model_types_get_sizes_too(text: Path, kind: str) -> None:
     config, _ = configure(text, "--model.type", kind)
-    assert config.model.config["hidden_size"] == 128
+    assert config.model.config["hidden_size"] == 64
     assert config.model.type == kind
     assert configure(text, "--model.type", kind, "--model.config.hidden_size", "64")[0].model.config == {
         "hidden_size": 64
