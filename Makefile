@@ -26,7 +26,7 @@ test: $(BIN)/.installed-dev  ## install, the core tests: every law, one pairing 
 	$(BIN)/python -m pytest -q -n 2
 
 test-all: $(BIN)/.installed-dev  ## the rest: whole matrices, Slurm, faults, the commands of the docs
-	$(BIN)/python -m pytest -q -m 'slow or slurm'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'slow or slurm'
 
 check: $(BIN)/.installed-dev  ## format, lint, types
 	$(BIN)/ruff format --check .

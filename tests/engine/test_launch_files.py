@@ -65,7 +65,7 @@ def test_cpu_2_starts_two_processes(script: Path) -> None:
 def test_the_launch_form_that_silently_starts_one_process_is_refused(script: Path) -> None:
     code, output = launch(script, "cpu", "--num_processes", "2")
     assert code != 0
-    assert "started one process where several were asked for" in output
+    assert "started one process although several were asked for" in output
     assert "cpu_2.yaml" in output
 
 
