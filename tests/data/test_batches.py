@@ -30,7 +30,7 @@ from lmcore.data.cursor import Cursor
 from lmcore.data.custom import wrap
 from lmcore.data.order import Phase
 from lmcore.errors import FaultError, RequestError
-from tests.support.batches import take
+from tests.support.batches import steps_of_ranks, take
 from tests.support.data import Bytes, counting_store
 
 SIZE = 8
@@ -63,22 +63,7 @@ def run(
     **options: Any,
 ) -> tuple[list[Tensor], list[list[StepBatch]]]:
     """The global batches (labels included) in the order of the positions, and each rank's steps."""
-    ranks = [
-        take(
-            Batches(
-                dataset,
-                cursor=cursor,
-                global_batch_blocks=size,
-                micro_batch_blocks=micro,
-                rank=rank,
-                world_size=world_size,
-                **options,
-            ),
-            count,
-        )
-        for rank in range(world_size)
-    ]
-    assert len({len(steps) for steps in ranks}) == 1
+    ranks = steps_of_ranks(dataset, cursor, count, world_size=world_size, size=size, micro=micro, **options)
     batches = [
         torch.cat(
             [

@@ -24,17 +24,10 @@ def take(batches: Batches, count: int | None = None) -> list[StepBatch]:
     return found
 
 
-def run_ranks(
-    dataset: Any,
-    cursor: Cursor,
-    *,
-    size: int,
-    count: int | None = None,
-    world_size: int = 1,
-    micro: int = 1,
-    **options: Any,
-) -> tuple[list[list[Row]], list[Cursor], list[list[StepBatch]]]:
-    """(the rows of each global batch in the order of their positions, the cursor after each step, each rank's steps)."""
+def steps_of_ranks(
+    dataset: Any, cursor: Cursor, count: int | None, *, world_size: int, size: int, micro: int, **options: Any
+) -> list[list[StepBatch]]:
+    """The steps of each rank: the same number on all of them."""
     ranks = [
         take(
             Batches(
@@ -51,6 +44,21 @@ def run_ranks(
         for rank in range(world_size)
     ]
     assert len({len(steps) for steps in ranks}) == 1, "ranks make different numbers of steps"
+    return ranks
+
+
+def run_ranks(
+    dataset: Any,
+    cursor: Cursor,
+    *,
+    size: int,
+    count: int | None = None,
+    world_size: int = 1,
+    micro: int = 1,
+    **options: Any,
+) -> tuple[list[list[Row]], list[Cursor], list[list[StepBatch]]]:
+    """(the rows of each global batch in the order of their positions, the cursor after each step, each rank's steps)."""
+    ranks = steps_of_ranks(dataset, cursor, count, world_size=world_size, size=size, micro=micro, **options)
     reader = dataset.resumed(cursor)
     batches, cursors, here = [], [], cursor
     for number in range(len(ranks[0])):
