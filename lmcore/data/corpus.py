@@ -279,8 +279,8 @@ def open_corpus(
             except build.NoText:
                 if note is not None:
                     note(
-                        f"data.valid_fraction {fraction} holds no document of {source.name} out: it has too few; "
-                        f"name held-out text with data.valid"
+                        f"data.valid_fraction {fraction} selects no document of {source.name} for validation: it has too few; "
+                        f"give validation text with --data.valid"
                     )
     else:
         held_out = {}
@@ -305,7 +305,7 @@ def _training_files_in(
             yield (
                 f"{option} {source.name!r} overlaps with the training text: {len(found):,} of its {len(source.paths):,} "
                 f"files ({found[0]}) also belong to the training source {owner!r}, so that the loss says nothing about "
-                f"unseen text; leave them out of data.train, or hold text out with data.valid_fraction instead"
+                f"unseen text; remove them from data.train, or use data.valid_fraction instead"
             )
 
 

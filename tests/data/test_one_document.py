@@ -18,7 +18,9 @@ def book(on: str) -> str:
     )
 
 
-@pytest.mark.parametrize(("on", "said"), [("valid", "training on all of it"), ("train", "holds no document")])
+@pytest.mark.parametrize(
+    ("on", "said"), [("valid", "training on all of it"), ("train", "selects no document")]
+)
 def test_corpus_of_one_document_trains_whatever_side_it_falls_on(tmp_path: Path, on: str, said: str) -> None:
     path = tmp_path / "book.txt"
     path.write_text(book(on))
