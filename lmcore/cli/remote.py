@@ -1,0 +1,71 @@
+"""A run folder in a bucket for the commands that read one: what they need is downloaded to a copy in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from lmcore.disk import DISK
+from lmcore.errors import RequestError
+from lmcore.storage import Store, StoreError, cache_dir, is_url
+
+
+def local_copy(path: str, checkpoint: str | None = None, *, note: Callable[[str], None]) -> str:
+    """``path`` itself, or for a URL a local folder with the small files of the run and one checkpoint.
+
+    The training that may be going on is not touched: the copy is another folder than that of the run, and nothing is
+    written to the bucket.
+
+    Args:
+        checkpoint: ``None`` for no checkpoint, ``auto`` for the newest good one, ``best``, or a step.
+
+    Raises:
+        RequestError: nothing is there, or no good checkpoint of that kind; or the store does not answer.
+    """
+    if not is_url(path):
+        return path
+    from lmcore.run.bucket import bring_files  # imports torch, which a run on the disk may not need
+
+    store = Store(path)
+    name = f"{store.url.rpartition('/')[2]}-{hashlib.sha256(store.url.encode()).hexdigest()[:12]}"
+    folder = cache_dir() / "copies" / name
+    try:
+        if not bring_files(store, folder):
+            raise RequestError(f"{path}: there is no run")
+        if checkpoint is not None:
+            _bring_checkpoint(store, folder, checkpoint, note)
+    except StoreError as error:
+        raise RequestError(str(error)) from error
+    return str(folder)
+
+
+def _bring_checkpoint(store: Store, folder: Path, which: str, note: Callable[[str], None]) -> None:
+    from lmcore.checkpoint.manifest import Damaged, read_manifest, step_name, step_of
+    from lmcore.checkpoint.reader import best_last
+    from lmcore.checkpoint.remote import RemoteCheckpoints
+
+    remote = RemoteCheckpoints(store, scratch=folder / ".bucket", note=note, read_only=True)
+    there = remote.manifests()
+    steps = sorted(there)
+    if which.isdecimal() and len(which) < 20:
+        steps = [step for step in steps if step == int(which)]
+    elif which == "best":
+        kept = next((one["keep_best"] for one in reversed(there.values()) if one.get("keep_best")), None)
+        metric, mode = (kept["metric"], kept["mode"]) if kept else ("loss", "min")
+        values = ((Path(step_name(step)), one["metrics"].get(metric)) for step, one in there.items())
+        steps = [step_of(path) for path in best_last(values, mode)]
+    for step in reversed(steps):
+        here = folder / "checkpoints" / step_name(step)
+        try:
+            if not here.exists() or read_manifest(here) != there[step]:
+                DISK.remove_quietly(here)
+                remote.fetch(step, here.parent)
+            for other in here.parent.iterdir():  # one is enough: the newest of the copy is what was asked for
+                if other != here:
+                    DISK.remove_quietly(other)
+            return
+        except (Damaged, FileNotFoundError) as damage:
+            DISK.remove_quietly(here)
+            note(f"checkpoint {step_name(step)} of {store.url} is damaged ({damage}); skipped")
+    raise RequestError(f"{store.url}: no good checkpoint" + (f" of step {which}" if which.isdigit() else ""))

@@ -1,0 +1,402 @@
+"""Objects in a bucket, or in any other place that fsspec opens, below one URL.
+
+Every access to remote storage goes through :class:`Store`, which adds to fsspec what a run needs of it: one kind of
+error after a few tries with growing waits, the name of the package that is missing, and no credentials in URLs.
+Credentials and endpoints are what the driver of fsspec finds in the environment (``AWS_ACCESS_KEY_ID``,
+``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS``, ``AZURE_STORAGE_CONNECTION_STRING``, ``HF_TOKEN``, ...).
+
+Example::
+
+    store = Store("s3://bucket/runs/demo")
+    store.write("status.json", b"{}")
+    store.names("checkpoints")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar, final
+
+from lmcore.disk import DISK
+from lmcore.errors import RequestError
+from lmcore.humanize import did_you_mean, one_line
+
+DRIVERS: Final = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "hf": "huggingface_hub",
+    "memory": "fsspec",
+    "file": "fsspec",
+}
+"""Scheme of a URL -> the package that fsspec needs for it."""
+OLDEST: Final = (2024, 12)
+"""Year and month of the first s3fs, gcsfs and adlfs of which all put an object only if it is not there. Older ones of s3fs
+drop that condition without a word."""
+ATTEMPTS: Final = 6
+READS: Final = 4
+"""How often an object that does not match its hash is read before it counts as damaged: bytes may flip on the way."""
+FIRST_WAIT_SECONDS: Final = 0.5
+"""Waits double from here: 0.5, 1, 2, 4 and 8 s between the six tries."""
+_EXCLUSIVE: Final = frozenset({"s3", "gs", "gcs", "az", "abfs", "memory", "file"})
+"""Where an object can be created only if it is not there, by the store itself, not by looking first."""
+_URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(.*)", re.DOTALL)
+_FINAL: Final = (
+    FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError,
+    ImportError, NotImplementedError, TypeError, AttributeError,
+)  # fmt: skip
+"""Errors that another try does not change."""
+
+T = TypeVar("T")
+
+
+class StoreError(OSError):
+    """The store does not answer, or refuses, after all tries."""
+
+
+class Info(NamedTuple):
+    """Size and version of an object. ``version`` changes whenever the object does: its etag, else size and time."""
+
+    n_bytes: int
+    version: str
+
+
+def is_url(text: object) -> bool:
+    """Whether a path is a URL for :class:`Store` (``C:`` and ``a:b`` are not).
+
+    >>> is_url("s3://bucket/run"), is_url("runs/demo")
+    (True, False)
+    """
+    return isinstance(text, str) and _URL.match(text) is not None
+
+
+def check_url(url: str, option: str = "") -> str:
+    """The URL without a slash at its end.
+
+    Raises:
+        RequestError: an unknown scheme, no bucket, or credentials in the URL. They would be written to config.yaml and
+            logs, so they are taken from the environment only; the message does not repeat them.
+    """
+    before = f"{option}: " if option else ""
+    match = _URL.fullmatch(url)
+    if match is None:
+        raise RequestError(f"{before}{one_line(url)[:200]!r} is not a URL: write s3://bucket/folder")
+    scheme, rest = match[1].lower(), match[2]
+    if "@" in rest.split("/")[0] or (scheme != "hf" and re.search(r"[?&#]\S*=", rest)):
+        raise RequestError(
+            f"{before}a {scheme}:// URL with credentials or options in it is refused, because it would be written to "
+            "files: give credentials in the environment (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+        )
+    if scheme not in DRIVERS:
+        raise RequestError(
+            f"{before}unknown scheme {scheme}://; choose from {', '.join(f'{name}://' for name in DRIVERS)}"
+            f"{did_you_mean(scheme, list(DRIVERS))}"
+        )
+    path = rest.rstrip("/")
+    if not path.strip("/"):
+        raise RequestError(f"{before}{scheme}:// names no bucket or folder: write {scheme}://bucket/folder")
+    if any(part in ("", ".", "..") for part in path.lstrip("/").split("/")):
+        raise RequestError(f"{before}{url} has an empty, . or .. part")
+    return f"{scheme}://{path}"
+
+
+def open_filesystem(scheme: str) -> Any:
+    """The fsspec file system of a scheme, without a cache of listings.
+
+    Raises:
+        RequestError: its driver is not installed, or too old.
+    """
+    import fsspec  # lazily: runs on a disk do without it
+
+    package = DRIVERS[scheme]
+    try:
+        filesystem = fsspec.filesystem(scheme, use_listings_cache=False)
+    except ImportError:
+        raise RequestError(
+            f"{scheme}:// needs the package {package}, which is not installed: pip install {package}"
+        ) from None
+    if package in ("s3fs", "gcsfs", "adlfs"):
+        _refuse_old(scheme, package)
+    return filesystem
+
+
+@functools.cache
+def _refuse_old(scheme: str, package: str) -> None:
+    found = version(package)
+    if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < OLDEST:
+        raise RequestError(
+            f"{scheme}:// needs {package} {OLDEST[0]}.{OLDEST[1]} or newer (found {found}), with which two runs cannot take "
+            f"one run folder: pip install --upgrade {package}"
+        )
+
+
+@final
+class Store:
+    """The objects below one URL. Names are relative to it, with slashes. Safe to use from several threads and after a
+    fork.
+
+    Args:
+        url: such as ``s3://bucket/runs/demo``.
+        attempts: how often a failing call is tried in all.
+        sleep: what waits between two tries.
+
+    Raises:
+        RequestError: see :func:`check_url`; or the driver is not installed.
+    """
+
+    def __init__(
+        self, url: str, *, attempts: int = ATTEMPTS, sleep: Callable[[float], Any] = time.sleep
+    ) -> None:
+        self.url = check_url(url)
+        self.scheme, _, self._root = self.url.partition("://")
+        self.exclusive = self.scheme in _EXCLUSIVE
+        """Whether :meth:`create` is decided by the store itself."""
+        self._attempts, self._sleep = attempts, sleep
+        open_filesystem(self.scheme)
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    @property
+    def _fs(self) -> Any:
+        return open_filesystem(self.scheme)  # fsspec keeps one for each process
+
+    def path(self, name: str = "") -> str:
+        """The object of this name as fsspec has it."""
+        root = ("/" if self.scheme in ("memory", "file") else "") + self._root.lstrip("/")
+        return f"{root}/{name}" if name else root
+
+    def url_of(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    # ---- one object
+
+    def read(self, name: str) -> bytes:
+        """Raises ``FileNotFoundError``, or :class:`StoreError`."""
+        data: bytes = self._try(f"read {name}", lambda: self._fs.cat_file(self.path(name)))
+        return data
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes ``[start, stop)`` of an object. Raises ``FileNotFoundError``, or :class:`StoreError`."""
+
+        def attempt() -> bytes:
+            data: bytes = self._fs.cat_file(self.path(name), start=start, end=stop)
+            if len(data) != stop - start:
+                raise OSError(f"{len(data):,} bytes came instead of {stop - start:,}")
+            return data
+
+        return self._try(f"read {name}", attempt)
+
+    def read_sealed(self, name: str) -> dict[str, Any]:
+        """The JSON object that :func:`sealed` has made; one without a hash, of an earlier version, is taken as it is.
+
+        Raises:
+            ValueError: it is damaged, also when it is read again.
+            FileNotFoundError, StoreError: as of :meth:`read`.
+        """
+        for _ in range(READS):
+            with contextlib.suppress(ValueError):
+                value = json.loads(self.read(name))
+                if isinstance(value, dict) and value.pop("sha256", None) in (None, _hash_of(value)):
+                    return value
+        raise ValueError(f"{self.url_of(name)} is damaged")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace the object as a whole. Raises :class:`StoreError`."""
+        self._try(f"write {name}", lambda: self._write(name, data), absent="there is no such bucket")
+
+    def _write(self, name: str, data: bytes) -> None:
+        if self.scheme == "file":  # where a write is no atomic put
+            DISK.makedirs(Path(self.path(name)).parent)
+            DISK.write_bytes(Path(self.path(name)), data)
+        else:
+            self._fs.pipe_file(self.path(name), data)
+            self._check_size(name, len(data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write the object if there is none; whether it is now this one.
+
+        Where :attr:`exclusive` is false the store is asked first, and two callers at the same moment may both succeed.
+        """
+
+        def attempt() -> bool:
+            try:
+                if self.scheme == "file":
+                    DISK.makedirs(Path(self.path(name)).parent)
+                    file = DISK.create(self.path(name), exclusive=True)
+                    try:
+                        DISK.write(file, data)
+                    finally:
+                        DISK.close(file)
+                else:
+                    self._fs.pipe_file(self.path(name), data, mode="create")
+            except Exception as error:  # drivers have kinds of their own
+                # It is there (not every store says so by FileExistsError); or a try before this one was carried out and
+                # its answer was lost; or this one has failed, which reading shows.
+                try:
+                    # Twice: a byte that flips on the way must not make our own object another's.
+                    return any(self._fs.cat_file(self.path(name)) == data for _ in range(2))
+                except FileNotFoundError:
+                    if isinstance(error, FileExistsError):  # it was, and was removed meanwhile: tried again
+                        raise OSError("the object was removed meanwhile") from None
+                    raise error from None
+            return True
+
+        return self._try(f"create {name}", attempt, absent="there is no such bucket")
+
+    def upload(self, path: Path, name: str) -> None:
+        """Put a file, and compare the size of the object. Raises :class:`StoreError`, or ``OSError`` of the file."""
+        size = path.stat().st_size
+
+        def attempt() -> None:
+            if self.scheme == "file":
+                self._write(name, path.read_bytes())
+            else:
+                self._fs.put_file(str(path), self.path(name))
+            self._check_size(name, size)
+
+        self._try(f"write {name}", attempt, absent="there is no such bucket")
+
+    def _check_size(self, name: str, n_bytes: int) -> None:
+        found = int(self._fs.info(self.path(name))["size"])
+        if found != n_bytes:
+            raise OSError(f"the object has {found:,} bytes after an upload of {n_bytes:,}")
+
+    def download(self, name: str, path: Path) -> None:
+        """Get an object into a file. Raises ``FileNotFoundError``, or :class:`StoreError`."""
+
+        def attempt() -> None:
+            self._fs.get_file(self.path(name), str(path))
+
+        self._try(f"read {name}", attempt)
+
+    def info(self, name: str) -> Info | None:
+        """Size and version of an object; ``None`` if there is none."""
+        try:
+            found = self._try(f"look up {name}", lambda: self._fs.info(self.path(name)))
+        except FileNotFoundError:
+            return None
+        return None if found.get("type") == "directory" else info_of(found)
+
+    def remove(self, name: str) -> None:
+        """Remove an object; fine if there is none."""
+
+        def attempt() -> None:
+            try:
+                self._fs.rm_file(self.path(name))
+            except FileNotFoundError:
+                return
+
+        self._try(f"remove {name}", attempt)
+
+    # ---- listings
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names of all objects below a folder, sorted. A store may show a listing of some moments ago."""
+        return sorted(name for name, _ in self._find(folder))
+
+    def infos(self) -> dict[str, Info]:
+        """Name -> size and version of all objects, by one listing, which may be that of some moments ago."""
+        return {name: info_of(found) for name, found in self._find("")}
+
+    def _find(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        def attempt() -> dict[str, dict[str, Any]]:
+            try:
+                found: dict[str, dict[str, Any]] = self._fs.find(self.path(folder), detail=True)
+            except FileNotFoundError:
+                return {}
+            return found
+
+        root = self.path() + "/"
+        for path, found in self._try(f"list {folder or 'the folder'}", attempt).items():
+            if path.startswith(root):
+                yield path[len(root) :], found
+
+    # ---- errors
+
+    def _try(self, what: str, call: Callable[[], T], *, absent: str = "") -> T:
+        what = f"{self.url}: cannot {what}"
+        try:
+            return persistently(call, what, attempts=self._attempts, sleep=self._sleep)
+        except FileNotFoundError as error:
+            if absent:
+                raise StoreError(f"{what}: {absent}") from error
+            raise
+
+
+def sealed(value: Mapping[str, Any]) -> bytes:
+    """A JSON object with a hash over itself, for :meth:`Store.read_sealed`."""
+    return json.dumps({**value, "sha256": _hash_of(value)}, sort_keys=True).encode() + b"\n"
+
+
+def _hash_of(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def info_of(found: dict[str, Any]) -> Info:
+    """From the details that a driver gives: every driver names the etag and the time of change differently."""
+    size = int(found.get("size") or 0)
+    for key in ("ETag", "etag", "md5Hash", "content_md5"):
+        if found.get(key):
+            return Info(size, f"etag:{str(found[key]).strip(chr(34))}")
+    for key in ("LastModified", "mtime", "updated", "last_modified", "created"):
+        if found.get(key):
+            return Info(size, f"time:{found[key]}")
+    return Info(size, f"size:{size}")
+
+
+def persistently(
+    call: Callable[[], T],
+    what: str,
+    *,
+    attempts: int = ATTEMPTS,
+    sleep: Callable[[float], Any] = time.sleep,
+) -> T:
+    """The result of ``call``, tried again with doubling waits after what may pass: time-outs, 500, 503, lost connections.
+
+    Drivers raise errors of many kinds (also such that are no ``OSError``); what another try does not change is raised at
+    once.
+
+    Raises:
+        StoreError: every try failed. ``what`` and the last cause are in it.
+    """
+    wait = FIRST_WAIT_SECONDS
+    for attempt in range(attempts):
+        try:
+            return call()
+        except (FileNotFoundError, FileExistsError, RequestError):
+            raise
+        except _FINAL as error:
+            raise StoreError(f"{what}: {cause_of(error)}") from error
+        except Exception as error:
+            if attempt + 1 == attempts:
+                raise StoreError(f"{what}: {cause_of(error)}") from error
+            sleep(wait)
+            wait *= 2
+    raise AssertionError("attempts must be at least 1")
+
+
+def cause_of(error: BaseException) -> str:
+    """The error in one short line."""
+    words = one_line(" ".join(str(error).split()))[:300]
+    name = type(error).__name__
+    return f"{name}: {words}" if words else name
+
+
+def cache_dir() -> Path:
+    """Where this user's removable files lie: ``$LMCORE_CACHE``, else ``$XDG_CACHE_HOME/lmcore``, ``~/.cache/lmcore``."""
+    chosen = os.environ.get("LMCORE_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmcore"

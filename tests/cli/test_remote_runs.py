@@ -1,0 +1,87 @@
+"""Commands on a run folder in a bucket: the copy that they read, and what the requests of a checkpoint are."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lmcore.checkpoint.manifest import committed, step_name
+from lmcore.cli.remote import local_copy
+from lmcore.errors import RequestError
+from lmcore.run.bucket import Bucket
+from tests.support.s3_server import Server, serving
+from tests.support.small_checkpoints import same, save
+
+URL = "s3://bucket/run"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    monkeypatch.setenv("LMCORE_CACHE", str(tmp_path / "cache"))
+    with serving() as server:
+        yield server
+
+
+def run_in_bucket(local: Path, losses: dict[int, float]) -> Bucket:
+    bucket = Bucket(URL, local, note=lambda _: None)
+    bucket.open()
+    bucket.abandon_after(-1)
+    for step, loss in losses.items():
+        save(local / "checkpoints", step, metrics={"loss": loss})
+        (local / "metrics.jsonl").write_text(f'{{"kind": "train", "step": {step}}}\n')
+        bucket._pass(False)
+    return bucket
+
+
+def test_copy_has_the_files_and_the_checkpoint_that_is_asked_for(server: Server, tmp_path: Path) -> None:
+    bucket = run_in_bucket(tmp_path / "one", {10: 1.0, 20: 2.0})
+    before = server.objects()
+    notes: list[str] = []
+    for which, step in ((None, None), ("auto", 20), ("best", 10), ("10", 10), ("auto", 20)):
+        copy = Path(local_copy(URL, which, note=notes.append))
+        assert (copy / "metrics.jsonl").read_text() == '{"kind": "train", "step": 20}\n'
+        assert [path.name for path in committed(copy / "checkpoints")] == ([step_name(step)] if step else [])
+        if step:
+            assert same(
+                copy / "checkpoints" / step_name(step), tmp_path / "one/checkpoints" / step_name(step)
+            )
+    assert server.objects() == before
+    assert notes == []
+    with pytest.raises(RequestError, match="no good checkpoint of step 15"):
+        local_copy(URL, "15", note=notes.append)
+    with pytest.raises(RequestError, match="there is no run"):
+        local_copy("s3://bucket/other", "auto", note=notes.append)
+    assert local_copy(str(tmp_path), "auto", note=notes.append) == str(tmp_path)
+    bucket.close(limit_seconds=5)
+
+
+def test_damaged_checkpoint_is_skipped_and_stays_in_the_bucket(server: Server, tmp_path: Path) -> None:
+    bucket = run_in_bucket(tmp_path / "one", {10: 1.0, 20: 2.0})
+    name = f"run/checkpoints/{step_name(20)}/model.safetensors"
+    server.set_object(name, b"\0" + server.objects()[name][1:])
+    before, notes = server.objects(), []
+    copy = Path(local_copy(URL, "auto", note=notes.append))
+    assert [path.name for path in committed(copy / "checkpoints")] == [step_name(10)]
+    assert "damaged" in notes[0]
+    assert server.objects() == before
+    bucket.close(limit_seconds=5)
+
+
+def test_requests_of_a_checkpoint_are_those_that_the_page_states(server: Server, tmp_path: Path) -> None:
+    """docs/buckets.md counts them: a checkpoint of two files beside its manifest, none to remove."""
+    bucket = run_in_bucket(tmp_path / "one", {10: 1.0})
+    bucket._lease._stop.set()  # no beats meanwhile
+    assert bucket._lease._thread is not None
+    bucket._lease._thread.join()
+    server.requests.clear()
+    path = save(tmp_path / "one/checkpoints", 20)
+    assert len(list(path.iterdir())) == 3
+    bucket._pass(False)
+    counts = dict(server.requests)
+    page = (Path(__file__).parents[2] / "docs" / "buckets.md").read_text(encoding="utf-8")
+    words = f"{counts['PUT']} PUT, {counts['GET']} GET, {counts['HEAD']} HEAD, {counts['LIST']} LIST and {counts['DELETE']} DELETE"
+    assert words in " ".join(page.split()), words
+    shutil.rmtree(tmp_path / "one")
