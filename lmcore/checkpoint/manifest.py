@@ -1,4 +1,9 @@
-"""One checkpoint folder and its manifest: which files it must hold, and the size and SHA-256 of each.
+"""One checkpoint folder and its manifest: which files it must hold, the size and SHA-256 of each, and what tensors are in them.
+
+Version 2 says of every tensor which pieces it consists of: ``tensors[kind][key]`` has ``dtype``, ``shape`` and ``pieces``. A
+piece is ``[i, start, length]`` (a range of the flattened tensor) or ``[i, offsets, lengths]`` (a box by dimension), and lies
+under ``key`` in the file ``piece_files[i]``, whose safetensors header says at which bytes. Version 1 has whole tensors only
+and no such list.
 
 :func:`verify` compares a folder with its manifest and raises :class:`Damaged` with the first difference: a file that
 is missing, extra, shorter, longer, changed, or not a regular file; the manifest itself included. Nothing here writes.
@@ -12,22 +17,31 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
+
+import torch
 
 from lmcore import __version__
+from lmcore.checkpoint import pieces
+from lmcore.checkpoint.pieces import Part
+from lmcore.checkpoint.tensors import DTYPES
 from lmcore.disk import CHUNK_BYTES
 from lmcore.errors import RequestError
 
 MANIFEST: Final = "manifest.json"
 STATE: Final = "state.json"
 FORMAT: Final = "lmcore-checkpoint"
-VERSION: Final = 1
+VERSION: Final = 2
+READ_VERSIONS: Final = (1, 2)
 _STEP: Final = re.compile(r"step-(\d{8,15})")
 _FILE: Final = re.compile(r"[a-z][a-z0-9_-]*\.(safetensors|json)")
+_KIND: Final = re.compile(r"[a-z][a-z0-9_]*")
 _MAX_JSON_BYTES: Final = 1 << 30
+_MAX_DIMENSIONS: Final = 64
 _NOT_FINITE: Final = "__float__"
 """``{"__float__": "inf"}`` stands for a number that JSON does not have."""
 
@@ -53,21 +67,39 @@ def committed(folder: Path) -> list[Path]:
     """The checkpoints of a folder by name, oldest first.
 
     A link to a checkpoint counts like the checkpoint (people move some to another disk and link them back); a link
-    that leads nowhere is listed too, so that whoever opens it reports it.
+    that leads nowhere is listed too, so that opening it reports the problem.
     """
+    return sorted((folder / name for name in inodes(folder)), key=step_of)
+
+
+def inodes(folder: Path) -> dict[str, int]:
+    """Name -> inode of the checkpoints of a folder (of a link itself). One look at the folder, none at what is in it."""
     if not folder.is_dir():
-        return []
+        return {}
     with os.scandir(folder) as entries:
-        found = [
-            Path(entry.path)
+        return {
+            entry.name: entry.inode()
             for entry in entries
             if _STEP.fullmatch(entry.name) and (entry.is_symlink() or entry.is_dir())
-        ]
-    return sorted(found, key=step_of)
+        }
 
 
-def verify(path: Path, *, content: bool) -> dict[str, Any]:
+Hashes = Callable[[Path, list[str]], dict[str, str]]
+"""SHA-256 by name of the given files of a folder."""
+
+
+def hashes_here(path: Path, names: list[str]) -> dict[str, str]:
+    """The SHA-256 of files of a folder, by this process, several at a time."""
+    workers = max(1, min(8, len(os.sched_getaffinity(0)), len(names)))
+    with ThreadPoolExecutor(workers) as pool:  # hashing releases the interpreter lock
+        return dict(zip(names, pool.map(lambda name: digest(path / name), names), strict=True))
+
+
+def verify(path: Path, *, content: bool, hashes: Hashes = hashes_here) -> dict[str, Any]:
     """Compare a folder with its manifest: names and sizes, and with ``content`` every byte.
+
+    Args:
+        hashes: computes the hashes of files; the ranks of a run share that.
 
     Returns:
         The manifest.
@@ -95,13 +127,76 @@ def verify(path: Path, *, content: bool) -> dict[str, Any]:
         if info.st_size != entry["bytes"]:
             raise Damaged(f"{name} has {info.st_size:,} bytes instead of {entry['bytes']:,}")
     if content:
-        workers = max(1, min(8, len(os.sched_getaffinity(0)), len(listed)))
-        with ThreadPoolExecutor(workers) as pool:  # hashing releases the interpreter lock
-            digests = pool.map(lambda name: digest(path / name), listed)
-            for name, found in zip(listed, digests, strict=True):
-                if found != listed[name]["sha256"]:
-                    raise Damaged(f"the content of {name} has changed")
+        found = hashes(path, list(listed))
+        for name in listed:
+            if found.get(name) != listed[name]["sha256"]:
+                raise Damaged(f"the content of {name} has changed")
     return manifest
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """One tensor of a checkpoint: ``pieces`` are (name of the file, part), which together are the whole tensor once."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[str, Part], ...]
+
+
+def described(manifest: Mapping[str, Any]) -> dict[tuple[str, str], Described]:
+    """The tensors of a manifest of version 2 by (kind, key), each made of its pieces exactly once.
+
+    Raises:
+        Damaged: names, numbers or pieces that no checkpoint has: pieces that overlap, are missing, reach beyond their
+            tensor, or lie in a file that is not listed. Nothing is allocated and no file is opened for it.
+    """
+    tensors, names = manifest.get("tensors"), manifest.get("piece_files")
+    if not (isinstance(tensors, dict) and isinstance(names, list)):
+        raise Damaged(f"{MANIFEST} has no valid list of tensors")
+    in_folder = [name for name in manifest["files"] if name.endswith(".safetensors")]
+    if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(in_folder):
+        raise Damaged(f"{MANIFEST} lists other files for its tensors than it has")
+    most = sum(manifest["files"][name]["bytes"] for name in names)
+    found: dict[tuple[str, str], Described] = {}
+    for kind, of_kind in tensors.items():
+        if not (isinstance(of_kind, dict) and _KIND.fullmatch(kind)):
+            raise Damaged(f"{MANIFEST} has no valid list of tensors")
+        for key, entry in of_kind.items():
+            try:
+                found[kind, key] = _described(kind, entry, names, most)
+            except ValueError as problem:
+                raise Damaged(f"{MANIFEST}: {kind} {key}: {problem}") from None
+    return found
+
+
+def _described(kind: str, entry: Any, names: list[str], most_bytes: int) -> Described:
+    """One entry of ``tensors``. Raises ``ValueError``."""
+    if not (isinstance(entry, dict) and isinstance(entry.get("pieces"), list)):
+        raise ValueError("not described")
+    if not (isinstance(entry.get("dtype"), str) and entry["dtype"] in DTYPES):
+        raise ValueError(f"unknown dtype {entry.get('dtype')!r}")
+    dtype, shape = DTYPES[entry["dtype"]], entry.get("shape")
+    if not (isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS):
+        raise ValueError("no valid shape")
+    if not all(type(size) is int and 0 <= size < 1 << 62 for size in shape):
+        raise ValueError("no valid shape")
+    if math.prod(shape) * dtype.itemsize > most_bytes:
+        raise ValueError(f"shape {shape} is larger than all files")
+    parts, files = [], []
+    for value in entry["pieces"]:
+        file, part = pieces.from_json(value)
+        if not 0 <= file < len(names):
+            raise ValueError("a piece lies in no file of this checkpoint")
+        if names[file].removesuffix(".safetensors").split("-")[0] != kind:
+            raise ValueError(f"a piece lies in {names[file]}, a file of another kind")
+        files.append(names[file])
+        parts.append(part)
+    if len(set(files)) != len(files):
+        raise ValueError("two pieces lie in the same bytes")
+    if problem := pieces.problem_of(parts, shape):
+        raise ValueError(problem)
+    return Described(dtype=dtype, shape=tuple(shape), pieces=tuple(zip(files, parts)))
 
 
 def digest(path: Path, *, from_disk: bool = False) -> str:
@@ -144,7 +239,22 @@ def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
     """The only form in which this content is written; it carries a hash over all the rest of itself."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return (json.dumps(content | {"sha256": own}, indent=1, sort_keys=True) + "\n").encode()
+    content = content | {"sha256": own}
+    if content.get("version") == 1:
+        return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+    return ("\n".join(_lines(content)) + "\n").encode()
+
+
+def _lines(value: Mapping[str, Any], depth: int = 0) -> list[str]:
+    """A line for each file and each tensor: a manifest may have millions of pieces, which json indents slowly."""
+    found = ["{"]
+    for number, key in enumerate(sorted(value), 1):
+        item = value[key]
+        nested = isinstance(item, dict) and any(isinstance(inner, dict) for inner in item.values())
+        lines = _lines(item, depth + 1) if nested and depth < 2 else [json.dumps(item, sort_keys=True)]
+        found += [f"{' ' * (depth + 1)}{json.dumps(key)}: {lines[0]}", *lines[1:]]
+        found[-1] += "," if number < len(value) else ""
+    return [*found, " " * depth + "}"]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -154,17 +264,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         Damaged: it is missing, changed, or describes no checkpoint.
         RequestError: it is of another format version.
     """
-    data = _content(path / MANIFEST)
-    manifest = _parsed(MANIFEST, data)
-    # Written anew it must give the same bytes: a flip in white space is found like any other.
-    if data != manifest_bytes(manifest):
-        raise Damaged(f"{MANIFEST} does not match its own hash")
+    manifest = read_hashed(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise Damaged(f"{MANIFEST} is not of the format {FORMAT}")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in READ_VERSIONS:
         raise RequestError(
             f"{path} has checkpoint version {manifest.get('version')!r}, this lmcore ({__version__}) reads "
-            f"{VERSION}: resume it with the lmcore that wrote it"
+            f"{' and '.join(map(str, READ_VERSIONS))}: resume it with the lmcore that wrote it"
         )
     files, step = manifest.get("files"), manifest.get("step")
     if not (isinstance(files, dict) and STATE in files and type(step) is int):
@@ -176,6 +282,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if _STEP.fullmatch(path.name) and step != step_of(path):
         raise Damaged(f"{MANIFEST} is of step {step}")
     return manifest
+
+
+def read_hashed(path: Path) -> dict[str, Any]:
+    """A JSON object that :func:`manifest_bytes` wrote, with the hash over itself. Raises ``Damaged``."""
+    data = _content(path)
+    found = _parsed(path.name, data)
+    # Written again it must give the same bytes: a flip in white space is found like any other.
+    try:
+        expected = manifest_bytes(found)
+    except (RecursionError, ValueError) as error:
+        raise Damaged(f"{path.name}: {error}") from None
+    if data != expected:
+        raise Damaged(f"{path.name} does not match its own hash")
+    return found
 
 
 def _content(path: Path) -> bytes:
@@ -229,5 +349,6 @@ def _is_valid_entry(name: str, entry: Any) -> bool:
         and name != MANIFEST
         and isinstance(entry, dict)
         and type(entry.get("bytes")) is int
+        and entry["bytes"] >= 0
         and isinstance(entry.get("sha256"), str)
     )

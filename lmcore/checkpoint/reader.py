@@ -18,22 +18,81 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
+from lmcore.checkpoint import pieces
 from lmcore.checkpoint.manifest import (
     MANIFEST,
     STATE,
     Damaged,
+    Described,
+    Hashes,
     committed,
+    described,
+    hashes_here,
     read_json,
     read_manifest,
     step_name,
     step_of,
     verify,
 )
+from lmcore.checkpoint.pieces import Part
 from lmcore.checkpoint.tensors import TensorFile, key_of
 from lmcore.disk import DISK, Disk
 from lmcore.errors import RequestError
+
+
+@final
+class Stored:
+    """One tensor of an open checkpoint; nothing of it is read before :meth:`read`.
+
+    Attributes:
+        shape: of the whole tensor. dtype: of its numbers.
+    """
+
+    def __init__(self, file_of: Callable[[str], TensorFile], key: str, described: Described) -> None:
+        self._file_of, self._key, self._pieces = file_of, key, described.pieces
+        self.shape, self.dtype = described.shape, described.dtype
+
+    @property
+    def whole(self) -> bool:
+        """Whether it lies in one file, so that all of it is a view of that file."""
+        return len(self._pieces) == 1
+
+    def read(self, part: Part | None = None) -> Tensor:
+        """A part of the tensor, or all of it: (length,) of a range, ``lengths`` of a box. Only pieces that overlap are read.
+
+        A view of the file where one piece has all of it: copy it to keep it.
+
+        Raises:
+            ValueError: the part is not within the tensor.
+            RequestError: a file does not hold what the manifest says.
+        """
+        want = pieces.whole(self.shape) if part is None else part
+        if not pieces.inside(want, self.shape):
+            raise ValueError(f"{self._key} has shape {self.shape}, {part} is not within it")
+        wanted, size = pieces.as_range(want, self.shape), pieces.count(want)
+        target, copied = None, 0
+        for name, have in self._pieces:
+            got = pieces.as_range(have, self.shape)
+            if wanted is not None and got is not None:
+                if got.start <= wanted.start and wanted.start + size <= got.start + got.length:
+                    flat = self._piece(name)
+                    return flat.narrow(0, wanted.start - got.start, size).view(pieces.shape_of(want))
+                if got.start >= wanted.start + size or wanted.start >= got.start + got.length:
+                    continue
+            if target is None:
+                target = torch.empty(size, dtype=self.dtype)
+            copied += pieces.copy_overlap(target, want, self._piece(name), have, self.shape)
+        if copied != size:
+            # Pieces are checked before
+            raise AssertionError(f"{self._key}: {copied} of {size} numbers were found")
+        found = torch.empty(0, dtype=self.dtype) if target is None else target
+        return found.view(pieces.shape_of(want))
+
+    def _piece(self, name: str) -> Tensor:
+        return self._file_of(name).get(self._key).view(-1)
 
 
 @final
@@ -52,35 +111,87 @@ class Checkpoint:
         self.step: int = manifest["step"]
         self.manifest = manifest
         self.state = state
-        self._files: list[tuple[str, TensorFile]] = []
-        for name in sorted(name for name in manifest["files"] if name.endswith(".safetensors")):
-            try:
-                file = TensorFile(path / name)
-            except ValueError as error:
-                raise Damaged(f"{name}: {error}") from None
-            self._files.append((name.removesuffix(".safetensors").split("-")[0], file))
+        self._files: dict[str, TensorFile] = {}
+        self._tensors: dict[tuple[str, str], Described] = {}
+        if manifest["version"] == 1:
+            self._describe_whole_tensors()
+        else:
+            self._tensors = described(manifest)
+        self._expected: dict[str, dict[str, Described]] = {}
+        for (_, key), of in self._tensors.items():
+            for name, _ in of.pieces:
+                self._expected.setdefault(name, {})[key] = of
 
-    def read(self, kind: str, name: str, slot: str | None = None) -> Tensor | None:
-        """One tensor, or ``None`` if there is no such tensor. A view of the file: copy it to keep it.
+    def _describe_whole_tensors(self) -> None:
+        """Version 1: a tensor is whole in one file, and only the headers of the files say so."""
+        for name in sorted(name for name in self.manifest["files"] if name.endswith(".safetensors")):
+            file, kind = self._open_file(name), _kind_of(name)
+            self._files[name] = file
+            for key in file.names():
+                if (kind, key) not in self._tensors:
+                    shape = file.shape(key)
+                    piece = (name, pieces.whole(shape))
+                    self._tensors[kind, key] = Described(dtype=file.dtype(key), shape=shape, pieces=(piece,))
+
+    def _open_file(self, name: str) -> TensorFile:
+        try:
+            return TensorFile(self.path / name)
+        except ValueError as error:
+            raise Damaged(f"{name}: {error}") from None
+
+    def check_file(self, name: str) -> TensorFile:
+        """Open a file and compare its header with the manifest, once. Raises ``Damaged``."""
+        if name not in self._files:
+            file, expected = self._open_file(name), self._expected.get(name, {})
+            if sorted(file.names()) != sorted(expected):
+                raise Damaged(f"{name} holds other tensors than {MANIFEST} says")
+            for key, of in expected.items():
+                count = next(pieces.count(part) for holder, part in of.pieces if holder == name)
+                if file.dtype(key) != of.dtype or math.prod(file.shape(key)) != count:
+                    raise Damaged(f"{name}: {key} is of another type or size than {MANIFEST} says")
+            self._files[name] = file
+        return self._files[name]
+
+    def check_files(self) -> None:
+        """Compare the headers of all files with the manifest. Raises ``Damaged``."""
+        for name in self.manifest["files"]:
+            if name.endswith(".safetensors"):
+                self.check_file(name)
+
+    def _file_of(self, name: str) -> TensorFile:
+        try:
+            return self.check_file(name)
+        except Damaged as damage:
+            raise _refusal(self.path, damage) from None
+
+    def stored(self, kind: str, name: str, slot: str | None = None) -> Stored | None:
+        """One tensor, of which any part can be read; ``None`` if there is no such tensor.
 
         Args:
             kind: ``model``, ``optim`` or ``ema``.
             name: of the parameter.
             slot: of the optimizer, such as ``exp_avg``.
+
+        Example::
+
+            rows = checkpoint.stored("model", "transformer.wte.weight").read(Range(start=0, length=4096))
         """
         key = key_of(name, slot)
-        for file_kind, file in self._files:
-            if file_kind == kind and key in file:
-                return file.get(key)
-        return None
+        found = self._tensors.get((kind, key))
+        return None if found is None else Stored(self._file_of, key, found)
+
+    def read(self, kind: str, name: str, slot: str | None = None) -> Tensor | None:
+        """One whole tensor, or ``None`` if there is no such tensor. It may be a view of the file: copy it to keep it."""
+        found = self.stored(kind, name, slot)
+        return None if found is None else found.read()
 
     def keys(self, kind: str) -> list[str]:
         """The names of all tensors of one kind (``name`` or ``name/slot``)."""
-        return [key for file_kind, file in self._files if file_kind == kind for key in file.names()]
+        return [key for of, key in self._tensors if of == kind]
 
     def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Name and shape of all tensors of one kind, without reading them."""
-        return {key: file.shape(key) for of, file in self._files if of == kind for key in file.names()}
+        return {key: tensor.shape for (of, key), tensor in self._tensors.items() if of == kind}
 
     def close(self) -> None:
         """Close the files. Tensors that were read stay valid."""
@@ -91,6 +202,14 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _kind_of(name: str) -> str:
+    return name.removesuffix(".safetensors").split("-")[0]
+
+
+def _refusal(path: Path | str, damage: Damaged) -> RequestError:
+    return RequestError(f"checkpoint {path} is damaged ({damage}): use another one, or --resume auto")
 
 
 def open_checkpoint(path: Path | str, *, verify_bytes: bool = True) -> Checkpoint:
@@ -112,17 +231,18 @@ def open_checkpoint(path: Path | str, *, verify_bytes: bool = True) -> Checkpoin
     try:
         return _open(Path(path), content=verify_bytes)
     except Damaged as damage:
-        raise RequestError(
-            f"checkpoint {path} is damaged ({damage}): use another one, or --resume auto"
-        ) from None
+        raise _refusal(path, damage) from None
 
 
-def _open(path: Path, *, content: bool) -> Checkpoint:
-    manifest = verify(path, content=content)
+def _open(path: Path, *, content: bool, hashes: Hashes = hashes_here) -> Checkpoint:
+    manifest = verify(path, content=content, hashes=hashes)
     state = read_json(path / STATE)
     if state.get("step") != manifest["step"]:
         raise Damaged(f"{STATE} is of step {state.get('step')}, {MANIFEST} of step {manifest['step']}")
-    return Checkpoint(path, manifest, state)
+    opened = Checkpoint(path, manifest, state)
+    if content:  # otherwise each file when something is read from it: a rank opens only those that it needs
+        opened.check_files()
+    return opened
 
 
 def find(
@@ -134,6 +254,7 @@ def find(
     mode: str | None = None,
     repair: bool = True,
     note: Callable[[str], None] = print,
+    hashes: Hashes = hashes_here,
     disk: Disk = DISK,
 ) -> Checkpoint | None:
     """The checkpoint to resume from, every byte verified; ``None`` if the folder has none.
@@ -148,6 +269,7 @@ def find(
         repair: set damaged ones aside and finish a commit that a kill interrupted. Only for the holder of the run
             folder's lock; without it nothing on disk changes.
         note: gets one line for each checkpoint that was set aside, finished or skipped.
+        hashes: computes the hashes of files; the ranks of a run share that.
 
     Raises:
         RequestError: the given path is not a good checkpoint; ``best`` and none has the metric; there are
@@ -162,12 +284,16 @@ def find(
             raise RequestError(
                 f"checkpoint {which}: no such folder; --resume auto uses the newest checkpoint"
             )
-        return open_checkpoint(os.path.abspath(path))
+        path = Path(os.path.abspath(path))
+        try:
+            return _open(path, content=True, hashes=hashes)
+        except Damaged as damage:
+            raise _refusal(path, damage) from None
     _refuse_broken_links([folder])
     if not folder.is_dir():
         return None
     if repair:
-        _finish_commits(folder, note=note, disk=disk)
+        _finish_commits(folder, note=note, hashes=hashes, disk=disk)
     paths = [path for path in committed(folder) if before_step is None or step_of(path) < before_step]
     _refuse_broken_links(paths)
     if which == "best" and paths:
@@ -179,7 +305,7 @@ def find(
             )
     for path in reversed(paths):
         try:
-            return _open(path, content=True)
+            return _open(path, content=True, hashes=hashes)
         except Damaged as damage:
             outcome = set_aside(path, "damaged", disk) if repair else "skipped"
             note(f"checkpoint {path.name} is damaged ({damage}); {outcome}")
@@ -279,14 +405,14 @@ def set_aside(path: Path, suffix: str, disk: Disk) -> str:
     return f"set aside as {target.name}"
 
 
-def _finish_commits(folder: Path, *, note: Callable[[str], None], disk: Disk) -> None:
+def _finish_commits(folder: Path, *, note: Callable[[str], None], hashes: Hashes, disk: Disk) -> None:
     """A save that was killed after its manifest was written is complete: give it its name."""
     for aside in sorted(folder.glob(".step-*.tmp")):
         if not (aside / MANIFEST).is_file():
             continue
         try:
             target = folder / step_name(step_of(aside))
-            verify(aside, content=True)
+            verify(aside, content=True, hashes=hashes)
             if os.path.lexists(target):
                 continue
             disk.fsync_dir(aside)

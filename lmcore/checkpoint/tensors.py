@@ -1,6 +1,6 @@
 """Tensors as safetensors files: written as a stream, read through the library's memory map.
 
-:func:`plan` lays out all files of a save before the first byte is written: a file holds tensors of one kind
+:func:`plan` lays out all files of a writer before the first byte is written: a file holds tensors of one kind
 (``model``, ``optim``, ``ema``) and one element size, so that each tensor starts at a multiple of it.
 :func:`write_planned` then writes tensors that come one at a time in that order and hashes every byte on its way to the
 disk; the safetensors library would need all tensors of a file at once. :class:`TensorFile` reads.
@@ -15,7 +15,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lmcore.disk import CHUNK_BYTES, Disk
 
-_DTYPES: Final[Mapping[str, torch.dtype]] = {
+DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -41,7 +41,7 @@ _DTYPES: Final[Mapping[str, torch.dtype]] = {
     "BOOL": torch.bool,
 }
 """safetensors name -> torch dtype; a checkpoint holds no others."""
-_NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 Layout = Sequence[tuple[str, str, str | None, Sequence[int], torch.dtype]]
 """(kind, name, slot, shape, dtype) of every tensor, in the order in which they come."""
@@ -80,12 +80,13 @@ class Plan:
         return sum(self.data_bytes.values()) + sum(map(len, self.headers.values()))
 
 
-def plan(layout: Layout, *, shard_bytes: int) -> Plan:
-    """Lay out the files of a save.
+def plan(layout: Layout, *, shard_bytes: int, writer: int | None = None) -> Plan:
+    """Lay out the files of a save, or those of one of its writers.
 
     Args:
-        layout: all tensors, in the order in which they will come.
+        layout: all tensors (or the parts of this writer), in the order in which they will come.
         shard_bytes: a file that would grow beyond this is split.
+        writer: the rank, where several write; it is part of the names of its files.
 
     Raises:
         ValueError: two tensors of one name, a dtype that safetensors does not have, or a kind that cannot be a
@@ -97,7 +98,7 @@ def plan(layout: Layout, *, shard_bytes: int) -> Plan:
     for kind, name, slot, shape, dtype in layout:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", kind):
             raise ValueError(f"kind {kind!r} cannot be part of a file name")
-        if dtype not in _NAMES:
+        if dtype not in DTYPE_NAMES:
             raise ValueError(f"{name}: {dtype} cannot be stored in a safetensors file")
         group = (kind, dtype.itemsize)
         size = math.prod(shape) * dtype.itemsize
@@ -116,7 +117,8 @@ def plan(layout: Layout, *, shard_bytes: int) -> Plan:
         of_kind = [(group, i) for group in groups if group[0] == kind for i in range(len(groups[group]))]
         for number, where in enumerate(of_kind, 1):
             suffix = "" if len(of_kind) == 1 else f"-{number:05d}-of-{len(of_kind):05d}"
-            names[where] = f"{kind}{suffix}.safetensors"
+            label = "" if writer is None else f"-r{writer:05d}"
+            names[where] = f"{kind}{label}{suffix}.safetensors"
 
     entries = [
         Planned(kind=k, key=key, shape=shape, dtype=dtype, file=names[group, shard], start=start, stop=stop)
@@ -128,7 +130,7 @@ def plan(layout: Layout, *, shard_bytes: int) -> Plan:
     sizes: dict[str, int] = {}
     for entry in entries:
         headers.setdefault(entry.file, {"__metadata__": {"format": "pt"}})[entry.key] = {
-            "dtype": _NAMES[entry.dtype],
+            "dtype": DTYPE_NAMES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [entry.start, entry.stop],
         }
@@ -151,6 +153,10 @@ def raw(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
+SEGMENT_BYTES: Final = 32 << 20
+"""Of a file, the kernel is told to begin with so many bytes at a time."""
+
+
 @final
 class HashedFile:
     """A file being written and hashed at the same time."""
@@ -159,6 +165,7 @@ class HashedFile:
         self._disk = disk
         self._file = disk.create(path)
         self._hash = hashlib.sha256()
+        self._begun = 0
         self.size_bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
@@ -169,6 +176,11 @@ class HashedFile:
             self._hash.update(piece)  # like the write, it releases the interpreter lock: training goes on
             self._disk.write(self._file, piece)
             self.size_bytes += len(piece)
+            if (
+                self.size_bytes - self._begun >= SEGMENT_BYTES
+            ):  # the disk works while the next bytes are hashed
+                self._disk.start_writing(self._file, self._begun, self.size_bytes - self._begun)
+                self._begun = self.size_bytes
 
     def finish(self) -> dict[str, Any]:
         """Make the file durable and return its entry in the manifest."""
@@ -178,28 +190,6 @@ class HashedFile:
     def close(self) -> None:
         """Close the file."""
         self._disk.close(self._file)
-
-
-def in_order(
-    planned: Plan, tensors: Iterator[tuple[str, str, str | None, Tensor | None]]
-) -> Iterator[Tensor]:
-    """The tensors alone, each compared with its entry in the plan.
-
-    Raises:
-        ValueError: another name, shape, dtype or number of tensors than was planned.
-    """
-    expected = iter(planned.entries)
-    for kind, name, slot, tensor in tensors:
-        entry = next(expected, None)
-        if entry is None or (entry.kind, entry.key) != (kind, key_of(name, slot)):
-            raise ValueError(f"got {kind} {key_of(name, slot)}, the layout has {entry and entry.key} next")
-        if tensor is None or tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
-            raise ValueError(
-                f"{entry.key} is not of the dtype and shape in the layout: {entry.dtype} {entry.shape}"
-            )
-        yield tensor
-    if (rest := next(expected, None)) is not None:
-        raise ValueError(f"{rest.key} of the layout is missing")
 
 
 def write_planned(
@@ -245,26 +235,27 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         try:
             self._file: Any = safe_open(path, framework="pt")
-            self._shapes = {name: self._checked(name) for name in self._file.keys()}  # noqa: SIM118 - no mapping
+            self._found = {name: self._checked(name) for name in self._file.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, OverflowError) as error:
             raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
-    def _checked(self, name: str) -> tuple[int, ...]:
+    def _checked(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         part = self._file.get_slice(name)
-        if part.get_dtype() not in _DTYPES:
+        if part.get_dtype() not in DTYPES:
             raise ValueError(f"{name}: unknown dtype {part.get_dtype()}")
-        return tuple(part.get_shape())
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._shapes
+        return tuple(part.get_shape()), DTYPES[part.get_dtype()]
 
     def names(self) -> list[str]:
         """The names of all tensors."""
-        return list(self._shapes)
+        return list(self._found)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
-        return self._shapes[key]
+        return self._found[key][0]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The type of a tensor's numbers, without reading it."""
+        return self._found[key][1]
 
     def get(self, key: str) -> Tensor:
         """A tensor, a view of the map: copy it if it is to outlive the file."""

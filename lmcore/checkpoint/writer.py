@@ -1,25 +1,28 @@
 """Writing checkpoints: complete and verified, or not there at all.
 
-A save writes into a temporary folder, hashes what it writes, syncs it, reads it back, writes the manifest last, renames
-once and syncs the parent. After a kill or a power cut at any instant there is the old checkpoint, the new one, or both.
-An old checkpoint is removed only after the new one is committed and verified. Files are safetensors and JSON: nothing
-is ever unpickled.
+Every rank writes its own part of the state into a temporary folder on the shared disk: it copies what it writes to host
+memory (the only stall; on a GPU it runs beside the next step), and in the background writes, hashes, syncs and reads back its
+files, and leaves a list of them in the folder. Rank 0's background waits for all lists, compares the pieces with the tensors
+that they are to be, writes the manifest last, renames once and syncs the parent. There are no collectives in the background.
+After a kill or a power cut of any rank at any instant there is the old checkpoint, the new one, or both. An old checkpoint is
+removed only after the new one is committed and verified. Files are safetensors and JSON: nothing is ever unpickled.
 
-Folder: ``checkpoints/step-00001000/{model*.safetensors, optim*.safetensors, state.json, manifest.json}``; beside it the
-link ``best``, ``step-….damaged-<n>`` and ``step-….abandoned-<n>`` (set aside), and ``.step-….tmp`` (being written, or
-left by a kill).
+Folder: ``checkpoints/step-00001000/{model*.safetensors, optim*.safetensors, state.json, manifest.json}``; of several ranks
+``model-r00003*.safetensors`` and so on; beside it the link ``best``, ``step-….damaged-<n>`` and ``step-….abandoned-<n>``
+(set aside), and ``.step-….tmp`` (being written, or left by a kill).
 
 Example::
 
-    saves = Checkpoints(run_dir / "checkpoints", keep=3)
-    saves.save(100, layout=engine.state_layout(), tensors=engine.state(), state={"cursor": ...})
+    saves = Checkpoints(config.checkpoint, run_dir / "checkpoints", ranks=engine)
+    saves.save(100, tensors=engine.state_parts(), state={"cursor": ...})
     saves.wait()
-    with find(run_dir / "checkpoints") as checkpoint:
-        engine.load_state(checkpoint.read)
+    with open_checkpoint(run_dir / "checkpoints" / "step-00000100") as checkpoint:
+        engine.load_state(checkpoint.stored)
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import math
@@ -28,126 +31,184 @@ import re
 import sys
 import threading
 import time
+import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 
 from lmcore import __version__
+from lmcore.checkpoint.copies import DeviceCopies
 from lmcore.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     STATE,
     VERSION,
     Damaged,
-    committed,
+    described,
     digest,
+    inodes,
     manifest_bytes,
+    read_hashed,
     read_manifest,
     state_bytes,
     step_name,
     step_of,
 )
+from lmcore.checkpoint.pieces import Held, Piece, to_json, to_write
 from lmcore.checkpoint.reader import (
     Checkpoint,
     abandon_after,
-    best_last,
     find,
     listing,
     open_checkpoint,
     set_aside,
 )
-from lmcore.checkpoint.tensors import Layout, Plan, in_order, plan, raw, write_planned
+from lmcore.checkpoint.retention import kept_steps
+from lmcore.checkpoint.tensors import DTYPE_NAMES, Plan, plan, write_planned
 from lmcore.disk import DISK, Disk
 from lmcore.errors import FaultError, RequestError
 from lmcore.process import available_bytes
 
+if TYPE_CHECKING:
+    from lmcore.config.schema import CheckpointConfig
+
 __all__ = ["Checkpoint", "Checkpoints", "abandon_after", "find", "listing", "open_checkpoint", "step_name"]
 
+STATE_VERSION: Final = 1
 SHARD_BYTES: Final = 2 << 30
 """Files above this size are split; the files of a checkpoint are verified in parallel."""
+WAIT_SECONDS: Final = 1800.0
+"""How long rank 0 waits for the other ranks' parts, once its own is written: all parts are about the same size."""
+ABANDON_SECONDS: Final = 4.0
+"""How much longer it waits when it ends with an error: a dead rank ends the others within 10 s."""
+LAG_SECONDS: Final = 90.0
+"""How long a network file system may keep to itself that another machine has made a file (NFS: 60 s by default)."""
 BACKGROUND_NICE: Final = 10
 """Niceness of the writing thread, so that the training threads come first."""
-PREEMPTION_REASONS: Final = frozenset({"signal", "deadline", "stop file", "exception", "preemption"})
-"""A checkpoint saved for one of these is removed as soon as a newer one is committed."""
-
-
 _LEFTOVER: Final = re.compile(r"\.step-.*\.tmp|\.old-step-.*")
+
+
+class Ranks(Protocol):
+    """What the writer needs of the processes of a run; :class:`lmcore.engine.engine.Engine` has it."""
+
+    rank: int
+    world_size: int
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+
+    def gather_object(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+
+
+@final
+class OneProcess:
+    """:class:`Ranks` of a process without others."""
+
+    rank, world_size = 0, 1
+
+    def broadcast_object(self, value: Any) -> Any:
+        return value
+
+    def gather_object(self, value: Any) -> list[Any]:
+        return [value]
 
 
 @final
 @dataclass(kw_only=True)
 class _Save:
-    """A save in progress; ``messages`` and ``problem`` go from the background thread to the caller's."""
+    """A save in progress on one rank; ``messages`` and ``problem`` go from the background thread to the caller's.
+
+    ``folder`` is the temporary one, ``token`` tells this save from any other of the same step. ``manifest`` and ``state``
+    are rank 0's. ``written`` is set when this rank's own files are done, ``done`` when nothing is left to do for it.
+    """
 
     step: int
+    folder: Path
+    token: str
     plan: Plan
-    manifest: dict[str, Any]
-    state: bytes
+    pieces: list[Piece]
+    tensors: Iterator[Tensor]
     begin: float
-    tensors: Iterator[Tensor] = field(default_factory=lambda: iter(()))
+    copied: Callable[[], None] = lambda: None
+    """Waits until what ``tensors`` gives holds the state; for the thread that writes."""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    state: bytes = b""
     seconds: float = 0.0
     problem: Exception | None = None
     messages: list[str] = field(default_factory=list)
+    written: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
+    others: dict[int, str] = field(default_factory=dict)
+    """What is known of the failures of other ranks; ``news`` is set when there is some."""
+    news: threading.Event = field(default_factory=threading.Event)
+    give_up_at: float = math.inf
 
 
 class _Known(NamedTuple):
-    """What retention needs of a manifest; ``stamp`` is (inode, size, time of change) of the file."""
+    """What retention needs of a manifest; ``inode`` is that of the checkpoint's folder."""
 
-    stamp: tuple[int, int, int]
+    inode: int
+    step: int
     reason: str
     metrics: dict[str, Any]
 
 
 @final
 class Checkpoints:
-    """Saves the checkpoints of one run. Create it on every rank; only the one with ``is_main`` touches the disk.
+    """Saves the checkpoints of one run. Create it on every rank; every rank writes a part, rank 0 commits and removes.
 
     Args:
-        folder: ``<run folder>/checkpoints``; created by the first save. It may be a link, and so may checkpoints in it.
-        keep: number of the newest checkpoints to keep (at least 1).
-        keep_best: ``{"k": int, "metric": str, "mode": "min"|"max"}``: also keep the k best by a metric.
-        keep_every: keep checkpoints whose step is a multiple of this for ever; ``None`` or 0 for none.
-        background: write and hash in a thread of low priority; ``save`` returns when the tensors are copied.
-        on_full_disk: after a failed save ``stop`` raises ``FaultError`` at the next step boundary, ``continue`` notes it
-            and trains on. A failure of the last save is always raised (``wait(final=True)``).
+        options: how many to keep, by what metric, and how to write; :class:`lmcore.config.schema.CheckpointConfig`.
+        folder: ``<run folder>/checkpoints``, on a disk that all ranks see; created by the first save. It may be a link, and
+            so may checkpoints in it.
+        ranks: the processes of the run. :meth:`save` and :meth:`wait` are collective over them.
+        keeps: whether the checkpoint of a step is kept for ever (``options.keep_every``, in steps); default: none is.
+        copies: given, copies from a GPU may go on after :meth:`save` has returned, and the caller calls
+            ``copies.before_writing()`` before it changes any tensor that was saved; :class:`lmcore.engine.engine.Engine` has
+            such copies. By default they are complete when :meth:`save` returns.
         progress: called while :meth:`save` works, on every rank: at each tensor, and at each file that is read back. A
-            watchdog takes it for a sign of life, so that a long save is not mistaken for a hang.
+            watchdog counts it as progress, so that a long save is not mistaken for a hang.
         note: gets one line per event; always called on the caller's thread.
+        shard_bytes: files above this size are split.
+        wait_seconds: how long rank 0 waits for the parts of the others once it has written its own.
     """
 
     def __init__(
         self,
+        options: CheckpointConfig,
         folder: Path | str,
         *,
-        keep: int = 3,
-        keep_best: Mapping[str, Any] | None = None,
-        keep_every: int | None = None,
-        background: bool = True,
-        on_full_disk: str = "continue",
-        is_main: bool = True,
+        ranks: Ranks | None = None,
+        keeps: Callable[[int], bool] | None = None,
+        copies: DeviceCopies | None = None,
         disk: Disk = DISK,
         progress: Callable[[], None] = lambda: None,
         note: Callable[[str], None] = print,
         shard_bytes: int = SHARD_BYTES,
+        wait_seconds: float = WAIT_SECONDS,
     ) -> None:
         self.folder = Path(folder)
-        self.keep = max(1, keep)
-        self.keep_best = dict(keep_best) if keep_best and keep_best.get("k") else None
-        self.keep_every = keep_every or 0
-        self.background = background
-        self.is_main = is_main
+        self.keep = max(1, options.keep)
+        self.keep_best = asdict(options.keep_best) if options.keep_best.k else None
+        self.keeps = keeps or (lambda step: False)
+        self.background = options.background
         self.last_step: int | None = None
-        """The step of the newest checkpoint that this object has committed or was resumed from."""
+        """The step of the newest checkpoint that this object has committed or was resumed from; rank 0 knows it."""
         self.save_seconds = 0.0
         """Duration of the last save from its beginning to its commit: the time to reserve before a deadline."""
-        self._stop_on_failure = on_full_disk == "stop"
+        self._ranks: Ranks = ranks or OneProcess()
+        self.is_main = self._ranks.rank == 0
+        self._stop_on_failure = options.on_full_disk == "stop"
         self._disk, self._note, self._shard_bytes = disk, note, shard_bytes
+        self._copies, self._copies_go_on = copies or DeviceCopies(), copies is not None
         self._progress = progress
+        self._wait_seconds = wait_seconds
         self._known: dict[str, _Known] = {}
         self._running: _Save | None = None
         self._failure: str | None = None
@@ -162,43 +223,60 @@ class Checkpoints:
         self,
         step: int,
         *,
-        layout: Layout,
-        tensors: Iterable[tuple[str, str, str | None, Tensor | None]],
+        tensors: Iterable[Held],
         state: Mapping[str, Any],
         metrics: Mapping[str, Any] | None = None,
         reason: str = "interval",
         epoch: float | None = None,
         tokens: int | None = None,
-    ) -> None:
-        """Save this step. Collective: every rank consumes ``tensors``, which may gather over ranks.
+    ) -> bool:
+        """Save this step. Collective: the ranks meet once, before anything is written.
 
-        Tensors are copied before the next one is asked for; they may be live parameters, on any device. A
-        save that is still being written is waited for. The step that was saved last is not written again. A
-        failure to write is never raised here, because the other ranks are inside the same gathering: it
-        shows in :attr:`failed`, and is raised by :meth:`poll` and :meth:`wait`.
+        Tensors are copied before this returns, or before the next write to them on their device (``copies``); they may be
+        live parameters, on any device. A save that is still being written is waited for. The step that was saved last is
+        not written again. A failure to write is never raised here: it shows in :attr:`failed`, and is raised by :meth:`poll`
+        and :meth:`wait`.
 
         Args:
-            layout: (kind, name, slot, shape, dtype) of all tensors, in the order in which they come.
-            tensors: (kind, name, slot, tensor); the tensor may be ``None`` on ranks that are not main.
-            state: JSON content of ``state.json``; ``step`` is added.
+            tensors: what this rank holds of every tensor of the state. Together the ranks hold all of it; what several hold
+                is written by one.
+            state: JSON content of ``state.json``, rank 0's; ``step`` is added.
             metrics: what is known about this step; more can come later by :meth:`record`.
             reason: ``interval``, ``end``, ``save file``, or one of :data:`PREEMPTION_REASONS`.
+
+        Returns:
+            Whether a save has begun, on every rank: not if this step is saved already, nor if it failed at once.
         """
+        several = self._ranks.world_size > 1
+        pieces = to_write(tensors, rank=self._ranks.rank)
+        layout = [(piece.kind, piece.key, None, piece.tensor.shape, piece.tensor.dtype) for piece in pieces]
+        planned = plan(layout, shard_bytes=self._shard_bytes, writer=self._ranks.rank if several else None)
+        _, sizes = self._settle_together(planned.total_bytes)
+        begin = time.monotonic()
+        begun: tuple[str, str, dict[str, Any], bytes] | None = None
         if self.is_main:
-            self._settle(wait=True)
             try:
-                save = self._begin(step, layout, state, metrics or {}, reason, epoch, tokens)
+                begun = self._begin(step, sum(sizes), state, metrics or {}, reason, epoch, tokens)
             except OSError as error:
                 self._fail(step, error)
-            else:
-                if save is not None:
-                    tensors = iter(tensors)
-                    self._run(save, in_order(save.plan, tensors))
-        for _ in tensors:  # the rest of the gathering: the other ranks are in it and wait for this one
-            self._progress()
+        name = self._ranks.broadcast_object(begun and begun[:2])
+        if name is None:
+            return False
+        save = _Save(
+            step=step,
+            folder=self.folder / name[0],
+            token=name[1],
+            plan=planned,
+            pieces=pieces,
+            tensors=(piece.tensor for piece in pieces),
+            begin=begin,
+        )
+        if begun is not None:
+            save.manifest, save.state = begun[2:]
+        self._run(save)
+        return True
 
-    def _run(self, save: _Save, tensors: Iterator[Tensor]) -> None:
-        save.tensors = tensors
+    def _run(self, save: _Save) -> None:
         if self.background and self._copy(save):
             try:
                 threading.Thread(target=self._write, args=(save, BACKGROUND_NICE), name="checkpoint").start()
@@ -216,25 +294,46 @@ class Checkpoints:
             self._settle()
 
     def poll(self) -> int | None:
-        """The step of a checkpoint that was committed since the last call, without waiting.
+        """The step of a checkpoint that was committed since the last call, without waiting or meeting the other ranks.
 
         Raises ``FaultError`` if a save has failed and policy is to stop.
         """
-        return self._settled(wait=False, final=False)
+        return self._outcome(self._settle(), final=False)
 
     def wait(self, *, final: bool = False) -> int | None:
-        """Wait until nothing is being written; otherwise like :meth:`poll`.
+        """Wait until nothing is being written on any rank; otherwise like :meth:`poll`. Collective.
 
         Args:
             final: raise a failure whatever ``on_full_disk`` says. Call it before a run reports that it has finished.
         """
-        return self._settled(wait=True, final=final)
+        step, _ = self._settle_together(0)
+        self._failure = self._ranks.broadcast_object(self._failure)  # rank 0 knows of all
+        return self._outcome(step, final=final)
 
-    def _settled(self, *, wait: bool, final: bool) -> int | None:
-        step = self._settle(wait=wait)
+    def abandon(self) -> None:
+        """This rank ends with an error, and others may be gone: rank 0 does not wait much longer for their parts."""
+        if self._running is not None:
+            self._running.give_up_at = time.monotonic() + ABANDON_SECONDS
+
+    def _outcome(self, step: int | None, *, final: bool) -> int | None:
         if self._failure is not None and (final or self._stop_on_failure):
             raise FaultError(self._failure)
         return step
+
+    def _settle_together(self, given: int) -> tuple[int | None, list[int]]:
+        """Every rank has written its part or failed; rank 0 takes over the result. Returns it and all ranks' ``given``."""
+        running, problem = self._running, None
+        if running is not None:
+            running.written.wait()
+            problem = None if running.problem is None else _cause(running.problem)
+        reports = self._ranks.gather_object((problem, given))
+        if self.is_main and running is not None:
+            running.others = {rank: said for rank, (said, _) in enumerate(reports) if said and rank}
+            running.news.set()  # also without failures: all parts are there now
+        step = self._settle(wait=True)
+        if self.is_main and running is not None and running.problem is not None:
+            self._disk.remove_quietly(running.folder)  # by now no rank writes into it
+        return step, [number for _, number in reports]
 
     @property
     def failed(self) -> bool:
@@ -258,7 +357,7 @@ class Checkpoints:
                 self._note(message)
             if save.problem is not None:
                 self._fail(save.step, save.problem)
-            else:
+            elif self.is_main:
                 step = self.last_step = save.step
                 self._failure = None
                 self._note(f"checkpoint {step_name(step)} committed in {save.seconds:.1f} s")
@@ -278,25 +377,23 @@ class Checkpoints:
     def _begin(
         self,
         step: int,
-        layout: Layout,
+        total_bytes: int,
         state: Mapping[str, Any],
         metrics: Mapping[str, Any],
         reason: str,
         epoch: float | None,
         tokens: int | None,
-    ) -> _Save | None:
-        """Everything that can be checked before the first tensor is gathered; ``None``: nothing to do."""
-        begin = time.monotonic()
+    ) -> tuple[str, str, dict[str, Any], bytes] | None:
+        """Rank 0, before anything is copied: the temporary folder's name, the token, manifest and state; ``None``: nothing to do."""
         if self.last_step == step and (self.folder / step_name(step)).is_dir():
             return None
-        content = state_bytes({"version": VERSION, **state, "step": step})
-        planned = plan(layout, shard_bytes=self._shard_bytes)
+        content = state_bytes({"version": STATE_VERSION, **state, "step": step})
         self._disk.makedirs(self.folder)
         with os.scandir(self.folder) as entries:
             left = [Path(entry.path) for entry in entries if _LEFTOVER.fullmatch(entry.name)]
         for path in left:
             self._disk.remove_tree(path)
-        needed = planned.total_bytes + len(content) + (1 << 20)
+        needed = total_bytes + len(content) + (1 << 20)
         status = os.statvfs(self.folder)
         free = status.f_bavail * status.f_frsize
         if free < needed:
@@ -314,21 +411,27 @@ class Checkpoints:
             "metrics": _plain(metrics),
             "keep_best": self.keep_best,
         }
-        return _Save(step=step, plan=planned, manifest=manifest, state=content, begin=begin)
+        token = uuid.uuid4().hex
+        # Named after the token: a rank of an earlier job that still writes cannot reach into this save.
+        label = f".{token[:8]}" if self._ranks.world_size > 1 else ""
+        name = f".{step_name(step)}{label}.tmp"
+        self._disk.mkdir(self.folder / name)
+        self._disk.fsync_dir(self.folder)
+        return name, token, manifest, content
 
     def _copy(self, save: _Save) -> bool:
-        """Copy all tensors to buffers on the host; False, with a note, if there is not enough memory for them."""
+        """Copy what this rank writes to buffers on the host; False, with a note, if there is not enough memory for them."""
         sizes = dict(save.plan.data_bytes)
         if {name: len(buffer) for name, buffer in self._buffers.items()} != sizes:
             self._buffers.clear()
+            neighbours = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # which copy at the same time
             needed, available = sum(sizes.values()), available_bytes()
             try:
-                if available is not None and needed > 0.8 * available:
+                if available is not None and needed * neighbours > 0.8 * available:
                     raise MemoryError(f"only {available / 1e9:.3g} GB of memory are free to copy it to")
                 # Kept from save to save: fresh pages cost more than the copy.
-                self._buffers.update(
-                    {name: torch.empty(size, dtype=torch.uint8) for name, size in sizes.items()}
-                )
+                pinned = any(piece.tensor.is_cuda for piece in save.pieces)
+                self._buffers.update({name: _host_buffer(size, pinned) for name, size in sizes.items()})
             except (
                 MemoryError,
                 RuntimeError,
@@ -337,90 +440,189 @@ class Checkpoints:
                 cause = " ".join(str(error).split())
                 self._note(f"checkpoint of {needed / 1e9:.3g} GB is written in the foreground: {cause}")
                 return False
-        for entry, tensor in zip(save.plan.entries, save.tensors, strict=True):
-            self._buffers[entry.file][entry.start : entry.stop].copy_(raw(tensor))
-        save.tensors = (self._buffers[entry.file][entry.start : entry.stop] for entry in save.plan.entries)
+        targets = [self._buffers[entry.file][entry.start : entry.stop] for entry in save.plan.entries]
+        save.copied = self._copies.begin(zip(targets, [piece.tensor for piece in save.pieces], strict=True))
+        if not self._copies_go_on:
+            save.copied()
+        save.tensors = iter(targets)
         return True
 
     def _write(self, save: _Save, niceness: int) -> None:
         """Write, commit and remove old ones, in the background or not. An exception is kept for the caller."""
+        progress = self._progress if not niceness else lambda: None
         try:
+            save.copied()
             if niceness and sys.platform.startswith("linux"):  # where niceness belongs to the thread
                 thread = threading.get_native_id()
                 own = os.getpriority(os.PRIO_PROCESS, thread)  # lowering it needs a privilege
                 os.setpriority(os.PRIO_PROCESS, thread, max(niceness, own))
-            self._commit(save, self._progress if not niceness else lambda: None)
+            part = self._write_part(save, progress)
+            if self.is_main:
+                save.written.set()
+                self._commit(save, [part, *self._other_parts(save, progress)], progress)
+            else:
+                # The list is this rank's last word: with it in place rank 0 commits, and anything written into the folder
+                # after it (an error of a sync, for example) would damage the checkpoint. It is removed before the commit,
+                # so that it need not be durable; rank 0 syncs the folder.
+                path = save.folder / part_name(self._ranks.rank)
+                self._disk.write_bytes(path, manifest_bytes(part), durable=False)
         except Exception as error:
             save.problem = error
-            self._disk.remove_quietly(self.folder / f".{step_name(save.step)}.tmp")
+            if self.is_main:
+                self._disk.remove_quietly(save.folder)
+            else:
+                self._leave_problem(save, error)
         else:
             try:
-                self._retain(save.step, save.messages)
+                if self.is_main:
+                    self._retain(save.step, save.messages)
             except OSError as error:
                 save.messages.append(f"old checkpoints could not be removed: {error}")
         finally:
             save.seconds = time.monotonic() - save.begin
+            save.written.set()
             save.done.set()
 
-    def _commit(self, save: _Save, progress: Callable[[], None]) -> None:
-        disk, name = self._disk, step_name(save.step)
-        aside, target = self.folder / f".{name}.tmp", self.folder / name
-        disk.mkdir(aside)
-        disk.fsync_dir(self.folder)
-        files = write_planned(disk, aside, save.plan, save.tensors, progress=progress)
-        disk.write_file(aside / STATE, save.state)
-        files[STATE] = {"bytes": len(save.state), "sha256": hashlib.sha256(save.state).hexdigest()}
+    def _write_part(self, save: _Save, progress: Callable[[], None]) -> dict[str, Any]:
+        """Write, sync and read back this rank's files; what the manifest will say of them."""
+        disk, files = (
+            self._disk,
+            write_planned(self._disk, save.folder, save.plan, save.tensors, progress=progress),
+        )
+        if self.is_main:
+            disk.write_file(save.folder / STATE, save.state)
+            files[STATE] = {"bytes": len(save.state), "sha256": hashlib.sha256(save.state).hexdigest()}
         for file, entry in files.items():
             progress()
-            if (found := digest(aside / file, from_disk=True)) != entry["sha256"]:
+            if (found := digest(save.folder / file, from_disk=True)) != entry["sha256"]:
                 raise OSError(errno.EIO, f"{file} reads back differently than it was written ({found[:16]}…)")
-        disk.write_file(aside / MANIFEST, manifest_bytes(save.manifest | {"files": files}))
-        disk.fsync_dir(aside)
+        tensors: dict[str, dict[str, Any]] = {}
+        names = sorted(save.plan.data_bytes)
+        for planned, piece in zip(save.plan.entries, save.pieces, strict=True):
+            tensors.setdefault(piece.kind, {})[piece.key] = {
+                "dtype": DTYPE_NAMES[piece.tensor.dtype],
+                "shape": list(piece.shape),
+                "pieces": [to_json(names.index(planned.file), piece.part, piece.shape)],
+            }
+        return {
+            "token": save.token,
+            "rank": self._ranks.rank,
+            "files": files,
+            "piece_files": names,
+            "tensors": tensors,
+        }
+
+    def _leave_problem(self, save: _Save, error: Exception) -> None:
+        """Tell rank 0, as well as a disk can on which writing has failed; the next meeting of the ranks tells it surely."""
+        content = {"token": save.token, "rank": self._ranks.rank, "problem": _cause(error)}
+        path = save.folder / part_name(self._ranks.rank)
+        with contextlib.suppress(OSError):
+            self._disk.write_bytes(path, manifest_bytes(content), durable=False)
+
+    def _other_parts(self, save: _Save, progress: Callable[[], None]) -> list[dict[str, Any]]:
+        """What the other ranks have left in the folder, in rank order.
+
+        Raises:
+            OSError: a rank has failed, or has left nothing within the limit.
+        """
+        parts: dict[int, dict[str, Any]] = {}
+        missing, pause = list(range(1, self._ranks.world_size)), 0.01
+        begin = time.monotonic()
+        end = begin + self._wait_seconds
+        told = False
+        while missing:
+            if save.news.is_set() and not told:  # all have written; a network file system may show it later
+                told, end = True, min(end, time.monotonic() + LAG_SECONDS)
+            for rank in missing:
+                path = save.folder / part_name(rank)
+                if path.is_file():
+                    part = read_hashed(path)
+                    if part.get("token") != save.token or part.get("rank") != rank:
+                        raise OSError(errno.EIO, f"{path.name} is of another save")
+                    if problem := part.get("problem", save.others.get(rank)):
+                        raise OSError(errno.EIO, f"rank {rank}: {problem}")
+                    parts[rank] = part
+            missing = [rank for rank in missing if rank not in parts]
+            if missing and save.others:
+                rank, problem = next(iter(save.others.items()))
+                raise OSError(errno.EIO, f"rank {rank}: {problem}")
+            if missing and time.monotonic() >= min(end, save.give_up_at):
+                what = f"rank {', '.join(map(str, missing))} left nothing in {save.folder}"
+                waited = f"{time.monotonic() - begin:.0f} s after rank 0 had written its part"
+                raise OSError(errno.ETIMEDOUT, f"{what}, {waited}; all ranks must see the same disk")
+            if missing:
+                progress()
+                time.sleep(pause) if told else save.news.wait(pause)
+                pause = min(pause * 1.5, 1.0)
+        return [parts[rank] for rank in sorted(parts)]
+
+    def _commit(self, save: _Save, parts: list[dict[str, Any]], progress: Callable[[], None]) -> None:
+        """Rank 0: all parts are written. The manifest last, one rename, and the parent is synced."""
+        disk, target = self._disk, self.folder / step_name(save.step)
+        manifest = save.manifest | _joined(parts)
+        try:
+            described(manifest)
+        except Damaged as problem:
+            raise OSError(
+                errno.EIO, f"what the ranks have written is not the whole state ({problem})"
+            ) from None
+        for file, entry in manifest["files"].items():
+            progress()
+            if (found := os.lstat(save.folder / file).st_size) != entry["bytes"]:
+                raise OSError(errno.EIO, f"{file} has {found:,} bytes instead of {entry['bytes']:,}")
+        for part in parts[1:]:
+            disk.unlink(save.folder / part_name(part["rank"]))
+        disk.write_file(save.folder / MANIFEST, manifest_bytes(manifest))
+        disk.fsync_dir(save.folder)
         if os.path.lexists(target):
             # Of an abandoned branch. Killed between these two renames, the new one is complete and will be found.
             set_aside(target, "abandoned", disk)
-        disk.rename(aside, target)
+        disk.rename(save.folder, target)
         disk.fsync_dir(self.folder)
 
     def _retain(self, step: int, messages: list[str]) -> None:
         """Link the best and remove old ones, now that the checkpoint of ``step`` is committed and verified."""
-        paths = committed(self.folder)
-        known = {path: found for path in paths if (found := self._read_once(path)) is not None}
-        self._known = {path.name: found for path, found in known.items()}
-        regular = [path for path, found in known.items() if found.reason not in PREEMPTION_REASONS]
-        stay = {*regular[-self.keep :], *paths[-1:], self.folder / step_name(step)}
-        if self.keep_best:
-            metric, mode = self.keep_best["metric"], self.keep_best.get("mode")
-            best = best_last(((path, found.metrics.get(metric)) for path, found in known.items()), mode)
-            stay |= set(best[-int(self.keep_best["k"]) :])
-            if best:
-                self._link_best(best[-1].name, messages)
+        known = {
+            name: found
+            for name, inode in inodes(self.folder).items()
+            if (found := self._read_once(name, inode)) is not None
+        }
+        self._known = known
+        # Never among those that go: the newest where its manifest is damaged, which the next resume reports.
+        stay, best = kept_steps(
+            {found.step: (found.reason, found.metrics) for found in known.values()},
+            keep=self.keep,
+            keep_best=self.keep_best,
+            keeps=self.keeps,
+        )
+        stay.add(step)
+        if best is not None:
+            self._link_best(step_name(best), messages)
         going = []
-        for path in known:
-            if path not in stay and not (self.keep_every and step_of(path) % self.keep_every == 0):
+        for name, found in known.items():
+            if found.step not in stay:
                 # Renamed first: a kill in the middle must not leave half a folder under a good name.
-                going.append(path.with_name(f".old-{path.name}"))
-                self._disk.rename(path, going[-1])
+                going.append(self.folder / f".old-{name}")
+                self._disk.rename(self.folder / name, going[-1])
         if going:
             self._disk.fsync_dir(self.folder)
         for old in going:
             self._disk.remove_tree(old)
 
-    def _read_once(self, path: Path) -> _Known | None:
-        """Reason and metrics from a manifest, read again only if it has changed; ``None`` for a damaged one.
+    def _read_once(self, name: str, inode: int) -> _Known | None:
+        """Step, reason and metrics from a manifest, read once for each folder; ``None`` for a damaged one.
 
-        With thousands of kept checkpoints, reading all manifests at every save takes longer than the save.
+        With thousands of kept checkpoints, even a look at the file of each takes longer than the save.
         """
+        known = self._known.get(name)
+        if known is not None and known.inode == inode:
+            return known
+        path = self.folder / name
         try:
-            info = os.stat(path / MANIFEST)
-            stamp = info.st_ino, info.st_size, info.st_mtime_ns
-            known = self._known.get(path.name)
-            if known is None or known.stamp != stamp:
-                manifest = read_manifest(path)
-                known = _Known(stamp, manifest["reason"], manifest["metrics"])
+            manifest = read_manifest(path)
         except (Damaged, RequestError, OSError):
             return None  # left as it is: the next resume sets it aside
-        return known
+        return _Known(inode, step_of(path), manifest["reason"], manifest["metrics"])
 
     def _link_best(self, name: str, messages: list[str]) -> None:
         link, aside = self.folder / "best", self.folder / ".best.tmp"
@@ -446,6 +648,7 @@ class Checkpoints:
         self._disk.write_file(aside, manifest_bytes(manifest))
         self._disk.rename(aside, path / MANIFEST)
         self._disk.fsync_dir(path)
+        self._known.pop(path.name, None)
         messages: list[str] = []
         self._retain(step, messages)
         for message in messages:
@@ -453,7 +656,7 @@ class Checkpoints:
 
     def _fail(self, step: int, error: Exception) -> None:
         last = "older ones are" if self.last_step is None else f"{step_name(self.last_step)} is"
-        cause = (error.strerror or str(error)) if isinstance(error, OSError) else repr(error)
+        cause = _cause(error)
         remedy = (
             ", or keep training without it: --checkpoint.on_full_disk continue"
             if self._stop_on_failure
@@ -465,6 +668,48 @@ class Checkpoints:
         )
         if not self._stop_on_failure:
             self._note(self._failure)
+
+
+def part_name(rank: int) -> str:
+    """The list that a rank leaves in the temporary folder of a save: its files, and which pieces are in them."""
+    return f"part-r{rank:05d}.json"
+
+
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """``files``, ``piece_files`` and ``tensors`` of the manifest. Raises ``OSError`` where two ranks contradict each other."""
+    files: dict[str, Any] = {}
+    names: list[str] = []
+    tensors: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for kind, of_kind in part["tensors"].items():
+            for key, entry in of_kind.items():
+                known = tensors.setdefault(kind, {}).setdefault(key, {**entry, "pieces": []})
+                if (known["dtype"], known["shape"]) != (entry["dtype"], entry["shape"]):
+                    raise OSError(
+                        errno.EIO, f"rank {part['rank']} has another {key} than the ranks before it"
+                    )
+                known["pieces"] += [[file + len(names), *where] for file, *where in entry["pieces"]]
+        files |= part["files"]
+        names += part["piece_files"]
+    return {"files": files, "piece_files": names, "tensors": tensors}
+
+
+def _cause(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else repr(error)
+
+
+def _host_buffer(size_bytes: int, pinned: bool) -> Tensor:
+    """Host memory; ``pinned``: locked, so that a GPU copies into it directly. Not run: no GPU was at hand.
+
+    Locked in place: torch's own pinned memory is rounded up to a power of two.
+    """
+    buffer = torch.empty(size_bytes, dtype=torch.uint8)
+    if pinned and size_bytes:
+        runtime: Any = torch.cuda.cudart()
+        # Otherwise slower, not wrong
+        if int(runtime.cudaHostRegister(buffer.data_ptr(), size_bytes, 0)) == 0:
+            weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+    return buffer
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from lmcore.checkpoint.reader import Checkpoint
 from lmcore.disk import DISK, Disk
 from lmcore.humanize import duration
 from lmcore.report import curves
-from lmcore.report.metrics import read_metrics
+from lmcore.report.metrics import iterate_metrics
+
+_SETS = 100
+"""Sets that a card lists."""
 
 LM_EVAL_TASK = """\
 # Scores your own text: one JSON object a line with a field "text", in held_out.jsonl where you start lm-eval.
@@ -105,7 +110,7 @@ All settings are in `training_config.yaml`.
 With lm-eval, one JSON object with a `text` a line in `held_out.jsonl`:
 
 ```
-lm_eval --model hf --model_args pretrained={{ name }},prefix_token_id={{ eos_id }} --include_path {{ name }}/lm_eval --tasks own_text
+{{ lm_eval }}
 ```
 
 `prefix_token_id={{ eos_id }}`: in training every document came after the end-of-text token; lm-eval would put the start
@@ -135,8 +140,7 @@ def write(
         record: content of ``lmcore_export.json``.
         adapter: ``method`` and number of ``parameters`` of a low-rank adapter.
     """
-    metrics = run_dir / "metrics.jsonl"
-    records = read_metrics(metrics) if metrics.is_file() else []
+    results = read_results(run_dir / "metrics.jsonl", record["step"])
     configuration = run_dir / "config.yaml"
     if configuration.is_file():
         disk.write_text(
@@ -144,11 +148,11 @@ def write(
         )
     disk.mkdir(folder / "lm_eval")
     disk.write_text(folder / "lm_eval" / "own_text.yaml", LM_EVAL_TASK)
-    curve = curves.loss_png(records)
+    curve = curves.loss_png(results.run)
     if curve is not None:
         disk.write_bytes(folder / "loss.png", curve)
     text = markdown(
-        records,
+        results,
         opened=opened,
         record=record,
         tokenizer=tokenizer,
@@ -159,8 +163,36 @@ def write(
     disk.write_text(folder / "README.md", text)
 
 
+@dataclass
+class Results:
+    """What the records of a run say about one of its steps; as large for a long run as for a short one."""
+
+    run: curves.Run
+    train: dict[str, Any] = field(default_factory=dict)
+    """The last record of a step up to that one."""
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The last record of each set up to that step."""
+
+
+def read_results(metrics: Path, step: int) -> Results:
+    """The results of a run up to ``step``; empty if there is no such file."""
+    results = Results(curves.Run("", metrics.parent))
+    if not metrics.is_file():
+        return results
+    for record in iterate_metrics(metrics):
+        results.run.add(record)
+        if record["kind"] not in ("train", "eval") or record.get("step", 0) > step:
+            continue
+        name = record.get("set")
+        if record["kind"] == "train":
+            results.train = record
+        elif isinstance(name, str) and (name in results.evaluations or len(results.evaluations) < _SETS):
+            results.evaluations[name] = record
+    return results
+
+
 def markdown(
-    records: list[dict[str, Any]],
+    results: Results,
     *,
     opened: Checkpoint,
     record: Mapping[str, Any],
@@ -172,11 +204,8 @@ def markdown(
     """The text of the card, with the metadata that the Hub reads."""
     from huggingface_hub import ModelCard, ModelCardData  # only an export needs it
 
-    step = record["step"]
-    until = [r for r in records if r.get("kind") in ("train", "eval") and r.get("step", 0) <= step]
-    last_train: dict[str, Any] = next((r for r in reversed(until) if r["kind"] == "train"), {})
-    evaluations = {r.get("set"): r for r in until if r["kind"] == "eval"}  # the last of each set
-    start = next((r for r in records if r.get("event") in ("start", "resume") and "rows" in r), {})
+    step, last = record["step"], results.train
+    seconds: Any = last.get("train_seconds")
     base = base_model(opened)
     metadata = ModelCardData(
         library_name="transformers",
@@ -198,18 +227,27 @@ def markdown(
         evaluations=[
             (
                 _cell(row.get("set")),
-                f"{row.get('step'):,}",
+                f"{row['step']:,}" if curves.is_number(row.get("step")) else "-",
                 *map(_number, map(row.get, ("loss", "perplexity", "bits_per_byte"))),
             )
-            for row in evaluations.values()
+            for row in results.evaluations.values()
         ],
-        train_loss=(last_train["step"], last_train["loss"]) if last_train.get("loss") is not None else None,
+        train_loss=(last["step"], last["loss"])
+        if all(map(curves.is_number, (last.get("step"), last.get("loss"))))
+        else None,
         curve=curve,
-        data=[tuple(map(_cell, row)) for row in _data(start)],
-        tokens=last_train.get("tokens"),
-        time=duration(last_train["train_seconds"]) if last_train.get("train_seconds", 0) >= 1 else None,
+        data=[tuple(map(_cell, row)) for row in _data(results.run.start or {})],
+        tokens=last.get("tokens"),
+        time=duration(seconds) if curves.is_number(seconds) and seconds >= 1 else None,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
+        lm_eval=shlex.join(
+            [
+                *("lm_eval", "--model", "hf", "--model_args"),
+                f"pretrained={record['run']},prefix_token_id={tokenizer.eos_id}",
+                *("--include_path", f"{record['run']}/lm_eval", "--tasks", "own_text"),
+            ]
+        ),
         procedure=_procedure(opened, adapter),
     )
     return str(made)
@@ -295,4 +333,4 @@ def _cell(value: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) else "-"
+    return f"{value:.4f}" if curves.is_number(value) else "-"

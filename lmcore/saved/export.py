@@ -6,6 +6,11 @@ scores the user's own text; of a LoRA run also the adapter, in ``adapter/``. The
 Before the folder appears under its name it is opened by transformers, and its logits are compared with the trainer's.
 It opens in transformers 5 and 4.57.
 
+Weights go from the checkpoint to the files one at a time, and the trainer's logits are computed with one decoder layer in
+memory at a time, so that no memory has to hold the model. What transformers opens it maps into memory where the file has the
+form that it computes in; a file in bf16, or of a mixture of experts, takes 4 bytes a parameter, and the logits are only compared
+where these are free. A LoRA run is merged in memory.
+
 Example::
 
     with open_checkpoint("runs/demo/checkpoints/step-00000500") as opened:
@@ -14,29 +19,36 @@ Example::
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lmcore import __version__
 from lmcore.checkpoint.reader import Checkpoint
+from lmcore.checkpoint.tensors import plan, write_planned
 from lmcore.conventions import torch_dtype
 from lmcore.disk import DISK, Disk
 from lmcore.errors import FaultError, RequestError
+from lmcore.humanize import size
 from lmcore.model import lora, module
+from lmcore.model.build import without_weights
 from lmcore.model.config import SPECIAL_IDS, context_length
-from lmcore.process import is_alive
+from lmcore.process import available_bytes, is_alive
 from lmcore.saved import card, load
 from lmcore.saved.load import EXPORT_RECORD
+from lmcore.saved.weights import Read, layer_by_layer
 
 LOGITS_TOLERANCE = 1e-4
 """Largest difference of logits, as a share of the largest logit. Both sides are float32 of the same weights;
 only the shape of the last product differs (the padding is gone), and with it the order of its sums."""
+MOST_OF_MEMORY = 0.8
+"""Of what is free; the check of an export that would take more is left out."""
 ADAPTER_FOLDER = "adapter"
 
 
@@ -84,15 +96,33 @@ def export(
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     disk.makedirs(aside)
     try:
-        trained: Any = load.model_of(opened, weights=weights)
-        tokenizer = load.tokenizer_of(opened, run_dir)
+        tokenizer = load.tokenizer_of(opened, run_dir, note=note)
         adapter = None
-        if hasattr(trained, "lora"):
+        trained: Any
+        if "lora" in description:
+            trained = load.model_of(opened, weights=weights)
             adapter = _write_adapter(trained, aside / ADAPTER_FOLDER, opened)
             _merge(trained)
-        _write_model(trained, aside, torch_dtype(dtype), max_shard_bytes)
+            read: Read = trained.get_parameter
+        else:
+            trained = load.structure_of(opened)
+            read = load.reader_of(opened, trained, weights=weights)
+        written = _write_model(trained, read, aside, torch_dtype(dtype), max_shard_bytes, disk)
         tokenizer.save(aside, model_max_length=context_length(trained))
-        difference = verify(aside, trained, torch_dtype(dtype))
+        hashes = load.file_hashes(aside)
+        for name, entry in written.items():
+            if hashes[name] != entry["sha256"]:
+                raise FaultError(f"export: {name} reads back differently than it was written")
+        needed, free = opening_bytes(trained, torch_dtype(dtype)), available_bytes()
+        if free is None or needed <= MOST_OF_MEMORY * free:
+            difference = verify(aside, trained, read, torch_dtype(dtype))
+            verified = "logits verified"
+        else:
+            difference = None
+            verified = (
+                f"every byte read back, but logits not compared: opened as float32 it takes {size(needed)} of memory, "
+                f"{size(free)} are free"
+            )
         record = {
             "lmcore": __version__,
             "run": run_dir.resolve().name,
@@ -100,9 +130,8 @@ def export(
             "weights": weights,
             "dtype": dtype,
             "largest_logit_difference": difference,
-            "files": load.file_hashes(aside),
+            "files": hashes,
         }
-        disk.write_json(aside / EXPORT_RECORD, record)
         parameters = module.parameter_counts(trained)["total"]
         card.write(
             aside,
@@ -114,11 +143,12 @@ def export(
             adapter=adapter,
             disk=disk,
         )
+        disk.write_json(aside / EXPORT_RECORD, record | {"names": [*_names_in(aside), EXPORT_RECORD]})
         disk.fsync_tree(aside)
         _replace(aside, target, disk)
     finally:
         disk.remove_quietly(aside)
-    note(f"exported step {opened.step} ({weights}, {dtype}) to {folder}; logits verified")
+    note(f"exported step {opened.step} ({weights}, {dtype}) to {folder}; {verified}")
     return Path(folder)
 
 
@@ -126,7 +156,8 @@ def refuse_foreign_folder(target: Path) -> None:
     """Refuse to replace anything that is not an export of lmcore. Called before the training, too.
 
     Raises:
-        RequestError: ``target`` is a file, a link, or a folder with other content.
+        RequestError: ``target`` is a file, a link, a folder with other content, or an export to which somebody has
+            added files: a conversion to another format, notes.
     """
     if target.is_symlink():
         raise RequestError(
@@ -138,6 +169,28 @@ def refuse_foreign_folder(target: Path) -> None:
         raise RequestError(
             f"{target} exists and is not an export of lmcore: it would be replaced; give another folder, or remove it"
         )
+    added = _added(target)
+    if added:
+        raise RequestError(
+            f"{target} holds {added[0]}{f' and {len(added) - 1} more files' if added[1:] else ''} beside the export, which "
+            f"would be removed when it is replaced: move {'them' if added[1:] else 'it'} elsewhere"
+        )
+
+
+def _names_in(folder: Path) -> list[str]:
+    """The files of an export, by their paths in it; hidden ones aside, which programs of the system leave."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+
+
+def _added(target: Path) -> list[str]:
+    """Files in an export that lmcore did not write; an export of an older version does not know."""
+    record = target / EXPORT_RECORD
+    try:
+        written = json.loads(record.read_bytes())["names"] if record.is_file() else None
+        return sorted(set(_names_in(target)) - set(written)) if isinstance(written, list) else []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def _remove_leftovers(target: Path, disk: Disk) -> None:
@@ -147,7 +200,8 @@ def _remove_leftovers(target: Path, disk: Disk) -> None:
     for path in target.parent.glob(f".{target.name}.*"):
         process, _, kind = path.name.removeprefix(f".{target.name}.").partition(".")
         if (
-            process.isdigit()
+            process.isdecimal()
+            and len(process) < 10
             and kind in ("tmp", "old")
             and (int(process) == os.getpid() or not is_alive(int(process)))
         ):
@@ -194,28 +248,107 @@ def _write_adapter(trained: Any, folder: Path, opened: Checkpoint) -> dict[str, 
     config.task_type = "CAUSAL_LM"
     config.inference_mode = True
     config.save_pretrained(os.fspath(folder))
+    # The vocabulary keeps its size here; to find that out peft would ask the Hub for the base model.
     tensors = {
         f"base_model.model.{name}": tensor.detach().contiguous()
-        for name, tensor in get_peft_model_state_dict(trained).items()
+        for name, tensor in get_peft_model_state_dict(trained, save_embedding_layers=False).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return {"method": words, "parameters": sum(tensor.numel() for tensor in tensors.values())}
 
 
-def _write_model(trained: Any, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
-    """Weights, ``config.json`` and ``generation_config.json``, with the vocabulary cut back."""
-    config = module.export_config(trained)
-    small = trained.__class__(config)
-    tied = dict(trained.named_parameters())
-    load.load_weights(small, module.export_state(tied.items(), trained), "the checkpoint")
-    small.load_state_dict(dict(trained.named_buffers()), strict=False)
+def _write_model(
+    trained: Any, read: Read, folder: Path, dtype: torch.dtype, max_shard_bytes: int, disk: Disk
+) -> dict[str, dict[str, Any]]:
+    """Weights, ``config.json`` and ``generation_config.json``, with the vocabulary cut back, in the layout of
+    ``save_pretrained``; one weight (of a mixture of experts: one layer) in memory at a time.
+
+    Args:
+        trained: its parameters may be empty.
+
+    Returns:
+        ``bytes`` and ``sha256`` of the files of weights by name.
+    """
+    with without_weights():
+        small = trained.__class__(module.export_config(trained))
     small.tie_weights()
+    small.config.dtype = str(dtype).removeprefix("torch.")
+    small.config.save_pretrained(folder)
     for name in SPECIAL_IDS[:3]:
-        setattr(small.generation_config, name, getattr(config, name, None))
-    small.to(dtype).save_pretrained(folder, max_shard_size=max_shard_bytes, safe_serialization=True)
+        setattr(small.generation_config, name, getattr(small.config, name, None))
+    small.generation_config.save_pretrained(folder)
     path = folder / "config.json"
     values = both_versions(json.loads(path.read_text(encoding="utf-8")))
-    DISK.write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n", durable=False)
+    disk.write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n", durable=False)
+
+    buffers = dict(trained.named_buffers())
+    kept = set(small.state_dict()) - set(small._keys_to_ignore_on_save or ())
+    own = dict(small.named_parameters()) | dict(small.named_buffers())  # a tied weight once
+    groups = _converted_together(small, [name for name in own if name in kept])
+
+    def type_of(tensor: Tensor) -> torch.dtype:
+        return dtype if tensor.is_floating_point() else tensor.dtype
+
+    def in_file() -> Iterator[Tensor]:
+        names = itertools.chain.from_iterable(groups)
+        tensors = ((name, buffers[name] if name in buffers else read(name).detach()) for name in names)
+        cut = module.export_state(tensors, trained)
+        for group in groups:
+            converted = _as_in_files(small, dict(itertools.islice(cut, len(group))))
+            yield from (tensor.to(type_of(tensor)) for tensor in converted.values())
+
+    layout = [
+        ("model", name, None, tuple(empty.shape), type_of(empty))
+        for group in groups
+        for name, empty in _as_in_files(
+            small, {name: own[name].detach().to("meta") for name in group}
+        ).items()
+    ]
+    planned = plan(layout, shard_bytes=max_shard_bytes)
+    written = write_planned(disk, folder, planned, in_file())
+    if len(written) > 1:
+        index = {
+            "metadata": {
+                "total_parameters": small.num_parameters(),
+                "total_size": sum(planned.data_bytes.values()),
+            },
+            "weight_map": {entry.key: entry.file for entry in planned.entries},
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        disk.write_text(folder / "model.safetensors.index.json", text, durable=False)
+    return written
+
+
+def _converted_together(model: Any, names: list[str]) -> list[list[str]]:
+    """The names in groups that transformers converts to the layout of its files: alone, or by decoder layer where a family
+    keeps several weights as one (mixtures of experts)."""
+    if not _is_converted(model):
+        return [[name] for name in names]
+    layers = {id(layer): name for name, layer in model.named_modules()}
+    prefixes = [f"{layers[id(layer)]}." for layer in module.decoder_layers(model)]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(next(filter(name.startswith, prefixes), name), []).append(name)
+    return list(groups.values())
+
+
+def _is_converted(model: Any) -> bool:
+    """Whether transformers keeps weights in another layout in memory than in files."""
+    nothing: dict[str, Tensor] = {}
+    return _as_in_files(model, nothing) is not nothing
+
+
+def _as_in_files(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion  # seconds
+
+    found: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    return found
+
+
+def opening_bytes(trained: Any, dtype: torch.dtype) -> int:
+    """The memory that the weights of an export take when transformers opens it as float32: none if they are mapped."""
+    mapped = dtype is torch.float32 and not _is_converted(trained)
+    return 0 if mapped else 4 * module.parameter_counts(trained)["total"]
 
 
 def both_versions(config: dict[str, Any]) -> dict[str, Any]:
@@ -236,21 +369,24 @@ def both_versions(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def verify(folder: Path, trained: nn.Module, dtype: torch.dtype) -> float:
+def verify(folder: Path, trained: nn.Module, read: Read, dtype: torch.dtype) -> float:
     """Open the folder as a user will and compare its logits with the trainer's; the largest difference.
+
+    Args:
+        trained: its parameters may be empty; they get their weights layer by layer.
+        read: the weights.
 
     Raises:
         FaultError: they differ by more than :data:`LOGITS_TOLERANCE`.
     """
     opened: Any = load.open_export(folder)
     vocabulary = opened.config.get_text_config().vocab_size
-    # The same rounding as in the file: of parameters. Buffers (rotary frequencies) are not in it.
-    for parameter in trained.parameters():
-        parameter.copy_(parameter.to(dtype))
     reference: Any = trained.eval()
     length = min(64, context_length(trained) or 64)
     ids = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
-    expected = reference(input_ids=ids).logits[..., :vocabulary]
+    # The same rounding as in the file: of parameters. Buffers (rotary frequencies) are not in it.
+    with layer_by_layer(reference, lambda name: read(name).detach().to(dtype).float()):
+        expected = reference(input_ids=ids).logits[..., :vocabulary]
     got = opened.eval()(input_ids=ids).logits
     if got.shape != expected.shape:
         raise FaultError(f"export: logits of shape {tuple(got.shape)}, the trainer's {tuple(expected.shape)}")

@@ -15,9 +15,10 @@ Letters in shapes: T tokens so far, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from lmcore.errors import RequestError
 from lmcore.model.config import context_length
 from lmcore.model.module import ModelWithLoss
+from lmcore.saved.weights import device_of
 
 _HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _MOST_HELD_TOKENS = 8
@@ -46,6 +48,8 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_at_eos: bool = True,
+    forward: Callable[..., Any] | None = None,
+    agree: Callable[[Callable[[], int]], int] = lambda choice: choice(),
 ) -> list[str]:
     """The continuation of each prompt. Arguments, errors as for :func:`stream`.
 
@@ -63,6 +67,8 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
         "stop_at_eos": stop_at_eos,
+        "forward": forward,
+        "agree": agree,
     }
     return ["".join(stream(model, tokenizer, prompt, max_tokens, **settings)) for prompt in prompts]
 
@@ -79,6 +85,8 @@ def stream(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_at_eos: bool = True,
+    forward: Callable[..., Any] | None = None,
+    agree: Callable[[Callable[[], int]], int] = lambda choice: choice(),
 ) -> Iterator[str]:
     """Continue ``prompt`` and yield the new text as it comes.
 
@@ -96,6 +104,9 @@ def stream(
             (Keskar et al. 2019, arXiv:1909.05858); 1: none.
         seed: of the draws. The prompt enters too, so that a prompt is continued alike in any list of prompts.
         stop_at_eos: end with the document.
+        forward: called instead of ``model``, whose weights several ranks hold together.
+        agree: gets the choice of the next token, and returns the token; where ranks compute together it must be the same on
+            all of them, so that they stop together.
 
     Raises:
         RequestError: at once for a setting out of range or a prompt that is not valid Unicode; later for
@@ -121,7 +132,8 @@ def stream(
         ) from None
     digest = hashlib.sha256(f"lmcore generate {seed} {prompt}".encode()).digest()
     draw.generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return _continued(model, tokenizer, prompt, max_tokens, draw, stop_at_eos=stop_at_eos)
+    tokens = functools.partial(_tokens, model, max_tokens, draw, forward, agree)
+    return _continued(tokens, tokenizer, prompt, stop_at_eos=stop_at_eos)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,15 +164,14 @@ class Draw:
 
 
 def _continued(
-    model: nn.Module, tokenizer: Any, prompt: str, max_tokens: int, draw: Draw, *, stop_at_eos: bool
+    tokens: Callable[[Sequence[int]], Iterator[int]], tokenizer: Any, prompt: str, *, stop_at_eos: bool
 ) -> Iterator[str]:
     ids = list(tokenizer.encode(prompt)) or [tokenizer.eos_id]  # every document begins after an EOS
     start = len(ids)
     shown = start  # ids before it have been shown
-    anchor = max(
-        0, start - 4
-    )  # decoding starts here: a piece may depend on its neighbours, not on the far past
-    for token in _tokens(model, ids, max_tokens, draw):
+    # Decoding starts here: a piece may depend on its neighbours, not on the far past
+    anchor = max(0, start - 4)
+    for token in tokens(ids):
         if stop_at_eos and token == tokenizer.eos_id:
             break
         ids.append(token)
@@ -173,11 +184,18 @@ def _continued(
         yield tokenizer.decode(ids[anchor:])[len(tokenizer.decode(ids[anchor:shown])) :]
 
 
-def _tokens(model: nn.Module, prompt: Sequence[int], max_tokens: int, draw: Draw) -> Iterator[int]:
+def _tokens(
+    model: nn.Module,
+    max_tokens: int,
+    draw: Draw,
+    forward: Callable[..., Any] | None,
+    agree: Callable[[Callable[[], int]], int],
+    prompt: Sequence[int],
+) -> Iterator[int]:
     """Token after token, by :func:`choose`. When the model's context is full, the older half is dropped."""
     if isinstance(model, ModelWithLoss):
         model = model.model
-    device = next(model.parameters()).device
+    device = device_of(model)
     context = context_length(model)
     cached = hasattr(model, "prepare_inputs_for_generation")  # a transformers model: keys and values are kept
     window = list(prompt)
@@ -193,11 +211,12 @@ def _tokens(model: nn.Module, prompt: Sequence[int], max_tokens: int, draw: Draw
             inputs = {"input_ids": torch.tensor([fresh], device=device)}
             if cached:
                 inputs |= {"use_cache": True, "past_key_values": memory}  # type: ignore[dict-item] # not tensors
-            outputs = model(**inputs)
+            outputs = (forward or model)(**inputs)
         memory = getattr(outputs, "past_key_values", None)
         cached = cached and memory is not None  # a family without a cache: the whole window each time
         logits = _logits(outputs)[0, -1].float().cpu()
-        token = choose(logits[: getattr(model, "real_vocab_size", None)], draw, window)
+        logits = logits[: getattr(model, "real_vocab_size", None)]
+        token = agree(functools.partial(choose, logits, draw, window))
         yield token
         fresh = [token]
         window.append(token)
@@ -205,7 +224,7 @@ def _tokens(model: nn.Module, prompt: Sequence[int], max_tokens: int, draw: Draw
 
 @contextmanager
 def _inference_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients or compilation (each length would compile anew); undone afterwards."""
+    """Evaluation mode without gradients or compilation (each length would compile again); undone afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -241,9 +260,8 @@ def choose(logits: Tensor, draw: Draw, window: Sequence[int] = ()) -> int:
     else:
         kept, order = logits.sort(descending=True)
     scaled = kept / draw.temperature
-    if not bool(
-        torch.isfinite(scaled[0])
-    ):  # a tiny temperature: relative to the largest logit nothing overflows
+    # A tiny temperature: relative to the largest logit nothing overflows
+    if not bool(torch.isfinite(scaled[0])):
         scaled = ((kept - kept[0]).double() / draw.temperature).float()
     probabilities = torch.softmax(scaled, 0)
     if draw.top_p < 1:

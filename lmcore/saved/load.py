@@ -27,11 +27,15 @@ from torch import Tensor, nn
 from lmcore.checkpoint import manifest, reader
 from lmcore.checkpoint.reader import Checkpoint
 from lmcore.checkpoint.tensors import TensorFile
+from lmcore.data.store.manifest import read_manifest
 from lmcore.data.tokenizer.tokenizer import check_tokenizer, load_tokenizer
 from lmcore.errors import RequestError
 from lmcore.model import lora
+from lmcore.model.build import without_weights
 from lmcore.model.config import refuse_unsafe_config, refuse_unsafe_index
 from lmcore.plugins import import_path
+from lmcore.process import available_bytes
+from lmcore.saved.weights import Read, fitting, give_weights, layer_by_layer, own_tensors
 
 EXPORT_RECORD: Final = "lmcore_export.json"
 """Marks an export of lmcore (only such a folder is ever replaced) and holds the hashes of its files."""
@@ -84,6 +88,9 @@ def load_model(
             one it was; what is in a file must not decide which code runs.
         note: gets one line for each damaged checkpoint that was skipped.
 
+    A checkpoint of several ranks whose weights together need more memory than is free on the device stays in its files:
+    each decoder layer is read from them whenever it computes, which is slow, and said by ``note``.
+
     Raises:
         RequestError: nothing usable there, damaged files, another tokenizer than the one trained with, or a model
             that cannot be built again.
@@ -106,16 +113,24 @@ def load_model(
     if kind == "checkpoint":
         # A checkpoint that was found in a run folder has just been verified; one given by its path has not.
         given = Path(os.path.abspath(path)) == folder
-        with reader.open_checkpoint(folder, verify_bytes=given) as opened:
-            model, step = model_of(opened, weights=weights, factory=factory), opened.step
-            run_dir = folder.parent.parent
-            tokenizer = tokenizer_of(opened, run_dir)
+        with contextlib.ExitStack() as stack:
+            opened = stack.enter_context(reader.open_checkpoint(folder, verify_bytes=given))
+            step, run_dir = opened.step, folder.parent.parent
+            if said := _too_large(opened, device, dtype):
+                note(f"{folder}: {said}; its layers are read from the files one at a time, which is slow")
+                model = _layered(opened, stack, weights=weights, device=device, dtype=dtype)
+            else:
+                model = model_of(opened, weights=weights, factory=factory, device=device)
+                model.to(device=device, dtype=dtype)
+            tokenizer = tokenizer_of(opened, run_dir, note=note)
+            if said:
+                model.files = stack.pop_all()  # type: ignore[assignment]  # no parameter: they are open as long as the model lives
     else:
         if weights != "model":
             raise RequestError(
                 f"{folder} is an export, which has one set of weights: leave --weights {weights} out"
             )
-        model, tokenizer = open_export(folder), _tokenizer(folder)
+        model, tokenizer = open_export(folder).to(device=device, dtype=dtype), _tokenizer(folder)
         if not (folder.parent / "metrics.jsonl").exists():
             run_dir = None
     known = getattr(model, "real_vocab_size", None) or getattr(
@@ -127,7 +142,7 @@ def load_model(
             "another model; restore the one that was trained with"
         )
     return Saved(
-        model=model.to(device=device, dtype=dtype).eval(),
+        model=model.eval(),
         tokenizer=tokenizer,
         path=folder,
         kind=kind,
@@ -154,7 +169,7 @@ def resolve(
         return "checkpoint", folder
     if (folder / "config.json").is_file():
         return "export", folder
-    if checkpoint.isdigit():
+    if checkpoint.isdecimal() and len(checkpoint) < 20:
         checkpoint = manifest.step_name(int(checkpoint))
     checkpoints = folder / "checkpoints"
     try:
@@ -199,10 +214,49 @@ def describe(
     }
 
 
-def model_of(
-    opened: Checkpoint, *, weights: str = "model", factory: str | Callable[..., nn.Module] | None = None
+def _too_large(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> str:
+    """Why the weights cannot all be in the memory of the device; empty if they can, or need none."""
+    description = opened.state.get("model")
+    if not isinstance(description, Mapping) or description.get("kind") == "factory":
+        return ""
+    mapped = device.type == "cpu" and dtype is torch.float32  # what lies whole in a file needs no memory
+    needed = sum(
+        math.prod(stored.shape) * dtype.itemsize
+        for name in opened.keys("model")
+        if (stored := opened.stored("model", name)) is not None and not (mapped and stored.whole)
+    )
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    if free is None or needed <= 0.8 * free:
+        return ""
+    return f"weights of {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on {device}"
+
+
+def _layered(
+    opened: Checkpoint, stack: contextlib.ExitStack, *, weights: str, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """The model of an open checkpoint on the CPU, with its padded vocabulary, in evaluation mode.
+    """The model with its layers in the files, as long as ``stack`` is open."""
+    model = structure_of(opened)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device, dtype if buffer.is_floating_point() else None)
+    read = reader_of(opened, model, weights=weights)
+    stack.enter_context(layer_by_layer(model, lambda name: read(name).to(device, dtype)))
+    return model
+
+
+def model_of(
+    opened: Checkpoint,
+    *,
+    weights: str = "model",
+    factory: str | Callable[..., nn.Module] | None = None,
+    device: torch.device | None = None,
+) -> nn.Module:
+    """The model of an open checkpoint, with its padded vocabulary, in evaluation mode.
+
+    A weight that lies in one file whole is a view of that file; one that several ranks have written is put together in
+    memory. The model of a factory gets copies. With ``device`` the weights are moved there one by one (not those of a
+    factory).
 
     Raises:
         RequestError: the model cannot be built, or does not fit the tensors.
@@ -210,15 +264,60 @@ def model_of(
     description = opened.state.get("model")
     if not isinstance(description, Mapping):
         raise RequestError(f"{opened.path}: its {manifest.STATE} does not say how the model is built")
+    _refuse_no_average(opened, weights)
+    where = str(opened.path)
+    model = empty_model(dict(description), shapes=opened.shapes("model"), factory=factory, where=where)
+    if description.get("kind") == "factory":
+        load_weights(
+            model, tensors_of(opened, weights=weights), where
+        )  # it may hold its tensors elsewhere, too
+    else:
+        tensors = ((name, tensor.to(device)) for name, tensor in tensors_of(opened, weights=weights))
+        give_weights(model, tensors, where)
+    return model.eval()
+
+
+def structure_of(opened: Checkpoint) -> nn.Module:
+    """The transformers model of an open checkpoint without its weights: empty parameters, and its buffers.
+
+    Raises:
+        RequestError: the model cannot be built, or does not fit the tensors.
+    """
+    model = empty_model(dict(opened.state["model"]), shapes=opened.shapes("model"), where=str(opened.path))
+    buffers = dict(model.named_buffers())
+    for name in opened.keys("model"):
+        if name in buffers:
+            stored = opened.read("model", name)
+            assert stored is not None
+            buffers[name].copy_(stored)
+    return model.eval()
+
+
+def _refuse_no_average(opened: Checkpoint, weights: str) -> None:
     if weights == "ema" and not opened.keys("ema"):
         raise RequestError(
             f"{opened.path} has no moving average (optim.ema_decay was 0): use --weights model"
         )
-    model = empty_model(
-        dict(description), shapes=opened.shapes("model"), factory=factory, where=str(opened.path)
-    )
-    load_weights(model, tensors_of(opened, weights=weights), str(opened.path))
-    return model.eval()
+
+
+def reader_of(opened: Checkpoint, model: nn.Module, *, weights: str = "model") -> Read:
+    """Reads the weights of ``model`` from a checkpoint, one at a time, as float32.
+
+    Raises:
+        RequestError: a weight is missing, or there is no moving average.
+    """
+    _refuse_no_average(opened, weights)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    stored = set(opened.keys("model"))
+    found: dict[str, str] = {}
+    for same in names.values():
+        kept = next((name for name in same if name in stored), None)
+        if kept is None:
+            raise RequestError(f"{opened.path}: the weight {same[0]} is missing")
+        found |= dict.fromkeys(same, kept)
+    return lambda name: _weight(opened, found.get(name, name), weights).float()
 
 
 def empty_model(
@@ -228,7 +327,8 @@ def empty_model(
     factory: str | Callable[..., nn.Module] | None = None,
     where: str = "this checkpoint",
 ) -> nn.Module:
-    """The model that :func:`describe` described, on the CPU, with arbitrary weights.
+    """The model that :func:`describe` described, with empty parameters (the meta device) and buffers on the CPU; that of a
+    factory with the weights that it gives.
 
     Args:
         shapes: name and shape of the weights that will be loaded. They are compared with the model's before any
@@ -242,7 +342,8 @@ def empty_model(
         named = description.get("factory")
         if factory is None or (isinstance(factory, str) and factory != named):
             raise RequestError(
-                f"the model of {where} is built by {named!r}, which is code: if you trust it, add --factory {named}"
+                f"the model of {where} is built by {named!r}, which is code: if you trust it, add --factory {named}, or in "
+                f"Python factory={named!r}"
             )
         build = import_path(factory, "--factory") if isinstance(factory, str) else factory
         arguments = description.get("arguments")
@@ -256,8 +357,9 @@ def empty_model(
         if shapes is not None:
             _refuse_deep(description["config"], len(shapes), where)
             with torch.device("meta"), no_init_weights():
-                _refuse_misfit(_transformers_model(description, weights=False), shapes, where)
-        return _transformers_model(description)
+                _refuse_misfit(_transformers_model(description), shapes, where)
+        with without_weights():
+            return _transformers_model(description)
     except RequestError:
         raise
     except Exception as error:  # a configuration from a file may break any line of transformers
@@ -268,7 +370,8 @@ def _cannot_build(where: str, why: str) -> NoReturn:
     raise RequestError(f"{where} describes no model that can be built: {why}")
 
 
-def _transformers_model(description: dict[str, Any], *, weights: bool = True) -> nn.Module:
+def _transformers_model(description: dict[str, Any]) -> nn.Module:
+    """Called where nothing has weights."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -280,7 +383,8 @@ def _transformers_model(description: dict[str, Any], *, weights: bool = True) ->
     model = model_class(config)
     model.real_vocab_size = description["real_vocab_size"]
     if "lora" in description:
-        lora.adapt(model, **description["lora"], weights=weights)
+        lora.adapt(model, **description["lora"], weights=False)
+    model.tie_weights()
     return model
 
 
@@ -309,11 +413,15 @@ def _refuse_misfit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], wher
 def tensors_of(opened: Checkpoint, *, weights: str = "model") -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the weights; of ``ema`` those that have an average, and the others as they are."""
     for name in opened.keys("model"):
-        tensor = opened.read("ema", name) if weights == "ema" else None
-        if tensor is None:
-            tensor = opened.read("model", name)
-        assert tensor is not None
-        yield name, tensor
+        yield name, _weight(opened, name, weights)
+
+
+def _weight(opened: Checkpoint, name: str, weights: str) -> Tensor:
+    tensor = opened.read("ema", name) if weights == "ema" else None
+    if tensor is None:
+        tensor = opened.read("model", name)
+    assert tensor is not None
+    return tensor
 
 
 def load_weights(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], where: str) -> None:
@@ -322,16 +430,11 @@ def load_weights(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], where:
     Raises:
         RequestError: a tensor has no place in the model, or a weight of the model is missing.
     """
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    own = own_tensors(model)
     missing = {id(p): name for name, p in model.named_parameters()}
     with torch.no_grad():
         for name, tensor in tensors:
-            target = own.get(name)
-            if target is None or target.shape != tensor.shape:
-                have = "no such weight" if target is None else f"shape {tuple(target.shape)}"
-                raise RequestError(
-                    f"{where}: weight {name} {tuple(tensor.shape)} does not fit: the model has {have}"
-                )
+            target = fitting(own, name, tensor, where)
             target.copy_(tensor)
             missing.pop(id(target), None)
     if missing:
@@ -341,8 +444,11 @@ def load_weights(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], where:
 # ---- tokenizer ----------------------------------------------------------------------------------------------
 
 
-def tokenizer_of(opened: Checkpoint, run_dir: Path) -> Any:
+def tokenizer_of(opened: Checkpoint, run_dir: Path, *, note: Callable[[str], None] = print) -> Any:
     """The tokenizer of a checkpoint's run, or ``None`` if the run has none (the user's own data).
+
+    Args:
+        note: gets a line if it is not known which tokenizer the checkpoint was trained with.
 
     Raises:
         RequestError: it is missing, or not the one that the checkpoint was trained with.
@@ -358,8 +464,30 @@ def tokenizer_of(opened: Checkpoint, run_dir: Path) -> Any:
             f"{folder} is missing: {opened.path.name} needs the tokenizer of its run; give the run folder, or restore it"
         )
     tokenizer = _tokenizer(folder)
+    if "tokenizer" not in opened.state:
+        known = _tokenizer_of_stores(opened, run_dir)
+        if known is None:
+            note(
+                f"{opened.path.name} is of a version that did not write down its tokenizer, and its token store is not "
+                f"there: {folder} is taken to be the one that it was trained with"
+            )
     check_tokenizer(known, tokenizer, folder=folder)
     return tokenizer
+
+
+def _tokenizer_of_stores(opened: Checkpoint, run_dir: Path) -> str | None:
+    """The fingerprint of the tokenizer of a checkpoint of version 0.1.0, from the token stores that it read; ``None``
+    where they are not there any more."""
+    config, cursor = opened.state.get("config"), opened.state.get("cursor")
+    if not isinstance(config, Mapping) or not isinstance(cursor, Mapping):
+        return None
+    stores = str(config.get("data.store_dir"))
+    for start in re.findall(r":([0-9a-f]{16})(?=,|$)", str(cursor.get("fingerprint"))):
+        for place in (Path(stores), run_dir / stores):
+            # No store there, or a damaged one
+            with contextlib.suppress(RequestError, OSError, ValueError, StopIteration):
+                return str(read_manifest(next(place.glob(f"*-{start}")))["identity"]["tokenizer"])
+    return None
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -384,7 +512,7 @@ def open_export(folder: Path) -> nn.Module:
     """
     where = str(folder)
     for path in folder.iterdir():
-        if not (path.is_file() or path.is_dir()):  # a FIFO would block whoever opens it
+        if not (path.is_file() or path.is_dir()):  # a FIFO would block on open
             raise RequestError(f"{path} is neither a file nor a folder: remove it")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if (folder / name).exists():

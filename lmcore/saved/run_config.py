@@ -36,7 +36,7 @@ def read_run_config(
         plain_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path}: {error}") from None
-    config = parse.parse(["--config", str(path)])
+    config = parse.parse(["--config", str(path)], allow_hidden=True)
     values = flatten(config)
     for option in uses:
         named = values.get(option)

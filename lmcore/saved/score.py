@@ -27,6 +27,7 @@ from lmcore.model.config import context_length
 from lmcore.model.evaluate import Evaluation, evaluate
 from lmcore.model.module import ModelWithLoss
 from lmcore.saved.load import Saved
+from lmcore.saved.weights import device_of
 
 LONGEST_DEFAULT_BLOCK_TOKENS = 1024
 """As in training: a block is the model's context, but by default no longer than this."""
@@ -40,7 +41,8 @@ class SingleProcess:
     """The part of an engine that :func:`lmcore.model.evaluate.evaluate` uses, for one process without training."""
 
     def __init__(self, module: ModelWithLoss, device: torch.device, precision: str) -> None:
-        self.module = module.to(device).eval()
+        # Not moved if it is there: layers that are read when they compute are nowhere until then
+        self.module = (module if device_of(module) == device else module.to(device)).eval()
         self.device = device
         self._precision = precision
 
@@ -91,7 +93,7 @@ def score(
         )
     size = _block_size(saved.model, block_size)
     encoder = saved.tokenizer
-    device = next(saved.model.parameters()).device
+    device = device_of(saved.model)
     engine = SingleProcess(ModelWithLoss(saved.model), device, precision)
     pad_id = encoder.eos_id if encoder.pad_id is None else encoder.pad_id
     results: dict[str, Evaluation] = {}

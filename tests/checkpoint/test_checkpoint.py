@@ -10,7 +10,6 @@ import random
 import shutil
 import struct
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lmcore.checkpoint import tensors as tensor_files
 from lmcore.checkpoint import writer
 from lmcore.checkpoint.manifest import manifest_bytes
 from lmcore.checkpoint.tensors import TensorFile, plan
 from lmcore.checkpoint.writer import Checkpoint, Checkpoints, abandon_after, find, listing, open_checkpoint
 from lmcore.disk import Call, Disk
 from lmcore.errors import FaultError, RequestError
+from tests.support.checkpoints import Member, Threads, checkpoints, whole
 from tests.support.disk_faults import Counter, FailAt, FullAt, KillAt, PowerCut, PoweredDisk, damage, forked
 
 SHAPES = {
@@ -50,11 +51,6 @@ def weights(step: int) -> dict[str, Tensor]:
     }
 
 
-def layout() -> list[tuple[str, str, str | None, tuple[int, ...], torch.dtype]]:
-    model = [("model", name, None, shape, dtype) for name, (shape, dtype) in SHAPES.items()]
-    return [*model, *(("optim", name, "exp_avg", shape, dtype) for _, name, _, shape, dtype in model)]
-
-
 def tensors(step: int) -> Iterator[tuple[str, str, str | None, Tensor]]:
     of_step = weights(step)
     for kind, slot in (("model", None), ("optim", "exp_avg")):
@@ -63,11 +59,11 @@ def tensors(step: int) -> Iterator[tuple[str, str, str | None, Tensor]]:
 
 
 def save(saves: Checkpoints, step: int, **more: Any) -> None:
-    saves.save(step, layout=layout(), tensors=tensors(step), state={"cursor": {"position": step * 8}}, **more)
+    saves.save(step, tensors=whole(tensors(step)), state={"cursor": {"position": step * 8}}, **more)
 
 
 def saved(folder: Path, steps: list[int], **options: Any) -> Checkpoints:
-    saves = Checkpoints(folder, note=lambda _: None, **options)
+    saves = checkpoints(folder, **options)
     for step in steps:
         save(saves, step)
     saves.wait(final=True)
@@ -84,19 +80,6 @@ def check(checkpoint: Checkpoint | None, step: int) -> None:
         assert found is not None
         assert found.dtype == tensor.dtype
         assert torch.equal(found, tensor), name
-
-
-@pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is such a place: thousands of syncs of a shared disk would only measure the
-    disk.
-    """
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=memory) as folder:
-        yield Path(folder)
 
 
 @pytest.fixture
@@ -141,11 +124,10 @@ def test_safetensors_library_opens_checkpoint_files(tmp_path: Path, shard_bytes:
 
 def test_background_save_copies_live_and_strided_tensors(tmp_path: Path) -> None:
     live = torch.arange(12.0).view(3, 4)
-    entries = [("model", "a", None, (4, 3), torch.float32)]
-    saves = Checkpoints(tmp_path, note=lambda _: None)
+    saves = checkpoints(tmp_path, note=lambda _: None)
     gate = threading.Event()
     saves._disk = Disk(lambda call: None if call.operation != "create" else _wait(gate))
-    saves.save(1, layout=entries, tensors=iter([("model", "a", None, live.t())]), state={})
+    saves.save(1, tensors=whole([("model", "a", None, live.t())]), state={})
     live.zero_()  # training goes on while the file is not even made
     gate.set()
     saves.wait(final=True)
@@ -160,42 +142,14 @@ def _wait(gate: threading.Event) -> None:
     assert gate.wait(240)
 
 
-def test_tensors_that_differ_from_the_layout_raise(tmp_path: Path) -> None:
-    entries = [("model", "a", None, (2,), torch.float32), ("model", "b", None, (2,), torch.float32)]
-    a, b = torch.ones(2), torch.zeros(2)
-    wrong: list[list[tuple[str, str, None, Tensor | None]]] = [
-        [("model", "b", None, b), ("model", "a", None, a)],
-        [("model", "a", None, a)],
-        [("model", "a", None, a), ("model", "b", None, torch.zeros(3))],
-        [("model", "a", None, a), ("model", "b", None, None)],
-        [("model", "a", None, a), ("model", "b", None, b.double())],
-        [("model", "a", None, a), ("model", "b", None, b), ("model", "c", None, b)],
-    ]
-    for given in wrong:
-        with pytest.raises(ValueError, match=r"layout|longer|shorter"):
-            Checkpoints(tmp_path).save(1, layout=entries, tensors=iter(given), state={})
+def test_tensors_that_no_checkpoint_can_hold_raise() -> None:
+    a = ("model", "a", None, (2,), torch.float32)
     with pytest.raises(ValueError, match="two tensors of one name"):
-        plan([entries[0], entries[0]], shard_bytes=100)
+        plan([a, a], shard_bytes=100)
     with pytest.raises(ValueError, match="safetensors"):
         plan([("model", "a", None, (1,), torch.complex64)], shard_bytes=100)
     with pytest.raises(ValueError, match="file name"):
         plan([("../m", "a", None, (1,), torch.float32)], shard_bytes=100)
-
-
-def test_other_ranks_consume_tensors_and_write_nothing(tmp_path: Path) -> None:
-    seen = []
-
-    def stream() -> Iterator[tuple[str, str, None, None]]:
-        for name in "abc":
-            seen.append(name)
-            yield "model", name, None, None
-
-    saves = Checkpoints(tmp_path / "none", is_main=False)
-    saves.save(1, layout=[], tensors=stream(), state={})
-    saves.record(1, {"loss": 1.0})
-    assert saves.wait(final=True) is None
-    assert seen == ["a", "b", "c"]
-    assert not (tmp_path / "none").exists()
 
 
 # ---- killed, without power, full ---------------------------------------------------------------------------
@@ -268,7 +222,7 @@ def test_killed_while_metrics_are_added(tmp_path: Path, two: Path) -> None:
     best = {"k": 1, "metric": "valid/loss", "mode": "min"}
 
     def record(folder: Path, disk: Disk) -> None:
-        Checkpoints(folder, keep=2, keep_best=best, disk=disk).record(2, {"valid/loss": 1.5})
+        checkpoints(folder, keep=2, keep_best=best, disk=disk).record(2, {"valid/loss": 1.5})
 
     counter = Counter()
     shutil.copytree(two, tmp_path / "count")
@@ -294,7 +248,7 @@ def test_disk_full_at_any_byte_keeps_the_previous_checkpoint(tmp_path: Path, two
         heard: list[str] = []
         policy = ("stop", "continue")[trial % 2]
         disk = Disk(FullAt(draw.randrange(counter.bytes)))
-        saves = Checkpoints(
+        saves = checkpoints(
             folder, disk=disk, on_full_disk=policy, background=trial % 4 < 2, note=heard.append
         )
         save(saves, 3)
@@ -325,7 +279,7 @@ def test_io_error_at_any_call_keeps_a_good_checkpoint(tmp_path: Path, two: Path,
         for lasting in (False, True):
             folder = tmp_path / "run"
             shutil.copytree(two, folder)
-            saves = Checkpoints(
+            saves = checkpoints(
                 folder, keep=2, disk=Disk(FailAt(number, error, lasting=lasting)), note=lambda _: None
             )
             save(saves, 3)
@@ -350,13 +304,13 @@ def test_free_space_is_checked_before_saving(
 
     counter = Counter()
     monkeypatch.setattr(os, "statvfs", lambda _: Little)
-    saves = Checkpoints(two, disk=Disk(counter), on_full_disk="stop")
+    saves = checkpoints(two, disk=Disk(counter), on_full_disk="stop")
     save(saves, 3)
     with pytest.raises(FaultError, match=r"are needed, .* are free.*--checkpoint.on_full_disk continue"):
         saves.poll()
     assert counter.calls == []
     heard: list[str] = []
-    going_on = Checkpoints(two, disk=Disk(counter), on_full_disk="continue", note=heard.append)
+    going_on = checkpoints(two, disk=Disk(counter), on_full_disk="continue", note=heard.append)
     save(going_on, 3)
     assert going_on.poll() is None
     assert "are free" in heard[0]
@@ -427,8 +381,8 @@ def test_find_by_path(two: Path) -> None:
 
 def test_other_format_version_raises(two: Path) -> None:
     path = two / "step-00000002" / "manifest.json"
-    path.write_bytes(manifest_bytes(json.loads(path.read_text()) | {"version": 2}))
-    with pytest.raises(RequestError, match=r"version 2, this lmcore .* reads 1"):
+    path.write_bytes(manifest_bytes(json.loads(path.read_text()) | {"version": 3}))
+    with pytest.raises(RequestError, match=r"version 3, this lmcore .* reads 1 and 2"):
         find(two)
 
 
@@ -561,8 +515,8 @@ def test_numbers_that_json_lacks_survive_in_strict_json(tmp_path: Path) -> None:
         "name": "NaN",
     }
     state["file"] = "caf\udce9.txt"  # the bytes of its name are not UTF-8
-    saves = Checkpoints(tmp_path, note=lambda _: None)
-    saves.save(1, layout=[], tensors=iter([]), state=state)
+    saves = checkpoints(tmp_path, note=lambda _: None)
+    saves.save(1, tensors=[], state=state)
     saves.wait(final=True)
 
     def refuse(constant: str) -> None:
@@ -642,6 +596,7 @@ RESUME_PATH = [
     "checkpoint/reader",
     "checkpoint/manifest",
     "checkpoint/tensors",
+    "checkpoint/pieces",
     "disk",
     "run/folder",
     "run/guard",
@@ -695,12 +650,55 @@ def names(folder: Path) -> list[int]:
 
 
 def test_keep_and_keep_every(tmp_path: Path) -> None:
-    saved(tmp_path, list(range(1, 12)), keep=2, keep_every=4)
+    saved(tmp_path, list(range(1, 12)), keep=2, keeps=lambda step: step % 4 == 0)
     assert names(tmp_path) == [4, 8, 10, 11]
 
 
+def test_save_beside_many_checkpoints_opens_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is kept only the names are read: a look at the file of each took longer than the save beside 2,000."""
+    saves = checkpoints(tmp_path, keep=10**6, background=False)
+    calls = [0]
+
+    def counted(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            calls[0] += 1
+            return real(*arguments, **more)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("stat", "lstat", "open"):
+        counted(os, name)
+    counted(writer, "read_manifest")
+    each = []
+    for step in range(1, 61):
+        before = calls[0]
+        save(saves, step)
+        saves.wait()
+        each.append(calls[0] - before)
+    assert each[9] > 0
+    assert each[59] == each[9]
+
+
+def test_checkpoint_that_was_replaced_under_its_name_is_read_again(tmp_path: Path) -> None:
+    saves = checkpoints(tmp_path / "run", keep=1, background=False)
+    other = checkpoints(tmp_path / "other", keep=1, background=False)
+    save(saves, 1, reason="interval")
+    save(other, 1, reason="signal")
+    saves.wait()
+    other.wait()
+    (tmp_path / "run" / "step-00000001").rename(tmp_path / "moved")
+    (tmp_path / "other" / "step-00000001").rename(tmp_path / "run" / "step-00000001")
+    save(saves, 2, reason="signal")
+    saves.wait()
+    assert names(tmp_path / "run") == [2]  # the one of another signal goes at once, the newest stays
+
+
 def test_keep_best(tmp_path: Path) -> None:
-    saves = Checkpoints(
+    saves = checkpoints(
         tmp_path, keep=1, keep_best={"k": 2, "metric": "valid/loss", "mode": "min"}, note=lambda _: None
     )
     for step, loss in enumerate([5.0, 3.0, 4.0, float("nan"), 3.5, 9.0], 1):
@@ -721,7 +719,7 @@ def test_keep_best(tmp_path: Path) -> None:
 
 def test_keep_best_mode_max(tmp_path: Path) -> None:
     best = {"k": 1, "metric": "accuracy", "mode": "max"}
-    saves = Checkpoints(tmp_path, keep=1, keep_best=best, note=lambda _: None)
+    saves = checkpoints(tmp_path, keep=1, keep_best=best, note=lambda _: None)
     for step, value in enumerate([0.1, 0.9, 0.9, 0.5], 1):
         save(saves, step, metrics={"accuracy": value})
     saves.wait(final=True)
@@ -730,7 +728,7 @@ def test_keep_best_mode_max(tmp_path: Path) -> None:
 
 
 def test_preemption_checkpoints_are_removed_by_the_next_save(tmp_path: Path) -> None:
-    saves = Checkpoints(tmp_path, keep=2, note=lambda _: None)
+    saves = checkpoints(tmp_path, keep=2, note=lambda _: None)
     for step, reason in enumerate(["interval", "interval", "signal", "deadline", "interval", "signal"], 1):
         save(saves, step, reason=reason)
         saves.wait()
@@ -766,11 +764,29 @@ def test_checkpoint_that_reads_back_differently_is_not_committed(two: Path) -> N
                 file.seek(-1, 2)
                 file.write(b"\x55")
 
-    saves = Checkpoints(two, disk=Disk(corrupt), on_full_disk="stop")
+    saves = checkpoints(two, disk=Disk(corrupt), on_full_disk="stop")
     save(saves, 3)
     with pytest.raises(FaultError, match="reads back differently"):
         saves.wait()
     assert names(two) == [1, 2]
+
+
+def test_disk_begins_before_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte of a file but the last segment is begun, in order, while the rest is hashed."""
+    monkeypatch.setattr(tensor_files, "SEGMENT_BYTES", 100)
+    begun: list[tuple[int, int]] = []
+
+    class Watched(Disk):
+        def start_writing(self, file: Any, start: int, size: int) -> None:
+            begun.append((start, size))
+            super().start_writing(file, start, size)
+
+    file = tensor_files.HashedFile(Watched(), tmp_path / "a")
+    for _ in range(7):
+        file.write(bytes(60))
+    assert begun == [(0, 120), (120, 120), (240, 120)]
+    assert file.finish()["bytes"] == 420
+    file.close()
 
 
 def test_saving_the_same_step_twice_writes_once(tmp_path: Path) -> None:
@@ -779,7 +795,7 @@ def test_saving_the_same_step_twice_writes_once(tmp_path: Path) -> None:
     save(saves, 1, reason="signal")
     saves.wait()
     assert (tmp_path / "step-00000001" / "manifest.json").stat().st_mtime_ns == stamp
-    again = Checkpoints(tmp_path, note=lambda _: None)
+    again = checkpoints(tmp_path, note=lambda _: None)
     checkpoint = find(tmp_path)
     assert checkpoint is not None
     again.resumed(checkpoint)
@@ -819,7 +835,7 @@ def test_background_save_does_not_block(tmp_path: Path) -> None:
             priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
             _wait(gate)
 
-    saves = Checkpoints(tmp_path, disk=Disk(before), note=lambda _: None)
+    saves = checkpoints(tmp_path, disk=Disk(before), note=lambda _: None)
     save(saves, 1)  # the gate is shut: what waited for the disk would be here in four minutes, with an error
     assert saves.poll() is None
     assert saves.last_step is None
@@ -831,7 +847,9 @@ def test_background_save_does_not_block(tmp_path: Path) -> None:
     assert saves.last_step == 1
     assert saves.wait(final=True) == 2
     assert not saves.busy
-    assert Checkpoints(tmp_path, is_main=False).busy, "the clocks of other ranks ask for no save"
+    assert checkpoints(tmp_path, ranks=Member(Threads(2), 1)).busy, (
+        "the clocks of other ranks ask for no save"
+    )
     opener.join()
     assert names(tmp_path) == [1, 2]
     assert min(priorities) >= writer.BACKGROUND_NICE
@@ -851,7 +869,7 @@ def test_save_falls_back_to_the_foreground_without_memory(
     tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "available_bytes", lambda: 100)
-    saves = Checkpoints(tmp_path, note=heard.append)
+    saves = checkpoints(tmp_path, note=heard.append)
     save(saves, 1)
     assert saves.poll() == 1
     assert "written in the foreground" in heard[0]
@@ -870,7 +888,7 @@ def test_save_falls_back_to_the_foreground_if_the_copy_cannot_be_allocated(
         return real(*size, **options)
 
     monkeypatch.setattr(torch, "empty", empty)
-    saves = Checkpoints(tmp_path, note=heard.append)
+    saves = checkpoints(tmp_path, note=heard.append)
     save(saves, 1)
     assert saves.poll() == 1
     assert "written in the foreground: can't allocate memory" in heard[0]
@@ -885,7 +903,7 @@ def test_save_falls_back_to_the_foreground_if_no_thread_can_start(
             raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading, "Thread", NoThread)
-    saves = Checkpoints(tmp_path, note=heard.append)
+    saves = checkpoints(tmp_path, note=heard.append)
     save(saves, 1)
     assert saves.poll() == 1
     monkeypatch.undo()
@@ -895,17 +913,17 @@ def test_save_falls_back_to_the_foreground_if_no_thread_can_start(
 
 def test_foreground_save_reports_progress(tmp_path: Path) -> None:
     beats: list[None] = []
-    saves = Checkpoints(tmp_path, background=False, progress=lambda: beats.append(None), note=lambda _: None)
+    saves = checkpoints(tmp_path, background=False, progress=lambda: beats.append(None), note=lambda _: None)
     save(saves, 1)
     assert len(beats) >= 2 * len(SHAPES), "at each tensor: a watchdog must not take a long save for a hang"
     in_thread: list[None] = []
-    saves = Checkpoints(tmp_path, progress=lambda: in_thread.append(None), note=lambda _: None)
+    saves = checkpoints(tmp_path, progress=lambda: in_thread.append(None), note=lambda _: None)
     save(saves, 2)
     saves.wait(final=True)
     assert not in_thread, "a save in the background says nothing about the training"
 
 
-def test_a_save_reads_only_manifests_that_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_reads_only_changed_manifests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With thousands of kept checkpoints a save must not read all of them again."""
     best = {"k": 1, "metric": "loss", "mode": "min"}
     saves = saved(tmp_path, list(range(1, 9)), keep=100, keep_best=best)
@@ -929,7 +947,7 @@ def test_background_exception_is_raised_by_wait(tmp_path: Path) -> None:
         if call.operation == "fsync":
             raise RuntimeError("a fault of our own")
 
-    saves = Checkpoints(tmp_path, disk=Disk(before), note=lambda _: None, on_full_disk="stop")
+    saves = checkpoints(tmp_path, disk=Disk(before), note=lambda _: None, on_full_disk="stop")
     save(saves, 1)
     with pytest.raises(FaultError, match="a fault of our own"):
         saves.wait()
@@ -941,7 +959,7 @@ def test_interpreter_exit_waits_for_the_background_save(tmp_path: Path) -> None:
     script = f"""
 import sys, time; sys.path.insert(0, {str(PACKAGE.parent)!r})
 from tests.checkpoint import test_checkpoint as t
-saves = t.Checkpoints({str(tmp_path)!r}, disk=t.Disk(lambda call: time.sleep(0.01)))
+saves = t.checkpoints({str(tmp_path)!r}, disk=t.Disk(lambda call: time.sleep(0.01)))
 t.save(saves, 1)
 raise SystemExit(3)
 """

@@ -18,6 +18,12 @@ import pytest
 import torch
 
 from lmcore.cli.main import main
+from lmcore.config.parse import parse
+from lmcore.data.tokenizer.training import train_tokenizer
+from lmcore.errors import RequestError
+from lmcore.run.resume import with_sources_of
+from lmcore.run.setup import reading_of
+from lmcore.saved.load import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "tests" / "data" / "stored_run"
@@ -64,3 +70,32 @@ def test_stored_checkpoint_exports(run_dir: Path, capsys: pytest.CaptureFixture[
     assert main(["export", str(run_dir / STEP_3), "--out", str(run_dir / "out")]) == 0
     model = AutoModelForCausalLM.from_pretrained(run_dir / "out")
     assert model(torch.tensor([[2, 3, 4]])).logits.shape == (1, 3, 400)
+
+
+def test_tokenizer_of_a_stored_checkpoint_is_compared_by_its_token_store(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints of version 0.1.0 have no fingerprint of the tokenizer, but the store that they read has one."""
+    notes: list[str] = []
+    assert load_model(run_dir, note=notes.append).tokenizer.vocab_size == 400
+    assert notes == []
+    shutil.rmtree(run_dir / "tokenizer")
+    train_tokenizer([f"other words {n}" for n in range(500)], vocab_size=300, folder=run_dir / "tokenizer")
+    with pytest.raises(RequestError, match="is not the tokenizer that the checkpoint was trained with"):
+        load_model(run_dir, note=notes.append)
+    assert main(["export", str(run_dir / STEP_3), "--out", str(run_dir / "out")]) == 2
+    shutil.rmtree(run_dir / "stores")
+    assert load_model(run_dir, note=notes.append).tokenizer.vocab_size <= 300
+    assert "is taken to be the one that it was trained with" in notes[-1]
+
+
+def test_files_that_were_sources_of_their_own_stay_so_in_a_run_of_order_version_1(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+    config = parse(["--data.train", str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
+    reading = reading_of(config)
+    assert len(reading.sources(config.data.train)) == 1
+    begun = with_sources_of(config, {"cursor": {"version": 1}})
+    assert [source.name for source in reading.sources(begun.data.train)] == ["a", "b"]
+    for state in ({}, {"cursor": {"version": 2}}, {"cursor": None}):
+        assert with_sources_of(config, state) is config

@@ -7,9 +7,12 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +20,24 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lmcore.checkpoint.writer import Checkpoint, Checkpoints, find
+from lmcore.checkpoint.pieces import Held, Range
+from lmcore.checkpoint.writer import Checkpoint, find
 from lmcore.cli.main import main
+from lmcore.conventions import torch_dtype
 from lmcore.data.tokenizer.tokenizer import load_tokenizer
 from lmcore.data.tokenizer.training import train_tokenizer
+from lmcore.disk import Disk
 from lmcore.errors import FaultError, RequestError
+from lmcore.model import module
 from lmcore.model.build import build_model
 from lmcore.report.report import Report
 from lmcore.saved import export as exporting
 from lmcore.saved import load
 from lmcore.saved.export import both_versions, export, refuse_foreign_folder
+from lmcore.saved.generate import stream
 from lmcore.saved.score import score
+from tests.support.checkpoints import Threads, checkpoints, whole
+from tests.support.fork_server import run_ranks
 
 TEXTS = ["def f(x):\n    return x + 1\n", "吾輩は猫である。名前はまだ無い。😀\n"] * 40
 VOCABULARY = 330  # no multiple of 64: the padding must go
@@ -76,11 +86,10 @@ def make_run(
     tensors = [("model", name, "", tensor) for name, tensor in weights]
     if ema:
         tensors += [("ema", name, "", 0.5 * tensor) for name, tensor in model.named_parameters()]
-    saves = Checkpoints(run_dir / "checkpoints", background=False, note=lambda text: None)
+    saves = checkpoints(run_dir / "checkpoints", background=False)
     saves.save(
         steps,
-        layout=[(kind, name, slot, tuple(t.shape), t.dtype) for kind, name, slot, t in tensors],
-        tensors=((kind, name, slot, t.detach()) for kind, name, slot, t in tensors),
+        tensors=whole((kind, name, slot, t.detach()) for kind, name, slot, t in tensors),
         state={
             "model": load.describe(model),
             "tokens": 128 * steps,
@@ -190,6 +199,191 @@ def test_export_bf16_shards_and_ema(tmp_path: Path) -> None:
     assert (record["weights"], record["dtype"], record["step"]) == ("ema", "bf16", 3)
 
 
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_export_has_the_weights_and_layout_of_save_pretrained(type: str, dtype: str, tmp_path: Path) -> None:
+    """Written one weight at a time; save_pretrained has all of them in memory."""
+    trained: Any = make_run(tmp_path, type)
+    with newest(tmp_path) as opened:
+        folder = export(opened, tmp_path / "e", run_dir=tmp_path, dtype=dtype, max_shard_bytes=20_000)
+    small = trained.__class__(module.export_config(trained))
+    small.load_state_dict(dict(module.export_state(trained.state_dict().items(), trained)))
+    small.tie_weights()
+    small.to(torch_dtype(dtype)).save_pretrained(tmp_path / "whole", max_shard_size=20_000)
+
+    def tensors(place: Path) -> dict[str, torch.Tensor]:
+        found = {}
+        for path in place.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+        return found
+
+    ours, theirs = tensors(folder), tensors(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert all(
+        torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours
+    )
+    indices = [
+        json.loads((place / "model.safetensors.index.json").read_text())
+        for place in (folder, tmp_path / "whole")
+    ]
+    assert indices[0]["metadata"] == indices[1]["metadata"]
+    for name, file in indices[0]["weight_map"].items():
+        with safe_open(folder / file, "pt") as opened_file:
+            assert name in opened_file.keys()  # noqa: SIM118 - no dict
+    assert indices[0]["weight_map"].keys() == ours.keys()
+    configs = [json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / "whole")]
+    assert configs[0] == both_versions(configs[1])
+
+
+def test_export_reads_back_what_it_wrote(tmp_path: Path) -> None:
+    class Flips(Disk):
+        def write(self, file: Any, data: memoryview) -> None:
+            super().write(file, data if len(data) < 5000 else memoryview(b"x" + bytes(data[1:])))
+
+    make_run(tmp_path)
+    with newest(tmp_path) as opened, pytest.raises(FaultError, match="reads back differently"):
+        export(opened, tmp_path / "export", run_dir=tmp_path, disk=Flips())
+    assert not list(tmp_path.glob("*export*"))
+
+
+def test_export_without_memory_to_open_it_says_that_logits_were_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path)
+    notes: list[str] = []
+    monkeypatch.setattr(exporting, "available_bytes", lambda: 100_000)
+    for dtype in ("bf16", "fp32"):  # what is float32 in the file is mapped
+        with newest(tmp_path) as opened:
+            export(opened, tmp_path / dtype, run_dir=tmp_path, dtype=dtype, note=notes.append)
+    assert "logits not compared: opened as float32 it takes" in notes[0]
+    assert "logits verified" in notes[1]
+    records = [json.loads((tmp_path / d / "lmcore_export.json").read_text()) for d in ("bf16", "fp32")]
+    assert records[0]["largest_logit_difference"] is None
+    assert records[1]["largest_logit_difference"] < 1e-3
+
+
+def make_run_of_two_writers(run_dir: Path) -> int:
+    """38 million parameters, no weight in one file whole; their bytes."""
+    words = train_tokenizer(TEXTS, vocab_size=VOCABULARY, folder=run_dir / "tokenizer")
+    model = build_model(
+        type="gpt2",
+        config_overrides={"n_layer": 12, "n_head": 2, "n_embd": 512, "n_positions": 64},
+        vocab_size=words.vocab_size,
+        special_ids=words.special_ids,
+        block_size=64,
+        seed=1,
+    )
+    state = {"model": load.describe(model), "tokens": 1, "tokenizer": words.fingerprint, "config": {}}
+
+    def work(member: Any) -> None:
+        saves = checkpoints(run_dir / "checkpoints", ranks=member)
+        held = []
+        for name, parameter in model.named_parameters():
+            half = parameter.numel() // 2
+            part = Range(half * member.rank, half if member.rank == 0 else parameter.numel() - half)
+            numbers = parameter.detach().view(-1)[part.start : part.start + part.length]
+            held.append(Held("model", name, "", tuple(parameter.shape), part, numbers))
+        saves.save(1, tensors=held, state=state)
+        saves.wait(final=True)
+
+    Threads(2).together(work)
+    return sum(4 * parameter.numel() for parameter in model.parameters())
+
+
+def most_memory(work: Callable[[], Any]) -> float:
+    """Most bytes of memory (without mapped files) that ``work`` takes, beyond those before it."""
+
+    def resident() -> int:
+        text = Path("/proc/self/status").read_text()
+        return int(text.partition("RssAnon:")[2].split()[0]) * 1024
+
+    begin, most, done = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    work()
+    done.set()
+    thread.join()
+    return most - begin
+
+
+def extra_memory_of_an_export(run_dir: Path, dtype: str) -> float:
+    def work(run_dir: Path) -> None:
+        with newest(run_dir) as opened:
+            export(opened, run_dir / "export", run_dir=run_dir, dtype=dtype)
+
+    make_run(run_dir / "warm")  # libraries are loaded and threads started once
+    work(run_dir / "warm")
+    exporting.available_bytes = lambda: 0 if dtype == "bf16" else None
+    return most_memory(lambda: work(run_dir))
+
+
+def use_of_a_model(run_dir: Path) -> tuple[int, str, float, list[str]]:
+    """Most bytes of weights that a model has while it generates and is scored; what comes out, and is said."""
+    said: list[str] = []
+    saved = load.load_model(run_dir, device="cpu", note=said.append)
+    held: list[int] = []
+
+    def look(*_: Any) -> None:
+        held.append(sum(p.nbytes for p in saved.model.parameters() if not p.is_meta))
+
+    for layer in module.decoder_layers(saved.model):
+        layer.mlp.register_forward_hook(look)
+    written = "".join(stream(saved.model, saved.tokenizer, "the", 4, seed=3))
+    loss = score(saved, {"valid": [str(run_dir / "text.txt")]})["valid"].loss
+    return max(held), written, loss, said
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_export_never_holds_the_model(dtype: str, tmp_path: Path) -> None:
+    """One weight and one layer at a time; half of the model is far above that and below one copy of it. In bf16 without
+    the comparison of logits, for which transformers opens it as float32."""
+    total = make_run_of_two_writers(tmp_path)
+    (extra,) = run_ranks(extra_memory_of_an_export, 1, tmp_path, dtype)
+    assert extra < 0.5 * total
+
+
+@pytest.mark.slow
+def test_model_of_several_ranks_is_used_without_holding_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it does not fit: generating and scoring hold a layer at a time, and give what the whole model gives."""
+    total = make_run_of_two_writers(tmp_path)
+    (tmp_path / "text.txt").write_text("the lion and the mouse\n" * 20)
+    whole = use_of_a_model(tmp_path)
+    assert whole[0] == total
+    assert not whole[3]
+    monkeypatch.setattr(load, "available_bytes", lambda: total)
+    layered = use_of_a_model(tmp_path)
+    a_layer = 4 * (12 * 512**2 + 13 * 512)  # of GPT-2's weights and biases, 512 wide; there are 12
+    assert layered[0] == total - 11 * a_layer
+    assert layered[1:3] == whole[1:3]
+    assert "its layers are read from the files one at a time" in layered[3][0]
+
+
+def test_loaded_model_is_mapped_and_its_file_never_changes(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    path = tmp_path / "checkpoints" / "step-00000003" / "model.safetensors"
+    before = path.read_bytes()
+    saved = load.load_model(tmp_path, device="cpu")
+    spans = [
+        [int(end, 16) for end in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(path))
+    ]
+    for parameter in saved.model.parameters():
+        assert any(first <= parameter.data_ptr() < last for first, last in spans)
+        with torch.no_grad():
+            parameter.zero_()
+    assert path.read_bytes() == before
+
+
 def test_export_with_wrong_logits_raises_and_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,12 +394,14 @@ def test_export_with_wrong_logits_raises_and_keeps_the_old_one(
 
         original = exporting._write_model
 
-        def spoilt(trained: Any, *arguments: Any) -> None:
-            with torch.no_grad():
-                trained.transformer.h[0].mlp.c_fc.weight[0, 0] += 1.0
-            original(trained, *arguments)
-            with torch.no_grad():
-                trained.transformer.h[0].mlp.c_fc.weight[0, 0] -= 1.0
+        def spoilt(trained: Any, read: Callable[[str], torch.Tensor], *arguments: Any) -> Any:
+            def other(name: str) -> torch.Tensor:
+                weight = read(name).clone()
+                if name == "transformer.h.0.mlp.c_fc.weight":
+                    weight[0, 0] += 1.0
+                return weight
+
+            return original(trained, other, *arguments)
 
         monkeypatch.setattr(exporting, "_write_model", spoilt)
         with pytest.raises(FaultError, match="logits differ"):
@@ -263,6 +459,19 @@ def test_model_card(tmp_path: Path) -> None:
     assert "loglikelihood_rolling" in (folder / "lm_eval" / "own_text.yaml").read_text()
 
 
+def test_commands_of_the_card_can_be_pasted(tmp_path: Path) -> None:
+    run_dir = tmp_path / "my run"
+    make_run(run_dir)
+    with newest(run_dir) as opened:
+        folder = export(opened, run_dir / "export", run_dir=run_dir)
+    [command] = [
+        line for line in (folder / "README.md").read_text().splitlines() if line.startswith("lm_eval ")
+    ]
+    words = shlex.split(command)
+    assert words[words.index("--model_args") + 1] == "pretrained=my run,prefix_token_id=2"
+    assert words[words.index("--include_path") + 1] == "my run/lm_eval"
+
+
 def test_load_model_from_run_checkpoint_and_export(tmp_path: Path) -> None:
     trained = make_run(tmp_path)
     with newest(tmp_path) as opened:
@@ -311,6 +520,20 @@ def test_foreign_folder_is_refused(tmp_path: Path) -> None:
     for name in ("file", "link", "thesis"):
         with pytest.raises(RequestError, match="give another folder, or remove it"):
             refuse_foreign_folder(tmp_path / name)
+
+
+def test_export_does_not_remove_files_that_were_added_to_an_older_one(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    with newest(tmp_path) as opened:
+        folder = export(opened, tmp_path / "export", run_dir=tmp_path)
+        (folder / ".DS_Store").write_text("of the system")
+        export(opened, folder, run_dir=tmp_path)
+        (folder / "model.gguf").write_text("an hour of converting")
+        with pytest.raises(RequestError, match=r"holds model\.gguf beside the export"):
+            export(opened, folder, run_dir=tmp_path)
+        with pytest.raises(RequestError, match="would be removed when it is replaced: move it elsewhere"):
+            refuse_foreign_folder(folder)
+    assert (folder / "model.gguf").read_text() == "an hour of converting"
 
 
 def test_changed_export_is_refused(tmp_path: Path) -> None:
@@ -363,11 +586,10 @@ def test_other_tokenizer_than_trained_with_is_refused(tmp_path: Path) -> None:
 def test_load_model_of_an_own_model_without_tokenizer(tmp_path: Path) -> None:
     model = own_model(width=3)
     tensors = [("model", name, None, tensor.detach()) for name, tensor in model.named_parameters()]
-    saves = Checkpoints(tmp_path / "run" / "checkpoints", note=lambda text: None)
+    saves = checkpoints(tmp_path / "run" / "checkpoints")
     saves.save(
         1,
-        layout=[(kind, name, slot, tuple(t.shape), t.dtype) for kind, name, slot, t in tensors],
-        tensors=iter(tensors),
+        tensors=whole(tensors),
         state={"model": load.describe(model, factory=f"{__name__}:own_model", arguments={"width": 3})},
     )
     saves.wait(final=True)
