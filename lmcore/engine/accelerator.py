@@ -208,6 +208,20 @@ def fsdp_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
+def replicate(accelerator: Accelerator, module: nn.Module, group: Any) -> Any:
+    """DDP over the ranks of a group, which accelerate's own does not know; with one rank the module with autocast."""
+    prepared = accelerator.prepare_model(module, evaluation_mode=True)  # without DDP
+    if dist.get_world_size(group) == 1:
+        return prepared
+    return nn.parallel.DistributedDataParallel(
+        prepared,
+        process_group=group,
+        gradient_as_bucket_view=True,
+        # Only buffers that training changes must be kept equal.
+        broadcast_buffers=bool(set(dict(module.named_buffers())) & set(module.state_dict(keep_vars=True))),
+    )
+
+
 def wrap_layers(fsdp_plugin: Any, layers: list[nn.Module]) -> None:
     """Shard each of these layers by itself, unless the launcher's file names other classes.
 

@@ -28,22 +28,31 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from lmcore.checkpoint.copies import DeviceCopies
+from lmcore.checkpoint.pieces import Held
 from lmcore.config.schema import EngineConfig, TrainConfig
 from lmcore.conventions import torch_dtype
-from lmcore.engine import accelerator, launch, sharded_init, zero
+from lmcore.engine import accelerator, context, launch, sharded_init, tensor, zero
 from lmcore.engine import state as by_name
 from lmcore.engine.allocator import keep_freed_memory
+from lmcore.engine.draws import keyed_seed
 from lmcore.engine.gradients import WideGradients, average_in_bf16, settle_ddp_buckets
 from lmcore.engine.ranks import Ranks
-from lmcore.engine.state import Skeleton, TensorState, clean_name, keyed_seed, persistent_buffers
+from lmcore.engine.state import Stored, TensorState, clean_name, persistent_buffers
 from lmcore.engine.zero_state import ZeroState
 from lmcore.errors import RequestError
 from lmcore.model import optim
-from lmcore.model.module import compile_regions, decoder_layers, enable_activation_checkpointing
+from lmcore.model.module import (
+    compile_regions,
+    decoder_layers,
+    enable_activation_checkpointing,
+    narrow_residual_stream,
+)
 
 MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
-Read = Callable[[str, str, str], Tensor | None]
+FindStored = Callable[[str, str, str], Stored | None]
 
 HOST_WAIT_FACTOR = 10
 """Ranks wait this many times ``engine.timeout_seconds`` for one another on the host, where one of them may write a long
@@ -58,6 +67,13 @@ class Entry(NamedTuple):
     slot: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+class Sampling(NamedTuple):
+    """``forward(**inputs)`` computes what ``model`` returns; ``model`` itself is for its attributes, where it is sharded."""
+
+    model: nn.Module
+    forward: Callable[..., Any]
 
 
 class Engine:
@@ -75,12 +91,19 @@ class Engine:
     Attributes:
         strategy: "single", "ddp", "fsdp2", "zero1", "zero2" or "zero3".
         precision: "fp32", "bf16" or "fp16"; "auto" is resolved.
+        residual_dtype: of the residual stream, likewise; "auto" is resolved.
         device: where this rank computes.
         rank, world_size: of this process, and how many there are.
+        context_parallel, context_rank: how many ranks share each block, and which part of it this one computes.
+        tensor_parallel: how many ranks share each layer; they compute the same blocks.
+        data_rank, data_world_size: of the ranks that share blocks or layers, and how many such groups there are: by these
+            numbers the blocks of a step are divided.
         is_main: whether this is rank 0.
         sharded: whether no rank holds the whole weights.
         compiled: whether layers are compiled; "auto" is resolved.
         needs_weights: whether this rank must build the model with its weights; where it is sharded only rank 0.
+        copies: what copies the state to the host beside the computation (:class:`lmcore.checkpoint.writer.Checkpoints`);
+            :meth:`update` and :meth:`load_state` wait for it on the device.
         updating: true during an update, when the weights may be between two steps.
 
     Raises:
@@ -93,6 +116,13 @@ class Engine:
         train, options = train or TrainConfig(), options or EngineConfig()
         request = launch.request(os.environ, options.deepspeed)
         launch.check_compile(os.environ)
+        context.check(train.context_parallel, request.world_size)
+        tensor.check(train.tensor_parallel, request.world_size, request.strategy)
+        if train.tensor_parallel > 1 and launch.fill_in_mesh(os.environ) is not None:
+            raise RequestError(
+                f"train.tensor_parallel {train.tensor_parallel} has not been tested with HSDP{launch.launch_file(os.environ)}: "
+                "use accelerate_configs/fsdp2.yaml"
+            )
         cuda = launch.uses_cuda(os.environ)
         self.precision = launch.resolve_precision(train.precision, os.environ, cuda=cuda)
         self.compiled, self._compile_row = launch.compiles(train.compile, cuda=cuda)
@@ -104,6 +134,13 @@ class Engine:
             )
         if train.param_dtype != "fp32" and self.precision == "fp16":
             raise RequestError("train.param_dtype bf16 is for train.precision bf16, not fp16")
+        self.residual_dtype = launch.residual_dtype(
+            train.residual_dtype,
+            strategy=request.strategy,
+            precision=self.precision,
+            param_dtype=train.param_dtype,
+            cuda=cuda,
+        )
         # Gradients summed in a wider type than the weights have.
         self._wide = train.param_dtype != "fp32" and options.reduce_dtype == "fp32"
         timeout = timedelta(seconds=options.timeout_seconds)
@@ -116,14 +153,31 @@ class Engine:
         )
         self.strategy = accelerator.built_strategy(self.accelerator)
         self._with_zero = self.strategy.startswith("zero")
-        self.sharded = self.strategy in ("fsdp2", "zero3")
+        self.tensor_parallel = train.tensor_parallel
+        self.sharded = self.strategy in ("fsdp2", "zero3") or self.tensor_parallel > 1
         self.device: torch.device = self.accelerator.device
         self._memory = keep_freed_memory() if self.device.type == "cpu" else None
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main = self.rank == 0
+        self.context_parallel = train.context_parallel
+        sharing = self.context_parallel * self.tensor_parallel
+        self.data_rank = self.rank // sharing
+        self.context_rank = self.rank % self.context_parallel
+        self.data_world_size = self.world_size // sharing
+        self._context_group: Any = None
+        if self.context_parallel > 1:
+            self._context_group = context.group_of(self.rank, self.context_parallel, self.world_size, timeout)
+        self._tensor_ranks: tensor.TensorRanks | None = None
+        if self.tensor_parallel > 1:
+            self._tensor_ranks = tensor.TensorRanks(self.rank, self.tensor_parallel, self.world_size, timeout)
         self.needs_weights = self.is_main or not self.sharded
         self._ranks = Ranks(HOST_WAIT_FACTOR * timeout)
+        self._precision_row = launch.describe_precision(train.precision, self.precision, cuda=cuda)
+        if train.precision == "auto" and len(set(self.gather_object(self.precision))) > 1:
+            raise RequestError(
+                "train.precision auto: some of the machines compute in bf16 and others do not; give --train.precision fp32"
+            )
         self._train, self._reduce_dtype = train, options.reduce_dtype
         self.seed = seed
         torch.manual_seed(keyed_seed(seed, "engine", 0))
@@ -132,9 +186,9 @@ class Engine:
         self.optimizer: Any  # a torch optimizer, or DeepSpeed's around one
         self._inner: Any  # the module without its wrapper; its ``model`` is the user's
         self._state: TensorState | ZeroState
-        self._skeleton: Skeleton | None = None
         self._micro_batch = 0
         self._settle_buckets = False
+        self.copies = DeviceCopies()
         self.updating = False
 
     # ---- preparing -----------------------------------------------------------------------------------------
@@ -163,15 +217,16 @@ class Engine:
         self._accumulation = gradient_accumulation
         self._clip_norm = clip_norm
         self._inner = module
-        self._skeleton = Skeleton(self._inner.model) if self.sharded and self.is_main else None
+        if self._context_group is not None:
+            context.share_blocks(
+                self._inner.model, self._context_group, self.context_parallel, self.context_rank
+            )
         if self._param_dtype is not torch.float32:
             # Not Module.to: buffers (rotary frequencies) stay as they are.
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(self._param_dtype)
-        if self.compiled:  # before checkpointing: the recomputation is of the compiled layer
-            compile_regions(module, self._train.compile_mode)
-        if every := int(self._train.activation_checkpointing):
-            enable_activation_checkpointing(self._inner.model, every=every)
+        if self.residual_dtype == "bf16" and self.strategy in ("single", "ddp"):
+            narrow_residual_stream(module)
         first = None
         if self.sharded or (self._with_zero and self.precision != "fp32"):
             # DeepSpeed by itself would make its fp32 weights from rounded ones.
@@ -179,12 +234,27 @@ class Engine:
             first.check(self.gather_object(first.kind))
         if self.sharded:
             sharded_init.empty(module)
+        if self._tensor_ranks is not None:
+            tensor.refuse(self.tensor_parallel, tensor.why_not(self._inner.model, self.tensor_parallel))
+            self._tensor_ranks.cut(self._inner.model, self.device)
+            if self.compiled and (reason := tensor.why_not_compiled(self._inner.model)) is not None:
+                tensor.refuse_to_compile(self._train.compile, reason)
+                self.compiled, self._compile_row = False, f"off: {reason}"
+        if self.compiled:  # before checkpointing: the recomputation is of the compiled layer
+            compile_regions(module, self._train.compile_mode)
+        if every := int(self._train.activation_checkpointing):
+            enable_activation_checkpointing(self._inner.model, every=every)
         if self._with_zero:
             self._prepare_zero(module, make_optimizer(self._named(module)), micro_batch_blocks)
         elif self.strategy == "fsdp2":
             accelerator.wrap_layers(self.accelerator.state.fsdp_plugin, decoder_layers(self._inner.model))
-            self.module = sharded_init.shard_empty(module, self.accelerator)
+            group = None if self._tensor_ranks is None else self._tensor_ranks.data_group
+            self.module = sharded_init.shard_empty(module, self.accelerator, group)
             self.optimizer = accelerator.fsdp_optimizer(make_optimizer(self._named(module)))
+        elif self._tensor_ranks is not None:
+            sharded_init.allocate(module, self.device)
+            self.optimizer = make_optimizer(self._named(module))
+            self.module = accelerator.replicate(self.accelerator, module, self._tensor_ranks.data_group)
         else:
             optimizer = make_optimizer(self._named(module))
             if self._wide:
@@ -203,11 +273,16 @@ class Engine:
         if self._with_zero:
             self._state = ZeroState(named, buffers, self.optimizer, int(self.strategy[-1]))
         else:
-            self._state = TensorState(named, buffers, self.optimizer)
+            self._state = TensorState(named, buffers, self.optimizer, self._tensor_ranks)
+        if self._tensor_ranks is not None:
+            tensor.check_optimizer(self.optimizer)
         if first is not None:
             first.give(self._state, self.device)
-        self._settle_buckets = self.strategy == "ddp" and self.world_size > 2 and not self._wide
+        averaging = self.world_size // self.tensor_parallel
+        self._settle_buckets = self.strategy == "ddp" and averaging > 2 and not self._wide
         self._scaler = self.accelerator.scaler
+        self._trained_names = {id(p): name for name, p in named.items()}
+        self._parameter_names = set(named)
         self._trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._sums = WideGradients(self._trained, buffers.values()) if self._wide else None
         self._gate_on_device = by_name.gates_on_device(self.optimizer)
@@ -228,7 +303,8 @@ class Engine:
         )
         if self.sharded:
             sharded_init.partition_empty(module, optimizer, config, self.device)
-        self.module, self.optimizer = zero.wrap(self.accelerator, module, optimizer)
+        whole = decoder_layers(self._inner.model) if self.compiled and self.sharded else []
+        self.module, self.optimizer = zero.wrap(self.accelerator, module, optimizer, whole_layers=whole)
 
     # ---- one step ------------------------------------------------------------------------------------------
 
@@ -239,6 +315,21 @@ class Engine:
     def set_momentum(self, momentum: float) -> None:
         """Set the momentum of the coming update, where the optimizer has one (sgd, muon)."""
         optim.set_momentum(self.optimizer, momentum)
+
+    def set_weight_decay(self, weight_decay: float) -> None:
+        """Set the weight decay of the coming update, for the parameters that decay."""
+        optim.set_weight_decay(self.optimizer, weight_decay)
+
+    def set_accumulation(self, gradient_accumulation: int) -> None:
+        """Set the number of micro-batches of the coming step on this rank; the same on every rank."""
+        if gradient_accumulation == self._accumulation:
+            return
+        if self._micro_batch:
+            raise ValueError(f"the accumulation changes after {self._micro_batch} micro-batches of a step")
+        launch.check_accumulation(os.environ, gradient_accumulation)
+        self._accumulation = gradient_accumulation
+        if self._with_zero:
+            zero.set_accumulation(self.module, gradient_accumulation)
 
     def forward(self, batch: dict[str, Tensor], key: int | None = None) -> tuple[Tensor, Tensor]:
         """``(loss_sum, count)`` of one micro-batch of this rank: two 0-dim tensors (fp32, int64).
@@ -251,7 +342,15 @@ class Engine:
             self._settle_buckets = False
             settle_ddp_buckets(self.module, self._inner, batch)
         if key is not None:
-            torch.manual_seed(keyed_seed(self.seed, "dropout", key))
+            # The ranks of a group have other tokens
+            part = f" {self.context_rank}" if self.context_rank else ""
+            draw = keyed_seed(self.seed, f"dropout{part}", key)
+            if self.device.type == "cpu":
+                # torch.manual_seed would, for each kind of device that is not there, format the call stack for a seed that
+                # is never used.
+                torch.default_generator.manual_seed(draw)
+            else:
+                torch.manual_seed(draw)
         if not torch.is_grad_enabled() and self.strategy == "ddp":
             return self._inner(**batch)  # the wrapper has nothing to do without a backward
         if self.module.training and torch.is_grad_enabled():
@@ -265,11 +364,14 @@ class Engine:
             loss_sum: from :meth:`forward`.
             label_count: the number of labels of the whole step, over all its micro-batches and ranks.
         """
-        # Every strategy averages gradients over the ranks, hence the world size.
+        # Every strategy averages gradients over the ranks, hence their number; those that share layers compute the same
+        # loss, of which every one has its part of the gradient.
         # A number stays a number: as a tensor it would be copied to the device, and the host would wait.
         count = label_count.clamp(min=1) if isinstance(label_count, Tensor) else max(label_count, 1)
         # A non-finite loss makes its own gradient NaN: the check of the gradient's norm then sees it on every rank.
-        loss = loss_sum * torch.where(torch.isfinite(loss_sum), self.world_size / count, torch.nan)
+        loss = loss_sum * torch.where(
+            torch.isfinite(loss_sum), self.world_size // self.tensor_parallel / count, torch.nan
+        )
         if self._with_zero:
             self.module.backward(loss, scale_wrt_gas=False)
         else:
@@ -295,6 +397,7 @@ class Engine:
         if self._with_zero and norm_limit != math.inf:
             raise ValueError("norm_limit: DeepSpeed itself decides which updates are applied")
         self._micro_batch = 0
+        self.copies.before_writing()
         self.updating = True
         norm, applied = self._update_zero() if self._with_zero else self._update(norm_limit)
         self.updating = False
@@ -305,7 +408,7 @@ class Engine:
             self._scaler.unscale_(self.optimizer)
         parameters = [p for p in self._trained if p.grad is not None]
         gradients = [p.grad for p in parameters] if self._sums is None else self._sums.reduced()
-        norm = by_name.whole(nn.utils.get_total_norm(gradients)).float()
+        norm = self._total_norm(parameters, gradients)
         applied = torch.isfinite(norm) & (norm <= norm_limit)
         if self._sums is not None:
             self._sums.give_to_parameters(norm, self._clip_norm)
@@ -322,6 +425,13 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         # Under offloading gradients, and with them the norm, are on the host.
         return norm.to(self.device, non_blocking=True), applied.to(self.device, non_blocking=True)
+
+    def _total_norm(self, parameters: list[nn.Parameter], gradients: list[Any]) -> Tensor:
+        if self._tensor_ranks is None:
+            return by_name.whole(nn.utils.get_total_norm(gradients)).float()
+        named = {self._trained_names[id(p)]: g for p, g in zip(parameters, gradients, strict=True)}
+        self._tensor_ranks.settle(named)
+        return self._tensor_ranks.total_norm(named)
 
     def _update_zero(self) -> tuple[Tensor, Tensor]:
         # DeepSpeed itself clips, skips an update that is not finite, and clears the gradients; tests hold it to that.
@@ -341,9 +451,12 @@ class Engine:
 
     # ---- between ranks -------------------------------------------------------------------------------------
 
-    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """A new tensor on the same device: the sum of every rank's ``tensor``."""
-        return self._ranks.sum(tensor)
+    def sum_over_ranks(self, tensor: Tensor, own: Tensor | None = None) -> Tensor:
+        """A new tensor on the same device: the sum of every rank's ``tensor``; of ranks that share layers, and so compute
+        the same blocks, the first one's only. With ``own`` the sum of every rank's ``own`` follows it (both 1-dim)."""
+        ranks = self._tensor_ranks
+        counted = tensor if ranks is None or ranks.rank == 0 else torch.zeros_like(tensor)
+        return self._ranks.sum(counted if own is None else torch.cat([counted, own]))
 
     def agree(self, flags: int) -> int:
         """The bitwise OR of every rank's ``flags`` (below 2**63). On the host: no device is waited for, and
@@ -351,7 +464,7 @@ class Engine:
         return self._ranks.agree(flags)
 
     def barrier(self, name: str = "barrier") -> None:
-        """Wait for every rank; ``name`` stands in the error."""
+        """Wait for every rank; ``name`` is shown in the error."""
         self._ranks.barrier(name)
 
     def broadcast_object(self, value: Any) -> Any:
@@ -380,18 +493,30 @@ class Engine:
             copied = torch.empty(entry.shape, dtype=entry.dtype).copy_(tensor) if self.is_main else None
             yield entry.kind, entry.name, entry.slot, copied
 
-    def load_state(self, read: Read) -> None:
-        """Load weights and optimizer slots.
+    def state_parts(self) -> list[Held]:
+        """What this rank holds of every tensor of the state, for a checkpoint. Nothing is communicated, and only buffers on a
+        GPU are copied: a forward may change them, while nothing but :meth:`update` and :meth:`load_state` changes the rest."""
+        parts = []
+        for kind, name, slot, shape, _ in self.state_layout():
+            part, tensor, holders = self._state.held(name, slot)
+            if tensor.is_cuda and not slot and name not in self._parameter_names:
+                tensor = tensor.clone()
+            parts.append(Held(kind, name, slot, shape, part, tensor, holders))
+        return parts
+
+    def load_state(self, stored: FindStored) -> None:
+        """Load weights and optimizer slots; every rank reads its own part only.
 
         Args:
-            read: called as ``read(kind, name, slot)`` on every rank; returns the whole tensor on the host, or ``None``
-                where the checkpoint has none. Every weight must be there; an optimizer slot that is missing starts
-                at zero.
+            stored: called as ``stored(kind, name, slot)`` on every rank; returns what can be read in parts
+                (:class:`lmcore.checkpoint.reader.Stored`), or ``None`` where the checkpoint has none. Every weight must be
+                there; an optimizer slot that is missing starts at zero.
 
         Raises:
             RequestError: a weight is missing or of another shape.
         """
-        by_name.load(self._state, self.state_layout, read)
+        self.copies.before_writing()
+        by_name.load(self._state, self.state_layout, stored)
 
     def optimizer_scalars(self) -> dict[str, Any]:
         """The optimizer's numbers (Adam's step count, the fp16 loss scale), as JSON."""
@@ -402,20 +527,33 @@ class Engine:
         by_name.load_scalars(self._state, self._scaler, self.optimizer, scalars)
 
     @contextlib.contextmanager
-    def full_model(self) -> Iterator[nn.Module | None]:
-        """The user's model, whole and in evaluation mode, on rank 0; ``None`` elsewhere. Collective.
+    def sampling(self) -> Iterator[Sampling | None]:
+        """The user's model in evaluation mode, to generate with. Collective.
 
-        It computes under autocast where training does: flash attention takes no fp32.
+        Where every rank has the whole model, rank 0 gets it, and ``None`` the others, which wait. Where it is sharded, every
+        rank gets it, and all of them must call :attr:`Sampling.forward` together with the same inputs, as often as one
+        another: no rank ever holds the whole model. Then it computes in the types of the training. Else in fp32, and under
+        autocast on a GPU or with flash attention, which takes no fp32.
         """
         try:
             with self.evaluation(), torch.no_grad():
-                model = by_name.assemble(self._skeleton, self._state) if self.sharded else self._inner.model
-                with self._autocast(model):
-                    yield model if self.is_main else None
+                if self.sharded:
+                    self._inner.without_loss = True
+                    yield Sampling(self._inner.model, self._forward_sharded)
+                else:
+                    with self._autocast(self._inner.model):
+                        yield Sampling(self._inner.model, self._inner.model) if self.is_main else None
         finally:
-            if self._skeleton is not None:
-                self._skeleton.empty()
-            self.barrier("full_model")
+            if self.sharded:
+                self._inner.without_loss = False
+                for part in self.module.modules():  # FSDP2 leaves embedding and head whole after a forward
+                    if isinstance(part, FSDPModule):
+                        part.reshard()
+            self.barrier("sampling")
+
+    def _forward_sharded(self, **inputs: Any) -> Any:
+        on_device = {key: v.to(self.device) if isinstance(v, Tensor) else v for key, v in inputs.items()}
+        return self.module(**on_device)
 
     @property
     def device_name(self) -> str:
@@ -426,12 +564,26 @@ class Engine:
         """Rows for the start table."""
         devices = f"{self.world_size} x {self.device_name}"
         if self.device.type == "cpu":
-            devices += f", {torch.get_num_threads()} threads each"
+            threads = torch.get_num_threads()
+            devices += f", {threads} thread{'s' * (threads > 1)}{' each' * (self.world_size > 1)}"
             if not launch.forced_to_cpu(os.environ) and "CUDA_VISIBLE_DEVICES" not in os.environ:
                 devices += " (no GPU found)"
-        rows = [("devices", devices), ("strategy", self.strategy), ("precision", self.precision)]
+        precision = self._precision_row
+        if self.precision != "fp32":
+            precision += f", residual stream {self.residual_dtype}"
+        rows = [("devices", devices), ("strategy", self.strategy), ("precision", precision)]
         if self.strategy == "fsdp2" and (mesh := launch.fill_in_mesh(os.environ)) is not None:
             rows[1] = ("strategy", f"fsdp2, {mesh[0]} replicas of {mesh[1]} shards")
+        if self.context_parallel > 1:
+            rows.append(
+                (
+                    "context parallel",
+                    f"each block over {self.context_parallel} processes, {self.data_world_size} at a time",
+                )
+            )
+        if self.tensor_parallel > 1:
+            each = f"each layer over {self.tensor_parallel} processes, {self.data_world_size} x {self.tensor_parallel} in all"
+            rows.append(("tensor parallel", each))
         rows.append(("compile", self._compile_row))
         return [*rows, ("memory", self._memory)] if self._memory else rows
 
@@ -456,17 +608,17 @@ class Engine:
         return [(clean_name(name), p) for name, p in module.named_parameters()]
 
     @contextlib.contextmanager
-    def _autocast(self, model: nn.Module | None) -> Iterator[None]:
+    def _autocast(self, model: nn.Module) -> Iterator[None]:
         """Autocast for sampling on a GPU, or with kernels that take 16-bit numbers only."""
         attention = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
-        device = "cpu" if self.sharded else self.device.type  # a sharded model is put together on the host
+        device = self.device.type
         wanted = self.precision != "fp32" and (device == "cuda" or attention.startswith("flash"))
         with torch.autocast(device, torch_dtype(self.precision), enabled=wanted):
             yield
 
     def _announce(self, *, is_last: bool) -> None:
         """Tell the wrapper, before the forward, whether this backward ends the step."""
-        if self.strategy == "ddp" and not self._wide:
+        if isinstance(self.module, nn.parallel.DistributedDataParallel):
             self.module.require_backward_grad_sync = is_last  # what no_sync() sets
         elif self._with_zero:
             self.module.set_gradient_accumulation_boundary(is_last)

@@ -25,6 +25,18 @@ from lmcore.errors import RequestError
 SEVERAL_ON_CPU = "accelerate launch --config_file accelerate_configs/cpu_2.yaml --num_processes N train_lm.py"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
+_DEEPSPEED_FIELDS = (
+    *("gradient_accumulation_steps", "gradient_clipping", "zero_stage", "mixed_precision"),
+    *(
+        "offload_optimizer_device",
+        "offload_param_device",
+        "offload_optimizer_nvme_path",
+        "offload_param_nvme_path",
+    ),
+    "zero3_save_16bit_model",
+)
+"""Of an accelerate configuration: accelerate refuses them beside a DeepSpeed configuration that the program gives."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -72,10 +84,15 @@ def request(env: Mapping[str, str], deepspeed: str | None) -> Request:
             "MASTER_PORT"
         )
     for name, value in env.items():
-        # Blocks are sharded over all ranks; under these several ranks would have to share one batch.
+        # accelerate's own: 1.15 does not import its tensor parallelism beside transformers 5.23, and its context
+        # parallelism has no kernel for a CPU.
         split = name.startswith("PARALLELISM_CONFIG_") and name.endswith(("_TP_SIZE", "_CP_SIZE", "_SP_SIZE"))
         if split and value not in ("", "1"):
-            raise RequestError(f"{name}={value}: tensor, context and sequence parallelism are not supported")
+            instead = "not supported: remove it there; FSDP2 or ZeRO-3 shard a model over the devices"
+            for ending, option in (("_CP_SIZE", "context_parallel"), ("_TP_SIZE", "tensor_parallel")):
+                if name.endswith(ending):
+                    instead = f"remove it there and use --train.{option} {value}"
+            raise RequestError(f"{name}={value}{launch_file(env)}: {instead}")
     with_fsdp = flag(env, "ACCELERATE_USE_FSDP")
     with_deepspeed = deepspeed is not None or flag(env, "ACCELERATE_USE_DEEPSPEED")
     if with_fsdp and with_deepspeed:
@@ -87,6 +104,17 @@ def request(env: Mapping[str, str], deepspeed: str | None) -> Request:
                 "to keep a run off the GPU set CUDA_VISIBLE_DEVICES=-1"
             )
         content = zero.read(env, deepspeed)
+        fields = [
+            name
+            for name in env.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
+            if name in _DEEPSPEED_FIELDS
+        ]
+        if fields:  # accelerate raises in the middle of the start, and names neither the file nor the field
+            stage = content["zero_optimization"]["stage"]
+            raise RequestError(
+                f"the launcher sets {', '.join(fields)} of DeepSpeed{launch_file(env)}, which a run sets itself: "
+                f"{remedy(f'zero{stage}')}"
+            )
         return Request(
             strategy=f"zero{content['zero_optimization']['stage']}", world_size=size, deepspeed=content
         )
@@ -109,7 +137,8 @@ def resolve_precision(asked: str, env: Mapping[str, str], *, cuda: bool) -> str:
     """The precision to run in: "fp32", "bf16" or "fp16".
 
     Args:
-        asked: ``train.precision``; "auto" is bf16 on GPUs that have it (:func:`has_native_bf16`), else fp32.
+        asked: ``train.precision``; "auto" is bf16 on GPUs (:func:`has_native_bf16`) and CPUs (:func:`cpu_bf16`) that
+            compute in it, else fp32.
         cuda: whether the run uses GPUs.
 
     Raises:
@@ -124,7 +153,7 @@ def resolve_precision(asked: str, env: Mapping[str, str], *, cuda: bool) -> str:
     if asked not in PRECISIONS:
         raise RequestError(f"unknown train.precision {asked!r}; choose from {', '.join(PRECISIONS)}")
     if asked == "auto" and launched == "no":
-        return "bf16" if cuda and has_native_bf16() else "fp32"
+        return "bf16" if (has_native_bf16() if cuda else cpu_bf16()) else "fp32"
     if asked == "auto":
         asked = launched
     elif launched not in ("no", asked):
@@ -140,6 +169,32 @@ def resolve_precision(asked: str, env: Mapping[str, str], *, cuda: bool) -> str:
     return asked
 
 
+def residual_dtype(asked: str, *, strategy: str, precision: str, param_dtype: str, cuda: bool) -> str:
+    """The type of the residual stream, the sum that embedding and layers add to: "fp32", "bf16" or "fp16".
+
+    Args:
+        asked: ``train.residual_dtype``. Where weights of the computation are in 16 bits (FSDP2, ZeRO, bf16 weights) so is the
+            stream. Autocast over fp32 weights (one process, DDP) leaves the embeddings in fp32, and every addition and norm
+            then moves 4 bytes: "auto" casts them on GPUs. On a CPU it does not, so that losses stay what they were.
+
+    Raises:
+        RequestError: it cannot be had at this precision or under this strategy.
+
+    Example::
+
+        residual_dtype("auto", strategy="ddp", precision="bf16", param_dtype="fp32", cuda=True)   # "bf16"
+    """
+    by_autocast = strategy in ("single", "ddp") and param_dtype == "fp32"
+    if precision == "bf16" and by_autocast:
+        return ("bf16" if cuda else "fp32") if asked == "auto" else asked
+    # Of fp16 under autocast it stays in fp32: sums over many layers may leave fp16's range.
+    found = "fp32" if precision == "fp32" or by_autocast else precision
+    if asked not in ("auto", found):
+        cause = f"train.precision {precision}" if by_autocast else f"{strategy} with weights in {precision}"
+        raise RequestError(f"train.residual_dtype {asked}: it is {found} with {cause}; leave it out")
+    return found
+
+
 def has_native_bf16() -> bool:
     """Whether every visible GPU computes in bf16 itself (NVIDIA: compute capability 8.0, Ampere, or newer).
 
@@ -150,6 +205,23 @@ def has_native_bf16() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     devices = range(torch.cuda.device_count())
     return len(devices) > 0 and all(torch.cuda.get_device_capability(index) >= (8, 0) for index in devices)
+
+
+def cpu_bf16() -> str:
+    """What this CPU multiplies bf16 matrices with: AMX, AVX512-BF16, or nothing (the empty string).
+
+    Without either, bf16 is emulated and slower than fp32.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else ""
+
+
+def describe_precision(asked: str, precision: str, *, cuda: bool) -> str:
+    """The precision in words, with the reason where it was chosen."""
+    if asked == "auto" and precision == "bf16" and not cuda:
+        return f"bf16 (this CPU has {cpu_bf16()}; --train.precision fp32 for fp32)"
+    return precision
 
 
 def uses_cuda(env: Mapping[str, str]) -> bool:
@@ -270,7 +342,12 @@ def compiles(asked: bool | str, *, cuda: bool) -> tuple[bool, str]:
             "train.compile needs a C++ compiler, and neither CXX nor g++, c++ or clang++ was found: install one (apt install "
             "g++), or use --train.compile false"
         )
-    return bool(asked), "layer by layer; the first step takes longer" if asked else "off"
+    if not asked:
+        return False, "off"
+    return (
+        True,
+        "layer by layer; the first step compiles, which takes up to minutes; later starts find it cached",
+    )
 
 
 def cpp_compiler() -> str | None:
@@ -282,7 +359,7 @@ def cpp_compiler() -> str | None:
 def check_accumulation(env: Mapping[str, str], asked: int) -> None:
     """The launcher's accumulation, if it names one, must be the run's."""
     launched = env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
-    if launched.isdigit() and int(launched) not in (1, asked):
+    if launched.isdecimal() and len(launched) < 10 and int(launched) not in (1, asked):
         raise RequestError(
             f"the launcher says gradient_accumulation_steps {launched}{launch_file(env)} but the run's batch sizes give "
             f"{asked}: remove it there; accumulation follows from train.global_batch_blocks"
@@ -305,12 +382,18 @@ def launch_file(env: Mapping[str, str]) -> str:
         if word.startswith("--config_file"):
             name = word.partition("=")[2] or "".join(words[index + 1 : index + 2])
             return f" (in {name})"
+    path = default_config(env)
+    return "" if path is None else f" (in {path}, the answers to `accelerate config`)"
+
+
+def default_config(env: Mapping[str, str]) -> Path | None:
+    """The answers to ``accelerate config``, if there are any."""
     cache = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     for suffix in ("json", "yaml"):  # accelerate's own order
         path = Path(os.path.expanduser(cache), "accelerate", f"default_config.{suffix}")
         if path.is_file():
-            return f" (in {path}, the answers to `accelerate config`)"
-    return ""
+            return path
+    return None
 
 
 def remedy(strategy: str) -> str:

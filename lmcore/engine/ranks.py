@@ -7,9 +7,11 @@ listen on the network interface of the job and on no other.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -17,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmcore.errors import FaultError, RequestError
+from lmcore.checkpoint.manifest import Hashes, hashes_here
+from lmcore.errors import FaultError, RequestError, of_disk
 
 if TYPE_CHECKING:
     from lmcore.engine.engine import Engine
@@ -84,7 +87,7 @@ class Ranks:
     def abort(self) -> None:
         """Drop all connections without waiting for the other ranks, which may never come.
 
-        Destroying a group of NCCL waits for the collectives that are queued, for ever if one rank has failed. gloo
+        Destroying a group of NCCL waits for the collectives that are queued, without end if one rank has failed. gloo
         does not, and has no way to abort.
         """
         self._host = self._inquiry = None
@@ -116,7 +119,7 @@ def on_main(engine: Engine, work: Callable[[], Any]) -> Any:
     """Run ``work`` on rank 0 only; every rank gets its result.
 
     Raises:
-        RequestError, FaultError: on every rank, if ``work`` raised it.
+        RequestError, FaultError: on every rank, if ``work`` raised it, or met a place that cannot be read or written.
     """
     outcome: tuple[Any, Exception | None] = (None, None)
     if engine.is_main:
@@ -124,10 +127,67 @@ def on_main(engine: Engine, work: Callable[[], Any]) -> Any:
             outcome = (work(), None)
         except (RequestError, FaultError) as refusal:
             outcome = (None, refusal)
+        except OSError as error:
+            if error.filename is None:  # a lost connection, not a place
+                raise
+            failure = of_disk(error)
+            failure.__cause__ = error
+            outcome = (None, failure)
     result, refused = engine.broadcast_object(outcome)
     if refused is not None:
         raise refused
     return result
+
+
+def hashing_together(engine: Engine, work: Callable[[Hashes], Any]) -> Any:
+    """:func:`on_main` for work that hashes many files: ``work(hashes)`` on rank 0, and all ranks compute the hashes.
+
+    Raises:
+        RequestError, FaultError: on every rank, if ``work`` raised it.
+
+    Example::
+
+        path = hashing_together(engine, lambda hashes: find(folder, hashes=hashes))
+    """
+    if not engine.is_main:
+        while (request := engine.broadcast_object(None))[0] is not None:
+            path, names = request
+            engine.gather_object(hashes_here(path, names[engine.rank]))
+        return on_main(engine, lambda: None)
+
+    def hashes(path: Path, names: list[str]) -> dict[str, str]:
+        shares = share_files({name: (path / name).stat().st_size for name in names}, engine.world_size)
+        engine.broadcast_object((path, shares))
+        found: dict[str, str] = {}
+        for share in engine.gather_object(hashes_here(path, shares[0])):
+            found |= share
+        return found
+
+    def shared() -> Any:
+        try:
+            return work(hashes)
+        finally:
+            engine.broadcast_object((None, None))
+
+    return on_main(engine, shared)
+
+
+def share_files(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """Files for each of ``count`` ranks to hash, about equally many bytes; a rank gets those that one of its number wrote.
+
+    Example::
+
+        share_files({"model-r00000.safetensors": 4, "model-r00001.safetensors": 4}, 2)   # one each
+    """
+    shares: list[list[str]] = [[] for _ in range(count)]
+    total, behind = max(1, sum(sizes.values())), 0
+    for name in sorted(sizes, key=lambda name: (_WRITER.findall(name), name)):
+        shares[min(count - 1, (behind + sizes[name] // 2) * count // total)].append(name)
+        behind += sizes[name]
+    return shares
+
+
+_WRITER = re.compile(r"-r(\d{5})")
 
 
 # ---- network interfaces ------------------------------------------------------------------------------------

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple, final
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
@@ -110,11 +112,35 @@ def _of_rank_0(value: Tensor) -> Tensor:
     return value
 
 
-def shard_empty(module: nn.Module, accelerator: Any) -> Any:
-    """FSDP2 over a module on the meta device; the shards are allocated where they belong, without values."""
+def allocate(module: nn.Module, device: torch.device) -> None:
+    """Empty parameters on the device instead of the meta device, without values, and rank 0's buffers."""
+    replace_parameters(
+        module, lambda p: nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)
+    )
+    same_buffers(module, device)
+
+
+def shard_empty(module: nn.Module, accelerator: Any, group: Any = None) -> Any:
+    """FSDP2 over a module on the meta device; the shards are allocated where they belong, without values.
+
+    ``group``: over these ranks only; default: over all, or the launcher's mesh.
+    """
     place = shards_live_on(accelerator.state.fsdp_plugin.cpu_offload, accelerator.device)
     same_buffers(module, accelerator.device)
-    wrapped = fsdp2_prepare_model(accelerator, module)
+    chosen = accelerator
+    if group is not None:
+        # What fsdp2_prepare_model reads of an accelerator, with a mesh that the launcher's file knows nothing of.
+        names = ("data",)
+        mesh = DeviceMesh.from_group(group, accelerator.device.type, mesh_dim_names=names)
+        chosen = SimpleNamespace(
+            state=accelerator.state,
+            device=accelerator.device,
+            mixed_precision=accelerator.mixed_precision,
+            is_main_process=accelerator.is_main_process,
+            torch_device_mesh=mesh,
+            parallelism_config=SimpleNamespace(fsdp_dim_names=names),
+        )
+    wrapped = fsdp2_prepare_model(chosen, module)
     wrapped._apply(lambda t: torch.empty_like(t, device=place) if isinstance(t, DTensor) or t.is_meta else t)
     return wrapped
 

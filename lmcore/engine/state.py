@@ -7,24 +7,50 @@ that asks for it, and only until the next.
 
 from __future__ import annotations
 
-import copy
-import hashlib
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lmcore.checkpoint.pieces import Box, Part
+from lmcore.checkpoint.pieces import whole as whole_part
+from lmcore.engine.tensor import TensorRanks
 from lmcore.errors import RequestError
 
 
+@functools.lru_cache(maxsize=10_000)
+def _place(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Box:
+    lengths, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return Box(tuple(offsets), tuple(lengths))
+
+
+def place_of(tensor: DTensor) -> Box:
+    """Which part of the whole this rank holds. Remembered: torch takes 20 us for an answer, and every save asks for all."""
+    return _place(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
 class TensorState:
-    """``named`` are the parameters by name, after wrapping; ``buffers`` the persistent ones."""
+    """``named`` are the parameters by name, after wrapping; ``buffers`` the persistent ones.
+
+    ``ranks``: those that hold parts of the same layers, under tensor parallelism. A part is then a tensor of its own here,
+    which FSDP2 may have sharded as any other; shapes, parts and values are of the whole tensor to callers.
+    """
 
     def __init__(
-        self, named: dict[str, nn.Parameter], buffers: dict[str, Tensor], optimizer: torch.optim.Optimizer
+        self,
+        named: dict[str, nn.Parameter],
+        buffers: dict[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        ranks: TensorRanks | None = None,
     ) -> None:
+        self._ranks = ranks
+        self._cuts = ranks.cuts if ranks is not None else {}
         self._named = named
         self._tensors: dict[str, Tensor] = {**named, **buffers}
         self._optimizer = optimizer
@@ -32,7 +58,7 @@ class TensorState:
     def weights(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
         """Name, whole shape and dtype of every weight and persistent buffer."""
         for name, tensor in self._tensors.items():
-            yield name, tuple(tensor.shape), tensor.dtype
+            yield name, self._whole_shape(name, tensor), tensor.dtype
 
     def slots(self) -> Iterator[tuple[str, str, tuple[int, ...], torch.dtype]]:
         """Name, slot, whole shape and dtype of every tensor of the optimizer."""
@@ -40,15 +66,22 @@ class TensorState:
             state = self._optimizer.state.get(parameter, {})
             for slot in sorted(state):
                 if is_slot(state[slot]):
-                    yield name, slot, tuple(state[slot].shape), state[slot].dtype
+                    yield name, slot, self._whole_shape(name, state[slot]), state[slot].dtype
+
+    def _whole_shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:
+        cut = self._cuts.get(name)
+        return tuple(tensor.shape) if cut is None else cut.whole_shape(tensor.shape)
 
     def gather(self, name: str, slot: str) -> Tensor:
         """The whole tensor. Collective; the result is good on rank 0."""
-        return whole(self._find(name, slot).detach())
+        tensor = whole(self._find(name, slot).detach())
+        return tensor if self._ranks is None else self._ranks.gather(name, tensor)
 
     def put(self, name: str, slot: str, value: Tensor) -> None:
         """Take this rank's part of a whole tensor. No communication."""
         target = self._find(name, slot)
+        if (cut := self._cuts.get(name)) is not None:
+            value = cut.of(value)
         if isinstance(target, DTensor):
             value = value.to(device=target.device, dtype=target.dtype)
             # src_data_rank None: every rank holds the whole value and cuts its own part.
@@ -56,6 +89,36 @@ class TensorState:
             target.to_local().copy_(shard.to_local())
         else:
             target.copy_(value)
+
+    def held(self, name: str, slot: str) -> tuple[Part, Tensor, tuple[int, int]]:
+        """Which part of a tensor this rank holds, the part itself (not copied), and which of how many holders this is."""
+        tensor = self._find(name, slot).detach()
+        part, local, holders = self._held(tensor)
+        if self._ranks is not None:
+            holders = self._ranks.holders(name, sharded=isinstance(tensor, DTensor))
+            if (cut := self._cuts.get(name)) is not None:
+                part = cut.place(part, tensor.shape)
+        return part, local, holders
+
+    def _held(self, tensor: Tensor) -> tuple[Box, Tensor, tuple[int, int]]:
+        if not isinstance(tensor, DTensor):
+            return whole_part(tensor.shape), tensor, self._all_ranks()
+        mesh, placements = tensor.device_mesh, tensor.placements
+        number, of = 0, 1
+        for dimension, placement in enumerate(placements):
+            if placement.is_replicate():  # HSDP's replicas
+                size = mesh.size(dimension)
+                number, of = number * size + mesh.get_local_rank(dimension), of * size
+        return place_of(tensor), tensor.to_local(), (number, of)
+
+    def take(self, name: str, slot: str, stored: Stored) -> None:
+        """Read this rank's part, and no more."""
+        part, tensor, _ = self.held(name, slot)
+        tensor.copy_(stored.read(part))
+
+    @staticmethod
+    def _all_ranks() -> tuple[int, int]:
+        return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def scalars(self) -> dict[str, dict[str, Any]]:
         """slot -> parameter name -> number."""
@@ -95,77 +158,31 @@ class TensorState:
         return self._optimizer.state[self._named[name]][slot] if slot else self._tensors[name]
 
 
-class Skeleton:
-    """A model's structure without weights, taken before it is sharded, to be filled for sampling."""
+class Stored(Protocol):
+    """A stored tensor, of which any part can be read, such as one of a checkpoint."""
 
-    def __init__(self, model: nn.Module) -> None:
-        empty = {
-            id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
-            for p in model.parameters()
-        }
-        names = {id(empty[id(p)]): name for name, p in model.named_parameters()}
-        copied: Any = copy.deepcopy(model, dict(empty))  # the memo gives the empty ones
-        self._model: nn.Module = copied
-        config = getattr(model, "config", None)
-        if str(getattr(config, "_attn_implementation", "")).startswith("flash"):
-            copied.set_attn_implementation(
-                "sdpa"
-            )  # the filled model is on the host, flash attention on GPUs only
-        # (module, attribute, name): tied weights have several places and one name.
-        self._places = [
-            (module, leaf, names[id(p)])
-            for module in self._model.modules()
-            for leaf, p in module._parameters.items()
-            if p is not None
-        ]
+    shape: tuple[int, ...]
 
-    def fill(self, tensors: dict[str, Tensor]) -> nn.Module:
-        """The model with these weights and persistent buffers, in evaluation mode."""
-        weights = {
-            name: nn.Parameter(t, requires_grad=False) for name, t in tensors.items() if t.is_floating_point()
-        }
-        for module, leaf, name in self._places:
-            module._parameters[leaf] = weights[name]
-        for name, buffer in self._model.named_buffers():
-            if name in tensors:
-                buffer.copy_(tensors[name])
-        return self._model.eval()
-
-    def empty(self) -> None:
-        """Free the weights."""
-        for module, leaf, _ in self._places:
-            parameter = module._parameters[leaf]
-            assert parameter is not None
-            module._parameters[leaf] = nn.Parameter(
-                torch.empty_like(parameter, device="meta"), requires_grad=False
-            )
+    def read(self, part: Part | None = None) -> Tensor:
+        """The numbers of the part, in its shape; all without one."""
 
 
-def assemble(skeleton: Skeleton | None, state: Any) -> nn.Module | None:
-    """The whole model on the host of the rank that has the skeleton (rank 0); the others take part in
-    gathering."""
-    tensors: dict[str, Tensor] = {}
-    for name, _, _ in state.weights():
-        tensor = state.gather(name, "")
-        if skeleton is not None:
-            tensors[name] = tensor.cpu()
-    return skeleton.fill(tensors) if skeleton is not None else None
-
-
-def load(state: Any, layout: Callable[[], list[Any]], read: Callable[[str, str, str], Tensor | None]) -> None:
+def load(
+    state: Any, layout: Callable[[], list[Any]], stored: Callable[[str, str, str], Stored | None]
+) -> None:
     """Load weights and slots; see ``Engine.load_state``."""
     with torch.no_grad():
         state.prime()  # first: a step, even an empty one, may touch the weights
         found = 0
         for entry in layout():
-            value = read(entry.kind, entry.name, entry.slot)
+            value = stored(entry.kind, entry.name, entry.slot)
             if value is not None and tuple(value.shape) != entry.shape:
                 raise RequestError(
                     f"{entry.name} {entry.slot} is {tuple(value.shape)} in the checkpoint but {entry.shape} "
                     "in this model: the checkpoint is of a different model"
                 )
             if value is not None:
-                state.put(entry.name, entry.slot, value)
+                state.take(entry.name, entry.slot, value)
                 found += entry.kind == "optim"
             elif entry.kind == "model":
                 raise RequestError(f"the checkpoint has no tensor {entry.name}: it is of a different model")
@@ -233,12 +250,6 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Buffers that a checkpoint must hold, by name."""
     kept = set(module.state_dict(keep_vars=True))
     return {clean_name(name): b for name, b in module.named_buffers() if name in kept}
-
-
-def keyed_seed(seed: int, purpose: str, key: int) -> int:
-    """63 bits that depend on all three and on nothing else."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def gates_on_device(optimizer: torch.optim.Optimizer) -> bool:

@@ -12,7 +12,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,15 @@ def read(env: Mapping[str, str], path: str | None) -> dict[str, Any]:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise RequestError(f"engine.deepspeed {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"engine.deepspeed {path} is not valid JSON: {error}") from error
+        if not isinstance(content, dict) or not isinstance(content.get("zero_optimization", {}), dict):
+            raise RequestError(
+                f"engine.deepspeed {path} must be a JSON object, and its zero_optimization too, as DeepSpeed has them"
+            )
     section = content.setdefault("zero_optimization", {})
     stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
-    if stage.isdigit():
+    if stage.isdecimal() and len(stage) < 10:
         if int(stage) != section.setdefault("stage", int(stage)):
             raise RequestError(f"the launcher says zero_stage {stage} but {path} says {section['stage']}")
     elif not path:
@@ -81,13 +85,17 @@ def read(env: Mapping[str, str], path: str | None) -> dict[str, Any]:
     return content
 
 
+def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer updates each number by that number's own gradient and state only."""
+    return type(optimizer).__name__ in ELEMENTWISE or getattr(optimizer, "elementwise", False)
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that needs whole matrices (``RequestError``)."""
-    name = type(optimizer).__name__
-    if name not in ELEMENTWISE and not getattr(optimizer, "elementwise", False):
+    if not is_elementwise(optimizer):
         raise RequestError(
-            f"{name} does not work under ZeRO, which flattens and cuts the matrices that it needs whole: use adamw, adam "
-            "or sgd, or DDP or FSDP2 (an elementwise optimizer of your own has an attribute elementwise = True)"
+            f"{type(optimizer).__name__} does not work under ZeRO, which flattens and cuts the matrices that it needs "
+            "whole: use adamw, adam or sgd, or DDP or FSDP2 (an elementwise optimizer of your own has an attribute elementwise = True)"
         )
 
 
@@ -123,9 +131,8 @@ def base_config(content: Mapping[str, Any], *, precision: str, reduce_dtype: str
     config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     _agree(config, "communication_data_type", reduce_dtype, "communication_data_type", "engine.reduce_dtype")
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
-        config.setdefault(
-            name, "auto"
-        )  # filled by batch_config; accelerate would put 1 for a missing accumulation
+        # Filled by batch_config; accelerate would put 1 for a missing accumulation
+        config.setdefault(name, "auto")
     config.setdefault("gradient_clipping", "auto")
     section = config["zero_optimization"]
     section.setdefault("stage3_gather_16bit_weights_on_model_save", False)
@@ -154,6 +161,16 @@ def batch_config(
     total = micro_batch_blocks * accumulation * world_size
     _agree(config, "train_batch_size", total, "train_batch_size", "train.global_batch_blocks")
     _agree(config, "gradient_clipping", float(clip_norm), "gradient_clipping", "optim.clip_norm")
+
+
+def set_accumulation(engine: Any, accumulation: int) -> None:
+    """Tell DeepSpeed of another number of micro-batches in a step.
+
+    Its own ``set_train_batch_size`` does not reach the optimizer, which asks for the number when it offloads.
+    """
+    engine.set_train_batch_size(engine.train_micro_batch_size_per_gpu() * accumulation * engine.dp_world_size)
+    if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+        engine.optimizer.gradient_accumulation_steps = accumulation
 
 
 def _agree(section: dict[str, Any], key: str, value: Any, name: str, option: str) -> None:
@@ -192,9 +209,26 @@ def single_process_environment(env: Any) -> None:
         env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def wrap(accelerator: Any, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+def wrap(
+    accelerator: Any,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    whole_layers: Sequence[nn.Module] = (),
+) -> tuple[Any, Any]:
     """DeepSpeed's engine and optimizer. Floating-point buffers keep their type: DeepSpeed would round them to
-    the precision of the weights, and spoil the rotary frequencies."""
+    the precision of the weights, and spoil the rotary frequencies.
+
+    Args:
+        whole_layers: layers whose weights ZeRO-3 gathers together: its hooks on every module inside would break a
+            compiled layer's graph.
+    """
+    if whole_layers:
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(
+            module, sorted({type(layer) for layer in whole_layers}, key=lambda kind: kind.__name__)
+        )
     saved = {name: b.detach().clone() for name, b in module.named_buffers() if b.is_floating_point()}
     engine, wrapped = accelerator.prepare(module, optimizer)
     for name, value in saved.items():

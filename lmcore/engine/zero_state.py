@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lmcore.engine.state import is_scalar, is_slot, put_scalar, zero_state
+from lmcore.checkpoint.pieces import Part, Range, whole
+from lmcore.engine.state import Stored, is_scalar, is_slot, put_scalar, zero_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,39 @@ class ZeroState:
             target.detach().narrow(0, piece.offset, piece.count).copy_(part)
         if not slot:
             self._put_low_precision(parameter, flat_value)
+
+    def held(self, name: str, slot: str) -> tuple[Part, Tensor, tuple[int, int]]:
+        """Which part of a tensor this rank holds, the part itself (not copied), and which of how many holders this is."""
+        everywhere = self._rank, dist.get_world_size()
+        if name in self._buffers:
+            return whole(self._buffers[name].shape), self._buffers[name].detach(), everywhere
+        parameter: Any = self._named[name]
+        piece = self._pieces.get(name)
+        if piece is not None:
+            source = piece.flat if not slot else self._state(piece.flat)[slot]
+            part = Range(piece.start, piece.count)
+            return part, source.detach().narrow(0, piece.offset, piece.count), (0, 1)
+        if self._stage != 3:
+            return whole(parameter.shape), parameter.detach(), everywhere
+        start, count = self._own_range(parameter)
+        return Range(start, count), parameter.ds_tensor.detach().narrow(0, 0, count), (0, 1)
+
+    def take(self, name: str, slot: str, stored: Stored) -> None:
+        """Read this rank's part; under stages 1 and 2 the weights whole, of which every rank keeps a copy to compute with."""
+        if name in self._buffers:
+            self._buffers[name].copy_(stored.read())
+            return
+        part, tensor, _ = self.held(name, slot)
+        if name in self._pieces:
+            tensor.copy_(stored.read(part).view(-1))
+        if slot:
+            return
+        parameter: Any = self._named[name]
+        if self._stage != 3 or parameter.numel() == parameter.ds_numel:  # small ones stay gathered
+            parameter.detach().view(-1).copy_(stored.read().reshape(-1))
+        if self._stage == 3:
+            start, count = self._own_range(parameter)
+            parameter.ds_tensor.detach().narrow(0, 0, count).copy_(stored.read(Range(start, count)))
 
     def scalars(self) -> dict[str, dict[str, Any]]:
         """slot -> parameter name -> number; a parameter has those of the buffer that it lives in."""
@@ -191,22 +225,25 @@ class ZeroState:
     def _gather_frozen(self, parameter: Any) -> Tensor:
         if self._stage != 3:
             return parameter.detach()
-        size = parameter.ds_tensor.ds_numel
-        start = min(self._rank * size, parameter.ds_numel)
-        part = parameter.ds_tensor.detach().narrow(0, 0, min(size, parameter.ds_numel - start))
+        start, count = self._own_range(parameter)
+        part = parameter.ds_tensor.detach().narrow(0, 0, count)
         device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else part.device
         )
         return self._put_together(part.to(device), start, self._shape(parameter), device)
+
+    def _own_range(self, parameter: Any) -> tuple[int, int]:
+        """Stage 3: where this rank's part of a parameter begins, and how many numbers it has without padding."""
+        size = parameter.ds_tensor.ds_numel
+        start = min(self._rank * size, parameter.ds_numel)
+        return start, min(size, parameter.ds_numel - start)
 
     def _put_low_precision(self, parameter: Any, flat_value: Tensor) -> None:
         """The copy that the forward pass reads; a step would refresh it, but a load must too."""
         if self._stage != 3:
             parameter.detach().view(-1).copy_(flat_value)
             return
-        size = parameter.ds_tensor.ds_numel
-        start = min(self._rank * size, parameter.ds_numel)
-        count = min(size, parameter.ds_numel - start)
+        start, count = self._own_range(parameter)
         parameter.ds_tensor.detach().narrow(0, 0, count).copy_(flat_value.narrow(0, start, count))
         if parameter.numel() == parameter.ds_numel:  # small ones stay gathered
             parameter.detach().view(-1).copy_(flat_value)

@@ -41,6 +41,6 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
 
 
 @pytest.mark.parametrize("name", allocator.CHOSEN_BY_USER)
-def test_the_users_own_allocator_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocator_set_by_the_user_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "x")
     assert allocator.keep_freed_memory() is None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lmcore.checkpoint.pieces import Part, cut
 from lmcore.config.schema import EngineConfig, TrainConfig
+from lmcore.engine.ranks import on_main
+from lmcore.saved.generate import generate
 from tests.support import engine_runs
 from tests.support.engine_runs import (
     SEVEN,
@@ -32,6 +36,17 @@ from tests.support.engine_runs import (
     largest_difference,
 )
 from tests.support.fork_server import RankFailure, run_ranks
+
+
+class WholeTensor:
+    """A tensor in memory, read as one of a checkpoint is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self.shape = tensor, tuple(tensor.shape)
+
+    def read(self, part: Part | None = None) -> Tensor:
+        return cut(self._tensor, part)
+
 
 # mode -> model and accumulation: every value of each meets every kind of strategy.
 PAIRING = {
@@ -103,7 +118,7 @@ def test_bf16_follows_the_reference_that_rounds_at_the_same_places(mode: str) ->
 
 
 @pytest.mark.parametrize("mode", ["fsdp2", "zero1", "zero2", "zero3"])
-def test_the_clipping_is_the_runs_own(mode: str) -> None:
+def test_clipping_is_done_by_the_run(mode: str) -> None:
     """DeepSpeed would take 1.0 where it is told nothing, and accelerate's own clipping does nothing there."""
     job = job_of(mode, optimizer="sgd", steps=3, clip_norm=0.1)
     ours, theirs = engine_runs.run(job), engine_runs.reference(job)
@@ -152,7 +167,7 @@ def test_dropout_is_keyed_by_the_micro_batch(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", SEVEN)
-def test_a_resume_is_bit_exact(mode: str, straight: Any) -> None:
+def test_resume_is_bit_exact(mode: str, straight: Any) -> None:
     """Saved in the middle, continued in new processes; saving itself changed nothing (the run was saved)."""
     whole, folder = straight(mode)
     rest = engine_runs.run(job_of(mode, load=folder, first_step=HALF, steps=20 - HALF))
@@ -164,7 +179,7 @@ RING += [("zero2", "ddp2"), ("ddp2", "single")]
 
 
 @pytest.mark.parametrize(("before", "after"), RING)
-def test_a_checkpoint_opens_under_another_strategy(before: str, after: str, tmp_path: Path) -> None:
+def test_checkpoint_opens_under_another_strategy(before: str, after: str, tmp_path: Path) -> None:
     """One ring through all seven; weights, moments and losses as if the strategy had never changed."""
     model = PAIRING[before][0]
     first = engine_runs.run(job_of(before, save=str(tmp_path), steps=4, optimizer="adamw"))
@@ -193,7 +208,7 @@ def take_state_of_another_model(folder: str) -> str:
     return ""
 
 
-def test_a_checkpoint_of_another_model_is_refused(straight: Any) -> None:
+def test_checkpoint_of_another_model_is_refused(straight: Any) -> None:
     _, folder = straight("single")
     assert (
         "RequestError: the checkpoint has no tensor" in run_ranks(take_state_of_another_model, 1, folder)[0]
@@ -239,7 +254,7 @@ def state_of_two_byte_tensors(mode: str) -> dict[str, Any]:
     engine.update()
     first = {(kind, name, slot): tensor for kind, name, slot, tensor in engine.state()}
     kept = engine.broadcast_object(first)
-    engine.load_state(lambda kind, name, slot: kept[kind, name, slot])
+    engine.load_state(lambda kind, name, slot: WholeTensor(kept[kind, name, slot]))
     again = {(kind, name, slot): tensor for kind, name, slot, tensor in engine.state()}
     engine.close()
     return {"first": first, "again": again}
@@ -263,7 +278,7 @@ def test_zero_checkpoint_holds_bf16_moments_and_frozen_bf16_weights(mode: str) -
 
 
 @pytest.mark.parametrize("mode", SEVEN)
-def test_a_step_with_a_non_finite_loss_is_not_applied(mode: str) -> None:
+def test_nan_loss_step_is_not_applied(mode: str) -> None:
     """NaN in one micro-batch of one rank: no rank takes the step, the next ones go on as if it had not
     been."""
     job = job_of(mode, steps=4, poison=(1, 0), model="gpt2-tied")
@@ -276,6 +291,27 @@ def test_a_step_with_a_non_finite_loss_is_not_applied(mode: str) -> None:
 
 
 # ---- the whole model, and talking between ranks ------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of 67 letters from '0' on; the last one ends a document."""
+
+    eos_id = engine_runs.VOCAB - 1
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - ord("0") for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(ord("0") + i) for i in ids)
+
+
+def continued(engine: Any, model: nn.Module, forward: Callable[..., Any], temperature: float) -> list[str]:
+    """Longer than the context of 16 tokens, so that the window moves twice; as ``Evaluator.samples`` calls it."""
+
+    def agreed(choice: Callable[[], int]) -> int:
+        return int(on_main(engine, choice)) if engine is not None and engine.sharded else choice()
+
+    return generate(model, Letters(), ["", "ABC"], 30, temperature=temperature, forward=forward, agree=agreed)
 
 
 def sample_and_talk(mode: str) -> dict[str, Any]:
@@ -294,7 +330,7 @@ def sample_and_talk(mode: str) -> dict[str, Any]:
         clip_norm=1.0,
     )
     state: dict[str, Tensor] = {}
-    logits = None
+    logits, texts = None, None
     for step in range(3):
         batch = {
             k: v[engine.rank * micro : (engine.rank + 1) * micro]
@@ -306,11 +342,12 @@ def sample_and_talk(mode: str) -> dict[str, Any]:
         engine.update()
         if step == 1:
             state = {name: t for kind, name, _, t in engine.state() if kind == "model" and t is not None}
-            with engine.full_model() as whole:
-                assert (whole is None) == (not engine.is_main)
-                if whole is not None:
-                    assert not whole.training
-                    logits = whole(input_ids=engine_runs.batch_of(9)["input_ids"]).logits
+            with engine.sampling() as sampling:
+                assert (sampling is None) == (not engine.is_main and not engine.sharded)
+                if sampling is not None:
+                    assert not sampling.model.training
+                    logits = sampling.forward(input_ids=engine_runs.batch_of(9)["input_ids"]).logits
+                    texts = [continued(engine, *sampling, temperature) for temperature in (0, 1.0)]
             with engine.evaluation(), torch.no_grad():
                 held_out, _ = engine.forward(batch)
             assert model.training
@@ -319,7 +356,13 @@ def sample_and_talk(mode: str) -> dict[str, Any]:
     word = engine.broadcast_object("from 0" if engine.is_main else "wrong")
     total = engine.sum_over_ranks(torch.tensor([1.0, engine.rank]))
     engine.barrier("here")
-    answer = {"state": state, "logits": logits, "held_out": float(held_out), "final": float(loss_sum)}
+    answer = {
+        "state": state,
+        "logits": logits,
+        "texts": texts,
+        "held_out": float(held_out),
+        "final": float(loss_sum),
+    }
     answer |= {
         "flags": flags,
         "ranks": ranks,
@@ -339,13 +382,20 @@ def as_a_plain_model(state: dict[str, Tensor]) -> nn.Module:
 
 
 @pytest.mark.parametrize("mode", ["single", "ddp2", "fsdp2", "zero2", "zero3"])
-def test_the_whole_model_is_the_trained_one(mode: str) -> None:
+def test_sampling_equals_the_whole_model(mode: str) -> None:
+    """The same logits and texts as of one process that loads the gathered state; on every rank where it is sharded."""
     strategy, world_size = engine_runs.MODES[mode]
     answers = run_ranks(sample_and_talk, world_size, mode, launched=strategy != "single")
     main = answers[0]
     with torch.no_grad():
         logits = as_a_plain_model(main["state"])(input_ids=engine_runs.batch_of(9)["input_ids"]).logits
-    torch.testing.assert_close(main["logits"], logits, rtol=1e-6, atol=1e-6)
+    whole = as_a_plain_model(main["state"])
+    whole.real_vocab_size = engine_runs.VOCAB
+    texts = [continued(None, whole, whole, temperature) for temperature in (0, 1.0)]
+    assert len({text for pair in texts for text in pair}) > 2
+    for answer in answers if strategy in ("fsdp2", "zero3") else [main]:
+        torch.testing.assert_close(answer["logits"], logits, rtol=1e-6, atol=1e-6)
+        assert answer["texts"] == texts
     torch.testing.assert_close(main["state"]["note"], torch.arange(3.0))
     frozen = engine_runs.make_model("gpt2-tied").model.transformer.wpe.weight
     torch.testing.assert_close(main["state"]["transformer.wpe.weight"], frozen.detach(), rtol=0, atol=0)
@@ -355,6 +405,42 @@ def test_the_whole_model_is_the_trained_one(mode: str) -> None:
         assert answer["word"] == "from 0"
         assert answer["total"] == [world_size, sum(range(world_size))]
         assert ("strategy", strategy) in answer["rows"]
+
+
+def sample_with_unequal_logits() -> dict[str, Any]:
+    """Rank 1 computes other logits, as another device would by its last bits; here by much more."""
+    engine = engine_runs.make_engine(Job(mode="fsdp2"))
+    module: Any = engine_runs.make_model("gpt2-untied", weights=engine.needs_weights)
+    layers = module.model.transformer.h
+    engine.prepare(module, engine_runs.make_optimizer("adamw"), gradient_accumulation=1, micro_batch_blocks=1)
+    shapes = set()
+    layers[1].register_forward_hook(
+        lambda *_: shapes.add(
+            (type(layers[0].mlp.c_fc.weight).__name__, type(layers[1].ln_1.weight).__name__)
+        )
+    )
+
+    def noisy(**inputs: Any) -> Any:
+        outputs = sampling.forward(**inputs)
+        outputs.logits += engine.rank * torch.randn(outputs.logits.shape, generator=noise)
+        return outputs
+
+    noise = torch.Generator().manual_seed(0)
+    with engine.sampling() as sampling:
+        texts = continued(engine, sampling.model, noisy, 1.0)
+    kinds = {type(parameter).__name__ for parameter in module.parameters()}
+    engine.close()
+    return {"texts": texts, "shapes": shapes, "kinds": kinds}
+
+
+def test_sampling_ranks_take_the_tokens_of_rank_0() -> None:
+    """They stop together whatever they compute; and no rank ever has two layers whole."""
+    first, second = run_ranks(sample_with_unequal_logits, 2)
+    assert first["texts"] == second["texts"]
+    assert first["texts"] != ["", ""]
+    for answer in (first, second):
+        assert {layer for layer, _ in answer["shapes"]} == {"DTensor"}
+        assert answer["kinds"] == {"DTensor"}
 
 
 def stay_away(done: str) -> str:
@@ -380,7 +466,7 @@ def stay_away(done: str) -> str:
     return "no error"
 
 
-def test_a_stuck_rank_is_named(tmp_path: Path) -> None:
+def test_stuck_rank_is_named(tmp_path: Path) -> None:
     """Rank 1 does not come: rank 0 says so after the timeout, instead of hanging or only dying."""
     assert "dead or stuck" in (message := run_ranks(stay_away, 2, str(tmp_path / "done"))[0])
     assert "1" in message.split("dead or stuck")[1]
@@ -430,12 +516,14 @@ def build_engine(settings: dict[str, Any]) -> str:
         ({}, {"precision": "int4"}, "unknown train.precision 'int4'; choose from auto, fp32, bf16, fp16"),
         ({}, {"precision": "fp8"}, "fp8 is not supported.* --train.precision bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "fp8 is not supported"),
-        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, "PARALLELISM_CONFIG_TP_SIZE=2"),
+        ({"PARALLELISM_CONFIG_SP_SIZE": "2"}, {}, "PARALLELISM_CONFIG_SP_SIZE=2.* not supported"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, "TP_SIZE=2.* --train.tensor_parallel 2"),
+        ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, {}, "CP_SIZE=2.* --train.context_parallel 2"),
         ({}, {"deepspeed": "no/such.json"}, "no/such.json: No such file"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {"param_dtype": "bf16"}, "param_dtype bf16 has no meaning"),
     ],
 )
-def test_silent_traps_are_refused_with_the_remedy(
+def test_silent_misconfigurations_are_refused_with_the_remedy(
     env: dict[str, str], settings: dict[str, Any], message: str
 ) -> None:
     [answer] = run_ranks(build_engine, 1, settings, env=env)
@@ -494,7 +582,7 @@ def prepare_with_mistake(kind: str) -> str:
         ("compiler", "g++ and ninja", "zero_force_ds_cpu_optimizer"),
     ],
 )
-def test_a_deepspeed_value_that_disagrees_is_refused_with_both(kind: str, theirs: str, ours: str) -> None:
+def test_contradicting_deepspeed_value_is_refused_with_both_values(kind: str, theirs: str, ours: str) -> None:
     [answer] = run_ranks(prepare_with_mistake, 1, kind, launched=True)
     assert answer.startswith("RequestError: ")
     assert theirs in answer

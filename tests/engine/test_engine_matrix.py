@@ -25,7 +25,7 @@ OTHER_SIZES = ("fsdp2x3", "zero1x3", "zero2x3", "zero3x3")
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", [*SEVEN, *OTHER_SIZES])
-def test_every_mode_follows_the_reference(mode: str, precision: str, accumulation: int) -> None:
+def test_every_shuffle_mode_follows_the_reference(mode: str, precision: str, accumulation: int) -> None:
     """The models rotate, so that every one meets every strategy."""
     place = [*SEVEN, *OTHER_SIZES].index(mode) + accumulation + (precision == "bf16")
     job = Job(mode=mode, model=MODELS[place % 4], precision=precision, accumulation=accumulation)
@@ -40,7 +40,7 @@ def test_every_mode_follows_the_reference(mode: str, precision: str, accumulatio
 
 @pytest.mark.parametrize("mode", SEVEN)
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model_under_sgd(mode: str, model: str) -> None:
+def test_sgd_under_every_model_family(mode: str, model: str) -> None:
     job = Job(mode=mode, model=model, optimizer="sgd", accumulation=3)
     ours, theirs = engine_runs.run(job), engine_runs.reference(job)
     close(ours.losses, theirs.losses, 1e-5)
@@ -49,7 +49,7 @@ def test_every_model_under_sgd(mode: str, model: str) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("before", SEVEN)
-def test_every_pair_of_strategies(before: str, precision: str, tmp_path: Path) -> None:
+def test_resume_between_every_pair_of_strategies(before: str, precision: str, tmp_path: Path) -> None:
     """Saved under one, continued under each of the seven. Under the same one: bit for bit."""
     job = Job(mode=before, precision=precision, model="gpt2-tied", accumulation=1)
     whole = engine_runs.run(job, steps=8, save=str(tmp_path), save_at=4)
@@ -64,12 +64,31 @@ def test_every_pair_of_strategies(before: str, precision: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("mode", OTHER_SIZES)
-def test_a_resume_with_three_ranks_is_bit_exact(mode: str, tmp_path: Path) -> None:
+def test_resume_with_three_ranks_is_bit_exact(mode: str, tmp_path: Path) -> None:
     job = Job(mode=mode, accumulation=3)
     whole = engine_runs.run(job, steps=8, save=str(tmp_path), save_at=4)
     assert_same_bits(engine_runs.run(job, steps=4, first_step=4, load=str(tmp_path)), whole)
     alone = engine_runs.run(job, mode="single", accumulation=1, steps=4, first_step=4, load=str(tmp_path))
     close(alone.losses, whole.losses[4:], 1e-5)  # and another world size
+
+
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resume_of_four_and_eight_ranks(strategy: str, size: int, tmp_path: Path) -> None:
+    """Bit for bit on as many; the same training in one process, and in the other number under the next strategy."""
+    job = Job(mode=f"{strategy}x{size}", blocks=24)
+    whole = engine_runs.run(job, steps=6, save=str(tmp_path), save_at=3)
+    assert_same_bits(engine_runs.run(job, load=str(tmp_path), first_step=3, steps=3), whole)
+    following = STRATEGIES[(STRATEGIES.index(strategy) + 1) % len(STRATEGIES)]
+    for mode in ("single", f"{following}x{12 - size}"):
+        rest = engine_runs.run(job, mode=mode, load=str(tmp_path), first_step=3, steps=3)
+        close(rest.losses, whole.losses[3:], 1e-5)
+        assert largest_difference(rest.slots, whole.slots) < 1e-6
+        assert rest.scalars == whole.scalars
 
 
 @pytest.mark.parametrize("mode", SEVEN)
@@ -79,9 +98,8 @@ def test_dropout_across_a_resume(mode: str, checkpointing: bool, tmp_path: Path)
     job = Job(mode=mode, dropout=0.2, accumulation=accumulation, checkpointing=checkpointing)
     whole = engine_runs.run(job, steps=6, save=str(tmp_path), save_at=3)
     assert_same_bits(engine_runs.run(job, steps=3, first_step=3, load=str(tmp_path)), whole)
-    alone = engine_runs.run(
-        Job(dropout=0.2, accumulation=6, steps=6)
-    )  # the same micro-batches of three blocks
+    # The same micro-batches of three blocks
+    alone = engine_runs.run(Job(dropout=0.2, accumulation=6, steps=6))
     close(whole.losses, alone.losses, 1e-5)
 
 
@@ -94,7 +112,7 @@ def test_compiled_layers(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", SEVEN)
-def test_a_step_with_a_non_finite_loss_is_not_applied_in_bf16(mode: str) -> None:
+def test_nan_loss_step_is_not_applied_in_bf16(mode: str) -> None:
     job = Job(mode=mode, precision="bf16", accumulation=3, steps=4, poison=(1, 1))
     ours, theirs = engine_runs.run(job), engine_runs.reference(job)
     assert ours.applied == [True, False, True, True]
@@ -148,7 +166,7 @@ def test_muon(mode: str, tmp_path: Path) -> None:
     assert_same_bits(engine_runs.run(job, load=str(tmp_path), first_step=4, steps=4), whole)
 
 
-def test_a_run_can_move_at_every_step(tmp_path: Path) -> None:
+def test_resume_under_another_topology_at_every_step(tmp_path: Path) -> None:
     """One training, another strategy at each of fourteen steps, twice around."""
     losses: list[float] = []
     for step, mode in enumerate([*SEVEN, *SEVEN]):

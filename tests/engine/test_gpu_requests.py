@@ -61,8 +61,19 @@ def test_auto_precision_takes_bf16_only_where_the_gpu_computes_in_it(
     assert launch.has_native_bf16() == (precision == "bf16")
 
 
-def test_auto_precision_is_fp32_on_a_cpu_and_the_launchers_where_it_says_one() -> None:
-    assert launch.resolve_precision("auto", {}, cuda=False) == "fp32"
+@pytest.mark.parametrize(("amx", "avx512", "has"), [(0, 0, ""), (0, 1, "AVX512-BF16"), (1, 1, "AMX")])
+def test_auto_precision_takes_bf16_only_on_cpus_that_compute_in_it(
+    monkeypatch: pytest.MonkeyPatch, amx: int, avx512: int, has: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
+    precision = launch.resolve_precision("auto", {}, cuda=False)
+    assert precision == ("bf16" if has else "fp32")
+    assert launch.resolve_precision("fp32", {}, cuda=False) == "fp32"
+    assert (has or "fp32") in launch.describe_precision("auto", precision, cuda=False)
+
+
+def test_auto_precision_is_the_launchers_where_it_says_one() -> None:
     assert launch.resolve_precision("auto", {"ACCELERATE_MIXED_PRECISION": "bf16"}, cuda=False) == "bf16"
 
 
@@ -91,7 +102,7 @@ def test_contradicting_precision_names_the_launchers_file(
 # ---- devices -----------------------------------------------------------------------------------------------
 
 
-def test_a_gpu_that_torch_cannot_use_is_refused(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_that_torch_cannot_use_is_refused(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver older than torch's CUDA, or a torch built for the CPU: not a silent training on the CPU."""
     pretend_cuda(monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -107,14 +118,14 @@ def test_a_gpu_that_torch_cannot_use_is_refused(smi: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "env", [{"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1,-1"}, {"ACCELERATE_USE_CPU": "true"}]
 )
-def test_a_cpu_that_was_asked_for_is_used_beside_a_gpu(
+def test_requested_cpu_is_used_on_a_machine_with_gpus(
     env: dict[str, str], smi: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_cuda(monkeypatch)
     assert not launch.uses_cuda(env)
 
 
-def test_a_machine_without_a_gpu_trains_on_the_cpu(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_without_a_gpu_trains_on_the_cpu(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_cuda(monkeypatch)
     smi.write_text("#!/bin/sh\necho No devices were found\nexit 6\n")
     assert not launch.uses_cuda({})
@@ -144,7 +155,8 @@ def test_compile_auto_is_on_for_gpus_with_a_compiler(tmp_path: Path, monkeypatch
     compiler = tmp_path / "g++"
     compiler.write_text("#!/bin/sh\n")
     compiler.chmod(0o755)
-    assert launch.compiles("auto", cuda=True)[0] is True
+    on, row = launch.compiles("auto", cuda=True)
+    assert (on, "the first step compiles" in row) == (True, True)
     assert launch.compiles(True, cuda=False)[0] is True
 
 
@@ -218,15 +230,15 @@ def sample_with_flash(mode: str) -> list[Any]:
     module: Any = engine_runs.make_model("llama", weights=engine.needs_weights)
     module.model.config._attn_implementation = "flash_attention_2"
     engine.prepare(module, engine_runs.make_optimizer("adamw"), gradient_accumulation=1, micro_batch_blocks=1)
-    with engine.full_model() as model:
-        attention = None if model is None else model.config._attn_implementation
+    with engine.sampling() as sampling:
+        attention = sampling.model.config._attn_implementation
         return [attention, torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")]
 
 
 def test_sampling_computes_in_bf16_where_flash_attention_needs_it() -> None:
-    """Flash attention takes no fp32; a sharded model is put together on the host, where there is no flash attention."""
+    """Flash attention takes no fp32; a sharded model computes in the types of the training anyway."""
     assert run_ranks(sample_with_flash, 1, "single") == [["flash_attention_2", True, torch.bfloat16]]
-    assert run_ranks(sample_with_flash, 2, "zero3")[0][0] == "sdpa"
+    assert run_ranks(sample_with_flash, 2, "zero3") == [["flash_attention_2", False, torch.bfloat16]] * 2
 
 
 # ---- a failing rank ----------------------------------------------------------------------------------------
@@ -256,3 +268,20 @@ def test_engine_of_a_failing_rank_aborts_instead_of_waiting_in_nccl(monkeypatch:
     events.clear()
     run(None)
     assert events == ["destroy"], "in good order all ranks close together"
+
+
+def test_answers_about_deepspeed_that_a_run_sets_itself_are_refused_with_the_remedy() -> None:
+    """Those of an old ``accelerate config``."""
+    env = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+        "ACCELERATE_CONFIG_DS_FIELDS": "gradient_accumulation_steps,zero_stage,zero3_init_flag",
+        "WORLD_SIZE": "1",
+    }
+    with pytest.raises(
+        RequestError, match=r"gradient_accumulation_steps, zero_stage of DeepSpeed.*accelerate_configs/zero2"
+    ):
+        launch.request(env, None)
+    env["ACCELERATE_CONFIG_DS_FIELDS"] = "zero3_init_flag,deepspeed_config_file"
+    assert launch.request(env, None).strategy == "zero2"

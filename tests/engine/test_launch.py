@@ -71,7 +71,7 @@ time.sleep(600)  # by its command line this is a torchrun
 """
 
 
-def test_a_rank_whose_launcher_dies_before_the_ranks_have_met_is_no_orphan(text: Path) -> None:
+def test_rank_whose_launcher_dies_before_rendezvous_ends(text: Path) -> None:
     """It would wait for the others, and hold its device, until engine.timeout_seconds are over."""
     with socket.socket() as nobody_listens:
         nobody_listens.bind(("127.0.0.1", 0))
@@ -135,7 +135,7 @@ def test_ranks_that_are_started_again_do_not_call_the_dead_ones(
         assert run_ranks(meet, 2, settings | again) == [(strategy, 3)] * 2
 
 
-def test_the_launch_that_silently_starts_one_process_is_refused(text: Path) -> None:
+def test_launch_that_starts_one_process_is_refused(text: Path) -> None:
     """`--cpu --num_processes 2` starts one process without a word (accelerate #2741)."""
     done = launch(["--cpu", "--num_processes", "2"], request(text, text / "trap"))
     assert done.returncode != 0

@@ -62,7 +62,7 @@ def test_cpu_2_starts_two_processes(script: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_launch_form_that_silently_starts_one_process_is_refused(script: Path) -> None:
+def test_launch_form_that_starts_one_process_is_refused(script: Path) -> None:
     code, output = launch(script, "cpu", "--num_processes", "2")
     assert code != 0
     assert "started one process although several were asked for" in output
@@ -113,7 +113,7 @@ def test_fsdp2_on_a_cpu_is_refused(script: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_line_is_explained(path: Path) -> None:
+def test_every_line_of_the_sbatch_files_is_explained(path: Path) -> None:
     """A head that says when, how and how much memory; a remark on every setting that is not plain."""
     text = path.read_text()
     head = text.split("compute_environment")[0]

@@ -168,12 +168,12 @@ def build_differently() -> str:
     return ""
 
 
-def test_a_rank_with_another_model_is_refused_on_every_rank() -> None:
+def test_rank_with_another_model_is_refused_on_every_rank() -> None:
     for answer in run_ranks(build_differently, 2):
         assert "rank 1 built a different model than rank 0 (Shape(name='model.embed_tokens.weight'" in answer
 
 
-def test_a_run_builds_what_its_engine_asks_for() -> None:
+def test_run_builds_the_model_its_engine_requires() -> None:
     """The others than rank 0 the structure; but a factory's model is whole, and that is said."""
     argv = ["--model.type", "llama", "--model.config", "{hidden_size: 8, num_attention_heads: 2}"]
     data: Any = SimpleNamespace(
@@ -192,7 +192,10 @@ def test_a_run_builds_what_its_engine_asks_for() -> None:
         config = parse.parse([*(own or argv), "--data.block_size", "8"], note=lambda line: None)
         for needs_weights in (True, False):
             engine: Any = SimpleNamespace(
-                needs_weights=needs_weights, sharded=True, gather_object=lambda word: [word]
+                needs_weights=needs_weights,
+                sharded=True,
+                tensor_parallel=1,
+                gather_object=lambda word: [word],
             )
             module = setup.open_model(config, data, engine, note=notes.append)
             assert all(p.is_meta for p in module.parameters()) == (not needs_weights and not own)
@@ -214,7 +217,7 @@ def open_what_only_rank_0_reads(folder: str) -> str:
     return ""
 
 
-def test_what_rank_0_cannot_read_is_refused_on_every_rank(tmp_path: Path) -> None:
+def test_file_unreadable_on_rank_0_is_refused_on_every_rank(tmp_path: Path) -> None:
     """The others build the structure by config.json alone, and would wait for its weights."""
     engine_runs.make_model("llama").model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"broken")

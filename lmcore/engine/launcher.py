@@ -1,0 +1,99 @@
+"""accelerate's launcher without its own traceback; ``lmcore train`` starts ``python -m lmcore.engine.launcher ARGUMENTS``.
+
+A run says in one line why it ended. ``accelerate launch`` then adds a traceback of its own, of 10 lines for one process and
+of 45 for several, turns every exit code into 1, and does not wait at Ctrl-C while the run still saves. Here the exit code is
+that of the run, nothing is added, and the launcher waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from lmcore.errors import BEFORE_THE_FIRST_STEP, EXIT_STUCK, QUIET_LAUNCHER, end_at_interrupt, end_interrupted
+
+
+def exit_code_of(codes: Sequence[int]) -> int:
+    """The exit code of a run from those of its processes that failed, the first failure first.
+
+    A process that ended by itself tells more than one that was ended because of it (by a signal, or with 71).
+
+    >>> exit_code_of([-15, 71, 2])
+    2
+    >>> exit_code_of([-9])
+    137
+    """
+    own = [code for code in codes if code > 0]
+    code = next((one for one in own if one != EXIT_STUCK), (own or list(codes) or [1])[0])
+    return code if code > 0 else 128 - code
+
+
+def why_unreadable(config_file: Path) -> str | None:
+    """Why ``accelerate launch`` ends at once with this configuration; ``None`` if it reads it."""
+    from accelerate.commands.config.config_args import load_config_from_file  # takes a second
+
+    try:
+        load_config_from_file(str(config_file))
+    except Exception as error:  # a ValueError, a TypeError or one of the YAML reader
+        return " ".join(str(error).split())
+    return None
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    """The run saves and ends, and the launcher with it; before there is a run, the launcher ends."""
+    children = psutil.Process().children()
+    if not children:
+        end_interrupted(f"lmcore train: {BEFORE_THE_FIRST_STEP}")
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if (
+                os.getpgid(child.pid) != os.getpgrp()
+            ):  # of several, each is in a session without this terminal
+                child.send_signal(number)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not accelerate's list of the defaults that it took: the run shows what it uses."""
+    return not record.getMessage().startswith("The following values were not passed to")
+
+
+def main(arguments: list[str]) -> int:
+    """Launch; returns the exit code of the run."""
+    end_at_interrupt(f"lmcore train: {BEFORE_THE_FIRST_STEP}")
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # ``lmcore train`` has blocked it
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    importlib.import_module("torch.distributed.run")  # now: its import sets the levels of its loggers
+    for name in ("multiprocessing.api", "agent.server.api"):  # they report what is handled here
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    logging.getLogger("accelerate.commands.launch").addFilter(_is_news)
+    signal.signal(signal.SIGINT, _on_interrupt)  # not SIG_IGN, which the run would inherit
+    # Of several processes torch's launcher would end with an exception, and not with the exit code of the run.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGHUP,SIGQUIT")
+    os.environ[QUIET_LAUNCHER] = "1"
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except subprocess.CalledProcessError as error:  # one process
+        return exit_code_of([error.returncode])
+    except ChildFailedError as error:
+        failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+        return exit_code_of([failure.exitcode for failure in failures])
+    except SignalException as error:  # handed on to the processes, which have ended
+        return 128 + int(error.sigval)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
