@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from lmcore.conventions import CONTEXT_FIELDS
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean
 
@@ -47,16 +48,6 @@ def known_types() -> list[str]:
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
-
-_CONTEXT_FIELDS = (
-    "max_position_embeddings",
-    "n_positions",
-    "n_ctx",
-    "max_seq_len",
-    "max_sequence_length",
-    "max_target_positions",
-    "block_size",
-)
 
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads")
 
@@ -125,7 +116,7 @@ def context_length(model: Any) -> int | None:
     if hasattr(config or model, "get_text_config"):
         places.append((config or model).get_text_config(decoder=True))
     for place in places:
-        for name in _CONTEXT_FIELDS:
+        for name in (*CONTEXT_FIELDS, "block_size"):  # the last one of a module written as nanoGPT's
             value = getattr(place, name, None)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value

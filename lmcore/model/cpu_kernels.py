@@ -9,10 +9,14 @@ Letters: B blocks, H heads, T tokens of a block, D width of a head.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lmcore.errors import RequestError
+from lmcore.model.varlen import varlen_attention
 
 ATTENTION = "lmcore"
 """The name of :func:`attention` in transformers' registries; never in a saved configuration."""
@@ -64,6 +68,11 @@ def use_faster_kernels(model: Any) -> None:
         model.config._attn_implementation = ATTENTION
 
 
+def tokens_first(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B x T, H, D)"""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -72,23 +81,43 @@ def attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    keys_of: Callable[[Tensor], Tensor] = tokens_first,
     **more: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention: ``sdpa``, but plain matrix products where those are faster.
+    """Scaled dot-product attention: ``sdpa``, but plain matrix products where those are faster, and sequence by sequence
+    (:func:`lmcore.model.varlen.varlen_attention`) where the batch has ``cu_seq_lens_q`` and ``cu_seq_lens_k``.
 
     Those are the gaps of the fused kernel on a CPU: bf16 with short blocks, and bf16 with dropout, which it does
     not support. Plain causal attention only; whatever else there is (masks, groups of heads, caches) goes to ``sdpa``.
 
     Args:
-        query: (B, H, T, D); ``key`` and ``value`` likewise.
+        query: (B, H, T, D); ``key`` and ``value`` likewise, or with fewer heads.
+        keys_of: the keys (or values) of this rank, (B, H, T, D), to those of its queries, (tokens, H, D): under context
+            parallelism they come from other ranks too.
 
     Returns:
         (B, T, H, D), and ``None`` for the attention weights, which are not kept.
     """
-    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+    with_lengths = more.get("cu_seq_lens_q") is not None
+    device = query.device.type
+    if (device == "cpu" or with_lengths) and torch.is_autocast_enabled(device):
         # As autocast would inside sdpa: rotary positions leave queries and keys in float32.
-        narrow = torch.get_autocast_dtype("cpu")
+        narrow = torch.get_autocast_dtype(device)
         query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
+    if with_lengths:
+        _check_plain(attention_mask, more)
+        mixed = varlen_attention(
+            tokens_first(query),
+            keys_of(key),
+            keys_of(value),
+            more["cu_seq_lens_q"],
+            more["cu_seq_lens_k"],
+            max_length_q=more["max_length_q"],
+            max_length_k=more["max_length_k"],
+            scale=scaling,
+            dropout=dropout,
+        )
+        return mixed.unflatten(0, (query.shape[0], query.shape[2])), None
     if not _plain_is_faster(module, query, key, value, attention_mask, dropout, more):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -98,7 +127,7 @@ def attention(
     blocks, heads, tokens, width = query.shape
     flat = (blocks * heads, tokens, width)
     # Under autocast softmax would widen the scores, and each product would make them narrow again. It computes in
-    # float32 inside, whatever comes in.
+    # Computed in float32, whatever the dtype of the input.
     with torch.autocast("cpu", enabled=False):
         future = torch.full((tokens, tokens), float("-inf"), dtype=query.dtype, device=query.device).triu_(1)
         scores = torch.baddbmm(
@@ -110,6 +139,16 @@ def attention(
         weights = nn.functional.dropout(torch.softmax(scores, dim=-1), dropout, training=True)
         mixed = torch.bmm(weights, value.reshape(flat))
     return mixed.view(query.shape).transpose(1, 2).contiguous(), None
+
+
+def _check_plain(mask: Tensor | None, more: dict[str, Any]) -> None:
+    """Sequence lengths say all of what a query sees: a mask, a window or a bias beside them would be ignored."""
+    ignored = [name for name in ("softcap", "position_bias", "cache", "s_aux") if more.get(name) is not None]
+    if mask is not None or ignored or more.get("is_causal") is False:
+        raise RequestError(
+            f"attention by sequence lengths is plain causal attention: this model gives it "
+            f"{ignored[0] if ignored else 'a mask' if mask is not None else 'is_causal False'}"
+        )
 
 
 def _plain_is_faster(

@@ -82,7 +82,8 @@ def evaluate(
             sums[1] += count.double()
             if lengths is not None:
                 labels = batch["labels"]
-                sums[2] += lengths[labels[labels != IGNORED_LABEL]].sum().double()
+                # Without a boolean index, whose size the host would have to wait for.
+                sums[2] += (lengths[labels.clamp_min(0)] * (labels != IGNORED_LABEL)).sum().double()
             if on_micro_batch is not None:
                 on_micro_batch()
     nats, tokens, scored_bytes = engine.sum_over_ranks(sums).tolist()

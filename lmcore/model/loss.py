@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,12 @@ from lmcore.errors import RequestError
 
 CHUNK_BYTES = 128 * 2**20
 """Size of one chunk's logits under ``chunk="auto"`` on a CPU: the chunked head keeps one such buffer."""
-CUDA_CHUNK_BYTES = 2**30
-"""The same on a GPU, where small matrix products would leave most of the chip idle."""
+CUDA_CHUNK_BYTES, CUDA_CHUNK_SHARE = 2**30, 64
+"""The same on a GPU, where small matrix products would leave most of the chip idle: at most 1 GiB, or this share of the
+device's memory if that is more."""
+GPU_TILE = 256, 128
+"""Rows and columns of the part of a product that one multiprocessor computes: the largest that cuBLAS usually takes, and the
+most efficient (NVIDIA, "Matrix Multiplication Background User's Guide", DU-09799-001, section 2.3)."""
 _FP16_LIFT = 8.0
 """float16 holds nothing below 6e-5: the probabilities of rare tokens would be rounded away before the loss scale,
 which arrives in backward, could lift them. Eight is far from overflow in the sum over a chunk."""
@@ -118,18 +122,78 @@ def head_logits(products: Tensor, *, scale: float = 1.0, softcap: float | None =
     return products if scale == 1.0 else products * scale
 
 
+class Gpu(NamedTuple):
+    """What the chunk depends on: multiprocessors (SMs), and bytes of memory. By default an H100 or H200 of 80 GB."""
+
+    multiprocessors: int = 132
+    memory_bytes: int = 80 * 10**9
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The numbers of a CUDA device."""
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.multi_processor_count, found.total_memory)
+
+
+def rows_of_whole_waves(most: int, *, width: int, multiprocessors: int) -> int:
+    """The most rows, not above ``most``, of a product (rows, V) x (V, width) that keeps all multiprocessors busy to the end.
+
+    With tiles of :data:`GPU_TILE` a product has ``ceil(rows / 256) ceil(width / 128)`` of them, computed in waves of one tile
+    for each multiprocessor; a last wave that is not full takes as long as a full one ("wave quantization", section 3.2 there).
+    ``w`` waves hold::
+
+        256 floor(w multiprocessors / ceil(width / 128))   rows
+
+    and the largest ``w`` is taken whose rows are within ``most``. If not even one wave is, rows are as many whole tiles as
+    are, and at least one.
+
+    Example::
+
+        rows_of_whole_waves(10_674, width=768, multiprocessors=132)     # 5632: 22 x 6 = 132 tiles, one wave
+    """
+    tile_rows, tile_columns = GPU_TILE
+    wide = -(-width // tile_columns)
+    waves = (most // tile_rows + 1) * wide // multiprocessors + 1
+    while waves and tile_rows * (waves * multiprocessors // wide) > most:
+        waves -= 1
+    rows = waves * multiprocessors // wide
+    return tile_rows * (rows or max(1, most // tile_rows))
+
+
 def choose_chunk(
-    chunk: int | str | None, *, tokens: int, vocab_size: int, device_type: str = "cpu", element_bytes: int = 2
+    chunk: int | str | None,
+    *,
+    tokens: int,
+    vocab_size: int,
+    width: int = 768,
+    element_bytes: int = 2,
+    device_type: str = "cpu",
+    gpu: Gpu | None = None,
 ) -> int:
     """Tokens per chunk of the vocabulary head; 0 = the plain head.
 
-    ``"auto"``: the fewest equal chunks whose logits stay within ``CHUNK_BYTES`` (CPU) or ``CUDA_CHUNK_BYTES``
-    (GPU). Few, because each chunk adds a product of the weight's size to the weight's gradient; not one,
-    because the buffer is what the chunked head saves. Measured in ``benchmarks/head.py``.
+    ``"auto"`` on a CPU: the fewest equal chunks whose logits stay within ``CHUNK_BYTES``. Few, because each chunk adds a
+    product of the weight's size to the weight's gradient; not one, because the buffer is what the chunked head saves. On a
+    GPU: one chunk if it is within ``CUDA_CHUNK_BYTES`` or ``1 / CUDA_CHUNK_SHARE`` of its memory, else
+    :func:`rows_of_whole_waves` for the gradient by the hidden state, the product with the fewest tiles of the three.
+    Measured on a CPU in ``benchmarks/head.py``; on a GPU not run.
+
+    Args:
+        tokens: rows of all chunks. vocab_size: columns of the logits. width: of the hidden state.
+        element_bytes: of a logit.
+        gpu: its numbers (:func:`gpu_of`).
     """
     if chunk is None or chunk == "auto":
-        budget = CUDA_CHUNK_BYTES if device_type == "cuda" else CHUNK_BYTES
-        most = max(_TILE_ROWS, budget // (element_bytes * vocab_size))
+        if device_type == "cuda":
+            gpu = gpu or Gpu()
+            budget = max(CUDA_CHUNK_BYTES, gpu.memory_bytes // CUDA_CHUNK_SHARE)
+            most = budget // (element_bytes * vocab_size)
+            if tokens <= most:
+                return tokens
+            rows = rows_of_whole_waves(most, width=width, multiprocessors=gpu.multiprocessors)
+            return min(rows, tokens)
+        most = max(_TILE_ROWS, CHUNK_BYTES // (element_bytes * vocab_size))
         rows = -(-tokens // -(-tokens // most))
         return min(-(-rows // _TILE_ROWS) * _TILE_ROWS, tokens)
     rows = int(chunk)
@@ -186,8 +250,10 @@ def causal_lm_loss(
         chunk,
         tokens=flat.shape[0],
         vocab_size=head_weight.shape[0],
-        device_type=device,
+        width=head_weight.shape[1],
         element_bytes=compute.itemsize,
+        device_type=device,
+        gpu=gpu_of(flat.device) if device == "cuda" else None,
     )
     if rows == 0:
         logits = head_logits(F.linear(flat, head_weight, head_bias), scale=scale, softcap=softcap)
@@ -281,7 +347,11 @@ def _tile_to_compile(
     z_loss: float,
     lift: float,
 ) -> Tensor:
-    """:func:`_tile` without any write but the last, so that a compiler fuses it: two reads, one write."""
+    """:func:`_tile` without any write but the last, so that a compiler fuses it: two reads, one write.
+
+    Neither form serves both uses. Not compiled, this one is 4 to 11 times slower on a CPU, because it makes many tensors of
+    the logits' size; compiled, :func:`_tile` becomes 8 kernels and not 6 (docs/log.md).
+    """
     x = head_logits(logits if logits.dtype == torch.float64 else logits.float(), scale=scale, softcap=softcap)
     slope = scale if softcap is None else scale * (1 - (x / softcap).square())
     valid = labels != IGNORED_LABEL

@@ -36,7 +36,7 @@ from lmcore.conventions import IGNORED_LABEL
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean, size
 from lmcore.model.build import random_weights
-from lmcore.model.cpu_kernels import use_faster_kernels
+from lmcore.model.cpu_kernels import ATTENTION, use_faster_kernels
 from lmcore.model.loss import causal_lm_loss, count_labels, cross_entropy_sum, head_logits
 from lmcore.plugins import import_path
 
@@ -72,6 +72,9 @@ class ModelWithLoss(nn.Module):
         probe: a small model of the same kind, whose head is examined where ``model`` has no weights.
         note: gets one line for each thing the user should know.
 
+    Attributes:
+        without_loss: set it to compute with the model through this module, whose hooks put sharded weights together.
+
     Example::
 
         module = ModelWithLoss(build_model(type="gpt2", vocab_size=8000, block_size=256, seed=0))
@@ -101,6 +104,7 @@ class ModelWithLoss(nn.Module):
         self.vocab_size: int | None = getattr(model, "real_vocab_size", None)
         self.chunk = chunk
         self.compile_head = False
+        self.without_loss = False
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
         self.loss_factory: LossFunction | None = (
@@ -164,12 +168,14 @@ class ModelWithLoss(nn.Module):
         if hasattr(self.model, "tie_weights"):
             self.model.tie_weights()  # type: ignore[operator]
 
-    def forward(self, **batch: Any) -> tuple[Tensor, Tensor]:
-        """(loss_sum float32, count int64), both 0-dim.
+    def forward(self, **batch: Any) -> Any:
+        """(loss_sum float32, count int64), both 0-dim; while :attr:`without_loss` is true, what the model itself returns.
 
         Raises:
             RequestError: a key that the model does not take, no labels, outputs that do not fit them.
         """
+        if self.without_loss:
+            return self.model(**batch)
         self._check(batch)
         smoothing = self.label_smoothing if self.training else 0.0
         z_loss = self.z_loss if self.training else 0.0
@@ -178,7 +184,7 @@ class ModelWithLoss(nn.Module):
             batch, empty = _without_filled_up_rows(batch)
         if self.head_path == "chunked":
             inputs = {key: value for key, value in batch.items() if key != "labels"}
-            with _packing_known("position_ids" in batch):
+            with _packing_known(self._is_packed(batch)):
                 hidden = self.body(**inputs)[0]
             return self.get_output_embeddings()(  # type: ignore[misc]  # there is one on this path
                 hidden,
@@ -194,7 +200,7 @@ class ModelWithLoss(nn.Module):
         inputs = {
             key: value for key, value in batch.items() if key != "labels" or "labels" in self._arguments
         }
-        with _packing_known("position_ids" in batch) if self._is_transformers else contextlib.nullcontext():
+        with _packing_known(self._is_packed(batch)) if self._is_transformers else contextlib.nullcontext():
             outputs = self.model(**inputs)
         if self.loss_factory is not None:
             return self._own_loss(outputs, batch, empty=empty)
@@ -210,11 +216,17 @@ class ModelWithLoss(nn.Module):
             logits, labels, label_smoothing=smoothing, z_loss=z_loss, vocab_size=self.vocab_size
         )
         balance = _field(outputs, "aux_loss")
-        if (
-            self.training and balance is not None
-        ):  # mixture of experts: a mean per token, as the family defines it
+        # Mixture of experts: a mean per token, as the family defines it
+        if self.training and balance is not None:
             loss_sum = loss_sum + getattr(self.config, "router_aux_loss_coef", 0.0) * balance * count
         return loss_sum, count
+
+    def _is_packed(self, batch: Mapping[str, Any]) -> bool:
+        """Whether documents must be kept apart by a mask: attention by sequence lengths needs none."""
+        by_lengths = "cu_seq_lens_q" in batch and str(self.config._attn_implementation).startswith(
+            (ATTENTION, "flash_attention")
+        )
+        return "position_ids" in batch and not by_lengths
 
     def _own_loss(self, outputs: Any, batch: Mapping[str, Any], *, empty: bool) -> tuple[Tensor, Tensor]:
         assert self.loss_factory is not None
@@ -371,9 +383,8 @@ def probe_head(model: nn.Module) -> HeadForm | str:
     finally:
         body.__dict__.pop("forward", None)
     other = f"{name} does more than a linear map, a scale and a softcap between its last hidden state and its logits"
-    if any(
-        got.is_meta or got.shape != product.shape for got, product in pairs
-    ):  # on meta: weights of the body
+    # On meta: weights of the body
+    if any(got.is_meta or got.shape != product.shape for got, product in pairs):
         return other
     small, huge = pairs[0], pairs[2]
     config: Any = model.config
@@ -422,11 +433,34 @@ def compile_regions(model: nn.Module, mode: str | None = None, **options: Any) -
     """
     if isinstance(model, ModelWithLoss):
         model.compile_head = True
+    # It cuts graphs at the borders of DDP's buckets, to overlap their reduction with the rest of one large graph. Graphs
+    # of single layers overlap anyway, and would be cut into two or three.
+    torch._dynamo.config.optimize_ddp = False
     layers = decoder_layers(model)
     for layer in layers:
         compiled = torch.compile(layer.forward, mode=mode, dynamic=False, **options)
         layer.forward = compiled
     return len(layers)
+
+
+def narrow_residual_stream(model: nn.Module) -> int:
+    """Cast what the embeddings give to autocast's type, where autocast is on; the number of embeddings.
+
+    Weights and their gradients stay as they are. Autocast leaves embeddings in fp32, and so the sum to which every layer
+    adds; with this, sums, norms and what backward keeps of them are half as large, as under strategies that compute in a
+    16-bit copy of the weights. A family that adds in fp32 (Mixtral's routed experts) widens the sum again in its first layer.
+    """
+    inner = model.model if isinstance(model, ModelWithLoss) else model
+    of_layers = {module for layer in decoder_layers(inner) for module in layer.modules()}
+    embeddings = [m for m in inner.modules() if isinstance(m, nn.Embedding) and m not in of_layers]
+    for embedding in embeddings:
+        embedding.register_forward_hook(_in_type_of_autocast)
+    return len(embeddings)
+
+
+def _in_type_of_autocast(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    device = output.device.type
+    return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
 
 
 def enable_activation_checkpointing(model: nn.Module, *, every: int = 1) -> int:
@@ -466,6 +500,16 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     embedding = sum(p.numel() for p in embeddings.values())
     trained = sum(p.numel() for p in seen.values() if p.requires_grad)
     return {"total": total, "trained": trained, "embedding": embedding, "body": total - embedding}
+
+
+def multiplied_parameters(model: nn.Module) -> int:
+    """Parameters that multiply: all but the embeddings that are only looked up."""
+    counts = parameter_counts(model)
+    inner: Any = model.model if isinstance(model, ModelWithLoss) else model
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    tied = head is not None and not head_parameters(inner)
+    weight = getattr(head, "weight", None)
+    return counts["body"] + (weight.numel() if tied and weight is not None else 0)
 
 
 def head_parameters(model: nn.Module) -> set[str]:

@@ -102,7 +102,7 @@ def parameter_groups(
     head: Collection[str] = (),
     lr_multipliers: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups ``{"params", "names", "weight_decay", "hidden", "lr_multiplier"}`` of the trained parameters.
+    """Groups ``{"params", "names", "weight_decay", "decays", "hidden", "lr_multiplier"}`` of the trained parameters.
 
     ``hidden`` marks the two-dimensional matrices inside the network, which Muon takes. Embeddings and heads are
     not among them. Kinds with equal settings share a group; empty groups are left out.
@@ -130,6 +130,7 @@ def parameter_groups(
                     "params": [],
                     "names": [],
                     "weight_decay": decay,
+                    "decays": decay > 0,
                     "hidden": is_hidden,
                     "lr_multiplier": multipliers[kind],
                 },
@@ -247,6 +248,13 @@ def set_momentum(optimizer: Any, momentum: float) -> None:
             group["momentum"] = momentum
 
 
+def set_weight_decay(optimizer: Any, weight_decay: float) -> None:
+    """Set the weight decay of the groups that decay (see :func:`parameter_groups`)."""
+    for group in optimizer.param_groups:
+        if group.get("decays"):
+            group["weight_decay"] = weight_decay
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for the ``hidden`` groups and torch's AdamW for the others, as one optimizer.
 
@@ -282,7 +290,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        # The same dictionaries and the same mapping: whoever saves, loads or shards this optimizer sees one.
+        # The same dictionaries and the same mapping: code that saves, loads or shards this optimizer sees one.
         if self._adamw is not None:
             self._adamw.param_groups = [group for group in self.param_groups if not group["hidden"]]
             self._adamw.state = self.state
@@ -319,14 +327,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         wanted = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov: one step ahead
         for batch in _by_shape(matrices):
             updates = _orthogonalized([wanted[index] for index in batch])
-            for index, update in zip(batch, updates):
-                parameter = matrices[index]
-                if self._cautious:
+            parameters = [matrices[index] for index in batch]
+            if self._cautious:
+                for parameter, update in zip(parameters, updates):
                     shrinks = (update * parameter) > 0
                     parameter.sub_(parameter * shrinks, alpha=rate * group["weight_decay"])
-                else:
-                    parameter.mul_(1 - rate * group["weight_decay"])
-                parameter.add_(update, alpha=-rate * 0.2 * math.sqrt(max(parameter.shape)))
+            else:
+                torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+            torch._foreach_add_(parameters, updates, alpha=-rate * 0.2 * math.sqrt(max(parameters[0].shape)))
 
 
 def _by_shape(matrices: Sequence[Tensor]) -> list[list[int]]:
@@ -348,10 +356,12 @@ def _orthogonalized(matrices: list[Any]) -> list[Any]:
     """:func:`orthogonalize` of matrices of one shape, (a, b) or (b, a) with a <= b; sharded ones are gathered."""
     whole = [m.full_tensor() if hasattr(m, "full_tensor") else m for m in matrices]
     wide = [m if m.shape[0] <= m.shape[1] else m.mT for m in whole]
-    made = orthogonalize(torch.stack([m.to(torch.bfloat16) for m in wide]))
+    batch = wide[0].new_empty(len(wide), *wide[0].shape, dtype=torch.bfloat16)
+    torch._foreach_copy_(list(batch.unbind()), wide)  # one launch, which rounds as well
+    made = orthogonalize(batch).to(whole[0].dtype)
     results: list[Any] = []
-    for one, full, update in zip(matrices, whole, made):
-        update = (update if full.shape[0] <= full.shape[1] else update.mT).to(full.dtype)
+    for one, full, update in zip(matrices, whole, made.unbind()):
+        update = update if full.shape[0] <= full.shape[1] else update.mT
         if one is not full:  # a DTensor: this rank's shard again, which takes no communication
             from torch.distributed.tensor import distribute_tensor
 

@@ -1,8 +1,10 @@
-"""Learning-rate schedules: pure functions of the step, so that a resumed run needs no scheduler state."""
+"""Schedules: pure functions of the position in the run, so that a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 
 from lmcore.conventions import SCHEDULES
 from lmcore.errors import RequestError
@@ -18,18 +20,23 @@ def learning_rate(
     total_steps: int,
     decay_steps: int = 0,
     min_ratio: float = 0.1,
+    step_length: int = 1,
 ) -> float:
     """The learning rate of update ``step``, counted from 0.
 
-    The warm-up is linear, ``peak * (step + 1) / warmup_steps``: the first update is not wasted, the last one
+    Where the global batch changes in the run, all lengths are in blocks instead of steps, ``step`` is the blocks before
+    the update, and ``step_length`` those of the update itself.
+
+    The warm-up is linear, ``peak * (step + step_length) / warmup_steps``: the first update is not wasted, the last one
     of the warm-up is at the peak. Then, with ``t`` from 0 to 1 over the rest of the run and the floor
     ``f = min_ratio * peak``:
 
     - ``constant``: peak
     - ``linear``: ``peak - (peak - f) * t``; to zero with ``min_ratio=0``
+    - ``linear_to_zero``: the same with f = 0, whatever ``min_ratio`` is
     - ``cosine``: ``f + (peak - f) * (1 + cos(pi t)) / 2`` (Loshchilov & Hutter 2017)
     - ``wsd``: peak, then linear to the floor over the last ``decay_steps`` (Hu et al. 2024, arXiv 2404.06395)
-    - ``inverse_sqrt``: ``max(f, peak * sqrt(max(warmup_steps, 1) / (step + 1)))`` (Vaswani et al. 2017)
+    - ``inverse_sqrt``: ``max(f, peak * sqrt(max(warmup_steps, step_length) / (step + step_length)))`` (Vaswani et al. 2017)
 
     After the last step the rate stays where it ended.
 
@@ -42,10 +49,10 @@ def learning_rate(
     """
     check_schedule(schedule, warmup_steps=warmup_steps, total_steps=total_steps, decay_steps=decay_steps)
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    floor = min_ratio * peak
+        return peak * min(step + step_length, warmup_steps) / warmup_steps
+    floor = 0.0 if schedule == "linear_to_zero" else min_ratio * peak
     t = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    if schedule == "linear":
+    if schedule in ("linear", "linear_to_zero"):
         return peak - (peak - floor) * t
     if schedule == "cosine":
         return floor + (peak - floor) * (1 + math.cos(math.pi * t)) / 2
@@ -53,7 +60,7 @@ def learning_rate(
         done = (step - (total_steps - decay_steps)) / max(1, decay_steps)
         return peak - (peak - floor) * min(1.0, max(0.0, done))
     if schedule == "inverse_sqrt":
-        return max(floor, peak * math.sqrt(max(warmup_steps, 1) / (step + 1)))
+        return max(floor, peak * math.sqrt(max(warmup_steps, step_length) / (step + step_length)))
     return peak
 
 
@@ -66,6 +73,28 @@ def momentum(step: int, *, start: float, end: float, warmup_steps: int) -> float
     if step >= warmup_steps:
         return end
     return start + (end - start) * step / warmup_steps
+
+
+def on_curve(
+    place: float, places: Sequence[float], values: Sequence[float], *, shape: str = "linear"
+) -> float:
+    """The value at ``place`` of a curve through the points (``places[i]``, ``values[i]``), which rise.
+
+    Between two points in a straight line, or, with ``shape="cosine"``, along half a cosine wave; outside of them the
+    value of the nearest.
+
+    Example::
+
+        on_curve(75, [0, 50, 100], [0.0, 1.0, 0.0])  # 0.5
+    """
+    after = bisect_right(places, place)
+    if after in (0, len(places)):
+        return values[max(0, after - 1)]
+    start, stop = places[after - 1], places[after]
+    t = (place - start) / (stop - start)
+    if shape == "cosine":
+        t = (1 - math.cos(math.pi * t)) / 2
+    return values[after - 1] + (values[after] - values[after - 1]) * t
 
 
 def check_schedule(schedule: str, *, warmup_steps: int, total_steps: int, decay_steps: int = 0) -> None:

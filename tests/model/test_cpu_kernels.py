@@ -123,7 +123,7 @@ def test_rotary_models_take_plain_attention_under_autocast(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
-def test_the_tanh_form_of_gelu_is_the_fused_kernel(activation: str) -> None:
+def test_tanh_gelu_is_the_fused_kernel(activation: str) -> None:
     built: Any = build_model(
         type="gpt2",
         config_overrides={"n_layer": 1, "n_embd": 32, "n_head": 2, "activation_function": activation},

@@ -62,9 +62,8 @@ def test_lora_trains_only_the_adapters_and_the_checkpoint_has_all_weights(text: 
     for name, tensor in after.items():
         if name.startswith("model/") and name not in adapters:
             plain = before[name.replace(".base_layer", "")]
-            real = slice(
-                0, 330 if len(plain) == 384 else None
-            )  # the export has no padding; it is zero afterwards
+            # The export has no padding; it is zero afterwards
+            real = slice(0, 330 if len(plain) == 384 else None)
             assert torch.equal(tensor[real], plain[real]), name
     moved = {name for name in after if name.startswith("optim/")}
     assert moved
@@ -100,13 +99,15 @@ def test_peft_applies_the_exported_adapter_to_the_base_model(whole: Path) -> Non
         )
 
 
-def test_the_start_table_and_the_model_card_say_what_is_trained(whole: Path) -> None:
+def test_start_table_and_card_say_what_is_trained(whole: Path) -> None:
     method = "LoRA rank 4, alpha 8, dropout 0.1 in c_attn"
     assert f"1,024 trained ({method})" in (whole / "train.log").read_text()
     card = (whole / "export" / "README.md").read_text()
     assert f"- method: {method}; 1,024 parameters trained, the others frozen" in card
     assert "continued from `base/export`" in card
     assert str(whole.parent) not in card
+    log = (whole / "train.log").read_text()
+    assert "py.warnings" not in log, "the export asks no one for the base model"
 
 
 def test_lora_resume_is_bit_exact(text: Path, whole: Path) -> None:
@@ -117,6 +118,7 @@ def test_lora_resume_is_bit_exact(text: Path, whole: Path) -> None:
     assert_same_state(weights(stopped), weights(whole))
 
 
+@pytest.mark.slow
 def test_lora_ddp_trains_the_same_adapters(text: Path, whole: Path) -> None:
     options = {"model__lora__dropout": 0.0, "train__micro_batch_blocks": 3}
     one, two = text / "one", text / "two"

@@ -16,10 +16,12 @@ from lmcore.model import loss as loss_module
 from lmcore.model.loss import (
     CHUNK_BYTES,
     IGNORED_LABEL,
+    Gpu,
     causal_lm_loss,
     choose_chunk,
     count_labels,
     cross_entropy_sum,
+    rows_of_whole_waves,
     token_losses,
 )
 
@@ -172,9 +174,8 @@ def test_bfloat16_autocast_is_as_exact_chunked_as_plain(chunk: int, softcap: flo
     true_gradients = gradients(truth, [hidden, weight], 1 / 128)
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = causal_lm_loss(hidden, weight, None, labels, chunk=chunk, **options)
-    assert (
-        loss.dtype == torch.float32
-    )  # torch 2.13's own chunked loss accumulates in bfloat16 and is off by 2 %
+    # Torch 2.13's own chunked loss accumulates in bfloat16 and is off by 2 %
+    assert loss.dtype == torch.float32
     # Inputs rounded to 8 bits: logits of size |h||w| ~ 6 move by up to 2**-8 relative, the sum much less.
     torch.testing.assert_close(loss, truth.float(), rtol=2e-3, atol=0)
     for ours, theirs in zip(gradients(loss, [hidden, weight], 1 / 128), true_gradients):
@@ -268,6 +269,43 @@ def test_choose_chunk() -> None:
     assert choose_chunk("auto", tokens=10**5, vocab_size=10**7) == 64
     with pytest.raises(RequestError, match=r"loss\.chunk"):
         choose_chunk(-1, tokens=1, vocab_size=1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "width", "gpu", "rows"),
+    [
+        # H200, 141 GB: 2.2 GB of logits are 21,898 rows. GPT-2 124M: 22 tiles of 256 rows a wave of 132 / 6 tiles, 3 waves.
+        (65_536, 50_304, 768, Gpu(132, 141 * 10**9), 3 * 22 * 256),
+        (65_536, 50_304, 1_600, Gpu(132, 141 * 10**9), 256 * (8 * 132 // 13)),  # 1.5B: 13 tiles wide
+        (65_536, 50_304, 768, Gpu(132, 80 * 10**9), 2 * 22 * 256),  # H100, 80 GB
+        (65_536, 50_304, 768, Gpu(108, 40 * 10**9), 2 * 18 * 256),  # A100: the 1 GiB that every GPU may take
+        (16_384, 128_256, 2_048, Gpu(132, 141 * 10**9), 256 * (4 * 132 // 16)),  # Llama 1B
+        (16_384, 128_256, 2_048, Gpu(128, 24 * 10**9), 2 * 8 * 256),  # 4,185 rows: 2 waves of 8 x 16 tiles
+        (16_384, 10**6, 768, Gpu(132, 24 * 10**9), 2 * 256),  # 536 rows, less than one wave: whole tiles
+        (16_384, 10**8, 768, Gpu(132, 24 * 10**9), 256),  # a wave has no less than one row of tiles
+        (4_096, 50_304, 768, Gpu(132, 80 * 10**9), 4_096),  # one chunk
+    ],
+)
+def test_chunk_on_a_gpu_fills_whole_waves(tokens: int, vocab: int, width: int, gpu: Gpu, rows: int) -> None:
+    on_gpu = {"device_type": "cuda", "gpu": gpu, "width": width}
+    assert choose_chunk("auto", tokens=tokens, vocab_size=vocab, **on_gpu) == rows  # type: ignore[arg-type]
+    assert choose_chunk(300, tokens=tokens, vocab_size=vocab, **on_gpu) == 300  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 100_000), st.integers(1, 20_000), st.integers(1, 200))
+def test_rows_of_whole_waves_are_the_most_that_leave_no_room_for_another_row_of_tiles(
+    most: int, width: int, multiprocessors: int
+) -> None:
+    rows = rows_of_whole_waves(most, width=width, multiprocessors=multiprocessors)
+    high, wide = rows // 256, -(-width // 128)
+    assert rows % 256 == 0
+    assert rows <= max(256, most)
+
+    def waves(tile_rows: int) -> int:
+        return -(-tile_rows * wide // multiprocessors)
+
+    fuller = [n for n in range(1, most // 256 + 1) if waves(n + 1) > waves(n)]
+    assert high == (fuller[-1] if fuller else max(1, most // 256))
 
 
 def test_wrong_shapes_and_labels_are_refused_with_the_remedy() -> None:

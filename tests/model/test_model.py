@@ -151,11 +151,11 @@ def same_structure(empty: Any, real: Any) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_without_weights_is_the_same_model(family: str) -> None:
+def test_model_built_without_weights_is_the_same_model(family: str) -> None:
     same_structure(build(family, weights=False), build(family))
 
 
-def test_a_pretrained_model_without_weights_is_the_same_model(tmp_path: Path) -> None:
+def test_pretrained_model_without_weights_is_the_same_model(tmp_path: Path) -> None:
     build("gpt2").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
     given = {"overrides": {}, "from_pretrained": str(tmp_path)}
@@ -365,9 +365,7 @@ def test_from_pretrained_keeps_the_logits(tmp_path: Path) -> None:
         build("llama", {"num_layers": 3}, from_pretrained=str(folder))
 
 
-def test_the_commit_of_a_model_of_the_hub_is_taken_for_all_files_and_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_revision_is_pinned_for_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache of the Hub, with two commits of one model; ``main`` moves on while it is being loaded."""
     from transformers import AutoModelForCausalLM
 

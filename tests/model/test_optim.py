@@ -81,14 +81,14 @@ def test_train_only_and_freeze() -> None:
 
 
 @pytest.mark.parametrize("option", ["train_only", "freeze"])
-def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(option: str) -> None:
+def test_unmatched_parameter_pattern_is_refused_with_the_nearest_name(option: str) -> None:
     with pytest.raises(
         RequestError, match=rf"optim\.{option} 'wtte\.weight' matches no parameter.*'wte\.weight'"
     ):
         optim.choose_trained(make().named_parameters(), **{option: ["wtte.weight"]})
 
 
-def test_nothing_left_to_train_is_refused() -> None:
+def test_no_trainable_parameter_is_refused() -> None:
     with pytest.raises(RequestError, match="no parameter to train"):
         optim.choose_trained(make().named_parameters(), freeze=["*"])
 
@@ -249,6 +249,47 @@ def test_muon_batches_tall_and_wide_matrices_as_each_by_itself() -> None:
     alone = [updated(parameters([index]))[0] for index in range(4)]
     for one, other in zip(together, alone):
         torch.testing.assert_close(one, other, rtol=0, atol=0.1 * 0.2 * 32**0.5 * 2**-7)
+
+
+@pytest.mark.parametrize(("name", "most"), [("adamw", 10), ("sgd", 6), ("muon", 80)])
+def test_update_of_a_deeper_model_takes_no_more_launches(name: str, most: int) -> None:
+    """Each is a launch on a GPU: one by one they would take longer than the arithmetic. Views are none."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from lmcore.model.build import build_model
+
+    views = (
+        "transpose",
+        "view",
+        "expand",
+        "unbind",
+        "select",
+        "slice",
+        "record_function",
+        "RecordFunction",
+        "detach",
+    )
+
+    class Launches(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += not any(view in str(function) for view in views)
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for layers in (2, 6):
+        fields = {"n_layer": layers, "n_embd": 32, "n_head": 2}
+        model: Any = build_model(type="gpt2", config_overrides=fields, vocab_size=64, block_size=16, seed=0)
+        groups = optim.parameter_groups(model.named_parameters(), weight_decay=0.1)
+        optimizer = optim.build_optimizer(name, groups, lr=1e-3)
+        for _ in range(2):  # the first makes the state
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            with Launches() as launches:
+                optimizer.step()
+        counts.append(launches.count)
+    assert counts[0] == counts[1] <= most
 
 
 def test_cautious_weight_decay_only_where_the_update_shrinks_a_weight() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from lmcore.config.parse import parse
 from lmcore.config.presets import SHAPES, describe_preset, model_type_and_fields, zero_init
+from lmcore.data.steps import StepPlan
 from lmcore.errors import RequestError
 from lmcore.model import schedules
 from lmcore.model.build import build_model
@@ -30,7 +31,12 @@ def built(*words: str) -> ModelWithLoss:
 
 @pytest.mark.parametrize(
     ("preset", "class_name"),
-    [("gpt2", "GPT2LMHeadModel"), ("modern", "NanoChatForCausalLM"), ("modern_gguf", "Qwen3ForCausalLM")],
+    [
+        ("gpt2", "GPT2LMHeadModel"),
+        ("modern", "NanoChatForCausalLM"),
+        ("modern_gguf", "Qwen3ForCausalLM"),
+        ("modern_conv", "Lfm2ForCausalLM"),
+    ],
 )
 def test_preset_is_a_plain_transformers_class(preset: str, class_name: str) -> None:
     module = built("--model.preset", preset, "--data.block_size", "64")
@@ -43,7 +49,7 @@ def test_preset_is_a_plain_transformers_class(preset: str, class_name: str) -> N
     assert int(count) == 64
 
 
-@pytest.mark.parametrize("preset", ["gpt2", "modern", "modern_gguf"])
+@pytest.mark.parametrize("preset", ["gpt2", "modern", "modern_gguf", "modern_conv"])
 @pytest.mark.parametrize(("size", "expected"), [("124M", 124e6), ("350M", 350e6), ("1B", 1e9)])
 def test_sizes_have_about_their_number_of_parameters(preset: str, size: str, expected: float) -> None:
     type, fields = model_type_and_fields(options("--model.preset", preset, "--model.size", size))
@@ -71,7 +77,16 @@ def test_options_override_single_fields_and_the_size_is_shown() -> None:
     )
 
 
-def test_a_size_without_a_preset_is_refused() -> None:
+def test_preset_with_convolutions_has_attention_in_every_other_layer_and_in_the_last() -> None:
+    words = ["--model.preset", "modern_conv", "--model.config.num_hidden_layers"]
+    for layers in (1, 2, 5):
+        types = model_type_and_fields(options(*words, str(layers)))[1]["layer_types"]
+        assert types[::-1] == (["full_attention", "conv"] * layers)[:layers]
+    config = options("--model.preset", "modern_conv", "--model.size", "8M")
+    assert describe_preset(config) == "modern_conv 8M: lfm2, 8 layers, width 256, 4 heads, context 256"
+
+
+def test_size_without_a_preset_is_refused() -> None:
     with pytest.raises(RequestError, match=r"model\.size 15M .*model\.preset"):
         options("--model.size", "15M")
 
@@ -85,7 +100,7 @@ def test_preset_replaces_the_recipes_type_and_repeats_from_its_own_file(tmp_path
     assert parse(["--config", str(tmp_path / "again.yaml")]).model == config.model
 
 
-@pytest.mark.parametrize("preset", ["gpt2", "modern", "modern_gguf"])
+@pytest.mark.parametrize("preset", ["gpt2", "modern", "modern_gguf", "modern_conv"])
 def test_zero_init_makes_every_layer_the_identity(preset: str) -> None:
     module = built("--model.preset", preset, "--model.zero_init", "true")
     model: Any = module.model
@@ -100,6 +115,7 @@ def test_zero_init_makes_every_layer_the_identity(preset: str) -> None:
 
 def test_modern_presets_start_at_zero_unless_told_otherwise() -> None:
     assert zero_init(options("--model.preset", "modern"))
+    assert zero_init(options("--model.preset", "modern_conv"))
     assert not zero_init(options("--model.preset", "modern", "--model.zero_init", "false"))
     assert not zero_init(options())
     with pytest.raises(RequestError, match=r"model\.zero_init"):
@@ -108,12 +124,13 @@ def test_modern_presets_start_at_zero_unless_told_otherwise() -> None:
 
 def sizes(steps: int) -> Sizes:
     return Sizes(
-        global_batch_blocks=4,
+        steps=StepPlan.constant(4),
+        world_size=1,
         micro_batch_blocks=4,
-        accumulation=1,
         block_size=64,
-        steps_per_epoch=None,
+        epoch_blocks=None,
         total_steps=steps,
+        total_blocks=4 * steps,
         end_position=None,
     )
 

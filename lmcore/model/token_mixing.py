@@ -1,0 +1,131 @@
+"""How a model mixes tokens, found by trying: whether attention by sequence lengths is all there is.
+
+Keeping documents apart by sequence lengths, and computing parts of a block on several ranks, is right only for a model whose
+tokens meet in plain causal attention and nowhere else. No list of families says so: the model runs over four tokens with an
+attention in which each token sees only itself; then no token may depend on another one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmcore.model.build import random_weights
+from lmcore.model.cpu_kernels import ATTENTION, attention
+
+_TOKENS = 4
+
+
+def why_no_sequence_lengths(model: nn.Module, block_size: int) -> str | None:
+    """Why documents of this model must be kept apart by a mask; ``None`` if sequence lengths do it.
+
+    Args:
+        model: before it is wrapped, in a :class:`~lmcore.model.module.ModelWithLoss` or not; empty weights are taken
+            as random.
+    """
+    model = _user_model(model)
+    if (reason := _no_own_attention(model)) is not None:
+        return reason
+    # To mypy an attribute of a torch module is a tensor or a module.
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    for name in ("sliding_window", "attention_chunk_size"):
+        window = getattr(config, name, None)
+        if isinstance(window, int) and window <= block_size:
+            return (
+                f"its attention has a window ({name} {window}) that is not longer than a block ({block_size})"
+            )
+    seen, _ = _run(model)
+    if isinstance(seen, str):
+        return seen
+    if not seen:
+        return f"{model.__class__.__name__} computes attention in code of its own"
+    for call in seen:
+        if "cu_seq_lens_q" not in call:
+            return f"{model.__class__.__name__} does not hand sequence lengths on to its attention"
+        extra = [name for name in ("position_bias", "softcap", "s_aux") if call.get(name) is not None]
+        if extra or call["mask"] is not None or call.get("is_causal") is False:
+            return f"its attention is not plain causal attention ({extra[0] if extra else 'a mask'})"
+    return None
+
+
+def why_no_context_parallel(model: nn.Module, block_size: int) -> str | None:
+    """Why blocks of this model cannot be shared by several ranks; ``None`` if they can."""
+    model = _user_model(model)
+    if (reason := why_no_sequence_lengths(model, block_size)) is not None:
+        return reason
+    if getattr(model.config, "output_router_logits", False):
+        return "the balance loss of its experts is a mean over whole blocks"
+    _, mixed = _run(model)
+    return mixed
+
+
+def attention_dropout(model: nn.Module) -> float:
+    """The probability of dropping attention weights in training."""
+    config = getattr(_user_model(model), "config", None)
+    return float(getattr(config, "attn_pdrop", None) or getattr(config, "attention_dropout", None) or 0.0)
+
+
+def _user_model(module: nn.Module) -> Any:
+    """The model inside of a module with a loss."""
+    return getattr(module, "model", module) if hasattr(module, "head_path") else module
+
+
+def _no_own_attention(model: Any) -> str | None:
+    name = model.__class__.__name__
+    chosen = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if not hasattr(model, "base_model") or chosen is None:
+        return f"{name} is not a model of transformers with its attention interface"
+    if chosen != ATTENTION:
+        return f"its attention is {chosen}, not sdpa"
+    return None
+
+
+def _run(model: Any) -> tuple[list[dict[str, Any]] | str, str | None]:
+    """What each attention call of a forward gets, and whether tokens meet anywhere else. A string: it cannot run."""
+    from transformers import AttentionInterface
+
+    seen: list[dict[str, Any]] = []
+
+    def only_itself(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any
+    ) -> tuple[Tensor, None]:
+        seen.append({**more, "mask": mask})
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(
+            1, 2
+        ).contiguous(), None
+
+    body, training = model.base_model, model.training
+    lengths = torch.tensor([0, _TOKENS], dtype=torch.int32)
+    batch = {
+        "position_ids": torch.arange(_TOKENS)[None],
+        "cu_seq_lens_q": lengths,
+        "cu_seq_lens_k": lengths,
+        "max_length_q": _TOKENS,
+        "max_length_k": _TOKENS,
+    }
+
+    def hidden(ids: list[int]) -> Tensor:
+        return body(input_ids=torch.tensor([ids]), **batch)[0][0]
+
+    from lmcore.model.module import _packing_known
+
+    AttentionInterface.register(ATTENTION, only_itself)
+    try:
+        with torch.no_grad(), random_weights(list(body.modules()), zeros=True), _packing_known(False):
+            model.eval()
+            plain, first, last = hidden([1, 2, 3, 4]), hidden([5, 2, 3, 4]), hidden([1, 2, 3, 5])
+    except Exception as error:  # any family may do anything with four tokens, and take any arguments
+        return f"{model.__class__.__name__} could not be tried ({error.__class__.__name__})", None
+    finally:
+        model.train(training)
+        AttentionInterface.register(ATTENTION, attention)
+    # Rounding may depend on the shape of a product, never on the other rows by more than that.
+    close = torch.allclose(plain[1:], first[1:], rtol=1e-3, atol=1e-5)
+    if not (close and torch.allclose(plain[:-1], last[:-1], rtol=1e-3, atol=1e-5)):
+        return (
+            seen,
+            "its tokens also meet outside of attention (a state, a convolution or a shift over the block)",
+        )
+    return seen, None
