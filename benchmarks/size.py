@@ -1,0 +1,237 @@
+"""How near the choice of lmcore size comes to the best of a grid, and how often the loss lies in its interval.
+
+    python benchmarks/size.py grid                 # sizes x rates x batches x seeds; stored one by one, so that it can be stopped
+    python benchmarks/size.py ladder               # the ladder of the same budgets, and the runs that it chooses
+    python benchmarks/size.py report               # regret, error, coverage, transfer of the rate
+
+A budget is a number of FLOPs, not of seconds: the tokens of a run are ``budget / FLOPs a token``, so that neighbours on the machine
+change nothing and a grid can be computed in pieces. Every run is train_lm.py with the recipe that lmcore size would write. Results:
+``results/size.json``, one record a run, with hardware and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, machine, table
+
+from lmcore.cli.size import SHARE, START_RATES, counted
+from lmcore.config import yaml
+from lmcore.config.parse import parse
+from lmcore.config.schema import RunConfig, plain
+from lmcore.plan import scaling
+from lmcore.run import ladder, planning, setup
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Case:
+    """A text with its tokenizer, and the models of the family."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked = asked
+        words = ["--data.train", asked.train, "--data.valid_fraction", "0.03", "--data.block_size", str(asked.block_size),
+                 "--tokenizer.vocab_size", str(asked.vocab_size), "--optim.name", "muon", "--train.precision", "fp32",
+                 "--data.store_dir", str(asked.work / "stores")]  # fmt: skip
+        self.config = parse(words, default_recipe=None)
+        self.config = replace(self.config, model=replace(self.config.model, preset="modern"))
+        home = asked.work / asked.name / "tokenizer"
+        data = setup.open_data(self.config, home)
+        self.home, self.unique_tokens = home, data.train.epoch_blocks * data.block_size
+        assert data.encoder is not None
+        self.members = {}
+        for width in ladder.WIDTHS[: ladder.WIDTHS.index(asked.widest) + 1]:
+            model = replace(
+                RunConfig().model, **ladder.with_member(self.config, width, block_size=asked.block_size)
+            )
+            module = planning.model_without_weights(
+                replace(self.config, model=model),
+                vocab_size=data.encoder.vocab_size, block_size=asked.block_size, note=lambda line: None,
+            )  # fmt: skip
+            self.members[f"w{width}"] = counted(module, width, asked.block_size)
+
+    def base(self, member: str, seed: int) -> dict[str, Any]:
+        """The options that all runs of a size share."""
+        values = ladder.changed(self.config)
+        values.pop("run_dir", None)
+        values |= {
+            "seed": seed, "tokenizer": {"path": str(self.home)}, "evaluate": {"blocks": self.asked.eval_blocks},
+            "model": ladder.with_member(self.config, self.members[member].width, block_size=self.asked.block_size),
+        }  # fmt: skip
+        return values
+
+    def steps(self, member: str, budget: float, blocks: int) -> int:
+        """Of a run that spends the budget."""
+        tokens = budget / self.members[member].flops_per_token
+        return max(10, int(tokens / blocks / self.asked.block_size) // 10 * 10)
+
+
+def train(values: dict[str, Any], folder: Path) -> float:
+    """Run it; its last validation loss, infinite where it diverged."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.dump(plain(values)), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "train_lm.py"), "--config", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 70):
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    loss = ladder.read_result(Path(values["run_dir"])).loss
+    assert loss is not None
+    return loss
+
+
+def one_run(
+    case: Case, results: dict[str, Any], member: str, rate: float, blocks: int, steps: int, seed: int
+) -> float:
+    """The loss of a whole WSD run: from the results, or trained and kept."""
+    name = f"{case.asked.name}-{member}-b{blocks}-lr{rate:.4g}-{steps}-s{seed}"
+    if name not in results:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            design = ladder.Design(members=(member,), steps=(steps,), rate=rate, batch_blocks=blocks,
+                                   block_size=case.asked.block_size)  # fmt: skip
+            values = ladder.rung_values(case.base(member, seed), design, design.rung(member, rate, 1), folder)
+            values["checkpoint"]["every"] = "never"
+            loss = train(values, folder)
+        results[name] = {
+            "corpus": case.asked.name, "member": member, "parameters": case.members[member].parameters, "rate": rate,
+            "blocks": blocks, "steps": steps, "tokens": steps * blocks * case.asked.block_size, "seed": seed,
+            "flops": steps * blocks * case.asked.block_size * case.members[member].flops_per_token,
+            "loss": loss if math.isfinite(loss) else None, "machine": machine(),
+        }  # fmt: skip
+        case.asked.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {loss:.4f}", flush=True)
+    loss = results[name]["loss"]
+    return math.inf if loss is None else float(loss)
+
+
+def grid(case: Case, results: dict[str, Any]) -> None:
+    """Every size, rate and batch for every budget and seed; the cheapest budget first."""
+    for budget in sorted(case.asked.budgets):
+        for seed in range(1, case.asked.seeds + 1):
+            for member in case.members:
+                for blocks in case.asked.batches:
+                    for rate in case.asked.rates:
+                        one_run(case, results, member, rate, blocks, case.steps(member, budget, blocks), seed)
+
+
+def climb(case: Case, results: dict[str, Any]) -> None:
+    """For every budget the ladder of a tenth of it, its choice, and the run that was chosen."""
+    for budget in sorted(case.asked.budgets):
+        speed = {name: 1 / m.flops_per_token for name, m in case.members.items()}  # a second is a FLOP here
+        ladder.STARTUP_SECONDS = 0.0
+        by_size = {float(m.parameters): budget / m.flops_per_token for m in case.members.values()}
+        laws = scaling.published(list(by_size), by_size.__getitem__, case.unique_tokens)
+        design = ladder.design(
+            [(m, speed[name]) for name, m in case.members.items()], ladder_seconds=SHARE * budget,
+            budget_of=lambda needed: needed / SHARE, wanted_parameters=laws[1].parameters or min(by_size),
+            rate=START_RATES["muon"], block_size=case.asked.block_size, largest_batch_blocks=case.asked.batches[-1],
+        )  # fmt: skip
+        losses: dict[str, float] = {}
+        while waiting := ladder.due(design, losses):
+            for (
+                rung
+            ) in waiting:  # each from its start: the same digits as going on, and results that stand alone
+                losses[rung.name] = one_run(
+                    case, results, rung.member, rung.rate, rung.batch_blocks, rung.steps, 1
+                )
+        fitted = scaling.fit(ladder.points(design, case.members, losses), case.unique_tokens)
+        candidates = [
+            scaling.Candidate(name=name, parameters=m.parameters, tokens_per_second=speed[name])
+            for name, m in case.members.items()
+        ]
+        chosen = scaling.choices(candidates, fitted, budget * (1 - SHARE))[0]
+        best = []
+        for name in design.members:
+            tried = design.rates(name, losses)
+            best.append(
+                (
+                    float(case.members[name].parameters),
+                    scaling.lowest_of_parabola(list(tried), list(tried.values())),
+                )
+            )
+        blocks = ladder.best_batch(design, losses)
+        rate, _ = scaling.transferred_rate(best, chosen.candidate.parameters)
+        rate = float(f"{rate * math.sqrt(blocks / design.batch_blocks):.2g}")
+        steps = case.steps(chosen.candidate.name, budget * (1 - SHARE), blocks)
+        reached = [
+            one_run(case, results, chosen.candidate.name, rate, blocks, steps, seed)
+            for seed in range(1, case.asked.seeds + 1)
+        ]
+        results[f"choice-{case.asked.name}-{budget:g}"] = {
+            "corpus": case.asked.name, "budget": budget, "member": chosen.candidate.name, "rate": rate, "blocks": blocks,
+            "steps": steps, "expected": asdict(chosen.expected), "reached": reached, "machine": machine(),
+        }  # fmt: skip
+        case.asked.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def report(results: dict[str, Any]) -> str:
+    """Of every choice: regret against the best of its grid (mean over seeds), error of the expectation, coverage."""
+    rows = []
+    for name, choice in results.items():
+        if not name.startswith("choice-"):
+            continue
+        at = [
+            r
+            for r in results.values()
+            if "member" in r and "loss" in r and r["corpus"] == choice["corpus"] and r["loss"]
+        ]
+        by_setting: dict[tuple[Any, ...], list[float]] = {}
+        for r in at:
+            by_setting.setdefault((r["member"], r["rate"], r["blocks"], r["steps"]), []).append(r["loss"])
+        reached = statistics.mean(choice["reached"])
+        full = [statistics.mean(v) for v in by_setting.values() if len(v) >= len(choice["reached"])]
+        expected = choice["expected"]
+        inside = sum(expected["low"] <= loss <= expected["high"] for loss in choice["reached"])
+        rows.append(
+            (
+                choice["corpus"],
+                f"{choice['budget']:g}",
+                f"{choice['member']}, rate {choice['rate']:g}, {choice['blocks']} blocks",
+                f"{reached:.4f}",
+                f"{reached / min(full) - 1:+.2%} of {len(full)}" if full else "-",
+                f"{expected['middle'] / reached - 1:+.2%}",
+                f"{inside} of {len(choice['reached'])}",
+            )
+        )
+    return table(
+        rows,
+        ("corpus", "FLOPs", "chosen", "loss", "against the best of the grid", "expected", "in the interval"),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("grid", "ladder", "report"))
+    parser.add_argument("--train", default="stdlib")
+    parser.add_argument("--name", default="python", help="of the corpus, in the results")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[1e12, 4e12])
+    parser.add_argument("--widest", type=int, default=128, choices=ladder.WIDTHS)
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.0025, 0.005, 0.01, 0.02, 0.04])
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--vocab_size", type=int, default=1_000)
+    parser.add_argument("--block_size", type=int, default=128)
+    parser.add_argument("--eval_blocks", type=int, default=128)
+    parser.add_argument("--work", type=Path, default=Path("runs") / "benchmark-size")
+    parser.add_argument("--out", type=Path, default=RESULTS / "size.json")
+    asked = parser.parse_args()
+    asked.work = asked.work.resolve()
+    results: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.exists() else {}
+    if asked.what != "report":
+        (grid if asked.what == "grid" else climb)(Case(asked), results)
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()
