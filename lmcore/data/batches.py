@@ -1,7 +1,8 @@
 """Dataset + cursor -> the micro-batches of each step, on the device, read ahead.
 
-A step is the next ``global_batch_blocks`` positions. Each rank has a share of them, cut into micro-batches; nothing
-else depends on the number of ranks, workers or accumulation steps, and every rank makes the same number of steps.
+A step is the next ``global_batch_blocks`` positions, a number that may change from step to step. Each rank has a share of
+them, cut into micro-batches; nothing else depends on the number of ranks, workers or accumulation steps, and every rank
+makes the same number of steps.
 Each :class:`StepBatch` carries the cursor *after* it, so a checkpoint keeps what was trained on, never what was read
 ahead.
 
@@ -38,10 +39,14 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 
 from lmcore.conventions import IGNORED_LABEL
 from lmcore.data.blocks import Blocks, StoreBlocks
+from lmcore.data.context import Context
 from lmcore.data.cursor import Cursor, count_positions, next_positions
 from lmcore.data.custom import Items, IterableData, MapData, can_ignore, ignored
 from lmcore.data.order import permute
+from lmcore.data.steps import StepPlan, largest_divisor
 from lmcore.errors import FaultError, RequestError
+
+WHOLE_BLOCKS = Context()
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
 """A list of items -> a dict of tensors, as in torch's ``DataLoader``."""
@@ -114,6 +119,7 @@ class _Plan:
     ``rows_of_workers`` which of them each worker reads."""
 
     wanted: np.ndarray
+    micro_batch_blocks: int
     rows_of_workers: list[np.ndarray]
     keys: list[int]
     label_count: int | None
@@ -129,16 +135,17 @@ class Batches:
     Args:
         dataset: what is read.
         cursor: where to begin.
-        global_batch_blocks: blocks of a step over all ranks.
+        global_batch_blocks: blocks of a step over all ranks, or the plan of a run in which they change; then the
+            micro-batch is the largest divisor of a rank's share up to ``micro_batch_blocks``.
         micro_batch_blocks: blocks of a forward pass of one rank.
+        step: steps done at the cursor; a plan needs them.
         end_position: the data ends here; ``None``: never. The last step is filled up with blocks without labels.
         workers: reading processes; 0 reads in a thread of this process.
         prefetch: steps that are made ready ahead of time.
         pin_memory: copy from page-locked memory; default: where the device is a GPU.
-        flash_documents: with a document mask, also give what transformers' flash attention needs to keep documents
-            apart in micro-batches of several blocks: ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (int32, the document
-            starts in the flattened micro-batch and its length, repeated at the end up to a fixed size so that compiled
-            layers see one shape) and ``max_length_q``, ``max_length_k`` (T).
+        context: which tokens of each block this rank computes, and whether it also gets what attention needs to keep
+            documents apart without a mask, under transformers' names: ``cu_seq_lens_q`` and ``cu_seq_lens_k``
+            (:func:`lmcore.data.context.sequence_lengths`), ``max_length_q`` and ``max_length_k`` (T).
         collate: list of items -> dict of tensors, for data that gives items; default: torch's.
 
     Raises:
@@ -151,8 +158,9 @@ class Batches:
         dataset: Readable,
         *,
         cursor: Cursor,
-        global_batch_blocks: int,
+        global_batch_blocks: int | StepPlan,
         micro_batch_blocks: int,
+        step: int = 0,
         rank: int = 0,
         world_size: int = 1,
         end_position: int | None = None,
@@ -160,10 +168,10 @@ class Batches:
         prefetch: int = 2,
         pin_memory: bool | None = None,
         device: torch.device | str = "cpu",
-        flash_documents: bool = False,
+        context: Context = WHOLE_BLOCKS,
         collate: Collate | None = None,
     ) -> None:
-        if global_batch_blocks % (world_size * micro_batch_blocks):
+        if isinstance(global_batch_blocks, int) and global_batch_blocks % (world_size * micro_batch_blocks):
             raise RequestError(
                 f"train.global_batch_blocks {global_batch_blocks} is not a multiple of {world_size} "
                 f"processes x train.micro_batch_blocks {micro_batch_blocks} = "
@@ -174,14 +182,19 @@ class Batches:
                 f"data.skip_positions skip all {end_position} positions of the run: leave some of them in"
             )
         self.cursor = cursor
-        self.accumulation = global_batch_blocks // (world_size * micro_batch_blocks)
         self._dataset = dataset.resumed(cursor)
-        self._global_batch_blocks = global_batch_blocks
+        plan = global_batch_blocks
+        self._plan, self._step = StepPlan.constant(plan) if isinstance(plan, int) else plan, step
+        for stretch in self._plan.stretches:
+            if stretch.batch % world_size:
+                raise RequestError(
+                    f"train.global_batch_blocks {stretch.batch} is not a multiple of {world_size} processes"
+                )
         self._micro_batch_blocks = micro_batch_blocks
         self._rank, self._world_size = rank, world_size
         self._end = end_position
         self._workers, self._prefetch = workers, prefetch
-        self._to_device = _ToDevice(torch.device(device), pin_memory, flash_documents, collate)
+        self._to_device = _ToDevice(torch.device(device), pin_memory, context, collate)
 
     def __iter__(self) -> Iterator[StepBatch]:
         ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(maxsize=self._prefetch)
@@ -229,7 +242,7 @@ class Batches:
             if isinstance(rows, Items) and isinstance(self._dataset, IterableData):
                 self._dataset.take_over(rows.passes)
             cursor = plan.cursor if state is None else replace(plan.cursor, stream=state)
-            size = self._micro_batch_blocks
+            size = plan.micro_batch_blocks
             yield StepBatch(
                 micro_batches=[
                     self._to_device(rows, at, at + size) for at in range(0, len(plan.wanted), size)
@@ -244,18 +257,21 @@ class Batches:
 
     def _plans(self) -> Iterator[_Plan]:
         """All steps from the cursor on, by arithmetic."""
-        cursor = self.cursor
+        cursor, step = self.cursor, self._step
         while self._end is None or count_positions(cursor.position, self._end, cursor.skips) > 0:
-            positions, after = next_positions(cursor.position, self._global_batch_blocks, cursor.skips)
+            batch = self._plan.batch_of(step)
+            micro_batch = largest_divisor(batch // self._world_size, self._micro_batch_blocks)
+            positions, after = next_positions(cursor.position, batch, cursor.skips)
             mine = wanted = self._dataset.rank_slice(positions, self._rank, self._world_size)
             if self._end is not None and self._dataset.can_pad:
                 # The cursor stops at the end itself: a later, longer run misses no block.
                 wanted, after = np.where(mine < self._end, mine, -1), min(after, self._end)
                 positions = positions[positions < self._end]
-            cursor = replace(cursor, position=after)
+            cursor, step = replace(cursor, position=after), step + 1
             yield _Plan(
                 wanted=wanted,
-                keys=mine[:: self._micro_batch_blocks].tolist(),
+                micro_batch_blocks=micro_batch,
+                keys=mine[::micro_batch].tolist(),
                 label_count=self._dataset.count_labels(positions),
                 n_blocks=len(positions),
                 positions=(int(positions[0]), int(positions[-1])),
@@ -272,8 +288,11 @@ class Batches:
 
     def _read_by_workers(self) -> Iterator[Blocks | list[Any]]:
         """The same rows, each read by the worker that owns it."""
-        closing = multiprocessing.Event()
-        atexit.register(closing.set)
+        # A bare byte in shared memory, not an Event: its lock is not re-entrant, so that a second signal inside a worker's
+        # handler would wait for itself without end, and a worker that is killed inside it would keep it from everybody.
+        closing = multiprocessing.RawValue("b", 0)
+        close = partial(setattr, closing, "value", 1)
+        atexit.register(close)
         with warnings.catch_warnings():
             # The number of workers is the user's choice; torch's warning about it would come at every start.
             warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
@@ -294,8 +313,8 @@ class Batches:
                         raise part
                 yield _joined(parts, plan.rows_of_workers, len(plan.wanted))
         finally:
-            closing.set()
-            atexit.unregister(closing.set)
+            close()
+            atexit.unregister(close)
             del items  # ends the workers now, even if a traceback keeps this frame
 
 
@@ -323,7 +342,7 @@ def _ignore_signals(closing: Any, worker: int) -> None:
     loader is closed."""
 
     def leave_if_closing(number: int, frame: object) -> None:
-        if closing.is_set():
+        if closing.value:
             os._exit(0)
 
     signal.signal(signal.SIGINT, leave_if_closing)
@@ -377,7 +396,7 @@ class EvalBatches:
         micro_batch_blocks: blocks of a forward pass of one rank.
         limit: at most this many blocks, always the same ones, spread over the set (of an iterable dataset the first
             ones).
-        flash_documents: as in :class:`Batches`.
+        context: as in :class:`Batches`.
 
     Raises:
         RequestError: an empty set, or fewer items than processes where nothing can be filled up.
@@ -398,7 +417,7 @@ class EvalBatches:
         limit: int | None = None,
         pin_memory: bool | None = None,
         device: torch.device | str = "cpu",
-        flash_documents: bool = False,
+        context: Context = WHOLE_BLOCKS,
         collate: Collate | None = None,
     ) -> None:
         self._dataset = dataset
@@ -420,7 +439,7 @@ class EvalBatches:
                 f"a validation set of {self.n_blocks} items cannot be split over {world_size} processes, and its labels "
                 f"cannot be ignored to fill it up: give it at least {world_size} items"
             )
-        self._to_device = _ToDevice(torch.device(device), pin_memory, flash_documents, collate)
+        self._to_device = _ToDevice(torch.device(device), pin_memory, context, collate)
 
     def __len__(self) -> int:
         """Micro-batches of each rank."""
@@ -472,12 +491,12 @@ class _ToDevice:
     """
 
     def __init__(
-        self, device: torch.device, pin_memory: bool | None, flash_documents: bool, collate: Collate | None
+        self, device: torch.device, pin_memory: bool | None, context: Context, collate: Collate | None
     ) -> None:
         self._device = device
         self._cuda = device.type == "cuda"
         self._pin = self._cuda if pin_memory is None else pin_memory and torch.cuda.is_available()
-        self._flash_documents = flash_documents
+        self._context = context
         self._collate = collate or default_collate
         self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
 
@@ -500,47 +519,43 @@ class _ToDevice:
 
     def _make(self, rows: Blocks | list[Any], start: int, stop: int) -> dict[str, Any]:
         if not isinstance(rows, Blocks):
-            batch = self._collate(rows[start:stop])
-            if not isinstance(batch, dict):
+            made = self._collate(rows[start:stop])
+            if not isinstance(made, dict):
                 raise RequestError(
                     f"data.factory: a batch must be a dict, whose keys are arguments of the model's forward, "
-                    f"not {type(batch).__name__}"
+                    f"not {type(made).__name__}"
                 )
-            if "labels" not in batch:
+            if "labels" not in made:
                 raise RequestError(
                     f"data.factory: a batch must have labels, -100 where one does not count (integers); its keys are "
-                    f"{', '.join(map(str, batch))}"
+                    f"{', '.join(map(str, made))}"
                 )
             return {
-                key: self._send(value) if isinstance(value, Tensor) else value for key, value in batch.items()
+                key: self._send(value) if isinstance(value, Tensor) else value for key, value in made.items()
             }
         ids, n_labels = rows.ids[start:stop], rows.n_labels[start:stop]
+        context, block_size = self._context, ids.shape[1] - 1
+        pieces = context.pieces(block_size)
+        batch: dict[str, Any]
         # Never two views of one run of memory: ignoring a label would overwrite the input that it shares.
-        if self._cuda:
+        if self._cuda and context.size == 1:
             sent = self._widened(ids)
             batch = {"input_ids": sent[:, :-1].clone(), "labels": sent[:, 1:].clone()}
         else:
-            batch = {"input_ids": self._widened(ids[:, :-1]), "labels": self._widened(ids[:, 1:])}
-        size = batch["labels"].shape[1]
-        for row in np.flatnonzero(n_labels < size).tolist():
-            batch["labels"][row, int(n_labels[row]) :] = IGNORED_LABEL
-        if rows.position_ids is not None:
-            position_ids = rows.position_ids[start:stop]
-            batch["position_ids"] = self._widened(position_ids)
-            if self._flash_documents:
-                batch |= self._sequence_lengths(position_ids)
+            parts = (context.cut(ids[:, :-1]), context.cut(ids[:, 1:]))
+            batch = {"input_ids": self._widened(parts[0]), "labels": self._widened(parts[1])}
+        for row in np.flatnonzero(n_labels < block_size).tolist():
+            labeled = sum(int(np.clip(n_labels[row] - first, 0, end - first)) for first, end in pieces)
+            batch["labels"][row, labeled:] = IGNORED_LABEL
+        position_ids = None if rows.position_ids is None else rows.position_ids[start:stop]
+        # The model would count from the start of this rank's part
+        if position_ids is None and context.size > 1:
+            position_ids = np.tile(np.arange(block_size, dtype=np.int32), (len(ids), 1))
+        if position_ids is not None:
+            batch["position_ids"] = self._widened(context.cut(position_ids))
+            for name, value in context.lengths(position_ids).items():
+                batch[name] = value if isinstance(value, int) else self._send(torch.from_numpy(value))
         return batch
-
-    def _sequence_lengths(self, position_ids: np.ndarray) -> dict[str, Any]:
-        """The documents of a micro-batch as transformers' flash attention takes them (:class:`Batches`)."""
-        starts = np.flatnonzero(position_ids == 0)
-        n_blocks, size = position_ids.shape
-        # One size for all micro-batches whose documents have 16 tokens or more on average; a multiple of it for others.
-        unit = n_blocks * max(size // 16, 1)
-        lengths = np.full(-(-len(starts) // unit) * unit + 1, position_ids.size, dtype=np.int32)
-        lengths[: len(starts)] = starts
-        sent = self._send(torch.from_numpy(lengths))
-        return {"cu_seq_lens_q": sent, "cu_seq_lens_k": sent, "max_length_q": size, "max_length_k": size}
 
     def _widened(self, array: np.ndarray) -> Tensor:
         """int64 on the device; what travels is narrow."""

@@ -48,7 +48,7 @@ class BlockDataset(IterableDataset[Item]):
     Args:
         tokenizer: anything that encodes: lmcore's, a transformers, tokenizers or SentencePiece tokenizer. No special
             token is inserted.
-        generator: a callable that returns an iterable of texts; it is called anew for each epoch.
+        generator: a callable that returns an iterable of texts; called again for each epoch.
         block_size: T.
         drop_last: ``False`` also yields what is left at the end, padded, its missing labels -100.
         eos: end each text with the tokenizer's end-of-sequence token.
@@ -121,7 +121,7 @@ class BlockDataset(IterableDataset[Item]):
         drop_last: bool = True,
         **options: Any,
     ) -> BlockDataset:
-        """Blocks of the lines of a UTF-8 text file, without their newlines; the file is read anew each epoch."""
+        """Blocks of the lines of a UTF-8 text file, without their newlines; the file is read again in each epoch."""
         return cls(tokenizer, lambda: _lines(filepath), block_size, drop_last, **options)
 
     def without_sharding(self) -> BlockDataset:

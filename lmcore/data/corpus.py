@@ -1,32 +1,43 @@
 """The corpus that the user named: text to train a tokenizer on, and the token stores of each set.
 
-With ``valid_fraction`` a document is held out by a hash of its content, so that its copies are on the same side whatever
-file they are in; the tokenizer and the model see the training side only. A source that is token files already (``.bin``,
+With ``valid_fraction`` a part of the text is held out for validation, by documents or, of few documents, by their ends
+(:func:`splits_of`); the tokenizer and the model see the training side only. A source that is token files already (``.bin``,
 ``.idx``) is opened as it is. All ranks call :func:`open_corpus` together and share the work through the file system.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import sentencepiece
 
 from lmcore.data.store import build, token_files
+from lmcore.data.store.claims import create_once
+from lmcore.data.store.overlap import find_overlap
+from lmcore.data.store.remote import local_store_dir, read_small, share_small
 from lmcore.data.store.store import TokenStore
 from lmcore.data.text import documents, hub
+from lmcore.data.text.split import Split, choose, part_of
 from lmcore.data.tokenizer.tokenizer import Tokenizer
-from lmcore.data.tokenizer.training import RECIPE_VERSION
+from lmcore.data.tokenizer.training import RECIPE_VERSIONS
+from lmcore.disk import DISK
 from lmcore.errors import RequestError
+from lmcore.humanize import one_line
 
 Entries = Sequence[str | dict[str, Any]]
+Splits = Mapping[str, tuple[Split, Split]]
+"""By the name of a training source: its training and its validation side. A source that is not in it is not split."""
 
 STDLIB = "stdlib"
 """The builtin corpus: the Python standard library's own source code, on every machine."""
+_SHOWN_TOKENS = 40
+"""Of a document that is named in a message; as many characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +98,93 @@ def mixture_weights(sources: Sequence[documents.Source]) -> tuple[float, ...] | 
     return tuple(float(weight) for weight in weights if weight is not None)
 
 
+def splits_of(
+    sources: Sequence[documents.Source],
+    valid_fraction: float,
+    *,
+    store_dir: str | None = None,
+    begun_with: Collection[str] | None = None,
+    streamed: bool = False,
+) -> Splits:
+    """How each source of text is split into training and validation text (:func:`lmcore.data.text.split.choose`).
+
+    Args:
+        store_dir: where the answer is kept: it may need all of the text, and a resume must not.
+        begun_with: of a run that goes on, the names of the folders of its token stores. It goes on with the split
+            that it has: before small corpora always got a validation set, that was the one by documents, whatever
+            it selected.
+        streamed: the text is only looked at for a tokenizer, and not read before; a stream has no validation side.
+    """
+    found: dict[str, tuple[Split, Split]] = {}
+    by_documents: tuple[Split, Split] = (("train", valid_fraction), ("valid", valid_fraction))
+    for source in sources:
+        if not valid_fraction or token_files.are_tokens(source.paths):
+            continue
+        sides = by_documents if streamed else _chosen(source, valid_fraction, store_dir)
+        if begun_with is not None and sides != by_documents:
+            prefix = build.folder_prefix(source.name, sides[1])
+            if not any(name.startswith(prefix) for name in begun_with):
+                sides = by_documents
+        found[source.name] = sides
+    return found
+
+
+def _chosen(source: documents.Source, fraction: float, store_dir: str | None) -> tuple[Split, Split]:
+    """The split of one source, from the file that keeps it if there is one."""
+    options = [source.text_field, source.unit, source.encoding, fraction, build.files_of(source)]
+    path = None
+    if store_dir is not None:
+        digest = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
+        path = local_store_dir(store_dir) / f"split-{digest}.json"
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            kept = json.loads(read_small(store_dir, path.name))
+            kind, value = kept["train"], kept["fraction"]
+            if kind in ("train", "head") and isinstance(value, float) and 0 < value < 1:
+                return (kind, value), ("valid" if kind == "train" else "tail", value)
+    texts = (
+        document.text
+        for part in hub.parts_of(source, part_bytes=2**24)
+        for document in hub.documents_of(source, part, bad=lambda record: None)  # told when the text is used
+    )
+    sides = choose(texts, fraction)
+    if path is not None and store_dir is not None:
+        answer = (json.dumps({"train": sides[0][0], "fraction": sides[0][1]}) + "\n").encode()
+        share_small(store_dir, path.name, answer)
+        with contextlib.suppress(OSError):  # another process wrote it, or nothing can be written here
+            DISK.makedirs(path.parent)
+            create_once(path, answer)
+    return sides
+
+
+def _describe_split(name: str, sides: tuple[Split, Split], fraction: float) -> str | None:
+    """A line about a split that is not the usual one by documents."""
+    kind, used = sides[0]
+    if kind == "head":
+        return (
+            f"data.valid_fraction {fraction:g} selects no document of {name!r}, which has too few: the last {used:.2g} of each "
+            f"document is validation text instead; to choose it yourself, give --data.valid"
+        )
+    if used != fraction:
+        return (
+            f"data.valid_fraction {fraction:g} selects no document of {name!r}, which has too few: one document is "
+            f"validation text instead; to choose it yourself, give --data.valid"
+        )
+    return None
+
+
 def sample_texts(
     sources: Sequence[documents.Source],
     *,
     max_bytes: int = 256 * 2**20,
     seed: int = 0,
     bad: Callable[[documents.BadRecord], None],
+    splits: Splits | None = None,
 ) -> Iterator[str]:
     """Texts to train a tokenizer on: all of a small corpus in its order; of a larger one, 1 MiB parts in seeded random
-    order until ``max_bytes`` are reached. (A compressed file is one part: of a single huge one this is its head, and so
-    it is of a data set of the Hub.)"""
+    order until ``max_bytes`` are reached, of which the training side is given. (A compressed file is one part: of a
+    single huge one this is its head, and so it is of a data set of the Hub.)"""
+    whole: Split = ("all", 0.0)
+    splits = splits or {}
     total = 0
     work = [(source, part) for source in sources for part in hub.parts_of(source, part_bytes=2**20)]
     if sum(part.n_bytes for _, part in work) > max_bytes:
@@ -107,7 +195,9 @@ def sample_texts(
             if len(text) > left + 2**20:  # one enormous document must not make the sample enormous
                 text = text[:left]
             total += len(text.encode())
-            yield text
+            kept = part_of(document.text, splits.get(source.name, (whole, whole))[0])
+            if kept is not None:
+                yield kept[: len(text)]
             if total >= max_bytes:
                 return
 
@@ -123,15 +213,15 @@ def training_texts(
     entries: Entries,
     *,
     reading: Reading,
-    valid_fraction: float,
+    splits: Splits,
     max_bytes: int,
     seed: int,
     bad: Callable[[documents.BadRecord], None],
 ) -> Iterator[str]:
     """Texts to train a tokenizer on: of the training side only, at most about ``max_bytes`` of them.
 
-    Where the split holds every document out, as it can with a single one, all of them are training text
-    (:func:`open_corpus` does the same).
+    Where a split leaves no text for training (a run that began before :func:`splits_of` prevented it), all of it is
+    training text, as in :func:`open_corpus`.
     """
     sources = _text_sources(entries, reading)
     empty = True
@@ -142,16 +232,14 @@ def training_texts(
         first = first or record
         bad(record)
 
-    held_out = False
-    for document in sample_texts(sources, max_bytes=max_bytes, seed=seed, bad=on_bad):
-        if documents.side(document, valid_fraction) == "train":
+    for text in sample_texts(sources, max_bytes=max_bytes, seed=seed, bad=on_bad, splits=splits):
+        empty = False
+        yield text
+    if empty and splits:
+        for text in sample_texts(sources, max_bytes=max_bytes, seed=seed, bad=lambda record: None):
             empty = False
-            yield document
-        else:
-            held_out = True
-    if empty and held_out:
-        yield from sample_texts(sources, max_bytes=max_bytes, seed=seed, bad=lambda record: None)
-    elif empty:
+            yield text
+    if empty:
         named = ", ".join(repr(source.name) for source in sources)
         raise RequestError(
             f"there is no text to train a tokenizer on: source {named} ({sum(len(s.paths) for s in sources):,} "
@@ -164,6 +252,7 @@ def tokenizer_source(
     *,
     reading: Reading,
     valid_fraction: float,
+    splits: Splits,
     max_bytes: int,
     seed: int,
     options: Mapping[str, Any],
@@ -178,12 +267,15 @@ def tokenizer_source(
         [source.text_field, source.unit, source.encoding, *build.files_of(source)]
         for source in _text_sources(entries, reading)
     ]
+    by_documents = (("train", valid_fraction), ("valid", valid_fraction))
+    held_out = {name: list(sides[1]) for name, sides in splits.items() if sides != by_documents}
     return {
-        "version": RECIPE_VERSION,
+        "version": RECIPE_VERSIONS.get(str(options.get("model_type")), 1),
         "sentencepiece": sentencepiece.__version__,
         **{f"tokenizer.{name}": value for name, value in options.items()},
         "seed": seed,
         "data.valid_fraction": valid_fraction,
+        **({"data.held_out": held_out} if held_out else {}),
         "tokenizer.sample_bytes": max_bytes,
         "text": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:32],
     }
@@ -205,6 +297,7 @@ def open_corpus(
     valid: Entries,
     test: Entries,
     valid_fraction: float,
+    splits: Splits,
     reading: Reading,
     store_dir: str,
     eos: bool,
@@ -218,11 +311,14 @@ def open_corpus(
 ) -> Corpus:
     """Build or open every store. ``processes`` tokenize on this rank; ``worker`` is the rank. An empty set has none.
 
+    Args:
+        splits: of the training sources (:func:`splits_of`, made with ``valid_fraction``); none with ``valid``.
+
     Raises:
         RequestError, FaultError: see :func:`resolve_sources` and :func:`build_store`.
     """
 
-    def store(source: documents.Source, split: tuple[str, float]) -> TokenStore:
+    def store(source: documents.Source, split: Split) -> TokenStore:
         return build.build_store(
             source,
             encoder,
@@ -238,29 +334,33 @@ def open_corpus(
         )
 
     sources = reading.sources(train)
-    fraction = 0.0 if valid else valid_fraction
     every = [*sources, *streamed]
     valid_sources = reading.like(every).sources(valid, join_files=False)
     test_sources = reading.like(every).sources(test, join_files=False)
+    said: set[str] = set()  # sets that are known to be training text by their files
     if note is not None:
         for line in dict.fromkeys(line for source in every for line in source.notes):
             note(line)
         for option, sets in (("data.valid", valid_sources), ("data.test", test_sources)):
-            for line in _training_files_in(option, sets, every):
+            for source, line in _training_files_in(option, sets, every):
                 note(line)
+                said.add(f"{option} {source.name}")
     whole: set[str] = set()
 
     def training_store(source: documents.Source) -> TokenStore:
-        if not fraction or token_files.are_tokens(source.paths):
+        if source.name not in splits:
             return store(source, ("all", 0.0))
+        line = _describe_split(source.name, splits[source.name], valid_fraction)
+        if line is not None and note is not None:
+            note(line)
         try:
-            return store(source, ("train", fraction))
-        except build.NoText:  # each document fell on the validation side, as a single one can
+            return store(source, splits[source.name][0])
+        except build.NoText:  # each document fell on the validation side, as a single one did in older runs
             opened = store(source, ("all", 0.0))
             whole.add(source.name)
             if note is not None:
                 note(
-                    f"data.valid_fraction {fraction:g} would hold all of {source.name!r} out: training on all of it, "
+                    f"data.valid_fraction {valid_fraction:g} would hold all of {source.name!r} out: training on all of it, "
                     f"without a validation set of it; give one with --data.valid"
                 )
             return opened
@@ -268,34 +368,41 @@ def open_corpus(
     training = tuple(training_store(source) for source in sources)
     if valid:
         held_out = {source.name: store(source, ("all", 0.0)) for source in valid_sources}
-    elif fraction:
+    else:
         held_out = {}
         for source in sources:
-            if source.name in whole or token_files.are_tokens(source.paths):
+            if source.name in whole or source.name not in splits:
                 continue
             # One source: its held-out side is simply "valid"; of several, each is a set under its own name.
             try:
-                held_out["valid" if len(sources) == 1 else source.name] = store(source, ("valid", fraction))
+                held_out["valid" if len(sources) == 1 else source.name] = store(
+                    source, splits[source.name][1]
+                )
             except build.NoText:
                 if note is not None:
                     note(
-                        f"data.valid_fraction {fraction} selects no document of {source.name} for validation: it has too few; "
+                        f"data.valid_fraction {valid_fraction:g} selects no text of {source.name!r}: it has too little; "
                         f"give validation text with --data.valid"
                     )
-    else:
-        held_out = {}
+    tests = {source.name: store(source, ("all", 0.0)) for source in test_sources}
+    if note is not None and worker == 0:
+        for option, given in (("data.valid", held_out if valid else {}), ("data.test", tests)):
+            for name, opened in given.items():
+                if f"{option} {name}" not in said:
+                    for line in _training_documents_in(option, opened, training, encoder):
+                        note(line)
     return Corpus(
         train=training,
         weights=mixture_weights(sources),
         valid=held_out,
-        test=as_tests({source.name: store(source, ("all", 0.0)) for source in test_sources}),
+        test=as_tests(tests),
     )
 
 
 def _training_files_in(
     option: str, sets: Sequence[documents.Source], training: Sequence[documents.Source]
-) -> Iterator[str]:
-    """A line for each validation or test set that reads files of the training text, by device and inode."""
+) -> Iterator[tuple[documents.Source, str]]:
+    """Each validation or test set that reads files of the training text, by device and inode, and a line that says so."""
     owners = {documents.file_identity(path): source.name for source in training for path in source.paths}
     owners.pop(None, None)
     for source in sets:
@@ -303,10 +410,28 @@ def _training_files_in(
         if found:
             owner = owners[documents.file_identity(found[0])]
             yield (
+                source,
                 f"{option} {source.name!r} overlaps with the training text: {len(found):,} of its {len(source.paths):,} "
                 f"files ({found[0]}) also belong to the training source {owner!r}, so that the loss says nothing about "
-                f"unseen text; remove them from data.train, or use data.valid_fraction instead"
+                f"unseen text; remove them from data.train, or use data.valid_fraction instead",
             )
+
+
+def _training_documents_in(
+    option: str, held_out: TokenStore, training: Sequence[TokenStore], encoder: Tokenizer
+) -> Iterator[str]:
+    """A line if documents of a validation or test set also stand in the training text, word for word."""
+    found = find_overlap(held_out, training)
+    if found is None:
+        return
+    ids = held_out.read(found.start, min(found.stop - found.start, _SHOWN_TOKENS))
+    yield (
+        f"{option} {held_out.name!r} overlaps with the training text: {found.documents:,} of its "
+        f"{found.of_documents:,} documents ({found.tokens / found.of_tokens:.1%} of its tokens) also stand in it, the "
+        f"first in the training source {found.source!r} ({one_line(encoder.decode(ids.tolist()))[:_SHOWN_TOKENS]!r}), "
+        f"so that the loss says less about unseen text; remove them from one of the two, or use data.valid_fraction "
+        f"instead"
+    )
 
 
 def as_tests(sets: dict[str, Any]) -> dict[str, Any]:

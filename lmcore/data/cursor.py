@@ -13,7 +13,7 @@ A checkpoint keeps these few integers and nothing else about the data. The next 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -153,6 +153,7 @@ class Cursor:
         *,
         fingerprint: str,
         seed: int,
+        former: Collection[str] = (),
         accept: bool = False,
         override: str = "--allow_changes data.train",
     ) -> Cursor:
@@ -161,13 +162,15 @@ class Cursor:
         Args:
             fingerprint: of the dataset that is there now.
             seed: of the run as it is configured now.
+            former: what earlier versions called the same fingerprint.
             accept: continue although something differs: the position stays, but means other blocks from here on.
             override: the option that sets ``accept``; shown in the message.
 
         Raises:
             RequestError: the data, the seed or the order version differs; the message shows both values.
         """
-        pairs = {"data": (self.fingerprint, fingerprint), "seed": (self.seed, seed)}
+        begun = fingerprint if self.fingerprint in former else self.fingerprint
+        pairs = {"data": (begun, fingerprint), "seed": (self.seed, seed)}
         changed = [f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new]
         if self.version not in ORDER_VERSIONS:
             changed.insert(0, f"order version was {self.version}, known are {ORDER_VERSIONS}")

@@ -47,6 +47,27 @@ def wrap(data: Any, *, seed: int, shuffle: str = "full") -> MapData | IterableDa
     )
 
 
+def refuse_wrong_items(dataset: MapData | IterableData) -> None:
+    """Look at the first item, before a model is built. Not of an iterable dataset, which may be read once only.
+
+    Raises:
+        RequestError: it is no dict, or has no labels, and there is no ``collate`` that could make a batch of it.
+    """
+    if not isinstance(dataset, MapData):
+        return
+    [item] = dataset.read_in_order(np.zeros(1, dtype=np.int64))
+    if not isinstance(item, Mapping):
+        raise RequestError(
+            f"data.factory: an item must be a dict, whose keys are labels and the arguments of the model's forward, not "
+            f"{type(item).__name__}: return {{'name': ..., 'labels': ...}}, or give collate beside train"
+        )
+    if "labels" not in item:
+        raise RequestError(
+            f"data.factory: an item must have labels, -100 where one does not count (integers); its keys are "
+            f"{', '.join(map(str, item))}"
+        )
+
+
 def ignored(item: Any) -> Any:
     """The same item with all its labels ignored."""
     labels = torch.as_tensor(item["labels"])
@@ -203,9 +224,8 @@ class IterableData:
             if item is _END:
                 raise RequestError(f"data.factory: {_name(self._data)} yields nothing in epoch {epoch}")
             while item is not _END:
-                following = next(
-                    items, _END
-                )  # one ahead: the pass ends with its last item, not with the next one
+                # One ahead: the pass ends with its last item, not with the next one
+                following = next(items, _END)
                 count += 1
                 if following is _END:
                     self._passes.append(count)

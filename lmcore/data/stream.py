@@ -37,6 +37,7 @@ from lmcore.data.store.build import identity_of
 from lmcore.data.store.workers import EncodesBatches
 from lmcore.data.text import documents as text
 from lmcore.data.text import hub
+from lmcore.data.text.split import part_of
 from lmcore.errors import FaultError, RequestError
 
 PARTS_PER_LANE = 8
@@ -125,7 +126,18 @@ class StreamDataset:
     @property
     def fingerprint(self) -> str:
         """All that decides what a position means, beside the seed and the lanes."""
-        digest = hashlib.sha256(json.dumps(self._identities, sort_keys=True).encode()).hexdigest()[:32]
+        return self._fingerprint(self._identities)
+
+    @property
+    def former_fingerprints(self) -> tuple[str, ...]:
+        """What versions that called this tokenizer otherwise called the same stream."""
+        return tuple(
+            self._fingerprint([{**identity, "tokenizer": one} for identity in self._identities])
+            for one in getattr(self._tokenizer, "former_fingerprints", ())
+        )
+
+    def _fingerprint(self, identities: list[dict[str, Any]]) -> str:
+        digest = hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()[:32]
         return (
             f"stream block_size={self.block_size} shuffle={self.shuffle} window={self.window_blocks} {digest}"
         )
@@ -257,8 +269,7 @@ class StreamDataset:
             self._read_good[0] += 1
             self._read_good[1] += len(document.text)
             if number % strides == stride:
-                wanted = self._split[0] == "all" or self._split[0] == text.side(document.text, self._split[1])
-                yield document.text if wanted else None
+                yield part_of(document.text, self._split)
 
     def _on_bad(self, record: text.BadRecord) -> None:
         if self._on_error == "raise":
@@ -346,10 +357,8 @@ class _Lane:
             if len(groups) > 1
             else None
         )
-        self._located = (
-            0,
-            np.zeros((2, 0), dtype=np.int64),
-        )  # the first block, and (source, draw) of some from it on
+        # The first block, and (source, draw) of some from it on
+        self._located = (0, np.zeros((2, 0), dtype=np.int64))
         drawn = self._order.drawn_before(first) if self._order else (first,)
         self._feeds = [
             _Feed(stream, number, group, which, state[which] if state else None, drawn[which])
@@ -494,7 +503,7 @@ class _Feed:
                 if document >= skip and one is not None:
                     barren = 0
                     yield ordinal, document, one
-            # The parts of a lane are drawn anew in each epoch: where there is text at all, it meets some sooner or later.
+            # The parts of a lane are drawn again in each epoch, so a lane reaches a part that has text in some epoch.
             if barren > (_BARREN_EPOCHS if self._stream.has_text else 2) * total:
                 raise self._stream.no_text(self._lane)
             ordinal, skip = ordinal + 1, 0

@@ -18,7 +18,7 @@ from lmcore.data.store.store import TokenStore
 from lmcore.data.stream import StreamDataset
 from lmcore.data.text import documents
 from lmcore.errors import FaultError, RequestError
-from tests.support.data import Bytes
+from tests.support.data import Bytes, open_bytes_corpus
 
 
 @pytest.fixture
@@ -144,13 +144,12 @@ def test_first_bad_record_is_named_when_there_is_no_text(
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    path = (
-        tmp_path / f"{name[:-1]}*"
-    )  # in a glob: a file that is named itself is refused at once if it is not text
+    # In a glob: a file that is named itself is refused at once if it is not text
+    path = tmp_path / f"{name[:-1]}*"
     seen: list[documents.BadRecord] = []
     options: dict[str, Any] = {
         "reading": corpus.Reading(),
-        "valid_fraction": 0.01,
+        "splits": {"broken": (("train", 0.01), ("valid", 0.01))},
         "max_bytes": 10**6,
         "seed": 1,
     }
@@ -177,23 +176,7 @@ def test_first_bad_record_is_named_when_there_is_no_text(
 def opened(
     folder: Path, train: list[Any], valid: list[Any], **options: Any
 ) -> tuple[corpus.Corpus, list[str]]:
-    notes: list[str] = []
-    made = corpus.open_corpus(
-        Bytes(),  # type: ignore[arg-type]
-        train=train,
-        valid=valid,
-        test=[],
-        valid_fraction=0.0,
-        reading=corpus.Reading(**options),
-        store_dir=str(folder / "stores"),
-        eos=True,
-        processes=1,
-        worker=0,
-        on_error="raise",
-        max_bad_fraction=0.0,
-        note=notes.append,
-    )
-    return made, notes
+    return open_bytes_corpus(folder, train=train, valid=valid, reading=corpus.Reading(**options))
 
 
 def test_validation_text_has_the_unit_of_the_training_text(tmp_path: Path) -> None:
@@ -222,3 +205,23 @@ def test_validation_file_inside_the_training_glob_is_said(tmp_path: Path) -> Non
     assert "data.valid_fraction" in note
     (tmp_path / "elsewhere" / "own.txt").write_text("other text")
     assert opened(tmp_path, [f"{tmp_path}/*.txt"], [str(tmp_path / "elsewhere" / "own.txt")])[1] == []
+
+
+def test_validation_documents_inside_the_training_text_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("".join(f"line number {n} of the text\n" for n in range(200)))
+    (tmp_path / "held.txt").write_text(
+        "a line of its own\nline number 17 of the text\nanother one\nline number 150 of the text\n"
+    )
+    train, held = [str(tmp_path / "train.txt")], [str(tmp_path / "held.txt")]
+    _, notes = opened(tmp_path, train, held)
+    [note] = [note for note in notes if "overlaps with the training text" in note]
+    assert "data.valid 'held'" in note
+    assert "2 of its 4 documents" in note
+    assert "'line number 17 of the text'" in note
+    assert "data.valid_fraction" in note
+    assert opened(tmp_path, train, held)[1] == notes  # at the next start too
+    (tmp_path / "copy.txt").write_bytes((tmp_path / "train.txt").read_bytes())
+    _, notes = opened(tmp_path, train, [str(tmp_path / "copy.txt")])
+    assert "200 of its 200 documents (100.0% of its tokens)" in notes[0]
+    (tmp_path / "own.txt").write_text("nothing of this\nstands anywhere else\n")
+    assert opened(tmp_path, train, [str(tmp_path / "own.txt")])[1] == []

@@ -27,7 +27,7 @@ from lmcore.data.batches import Batches, EvalBatches, Readable, StepBatch, merge
 from lmcore.data.block_dataset import BlockDataset
 from lmcore.data.blocks import StoreBlocks
 from lmcore.data.cursor import Cursor
-from lmcore.data.custom import wrap
+from lmcore.data.custom import refuse_wrong_items, wrap
 from lmcore.data.order import Phase
 from lmcore.errors import FaultError, RequestError
 from tests.support.batches import steps_of_ranks, take
@@ -307,10 +307,11 @@ def test_workers_ignore_signals_until_their_loader_is_closed(dataset: StoreBlock
         Batches(dataset, cursor=beginning(dataset), global_batch_blocks=6, micro_batch_blocks=6, workers=2)
     )
     found = [next(iterator)]
-    for child in multiprocessing.active_children():
-        assert child.pid is not None
-        os.kill(child.pid, signal.SIGTERM)
-        os.kill(child.pid, signal.SIGINT)
+    for _ in range(300):  # some arrive while the handler of the one before is running
+        for child in multiprocessing.active_children():
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGTERM)
+            os.kill(child.pid, signal.SIGINT)
     time.sleep(0.1)
     found += [next(iterator) for _ in range(11)]
     assert all(
@@ -546,6 +547,11 @@ def test_invalid_custom_dataset_raises() -> None:
         own(tuples, Cursor(fingerprint="", seed=1), count=1)
     with pytest.raises(RequestError, match=r"must have labels, .* its keys are x, lables"):
         own(wrap([{"x": 1, "lables": 2}] * 2, seed=1), Cursor(fingerprint="", seed=1), count=1)
+    with pytest.raises(RequestError, match=r"must be a dict, .* not tuple: return"):
+        refuse_wrong_items(tuples)
+    with pytest.raises(RequestError, match=r"must have labels, .* its keys are x, lables"):
+        refuse_wrong_items(wrap([{"x": 1, "lables": 2}], seed=1))
+    refuse_wrong_items(wrap([{"x": 1, "labels": 2}], seed=1))
     collated = Batches(
         tuples,
         cursor=Cursor(fingerprint="", seed=1),

@@ -24,7 +24,7 @@ from tests.support.data import Bytes, counting_store
 
 @given(total=st.integers(2, 200), size=st.integers(1, 60), pieces=st.integers(1, 4), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_every_label_once_per_epoch_but_the_tail(
+def test_every_label_once_per_epoch_except_the_tail(
     total: int, size: int, pieces: int, seed: int, tmp_path_factory
 ) -> None:
     store = counting_store(tmp_path_factory.mktemp("store"), total, pieces=pieces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from transformers.integrations import flash_attention
 
 from lmcore.data.batches import Batches, EvalBatches
 from lmcore.data.blocks import StoreBlocks
+from lmcore.data.context import Context
 from lmcore.data.cursor import Cursor
 from lmcore.model.module import ModelWithLoss
 from tests.support.data import counting_store
@@ -123,17 +125,18 @@ def test_packed_documents_equal_separate_documents(family: str, documents: int, 
     cursor = Cursor(fingerprint=blocks.fingerprint, seed=3)
     sizes = {"global_batch_blocks": 6, "micro_batch_blocks": 3}
     steps = [
-        next(iter(Batches(blocks, cursor=cursor, flash_documents=wanted, **sizes)))
+        next(iter(Batches(blocks, cursor=cursor, context=Context(sequence_lengths=wanted), **sizes)))
         for wanted in (False, True)
     ]
     masked, flashed = (step.micro_batches for step in steps)
     assert "cu_seq_lens_q" not in masked[0]
     dense = loss_and_gradients(ModelWithLoss(model(family, "sdpa")), masked)
     varlen = loss_and_gradients(ModelWithLoss(model(family, "flash_attention_2")), flashed)
+    own = loss_and_gradients(ModelWithLoss(model(family, "sdpa")), flashed)
     alone = loss_and_gradients(
         ModelWithLoss(model(family, "sdpa")), [one for batch in masked for one in separate_documents(batch)]
     )
-    for found in (dense, varlen):
+    for found in (dense, varlen, own):
         assert found[1] == alone[1] == 6 * T
         assert found[0] == pytest.approx(alone[0], rel=1e-6)
         for one, other in zip(found[2], alone[2], strict=True):
@@ -146,9 +149,9 @@ def test_sequence_lengths_have_one_shape_and_name_every_document(documents: int,
     store = counting_store(tmp_path, 3000, documents=documents)
     blocks = StoreBlocks([store], block_size=64, document_mask=True, tails=True)
     shapes = set()
-    for batch in EvalBatches(blocks, micro_batch_blocks=4, flash_documents=True):
+    for batch in EvalBatches(blocks, micro_batch_blocks=4, context=Context(sequence_lengths=True)):
         lengths = batch["cu_seq_lens_q"]
-        assert lengths is batch["cu_seq_lens_k"]
+        assert torch.equal(lengths, batch["cu_seq_lens_k"])
         assert lengths.dtype == torch.int32
         assert (int(lengths[0]), int(lengths[-1])) == (0, 4 * 64)
         rebuilt = torch.cat([torch.arange(count) for count in lengths.diff().tolist()])
@@ -159,16 +162,40 @@ def test_sequence_lengths_have_one_shape_and_name_every_document(documents: int,
         assert shapes == {(4 * 64 // 16 + 1,)}
 
 
-def test_runs_ask_for_sequence_lengths_with_flash_attention_only() -> None:
-    from lmcore.config import parse
-    from lmcore.run.setup import flash_documents
+def engine_of(device: str = "cpu", precision: str = "fp32", context_parallel: int = 1) -> Any:
+    return SimpleNamespace(
+        context_parallel=context_parallel,
+        context_rank=0,
+        is_main=True,
+        device=torch.device(device),
+        precision=precision,
+        broadcast_object=lambda value: value,
+    )
 
-    for attention, mask, wanted in (
-        ("flash_attention_2", True, True),
-        ("flash_attention_3", True, True),
-        ("flash_attention_2", False, False),
-        ("sdpa", True, False),
-    ):
-        words = ["--data.train", "x", "--run_dir", "x", "--data.document_mask", str(mask).lower()]
-        config = parse.parse(words)
-        assert flash_documents(config, ModelWithLoss(model("gpt2", attention))) == wanted
+
+@pytest.mark.parametrize(
+    ("attention", "mask", "engine", "wanted", "said"),
+    [
+        ("flash_attention_2", True, engine_of("cuda", "bf16"), True, ""),
+        ("flash_attention_3", True, engine_of("cuda", "bf16"), True, ""),
+        ("flash_attention_2", False, engine_of("cuda", "bf16"), False, ""),
+        ("sdpa", True, engine_of(), True, ""),
+        ("sdpa", True, engine_of("cuda", "bf16"), True, ""),
+        ("sdpa", False, engine_of(), False, ""),
+        ("eager", True, engine_of(), False, ""),
+        ("sdpa", True, engine_of("cuda", "fp32"), False, "bf16 and fp16 only"),
+    ],
+)
+def test_run_keeps_documents_apart_by_sequence_lengths_where_it_can(
+    attention: str, mask: bool, engine: Any, wanted: bool, said: str
+) -> None:
+    from lmcore.config import parse
+    from lmcore.run.setup import context_of
+
+    words = ["--data.train", "x", "--run_dir", "x", "--data.document_mask", str(mask).lower()]
+    config = parse.parse([*words, "--data.block_size", str(T), "--model.config.n_positions", str(T)])
+    notes: list[str] = []
+    made = context_of(config, engine, ModelWithLoss(model("gpt2", attention)), note=notes.append)
+    assert made == Context(sequence_lengths=wanted)
+    assert len(notes) == bool(said)
+    assert said in "".join(notes)

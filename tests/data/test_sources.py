@@ -106,7 +106,7 @@ def test_folders_of_the_system_are_not_walked(tmp_path: Path) -> None:
         ]
 
 
-def test_what_a_training_wrote_is_not_read_as_text(tmp_path: Path) -> None:
+def test_run_folder_inside_the_data_is_not_read(tmp_path: Path) -> None:
     make(tmp_path, "a.txt", "own/manifest.json", "own/b.jsonl")
     (tmp_path / "own" / "b.jsonl").write_text('{"text": "b"}')
     (tmp_path / "own" / "manifest.json").write_text('{"text": "c"}')
@@ -118,6 +118,10 @@ def test_what_a_training_wrote_is_not_read_as_text(tmp_path: Path) -> None:
             "runs/x/config.yaml",
             "runs/x/notes.txt",
         ),
+        *("runs/prepared/stores.json", "runs/prepared/tokenizer/tokenizer_config.json"),
+        "runs/x/comparison.html",
+        *("runs/x/stores.json", "runs/x/wandb/run-1/files/requirements.txt"),
+        *(f"token_stores/split-{'0a' * 8}.json",),
         *("runs/x/tokenizer/tokenizer.json", "runs/x/checkpoints/step-00000001/manifest.json"),
         *("token_stores/a-0123/manifest.json", "token_stores/a-0123/part-000000.bin"),
         *("token_stores/b-0123/plan.json", "token_stores/b-0123/part-000000.json"),
@@ -133,11 +137,39 @@ def test_what_a_training_wrote_is_not_read_as_text(tmp_path: Path) -> None:
         assert {note.rpartition(", ")[2] for note in source.notes} == {
             "the files of a run",
             "a token store",
+            "the splits of data.valid_fraction",
             "a checkpoint",
             "a tokenizer or a model",
         }
     with pytest.raises(RequestError, match=r"no file of a known kind.*left out: .*/kept, a checkpoint"):
         resolve_sources([str(tmp_path / "kept")])
+
+
+def test_files_of_a_run_in_the_folder_of_its_text_are_not_read(tmp_path: Path) -> None:
+    """Everything in one folder, as in a notebook: the second start reads the same text as the first."""
+    make(tmp_path, "a.txt", "b.txt")
+    wanted = ("a.txt", "b.txt")
+    expanded = [str(tmp_path / name) for name in wanted]
+    [first] = resolve_sources(expanded, join_files=True)
+    run = (
+        "status.json",
+        "metrics.jsonl",
+        "config.yaml",
+        "train.log",
+        "report.html",
+        f"split-{'0a' * 8}.json",
+    )
+    make(tmp_path, *run)
+    expanded += [str(tmp_path / name) for name in run]
+    for entries in ([f"{tmp_path}/*"], expanded, [str(tmp_path)], [f"{tmp_path}/**"]):
+        [source] = resolve_sources(entries, join_files=True)
+        assert source.relative_paths == first.relative_paths == wanted
+        assert source.name == first.name
+    assert resolve_sources([f"{tmp_path}/*"])[0].notes == (f"left out: {tmp_path}, the files of a run",)
+    named = [str(tmp_path / "metrics.jsonl"), str(tmp_path / "config.yaml")]
+    assert len(resolve_sources(named, join_files=True)[0].paths) == 2, "on purpose"
+    [alone] = resolve_sources([str(tmp_path / "a.txt"), *named], join_files=True)
+    assert (alone.name, alone.relative_paths) == ("a", ("a.txt",))
 
 
 def test_expanded_glob_is_the_same_source(tmp_path: Path) -> None:
@@ -215,10 +247,11 @@ def test_long_and_undecodable_file_names(tmp_path: Path) -> None:
     ("entry", "message"),
     [
         ("corpus.tx", r"no such file or folder: .*corpus\.tx; did you mean 'corpus\.txt'\?"),
+        ("other.txt", r"no such file or folder: .*other\.txt$"),
         ("*.nothing", r"no file matches '.*\*\.nothing'"),
         ("fold*", r"no file matches .*only folders: folder.*\*\*"),
         ("folder", r"no file of a known kind.*wiki_00.*/\*\*'"),
-        ("s3://bucket/a", "remote files are not read"),
+        ("https://host/a", "unknown scheme https"),
         ("pipe", "not a regular file.*write its text to a file"),
         ("-", "standard input.*write it to a file"),
         ({"path": "corpus.txt", "wieght": 1}, r"unknown option 'wieght' .*; did you mean 'weight'\?"),
@@ -267,7 +300,11 @@ def test_wrong_requests(tmp_path: Path, entry: Any, message: str, monkeypatch: p
     ("name", "content", "message"),
     [
         ("a.zip", b"PK\x03\x04rest", "a zip archive"),
-        ("a.tar.gz", gzip.compress(b"\0" * 257 + b"ustar" + b"\0" * 600), "a tar archive: unpack it"),
+        (
+            "a.tar.gz",
+            gzip.compress(b"\0" * 257 + b"ustar" + b"\0" * 600, mtime=0),
+            "a tar archive: unpack it",
+        ),
         ("a.txt", b"\x7fELF\0\0", "a program"),
         ("a", b"PAR1\0\0", "a parquet file: give it a name that ends in .parquet"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer.*git lfs pull"),

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import pytest
@@ -28,9 +28,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcore.cli.main import main
-from lmcore.data.store import build, claims, verification
+from lmcore.data.store import build, claims, edits, verification
 from lmcore.data.store.build import Progress, build_store
 from lmcore.data.store.inventory import list_stores, record_use, remove_store
+from lmcore.data.store.manifest import HASH, sealed
 from lmcore.data.store.store import MANIFEST, TokenStore
 from lmcore.data.text import documents as text
 from lmcore.disk import DISK, Call
@@ -77,7 +78,7 @@ class Counting:
 # ---- what a store holds ----
 
 
-def test_a_store_is_the_documents_with_their_ends(tmp_path: Path) -> None:
+def test_store_holds_the_documents_with_their_eos(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text")
     store = build_store(source, Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
     expected, ends = [], []
@@ -108,7 +109,7 @@ def test_without_eos_and_with_a_large_vocabulary(tmp_path: Path) -> None:
     assert store.document_ends(0, store.n_tokens)[-1] == store.n_tokens
 
 
-def test_the_two_sides_of_a_split_are_the_whole(tmp_path: Path) -> None:
+def test_both_sides_of_a_split_are_the_whole(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text", 60)
     sides = [
         build_store(source, Bytes(), store_dir=tmp_path / "stores", split=(side, 0.3))
@@ -124,7 +125,7 @@ def test_the_two_sides_of_a_split_are_the_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_the_number_of_processes_changes_no_byte(tmp_path: Path, processes: int) -> None:
+def test_number_of_processes_changes_no_byte(tmp_path: Path, processes: int) -> None:
     source = corpus(tmp_path / "text")
     (tmp_path / "text" / "004.txt").write_bytes(b"broken \xff\xfe here")
     [source] = text.resolve_sources([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
@@ -277,7 +278,7 @@ def test_ten_kills_lose_at_most_a_part_each(tmp_path: Path) -> None:
     finished.verify()
 
 
-def test_a_kill_while_finishing_leaves_no_debris(tmp_path: Path) -> None:
+def test_kill_while_finishing_leaves_no_files(tmp_path: Path) -> None:
     """Also one that comes when the manifest is there and what earlier kills have left is not yet taken away."""
     source = corpus(tmp_path / "text", 3)
     whole = build_store(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
@@ -342,7 +343,7 @@ def test_ranks_share_the_work_and_survive_a_killed_rank(tmp_path: Path) -> None:
     assert contents(next(stores.iterdir())) == contents(whole.folder)
 
 
-def test_a_failure_ends_all_processes_with_the_same_words(tmp_path: Path) -> None:
+def test_failure_ends_all_ranks_with_the_same_message(tmp_path: Path) -> None:
     corpus(tmp_path / "text", 30)
     (tmp_path / "text" / "017.txt").write_bytes(b"broken \xff here")
     [source] = text.resolve_sources([{"path": str(tmp_path / "text"), "unit": "file", "name": "small"}])
@@ -477,7 +478,7 @@ def test_reads_cross_pieces(data: st.DataObject, total: int, pieces: int, tmp_pa
         store.read(total, 1)
 
 
-def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
+def test_damaged_store_is_refused(tmp_path: Path) -> None:
     store = build_store(corpus(tmp_path / "text"), Bytes(), store_dir=tmp_path / "stores")
     folder = store.folder
     assert folder is not None
@@ -506,8 +507,10 @@ def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
         "a number": ({"parts": [{**part, "file": 5}]}, "damaged"),
         "a list": ({"parts": [[]]}, "damaged"),
         "no parts": ({"parts": {}}, "damaged"),
+        "another number of bytes": ({"bytes": manifest["bytes"] + 1}, "damaged"),
+        "bad records that no part has": ({"bad": 3}, "damaged"),
     }.values():
-        (folder / MANIFEST).write_text(json.dumps({**manifest, **change}))
+        (folder / MANIFEST).write_text(json.dumps(sealed({**manifest, **change})))
         with pytest.raises(RequestError, match=words) as caught:
             TokenStore.open(folder)
         assert "\n" not in str(caught.value)
@@ -547,7 +550,7 @@ def flip(path: Path, at: int = 0) -> None:
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_store_is_compared_once_and_again_where_it_changed(tmp_path: Path, compared: list[str]) -> None:
+def test_store_is_verified_once_and_again_after_a_change(tmp_path: Path, compared: list[str]) -> None:
     source = corpus(tmp_path / "text")
 
     def again() -> TokenStore:
@@ -578,7 +581,65 @@ def test_a_store_is_compared_once_and_again_where_it_changed(tmp_path: Path, com
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_store_on_another_machine_is_compared_there(
+def test_edit_of_equal_length_is_found_and_a_touched_file_is_the_same(tmp_path: Path) -> None:
+    """The fingerprint has samples of a large file only."""
+    path = tmp_path / "large.txt"
+    path.write_text("".join(f"line {n} of the text\n" for n in range(200_000)))
+    notes: list[str] = []
+
+    def again() -> TokenStore:
+        [source] = text.resolve_sources([str(path)], unit="line")
+        return build_store(source, Bytes(), store_dir=tmp_path / "stores", note=notes.append)
+
+    folder = again().folder
+    assert folder is not None
+    path.touch()
+    assert again().folder == folder
+    path.rename(tmp_path / "aside")
+    path.write_bytes((tmp_path / "aside").read_bytes())
+    assert again().folder == folder
+    whole, times = path.read_bytes(), path.stat()
+    place = len(whole) // 30  # between two samples
+    path.write_bytes(whole[:place] + b"X" + whole[place + 1 :])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(RequestError, match=r"large\.txt was edited since its token store .* was built"):
+            again()
+    path.write_bytes(whole)
+    assert again().folder == folder
+    path.write_bytes(whole[:place] + b"X" + whole[place + 1 :])
+    shutil.rmtree(folder)
+    built = again()
+    assert ord("X") in built.read(0, built.n_tokens)
+    assert not notes
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("why", ["not built here", "too large"])
+def test_text_that_is_not_compared_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    path = tmp_path / "large.txt"
+    path.write_text("".join(f"line {n} of the text\n" for n in range(60_000)))
+    [source] = text.resolve_sources([str(path)], unit="line")
+    folder = build_store(source, Bytes(), store_dir=tmp_path / "stores").folder
+    assert folder is not None
+    if why == "not built here":
+        monkeypatch.setenv("LMCORE_CACHE", str(tmp_path / "of another machine"))
+    most_bytes = 10 if why == "too large" else 2**30
+    notes: list[str] = []
+    for _ in range(2):
+        edits.refuse_edited_text(folder, source, built=False, note=notes.append, most_bytes=most_bytes)
+    assert not notes
+    path.touch()
+    for _ in range(2):
+        edits.refuse_edited_text(folder, source, built=False, note=notes.append, most_bytes=most_bytes)
+    assert len(notes) == 1
+    assert "large.txt of the token store" in notes[0]
+
+
+@pytest.mark.usefixtures("cache")
+def test_store_is_verified_on_each_machine(
     tmp_path: Path, compared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = corpus(tmp_path / "text")
@@ -590,7 +651,59 @@ def test_a_store_on_another_machine_is_compared_there(
         assert len(compared) > 4
 
 
+@pytest.mark.parametrize("key", ["bytes", "documents", "records", "empty", "bad_bytes", "part_bytes", "name"])
+def test_changed_value_in_a_manifest_is_found(tmp_path: Path, key: str) -> None:
+    """Counts too: bits per byte are computed from them."""
+    folder = build_store(corpus(tmp_path / "texts"), Bytes(), store_dir=tmp_path / "stores").folder
+    assert folder is not None
+    manifest = json.loads((folder / MANIFEST).read_text())
+    changed = {**manifest, key: f"{manifest[key]}x" if key == "name" else manifest[key] + 1}
+    (folder / MANIFEST).write_text(json.dumps(changed))
+    with pytest.raises(RequestError, match="damaged"):
+        TokenStore.open(folder)
+    del manifest[HASH]  # a store of an earlier version
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert TokenStore.open(folder).n_bytes == manifest["bytes"]
+
+
+@pytest.mark.parametrize("change", [{"bytes": 1}, {"bad_places": "x"}, {"record_bytes": None}, {"empty": -1}])
+@pytest.mark.parametrize("seal", [True, False])
+def test_changed_part_of_an_unfinished_store_is_built_again(
+    tmp_path: Path, change: dict[str, Any], seal: bool
+) -> None:
+    source = corpus(tmp_path / "texts")
+    folder = build_store(source, Bytes(), store_dir=tmp_path / "stores").folder
+    assert folder is not None
+    before = contents(folder)
+    (folder / MANIFEST).unlink()
+    part = json.loads((folder / "part-000000.json").read_text()) | change
+    if seal and change != {"bytes": 1}:  # a number that may be right cannot be told from the right one
+        part = sealed(part)
+    (folder / "part-000000.json").write_text(json.dumps(part))
+    assert contents(build_store(source, Bytes(), store_dir=tmp_path / "stores").folder) == before
+
+
 @pytest.mark.usefixtures("cache")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "name", [MANIFEST, "part-000000.json", "part-000000.bin", "part-000000.ends", "plan.json"]
+)
+def test_fifo_in_a_store_is_refused_and_blocks_nobody(tmp_path: Path, name: str, finished: bool) -> None:
+    source = corpus(tmp_path / "texts")
+    folder = build_store(source, Bytes(), store_dir=tmp_path / "stores").folder
+    assert folder is not None
+    if not finished:
+        (folder / MANIFEST).unlink()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(RequestError, match=f"{name} is neither a file nor a folder: remove it"):
+        build_store(source, Bytes(), store_dir=tmp_path / "stores")
+    if finished:
+        with pytest.raises(RequestError, match=f"{name} is neither a file nor a folder"):
+            TokenStore.open(folder)
+
+
 def test_damaged_parts_of_an_unfinished_store_are_built_again(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text")
     whole = build_store(source, Bytes(), store_dir=tmp_path / "whole", part_bytes=2000)
@@ -616,7 +729,7 @@ def test_ids_beyond_the_vocabulary_are_refused_also_where_the_hashes_agree(tmp_p
     digest = hashlib.blake2b(tokens.tobytes(), digest_size=16).hexdigest()
     manifest = json.loads((store.folder / MANIFEST).read_text())
     manifest["parts"][0]["bin_hash"] = digest
-    (store.folder / MANIFEST).write_text(json.dumps(manifest))
+    (store.folder / MANIFEST).write_text(json.dumps(sealed(manifest)))
     with pytest.raises(FaultError, match="holds the token 257, but the tokenizer has only 257 ids"):
         build_store(corpus(tmp_path / "text"), Bytes(), store_dir=tmp_path / "stores")
     with pytest.raises(FaultError, match="holds the token 257"):
@@ -635,8 +748,9 @@ def test_damage_found_in_the_background_ends_the_next_read(
     notes: list[str] = []
     good = build_store(source, Bytes(), store_dir=tmp_path / "stores", note=notes.append)
     assert "in the background" in notes[0]
-    [thread] = [one for one in threading.enumerate() if one.name == verification.THREAD]
-    thread.join()
+    for thread in threading.enumerate():  # it may have ended already
+        if thread.name == verification.THREAD:
+            thread.join()
     assert good.read(0, 5).tolist()
     flip(store.folder / "part-000000.bin")
     bad = build_store(source, Bytes(), store_dir=tmp_path / "stores")
@@ -663,9 +777,7 @@ def test_two_processes_compare_a_store_once(tmp_path: Path, cache: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["../../evil", "a/b", ".hidden", "..", "a\0b", "a\x1b[31m", "/tmp/x"])
-def test_the_name_of_a_source_does_not_lead_out_of_the_folder_of_the_stores(
-    tmp_path: Path, name: str
-) -> None:
+def test_source_name_cannot_leave_the_store_folder(tmp_path: Path, name: str) -> None:
     source = dataclasses.replace(corpus(tmp_path / "text", 2), name=name)
     with pytest.raises(RequestError, match="a source cannot be called"):
         build_store(source, Bytes(), store_dir=tmp_path / "in" / "stores")
@@ -686,7 +798,7 @@ def test_unusual_names_of_sources_are_names_of_stores(tmp_path: Path, name: str)
     assert "1 files added" in notes[0]
 
 
-def test_a_file_system_without_hard_links_gives_the_same_store(
+def test_file_system_without_hard_links_gives_the_same_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = corpus(tmp_path / "text", 12)
@@ -706,7 +818,7 @@ def test_a_file_system_without_hard_links_gives_the_same_store(
 
 
 @pytest.mark.parametrize("left", [b"", b"{", b"[]", b'{"part_bytes": "x"}', b'{"part_bytes": -5}'])
-def test_a_plan_that_a_kill_left_half_written_is_made_anew(
+def test_store_plan_left_by_a_kill_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bytes
 ) -> None:
     monkeypatch.setattr(build, "_PLAN_SECONDS", 0.1)
@@ -719,7 +831,7 @@ def test_a_plan_that_a_kill_left_half_written_is_made_anew(
     assert contents(again.folder) == contents(store.folder)
 
 
-def test_a_store_made_under_a_former_fingerprint_of_the_tokenizer_opens(tmp_path: Path) -> None:
+def test_store_of_a_former_tokenizer_fingerprint_opens(tmp_path: Path) -> None:
     @final
     class Renamed(Counting):  # type: ignore[misc]  # a fake of a fake
         fingerprint = "new"
@@ -793,7 +905,7 @@ def test_megatron_and_datatrove_files_know_their_documents(tmp_path: Path) -> No
     assert opened(tmp_path / "d.ds").document_ends(0, 9).tolist() == [4, 9]
 
 
-def test_a_token_store_is_a_source(tmp_path: Path) -> None:
+def test_token_store_is_a_source(tmp_path: Path) -> None:
     store = build_store(corpus(tmp_path / "text"), Bytes(), store_dir=tmp_path / "stores", part_bytes=2000)
     again = opened(f"{store.folder}/*.bin")
     assert again.fingerprint == store.fingerprint
@@ -872,9 +984,7 @@ def test_foreign_tokens_beyond_the_vocabulary_are_a_fault(tmp_path: Path) -> Non
         opened(tmp_path / "b.npy").read(0, 3)
 
 
-def test_a_rank_that_finishes_first_may_tidy_up_under_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_store_finished_by_one_rank_under_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks write the same manifest; the first to be done takes the other's file from under it."""
     source = corpus(tmp_path / "text", 4)
     stores = tmp_path / "stores"

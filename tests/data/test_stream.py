@@ -383,3 +383,22 @@ def test_stream_of_fewer_documents_than_lanes_trains(
     assert seen == set(range(document_count))
     found, _, _ = run(stream(folder, shuffle=shuffle), cursors[4], count=5, world_size=2)
     assert np.array_equal(found, expected[5:])
+
+
+def test_stream_of_a_tokenizer_that_was_called_otherwise_goes_on(corpus: Path) -> None:
+    class Renamed(Tagged):
+        fingerprint = "as it is called today"
+        former_fingerprints = ("other", Tagged.fingerprint)
+
+    begun = stream(corpus)
+    now = stream(corpus, tokenizer=Renamed())
+    assert now.fingerprint != begun.fingerprint
+    assert begun.fingerprint in now.former_fingerprints
+    cursor = replace(begun.new_cursor(), position=16)
+    same = {"fingerprint": now.fingerprint, "seed": cursor.seed, "former": now.former_fingerprints}
+    goes_on = cursor.check(**same)
+    assert (goes_on.fingerprint, goes_on.position) == (now.fingerprint, 16)
+    ids = [one.read(np.arange(16, 24)).ids for one in (now.resumed(goes_on), begun.resumed(cursor))]
+    assert np.array_equal(*ids)
+    with pytest.raises(RequestError, match="trained on other data"):
+        replace(cursor, fingerprint=stream(corpus, eos=False).fingerprint).check(**same)

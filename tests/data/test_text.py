@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcore.data.text import compression, formats
-from lmcore.data.text.documents import BadRecord, Source, parts, read, resolve_sources, side
+from lmcore.data.text.documents import BadRecord, Source, parts, read, resolve_sources
+from lmcore.data.text.split import side
 from lmcore.errors import FaultError
 from tests.support.texts import COMPRESS, read_all, source_of, texts_of, write_parquet
 
@@ -572,9 +573,8 @@ def fuzz_one(folder: Path, seed: int) -> None:
         write_parquet(path, documents)
         data, low, high = damage(rng, path.read_bytes(), how if how not in ("bom", "bad line") else "flip")
         metadata = arrow.parquet.read_metadata(path)
-        if (
-            len(data) == path.stat().st_size
-        ):  # else every offset behind the damage is wrong, and the footer with it
+        # Else every offset behind the damage is wrong, and the footer with it
+        if len(data) == path.stat().st_size:
             for group in range(metadata.num_row_groups):
                 column = metadata.row_group(group).column(1)
                 begin = column.dictionary_page_offset or column.data_page_offset

@@ -103,8 +103,8 @@ CONTENTS = [
         b"PAR1PAR1",
     ),
     *(
-        gzip.compress(LINES),
-        gzip.compress(gzip.compress(LINES)),
+        gzip.compress(LINES, mtime=0),
+        gzip.compress(gzip.compress(LINES, mtime=0), mtime=0),
         b"\x28\xb5\x2f\xfd",
         b"BZh91AY&SY",
         *_archives(),

@@ -162,9 +162,8 @@ def test_training_the_folder_and_the_export_have_the_same_ids(family: str, tmp_p
             assert loaded.encode(text) == original(text, add_special_tokens=False)["input_ids"]
 
     loaded.save(tmp_path / "export", model_max_length=64)
-    (tmp_path / "export" / "config.json").write_text(
-        '{"model_type": "gpt2"}'
-    )  # of the model that is exported
+    # Of the model that is exported
+    (tmp_path / "export" / "config.json").write_text('{"model_type": "gpt2"}')
     exported = transformers_of(tmp_path / "export")
     for text in [*plain, SPECIAL]:
         assert exported(text, add_special_tokens=False)["input_ids"] == loaded.encode(text)
@@ -223,7 +222,7 @@ def test_former_fingerprints_are_those_of_version_0_1_0(tmp_path: Path) -> None:
     assert set(former_fingerprints(read_files(tmp_path / "saved"))) & set(saved.former_fingerprints)
 
 
-def test_a_chat_template_keeps_its_special_tokens(tmp_path: Path) -> None:
+def test_chat_template_keeps_its_special_tokens(tmp_path: Path) -> None:
     folder = gpt2_like(tmp_path / "a", chat_template="{{ messages[0].content }}<|endoftext|>")
     load_tokenizer(folder).save(tmp_path / "export")
     exported = transformers_of(tmp_path / "export")
@@ -232,7 +231,7 @@ def test_a_chat_template_keeps_its_special_tokens(tmp_path: Path) -> None:
     assert 0 not in load_tokenizer(tmp_path / "export").encode("a<|endoftext|>")
 
 
-def test_a_vocabulary_that_transformers_does_not_read_is_refused(tmp_path: Path) -> None:
+def test_vocabulary_that_transformers_does_not_read_is_refused(tmp_path: Path) -> None:
     folder = write(
         tmp_path / "a",
         {"sentencepiece.bpe.model": unigram()},
@@ -244,7 +243,7 @@ def test_a_vocabulary_that_transformers_does_not_read_is_refused(tmp_path: Path)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "xlm-roberta", "t5", "bert"])
-def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path, model_type: str) -> None:
+def test_folder_without_a_vocabulary_is_refused(tmp_path: Path, model_type: str) -> None:
     """transformers opens an empty tokenizer from it."""
     folder = write(tmp_path / "a", {}, None, model_type)
     with pytest.raises(

@@ -15,12 +15,15 @@ from lmcore.data.blocks import StoreBlocks
 from lmcore.data.cursor import Cursor
 from lmcore.data.custom import wrap
 from lmcore.data.order import Phase
+from lmcore.data.steps import Point, plan_steps
 from lmcore.data.stream import StreamDataset
 from lmcore.data.text import documents
+from lmcore.errors import RequestError
 from tests.support.batches import Row, run_ranks
 from tests.support.data import Tagged, counting_store, tagged_text
 
 SIZE = 16  # blocks of a global batch
+GROWING = plan_steps([Point(0, 8), Point(20, 16), Point(4, 32, in_steps=True), Point(6, 8, in_steps=True)])
 STEPS = 10
 
 
@@ -135,3 +138,47 @@ def test_resume_with_another_number_of_workers(kind: Kind, workers: int) -> None
     left = {"count": len(expected) - 3} if "count" in kind.options else {}
     found, _, _ = kind.run(cursors[2], workers=3 - workers, **left)
     assert found == expected[3:]
+
+
+def test_global_batch_that_changes_reads_the_same_blocks_in_the_same_order(kind: Kind) -> None:
+    """8, 8, 8, 16, 32, 32 and then 8 blocks a step: together they are what steps of 8 blocks read."""
+    constant, _, _ = kind.run(size=8, **({"count": 19} if "count" in kind.options else {}))
+    grown, cursors, _ = kind.run(size=GROWING)
+    count = len([row for step in grown for row in step])
+    assert [row for step in grown for row in step] == [row for step in constant for row in step][:count]
+    ends = [GROWING.blocks_before(step + 1) for step in range(len(cursors))]
+    last = kind.options.get("end_position", ends[-1])
+    assert [cursor.position for cursor in cursors] == [min(end, last) for end in ends]
+    if "count" not in kind.options:
+        assert count == sum(map(len, constant))
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 4), (2, 3), (4, 8), (8, 1)])
+def test_ranks_and_micro_batches_do_not_change_batches_that_grow(
+    kind: Kind, world_size: int, micro: int
+) -> None:
+    expected, cursors, _ = kind.run(size=GROWING)
+    found, theirs, ranks = kind.run(size=GROWING, world_size=world_size, micro=micro)
+    assert found == expected
+    assert theirs == cursors
+    for step, batch in enumerate(ranks[0]):  # the largest divisor of the share up to the micro-batch
+        share = GROWING.batch_of(step) // world_size
+        largest = max(one for one in range(1, micro + 1) if share % one == 0)
+        assert len(batch.micro_batches) == share // largest
+
+
+def test_resume_before_at_and_after_every_change_of_the_batch(kind: Kind) -> None:
+    expected, cursors, _ = kind.run(size=GROWING)
+    for done in range(1, len(expected)):
+        cursor = Cursor.from_json(json.loads(json.dumps(cursors[done - 1].to_json())))
+        left = {"count": len(expected) - done} if "count" in kind.options else {}
+        world_size = 2 ** (done % 4)
+        found, after, _ = kind.run(cursor, size=GROWING, step=done, world_size=world_size, micro=2, **left)
+        assert found == expected[done:]
+        assert after == cursors[done:]
+
+
+def test_growing_batch_that_the_ranks_do_not_divide_raises(kind: Kind) -> None:
+    plan = plan_steps([Point(0, 8), Point(2, 12, in_steps=True)])
+    with pytest.raises(RequestError, match=r"12 is not a multiple of 8 processes"):
+        kind.run(size=plan, world_size=8)

@@ -6,7 +6,7 @@
 * Each part is written aside, made durable and renamed, its description last: a part is whole or does not exist. A kill
   costs at most the part that each process was working on.
 * Ranks need nothing but the common file system. A part is claimed by a file with a heartbeat; a claim whose owner died is
-  taken over; a failure is written down where every process sees it. Nobody waits for ever.
+  taken over; a failure is written down where every process sees it. No process waits without end.
 * Bad records are counted and located; the policy is applied before any position exists.
 * Nothing is trusted because it exists: parts are compared with their hashes before a store is finished, and again on
   every machine that opens it (:mod:`lmcore.data.store.verification`).
@@ -22,6 +22,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -34,8 +35,20 @@ from typing import Any
 
 from lmcore.data.store import token_files, verification
 from lmcore.data.store.claims import aside, create_once
-from lmcore.data.store.manifest import MANIFEST, STORE_VERSION, fingerprint_of, read_manifest, read_part
-from lmcore.data.store.store import TokenStore, sample_of
+from lmcore.data.store.edits import refuse_edited_text
+from lmcore.data.store.manifest import (
+    MANIFEST,
+    STORE_VERSION,
+    encoded,
+    fingerprint_of,
+    read_manifest,
+    read_part,
+    refuse_special_files,
+    sealed,
+)
+from lmcore.data.store.remote import RemoteFolder, local_store_dir
+from lmcore.data.store.samples import samples_of
+from lmcore.data.store.store import TokenStore
 from lmcore.data.store.workers import (
     COUNTS,
     EncodesBatches,
@@ -43,13 +56,13 @@ from lmcore.data.store.workers import (
     Progress,
     build_all,
     commit,
-    encoded,
     is_done,
     part_file,
 )
-from lmcore.data.text import documents, hub
+from lmcore.data.text import documents, hub, listing
 from lmcore.disk import DISK
 from lmcore.errors import FaultError, RequestError
+from lmcore.storage import check_url, is_url
 
 __all__ = ["Progress", "TokenStore", "build_store"]
 
@@ -85,9 +98,9 @@ def build_store(
     """Build the token store of a source, or open it if it is there. All ranks may call it together.
 
     Args:
-        store_dir: folder of all stores, on a file system that all ranks see.
-        split: ``("train", f)`` or ``("valid", f)`` keeps one side of a split by content
-        (:func:`lmcore.data.text.documents.side`).
+        store_dir: folder of all stores, on a file system that all ranks see; or a URL, of which each machine has a copy
+            (:mod:`lmcore.data.store.remote`).
+        split: one side of a split by content (:mod:`lmcore.data.text.split`).
         eos: end each document with ``tokenizer.eos_id``.
         processes: tokenizing processes of this rank; 1 works in this process.
         worker: number of this rank, so that ranks begin at different parts.
@@ -99,7 +112,8 @@ def build_store(
 
     Raises:
         FaultError: bad records that the policy does not allow; a process was killed.
-        RequestError: nothing to read, or nowhere to write.
+        RequestError: nothing to read, or nowhere to write; or a file was edited in a way that the fingerprint does not
+            show (:mod:`lmcore.data.store.edits`).
     """
     note = note or (lambda line: None)
     known = (tokenizer.fingerprint, *getattr(tokenizer, "former_fingerprints", ()))
@@ -117,27 +131,42 @@ def build_store(
             tokenizer_fingerprints=known,
             note=note,
         )
-    name = _folder_name(source.name) + ("" if split[0] == "all" else f"-{split[0]}")
+    prefix = folder_prefix(source.name, split)
     identity = identity_of(source, tokenizer, split, eos)
     candidates = [{**identity, "tokenizer": one} for one in known]
-    folders = [Path(store_dir) / f"{name}-{fingerprint_of(one)[:16]}" for one in candidates]
+    folders = [local_store_dir(store_dir) / f"{prefix}{fingerprint_of(one)[:16]}" for one in candidates]
     folder = next((one for one in folders if (one / MANIFEST).exists()), folders[0])
-    if not (folder / MANIFEST).exists():
+    built = False
+    if (folder / MANIFEST).exists():
+        if worker == 0:
+            _keep_in_bucket(store_dir, folder, tokenizer.vocab_size, note)
+    else:
+        refuse_special_files(folder)
         try:
-            job = _job(source, tokenizer, folder, identity, split, eos, on_error, note, part_bytes)
-            _build_and_compare(job, processes, worker, progress, note)
-            _finish(job, identity)
+            brought = _bring(store_dir, folders, note)
+            if brought is not None:
+                folder = brought
+            else:
+                remote = _remote(store_dir, folder)
+                job = _job(
+                    source, tokenizer, folder, identity, split, eos, on_error, note, part_bytes, remote
+                )
+                _build_and_compare(job, processes, worker, progress, note)
+                _finish(job, identity)
+                built = True
         except OSError as error:
             # A rank that is done takes what lies aside away, also from under one that is about to be done.
             done_by_another = isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()
             if not done_by_another:
+                place = "$LMCORE_CACHE" if is_url(store_dir) else "data.store_dir"
                 raise RequestError(
                     f"the token store {folder} cannot be written ({error.strerror or error}): free some space, "
-                    f"or set data.store_dir to another place; what is finished is kept"
+                    f"or set {place} to another place; what is finished is kept"
                 ) from error
     _tidy(folder)
     store = TokenStore.open(folder)
     store.verify(vocab_size=tokenizer.vocab_size, note=note)
+    refuse_edited_text(folder, source, built=built, note=note)
     _enforce(store.manifest, on_error, max_bad_fraction)
     for line in _left_out(store.manifest, folder):
         note(line)
@@ -148,6 +177,47 @@ def build_store(
             f"{f'; the first bad record: {first}' if first else ''}"
         )
     return store
+
+
+def _remote(store_dir: str | Path, folder: Path) -> RemoteFolder | None:
+    if not is_url(store_dir):
+        return None
+    return RemoteFolder(f"{check_url(str(store_dir), 'data.store_dir')}/{folder.name}", folder)
+
+
+def _bring(store_dir: str | Path, folders: list[Path], note: Callable[[str], None]) -> Path | None:
+    """The first of these stores that is complete in the bucket, copied to its folder; ``None`` if there is none."""
+    for folder in folders:
+        remote = _remote(store_dir, folder)
+        if remote is not None and remote.bring(note=note):
+            return folder
+    return None
+
+
+def _keep_in_bucket(
+    store_dir: str | Path, folder: Path, vocab_size: int, note: Callable[[str], None]
+) -> None:
+    """Put a store that is complete on the disk into the bucket, if the bucket has lost it."""
+    remote = _remote(store_dir, folder)
+    if remote is None:
+        return
+    try:
+        if not remote.exists:
+            store = TokenStore.open(folder)
+            store.verify(vocab_size=vocab_size)
+            note(f"token store {folder.name} is not in {store_dir}: it is uploaded from {folder}")
+            remote.put(store.manifest["parts"], store.dtype.str, (folder / MANIFEST).read_bytes())
+    except FaultError as fault:  # what training needs is here
+        note(f"warning: {fault} (training uses the copy in {folder})")
+
+
+def folder_prefix(name: str, split: tuple[str, float]) -> str:
+    """What the name of a store's folder begins with; its fingerprint follows.
+
+    Raises:
+        RequestError: a source cannot be called so.
+    """
+    return f"{_folder_name(name)}-" + ("" if split[0] == "all" else f"{split[0]}-")
 
 
 def _folder_name(name: str) -> str:
@@ -187,8 +257,15 @@ def identity_of(
 
 def files_of(source: documents.Source) -> list[list[Any]]:
     """``[relative path, size, hash]`` of each file: what tells whether a text is still the same."""
+    return listing.once(
+        ("samples", source.paths, source.relative_paths), functools.partial(_files_of, source)
+    )
+
+
+def _files_of(source: documents.Source) -> list[list[Any]]:
+    samples = iter(samples_of([path for path in source.paths if not path.startswith(hub.PREFIX)]))
     return [
-        [name, 0, hub.fingerprint(path)] if path.startswith(hub.PREFIX) else [name, *sample_of(path)]
+        [name, 0, hub.fingerprint(path)] if path.startswith(hub.PREFIX) else [name, *next(samples)]
         for name, path in zip(source.relative_paths or source.paths, source.paths)
     ]
 
@@ -224,6 +301,7 @@ def _job(
     on_error: str,
     note: Callable[[str], None],
     part_bytes: int | None,
+    remote: RemoteFolder | None,
 ) -> Job:
     """Agree on the parts with all other ranks, and take over what an older store of this source has."""
     prefix = folder.name.rpartition("-")[0]
@@ -239,9 +317,10 @@ def _job(
     part_bytes = part_bytes or min(max(1 << (total // 64).bit_length(), 2**20), 2**26)
     if older and not (folder / _PLAN).exists():
         note(f"token store {prefix}: {_changes(older[-1][2]['identity'], identity)}")
-        part_bytes = (
-            older[-1][2]["part_bytes"] or part_bytes
-        )  # the same cuts: unchanged parts can be taken over
+        # The same cuts: unchanged parts can be taken over
+        part_bytes = older[-1][2]["part_bytes"] or part_bytes
+    if remote is not None:
+        remote.agree(_PLAN, encoded({"part_bytes": part_bytes}))
     parts = tuple(hub.parts_of(source, part_bytes=_agreed(folder / _PLAN, part_bytes)))
     options = [
         identity[key] for key in ("version", "tokenizer", "eos", "split", "text_field", "unit", "encoding")
@@ -257,11 +336,11 @@ def _job(
         folder=folder,
         parts=parts,
         eos=eos,
-        side=split[0],
-        fraction=split[1],
+        split=split,
         on_error=on_error,
         dtype="<u2" if tokenizer.vocab_size <= 2**16 else "<u4",
         keys=tuple(keys),
+        remote=remote,
     )
     for _, other, manifest in reversed(older):
         _take_over(job, other, manifest)
@@ -294,7 +373,7 @@ def _take_over(job: Job, other: Path, manifest: dict[str, Any]) -> None:
             for suffix in (".bin", ".ends"):
                 target = job.folder / f"{name}{suffix}"
                 _link_or_copy(other / f"{there[key]['file']}{suffix}", target)
-            commit(job.folder / f"{name}.json", encoded({**there[key], "file": name}))
+            commit(job.folder / f"{name}.json", encoded(sealed({**there[key], "file": name})))
 
 
 def _link_or_copy(old: Path, new: Path) -> None:
@@ -341,6 +420,8 @@ def _build_and_compare(
                 damage[name] = "it belongs to another store"
             else:
                 parts.append(described)
+        if job.remote is not None:
+            job.remote.bring_parts(parts)
         damage |= verification.find_damage(job.folder, parts, job.dtype)
         if not damage or (job.folder / MANIFEST).exists():
             return
@@ -358,8 +439,12 @@ def _build_and_compare(
 def _finish(job: Job, identity: dict[str, Any]) -> None:
     """Write the manifest. Every rank may do it: the bytes are the same. Nothing in it tells when, where, or by which
     process."""
-    if (job.folder / MANIFEST).exists():
-        return
+    with contextlib.nullcontext() if job.remote is None else job.remote.lock():
+        if not (job.folder / MANIFEST).exists():
+            _write_manifest(job, identity)
+
+
+def _write_manifest(job: Job, identity: dict[str, Any]) -> None:
     parts = [read_part(job.folder / f"{part_file(part.index)}.json") for part in job.parts]
     # Parts that were taken over from a store of an earlier version do not have all counts.
     totals = {key: sum(part.get(key, 0) for part in parts) for key in COUNTS}
@@ -373,7 +458,9 @@ def _finish(job: Job, identity: dict[str, Any]) -> None:
         "identity": identity,
         "parts": parts,
     }
-    commit(job.folder / MANIFEST, encoded(manifest))
+    if job.remote is not None:
+        job.remote.put(parts, job.dtype, encoded(sealed(manifest)))
+    commit(job.folder / MANIFEST, encoded(sealed(manifest)))
 
 
 def _tidy(folder: Path) -> None:
@@ -404,7 +491,7 @@ def _enforce(manifest: dict[str, Any], on_error: str, max_bad_fraction: float) -
     lost = f"{at_least}{bad:,} of {total:,} documents of {manifest['name']} are bad or lost"
     if bad_bytes:
         lost += f", about {bad_bytes / total_bytes:.2%} of the text"
-    first = f"the first: {next(_bad_records(manifest))}"
+    first = f"the first: {next(_bad_records(manifest), 'not written down')}"
     if on_error == "raise":
         raise FaultError(f"{lost}; {first}: fix them, or skip bad records with --data.on_error skip")
     if bad > max_bad_fraction * total or bad_bytes > max_bad_fraction * total_bytes:

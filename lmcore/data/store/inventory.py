@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from lmcore.data.store.claims import STALE_SECONDS
 from lmcore.data.store.manifest import MANIFEST, read_manifest
+from lmcore.data.store.remote import local_store_dir
 from lmcore.disk import DISK
 from lmcore.errors import RequestError
 
@@ -48,6 +50,32 @@ class StoreInfo:
 def record_use(run_dir: Path, stores: Iterable[Path]) -> None:
     """Write down which stores a run has opened."""
     DISK.write_json(run_dir / USES, sorted({str(folder.resolve()) for folder in stores}))
+
+
+def stores_of(run_dir: Path) -> set[str]:
+    """The folders of the stores that a run has opened, as it wrote them down; none if it did not."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if not (run_dir / USES).is_file():  # a FIFO would wait for its writer
+            return set()
+        value = json.loads((run_dir / USES).read_bytes())
+        return {one for one in value if isinstance(one, str)} if isinstance(value, list) else set()
+    return set()
+
+
+def stores_trained_on(run_dir: Path, store_dir: str | Path) -> set[str]:
+    """Names of the folders in ``store_dir`` that the newest checkpoint of a run was trained on, by the fingerprint in it.
+
+    For a run whose own list (:func:`stores_of`) was lost.
+    """
+    with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
+        states = (path for path in (run_dir / "checkpoints").glob("step-*/state.json") if path.is_file())
+        newest = max(states, key=lambda path: path.parent.name)
+        fingerprint = str(json.loads(newest.read_bytes())["cursor"]["fingerprint"])
+        hashes = set(re.findall(r":([0-9a-f]{16})\b", fingerprint))
+        names = {path.name for path in local_store_dir(store_dir).iterdir() if path.name[-16:] in hashes}
+        # Of documents that were cut into head and tail, the tail is the validation text, which no cursor names.
+        return names | {name.replace("-head-", "-tail-") for name in names}
+    return set()
 
 
 def list_stores(store_dir: str | Path, *, runs: Iterable[str | Path] = ("runs",)) -> list[StoreInfo]:
@@ -110,11 +138,8 @@ def _runs(places: Iterable[str | Path]) -> Iterator[tuple[Path, tuple[set[str], 
     """(run folder, (the stores that it names, the state of its newest checkpoint as text))."""
     for place in map(Path, places):
         for run in [place, *sorted(place.glob("*"))] if place.is_dir() else []:
-            named: set[str] = set()
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                value = json.loads((run / USES).read_bytes())
-                named = {one for one in value if isinstance(one, str)} if isinstance(value, list) else set()
-            states = sorted(run.glob("checkpoints/step-*/state.json"))
+            named = stores_of(run)
+            states = sorted(path for path in run.glob("checkpoints/step-*/state.json") if path.is_file())
             state = ""
             with contextlib.suppress(OSError):
                 state = states[-1].read_text(errors="replace") if states else ""

@@ -1,13 +1,18 @@
 """What describes a token store on the disk, read as data of a stranger: every field is checked before it is used.
 
-``manifest.json`` describes the store, ``part-000000.json`` one part of it. Both are JSON of version 1; a part's
-description is repeated in the manifest.
+``manifest.json`` describes the store, ``part-000000.json`` one part of it. Both are JSON of version 1 and carry a hash over
+the rest of themselves (those of earlier versions do not, and are read without it); a part's description is repeated in the
+manifest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,12 +21,29 @@ from lmcore.names import confined
 
 MANIFEST = "manifest.json"
 STORE_VERSION = 1
+HASH = "hash"
 _COUNTS = ("tokens", "documents", "bytes", "bad", "records")
+_LATER_COUNTS = ("record_bytes", "empty", "bad_bytes", "bad_places", "bad_unknown")
+"""Not in stores of earlier versions."""
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
     """Of a store: 32 hex digits over all that its tokens depend on."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """``content`` with a hash over all of it, as it is written."""
+    plain = {key: value for key, value in content.items() if key != HASH}
+    text = json.dumps(plain, sort_keys=True).encode()
+    return plain | {HASH: hashlib.blake2b(text, digest_size=16).hexdigest()}
+
+
+def encoded(value: Any) -> bytes:
+    """JSON as it stands in the files of a store."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(
+        "utf-8", "backslashreplace"
+    )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -31,6 +53,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         RequestError: there is none, it is damaged, of another version, or names files outside of ``folder``.
     """
     path = folder / MANIFEST
+    refuse_special_files(folder)
     try:
         manifest = _mapping(path)
     except FileNotFoundError:
@@ -65,10 +88,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not isinstance(part, dict):
             _damaged(path, "parts")
         _check_part(path, folder, part)
-    for name in ("tokens", "documents"):
+    for name in _COUNTS:
         if manifest[name] != sum(part[name] for part in parts):
             _damaged(path, name)
     return manifest
+
+
+def refuse_special_files(folder: Path) -> None:
+    """A FIFO or a device in place of a file would block whoever opens it.
+
+    Raises:
+        RequestError: there is one; it is named.
+    """
+    names = []
+    with contextlib.suppress(OSError):  # there is no such folder
+        names = os.listdir(folder)
+    for name in names:
+        with contextlib.suppress(OSError):  # another rank has just removed it
+            mode = os.stat(folder / name).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise RequestError(f"{folder / name} is neither a file nor a folder: remove it")
 
 
 def read_part(path: Path) -> dict[str, Any]:
@@ -91,11 +130,15 @@ def _mapping(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes(), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         _damaged(path, str(error) if isinstance(error, ValueError) else "too deep")
-    return value if isinstance(value, dict) else _damaged(path, "not an object")
+    if not isinstance(value, dict):
+        _damaged(path, "not an object")
+    if value.pop(HASH, None) not in (None, sealed(value)[HASH]):
+        _damaged(path, "it does not match its own hash")
+    return value
 
 
 def _check_part(path: Path, folder: Path, part: dict[str, Any]) -> None:
-    _check_counts(path, part, _COUNTS)
+    _check_counts(path, part, (*_COUNTS, *(name for name in _LATER_COUNTS if name in part)))
     if not isinstance(part.get("file"), str):
         _damaged(path, "file")
     confined(folder, f"{part['file']}.bin")

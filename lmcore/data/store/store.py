@@ -11,10 +11,7 @@ Example::
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import mmap
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +24,7 @@ from lmcore.data.store import verification
 from lmcore.data.store.manifest import MANIFEST, read_manifest
 from lmcore.errors import FaultError, RequestError
 
-__all__ = ["MANIFEST", "Piece", "TokenStore", "sample_of"]
+__all__ = ["MANIFEST", "Piece", "TokenStore"]
 
 _OPEN_FILES = 4096  # the kernel allows 65,530 mappings for each process
 
@@ -255,32 +252,3 @@ class TokenStore:
     def __getstate__(self) -> dict[str, Any]:
         # Mappings cannot be sent to another process; it opens its own.
         return {**self.__dict__, "_arrays": OrderedDict()}
-
-
-def sample_of(path: str) -> tuple[int, str]:
-    """Size of a file, and a hash of its head, its tail and 14 places between; up to 1 MiB it is hashed whole.
-
-    Raises:
-        RequestError: it cannot be read.
-    """
-    try:
-        stat = os.stat(path)
-        return _sample(path, stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-@functools.lru_cache(
-    maxsize=2**18
-)  # the tokenizer, the training and the held-out side ask for the same files
-def _sample(path: str, size: int, *_: int) -> tuple[int, str]:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size <= 2**20:
-            digest.update(file.read())
-        else:
-            for number in range(16):
-                file.seek((size - 2**16) * number // 15)
-                digest.update(file.read(2**16))
-    return size, digest.hexdigest()

@@ -26,7 +26,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lmcore.data.store.manifest import MANIFEST
-from lmcore.data.store.store import Piece, TokenStore, sample_of
+from lmcore.data.store.samples import sample_of
+from lmcore.data.store.store import Piece, TokenStore
 from lmcore.data.text.sources import FOREIGN_SUFFIXES
 from lmcore.errors import RequestError
 
@@ -206,9 +207,8 @@ def _megatron(path: str, index: str) -> tuple[Piece, str]:
     last = int(np.memmap(index, dtype="<i8", mode="r", offset=pointers, shape=(sequences,))[-1])
     if last + int(lengths[-1]) * dtype.itemsize != tokens * dtype.itemsize:
         raise RequestError(f"{index}: its sequences do not lie one after another in {path}")
-    one_each = (
-        documents == sequences + 1
-    )  # else a document is several sequences, and its end is where EOS stands
+    # Else a document is several sequences, and its end is where EOS stands
+    one_each = documents == sequences + 1
     piece = Piece(
         path=path,
         n_tokens=tokens,

@@ -26,6 +26,7 @@ import numpy as np
 from lmcore.disk import DISK
 from lmcore.errors import FaultError
 from lmcore.humanize import size
+from lmcore.storage import cache_dir
 
 BACKGROUND_BYTES = 8 * 2**30
 """A store with more to compare than this does not keep training waiting (10 to 60 s, by the disk)."""
@@ -37,14 +38,6 @@ _THREADS = 8
 Part = Mapping[str, Any]
 
 
-def cache_dir() -> Path:
-    """Where this user's small, removable files lie."""
-    chosen = os.environ.get("LMCORE_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmcore"
-
-
 def find_damage(folder: Path, parts: Sequence[Part], dtype: str) -> dict[str, str]:
     """{file of a damaged part: what is wrong}; empty if every part is what was built.
 
@@ -52,15 +45,8 @@ def find_damage(folder: Path, parts: Sequence[Part], dtype: str) -> dict[str, st
         parts: their descriptions, as the manifest has them.
         dtype: of the tokens.
     """
-    with _remembered(folder) as memory:
+    with remembered(folder) as memory:
         return _compare(folder, parts, dtype, memory)
-
-
-def largest_id(folder: Path, parts: Sequence[Part], dtype: str) -> int:
-    """The largest token id of a store whose parts were compared; -1 if it has no tokens."""
-    with _remembered(folder) as memory:
-        _compare(folder, parts, dtype, memory)
-        return max((memory[part["file"]]["largest"] for part in parts if part["file"] in memory), default=-1)
 
 
 def verify(
@@ -84,7 +70,7 @@ def verify(
     Raises:
         FaultError: a part is damaged, or has ids beyond the vocabulary.
     """
-    with _remembered(folder, write=False) as memory:
+    with remembered(folder, write=False) as memory:
         rest = [part for part in parts if not _is_known(folder, part, memory)]
     todo = sum(_bytes_of(folder, part) for part in rest)
     if rest and todo > BACKGROUND_BYTES and _memory_file(folder) is not None:
@@ -113,7 +99,7 @@ def _in_background(
 
 
 def _verdict(folder: Path, parts: Sequence[Part], dtype: str, vocab_size: int | None) -> str | None:
-    with _remembered(folder) as memory:
+    with remembered(folder) as memory:
         damage = _compare(folder, parts, dtype, memory)
         if damage:
             name, reason = next(iter(damage.items()))
@@ -149,7 +135,7 @@ def _read(folder: Path, part: Part, dtype: str) -> dict[str, Any] | str:
     largest = -1
     digests = []
     try:
-        stats = [_stat(bins), _stat(ends)]
+        stats = [file_state(bins), file_state(ends)]
         sizes = [
             part["tokens"] * np.dtype(dtype).itemsize,
             part["documents"] * np.dtype(part["ends_dtype"]).itemsize,
@@ -177,7 +163,7 @@ def _read(folder: Path, part: Part, dtype: str) -> dict[str, Any] | str:
 def _is_known(folder: Path, part: Part, memory: Mapping[str, Any]) -> bool:
     known = memory.get(part["file"])
     try:
-        stats = [_stat(folder / f"{part['file']}.bin"), _stat(folder / f"{part['file']}.ends")]
+        stats = [file_state(folder / f"{part['file']}.bin"), file_state(folder / f"{part['file']}.ends")]
         hashes = [part["bin_hash"], part["ends_hash"]]
         return (
             isinstance(known, dict)
@@ -188,9 +174,19 @@ def _is_known(folder: Path, part: Part, memory: Mapping[str, Any]) -> bool:
         return False
 
 
-def _stat(path: Path) -> list[int]:
+def file_state(path: Path) -> list[int]:
+    """Size, time of writing and inode: with another one a file is compared again."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def file_hash(path: Path | str) -> str:
+    """Hash of a file as the manifest of a store has it."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _bytes_of(folder: Path, part: Part) -> int:
@@ -211,17 +207,16 @@ def _memory_file(folder: Path, suffix: str = ".json") -> Path | None:
 
 
 @contextlib.contextmanager
-def _remembered(folder: Path, *, write: bool = True) -> Iterator[dict[str, Any]]:
-    """{file of a part: what is known}, one process of this machine at a time; written back if it has changed."""
+def remembered(folder: Path, *, write: bool = True) -> Iterator[dict[str, Any]]:
+    """What this machine knows of a store, by the file of a part; one process at a time; written back if it has changed."""
     path = _memory_file(folder)
     if path is None:
         yield {}
         return
     with contextlib.ExitStack() as stack:
         if write:
-            with contextlib.suppress(
-                OSError
-            ):  # no locks there: two processes then compare, which costs time only
+            # No locks there: two processes then compare, which costs time only
+            with contextlib.suppress(OSError):
                 lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
                 fcntl.lockf(lock, fcntl.LOCK_EX)
         try:

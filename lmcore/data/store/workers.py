@@ -24,8 +24,10 @@ from typing import Any, Protocol, final
 import numpy as np
 
 from lmcore.data.store.claims import Claim, aside, claimed, now_of, raise_failure, write_failure
+from lmcore.data.store.manifest import encoded, sealed
+from lmcore.data.store.remote import RemoteFolder
 from lmcore.data.text import documents as text
-from lmcore.data.text import hub
+from lmcore.data.text import hub, split
 from lmcore.disk import DISK
 from lmcore.errors import FaultError, RequestError
 
@@ -81,11 +83,18 @@ class Job:
     folder: Path
     parts: tuple[text.Part, ...]
     eos: bool
-    side: str
-    fraction: float
+    split: split.Split
     on_error: str
     dtype: str
     keys: tuple[str, ...]
+    remote: RemoteFolder | None = None
+    """Where ``folder`` is a copy of a store in a bucket."""
+
+    def look(self, *, now: bool = False) -> None:
+        """Learn of the parts that other machines have built."""
+        if self.remote is not None:
+            keys = {part_file(part.index): key for part, key in zip(self.parts, self.keys)}
+            self.remote.look(keys, now=now)
 
 
 def part_file(index: int) -> str:
@@ -103,19 +112,13 @@ def commit(path: Path, data: bytes) -> None:
     DISK.fsync_dir(path.parent)
 
 
-def encoded(value: Any) -> bytes:
-    """JSON as it stands in the files of a store."""
-    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(
-        "utf-8", "backslashreplace"
-    )
-
-
 # ---- who builds which part ----
 
 
 def build_all(job: Job, processes: int, worker: int, progress: Callable[[Progress], None] | None) -> None:
     """Return when every part is there, whichever process built it."""
     report = _Reporter(job, progress)
+    job.look(now=True)
     pending = [part.index for part in job.parts if not is_done(job, part.index)]
     processes = min(processes, len(pending))
     started = now_of(job.folder)
@@ -192,6 +195,7 @@ def _build_pending(job: Job, started: float, number: int, report: _Reporter) -> 
     first = number * 7919 % max(count, 1)  # a prime stride spreads the processes without communication
     while True:
         waiting = False
+        job.look()
         for step in range(count):
             index = (first + step) % count
             if is_done(job, index):
@@ -200,7 +204,7 @@ def _build_pending(job: Job, started: float, number: int, report: _Reporter) -> 
             with claimed(job.folder / f"{part_file(index)}.claim") as mine:
                 if mine and not is_done(job, index):
                     try:
-                        _build(job, index, mine, report)
+                        waiting |= not _build_for_all(job, index, mine, report)
                     except (FaultError, RequestError, OSError) as error:
                         write_failure(job.folder, error)
                         raise
@@ -210,6 +214,18 @@ def _build_pending(job: Job, started: float, number: int, report: _Reporter) -> 
         if not waiting and all(is_done(job, part.index) for part in job.parts):
             return
         time.sleep(0.2)
+
+
+def _build_for_all(job: Job, index: int, claim: Claim, report: _Reporter) -> bool:
+    """Build a part, and put it into the bucket if there is one; false if another machine builds it."""
+    if job.remote is None:
+        _build(job, index, claim, report)
+        return True
+    with job.remote.claimed(part_file(index), job.keys[index]) as mine:
+        if mine:
+            _build(job, index, claim, report)
+            job.remote.put_part(part_file(index))
+        return mine
 
 
 class _Reporter:
@@ -313,12 +329,11 @@ def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
         "ends_hash": hashlib.blake2b(ends.data, digest_size=16).hexdigest(),
         "bad_records": [{**asdict(record), "path": relative.get(record.path, record.path)} for record in bad],
     }
-    with contextlib.suppress(
-        FileNotFoundError
-    ):  # another process took the part over, finished it, and cleaned up
+    # Another process took the part over, finished it, and cleaned up
+    with contextlib.suppress(FileNotFoundError):
         DISK.rename(unfinished, job.folder / f"{name}.bin")
         commit(job.folder / f"{name}.ends", ends.tobytes())
-        commit(job.folder / f"{name}.json", encoded(description))
+        commit(job.folder / f"{name}.json", encoded(sealed(description)))
 
 
 def _batches(
@@ -334,11 +349,12 @@ def _batches(
     for document in hub.documents_of(job.source, part, bad=on_bad, empty=on_empty):
         counts["records"] += 1
         counts["record_bytes"] += _utf8_length(document.text)
-        if job.side != "all" and text.side(document.text, job.fraction) != job.side:
+        kept = split.part_of(document.text, job.split)
+        if kept is None:
             continue
-        texts.append(document.text)
-        size += len(document.text)
-        counts["bytes"] += _utf8_length(document.text)
+        texts.append(kept)
+        size += len(kept)
+        counts["bytes"] += _utf8_length(kept)
         if size >= BATCH_CHARACTERS:
             yield texts
             texts, size = [], 0

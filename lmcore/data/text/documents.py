@@ -28,15 +28,13 @@ documents beside it are kept.
 from __future__ import annotations
 
 import codecs
-import hashlib
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, Literal, NamedTuple
+from typing import IO, NamedTuple
 
-from lmcore.data.text import formats
+from lmcore.data.text import formats, listing
 from lmcore.data.text.compression import (
     Damage,
     as_lines_of_bytes,
@@ -46,6 +44,7 @@ from lmcore.data.text.compression import (
     is_blank,
     lines,
 )
+from lmcore.data.text.remote import open_file, state_of
 from lmcore.data.text.signatures import HEAD_BYTES, signature
 from lmcore.data.text.sources import (
     FOREIGN_SUFFIXES,
@@ -70,7 +69,6 @@ __all__ = [
     "parts",
     "read",
     "resolve_sources",
-    "side",
 ]
 
 
@@ -177,10 +175,7 @@ def _pieces(source: Source, path: str, relative_path: str, part_bytes: int) -> I
         raise RequestError(f"{path} holds tokens, not text: it can be trained on, but not read as text")
     if path.startswith(HUB):
         raise RequestError(f"{path} is not a file: only training and prepare read datasets of the Hub")
-    try:
-        stat = os.stat(path)
-    except OSError:
-        stat = None  # vanished since it was resolved: read() reports it
+    stat = listing.stat(path)  # None: vanished since it was resolved; read() reports it
     n_bytes, mtime = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
 
     def piece(start: int, stop: int, cost: int) -> Piece:
@@ -258,11 +253,11 @@ def _watched(source: Source, piece: Piece) -> Iterator[tuple[int, str | Damage]]
         return Damage(reason, n_bytes=piece.n_bytes, at_least=not all_of_it)
 
     try:
-        with open(piece.path, "rb") as file:
+        with open_file(piece.path) as file:
             for at, value in _texts(source, piece, file):
                 yield at, value
-            stat = os.fstat(file.fileno())
-        if (stat.st_size, stat.st_mtime_ns) != (piece.size_bytes, piece.mtime_ns):
+            state = state_of(file, piece.path)
+        if state != (piece.size_bytes, piece.mtime_ns):
             yield at, Damage("the file was changed after it was listed", at_least=True)
     except FileNotFoundError:
         yield at, lost("the file vanished after it was listed")
@@ -316,7 +311,7 @@ def _texts(source: Source, piece: Piece, file: IO[bytes]) -> Iterator[tuple[int,
 
 
 def _head(path: str) -> bytes:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return file.read(HEAD_BYTES)
 
 
@@ -330,7 +325,7 @@ def _not_text(head: bytes, damage: Damage) -> Damage | None:
 
 def _blank_line_before(piece: Piece) -> bool:
     """Is the last line that begins before ``piece.start`` blank?"""
-    with open(piece.path, "rb") as file:
+    with open_file(piece.path) as file:
         # From the beginning of that line, which is found backwards, to its end, which may lie behind start.
         begin = end = piece.start - 1
         while begin > 0:
@@ -347,12 +342,3 @@ def _blank_line_before(piece: Piece) -> bool:
         # A line of white space that is longer than this counts as text.
         line = file.readline(end - begin + 2**16)
         return line.endswith(b"\n") and is_blank(line)
-
-
-def side(text: str, fraction: float) -> Literal["train", "valid"]:
-    """The side of a document when ``fraction`` of the corpus is held out for validation.
-
-    Decided by a hash of its content alone, so that the same text is always on the same side.
-    """
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return "valid" if int.from_bytes(digest, "little") < fraction * 2**64 else "train"

@@ -25,6 +25,7 @@ from lmcore.data.text.compression import (
     is_blank,
     lines,
 )
+from lmcore.data.text.remote import open_file
 
 Numbered = Iterable[tuple[int, bytes | Damage]]
 Texts = Iterator[tuple[int, str | Damage]]
@@ -383,7 +384,8 @@ def parquet_ranges(path: str, part_bytes: int) -> list[tuple[int, int, int]] | N
     import pyarrow.parquet
 
     try:
-        metadata = arrow.parquet.read_metadata(path)
+        with open_file(path) as file:
+            metadata = arrow.parquet.read_metadata(file)
         sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
     except (arrow.ArrowException, OSError, ValueError):
         return None
@@ -490,10 +492,11 @@ def field_names(path: str, kind: str, encoding: str) -> list[str]:
         import pyarrow.parquet
 
         try:
-            return list(arrow.parquet.read_schema(path).names)
+            with open_file(path) as file:
+                return list(arrow.parquet.read_schema(file).names)
         except (arrow.ArrowException, OSError, ValueError):
             return []
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         pieces, encoding = as_lines_of_bytes(chunks(file, compression_of(path)), encoding)
         if kind in ("csv", "tsv"):
             row = next((row for _, row, _ in csv_records(lines(pieces), encoding, kind)), None)

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import codecs
 import fnmatch
+import functools
 import glob
 import itertools
 import os
 import re
+import stat
 import statistics
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lmcore.data.text import formats
+from lmcore.data.text import formats, listing, remote
 from lmcore.data.text.compression import CODECS, SURROGATE, Damage, chunks, compression_of, encoding_is_wide
 from lmcore.data.text.signatures import HEAD_BYTES, signature
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean
+from lmcore.storage import is_url
 
 HUB = "hf://"
 FOREIGN_SUFFIXES = (".bin", ".idx", ".npy", ".ds", ".index")
@@ -60,11 +63,23 @@ _SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
 """Folders without files of text, and partly without an end."""
 _RUN_FILES = frozenset(
     [
-        *("status.json", "metrics.jsonl", "config.yaml", "train.log", "report.html", "plan.json", ".lock"),
-        *("checkpoints", "tokenizer", "export", "logs", "profile", "tensorboard", "sample"),
+        *(
+            "status.json",
+            "metrics.jsonl",
+            "config.yaml",
+            "train.log",
+            "report.html",
+            "comparison.html",
+            "plan.json",
+            "stores.json",
+        ),
+        *("checkpoints", "tokenizer", "export", "logs", "profile", "sample"),
+        *("tensorboard", "wandb", "mlruns", "dvclive", "swanlog", "swanlab", "aim", "trackio"),
     ]
 )
-"""What a training writes into its run folder."""
+"""What a training and its trackers write into its run folder (hidden files are never read)."""
+_A_RUN = "the files of a run"
+_SPLITS = "the splits of data.valid_fraction"
 
 
 Entry = str | Mapping[str, Any] | tuple[str, ...]
@@ -111,6 +126,7 @@ def _plain(paths: Iterable[str]) -> list[str]:
     ]
 
 
+@functools.lru_cache(maxsize=2**18)
 def _suffix(path: str) -> str:
     """``.txt`` of ``a.TXT`` and of ``a.txt.gz``; empty for ``a`` and ``.a``."""
     names = path.rpartition("/")[2].lower().lstrip(".").split(".")
@@ -147,10 +163,18 @@ def resolve_sources(
         >>> source.name, source.relative_paths
         ('corpus', ('a.txt', 'b.txt'))
     """
+    listed: list[Entry] = [entries] if isinstance(entries, str) else list(entries)
+    asked = repr((listed, text_field, unit, encoding, join_files))
+    work = functools.partial(_resolve, listed, text_field, unit, encoding, join_files)
+    return list(listing.once(("sources", asked), work))
+
+
+def _resolve(
+    listed: list[Entry], text_field: str, unit: str, encoding: str, join_files: bool
+) -> tuple[Source, ...]:
     sources: list[Source] = []
     owners: dict[tuple[int, int], str] = {}
     taken: set[str] = set()
-    listed: list[Entry] = [entries] if isinstance(entries, str) else list(entries)
     for entry in _joined(listed) if join_files else listed:
         source = _source(entry, text_field, unit, encoding)
         for path in source.paths:
@@ -166,16 +190,13 @@ def resolve_sources(
             source = replace(source, name=next(name for name in names if name not in taken))
         taken.add(source.name)
         sources.append(source)
-    return sources
+    return tuple(sources)
 
 
 def file_identity(path: str) -> tuple[int, int] | None:
     """(device, inode) of a file, links followed; ``None`` where there is no such file."""
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino
+    found = listing.stat(path)
+    return None if found is None else (found.st_dev, found.st_ino)
 
 
 def _joined(entries: Sequence[Entry]) -> list[Entry]:
@@ -183,7 +204,10 @@ def _joined(entries: Sequence[Entry]) -> list[Entry]:
     files = [entry for entry in entries if isinstance(entry, str) and _is_text_file(entry)]
     if len(files) < 2 or len({os.path.abspath(os.path.expanduser(file)) for file in files}) < len(files):
         return list(entries)
-    joined = _pattern_of(files) or tuple(files)
+    # A shell expands folder/* to the files of a run there, too
+    text = _without_run_files([os.path.abspath(os.path.expanduser(file)) for file in files])[0]
+    text = text or files
+    joined = text[0] if len(text) == 1 else _pattern_of(text) or tuple(text)
     chosen = set(files)
     rest = [entry for entry in entries if not (isinstance(entry, str) and entry in chosen)]
     first = entries.index(files[0])
@@ -191,8 +215,11 @@ def _joined(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _is_text_file(entry: str) -> bool:
+    if is_url(entry):
+        return False  # no shell expands a glob of URLs
     path = os.path.expanduser(entry)
-    return not path.endswith(FOREIGN_SUFFIXES) and os.path.isfile(path)
+    found = listing.stat(path)
+    return not path.endswith(FOREIGN_SUFFIXES) and found is not None and stat.S_ISREG(found.st_mode)
 
 
 def _common_folder(files: Sequence[str]) -> str:
@@ -260,7 +287,8 @@ def _source(entry: Entry, text_field: str, unit: str, encoding: str) -> Source:
     for pattern in patterns:
         if not isinstance(pattern, str | os.PathLike):
             raise RequestError(f"a path must be a text, not {pattern!r}")
-        found = _expand(os.fspath(pattern))
+        named = os.fspath(pattern)
+        found = listing.once(("files", named), functools.partial(_expand, named))
         ignored += found.ignored
         notes += found.notes
         for path, relative in found.files:
@@ -344,6 +372,8 @@ class _Found:
 
 
 def _expand(pattern: str) -> _Found:
+    if not pattern.strip():
+        raise RequestError("a path must not be empty: the current folder is '.'")
     if pattern == "stdlib":
         return _Found(_stdlib())
     if pattern == "-":
@@ -353,11 +383,8 @@ def _expand(pattern: str) -> _Found:
         )
     if pattern.startswith(HUB):
         return _Found([(pattern, pattern)])
-    if re.match(r"[a-z0-9]+://", pattern):
-        raise RequestError(
-            f"{pattern}: remote files are not read, because a run must be repeatable without the network:"
-            " copy or mount them, or give a Hub dataset as hf://name"
-        )
+    if is_url(pattern):
+        return _objects(pattern)
     if "\0" in pattern:
         raise RequestError(f"{pattern!r} is not a path: it has a NUL character")
     path = os.path.abspath(os.path.expanduser(pattern))
@@ -372,11 +399,29 @@ def _expand(pattern: str) -> _Found:
             raise RequestError(
                 f"{pattern} is not a regular file and cannot be read twice: write its text to a file"
             )
+        if os.path.islink(path):
+            raise RequestError(f"{pattern} is a link to {os.readlink(path)}, which is not there")
         folder, name = os.path.split(path)
         siblings = os.listdir(folder) if os.path.isdir(folder) else []
     except OSError as error:
         raise RequestError(f"{pattern} cannot be read: {error.strerror or error}") from None
-    raise RequestError(f"no such file or folder: {pattern}{did_you_mean(name, siblings)}")
+    near = did_you_mean(name, siblings, cutoff=0.7)  # an equal ending alone, .txt, makes no name similar
+    raise RequestError(f"no such file or folder: {pattern}{near}")
+
+
+def _objects(pattern: str) -> _Found:
+    """Files behind a URL; of a folder those of known kinds."""
+    found = remote.expand(pattern)
+    named = glob.has_magic(pattern) or found[0][0] == pattern
+    kept = [(url, name) for url, name in found if named or _suffix(name) in _PROSE | _CODE or file_kind(name)]
+    if not kept:
+        raise RequestError(
+            f"{pattern} has no object of a known kind (.txt, .jsonl, .parquet, ...); it has {len(found)} like "
+            f"{found[0][1]}: a glob such as '{pattern.rstrip('/')}/**' takes every object"
+        )
+    if tokens := next((url for url, _ in kept if url.endswith(FOREIGN_SUFFIXES)), None):
+        raise RequestError(f"{tokens} holds tokens: token stores are read from a local disk; download it")
+    return _Found(kept, len(found) - len(kept))
 
 
 def _folder(path: str, pattern: str) -> _Found:
@@ -403,7 +448,7 @@ def _folder(path: str, pattern: str) -> _Found:
 
 
 def _matches(pattern: str) -> _Found:
-    matches, root, notes = _glob(pattern)
+    matches, notes, root = _glob(pattern)
     found = [path for path in matches if os.path.isfile(path)]
     if not found:
         only = f" (only folders: {os.path.basename(matches[0])}, ...; '**' goes into them)" if matches else ""
@@ -414,23 +459,40 @@ def _matches(pattern: str) -> _Found:
     return _Found([(_readable(path), _below(path, root)) for path in found], 0, tuple(notes))
 
 
-def _glob(pattern: str) -> tuple[list[str], str, list[str]]:
-    """(absolute paths, the folder above the first wildcard, notes). With ``**`` each folder is entered once."""
+def _glob(pattern: str) -> tuple[list[str], list[str], str]:
+    """(absolute paths, notes, the folder above the first wildcard). With ``**`` each folder is entered once."""
     parts = os.path.abspath(os.path.expanduser(pattern)).split(os.sep)
     root, first = os.sep, 1
     while first < len(parts) - 1:
         below = os.path.join(root, parts[first])
-        if glob.has_magic(parts[first]) and not os.path.isdir(
-            below
-        ):  # a folder may have brackets in its name
+        # A folder may have brackets in its name
+        if glob.has_magic(parts[first]) and not os.path.isdir(below):
             break
         root, first = below, first + 1
     rest = parts[first:]
     if "**" not in rest:
-        return [os.path.join(root, path) for path in glob.glob(os.path.join(*rest), root_dir=root)], root, []
+        matches = [os.path.join(root, path) for path in glob.glob(os.path.join(*rest), root_dir=root)]
+        return *_without_run_files(matches), root
     walk = _Walk(root)
     found = [path for path in walk.files() if _match(_below(path, root).split(os.sep), rest)]
-    return found, root, walk.notes
+    return found, walk.notes, root
+
+
+def _without_run_files(paths: list[str]) -> tuple[list[str], list[str]]:
+    """The paths without what a training has written beside the text, and notes: a run may work in the folder of its text,
+    and ``folder/*`` must be the same text at its next start."""
+    written: dict[str, frozenset[str]] = {}
+    notes: list[str] = []
+    for folder in dict.fromkeys(map(os.path.dirname, paths)):
+        try:
+            what, names = _written_by_training(os.listdir(folder))
+        except OSError:
+            what, names = "", frozenset()
+        written[folder] = names if what in (_A_RUN, _SPLITS) else frozenset()
+        if written[folder]:
+            notes.append(f"left out: {folder}, {what}")
+    kept = [path for path in paths if os.path.basename(path) not in written[os.path.dirname(path)]]
+    return kept, notes if len(kept) < len(paths) else []
 
 
 def _below(path: str, folder: str) -> str:
@@ -538,9 +600,11 @@ def _written_by_training(names: Sequence[str]) -> tuple[str, frozenset[str]]:
         return "a checkpoint", there
     if "tokenizer_config.json" in there or {"config.json", "model.safetensors"} <= there:
         return "a tokenizer or a model", there
-    if "status.json" in there and len(there & _RUN_FILES) > 1:
-        return "the files of a run", _RUN_FILES
-    return "", frozenset()
+    splits = frozenset(name for name in there if re.fullmatch(r"split-[0-9a-f]{16}\.json", name))
+    # The latter: of `lmcore prepare`
+    if there & {"status.json", "stores.json"} and len(there & _RUN_FILES) > 1:
+        return _A_RUN, _RUN_FILES | splits
+    return (_SPLITS if splits else ""), splits
 
 
 def _stdlib() -> list[tuple[str, str]]:
@@ -582,7 +646,7 @@ def _auto_unit(paths: Sequence[str], encoding: str) -> tuple[str, str]:
         return "file", f"auto: {len(plain)} files, the median at most 1 MiB"
     head: list[bytes] = []
     try:
-        with open(plain[0], "rb") as file:
+        with remote.open_file(plain[0]) as file:
             for piece in chunks(file, compression_of(plain[0])):
                 head.append(piece if isinstance(piece, bytes) else b"")
                 if sum(map(len, head)) >= _SMALL_FILE_BYTES:
@@ -596,10 +660,9 @@ def _auto_unit(paths: Sequence[str], encoding: str) -> tuple[str, str]:
 
 
 def _size(path: str) -> int:
-    try:
-        return os.path.getsize(path)
-    except OSError:
-        return 0  # vanished since it was listed: reading reports it
+    found = listing.stat(path)
+    # One that vanished since it was listed is reported when it is read
+    return 0 if found is None else found.st_size
 
 
 def _has_paragraphs(lines: Sequence[str]) -> bool:

@@ -11,14 +11,13 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
 from lmcore.errors import RequestError
@@ -84,6 +83,28 @@ def is_exact(proto: Any) -> bool:
     )
 
 
+SCORE_STEPS = 64
+"""Scores of the unigram models that lmcore trains are multiples of 1 / 64, which SentencePiece and transformers add exactly
+(:mod:`lmcore.data.tokenizer.training`)."""
+_INSIDE_NAMES = r"(?<=<)(?=(?:s|/s|unk|pad|0x[0-9A-F]{2})>)"
+
+
+def cuts_inside_names(proto: Any) -> str | None:
+    """For a unigram model that lmcore has trained: a regular expression of the places where a text is cut before it is
+    encoded; ``None`` for other models.
+
+    In a text ``</s>`` is text. SentencePiece knows that, but a unigram model of transformers finds the names of special
+    pieces and bytes like any other piece; it cannot find what has been cut in two. Both sides cut, so that the ids are
+    the same.
+    """
+    if proto.trainer_spec.model_type != UNIGRAM or not is_exact(proto):
+        return None
+    if any((piece.score * SCORE_STEPS) % 1 for piece in proto.pieces if piece.type == NORMAL):
+        return None
+    symbols = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
+    return None if any(re.search(_INSIDE_NAMES, symbol) for symbol in symbols) else _INSIDE_NAMES
+
+
 def to_tokenizers(proto: Any) -> Tokenizer:
     """The same tokenizer in the ``tokenizers`` library. Raises ValueError for word models."""
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
@@ -115,6 +136,8 @@ def to_tokenizers(proto: Any) -> Tokenizer:
     if normalizer.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    if (cuts := cuts_inside_names(proto)) is not None:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(cuts), behavior="isolated")
     back: list[Any] = [decoders.Replace(SPACE, " ")]
     if trainer.byte_fallback:
         back.append(decoders.ByteFallback())
@@ -156,16 +179,20 @@ def symbol_texts(proto: Any) -> list[str]:
 
 
 def difference(
-    native: sentencepiece.SentencePieceProcessor, converted: Tokenizer, texts: Iterable[str]
+    encode: Callable[[str], list[int]],
+    decode: Callable[[list[int]], str],
+    converted: Tokenizer,
+    texts: Iterable[str],
 ) -> str | None:
-    """The first text on which the two disagree in ids or decoded text, described; ``None`` if there is none."""
+    """The first text on which a SentencePiece model and its conversion disagree in ids or decoded text, described; ``None``
+    if there is none."""
     converted.encode_special_tokens = True  # like the native one, a literal "<s>" in a text is text
     for text in texts:
-        ids = native.encode(text)
+        ids = encode(text)
         other = converted.encode(text, add_special_tokens=False).ids
         if ids != other:
             return f"{text[:200]!r} has the ids {ids[:40]} in SentencePiece and {other[:40]} in transformers"
-        decoded, back = native.decode(ids), converted.decode(ids, skip_special_tokens=False)
+        decoded, back = decode(ids), converted.decode(ids, skip_special_tokens=False)
         if decoded != back:
             return f"{text[:200]!r} decodes to {decoded[:200]!r} in SentencePiece and {back[:200]!r} in transformers"
     return None
@@ -310,7 +337,7 @@ def complete(files: dict[str, bytes]) -> tuple[dict[str, bytes], Any]:
     config = json_of(files, TOKENIZER_CONFIG)
     kind = type(whole).__name__
     if "chat_template" not in config and not any(name.endswith(".jinja") for name in files):
-        # Training reads a literal "</s>" in a text as text; so does whoever opens the copy. With a chat template
+        # Training reads a literal "</s>" in a text as text; so does transformers with the copy. With a chat template
         # the special tokens of its output must be found.
         config.setdefault("split_special_tokens", True)
     named = _named_files(whole)

@@ -190,13 +190,13 @@ class SentencePieceTokenizer(Tokenizer):
         return value if isinstance(value, dict) else {}
 
     def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[np.ndarray]:
-        if self._pairs is None:
+        if self._pairs is None and self._names is None:
             return self.processor.encode(list(texts), num_threads=threads, return_type="numpy")
         pieces: list[str] = []
         counts = []
         for text in texts:
             before = len(pieces)
-            pieces.extend(self._cut(text))
+            pieces.extend(self._cut(text) if self._names is None else self._names.split(text))
             counts.append(len(pieces) - before)
         encoded = self._words.encode_batch(pieces) if self._words is not None and threads == 1 else None
         if encoded is None:
@@ -239,6 +239,12 @@ class SentencePieceTokenizer(Tokenizer):
             yield text[start:]
 
     @cached_property
+    def _names(self) -> re.Pattern[str] | None:
+        """Where a text is cut so that no name of a special piece is found in it, see :func:`huggingface.cuts_inside_names`."""
+        cuts = huggingface.cuts_inside_names(self.proto)
+        return None if cuts is None else re.compile(cuts)
+
+    @cached_property
     def _pairs(self) -> frozenset[str] | None:
         """The characters that are neighbours in some piece; ``None`` where a text may not be cut."""
         if not self.is_exact or self.is_unigram:
@@ -255,7 +261,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Compare with the same model in transformers: ids and decoded text, of ``texts``, of
         :data:`lmcore.data.tokenizer.huggingface.TEST_TEXTS` and of texts around every symbol of the user.
 
-        A model that normalizes text, or a unigram model (whose ties each library breaks in its own way), may differ
+        A model that normalizes text, or a unigram model of another program (whose ties rounding breaks), may differ
         on rare texts: the first of them becomes a note.
 
         Raises:
@@ -266,7 +272,7 @@ class SentencePieceTokenizer(Tokenizer):
             converted = huggingface.to_tokenizers(self.proto)
         except ValueError as error:
             raise RequestError(str(error)) from error
-        found = huggingface.difference(self.processor, converted, everything)
+        found = huggingface.difference(self.encode, self.decode, converted, everything)
         if found and self.is_exact and not self.is_unigram:
             raise FaultError(f"the tokenizer would not be the same in transformers: {found}")
         note = f"in transformers some texts are not the same as here: {found}"
@@ -336,7 +342,7 @@ class TransformersTokenizer(Tokenizer):
         """Encode texts of many kinds as transformers does it.
 
         Raises:
-            RequestError: it fails, or gives other ids than it will for whoever opens the saved folder.
+            RequestError: it fails, or gives other ids than the saved folder gives when transformers opens it.
         """
         texts = [*huggingface.TEST_TEXTS, *(f"a {token} b" for token in self.special_tokens.values())]
         try:

@@ -1,0 +1,122 @@
+"""Which tokens of a block a rank computes, and how the keys of its queries are laid out: arithmetic on the host.
+
+Under context parallelism c ranks share their blocks. A block of T tokens is cut into 2c pieces, and rank j of the group
+has pieces j and 2c - 1 - j: causal attention costs a late piece more than an early one, and these two together cost every
+rank the same (Llama 3, arXiv 2407.21783, section 3.3.2). Each piece sees all keys from the start of its block on.
+
+Letters: B blocks, T tokens of a block, S sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmcore.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What the batches of a rank hold of each block.
+
+    Attributes:
+        rank, size: of the group that shares the blocks; 0 and 1 where every rank has whole blocks.
+        sequence_lengths: give the attention ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (:func:`sequence_lengths`), with
+            which it keeps documents apart without a mask; always under context parallelism.
+    """
+
+    rank: int = 0
+    size: int = 1
+    sequence_lengths: bool = False
+
+    def pieces(self, block_size: int) -> list[tuple[int, int]]:
+        """The tokens of a block that this rank computes, as rising half-open ranges.
+
+        Raises:
+            RequestError: the block does not divide.
+
+        Example:
+            >>> Context(rank=0, size=2).pieces(8), Context(rank=1, size=2).pieces(8)
+            ([(0, 2), (6, 8)], [(2, 4), (4, 6)])
+        """
+        if self.size == 1:
+            return [(0, block_size)]
+        check_divides(block_size, self.size)
+        length = block_size // (2 * self.size)
+        return [(i * length, (i + 1) * length) for i in (self.rank, 2 * self.size - 1 - self.rank)]
+
+    def cut(self, array: np.ndarray) -> np.ndarray:
+        """This rank's columns of (B, T)."""
+        if self.size == 1:
+            return array
+        return np.concatenate([array[:, a:b] for a, b in self.pieces(array.shape[1])], axis=1)
+
+    def lengths(self, position_ids: np.ndarray) -> dict[str, np.ndarray | int]:
+        """What the attention needs beside a micro-batch of whole blocks with these (B, T) positions, by its names."""
+        if not self.sequence_lengths:
+            return {}
+        block_size = position_ids.shape[1]
+        pieces = self.pieces(block_size)
+        of_q, of_k = sequence_lengths(pieces, position_ids)
+        return {
+            "cu_seq_lens_q": of_q,
+            "cu_seq_lens_k": of_k,
+            "max_length_q": max(end - first for first, end in pieces),
+            "max_length_k": block_size,
+        }
+
+
+def check_divides(block_size: int, size: int) -> None:
+    """Raises ``RequestError`` if a block cannot be cut into pieces of one length."""
+    if block_size % (2 * size):
+        unit = 2 * size
+        near = f"{block_size // unit * unit or unit} or {(block_size // unit + 1) * unit}"
+        raise RequestError(
+            f"data.block_size must be a multiple of 2 x train.context_parallel {size} = {unit} (got {block_size}); "
+            f"try {near}"
+        )
+
+
+def sequence_lengths(
+    pieces: list[tuple[int, int]], position_ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the queries and the keys of each sequence begin, for :func:`lmcore.model.varlen.varlen_attention`.
+
+    The queries of a micro-batch lie block by block, piece by piece. For each of these pieces the keys are those of the
+    block from its first token to the end of the piece, whole; what lies before the document of the piece's first token
+    is a sequence with keys and without queries.
+
+    Args:
+        pieces: (first token, end) of the queries in each block.
+        position_ids: (B, T), 0 where a document begins.
+
+    Returns:
+        Two (S + 1,) int32 arrays. The last sequences are empty, so that S is the same for all micro-batches whose
+        documents have 16 tokens or more on average (compiled layers then see one shape), a multiple of it for others.
+
+    Example:
+        >>> sequence_lengths([(2, 4), (4, 6)], np.arange(8)[None])
+        (array([0, 2, 4, 4, 4, 4], dtype=int32), array([ 0,  4, 10, 10, 10, 10], dtype=int32))
+    """
+    queries, keys = [0], [0]
+    for row in position_ids:
+        starts = np.flatnonzero(row == 0)
+        for first, end in pieces:
+            before = int(starts[np.searchsorted(starts, first, side="right") - 1])
+            if before:
+                queries.append(queries[-1])
+                keys.append(keys[-1] + before)
+            inside = starts[(starts > first) & (starts < end)].tolist()
+            borders = [*inside, end]
+            queries += [queries[-1] + border - first for border in borders]
+            offset = keys[-1] - before
+            keys += [offset + border for border in borders]
+    size = sum(end - first for first, end in pieces)
+    borders_of_pieces = 2 * len(pieces) if size < position_ids.shape[1] else 0
+    unit = len(position_ids) * (max(size // 16, 1) + borders_of_pieces)
+    count = -(-(len(queries) - 1) // unit) * unit + 1
+    filled = [np.full(count, line[-1], dtype=np.int32) for line in (queries, keys)]
+    for array, line in zip(filled, (queries, keys)):
+        array[: len(line)] = line
+    return filled[0], filled[1]

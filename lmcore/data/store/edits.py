@@ -1,0 +1,96 @@
+"""Edits of a text that the fingerprint of its token store does not show.
+
+The fingerprint holds the size of each file and a hash of samples (:mod:`lmcore.data.store.samples`), so that a start does
+not read terabytes. A word that is replaced by one of the same length between two samples changes neither. Therefore each
+machine remembers beside what it compared of the store (:mod:`lmcore.data.store.verification`) the size, times and inode
+of each file of more than 1 MiB and a hash of all of it; when one of the former differs, it is hashed again. A file that
+was only touched, copied or moved has the same hash, and nothing is said.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from lmcore.data.store.manifest import MANIFEST
+from lmcore.data.store.samples import WHOLE_BYTES, state_of
+from lmcore.data.store.verification import BACKGROUND_BYTES, file_hash, file_state, remembered
+from lmcore.data.text import hub, remote
+from lmcore.data.text.documents import Source
+from lmcore.errors import RequestError
+
+_KEY = "text"
+_THREADS = 8
+
+
+def refuse_edited_text(
+    folder: Path,
+    source: Source,
+    *,
+    built: bool,
+    note: Callable[[str], None],
+    most_bytes: int = BACKGROUND_BYTES,
+) -> None:
+    """Compare the files of a source with what they were when its store was built, or first opened on this machine.
+
+    Args:
+        folder: of the finished store.
+        built: just now, by this process: the files are hashed, which takes a small part of the time of tokenizing them.
+        note: gets one line for files that were written since and cannot be compared: no hash is known, or more than
+            ``most_bytes`` would have to be read.
+
+    Raises:
+        RequestError: a file has another content; it is named.
+    """
+    names = source.relative_paths or source.paths
+    states = {
+        name: (path, state_of(path)[:4])  # not the device, whose number changes with each mount of some
+        for name, path in zip(names, source.paths)
+        if not path.startswith(hub.PREFIX) and not remote.is_remote(path)
+    }
+    large = {name: found for name, found in states.items() if found[1][0] > WHOLE_BYTES}
+    if not large:
+        return
+    with remembered(folder) as memory:
+        mark = file_state(folder / MANIFEST)  # another one: the store was built again, or copied here
+        there = memory.get(_KEY)
+        known: dict[str, Any] = {}
+        if isinstance(there, dict) and there.get("built") == mark and isinstance(there.get("files"), dict):
+            known = there["files"]
+        changed = [name for name, (_, state) in large.items() if known.get(name, [None])[0] != state]
+        wanted = [name for name in changed if built or known.get(name, [None, None])[1]]
+        hashes: dict[str, str | None] = {}
+        if sum(large[name][1][0] for name in wanted) <= most_bytes:
+            with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
+                hashes = dict(zip(wanted, pool.map(_hash_of, (large[name][0] for name in wanted))))
+        unknown: list[str] = []
+        for name in changed:
+            path, before = large[name][0], known.get(name)
+            if before is None:
+                continue
+            if not before[1] or not hashes.get(name):
+                unknown.append(path)
+            elif before[1] != hashes[name]:
+                raise RequestError(
+                    f"{path} was edited since its token store {folder} was built, without a change of its size: remove the "
+                    f"store to build it again, or give the edited file another name"
+                )
+        if unknown:
+            also = f" and {len(unknown) - 1} more files" if unknown[1:] else ""
+            note(
+                f"{unknown[0]}{also} of the token store {folder}: written since; size and samples are as they were, what is "
+                "between these is not compared (remove the store to build it again)"
+            )
+        kept = {name: known[name] for name in large if name in known}
+        kept |= {name: [large[name][1], hashes.get(name)] for name in changed}
+        memory[_KEY] = {"built": mark, "files": kept}
+
+
+def _hash_of(path: str) -> str | None:
+    try:
+        return file_hash(path)
+    except OSError:
+        return None  # reading the text says more

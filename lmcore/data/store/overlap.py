@@ -1,0 +1,151 @@
+"""Documents of a validation set that also stand in the training text, found in the token stores of both.
+
+Two documents are the same if their tokens are. The training tokens are read once, in stretches; for each document a
+number is made of its length and three of its tokens, and only where a validation document has that number the tokens
+themselves are hashed. Memory grows with the validation set and the longest document, not with the training text. The
+answer for large stores is remembered in the user's cache (:func:`lmcore.data.store.verification.cache_dir`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lmcore.data.store.store import TokenStore
+from lmcore.data.store.verification import cache_dir
+
+REMEMBERED_FROM_TOKENS = 10**8
+_STRETCH_TOKENS = 2**22
+_FACTORS = np.array(
+    [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], np.uint64
+)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Validation documents that also stand in the training text.
+
+    Attributes:
+        documents, of_documents: how many of how many.
+        tokens, of_tokens: the same in tokens.
+        source: name of the training source with the first of them.
+        start, stop: the tokens of the first one in the validation store.
+    """
+
+    documents: int
+    of_documents: int
+    tokens: int
+    of_tokens: int
+    source: str
+    start: int
+    stop: int
+
+
+def find_overlap(held_out: TokenStore, training: Sequence[TokenStore]) -> Overlap | None:
+    """The documents of ``held_out`` that are also in ``training``; ``None`` if there is none.
+
+    Both must have been made with the same tokenizer and the same ``eos``.
+    """
+    memory = None
+    if sum(store.n_tokens for store in training) >= REMEMBERED_FROM_TOKENS:
+        memory = _memory_file(held_out, training)
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            known = json.loads(memory.read_bytes()) if memory else None
+            if known == {}:
+                return None
+            if known:
+                return Overlap(**known)
+    found = _compare(held_out, training)
+    if memory is not None:
+        with contextlib.suppress(OSError):  # a cache: without it the next start compares again
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            aside = memory.with_name(f".{memory.name}.{os.getpid()}.tmp")
+            aside.write_text(json.dumps(asdict(found) if found else {}))
+            os.replace(aside, memory)
+    return found
+
+
+def _compare(held_out: TokenStore, training: Sequence[TokenStore]) -> Overlap | None:
+    wanted: dict[
+        bytes, list[tuple[int, int]]
+    ] = {}  # hash: the places of such documents in the validation store
+    numbers: list[np.ndarray] = []
+    count = 0
+    for first, tokens, ends in _stretches(held_out):
+        starts = np.concatenate([[0], ends[:-1]])
+        numbers.append(_numbers(tokens, starts, ends))
+        count += len(ends)
+        for start, stop in zip(starts.tolist(), ends.tolist()):
+            wanted.setdefault(_digest(tokens[start:stop]), []).append((first + start, first + stop))
+    rare = np.unique(np.concatenate(numbers)) if numbers else np.zeros(0, np.uint64)
+    seen: dict[bytes, str] = {}
+    for store in training:
+        for _, tokens, ends in _stretches(store):
+            starts = np.concatenate([[0], ends[:-1]])
+            here = _numbers(tokens, starts, ends)
+            at = np.searchsorted(rare, here).clip(max=max(len(rare) - 1, 0))
+            for index in np.flatnonzero(rare[at] == here) if len(rare) else ():
+                digest = _digest(tokens[starts[index] : ends[index]])
+                if digest in wanted:
+                    seen.setdefault(digest, store.name)
+        if len(seen) == len(wanted):
+            break
+    if not seen:
+        return None
+    places = sorted((place, seen[digest]) for digest in seen for place in wanted[digest])
+    (start, stop), source = places[0]
+    return Overlap(
+        documents=len(places),
+        of_documents=count,
+        tokens=sum(stop - start for (start, stop), _ in places),
+        of_tokens=held_out.n_tokens,
+        source=source,
+        start=start,
+        stop=stop,
+    )
+
+
+def _stretches(store: TokenStore) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(place of the first token, tokens of whole documents, their ends counted from there), in order."""
+    start, length = 0, _STRETCH_TOKENS
+    while start < store.n_tokens:
+        stop = min(start + length, store.n_tokens)
+        ends = store.document_ends(start, stop)
+        if not len(ends):  # one document is longer than this
+            length *= 2
+            continue
+        length = _STRETCH_TOKENS
+        last = int(ends[-1])
+        yield start, store.read(start, last - start), ends - start
+        start = last
+
+
+def _numbers(tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """(D,) uint64, equal for equal documents: of length, first, middle and last token but one (the last ends it)."""
+    lengths = ends - starts
+    parts = [lengths, tokens[starts], tokens[starts + lengths // 2], tokens[np.maximum(ends - 2, starts)]]
+    total = np.zeros(len(ends), np.uint64)
+    for part, factor in zip(parts, _FACTORS):
+        total = (total ^ part.astype(np.uint64)) * factor
+    return total
+
+
+def _digest(tokens: np.ndarray) -> bytes:
+    # As numbers of 32 bit: a source of another width may hold the same document.
+    return hashlib.blake2b(tokens.astype("<u4").data, digest_size=16).digest()
+
+
+def _memory_file(held_out: TokenStore, training: Sequence[TokenStore]) -> Path | None:
+    fingerprints = [held_out.fingerprint, *(store.fingerprint for store in training)]
+    name = hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()[:32]
+    try:
+        return cache_dir() / "overlaps" / f"{name}.json"
+    except RuntimeError:  # a user without a home
+        return None

@@ -1,0 +1,127 @@
+"""Whether a text is still the same: the size and a hash of samples of each of its files.
+
+Up to :data:`REMEMBERED_FROM` files are read at each start. The hashes of more files are remembered in the user's cache
+(:func:`lmcore.data.store.verification.cache_dir`), and a file is read again if its size, inode, time of writing or time
+of change differ; the last one is set by the kernel whatever a program says. So a start costs one ``stat`` for a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lmcore.data.store.verification import cache_dir
+from lmcore.data.text import listing, remote
+from lmcore.errors import RequestError
+
+REMEMBERED_FROM = 1000
+WHOLE_BYTES = 2**20
+"""Up to this size a file is hashed whole."""
+_SETTLED_NS = 2 * 10**9
+"""A file that was changed so shortly before it was read may change again without another time: it is not remembered."""
+
+
+def sample_of(path: str) -> tuple[int, str]:
+    """Size of a file, and a hash of its head, its tail and 14 places between; up to 1 MiB it is hashed whole.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
+    return _sample(path, *state_of(path))
+
+
+def samples_of(paths: Sequence[str]) -> list[tuple[int, str]]:
+    """:func:`sample_of` each file.
+
+    Raises:
+        RequestError: one of them cannot be read.
+    """
+    if len(paths) < REMEMBERED_FROM:
+        return [sample_of(path) for path in paths]
+    memory = _memory_file(paths)
+    known = _read(memory) if memory else {}
+    kept: dict[str, list[Any]] = {}
+    found: list[tuple[int, str]] = []
+    now = time.time_ns()
+    for path in paths:
+        state = state_of(path)
+        name = path.encode("utf-8", "backslashreplace").decode()
+        there = known.get(name)
+        if isinstance(there, list) and len(there) == 6 and there[:5] == state and isinstance(there[5], str):
+            sample = state[0], there[5]
+        else:
+            sample = _sample(path, *state)
+        found.append(sample)
+        if sample[0] == state[0] and max(state[1:3]) < now - _SETTLED_NS:
+            kept[name] = [*state, sample[1]]
+    if memory and kept != known:
+        _write(memory, kept)
+    return found
+
+
+def state_of(path: str) -> list[int]:
+    """Size, times of writing and of change, inode, device of a file.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
+    stat = listing.stat(path)
+    if stat is None:
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+
+
+@functools.lru_cache(maxsize=2**18)
+def _sample(path: str, *_: int) -> tuple[int, str]:
+    """The tokenizer, the training side and the validation side ask for the same files."""
+    if remote.is_remote(path):
+        return remote.version(path)  # which changes with the content: nothing is read
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= WHOLE_BYTES:
+                digest.update(file.read())
+            else:
+                for number in range(16):
+                    file.seek((size - 2**16) * number // 15)
+                    digest.update(file.read(2**16))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
+    return size, digest.hexdigest()
+
+
+def _memory_file(paths: Sequence[str]) -> Path | None:
+    """One for each first file and common folder, so that a text that grows replaces its own; ``None`` where there is
+    no place for it."""
+    key = f"{paths[0]}\0{os.path.commonpath(paths)}".encode("utf-8", "surrogateescape")
+    try:
+        return cache_dir() / "files" / f"{hashlib.sha256(key).hexdigest()[:32]}.json"
+    except (RuntimeError, ValueError):  # a user without a home; files and URLs, which have no common folder
+        return None
+
+
+def _read(memory: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(memory.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write(memory: Path, kept: dict[str, list[Any]]) -> None:
+    with contextlib.suppress(OSError):  # a cache: without it the next start reads the files again
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        aside = memory.with_name(f".{memory.name}.{os.getpid()}.tmp")
+        aside.write_text(json.dumps(kept))
+        os.replace(aside, memory)
