@@ -181,9 +181,8 @@ def flip_a_bit(place: Path, folder: Path, draw: random.Random) -> dict[str, Any]
 
 def _flip(path: Path, draw: random.Random) -> None:
     data = bytearray(path.read_bytes())
-    data[draw.randrange(len(data) // 2, len(data))] ^= 1 << draw.randrange(
-        8
-    )  # in the numbers, not the header
+    # In the numbers, not the header
+    data[draw.randrange(len(data) // 2, len(data))] ^= 1 << draw.randrange(8)
     path.write_bytes(data)
 
 
@@ -249,7 +248,7 @@ def sigterm_jit(place: Path, folder: Path, draw: random.Random) -> dict[str, Any
             kinds.arguments(place, folder / "ours"), logs=folder / "ours" / "logs", inject=inject
         )
         run.wait(120)
-    ours = kinds.outcome(folder / "ours" / "run")
+    ours = runs.outcome(folder / "ours" / "run")
     expected = kinds.undisturbed(place)
 
     wanted = draw.randrange(1, 3) * SAVE_EVERY

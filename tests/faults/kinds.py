@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import json
 import os
 import random
@@ -60,37 +61,22 @@ def lighten(rank: int = 0) -> None:
     finish.export = lambda _checkpoint, path, **_: path  # type: ignore[assignment]
 
 
-@functools.lru_cache(maxsize=8)
 def undisturbed(
     place: Path, workers: int = 0, world_size: int = 1, extra: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Weights, losses and evaluations of the run that nobody hurts, and how long it takes."""
-    folder = place / f"undisturbed-{workers}-{world_size}-{abs(hash(extra)) % 10**6}"
-    shutil.rmtree(folder, ignore_errors=True)
-    run = runs.start(
-        arguments(place, folder, "--data.workers", str(workers), *extra),
-        logs=folder / "logs",
-        world_size=world_size,
-        inject=lighten,
-    )
-    assert run.wait(180), run.output()
-    assert set(run.codes.values()) == {0}, run.output()
-    seconds = time.monotonic() - run.begin
-    return {"run": folder / "run", "seconds": seconds, **outcome(folder / "run")}
 
+    def run(folder: Path) -> None:
+        words = ("--data.workers", str(workers), *extra)
+        finish(place, folder, *words, world_size=world_size)
 
-def outcome(run_dir: Path) -> dict[str, Any]:
-    """What two runs are compared by: bit for bit."""
-    return {
-        "weights": runs.weights(run_dir),
-        "losses": runs.losses(run_dir),
-        "evaluations": runs.evaluations(run_dir),
-    }
+    more = hashlib.sha256(json.dumps(extra).encode()).hexdigest()[:8]
+    return runs.recorded(place, f"undisturbed-{workers}-{world_size}-{more}", run)
 
 
 def assert_equal_to_undisturbed(run_dir: Path, expected: dict[str, Any]) -> None:
     """Weights, optimizer, every loss, every evaluation: equal to the last bit."""
-    found = outcome(run_dir)
+    found = runs.outcome(run_dir)
     assert sorted(found["losses"]) == list(range(1, STEPS + 1)), f"steps logged: {sorted(found['losses'])}"
     for step, record in expected["losses"].items():
         assert found["losses"][step] == record, f"step {step}: {found['losses'][step]} instead of {record}"
@@ -656,7 +642,7 @@ def strategies(place: Path, seed: int, folder: Path) -> Trial:
             else:
                 assert run.wait(240), f"{strategy}: {run.output()}"
                 assert set(run.codes.values()) == {0}, f"{strategy}: {run.codes}: {run.output()}"
-    assert_equal_to_undisturbed(folder / "hurt" / "run", outcome(folder / "expected" / "run"))
+    assert_equal_to_undisturbed(folder / "hurt" / "run", runs.outcome(folder / "expected" / "run"))
     return trial
 
 

@@ -6,12 +6,10 @@ together, as ranks do. A kill comes at a random moment, or at a call that change
 
 from __future__ import annotations
 
-import functools
 import gzip
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -44,12 +42,12 @@ def write_texts(folder: Path) -> None:
 
 
 def build(place: Path, stores: Path, worker: int) -> None:
-    """What ``prepare`` does, with small parts."""
+    """What ``prepare`` does, with small parts, with the texts beside ``stores``."""
     from lmcore.data.store import build as tokens
     from lmcore.data.text import documents as text
     from lmcore.data.tokenizer.tokenizer import load_tokenizer
 
-    [source] = text.resolve_sources([{"path": str(place / "texts"), "name": "texts"}])
+    [source] = text.resolve_sources([{"path": str(stores.parent / "texts"), "name": "texts"}])
     tokens.build_store(
         source, load_tokenizer(place / "tokenizer"), store_dir=stores, worker=worker, part_bytes=PART_BYTES
     )
@@ -110,22 +108,22 @@ def contents(stores: Path) -> dict[str, bytes]:
     }
 
 
-@functools.cache
-def undisturbed(place: Path) -> tuple[dict[str, bytes], float]:
-    """The store that nobody disturbed, and how long it takes."""
-    shutil.rmtree(place / "texts", ignore_errors=True)
-    shutil.rmtree(place / "undisturbed-stores", ignore_errors=True)
-    write_texts(place / "texts")
-    run = start(place, place / "undisturbed-stores", 1)
+def undisturbed(place: Path, folder: Path) -> tuple[dict[str, bytes], float]:
+    """Texts in ``folder``, the store of them that nobody disturbed, and how long it takes.
+
+    In a folder of the trial's own: other trials run at the same time.
+    """
+    write_texts(folder / "texts")
+    run = start(place, folder / "undisturbed-stores", 1)
     assert run.wait(120), run.output()
     assert run.codes == {0: 0}, run.output()
-    return contents(place / "undisturbed-stores"), time.monotonic() - run.begin
+    return contents(folder / "undisturbed-stores"), time.monotonic() - run.begin
 
 
 def prepare_killed(place: Path, seed: int, folder: Path) -> Trial:
     """Killed one to five times, started again each time by one or two processes: no byte is another one."""
     draw, trial = random.Random(seed), Trial()
-    expected, seconds = undisturbed(place)
+    expected, seconds = undisturbed(place, folder)
     stores = folder / "stores"
     done = 0
     for _ in range(draw.randrange(1, 6)):

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import gc
+import hashlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -249,7 +252,16 @@ def base_arguments(place: Path, *, steps: int = 40, every: int = 5) -> list[str]
         *("--data.block_size", "16", "--train.global_batch_blocks", "4", "--train.micro_batch_blocks", "2"),
         *("--train.duration", str(steps), "--checkpoint.every", str(every), "--checkpoint.keep", "2"),
         *("--evaluate.every", "15", "--evaluate.blocks", "8", "--evaluate.prompts", "[]"),
-        *("--report.every", "1", "--report.trackers", "[]", "--optim.lr", "3e-3"),
+        *(
+            "--report.every",
+            "1",
+            "--report.trackers",
+            "[]",
+            "--optim.lr",
+            "3e-3",
+            "--train.precision",
+            "fp32",
+        ),
     ]
 
 
@@ -267,6 +279,46 @@ def prepare(place: Path) -> None:
         raise RuntimeError(f"the first run failed: {run.output()}")
     (place / "first" / "tokenizer").rename(place / "tokenizer")
     (place / "ready").touch()
+
+
+def recorded(place: Path, name: str, run: Callable[[Path], None]) -> dict[str, Any]:
+    """What the undisturbed run called ``name`` came to, and its seconds; made once, by the trial that needs it first.
+
+    Trials run side by side, each in a process of its own: the lock lets one of them train, and the record is of the code
+    as it is now.
+
+    Args:
+        run: trains to the end in the folder that it is given, with its run folder ``run``.
+    """
+    name = f"{name}-{code_hash()}"
+    with open(place / f"{name}.lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        path, folder = place / f"{name}.json", place / name
+        if not path.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            begin = time.monotonic()
+            run(folder)
+            found = outcome(folder / "run") | {"seconds": time.monotonic() - begin}
+            path.write_text(json.dumps(found))
+    found = json.loads(path.read_text())
+    for key in ("losses", "evaluations"):  # JSON has no numbers as keys
+        found[key] = {int(step): row for step, row in found[key].items()}
+    return {"run": folder / "run", **found}
+
+
+@functools.cache
+def code_hash() -> str:
+    """Of the code that is hurt: what is expected of it is computed by itself."""
+    digest = hashlib.sha256()
+    for path in [SCRIPT, *sorted((ROOT / "lmcore").rglob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """What two runs are compared by: bit for bit."""
+    return {"weights": weights(run_dir), "losses": losses(run_dir), "evaluations": evaluations(run_dir)}
 
 
 def losses(run_dir: Path) -> dict[int, dict[str, Any]]:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import runs
-from tests.faults.kinds import Trial, lighten, outcome
+from tests.faults.kinds import Trial, lighten
 
 MINUTES = 0.1
 """Of the default tests; the record is of 30."""
@@ -163,7 +163,7 @@ def soak(place: Path, seed: int, folder: Path, minutes: float = MINUTES) -> Tria
     assert run.wait(20 * 60 * minutes + 120), run.output()
     assert run.codes == {0: 0}, run.output()
     alone = time.monotonic() - run.begin
-    found, expected = outcome(folder / "run"), outcome(undisturbed / "run")
+    found, expected = runs.outcome(folder / "run"), runs.outcome(undisturbed / "run")
     assert sorted(found["losses"]) == list(range(1, steps + 1)), "a step is missing"
     for step, record in expected["losses"].items():
         assert found["losses"][step] == record, f"step {step}: {found['losses'][step]} instead of {record}"

@@ -28,6 +28,7 @@ from lmcore.errors import RequestError
 from lmcore.model.build import build_model
 from lmcore.saved import load
 from lmcore.saved.run_config import CODE, read_run_config
+from tests.support.checkpoints import checkpoints, whole
 
 
 class Bomb:
@@ -190,10 +191,9 @@ def test_pickle_as_sentencepiece_model(tmp_path: Path, mark: Path, content: byte
 
 
 def a_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
-    saves = writer.Checkpoints(folder / "checkpoints", note=lambda _: None)
+    saves = checkpoints(folder / "checkpoints")
     tensor = torch.zeros(2)
-    layout = [("model", "w", None, (2,), torch.float32)]
-    saves.save(1, layout=layout, tensors=iter([("model", "w", None, tensor)]), state=state)
+    saves.save(1, tensors=whole([("model", "w", None, tensor)]), state=state)
     saves.wait(final=True)
     return folder / "checkpoints" / "step-00000001"
 
@@ -354,11 +354,10 @@ def test_impossible_configuration_in_a_checkpoint_is_refused(tmp_path: Path, nam
     tensors = [("model", key, None, value.detach()) for key, value in model.named_parameters()]
     description = load.describe(model)
     description["config"] |= HUGE[name]
-    saves = writer.Checkpoints(tmp_path / "checkpoints", note=lambda _: None)
+    saves = checkpoints(tmp_path / "checkpoints")
     saves.save(
         1,
-        layout=[(kind, key, slot, tuple(t.shape), t.dtype) for kind, key, slot, t in tensors],
-        tensors=iter(tensors),
+        tensors=whole(tensors),
         state={"model": description},
     )
     saves.wait(final=True)
