@@ -1,11 +1,12 @@
-"""What several packages must agree on: the ignored label, the names of optimizers and schedules, dtypes.
+"""What several packages must agree on: the ignored label, names of optimizers, schedules and context lengths, dtypes.
 
 A leaf that imports nothing heavy, so that the options, the data and the model can all use it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:  # reading options must not pay for torch
     import torch
@@ -16,7 +17,7 @@ IGNORED_LABEL = -100
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "muon")
 """Values of ``optim.name`` beside ``package.module:Class``."""
 
-SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
+SCHEDULES = ("constant", "linear", "linear_to_zero", "cosine", "wsd", "inverse_sqrt")
 """Values of ``optim.schedule``."""
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
@@ -33,3 +34,27 @@ def torch_dtype(name: str) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, DTYPE_NAMES[name])
     return dtype
+
+
+HIDDEN: Final = "<hidden>"
+"""Stands for a secret in everything that is written or shown."""
+
+CONTEXT_FIELDS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_target_positions",
+)
+"""How model families call the number of tokens that they see at once."""
+
+
+def context_in(fields: Mapping[str, Any]) -> int | None:
+    """The context length that fields of a model's config name; ``None`` if they name none.
+
+    >>> context_in({"n_layer": 2, "n_positions": 64})
+    64
+    """
+    values = (fields.get(name) for name in CONTEXT_FIELDS)
+    return next((n for n in values if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)

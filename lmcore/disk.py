@@ -12,13 +12,33 @@ Example::
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, final
+
+from lmcore.errors import RequestError
+
+
+def require_current_folder() -> None:
+    """Refuse to start in a folder that has been removed: no relative path means anything there.
+
+    Raises:
+        RequestError: it is gone.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise RequestError(
+            f"the current folder cannot be found ({error.strerror}): it was removed or renamed; change to another one"
+        ) from error
+
 
 CHUNK_BYTES: Final = 4 << 20
 """The largest single write: long enough to be fast, short enough that other threads get their turn."""
@@ -40,11 +60,31 @@ class Call:
     data: memoryview | None = None
 
 
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """The call of Linux, which Python does not have; ``None`` elsewhere."""
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform.startswith("linux") else None
+    if call is not None:
+        call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return call
+
+
+_SYNC_FILE_RANGE: Final = _sync_file_range()
+
+
 class Opened(NamedTuple):
     """A file open for writing."""
 
     path: str
     fd: int
+
+
+@contextlib.contextmanager
+def _naming(file: Opened) -> Iterator[None]:
+    """The errors of calls by descriptor name no file; the line that a user reads must."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.path) from error
 
 
 @final
@@ -79,18 +119,27 @@ class Disk:
         while len(view):
             piece = view[:CHUNK_BYTES]
             self._announce(Call(operation="write", path=file.path, fd=file.fd, data=piece))
-            view = view[os.write(file.fd, piece) :]
+            with _naming(file):
+                view = view[os.write(file.fd, piece) :]
             if len(piece) >= 1 << 16:
                 Disk.large_writes += 1
 
     def fsync(self, file: Opened) -> None:
         """Make the content of a file durable."""
         self._announce(Call(operation="fsync", path=file.path, fd=file.fd))
-        os.fsync(file.fd)
+        with _naming(file):
+            os.fsync(file.fd)
 
     def close(self, file: Opened) -> None:
         """Close it; on a network file system this is where a full disk may first be reported."""
-        os.close(file.fd)
+        with _naming(file):
+            os.close(file.fd)
+
+    def start_writing(self, file: Opened, start: int, size: int) -> None:
+        """Ask the kernel to begin now with these bytes, which it may otherwise keep until :meth:`fsync`. Nothing is waited
+        for, nothing becomes durable; only Linux can."""
+        if _SYNC_FILE_RANGE is not None:
+            _SYNC_FILE_RANGE(file.fd, start, size, 2)  # SYNC_FILE_RANGE_WRITE
 
     def fsync_dir(self, path: Path | str) -> None:
         """Make the names inside a folder durable."""

@@ -27,7 +27,7 @@ def resident_bytes(*, peak: bool = False) -> int:
 
 
 def forget_peak() -> bool:
-    """Start the peak of :func:`resident_bytes` anew; ``False`` where the kernel does not allow that."""
+    """Reset the peak of :func:`resident_bytes`; ``False`` where the kernel does not allow that."""
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
@@ -43,9 +43,8 @@ def available_bytes(proc: Path = Path("/proc/self")) -> int | None:
     group around this process (Slurm's job, a container; version 1 and 2) has left. Never below zero.
     """
     found = []
-    with contextlib.suppress(
-        OSError, RuntimeError
-    ):  # a sandbox without /proc; the limits below may still be known
+    # A sandbox without /proc; the limits below may still be known
+    with contextlib.suppress(OSError, RuntimeError):
         found.append(int(psutil.virtual_memory().available))
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
@@ -64,6 +63,21 @@ def is_alive(pid: int) -> bool:
         return False
     except psutil.AccessDenied:
         return True
+
+
+def command_line_above(script: str) -> list[str]:
+    """The command line of the nearest process above this one that was given ``script`` as a word, up to that word.
+
+    Empty where there is none, or where the system does not show it.
+    """
+    with contextlib.suppress(psutil.Error, OSError):
+        for parent in psutil.Process().parents():
+            words: list[str] = []
+            with contextlib.suppress(psutil.Error):  # another user's
+                words = parent.cmdline()
+            if script in words[1:]:
+                return words[: words.index(script, 1)]
+    return []
 
 
 def _memory_groups(proc: Path) -> list[Path]:

@@ -1,1 +1,1 @@
-"""The command line: python -m lmcore COMMAND."""
+"""The command line: ``lmcore COMMAND``."""

@@ -6,7 +6,9 @@ The first three take the options of ``train_lm.py``, so that they read exactly t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +31,7 @@ MOST_POSITIONS = 1_000_000
 def prepare(words: list[str]) -> None:
     """Build the tokenizer and the token stores of a configuration, without training."""
     worker = taken(words, "worker", "0") or "0"
-    if not worker.isdigit():
+    if not (worker.isdecimal() and len(worker) < 10):
         raise RequestError(f"--worker must be a number, 0 for the first of several workers (got {worker})")
     config = configured(
         words,
@@ -59,9 +61,14 @@ def _one_at_a_time(lock: Path, work: Callable[[], Any]) -> Any:
     from lmcore.disk import DISK
 
     DISK.makedirs(lock.parent)
-    with open(lock, "w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+    # A link there could lead anywhere
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # no locks there: two at once train it twice
+            fcntl.lockf(descriptor, fcntl.LOCK_EX)
         return work()
+    finally:
+        os.close(descriptor)
 
 
 def inspect(words: list[str]) -> None:
@@ -78,7 +85,10 @@ def inspect(words: list[str]) -> None:
     home = run_dir_of(config) / "tokenizer"
     display = tasks()
     encoder, reason = setup.given_tokenizer(config), ""
-    if encoder is None and setup.unfit_reason(config, home) is None:
+    if (
+        encoder is None
+        and setup.unfit_reason(config, home, setup.splits_of(config, home.parent, keep=False)) is None
+    ):
         encoder = load_tokenizer(home)
     elif encoder is None:
         encoder, reason = _trial_tokenizer(config)
@@ -132,12 +142,18 @@ def tokenizer(words: list[str]) -> None:
     words = words[1:]
     out = taken(words, "out")
     config = configured(words, "tokenizer train [--out FOLDER]", "Validation text is not used.")
+    from lmcore.data.tokenizer import huggingface
     from lmcore.data.tokenizer.tokenizer import load_tokenizer
     from lmcore.run import setup
 
     folder = Path(out) if out else run_dir_of(config) / "tokenizer"
-    if (folder / "tokenizer.json").exists():
-        raise RequestError(f"{folder} already contains a tokenizer: choose another --out, or remove it")
+    # Saving removes the files of another tokenizer, and --out may be any folder of the user's.
+    there = next(huggingface.stale_files(folder, ()), None)
+    if there is not None:
+        raise RequestError(
+            f"{folder} already contains a tokenizer, or a file that belongs to one ({there.name}): choose another --out, or "
+            "remove it"
+        )
     display = tasks()
     setup.train_tokenizer(config, folder, note=display.note, task=display.task)
     display.close()
@@ -161,19 +177,25 @@ def order(words: list[str]) -> None:
         help="the data.factory of the run, which is code: it is run only if it is named here",
     )
     asked = parser.parse_args(words)
-    from lmcore.config.schema import global_batch_blocks
+    if asked.text < 0:
+        raise RequestError(f"--text must be 0 or more (got {asked.text})")
     from lmcore.run import setup
+    from lmcore.run.resume import with_sources_of
     from lmcore.saved.run_config import read_run_config
 
     run = Path(asked.run)
     config = read_run_config(run, trusted=[asked.factory] if asked.factory else (), uses=("data.factory",))
     display = tasks()
-    data = setup.open_data(config, run / "tokenizer", note=display.note, task=display.task)
+    states = _states(run)
+    begun = with_sources_of(config, states[-1][1] if states else {})
+    data = setup.open_data(begun, run / "tokenizer", note=display.note, task=display.task)
     display.close()
-    cursors = _past(run, data.train.fingerprint, config.seed)
-    positions = _positions(
-        asked, global_batch_blocks(config, data.block_size), cursors[-1].skips if cursors else ()
-    )
+    former = getattr(data.train, "former_fingerprints", ())
+    same = {"fingerprint": data.train.fingerprint, "former": former, "override": "the text as it was"}
+    states = [(cursor.check(seed=config.seed, **same), state) for cursor, state in states]
+    cursors = [cursor for cursor, _ in states]
+    steps = _plan_of(config, data, states[-1][1] if states else {}) if asked.step is not None else None
+    positions = _positions(asked, steps, cursors[-1].skips if cursors else ())
     from lmcore.data.locate import locate
 
     decode = data.encoder.decode if data.encoder else str
@@ -181,28 +203,44 @@ def order(words: list[str]) -> None:
         print(f"{place}  {decode(ids)[: asked.text]!r}" if asked.text and ids is not None else place)
 
 
-def _past(run: Path, fingerprint: str, seed: int) -> list[Any]:
-    """The cursors of the checkpoints, oldest first; the last one knows all skipped positions.
+def _states(run: Path) -> list[tuple[Any, dict[str, Any]]]:
+    """The cursors and states of the checkpoints, oldest first; the last cursor knows all skipped positions.
 
     Raises:
-        RequestError: the corpus is not the one of the run.
+        RequestError: a checkpoint has no valid cursor.
     """
     from lmcore.checkpoint.manifest import STATE, Damaged, committed, read_json
     from lmcore.data.cursor import Cursor
 
-    cursors = []
+    states = []
     for path in committed(run / "checkpoints"):
         try:
-            cursor = Cursor.from_json(read_json(path / STATE)["cursor"])
+            state = read_json(path / STATE)
+            cursor = Cursor.from_json(state["cursor"])
         except (Damaged, KeyError, TypeError, ValueError, AttributeError) as error:
             raise RequestError(
                 f"{path}: {STATE} has no valid cursor ({error}); check it with lmcore checkpoints"
             ) from None
-        cursors.append(cursor.check(fingerprint=fingerprint, seed=seed, override="the text as it was"))
-    return cursors
+        states.append((cursor, state))
+    return states
 
 
-def _positions(asked: argparse.Namespace, batch: int, skips: Any) -> Any:
+def _plan_of(config: Any, data: Any, state: dict[str, Any]) -> Any:
+    """The blocks of every step, as the run plans them from the newest checkpoint on."""
+    from lmcore.run.budget import horizon
+
+    return horizon(
+        config,
+        block_size=data.block_size,
+        epoch_blocks=getattr(data.train, "epoch_blocks", None),
+        world_size=1,
+        step=state.get("step", 0),
+        blocks=state.get("tokens", 0) // data.block_size,
+        planned_from=tuple(state.get("planned_from", (0, 0))),
+    ).steps
+
+
+def _positions(asked: argparse.Namespace, steps: Any, skips: Any) -> Any:
     import numpy as np
 
     from lmcore.config.schema import ranges
@@ -216,28 +254,32 @@ def _positions(asked: argparse.Namespace, batch: int, skips: Any) -> Any:
             raise RequestError(f"--position {asked.position}: at most {MOST_POSITIONS:,} positions at once")
         return np.arange(start, stop)
     if not 1 <= asked.step < 2**40:
-        raise RequestError(f"--step must be at least 1 (got {asked.step})")
-    position = (asked.step - 1) * batch
+        raise RequestError(f"--step must be from 1 to {2**40 - 1:,} (got {asked.step})")
+    position = steps.blocks_before(asked.step - 1)
     for start, stop in skips:  # sorted; positions skipped before this step move it
         position += stop - start if start <= position else 0
-    return next_positions(position, batch, skips)[0]
+    return next_positions(position, steps.batch_of(asked.step - 1), skips)[0]
 
 
 def stores(words: list[str]) -> None:
     """`stores [--remove unused]`: list the token stores and the runs that use them."""
     from lmcore.config.schema import DataConfig
     from lmcore.data.store.inventory import list_stores, remove_store
+    from lmcore.data.store.remote import local_store_dir
     from lmcore.humanize import size, table
 
     parser = Parser(prog="lmcore stores", description="List the token stores and the runs that use them.")
     parser.add_argument(
-        "--store_dir", default=DataConfig().store_dir, help="folder of the stores [%(default)s]"
+        "--store_dir",
+        default=DataConfig().store_dir,
+        help="folder of the stores, or a URL: its copies on this machine [%(default)s]",
     )
     parser.add_argument("--runs", nargs="+", default=["runs"], help="folders of runs [runs]")
     parser.add_argument(
         "--remove", nargs="+", metavar="NAME", help="remove these stores, or: unused, all that no run uses"
     )
     asked = parser.parse_args(words)
+    asked.store_dir = local_store_dir(asked.store_dir)
     found = list_stores(asked.store_dir, runs=asked.runs)
     known = {store.folder.name: store for store in found}
     if asked.remove is None:

@@ -30,8 +30,8 @@ from lmcore.process import available_bytes
 
 GIB = 2**30
 FLOORS = {  # package -> (lowest version, why)
-    "torch": ("2.11", "an unsafe loader was mended in 2.10; Muon and the fused CPU AdamW"),
-    "transformers": ("5.3", "CVE-2026-4372 is mended in 5.3"),
+    "torch": ("2.11", "an unsafe loader was fixed in 2.10; Muon and the fused CPU AdamW"),
+    "transformers": ("5.3", "CVE-2026-4372 is fixed in 5.3"),
     "accelerate": ("1.15", "FSDP2 with tied embeddings"),
     "deepspeed": ("0.19.6", ""),
     "sentencepiece": ("0.2.1", ""),
@@ -280,11 +280,16 @@ def _limits(folder: Path) -> Iterator[Finding]:
 
 
 def _launcher(folder: Path) -> Iterator[Finding]:
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    default = home / "accelerate" / "default_config.yaml"
-    if default.exists():
+    from lmcore.engine.launch import default_config
+    from lmcore.engine.launcher import why_unreadable
+
+    default = default_config(os.environ)
+    if default is not None:
         remedy = "accelerate launch takes it unless --config_file is given: see accelerate_configs/"
-        yield Finding("note", "accelerate", f"{default} exists", remedy)
+        yield Finding("note", "accelerate config", f"{default} exists", remedy)
+        if (reason := why_unreadable(default)) is not None:
+            remedy = f"remove {default}, or give --config_file, or start with lmcore train"
+            yield Finding("warn", "accelerate config", f"accelerate launch cannot read it: {reason}", remedy)
     strange = sorted(name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_", "DEEPSPEED_")))
     if strange:
         yield Finding(
@@ -314,7 +319,7 @@ def _run(*command: str) -> str:
 def _file_system(place: Path) -> str:
     """The type of the file system that holds ``place``: the longest mount point above it counts."""
     best, kind = "", "unknown"
-    for line in Path("/proc/mounts").read_text().splitlines():
+    for line in Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines():
         point, name = line.split()[1:3]
         point = point.replace("\\040", " ")
         inside = str(place) == point or str(place).startswith(point.rstrip("/") + "/")

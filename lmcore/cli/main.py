@@ -1,8 +1,8 @@
 """The command ``lmcore`` (also ``python -m lmcore``): everything around a training run.
 
 Each command imports only what it needs, so that ``--help`` appears at once. ``train``, ``prepare``, ``inspect``,
-``tokenizer`` and ``plan`` take the options of ``train_lm.py``. Exit codes: 0, or 2 for a wrong request, which is one
-line without a traceback (``--debug`` shows it).
+``tokenizer`` and ``plan`` take the options of ``train_lm.py``. Exit codes: 0; 2 for a wrong request or a place
+that cannot be read or written; 70 for a fault of data or disk. Errors are one line without a traceback (``--debug`` shows it).
 
     lmcore generate runs/demo --prompt 'def '
 """
@@ -14,7 +14,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lmcore.errors import EXIT_FINISHED, FaultError, RequestError
+from lmcore.disk import require_current_folder
+from lmcore.errors import (
+    EXIT_FINISHED,
+    EXIT_INTERRUPTED,
+    FaultError,
+    RequestError,
+    of_disk,
+    require_docstrings,
+)
 from lmcore.humanize import did_you_mean
 from lmcore.report.console import protect_output
 
@@ -24,6 +32,7 @@ COMMANDS = {
     "tokenizer": ("data", "train a tokenizer"),
     "prepare": ("data", "build the tokenizer and the token stores of a run, without training"),
     "plan": ("plan", "parameters, steps, memory, time and cost of a run, before it starts"),
+    "size": ("size", "choose model, learning rate and batch for a time budget, by short runs here"),
     "generate": ("saved", "generate text with a model"),
     "evaluate": ("saved", "loss, perplexity and bits per byte on a text"),
     "export": ("saved", "write a folder that transformers opens"),
@@ -53,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lmcore {__version__}")
         return EXIT_FINISHED
     try:
+        require_current_folder()
+        require_docstrings()
         if words[0] not in COMMANDS:
             raise RequestError(
                 f"unknown command {words[0]!r}: choose from {', '.join(COMMANDS)}{did_you_mean(words[0], COMMANDS)}"
@@ -71,10 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lmcore: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at exit
         return EXIT_FINISHED
+    except OSError as error:  # a folder of somebody else, a file system that is full or read-only
+        if debug:
+            raise
+        failure = of_disk(error)
+        print(f"lmcore: {failure}", file=sys.stderr)
+        return failure.exit_code
 
 
 def overview() -> str:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
+import re
 import sys
 import types
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lmcore.config.curves import Curve
 from lmcore.config.durations import Duration, Durations
 from lmcore.config.help import docs
 from lmcore.config.parse import parse
 from lmcore.config.schema import Key, keys, plain
 from lmcore.errors import RequestError
 from lmcore.run import own_text
+from lmcore.run.folder import local_run_dir
 
 if TYPE_CHECKING:
     from lmcore.config.schema import RunConfig
@@ -31,7 +37,7 @@ def configured(words: list[str], command: str, summary: str) -> RunConfig:
 
 def run_dir_of(config: RunConfig) -> Path:
     """The run folder, which the parser always sets."""
-    return Path(config.run_dir or "runs/demo")
+    return local_run_dir(config.run_dir, config.local_dir)
 
 
 def taken(words: list[str], name: str, default: str | None = None) -> str | None:
@@ -117,12 +123,18 @@ def _type_schema(kind: Any) -> dict[str, Any]:
         return {"type": "object"}
     if kind is Duration:
         return {"type": ["string", "number", "null"]}
+    if kind is Curve:
+        return {"type": ["string", "object"]}
     if kind is Durations:
         one = {"type": ["string", "number"]}
         return {"anyOf": [{"type": ["string", "number", "null"]}, {"type": "array", "items": one}]}
     return {
         "type": {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}[kind]
     }
+
+
+TRAINING = ("train", "inspect", "tokenizer", "prepare", "plan", "size")
+"""Commands that take the options of ``train_lm.py``, too."""
 
 
 def completion(words: list[str]) -> None:
@@ -144,23 +156,45 @@ def completion_script(shell: str, commands: list[str]) -> str:
         found = _choices(key.type)
         if found:
             choices.append(f"    --{name}) words='{' '.join(found)}' ;;")
-    options = " ".join(f"--{name}" for name in [*keys(), "config", "help", "print_config"])
+    training = [f"--{name}" for name in [*keys(), "config", "help", "print_config"]]
+    named = [
+        f"    {name}) options='{' '.join([*own_options(name), *(training if name in TRAINING else [])])}' ;;"
+        for name in commands
+    ]
     header = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
     return f"""{header}_lmcore() {{
-  local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} words=''
+  local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} words='' options=''
   if [ "$COMP_CWORD" -eq 1 ]; then
     COMPREPLY=($(compgen -W '{" ".join(commands)}' -- "$word")); return
   fi
+  case "${{COMP_WORDS[1]}}" in
+{chr(10).join(named)}
+  esac
+  case "$word" in
+    --*) before='' ;;
+  esac
   case "$before" in
 {chr(10).join(choices)}
     --*) COMPREPLY=($(compgen -f -- "$word")); return ;;
-    *) words='{options}' ;;
+    *) words=$options ;;
   esac
   COMPREPLY=($(compgen -W "$words" -- "$word"))
   [ "${{#COMPREPLY[@]}}" -gt 0 ] || COMPREPLY=($(compgen -f -- "$word"))
 }}
 complete -F _lmcore lmcore
 """
+
+
+def own_options(command: str) -> list[str]:
+    """The options that the help of a command names, beside those of ``train_lm.py``."""
+    from lmcore.cli.main import COMMANDS
+
+    if command in ("schema", "completion"):
+        return []
+    show = getattr(importlib.import_module(f"lmcore.cli.{COMMANDS[command][0]}"), command)
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        show(["--help"])
+    return sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z_]*(?![\w.-])", text.getvalue())))
 
 
 def _choices(kind: Any) -> list[str]:

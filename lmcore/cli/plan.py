@@ -50,7 +50,10 @@ def plan(words: list[str]) -> None:
             given[name] = value
     config = configured(words, "plan", "")
     processes = given.get("processes", "1")
-    preflight(config, processes=int(processes) if processes.isdecimal() and int(processes) else 1)
+    preflight(
+        config,
+        processes=int(processes) if processes.isdecimal() and len(processes) < 10 and int(processes) else 1,
+    )
     display = tasks()  # first: it tells the libraries to be quiet
     from lmcore.run import setup
 
@@ -140,7 +143,7 @@ def probe_rows(
         ]
         if engine.is_main:
             kept = {"signature": made.signature(), "tokens_per_second": rate}
-            folder = Path(config.run_dir)
+            folder = run_dir_of(config)
             DISK.makedirs(folder)
             DISK.write_json(folder / PLAN_FILE, kept)
         return [*made.rows(), *rows] if engine.is_main else []
@@ -162,6 +165,7 @@ class _PlannedRun:
     ) -> None:
         import torch
 
+        from lmcore.engine.launch import cpu_bf16
         from lmcore.run import planning, setup
         from lmcore.run.budget import horizon
 
@@ -179,7 +183,8 @@ class _PlannedRun:
         self.device_bytes = int(_number(given, "device_gib", 0) * 2**30) or here
         precision = config.train.precision
         if precision == "auto":
-            precision = engine.precision if engine else "bf16" if self.device_bytes else "fp32"
+            on_cpu = "bf16" if cpu_bf16() else "fp32"
+            precision = engine.precision if engine else "bf16" if self.device_bytes else on_cpu
         self.block_size = setup.block_size_of(config)
         own_data = config.data.factory is not None
         wanted = not own_data or config.tokenizer.path is not None
@@ -193,7 +198,13 @@ class _PlannedRun:
         self.module = planning.model_without_weights(
             config, vocab_size=self.vocab_size, block_size=self.block_size, note=note
         )
-        setting = planning.setting_of(config, precision=precision, world_size=processes, strategy=strategy)
+        setting = planning.setting_of(
+            config,
+            precision=precision,
+            world_size=processes,
+            strategy=strategy,
+            cuda=self.device_bytes is not None,
+        )
         self.epoch_blocks = getattr(data.train, "epoch_blocks", None) if data else None
         if in_epochs and data is None and config.data.mode == "store":
             self.epoch_blocks = self._estimated_epoch(note)
@@ -201,12 +212,12 @@ class _PlannedRun:
             config,
             block_size=self.block_size,
             epoch_blocks=self.epoch_blocks,
-            world_size=processes,
+            world_size=setting.data_world_size,
             micro_batch_blocks=planning.fitting(
                 config, self.module, setting, block_size=self.block_size, device_bytes=self.device_bytes
             ),
         )
-        self.setting = planning.cut(setting, self.sizes)
+        self.setting = planning.with_micro_batch(setting, self.sizes)
         self.batch = planning.first_batch(config, data, self.sizes.micro_batch_blocks) if data else None
 
     def _estimated_epoch(self, note: Callable[[str], None]) -> int:
@@ -245,7 +256,12 @@ class _PlannedRun:
         from lmcore.run import planning
 
         engine = self.engine
-        setting = planning.setting_of(self.config, precision=engine.precision, world_size=engine.world_size)
+        setting = planning.setting_of(
+            self.config,
+            precision=engine.precision,
+            world_size=engine.world_size,
+            cuda=engine.device.type == "cuda",
+        )
         return replace(
             setting,
             micro_batch_blocks=self.sizes.micro_batch_blocks,
@@ -268,11 +284,13 @@ class _PlannedRun:
     def batch_for(self, module: Any) -> Any:
         """A micro-batch: of the user's own data, or of random tokens that the model knows."""
         from lmcore.plan import probe
+        from lmcore.run import setup
 
         if self.batch is not None:
             return self.batch
         known = module.vocab_size or self.vocab_size or 2
-        return probe.text_batch(known, self.sizes.micro_batch_blocks, self.block_size)
+        context = setup.context_of(self.config, self.engine, module)
+        return probe.text_batch(known, self.sizes.micro_batch_blocks, self.block_size, context)
 
 
 def _number(given: dict[str, str], name: str, default: float) -> float:
@@ -304,7 +322,7 @@ def dry_run(config: Any) -> int:
     if os.environ.get("RANK", "0") == "0":
         from lmcore.run import setup
 
-        run_dir = Path(config.run_dir or "")
+        run_dir = run_dir_of(config)
         given = {"processes": os.environ.get("WORLD_SIZE", "1")}
         rows = plan_rows(config, given, open_data=partial(setup.open_data, config, run_dir / "tokenizer"))
         print(table([("run folder", str(run_dir)), *rows, disk(run_dir)]))

@@ -6,13 +6,16 @@ Nothing heavy is imported before the arguments have been parsed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from lmcore.errors import RequestError
+from lmcore.errors import FaultError, RequestError
 
 if TYPE_CHECKING:
     from lmcore.report.report import Report
@@ -32,9 +35,8 @@ def quiet_libraries() -> None:
     silence_other_bars()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not os.path.exists("/dev/nvidiactl"):
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # transformers imports DeepSpeed, which says what it chose
+        # Transformers imports DeepSpeed, which says what it chose
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def tasks() -> Report:
@@ -70,17 +72,34 @@ def _opened(parser: Parser, words: list[str]) -> tuple[argparse.Namespace, Any]:
     )
     asked = parser.parse_args(words)
     quiet_libraries()
+    from lmcore.cli.remote import local_copy
     from lmcore.saved.load import load_model
 
-    opened = load_model(
-        asked.path,
-        asked.checkpoint,
-        device=asked.device,
-        weights=asked.weights,
-        factory=asked.factory,
-        note=to_stderr,
-    )
+    with _own_options():
+        opened = load_model(
+            local_copy(asked.path, asked.checkpoint, note=to_stderr),
+            asked.checkpoint,
+            device=asked.device,
+            weights=asked.weights,
+            factory=asked.factory,
+            note=to_stderr,
+        )
     return asked, opened
+
+
+_OPTIONS_OF_A_TRAINING = re.compile(
+    r"--resume(?= auto)|(?<![\w/.-])(?:--)?data\.(on_error|encoding|text_field|unit)\b"
+)
+
+
+@contextlib.contextmanager
+def _own_options() -> Iterator[None]:
+    """Remedies inside name the options of these commands, which a training calls otherwise."""
+    try:
+        yield
+    except (RequestError, FaultError) as error:
+        own = _OPTIONS_OF_A_TRAINING.sub(lambda found: f"--{found[1] or 'checkpoint'}", str(error))
+        raise type(error)(own) from error
 
 
 def to_stderr(line: str) -> None:
@@ -108,7 +127,9 @@ def generate(words: list[str]) -> None:
     parser.add_argument(
         "--interactive", action="store_true", help="the loop, also where input is no terminal"
     )
-    parser.add_argument("--max_tokens", type=int, default=200, help="length of a continuation")
+    parser.add_argument(
+        "--max_tokens", "--max_new_tokens", type=int, default=200, help="length of a continuation"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token")
     parser.add_argument(
         "--top_k", type=int, default=0, help="draw from the k most probable tokens; 0: from all"
@@ -145,6 +166,10 @@ def generate(words: list[str]) -> None:
         if number:
             sys.stdout.write("\n")
         _continue(asked, saved, prompt)
+
+
+_MOST_PROMPT_BYTES = 64 << 20
+"""More than the context of any model, and little enough to hold."""
 
 
 def _continue(asked: argparse.Namespace, saved: Any, prompt: str, *, echo: bool = True) -> None:
@@ -196,13 +221,23 @@ def _prompt_loop(asked: argparse.Namespace, saved: Any) -> None:
 def _prompt(given: str) -> str:
     if given != "-":
         return _utf8(given)
-    stream = getattr(sys.stdin, "buffer", None)  # bytes: the terminal's encoding need not be UTF-8
-    return _utf8(sys.stdin.read() if stream is None else stream.read().decode("utf-8", "surrogateescape"))
+    stream = getattr(sys.stdin, "buffer", sys.stdin)  # bytes: the terminal's encoding need not be UTF-8
+    data = _bounded(stream, "--prompt -")
+    return _utf8(data.decode("utf-8", "surrogateescape") if isinstance(data, bytes) else data)
+
+
+def _bounded(stream: IO[Any], where: str) -> Any:
+    """All of a stream, which may be one without an end (``/dev/zero``, ``yes |``)."""
+    data = stream.read(_MOST_PROMPT_BYTES + 1)
+    if len(data) > _MOST_PROMPT_BYTES:
+        raise RequestError(f"{where}: more than {_MOST_PROMPT_BYTES:,} bytes: that is no prompt")
+    return data
 
 
 def _prompts_of_file(name: str) -> list[str]:
     try:
-        lines = Path(name).read_bytes().decode("utf-8", "surrogateescape").splitlines()
+        with open(name, "rb") as file:
+            lines = _bounded(file, f"--prompts {name}").decode("utf-8", "surrogateescape").splitlines()
     except OSError as error:
         raise RequestError(f"--prompts {name}: {error.strerror}") from None
     lines = [line for line in lines if line.strip()]
@@ -258,7 +293,10 @@ def evaluate(words: list[str]) -> None:
         "--json", default=None, metavar="FILE", help="write the results there too; -: only them"
     )
     asked, saved = _opened(parser, words)
+    if asked.blocks is not None and asked.blocks < 1:
+        raise RequestError(f"--blocks must be 1 or more (got {asked.blocks})")
     from lmcore.humanize import printable
+    from lmcore.report.metrics import plain
     from lmcore.saved.score import score
 
     sets: dict[str, list[str]] = {}
@@ -268,18 +306,19 @@ def evaluate(words: list[str]) -> None:
             name, path = Path(entry).name or entry, entry
         sets.setdefault(name, []).append(path)
     report = tasks()
-    results = score(
-        saved,
-        sets,
-        block_size=asked.block_size,
-        blocks=asked.blocks,
-        precision=asked.precision,
-        text_field=asked.text_field,
-        unit=asked.unit,
-        encoding=asked.encoding,
-        on_error=asked.on_error,
-        task=report.task,
-    )
+    with _own_options():
+        results = score(
+            saved,
+            sets,
+            block_size=asked.block_size,
+            blocks=asked.blocks,
+            precision=asked.precision,
+            text_field=asked.text_field,
+            unit=asked.unit,
+            encoding=asked.encoding,
+            on_error=asked.on_error,
+            task=report.task,
+        )
     report.close()
     values = {
         name: {
@@ -291,7 +330,8 @@ def evaluate(words: list[str]) -> None:
         }
         for name, one in results.items()
     }
-    text = json.dumps({"model": str(saved.path), "step": saved.step, "sets": values}, indent=2)
+    whole = plain({"model": str(saved.path), "step": saved.step, "sets": values})
+    text = json.dumps(whole, indent=2, allow_nan=False)  # JSON has no NaN and no infinity: null
     if asked.json == "-":
         print(text)
         return
@@ -325,21 +365,23 @@ def export(words: list[str]) -> None:
     parser.add_argument("--push", default=None, metavar="OWNER/NAME", help="upload to the Hub (private)")
     parser.add_argument("--public", action="store_true", help="with --push: for everybody to see")
     asked = parser.parse_args(words)
-    if not asked.max_shard_gb > 0:
-        raise RequestError(f"--max_shard_gb must be above 0 (got {asked.max_shard_gb})")
+    if not 0 < asked.max_shard_gb <= 1e6:
+        raise RequestError(f"--max_shard_gb must be above 0 and at most 1,000,000 (got {asked.max_shard_gb})")
     quiet_libraries()
     from lmcore.checkpoint.reader import open_checkpoint
+    from lmcore.cli.remote import local_copy
     from lmcore.humanize import printable
     from lmcore.saved import export as exporting
     from lmcore.saved.load import resolve
 
-    kind, path = resolve(asked.path, asked.checkpoint, note=to_stderr)
+    asked.path = local_copy(asked.path, asked.checkpoint, note=to_stderr)
+    with _own_options():
+        kind, path = resolve(asked.path, asked.checkpoint, note=to_stderr)
     if kind == "checkpoint":
         run_dir = path.parent.parent
-        given = (
-            Path(os.path.abspath(asked.path)) == path
-        )  # what was found in a run folder has just been verified
-        with open_checkpoint(path, verify_bytes=given) as opened:
+        # What was found in a run folder has just been verified
+        given = Path(os.path.abspath(asked.path)) == path
+        with _own_options(), open_checkpoint(path, verify_bytes=given) as opened:
             path = exporting.export(
                 opened,
                 asked.out or run_dir / "export",
@@ -370,8 +412,10 @@ def report(words: list[str]) -> None:
         help="only runs of this configuration (lr=1e-4)",
     )
     asked = parser.parse_args(words)
+    from lmcore.cli.remote import local_copy
     from lmcore.report import html
 
+    asked.runs = [local_copy(path, note=to_stderr) for path in asked.runs]
     runs = [
         html.read_run(path) for path in asked.runs if not asked.where or Path(path, "config.yaml").exists()
     ]
@@ -421,13 +465,14 @@ def checkpoints(words: list[str]) -> None:
     asked = parser.parse_args(words)
     from lmcore.checkpoint.reader import listing
     from lmcore.humanize import printable, short, size
+    from lmcore.report.metrics import plain
 
     folder = Path(asked.run) / "checkpoints"
     if not folder.is_dir():
         raise RequestError(f"{asked.run}: no checkpoints there")
     rows = listing(folder, verify_bytes=asked.verify)
     if asked.json:
-        print(json.dumps(rows, indent=2, default=str))
+        print(json.dumps(plain(rows), indent=2, default=str, allow_nan=False))
         return
     for row in rows:
         loss, tokens = (row.get("metrics") or {}).get("loss"), row.get("tokens")

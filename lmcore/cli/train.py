@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -18,7 +19,8 @@ CONFIGS = PACKAGE / "accelerate_configs"
 USAGE = """\
 usage: lmcore train [--config_file FILE] [--processes N] [options of train_lm.py]
 
-Starts accelerate launch: on the CPU where there is no GPU, on one GPU, or with DDP on all GPUs of this machine.
+Starts accelerate launch: on the CPU where there is no GPU, on one GPU, or with DDP on all GPUs of this machine. It
+ends with the exit code of the run and adds no traceback to what the run says.
 
   --config_file FILE     another configuration of accelerate: a file, or a name such as fsdp2
   --processes N          number of processes (default: the GPUs, or one on the CPU)
@@ -84,18 +86,23 @@ def train(words: list[str]) -> int:
     if words[:1] == ["--help"] and words[1:] == ["all"]:
         words = ["--help"]
     config_file, number = taken(words, "config_file"), taken(words, "processes")
-    if number is not None and not (number.isdecimal() and 0 < int(number) < 100_000):
+    if number is not None and not (number.isdecimal() and len(number) < 10 and 0 < int(number) < 100_000):
         raise RequestError(f"--processes must be a number of at least 1 (got {number})")
     config = parse(words, own_text=own_text.defaults)  # a wrong option is refused before anything is started
     processes = None if number is None else int(number)
-    import torch  # lazily: counting the GPUs needs it
+    checked = config_file is None and not config.fast_dev_run
+    if checked and processes is not None:
+        preflight(config, processes=processes)
+    import torch  # lazily, and after all refusals that do without: counting the GPUs needs it
 
     arguments = launch_command(
         words, gpus=torch.cuda.device_count(), config_file=config_file, processes=processes
     )
-    if config_file is None and not config.fast_dev_run:
+    if checked and processes is None:
         here = arguments.index("--num_processes") if "--num_processes" in arguments else -1
         preflight(config, processes=int(arguments[here + 1]) if here >= 0 else 1)
     print(f"accelerate launch {shlex.join(arguments)}", flush=True)
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
-    os.execv(sys.executable, command)
+    # Ctrl-C waits until the launcher can handle it: a new interpreter would show a traceback.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # The launcher as it is, but that it ends with the exit code of the run and without a traceback of its own.
+    os.execv(sys.executable, [sys.executable, "-m", "lmcore.engine.launcher", *arguments])

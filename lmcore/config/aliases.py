@@ -132,6 +132,8 @@ def foreign(name: str, dashes: str = "--") -> str | None:
     'here it is --optim.lr'
     """
     plain = name.replace("-", "_").lower()
+    if plain == "version":
+        return "lmcore --version prints it"
     if plain not in NAMES:
         return None
     if plain in _LAUNCHER:

@@ -13,18 +13,19 @@ from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 from lmcore.config.convert import shown
+from lmcore.config.curves import Curve, values_of
 from lmcore.config.durations import NEVER
 from lmcore.config.schema import (
     DataConfig,
     Entries,
     Key,
     RunConfig,
-    global_batch_blocks,
+    global_batches,
     keys,
     ranges,
     to_dict,
 )
-from lmcore.conventions import OPTIMIZERS
+from lmcore.conventions import OPTIMIZERS, context_in
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean
 
@@ -46,6 +47,9 @@ def check(config: RunConfig) -> None:
         value: Any = flat
         for part in key.name.split("."):
             value = value[part]
+        if Curve in typing.get_args(key.type):
+            value = _option(config, key.name)
+            value = list(values_of(value))
         for item in value if isinstance(value, list) else [value]:
             _check_limits(key, item)
     _check_data(config)
@@ -61,6 +65,34 @@ def check(config: RunConfig) -> None:
             "train.deterministic and train.compile_mode max-autotune exclude each other: autotuning chooses "
             "kernels by their time"
         )
+
+
+def _check_tensor_parallel(config: RunConfig) -> None:
+    """What has not been shown to be right with layers that are cut is refused."""
+    untested = "has not been tested with layers that are cut"
+    for name, refused, reason in (
+        ("train.context_parallel", config.train.context_parallel > 1, untested),
+        ("train.param_dtype", config.train.param_dtype != "fp32", untested),
+        ("train.precision", config.train.precision == "fp16", "the ranks would scale the loss differently"),
+        ("engine.reduce_dtype", config.engine.reduce_dtype != "fp32", untested),
+        ("model.factory", config.model.factory is not None, "it has no tensor-parallel plan of transformers"),
+        ("model.lora.rank", config.model.lora.rank > 0, untested),
+        ("optim.freeze", bool(config.optim.freeze), untested),
+        ("optim.train_only", bool(config.optim.train_only), untested),
+        ("optim.ema_decay", config.optim.ema_decay > 0, "no rank holds the weights that it averages"),
+        ("optim.name", config.optim.name in ("muon", "adafactor"), "it needs whole matrices"),
+    ):
+        if refused:
+            raise RequestError(
+                f"{name} {shown(_option(config, name))} with train.tensor_parallel {config.train.tensor_parallel}: "
+                f"{reason}; leave one of the two out"
+            )
+
+
+def _option(config: RunConfig, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
 
 
 def _check_limits(key: Key, value: Any) -> None:
@@ -148,7 +180,7 @@ def _check_sources(key: str, entries: Entries) -> None:
             raise RequestError(f"{key}: path must be text, paths a list of texts (got {shown(entry)})")
         if entry.get("weight") is not None and not _is_weight(entry["weight"]):
             raise RequestError(
-                f"{key}: the weight of {paths[0]} must be above 0 (got {shown(entry['weight'])})"
+                f"{key}: the weight of {paths[0]} must be a number above 0 and below 1e15 (got {shown(entry['weight'])})"
             )
         for name in ("name", "text_field"):
             if entry.get(name) is not None and not _is_name(entry[name]):
@@ -176,17 +208,17 @@ def _check_batch_and_duration(config: RunConfig) -> None:
     if (blocks is None) == (tokens is None):
         state = "are both given" if blocks is not None else "are both null"
         raise RequestError(f"train.global_batch_blocks and train.global_batch_tokens {state}: set one")
-    if tokens is not None and data.block_size is not None:
-        blocks = global_batch_blocks(config, data.block_size)
     micro = train.micro_batch_blocks
     if train.micro_batch_exact and not isinstance(micro, int):
         raise RequestError("train.micro_batch_exact needs a number for train.micro_batch_blocks (got auto)")
-    if train.micro_batch_exact and blocks is not None and isinstance(micro, int) and blocks % micro:
-        near = dict.fromkeys((max(1, blocks // micro) * micro, (blocks // micro + 1) * micro))
-        raise RequestError(
-            f"train.global_batch_blocks must be a multiple of train.micro_batch_blocks {micro} (got {blocks}); try "
-            f"{' or '.join(map(str, near))}, or leave out train.micro_batch_exact"
-        )
+    known = tokens is None or data.block_size is not None
+    for batch in global_batches(config, data.block_size or 1) if known else []:
+        if train.micro_batch_exact and isinstance(micro, int) and batch % micro:
+            near = dict.fromkeys((max(1, batch // micro) * micro, (batch // micro + 1) * micro))
+            raise RequestError(
+                f"train.global_batch_blocks must be a multiple of train.micro_batch_blocks {micro} (got {batch}); try "
+                f"{' or '.join(map(str, near))}, or leave out train.micro_batch_exact"
+            )
     if train.duration.unit not in ("steps", "tokens", "epochs"):
         raise RequestError(
             f"train.duration must be in steps, tokens or epochs (got {train.duration}): the schedule is a function "
@@ -224,13 +256,19 @@ def _check_optimizer(config: RunConfig) -> None:
             raise RequestError(
                 f"optim.warmup {optim.warmup} and optim.decay {optim.decay} are more than 100% together"
             )
-    lengths = (optim.warmup, optim.decay) if optim.schedule == "wsd" else (optim.warmup,)
+    lengths = [optim.warmup, optim.decay] if optim.schedule == "wsd" else [optim.warmup]
+    if isinstance(optim.schedule, Curve):  # which is all of the schedule
+        lengths = []
     steps = sum(length.value for length in lengths if length.unit == "steps")
     if config.train.duration.unit == "steps" and steps > config.train.duration.value:
-        names = "optim.warmup and optim.decay" if len(lengths) == 2 else "optim.warmup"
+        names = "optim.warmup and optim.decay" if len(lengths) > 1 else "optim.warmup"
         raise RequestError(
             f"{names} of {steps:,.0f} steps do not fit into train.duration {config.train.duration}; a share such "
             "as 2% always fits"
+        )
+    if isinstance(optim.momentum, Curve) and optim.momentum_start is not None:
+        raise RequestError(
+            f"optim.momentum {optim.momentum} and optim.momentum_start exclude each other: the curve has its own start"
         )
     if optim.cautious_weight_decay and optim.name != "muon":
         raise RequestError(f"optim.cautious_weight_decay needs optim.name muon (got {optim.name})")
@@ -256,14 +294,23 @@ def _check_model(config: RunConfig) -> None:
             f"(got {' and '.join(given) or 'none'})"
         )
     if model.size is not None and model.preset is None:
-        raise RequestError(f"model.size {model.size} needs model.preset: one of gpt2, modern, modern_gguf")
+        raise RequestError(
+            f"model.size {model.size} needs model.preset: one of gpt2, modern, modern_gguf, modern_conv"
+        )
     if model.zero_init and (model.from_pretrained or model.factory):
         raise RequestError("model.zero_init is for a model that is trained from scratch: remove it")
     if model.lora.rank and model.from_pretrained is None:
         raise RequestError(
             f"model.lora.rank {model.lora.rank} needs model.from_pretrained: LoRA trains adapters on frozen weights"
         )
+    if config.train.tensor_parallel > 1:
+        _check_tensor_parallel(config)
     for name in ("data", "model", "loss"):
+        if config.train.context_parallel > 1 and getattr(config, name).factory is not None:
+            raise RequestError(
+                f"train.context_parallel {config.train.context_parallel} cuts blocks of text, and only {name}.factory "
+                f"{getattr(config, name).factory} knows what its own code would make of the parts: use 1"
+            )
         factory = getattr(config, name).factory
         if factory is not None:
             _check_import_path(f"{name}.factory", factory)
@@ -280,9 +327,8 @@ def _check_architecture(config: RunConfig) -> None:
             raise RequestError(f"model.config.{name} must be finite (got {value})")
     if model.type is None:
         return
-    context = fields.get("n_positions", fields.get("max_position_embeddings"))
-    block_size = config.data.block_size
-    if _is_integer(context) and block_size is not None and block_size > context:
+    context, block_size = context_in(fields), config.data.block_size
+    if context is not None and block_size is not None and block_size > context:
         raise RequestError(
             f"data.block_size {block_size} is larger than the model's context {context}: reduce it, or set a longer "
             "context in model.config"
@@ -326,8 +372,13 @@ def _check_evaluation(config: RunConfig) -> None:
         "evaluate.early_stopping.divergence": stopping.divergence,
     }
     needs = next((f"{name} {value}" for name, value in wanted.items() if value), None)
-    if needs and not (config.data.valid or config.data.valid_fraction or config.data.factory):
-        raise RequestError(f"{needs} needs validation text: set data.valid or data.valid_fraction")
+    streamed = config.data.mode == "stream"
+    held_out = config.data.valid_fraction and not streamed
+    if needs and not (config.data.valid or held_out or config.data.factory):
+        raise RequestError(
+            f"{needs} needs validation text: set data.valid"
+            + (", because data.mode stream holds none out" if streamed else " or data.valid_fraction")
+        )
     if needs and not evaluate.every:
         raise RequestError(f"{needs} needs evaluations during the run: set evaluate.every, such as 10%")
     if config.checkpoint.export == "best" and not best.k:

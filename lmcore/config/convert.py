@@ -18,6 +18,7 @@ import typing
 from typing import Any, Literal
 
 from lmcore.config import yaml
+from lmcore.config.curves import Curve, is_curve
 from lmcore.config.durations import Duration, Durations
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean
@@ -72,6 +73,8 @@ def _match(value: Any, kind: Any, *, strict: bool) -> tuple[bool, Any]:
     """Whether ``value`` is of one plain type, and the converted value. ``strict``: text stays text."""
     if kind is type(None):
         return value is None, None
+    if kind is Curve:
+        return _curve(value)
     if typing.get_origin(kind) is Literal:
         by_lower = {str(choice).lower(): choice for choice in typing.get_args(kind)}
         return str(value).lower() in by_lower and isinstance(value, str), by_lower.get(str(value).lower())
@@ -94,6 +97,15 @@ def _match(value: Any, kind: Any, *, strict: bool) -> tuple[bool, Any]:
     if abs(int(value)) > LARGEST_INTEGER:
         raise ValueError(f"must fit in 64 bits (got {shown(value)})")
     return True, int(value)
+
+
+def _curve(value: Any) -> tuple[bool, Any]:
+    if not is_curve(value):
+        return False, None
+    try:
+        return True, Curve.parse(value)
+    except RequestError as error:
+        raise ValueError(str(error)) from error
 
 
 def _text(value: Any) -> tuple[bool, str]:
@@ -150,7 +162,7 @@ def describe(kind: Any) -> str:
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
     names = {
         str: "text", int: "an integer", float: "a number", bool: "true or false", type(None): "null",
-        dict: "a dictionary",
+        dict: "a dictionary", Curve: "a curve such as '0: 8, 10%: 32'",
     }  # fmt: skip
     return names[typing.get_origin(kind) or kind]
 
@@ -164,4 +176,6 @@ def type_name(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " | ".join(str(value) for value in typing.get_args(kind))
     origin = typing.get_origin(kind) or kind
-    return {Durations: "durations", Duration: "duration", type(None): "null"}.get(origin, origin.__name__)
+    return {Durations: "durations", Duration: "duration", Curve: "curve", type(None): "null"}.get(
+        origin, origin.__name__
+    )

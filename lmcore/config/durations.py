@@ -3,17 +3,17 @@
 The arithmetic is exact (fractions, no floats), so that ``10%`` of 1,000 steps is 100 and not 101. Minutes are never
 converted to steps: a schedule must be a pure function of the step.
 
->>> Duration.parse("1e9 tokens").to_steps(tokens_per_step=524_288)
-1908
->>> [step for step in range(1, 11) if is_due(step, Durations.parse("25%"), total_steps=10)]
+>>> Duration.parse("1e9 tokens")
+Duration(value=1000000000, unit='tokens')
+>>> percent = lambda step: {"percent": (Fraction(10 * step - 10), Fraction(10 * step))}  # of a run of 10 steps
+>>> [step for step in range(1, 11) if is_reached(Durations.parse("25%"), percent(step))]
 [3, 5, 8, 10]
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -100,25 +100,6 @@ class Duration(NamedTuple):
         """The value as the decimal number that was written: 0.1 is one tenth, not its nearest double."""
         return Fraction(repr(self.value))
 
-    def to_steps(
-        self,
-        *,
-        tokens_per_step: int | None = None,
-        steps_per_epoch: float | Fraction | None = None,
-        total_steps: int | None = None,
-    ) -> int | None:
-        """The number of steps, rounded up, or ``None`` for never and for minutes.
-
-        ``steps_per_epoch`` = blocks of an epoch / blocks of a global batch; a :class:`Fraction` is exact.
-        Raises :class:`RequestError` where the number that the unit needs is not known.
-        """
-        if self.unit in ("never", "minutes"):
-            return None
-        rate = _steps_per_unit(self.unit, tokens_per_step, steps_per_epoch, total_steps)
-        if rate is None:
-            raise RequestError(f"{self} cannot be converted to steps here: give it in steps")
-        return max(1, math.ceil(self.exact() * rate))
-
 
 NEVER = Duration(0, "never")
 
@@ -148,20 +129,19 @@ class Durations(tuple[Duration, ...]):
         return [str(duration) for duration in self] if len(self) > 1 else str(self)
 
 
-def is_due(
-    step: int,
-    every: Iterable[Duration],
-    *,
-    tokens_per_step: int | None = None,
-    steps_per_epoch: float | Fraction | None = None,
-    total_steps: int | None = None,
-    minutes_since_last: float | None = None,
-) -> bool:
-    """Whether something with the interval ``every`` is due after ``step`` updates (1 = after the first).
+Spans = Mapping[str, tuple[int | Fraction, int | Fraction]]
+"""Unit -> how much of it was behind before a step and after it; a unit that is not there is not known."""
+
+
+def is_reached(every: Iterable[Duration], spans: Spans, *, minutes_since_last: float | None = None) -> bool:
+    """Whether a step reaches a multiple of one of the intervals.
 
     An interval that is not a whole number of steps is due at the first step that reaches each multiple, so that none
     is lost and none comes twice. ``minutes_since_last`` is the clock of one process: the ranks must agree on the
     answer.
+
+    Raises:
+        RequestError: a unit that is not known here.
     """
     for duration in every:
         if duration.unit == "never":
@@ -170,11 +150,11 @@ def is_due(
             if minutes_since_last is not None and minutes_since_last >= duration.value:
                 return True
             continue
-        rate = _steps_per_unit(duration.unit, tokens_per_step, steps_per_epoch, total_steps)
-        if rate is None:
+        if duration.unit not in spans:
             raise RequestError(f"every {duration} cannot be converted to steps here: give it in steps")
-        interval = duration.exact() * rate
-        if step // interval > (step - 1) // interval:
+        before, after = spans[duration.unit]
+        interval = duration.exact()
+        if after // interval > before // interval:
             return True
     return False
 
@@ -184,16 +164,3 @@ def _shown(text: Any) -> str:
         " ".join(repr(text).split()) if not isinstance(text, int) or abs(text) < 10**30 else "this integer"
     )
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
-
-
-def _steps_per_unit(
-    unit: str, tokens_per_step: int | None, steps_per_epoch: float | Fraction | None, total_steps: int | None
-) -> Fraction | None:
-    if unit == "steps":
-        return Fraction(1)
-    if unit == "tokens":
-        return Fraction(1, tokens_per_step) if tokens_per_step else None
-    if unit == "epochs":
-        # repr of a float is the decimal that was meant; a Fraction is exact already.
-        return None if not steps_per_epoch else Fraction(str(steps_per_epoch))
-    return None if not total_steps else Fraction(total_steps, 100)

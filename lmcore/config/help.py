@@ -25,7 +25,8 @@ usage: accelerate launch train_lm.py [--config FILE ...] [--name value ...]
 
 Pretrain a causal language model on your own text. Precedence: defaults < files in their order < command line. A list
 takes several values (--data.train a.txt b.txt); a switch needs none (--dry_run). A duration is 500 (steps),
-'1e9 tokens', '2 epochs', 10%, '30 min' or never; intervals may be several. With --data.train and without --config,
+'1e9 tokens', '2 epochs', 10%, '30 min' or never; intervals may be several. A curve changes a value during the run:
+'linear 0.1 0' or '0: 8, 10%: 32'. With --data.train and without --config,
 the model, vocabulary, steps and learning rate are chosen by the size of the text; with neither, the demo is trained.
 Defaults are in brackets.
 

@@ -33,7 +33,9 @@ from lmcore.config.checks import check
 from lmcore.config.convert import convert, shown
 from lmcore.config.durations import Durations
 from lmcore.config.schema import Key, RunConfig, keys
+from lmcore.conventions import HIDDEN
 from lmcore.errors import RequestError
+from lmcore.storage import is_url
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 """The recipes that are installed with the package; ``recipes/`` in the repository is a link to this folder."""
@@ -65,6 +67,7 @@ def parse(
     note: Callable[[str], object] = lambda text: None,
     default_recipe: Path | None = DEMO,
     own_text: OwnText | None = None,
+    allow_hidden: bool = False,
 ) -> RunConfig:
     """Read a command line.
 
@@ -75,6 +78,8 @@ def parse(
         default_recipe: used without ``--config`` when no text or dataset is named either.
         own_text: gives defaults that fit the text, when text is named without ``--config``
             (:func:`lmcore.run.own_text.defaults`).
+        allow_hidden: a saved configuration may hold ``<hidden>`` in the place of a secret, because the caller starts no
+            run with it.
 
     Raises:
         RequestError: one line, for anything that is wrong.
@@ -86,6 +91,8 @@ def parse(
     if request.help is not None:
         print(help_.help_text(request.help))
         raise SystemExit(0)
+    if request.print_config:  # the output is a file to be read again
+        note = _comment
     typed = _converted(request.layer, None)
     files = request.files
     own = not files and any(typed.get(name) for name in OWN)
@@ -101,6 +108,8 @@ def parse(
         chosen, lines = own_text(typed)
         _merge(merged, _converted(chosen, "defaults"), "the defaults for this text", lambda text: None)
     _merge(merged, typed, "the command line", note if files else lambda text: None)
+    if files and not allow_hidden:
+        _refuse_hidden(merged, typed, files[-1])
     for line in lines:
         note(line)
     if merged["report.trackers"] == keys()["report.trackers"].default and not _is_installed("tensorboard"):
@@ -118,6 +127,10 @@ def parse(
         raise SystemExit(0)
     check(config)
     return config
+
+
+def _comment(text: str) -> None:
+    print(f"# {text}")
 
 
 def _is_installed(package: str) -> bool:
@@ -256,7 +269,8 @@ def _read(file: str, note: Callable[[str], object]) -> Layer:
         raise RequestError(f"--config {file}: must be sections with options (got a {type(values).__name__})")
     layer: Layer = {}
     _collect(values or {}, "", f"{file}: ", layer)
-    if "run_dir" in layer and path.name == "config.yaml" and (path.parent / "checkpoints").is_dir():
+    in_run = path.name == "config.yaml" and (path.parent / "checkpoints").is_dir()
+    if in_run and "run_dir" in layer and not is_url(layer["run_dir"]):
         layer["run_dir"] = str(path.parent)  # the folder may have been moved
     return layer
 
@@ -322,6 +336,24 @@ def _merge(merged: Layer, layer: Layer, source: str, note: Callable[[str], objec
         merged["model.size"] = None  # a size is one of a preset
     for name, value in layer.items():
         merged[name] = _deep(merged[name], value) if keys()[name].is_free_form else value
+
+
+def _refuse_hidden(merged: Layer, typed: Layer, file: str) -> None:
+    """A secret that a saved configuration does not hold is never replaced by the word that stands for it."""
+    for name, value in merged.items():
+        if name != "tokenizer.user_symbols" and _holds_hidden(value) and not _holds_hidden(typed.get(name)):
+            raise RequestError(
+                f"{file}: {name} holds {HIDDEN}, which stands for a secret that was not written down: give the value "
+                f"again with --{name}"
+            )
+
+
+def _holds_hidden(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_hidden, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_hidden, value))
+    return isinstance(value, str) and HIDDEN in value
 
 
 def _deep(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

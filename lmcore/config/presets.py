@@ -6,17 +6,22 @@ Every preset is a plain class of transformers, so that an export opens with ``Au
 - ``modern``: transformers' ``nanochat``: rotary positions, RMSNorm also on queries and keys, ReLU squared, logits
   capped at 15, head not tied.
 - ``modern_gguf``: ``qwen3`` (rotary positions, RMSNorm also on queries and keys, SwiGLU), which llama.cpp reads too.
+- ``modern_conv``: ``lfm2``: the same with a gated convolution over three tokens instead of attention in every other layer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from lmcore.conventions import context_in
 
 if TYPE_CHECKING:
     from lmcore.config.schema import RunConfig
 
 DEFAULT_SIZE = "5M"
+MODERN_PRESETS = ("modern", "modern_gguf", "modern_conv")
+"""Presets that normalize queries and keys, have a head of their own and start at zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,7 @@ class Shape:
 
 SHAPES = {
     "5M": Shape(layers=8, width=192, heads=6, context=256),
+    "8M": Shape(layers=8, width=256, heads=4, context=256),
     "15M": Shape(layers=8, width=320, heads=5, context=512),
     "124M": Shape(layers=12, width=768, heads=12, context=1024),
     "350M": Shape(layers=24, width=1024, heads=16, context=1024),
@@ -52,9 +58,21 @@ def model_type_and_fields(config: RunConfig) -> tuple[str | None, dict[str, Any]
     if model.preset is None:
         return model.type, dict(model.config)
     shape = SHAPES[model.size or DEFAULT_SIZE]
-    context = config.data.block_size or shape.context
-    if model.preset == "gpt2":
-        fields: dict[str, Any] = {
+    if isinstance(layers := model.config.get("num_hidden_layers"), int):
+        shape = replace(shape, layers=layers)  # there may be a field with an entry for each layer
+    type, fields = fields_of(model.preset, shape, config.data.block_size or shape.context)
+    return type, fields | model.config
+
+
+def fields_of(preset: str, shape: Shape, context: int) -> tuple[str, dict[str, Any]]:
+    """The transformers type of a preset, and the fields of its config for a shape.
+
+    Example::
+
+        type, fields = fields_of("modern", Shape(layers=4, width=128, heads=4, context=256), 256)
+    """
+    if preset == "gpt2":
+        return "gpt2", {
             "n_layer": shape.layers,
             "n_embd": shape.width,
             "n_head": shape.heads,
@@ -64,8 +82,7 @@ def model_type_and_fields(config: RunConfig) -> tuple[str | None, dict[str, Any]
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
         }
-        return "gpt2", fields | model.config
-    fields = {
+    fields: dict[str, Any] = {
         "hidden_size": shape.width,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
@@ -73,17 +90,29 @@ def model_type_and_fields(config: RunConfig) -> tuple[str | None, dict[str, Any]
         "max_position_embeddings": context,
         "tie_word_embeddings": False,
     }
-    if model.preset == "modern":
-        return "nanochat", fields | {"intermediate_size": 4 * shape.width} | model.config
+    if preset == "modern":
+        return "nanochat", fields | {"intermediate_size": 4 * shape.width}
     gated = -(-8 * shape.width // (3 * 64)) * 64  # three matrices of 8/3 of the width cost what two of 4 do
-    extra = {"intermediate_size": gated, "head_dim": shape.width // shape.heads}
-    return "qwen3", fields | extra | model.config
+    if preset == "modern_gguf":
+        return "qwen3", fields | {"intermediate_size": gated, "head_dim": shape.width // shape.heads}
+    # Normalized queries and keys of a head of 32 cannot look at one token alone (docs/log.md, 2026-11-29).
+    heads = min(shape.heads, max(1, shape.width // 64))
+    heads = max(count for count in range(1, heads + 1) if shape.width % (2 * count) == 0)
+    return "lfm2", fields | {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "intermediate_size": gated,
+        "block_auto_adjust_ff_dim": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        # Attention in every other layer, and in the last
+        "layer_types": ["full_attention" if (shape.layers - i) % 2 else "conv" for i in range(shape.layers)],
+    }
 
 
 def zero_init(config: RunConfig) -> bool:
     """Whether output projections and head start at zero: ``model.zero_init``, by default for the modern presets."""
     asked = config.model.zero_init
-    return config.model.preset in ("modern", "modern_gguf") if asked is None else asked
+    return config.model.preset in MODERN_PRESETS if asked is None else asked
 
 
 def describe_preset(config: RunConfig) -> str:
@@ -94,7 +123,7 @@ def describe_preset(config: RunConfig) -> str:
         fields.get("n_layer", fields.get("num_hidden_layers", shape.layers)),
         fields.get("n_embd", fields.get("hidden_size", shape.width)),
         fields.get("n_head", fields.get("num_attention_heads", shape.heads)),
-        fields.get("n_positions", fields.get("max_position_embeddings", shape.context)),
+        context_in(fields) or shape.context,
     )
     name = f"{config.model.preset} {config.model.size or DEFAULT_SIZE}"
     return f"{name}: {type}, {layers} layers, width {width}, {heads} heads, context {context}"

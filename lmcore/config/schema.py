@@ -3,7 +3,7 @@
 
 ``RunConfig`` is a tree of frozen dataclasses. ``build(to_dict(config)) == config``. The string under a field is its
 help. Units are in the names; a duration is ``500`` (steps), ``1e9 tokens``, ``2 epochs``, ``10%``, ``30 min`` or
-``never``. Every option has a class for resume:
+``never``; a value that changes in the run is a curve (:mod:`lmcore.config.curves`). Every option has a class for resume:
 
 * ``free``: may change at a resume.
 * ``warn``: may change; the run prints both values.
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from lmcore.config import yaml
+from lmcore.config.curves import END, START, Curve, is_curve, values_of
 from lmcore.config.durations import Duration, Durations
 from lmcore.errors import RequestError
 
@@ -67,7 +68,7 @@ class DataConfig:
     """Test text, evaluated once after training."""
     valid_fraction: float | None = option(0.01, "refuse", at_least=0, below=1)
     """Share of the training documents that is held out for validation, by a hash of their content; used without
-    data.valid."""
+    data.valid, and not with mode stream, which holds nothing out."""
     mode: Literal["store", "stream"] = option("store", "refuse")
     """store: tokenize once into a memory-mapped token store; stream: tokenize during training."""
     block_size: int | None = option(None, "refuse", at_least=1, at_most=2**31)
@@ -81,7 +82,7 @@ class DataConfig:
     eos: bool = option(True, "refuse")
     """Append the end-of-sequence token to every document."""
     store_dir: str = option("token_stores", "free")
-    """Folder for token stores, shared by all runs on the same text."""
+    """Folder or URL for token stores, shared by all runs on the same text."""
     processes: int | None = option(None, "free", at_least=1, at_most=4096)
     """Number of tokenizing processes; default: the cores of this machine divided by its ranks."""
     workers: int = option(0, "free", at_least=0, at_most=1024)
@@ -166,9 +167,10 @@ class ModelConfig:
     """Commit, branch or tag of a Hub model."""
     factory: str | None = option(None, "refuse")
     """Your own nn.Module: package.module:function, called with model.config."""
-    preset: Literal["gpt2", "modern", "modern_gguf"] | None = option(None, "refuse")
-    """A model by name, instead of model.type: gpt2, modern (nanochat), modern_gguf (qwen3, also for llama.cpp)."""
-    size: Literal["5M", "15M", "124M", "350M", "1B"] | None = option(None, "refuse")
+    preset: Literal["gpt2", "modern", "modern_gguf", "modern_conv"] | None = option(None, "refuse")
+    """A model by name, instead of model.type: gpt2, modern (nanochat), modern_gguf (qwen3, also for llama.cpp),
+    modern_conv (lfm2, with short convolutions)."""
+    size: Literal["5M", "8M", "15M", "124M", "350M", "1B"] | None = option(None, "refuse")
     """Size of the preset, which sets layers, width and heads; default: 5M."""
     zero_init: bool | None = option(None, "free")
     """Initialize output projections and an untied head with zeros; default: in the modern presets."""
@@ -218,20 +220,24 @@ class OptimConfig:
     eps: float = option(1e-8, "warn", above=0)
     """Added to the denominator of Adam, for numerical stability."""
     lr_multipliers: LrMultipliersConfig = section(LrMultipliersConfig)
-    momentum: float = option(0.95, "warn", at_least=0, below=1)
-    """Momentum of sgd and muon."""
+    momentum: float | Curve = option(0.95, "warn", at_least=0, below=1)
+    """Momentum of sgd and muon; a curve such as '0: 0.85, 10%: 0.95' replaces the warmup."""
     momentum_start: float | None = option(None, "warn", at_least=0, below=1)
     """Momentum of the first step; default: optim.momentum, for muon 0.85."""
     momentum_warmup: Duration = option(Duration(10, "percent"), "warn")
     """Length of the warmup from optim.momentum_start to optim.momentum."""
     cautious_weight_decay: bool = option(False, "warn")
     """Decay only those weights of muon's matrices that the update makes smaller as well."""
-    weight_decay: float = option(0.1, "warn", at_least=0, at_most=1e6)
-    """Decoupled weight decay of matrices; biases and normalization weights are not decayed."""
+    weight_decay: float | Curve = option(0.1, "warn", at_least=0, at_most=1e6)
+    """Decoupled weight decay of matrices; biases and normalization weights are not decayed. A curve changes it during
+    the run ('linear 0.1 0')."""
     clip_norm: float = option(1.0, "warn", at_least=0)
     """Clip the global gradient norm to this value; 0: no clipping."""
-    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = option("cosine", "warn")
-    """Learning rate schedule; wsd: warmup, stable, decay."""
+    schedule: Literal["constant", "linear", "linear_to_zero", "cosine", "wsd", "inverse_sqrt"] | Curve = (
+        option("cosine", "warn", at_least=0, at_most=10**6)
+    )
+    """Learning rate schedule; wsd: warmup, stable, decay. A curve of multiples of optim.lr ('0: 0, 2%: 1, 60%: 1, 100%:
+    0') is the whole schedule, its own warmup and decay included."""
     warmup: Duration = option(Duration(2, "percent"), "warn")
     """Length of the linear warmup of the learning rate."""
     decay: Duration = option(Duration(20, "percent"), "warn")
@@ -252,19 +258,30 @@ class OptimConfig:
 class TrainConfig:
     duration: Duration = option(Duration(1, "epochs"), "warn")
     """How long to train, in steps, tokens or epochs."""
-    global_batch_blocks: int | None = option(512, "warn", at_least=1, at_most=2**24)
-    """Number of blocks in a step over all processes; gradient accumulation is derived from it."""
-    global_batch_tokens: int | None = option(None, "warn", at_least=1, at_most=2**40)
+    global_batch_blocks: int | Curve | None = option(512, "warn", at_least=1, at_most=2**24)
+    """Number of blocks in a step over all processes; gradient accumulation is derived from it. It may change in the run:
+    '0: 32, 10%: 128, 1e9 tokens: 512', or 'linear 32 512' in multiples of 32."""
+    global_batch_tokens: int | Curve | None = option(None, "warn", at_least=1, at_most=2**40)
     """The same in tokens; must be a multiple of data.block_size."""
     micro_batch_blocks: int | Literal["auto"] = option("auto", "warn", at_least=1)
     """Largest number of blocks in a forward pass of one process; the largest divisor of its share of the global
     batch is used. auto: the largest that fits into memory."""
     micro_batch_exact: bool = option(False, "free")
     """Refuse a global batch that train.micro_batch_blocks does not divide, instead of using a smaller divisor."""
+    context_parallel: int = option(1, "warn", at_least=1, at_most=4096)
+    """Number of processes that share each block, for blocks too long for one device; divides the number of
+    processes."""
+    tensor_parallel: int = option(1, "warn", at_least=1, at_most=1024)
+    """Number of processes that share each layer's matrices, for layers too large for one device; neighbours, which
+    should be on one node. For families with a plan in transformers (Llama, Qwen, Mistral, ...)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "warn")
-    """Precision of the arithmetic; auto: bf16 on GPUs with compute capability 8.0 or newer, else fp32."""
+    """Precision of the arithmetic; auto: bf16 on GPUs with compute capability 8.0 or newer and on CPUs with AMX or
+    AVX512-BF16, else fp32; a run that began in fp32 on a CPU stays in it."""
     param_dtype: Literal["fp32", "bf16"] = option("fp32", "warn")
     """Data type of the stored weights."""
+    residual_dtype: Literal["auto", "fp32", "bf16"] = option("auto", "warn")
+    """Data type of the sum of embedding and layer outputs that runs through the network under train.precision bf16; auto:
+    bf16 on GPUs and under FSDP2 and ZeRO, else fp32."""
     tf32: bool = option(True, "warn")
     """Use TensorFloat-32 for fp32 matrix products on a GPU."""
     compile: bool | Literal["auto"] = option("auto", "warn")
@@ -317,6 +334,10 @@ class CheckpointConfig:
     """Write checkpoints in the background while training continues."""
     on_full_disk: Literal["continue", "stop"] = option("continue", "free")
     """What to do when a checkpoint cannot be written because the disk is full."""
+    on_upload_failure: Literal["warn", "stop"] = option("warn", "free")
+    """What to do when nothing can be uploaded to a run_dir that is a URL; the local copy stands."""
+    upload_wait_seconds: float = option(90.0, "free", at_least=0, at_most=10**6)
+    """How long a run that stops at a signal or deadline waits for its last upload; less before the end of a Slurm job."""
     export: Literal["last", "best"] = option("last", "free")
     """Which checkpoint to export at the end."""
     export_dtype: Literal["fp32", "bf16"] = option("fp32", "free")
@@ -327,8 +348,9 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStoppingConfig:
-    patience: int = option(0, "warn", at_least=0)
-    """Stop after this many evaluations without improvement; 0: off."""
+    patience: int | None = option(None, "warn", at_least=0)
+    """Stop after this many evaluations without improvement; 0: off; default: 3 where the text is seen more than once and
+    there is a validation set, else off."""
     metric: str = option("loss", "warn")
     """Metric to monitor."""
     mode: Literal["min", "max"] = option("min", "warn")
@@ -374,6 +396,12 @@ class ReportConfig:
     """Tags in the trackers."""
     save_code: bool = option(False, "free")
     """Save a copy of the code in the trackers."""
+    expected_loss: float | None = option(None, "free", above=0)
+    """Expected validation loss at the end, as lmcore size writes it; the report shows it beside the loss that was reached."""
+    expected_loss_low: float | None = option(None, "free", above=0)
+    """Lower end of the interval that holds the loss with a probability of 90%."""
+    expected_loss_high: float | None = option(None, "free", above=0)
+    """Upper end of that interval."""
     webhook: str | None = option(None, "free", secret=True)
     """URL for a Slack-compatible message at the end, on failure and on a rewind; also read from LMCORE_WEBHOOK."""
 
@@ -397,12 +425,17 @@ class GuardConfig:
     """Stop the run when a step takes longer than this, and print the stacks of all threads (exit code 71)."""
     stop_before_deadline_seconds: float = option(120.0, "free", at_least=0, at_most=10**8)
     """How long before the end of a Slurm job to save and exit; at most half of the time left at the start."""
+    spot_notice: Literal["aws", "gcp", "azure"] | None = option(None, "free")
+    """Ask the metadata service of this cloud whether the spot machine will be taken away, and save and exit then."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     run_dir: str | None = option(None, "free")
-    """Folder of the run; default: runs/<name of the last --config, or of the text>, the same on every restart."""
+    """Folder of the run, or a URL (s3://bucket/run); default: runs/<name of the last --config, or of the text>, the same
+    on every restart."""
+    local_dir: str | None = option(None, "free")
+    """Where the run works if run_dir is a URL; default: a folder of the cache, named after the URL."""
     seed: int = option(1, "refuse", at_least=0, below=2**63)
     """Seed of the order, the initial weights, dropout and the validation split."""
     resume: str = option("auto", "free")
@@ -469,7 +502,7 @@ def to_dict(config: Any, *, secrets: bool = True) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, Curve):
             values[item.name] = to_dict(value, secrets=secrets)
         elif item.metadata["secret"] and not secrets:
             values[item.name] = None
@@ -481,7 +514,7 @@ def to_dict(config: Any, *, secrets: bool = True) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     if isinstance(value, Durations):
         return value.plain()
-    if isinstance(value, Duration):
+    if isinstance(value, (Duration, Curve)):
         return str(value)
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
@@ -500,6 +533,8 @@ def build(values: dict[str, Any], kind: type = RunConfig) -> Any:
             value = wanted.parse(value)
         elif typing.get_origin(wanted) is tuple:
             value = tuple(value)
+        elif Curve in typing.get_args(wanted) and is_curve(value):
+            value = Curve.parse(value)
         arguments[name] = value
     return kind(**arguments)
 
@@ -539,16 +574,51 @@ def ranges(texts: list[str], key: str) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def global_batch_blocks(config: RunConfig, block_size: int) -> int:
-    """The number of blocks in a step, whether it was given in blocks or in tokens."""
-    tokens = config.train.global_batch_tokens
-    if tokens is None:
-        assert config.train.global_batch_blocks is not None  # check() has seen to it
-        return config.train.global_batch_blocks
+def batch_points(config: RunConfig, block_size: int) -> list[tuple[Duration, int]]:
+    """The global batch in blocks from each place on, whether it was given in blocks or in tokens; the first at 0.
+
+    ``linear 8 64`` grows in multiples of 8 at equal distances: 8, 16, ..., 64.
+
+    Raises:
+        RequestError: no whole number of blocks; the numbers are named.
+    """
+    in_tokens = config.train.global_batch_tokens is not None
+    name = "train.global_batch_tokens" if in_tokens else "train.global_batch_blocks"
+    given = config.train.global_batch_tokens if in_tokens else config.train.global_batch_blocks
+    assert given is not None  # check() has seen to it
+    blocks = [_whole_blocks(name, value, block_size if in_tokens else 1) for value in values_of(given)]
+    if not isinstance(given, Curve):
+        return [(START, blocks[0])]
+    if not given.name:
+        return [(place, batch) for (place, _), batch in zip(given.points, blocks)]
+    first, last = blocks
+    unit = min(first, last)
+    if given.name != "linear" or max(first, last) % unit:
+        raise RequestError(
+            f"{name} {given}: a batch grows from one number to a multiple of it, such as 'linear 8 64', or by points such "
+            "as '0: 8, 10%: 32'"
+        )
+    batches = range(first, last + 1, unit) if first <= last else range(first, last - 1, -unit)
+    share = END.exact() / len(batches)
+    return [
+        (Duration(float(number * share), "percent") if number else START, batch)
+        for number, batch in enumerate(batches)
+    ]
+
+
+def global_batches(config: RunConfig, block_size: int) -> list[int]:
+    """The global batches of a run in blocks: one, or each that its curve names."""
+    return list(dict.fromkeys(batch for _, batch in batch_points(config, block_size)))
+
+
+def _whole_blocks(name: str, value: float, block_size: int) -> int:
+    if not float(value).is_integer():
+        raise RequestError(f"{name} must be a whole number (got {value:g})")
+    tokens = int(value)
     if tokens % block_size:
         below = tokens // block_size * block_size
         near = f"{below} or {below + block_size}" if below else f"{block_size}"
         raise RequestError(
-            f"train.global_batch_tokens must be a multiple of the block size {block_size} (got {tokens}); try {near}"
+            f"{name} must be a multiple of the block size {block_size} (got {tokens}); try {near}"
         )
     return tokens // block_size

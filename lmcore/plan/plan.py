@@ -11,6 +11,7 @@ parameter, Hoffmann et al. 2022, arXiv 2203.15556.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from lmcore.conventions import torch_dtype
+from lmcore.engine.tensor import why_not
 from lmcore.errors import RequestError
 from lmcore.humanize import (
     duration,
@@ -35,6 +37,7 @@ from lmcore.plan.trace import (
     OTHER_GRADIENTS,
     StepTrace,
     optimizer_bytes,
+    part_of_rank,
     trace_step,
 )
 
@@ -63,6 +66,7 @@ class Parameters:
     layers: int
     width: int
     buffer_bytes: int
+    largest_tensor: int = 0
 
 
 def parameters(module: nn.Module) -> Parameters:
@@ -104,6 +108,7 @@ def parameters(module: nn.Module) -> Parameters:
         layers=len(layers),
         width=getattr(config, "hidden_size", 0) or 0,
         buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
+        largest_tensor=max((p.numel() for p in model.parameters() if p.requires_grad), default=0),
     )
 
 
@@ -134,15 +139,32 @@ def model_flops_per_token(module: nn.Module, block_size: int) -> int | None:
     )
 
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-"""Dense bf16 matrix products a second, by NVIDIA's data sheets (SXM modules; others are slower, and MFU looks low)."""
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200 NVL": 835.5e12,
+    "H200": 989e12,
+    "H100 NVL": 835.5e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090$": 165e12,  # not the Laptop GPU
+    "MI300X": 1307e12,
+}
+"""Dense bf16 matrix products a second by a pattern of the device's name, the first that fits; from the makers' data sheets:
+
+- NVIDIA H100 (SXM 1,979 TFLOP/s with sparsity, which is twice the dense rate; NVL 1,671; PCIe 1,513), H200 (SXM 1,979; NVL
+  1,671), HGX B200 (144 PFLOP/s of fp4 for 8 GPUs, 4.5 of bf16 with sparsity for each);
+- dense as given: H20 148, A100 312, L40S 362.05;
+- Ada architecture whitepaper: RTX 4090 165.2, with sums in float32; AMD Instinct MI300X 1,307.4."""
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """The device's peak, where it is known; there is no MFU otherwise."""
     if precision not in ("bf16", "fp16"):
         return None
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 # ----------------------------------------------------------------------------------------------------------- memory
@@ -154,8 +176,11 @@ class Setting:
 
     strategy: Strategy = "single"
     world_size: int = 1
+    context_parallel: int = 1
+    tensor_parallel: int = 1
     precision: str = "fp32"
     param_dtype: str = "fp32"
+    residual_dtype: str = "fp32"
     reduce_dtype: str = "fp32"
     micro_batch_blocks: int = 1
     accumulation: int = 1
@@ -165,6 +190,16 @@ class Setting:
     zero_bucket: int = ZERO_BUCKET
     zero_overlap: bool = True
     zero_live: int = 1_000_000_000
+
+    @property
+    def data_world_size(self) -> int:
+        """How many micro-batches are computed at a time: ranks, or groups of ranks that share blocks or layers."""
+        return self.world_size // self.sharing
+
+    @property
+    def sharing(self) -> int:
+        """How many ranks compute one micro-batch together."""
+        return self.context_parallel * self.tensor_parallel
 
     @property
     def casts(self) -> tuple[torch.dtype | None, torch.dtype | None]:
@@ -193,6 +228,15 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.logits
 
 
+def setting_of_part(setting: Setting) -> Setting:
+    """Under tensor parallelism over t ranks, how the ranks that hold one part of the layers train it."""
+    if setting.tensor_parallel == 1:
+        return setting
+    ranks = setting.world_size // setting.tensor_parallel
+    alone = ranks == 1 and setting.strategy == "ddp"
+    return replace(setting, world_size=ranks, strategy="single" if alone else setting.strategy)
+
+
 def memory(counted: Parameters, traced: StepTrace, setting: Setting, *, optimizer_bytes: int) -> Memory:
     """The fullest moment of a step under a strategy.
 
@@ -209,11 +253,18 @@ def memory(counted: Parameters, traced: StepTrace, setting: Setting, *, optimize
                                                                        forward, 3 and its gradient in backward
     zero1    c P              4 P / N, 4 P under             (4P+O)/N  2 buckets
                               accumulation or in 16 bits
-    zero2    c P              4 P / N                        (4P+O)/N  2 buckets
+    zero2    c P              4 P / N, as backward makes     (4P+O)/N  2 buckets, the largest tensor's gradient
+                              them; all under accumulation
     zero3    c P / N          4 P / N                        (4P+O)/N  gathered weights (at most zero_live), 1 bucket
     ======== ================ ============================== ========= ==============================================
 
     single and ddp with bf16 weights sum gradients in 4 P, and round them to another 2 P when activations are gone.
+
+    Under context parallelism over c ranks, activations are those of T / c tokens of each block, and of the keys and
+    values of T (1 + 1 / 2c) tokens in each layer (:func:`lmcore.engine.context.keys_of_queries`).
+
+    Under tensor parallelism over t ranks, everything is that of the part of the model that a rank holds, and N is the number
+    of ranks that hold the same part (:func:`setting_of_part`).
 
     Under ZeRO the optimizer's part includes its fp32 weights. Offload moves that and the gradients' share to the
     host; under stage 3 the weights too, if asked.
@@ -243,17 +294,19 @@ def memory(counted: Parameters, traced: StepTrace, setting: Setting, *, optimize
     # ZeRO: gradients leave for their owner as soon as a bucket is full.
     moment = traced.peak(gradients=0.0, other_gradients=0.0)
     state = (4 * trained + optimizer_bytes) // ranks
-    gradients = 4 * trained // ranks
+    gradients = all_gradients = 4 * trained // ranks
     if setting.strategy == "zero1" and (several or compute < 4):
-        gradients = 4 * trained
+        gradients = all_gradients = 4 * trained
     bucket = setting.zero_bucket * compute
     buffers, weights = bucket * (2 if setting.zero_overlap else 1), compute * total
+    if setting.strategy == "zero2" and not several:
+        moment, gradients, buffers = _backward_of_zero2(counted, traced, setting, compute)
     if setting.strategy == "zero3":
         buffers = bucket + compute * min(total, setting.zero_live)
         weights = compute * total // ranks
     host = 0
     if setting.offload_optimizer:
-        host, state, gradients = state + gradients, 0, 0
+        host, state, gradients = state + all_gradients, 0, 0
     if setting.offload_weights and setting.strategy == "zero3":
         host, weights = host + weights, 0
     return Memory(
@@ -265,6 +318,33 @@ def memory(counted: Parameters, traced: StepTrace, setting: Setting, *, optimize
         logits=moment[LOGITS],
         host=host,
     )
+
+
+def _backward_of_zero2(
+    counted: Parameters, traced: StepTrace, setting: Setting, compute: int
+) -> tuple[tuple[int, ...], int, int]:
+    """The fullest moment of ZeRO-2 without accumulation; the bytes of gradients and of buffers at it.
+
+    DeepSpeed frees its share of the gradients after the update, and makes it anew in the next backward pass with the buckets: in
+    the head at the end of forward, where activations are the most, there is neither. In backward the largest tensor's gradient
+    is whole, and what is being reduced has a copy in fp32 where it is in 16 bits.
+    """
+    trained, bucket = counted.trained, setting.zero_bucket
+    made_at_last = max(1, traced.moments[-1][LAYER_GRADIENTS] + traced.moments[-1][OTHER_GRADIENTS])
+    largest = counted.largest_tensor
+    buckets = bucket * compute * (2 if setting.zero_overlap else 1) + compute * largest
+    copy = 4 * max(largest, min(bucket, trained)) if compute < 4 else 0
+
+    def held(moment: tuple[int, ...]) -> tuple[int, int]:
+        made = moment[LAYER_GRADIENTS] + moment[OTHER_GRADIENTS]
+        gradients = 4 * trained * made // (made_at_last * setting.world_size)
+        return gradients, (buckets + copy) if made else 0
+
+    def size(moment: tuple[int, ...]) -> int:
+        return moment[ACTIVATIONS] + moment[LOGITS] + moment[COPIES] + sum(held(moment))
+
+    fullest = max(traced.moments, key=size)
+    return fullest, *held(fullest)
 
 
 def _memory_fsdp2(
@@ -316,7 +396,7 @@ def remedies(setting: Setting) -> list[tuple[str, Setting]]:
         found.append(("--train.activation_checkpointing", replace(setting, activation_checkpointing=True)))
     if setting.world_size > 1 and setting.strategy in ("ddp", "zero1", "zero2"):
         found.append(("accelerate_configs/fsdp2.yaml", replace(setting, strategy="fsdp2")))
-    if not setting.offload_optimizer:
+    if not setting.offload_optimizer and setting.tensor_parallel == 1:
         offloaded = replace(
             setting,
             strategy="zero2" if setting.strategy in ("single", "ddp", "zero1") else "zero3",
@@ -360,6 +440,10 @@ def fitting_micro_batch(
         setting: strategy, world size and precision of the run; its micro-batch and accumulation are not used.
         device_bytes: of the smallest device.
     """
+    if setting.tensor_parallel > 1:
+        if why_not(module.model, setting.tensor_parallel) is not None:  # refused when the run prepares it
+            return 1
+        module = part_of_rank(module, setting.tensor_parallel)
     counted = parameters(module)
     autocast, weights = setting.casts
     kept = None if setting.param_dtype == "fp32" else torch_dtype(setting.param_dtype)
@@ -372,12 +456,15 @@ def fitting_micro_batch(
             block_size=block_size,
             autocast=autocast,
             weights=weights,
+            narrow_stream=setting.residual_dtype == "bf16",
             activation_checkpointing=setting.activation_checkpointing,
             device_type=device_type,
+            device_bytes=device_bytes,
             count_flops=False,
+            context_parallel=setting.context_parallel,
         )
         one = replace(setting, micro_batch_blocks=blocks, accumulation=share // blocks)
-        return memory(counted, traced, one, optimizer_bytes=state_bytes).total
+        return memory(counted, traced, setting_of_part(one), optimizer_bytes=state_bytes).total
 
     return largest_micro_batch(share, int(USABLE * device_bytes), needs)
 
@@ -403,13 +490,17 @@ class Plan:
     checkpoint_bytes: int
     checkpoints_kept: int
     tokens_per_second: float | None = None
+    run_tokens: int | None = None
+    """Labels of the whole run; default: every step has :attr:`tokens_per_step`."""
+    batch_changes: str = ""
+    """Where the global batch changes in the run, in words."""
     uncounted: str | None = None
     """Why the activations of a step could not be counted; then :attr:`memory` is a lower bound."""
 
     @property
     def tokens(self) -> int:
         """Labels of the whole run."""
-        return self.steps * self.tokens_per_step
+        return self.steps * self.tokens_per_step if self.run_tokens is None else self.run_tokens
 
     @property
     def fits(self) -> bool | None:
@@ -434,9 +525,13 @@ class Plan:
             ("parameters", f"{p.total:,} ({groups}){frozen}"),
             (
                 "global batch",
-                f"{s.world_size} x {s.accumulation} x {s.micro_batch_blocks} x {self.block_size:,} (processes x "
+                f"{self.tokens_per_step // self.block_size} blocks of {self.block_size:,} tokens at first"
+                if self.batch_changes
+                else f"{s.data_world_size} x {s.accumulation} x {s.micro_batch_blocks} x {self.block_size:,} "
+                f"({'processes' if s.sharing == 1 else f'groups of {s.sharing} processes'} x "
                 f"accumulation x micro-batch x block) = {self.tokens_per_step:,} tokens",
             ),
+            *([("batch changes", self.batch_changes)] if self.batch_changes else []),
             (
                 "budget",
                 f"{self.steps:,} steps = {short(self.tokens)} tokens"
@@ -486,7 +581,11 @@ class Plan:
 
     def beside_the_budget(self) -> list[tuple[str, str]]:
         """:meth:`rows` without those that a run's start table has of itself."""
-        return [row for row in self.rows() if row[0] not in ("parameters", "global batch", "budget")]
+        return [
+            row
+            for row in self.rows()
+            if row[0] not in ("parameters", "global batch", "batch changes", "budget")
+        ]
 
     def _flops(self) -> str:
         """By formula and counted, as far as each is known."""
@@ -503,7 +602,9 @@ class Plan:
         """What a rate that was measured depends on, beside the machine: of another one it says nothing."""
         s = self.setting
         how = [s.strategy, s.world_size, s.precision, s.micro_batch_blocks, s.accumulation]
-        return [self.parameters.total, self.block_size, *how, s.activation_checkpointing]
+        shared = [s.context_parallel] if s.context_parallel > 1 else []
+        cut = ["tensor", s.tensor_parallel] if s.tensor_parallel > 1 else []
+        return [self.parameters.total, self.block_size, *how, s.activation_checkpointing, *shared, *cut]
 
     def numbers(self) -> dict[str, float]:
         """What a report compares with what came about, under the names of ``metrics.jsonl``."""

@@ -11,11 +11,13 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lmcore.data.context import Context
 from lmcore.process import forget_peak, resident_bytes
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def probe(
     engine: Engine,
     make_module: Callable[[], nn.Module],
     make_optimizer: Callable[[nn.Module, list[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
-    make_batch: Callable[[nn.Module], Mapping[str, Tensor]],
+    make_batch: Callable[[nn.Module], Mapping[str, Any]],
     *,
     accumulation: int,
     micro_batch_blocks: int,
@@ -59,7 +61,10 @@ def probe(
     on_gpu = engine.device.type == "cuda"
     before = resident_bytes()
     module = make_module()
-    batch = {name: value.to(engine.device) for name, value in make_batch(module).items()}
+    batch = {
+        name: value.to(engine.device) if isinstance(value, Tensor) else value
+        for name, value in make_batch(module).items()
+    }
     engine.prepare(
         module,
         lambda named: make_optimizer(module, named),
@@ -95,11 +100,20 @@ def probe(
     )
 
 
-def text_batch(vocab_size: int, micro_batch_blocks: int, block_size: int) -> dict[str, Tensor]:
+def text_batch(
+    vocab_size: int, micro_batch_blocks: int, block_size: int, context: Context | None = None
+) -> dict[str, Any]:
     """A micro-batch of random tokens: what they say changes neither time nor memory."""
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (micro_batch_blocks, block_size + 1), generator=draw)
-    return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+    context = context or Context()
+    ids = np.random.default_rng(0).integers(vocab_size, size=(micro_batch_blocks, block_size + 1))
+    positions = np.tile(np.arange(block_size), (micro_batch_blocks, 1))
+    batch: dict[str, Any] = {"input_ids": context.cut(ids[:, :-1]), "labels": context.cut(ids[:, 1:])}
+    if lengths := context.lengths(positions):
+        batch |= {"position_ids": context.cut(positions), **lengths}
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+        for name, value in batch.items()
+    }
 
 
 def _now(device: torch.device) -> float:

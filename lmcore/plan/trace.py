@@ -28,10 +28,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers.initialization import no_init_weights
 
+from lmcore.engine import context
+from lmcore.engine.tensor import part_for_plan
 from lmcore.errors import RequestError
 from lmcore.model.build import model_class_of
 from lmcore.model.config import SPECIAL_IDS, known_tokens, make_config, one_line, pad_vocab, pretrained_config
-from lmcore.model.module import ModelWithLoss, decoder_layers, enable_activation_checkpointing
+from lmcore.model.module import (
+    ModelWithLoss,
+    decoder_layers,
+    enable_activation_checkpointing,
+    narrow_residual_stream,
+)
 
 ACTIVATIONS, LOGITS, COPIES, LAYER_GRADIENTS, OTHER_GRADIENTS = range(5)
 """Columns of a moment: activations; the vocabulary head; autocast's casts of weights; gradients of the repeated
@@ -66,9 +73,12 @@ def trace_step(
     batch: Mapping[str, Tensor] | None = None,
     autocast: torch.dtype | None = None,
     weights: torch.dtype | None = None,
+    narrow_stream: bool = False,
     activation_checkpointing: bool | int = False,
     device_type: str = "cpu",
+    device_bytes: int | None = None,
     count_flops: bool = True,
+    context_parallel: int = 1,
 ) -> StepTrace:
     """Run a micro-batch of ``micro_batch_blocks`` x ``block_size`` tokens over fake tensors.
 
@@ -78,17 +88,24 @@ def trace_step(
         activation_checkpointing: recompute the layers, every n-th if it is a number, as the run would.
         autocast: the type of the matrix products, as the strategies without sharding compute.
         weights: cast the weights to this type beforehand, as sharded strategies do.
+        narrow_stream: cast the residual stream to autocast's type, as ``train.residual_dtype`` does.
         device_type: of the planned run; the head, attention and dropout run differently on a GPU.
+        device_bytes: memory of the planned GPU, on which the head's chunk depends.
         count_flops: another pass; without it ``flops`` is 0.
+        context_parallel: how many ranks share the blocks; the part of one of them is traced.
     """
-    with _fakes(module), _as_on(device_type):
+    with _fakes(module), _as_on(device_type, device_bytes):
         original, module = module, _fake_copy(module, weights)
+        if narrow_stream:
+            narrow_residual_stream(module)
         if activation_checkpointing:
             enable_activation_checkpointing(module, every=int(activation_checkpointing))
-        shape = (micro_batch_blocks, block_size)
+        shape = (micro_batch_blocks, block_size // context_parallel)
         batch = batch or {name: torch.empty(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
         batch = {name: torch.zeros(tuple(b.shape), dtype=b.dtype) for name, b in batch.items()}
         constant = [*module.parameters(), *module.buffers(), *batch.values()]
+        if context_parallel > 1:
+            batch |= _share_blocks(module, context_parallel, block_size)
         ledger = _Ledger(constant, weights=list(module.parameters()))
         _watch_head(module, ledger)
         of_layers = {id(p) for layer in decoder_layers(module) for p in layer.parameters()}
@@ -107,9 +124,24 @@ def trace_step(
     )
 
 
-def _forward_and_backward(
-    module: nn.Module, batch: Mapping[str, Tensor], autocast: torch.dtype | None
-) -> None:
+def part_of_rank(module: Any, size: int) -> Any:
+    """What each of ``size`` ranks holds of a module under tensor parallelism, of fake tensors; a copy."""
+    with _fakes(module):
+        part = _fake_copy(module, None)
+        part_for_plan(part.model, size)
+    return part
+
+
+def _share_blocks(module: Any, size: int, block_size: int) -> dict[str, Any]:
+    """Let the first of ``size`` ranks be traced: what the batch has beside. The others' keys are of its own shape."""
+    keys = context.keys_of_queries(size, 0, lambda x: torch.cat([x] * size))
+    context.use_attention(module.model, keys, name=f"{context.CONTEXT_ATTENTION}_traced")
+    lengths = torch.zeros(2, dtype=torch.int32)
+    longest = {"max_length_q": block_size, "max_length_k": block_size}
+    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, **longest}
+
+
+def _forward_and_backward(module: nn.Module, batch: Mapping[str, Any], autocast: torch.dtype | None) -> None:
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         loss_sum, _ = module(**batch)
     (loss_sum / loss_sum.new_ones(())).backward()
@@ -243,10 +275,10 @@ def _fake_copy(module: nn.Module, weights: torch.dtype | None) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _as_on(device_type: str) -> Iterator[None]:
+def _as_on(device_type: str, device_bytes: int | None = None) -> Iterator[None]:
     """Let the traced code take the paths that it takes on the planned device, with plain blocks."""
     with contextlib.ExitStack() as stack:
-        # Whether positions start anew inside a block is a question about numbers, and there are none here.
+        # Whether positions restart inside a block depends on values, which fake tensors do not have.
         # They do not, and then the real run passes no mask; fake tensors would be given one.
         stack.enter_context(
             unittest.mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
@@ -271,11 +303,14 @@ def _as_on(device_type: str) -> Iterator[None]:
             stack.enter_context(
                 unittest.mock.patch("lmcore.model.cpu_kernels._plain_is_faster", return_value=False)
             )
-            for name in ("choose_chunk", "whole_chunks"):
+            gpu = loss.gpu_of(torch.device("cuda")) if torch.cuda.is_available() else loss.Gpu()
+            if device_bytes is not None:
+                gpu = gpu._replace(memory_bytes=device_bytes)
+            for name, on_it in (("choose_chunk", {"gpu": gpu}), ("whole_chunks", {})):
                 plain = getattr(loss, name)
 
-                def there(*args: Any, plain: Any = plain, **kwargs: Any) -> Any:
-                    return plain(*args, **{**kwargs, "device_type": device_type})
+                def there(*args: Any, plain: Any = plain, on_it: Any = on_it, **kwargs: Any) -> Any:
+                    return plain(*args, **{**kwargs, "device_type": device_type, **on_it})
 
                 stack.enter_context(unittest.mock.patch.object(loss, name, there))
         yield

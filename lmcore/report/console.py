@@ -55,30 +55,81 @@ def _dollar_escape(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}"
 
 
+MODULES = {
+    "lmcore": "lmcore",
+    "accelerate": "accelerate.commands.accelerate_cli",
+    "torchrun": "torch.distributed.run",
+}
+"""Programs of an environment, and the modules that they run."""
+
+
 def shell_command(*words: str | os.PathLike[str]) -> str:
     """A command line for the shell that the user sits at, every word quoted as needed.
 
-    The first word may be ``python``, ``lmcore`` or ``accelerate``: it becomes the program of the environment that runs
-    now, with its whole path where that is not the one that the shell would find.
+    The first word may be ``python`` or one of :data:`MODULES`: it becomes the program of the environment that runs
+    now, with its path where that is not the one that the shell would find (``.venv/bin/lmcore``; a module of the
+    interpreter where the environment has no such script).
 
         >>> shell_command("lmcore", "generate", "runs/my run")
         "lmcore generate 'runs/my run'"
     """
     program, *rest = [os.fspath(word) for word in words]
-    module = {"lmcore": "lmcore", "accelerate": "accelerate.commands.accelerate_cli"}.get(program)
+    module = MODULES.get(program)
     if (program != "python" and module is None) or _is_on_path(program):
         start = [program]
+    elif os.access(script := Path(sys.executable).with_name(program), os.X_OK):
+        start = [_path_from_here(script)]
     else:
-        start = ["python" if _is_on_path("python") else sys.executable]
+        start = ["python" if _is_on_path("python") else _path_from_here(Path(sys.executable))]
         start += ["-m", module] if module else []
     return " ".join(map(shell_quote, [*start, *rest]))
 
 
 def training_command(*words: str | os.PathLike[str]) -> str:
-    """:func:`shell_command` for training with these options, started as this process was: by accelerate or by python."""
-    launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+    """:func:`shell_command` for training with these options, started as this process was: by the same launcher with the
+    same options, or by python."""
     script = sys.argv[0] if sys.argv[0].endswith(".py") else "train_lm.py"
-    return shell_command(*(["accelerate", "launch"] if launched else ["python"]), script, *words)
+    if not any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")):
+        return shell_command("python", script, *words)
+    from lmcore.process import command_line_above  # lazily: psutil, which the help does without
+
+    launcher = launcher_of(command_line_above(script)) or ["accelerate", "launch"]
+    return shell_command(*launcher, *([] if launcher[0] == "lmcore" else [script]), *words)
+
+
+def launcher_of(words: Sequence[str]) -> list[str]:
+    """A launcher's command line up to its script, as a person types it; empty if it is no launcher that is known.
+
+    >>> launcher_of(["/usr/bin/python", "/venv/bin/accelerate", "launch", "--config_file", "accelerate_configs/ddp.yaml"])
+    ['accelerate', 'launch', '--config_file', 'accelerate_configs/ddp.yaml']
+    """
+    rest = list(words)
+    if rest and Path(rest[0]).name.startswith("python"):
+        del rest[0]
+    if rest[:1] == ["-m"]:
+        if rest[1:2] == ["lmcore.engine.launcher"]:
+            return ["lmcore", "train", *_chosen_by_hand(rest[2:])]
+        known = rest[1:2] and rest[1].startswith(("accelerate.", "torch.distributed."))
+        return ["python", *rest] if known else []
+    program = Path(rest[0]).name if rest else ""
+    return [program, *rest[1:]] if program in ("accelerate", "accelerate-launch", "torchrun") else []
+
+
+def _chosen_by_hand(words: Sequence[str]) -> list[str]:
+    """The options of ``lmcore train`` that give these of ``accelerate launch``; without those that it would choose itself."""
+    names = {"--num_processes": "--processes"}
+    options = dict(zip(words[::2], words[1::2]))
+    if Path(file := options.get("--config_file", "")).parent.name == "accelerate_configs":
+        options["--config_file"] = Path(file).stem
+        several = "--num_processes" in options
+        if Path(file).stem in (("cpu_2",) if several else ("cpu", "gpu")):
+            del options["--config_file"]
+    return [word for name, value in options.items() for word in (names.get(name, name), value)]
+
+
+def _path_from_here(path: Path) -> str:
+    """Relative to the working directory where it lies below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _is_on_path(program: str) -> bool:
@@ -161,7 +212,8 @@ def protect_output() -> None:
     """Make ``sys.stdout`` and ``sys.stderr`` safe: call it first in a program.
 
     A descriptor that is closed is opened on ``/dev/null`` (the next file would get its number, and other people's
-    messages); both streams then never raise and pass no control characters from text, names or model output.
+    messages); both streams then never raise and pass no control characters from text, names or model output. Lines go
+    out as they are written, also into a pipe or a file: the reason of a refusal is its last line.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -172,6 +224,8 @@ def protect_output() -> None:
         stream = getattr(sys, name)
         if stream is None:
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(line_buffering=True)
         if not isinstance(stream, SafeStream):
             # Error messages quote what they were given, secrets included.
             change = printable if name == "stdout" else lambda text: printable(hide_values(text))

@@ -270,17 +270,20 @@ def read_run(path: str | PathLike[str]) -> Run:
         )
     config, status = folder / "config.yaml", folder / "status.json"
     try:
-        state = json.loads(status.read_text(encoding="utf-8")) if status.is_file() else {}
-    except (ValueError, RecursionError):
+        state = json.loads(status.read_bytes()) if status.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         state = {}
-    run = Run(
-        name=folder.resolve().name,
-        path=folder,
-        config=redact(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else "",
-        status=state if isinstance(state, dict) else {},
-    )
-    for record in iterate_metrics(metrics):
-        run.add(record)
+    try:
+        run = Run(
+            name=folder.resolve().name,
+            path=folder,
+            config=redact(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else "",
+            status=state if isinstance(state, dict) else {},
+        )
+        for record in iterate_metrics(metrics):
+            run.add(record)
+    except OSError as error:
+        raise RequestError(f"{error.filename or folder} cannot be read: {error.strerror or error}") from error
     return run
 
 
@@ -383,7 +386,7 @@ def _finish(figure: Any, axes: Any, *, format: str = "svg") -> bytes:
 _PICTURE_NUMBERS = itertools.count()
 
 
-def _loss_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
+def loss_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
     """All losses, from the first one on; a spike beyond twice that range runs out of the picture."""
     curves = [run.train for run in runs] + [known.curve for run in runs for known in run.evaluations.values()]
     points = [curve.points("loss") for curve in curves]
@@ -420,7 +423,7 @@ def loss_picture(runs: Sequence[Run], by: str, *, format: str = "svg", wide: boo
                 axes.plot(*zip(*points), label=_label(f"{prefix}{name}"), linewidth=1.2, **style)
     if by == "step" and len(runs) == 1:
         _mark_events(axes, runs[0])
-    limits = _loss_limits(runs)
+    limits = loss_limits(runs)
     if limits:
         axes.set_ylim(*limits)
     return _finish(figure, axes, format=format)
@@ -486,11 +489,8 @@ def pictures(runs: Sequence[Run]) -> Iterator[bytes]:
             yield number_picture(runs, key, title, label, **options)
 
 
-def loss_png(records: Iterable[dict[str, Any]]) -> bytes | None:
+def loss_png(run: Run) -> bytes | None:
     """The loss curve of one run as PNG, for a model card; ``None`` without a logged loss or without matplotlib."""
-    run = Run("", Path())
-    for record in records:
-        run.add(record)
     if not CAN_DRAW or not run.train.points("loss"):
         return None
     return loss_picture([run], "step", format="png")

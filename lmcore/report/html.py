@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from lmcore.disk import DISK
+from lmcore.errors import RequestError
 from lmcore.humanize import duration, printable, short, size
 from lmcore.report.curves import (
     CAN_DRAW,
@@ -140,6 +141,8 @@ def facts(run: Run) -> dict[str, str]:
         if is_number(known.last.get("bits_per_byte")):
             rows[f"{name} bits/byte"] = _format(known.last["bits_per_byte"], "{:.4f}")
         rows[f"best {name}"] = f"{known.best['loss']:.4f} at {_format(known.best.get('step'), '{:,}')}"
+    if (expected := expected_loss(run)) is not None:
+        rows["expected loss"] = expected
     rates = [rate for _, rate in run.train.means("tokens_per_second")]
     if rates:
         rows["tokens/s (median)"] = short(median(rates))
@@ -152,6 +155,26 @@ def facts(run: Run) -> dict[str, str]:
         if run.counts[name]:
             rows[f"{name}s"] = str(run.counts[name])
     return rows
+
+
+def expected_loss(run: Run) -> str | None:
+    """``report.expected_loss`` beside the last loss of the first validation set; ``None`` where nothing was expected."""
+    try:
+        asked = run.settings().get("report") or {}
+        low, middle, high = (asked.get(f"expected_loss{end}") for end in ("_low", "", "_high"))
+    except (RequestError, AttributeError):  # a config.yaml that somebody damaged: the page shows it as it is
+        return None
+    if not is_number(middle):
+        return None
+    ends = is_number(low) and is_number(high)
+    words = f"{middle:.4f} (90%: {low:.4f} to {high:.4f})" if ends else f"{middle:.4f}"
+    reached = next(
+        (known.last.get("loss") for known in run.evaluations.values() if known.best is not None), None
+    )
+    if not is_number(reached) or reached is None:
+        return words
+    where = "" if not ends else ": below" if reached < low else ": above" if reached > high else ": inside"
+    return f"{words}, reached {reached:.4f}{where}"
 
 
 def _format(value: Any, form: str) -> str:

@@ -84,7 +84,7 @@ class MetricsFile:
 
     def __call__(self, record: dict[str, Any]) -> None:
         """Write one record and hand it to the operating system at once."""
-        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+        line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
         self._waiting.append(line.encode("utf-8", "backslashreplace"))
         if len(self._waiting) > WAITING_RECORDS:
             self._waiting.popleft()
@@ -113,14 +113,14 @@ class MetricsFile:
             self._file.close()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value without NaN and infinity: they become null, which every reader of JSON understands."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
@@ -144,12 +144,11 @@ def iterate_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             lines += 1
             if b'"event"' in line:
                 record = _parse(line)
-                if record and record["kind"] == "event" and record.get("event") in ABANDONING_EVENTS:
+                if record and record["kind"] == "event" and str(record.get("event")) in ABANDONING_EVENTS:
                     step = record.get("step")
-                    if isinstance(step, int):
-                        while (
-                            limits and limits[-1][1] >= step
-                        ):  # a later event that reaches further back covers it
+                    if type(step) is int:
+                        # A later event that reaches further back covers it
+                        while limits and limits[-1][1] >= step:
                             limits.pop()
                         limits.append((lines, step))
     # What remains has rising steps: the first limit after a line is the strictest of all that follow it.
@@ -197,7 +196,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     if record["kind"] == "event":
         return record
-    whole = all(type(record.get(name, 0)) is int for name in ("step", "tokens", "position"))
+    counts = [record.get(name, 0) for name in ("step", "tokens", "position")]
+    whole = all(type(count) is int and -(2**63) <= count < 2**63 for count in counts)
     named = isinstance(record.get("set", ""), str)
     return record if whole and named else None
 

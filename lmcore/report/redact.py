@@ -21,7 +21,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-HIDDEN: Final = "<hidden>"
+from lmcore.conventions import HIDDEN
+
 LEAST_CHARACTERS: Final = 8
 """Shorter values are not searched for in texts: they would hide parts of ordinary words and numbers."""
 
@@ -32,7 +33,7 @@ def _words(*lines: str) -> frozenset[str]:
 
 _ALWAYS: Final = _words(
     "password passwd passphrase passcode pwd secret secrets credential credentials creds apikey authtoken accesskey",
-    "accesstoken secretkey privatekey webhook authorization dsn pat bearer jwt",
+    "accesstoken secretkey privatekey webhook authorization dsn pat bearer jwt passwords pw cookie cookies oauth",
 )
 _ALWAYS_ENDS: Final = ("password", "passwd", "passphrase", "apikey", "secret", "credentials", "pwd")
 _SECRET_KEYS: Final = _words(  # "api_key", but not "sort_key"
@@ -51,6 +52,13 @@ _NO_SECRET_ENDS: Final = _words(  # "SSH_AUTH_SOCK", "HF_TOKEN_PATH": where it i
     "limit max method min mode name names parallelism path paths port prefix size sock socket suffix timeout ttl type",
     "user username version",
 )
+_NO_SECRET_PAIRS: Final = frozenset(
+    [
+        *((word, "token") for word in _words("bos eos pad unk sep cls mask")),
+        *((word, "key") for word in _words("public sort primary foreign partition")),
+    ]
+)
+"""Ends of variables: a tokenizer's, and keys that are no secrets."""
 _NO_SECRET_VARIABLES: Final = _words("PWD OLDPWD XAUTHORITY GPG_KEY")
 """The working directory, a file, and the fingerprint by which Docker images of Python were signed."""
 _NO_SECRET_WORDS: Final = _words("askpass bypass compass surpass")
@@ -67,7 +75,7 @@ _ASSIGNMENTS: Final = (
         r"(?P<before>^[ \t]*(?:- )?[\"']?(?P<name>[\w.\-]+)[\"']?:[ \t]+)(?P<value>\S[^\n]*)", re.MULTILINE
     ),
 )
-_URL_PASSWORD: Final = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.\-]*://[^/\s:@]*:)[^/\s@]+(?=@)")
+_URL_PASSWORD: Final = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.\-]*://[^/\s:@]*:)[^/\s]+(?=@)")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -98,8 +106,11 @@ def is_secret_name(name: str) -> bool:
 
 
 def _is_secret_variable(name: str) -> bool:
-    words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
+    # DB_PASS2 is one as well
+    words = [word.rstrip("0123456789") or word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
     if name.upper() in _NO_SECRET_VARIABLES or not words or words[-1] in _NO_SECRET_ENDS:
+        return False
+    if tuple(words[-2:]) in _NO_SECRET_PAIRS:
         return False
     return any(
         word in _IN_VARIABLES

@@ -68,7 +68,7 @@ class Report(RankLog):
             RequestError: the folder cannot be created or written.
         """
         self.run_dir = Path(run_dir)
-        self.world_size = world_size
+        self.world_size = self._summed_ranks = world_size
         self.is_main = rank == 0
         self._file: MetricsFile | None = None
         if self.is_main:
@@ -90,6 +90,7 @@ class Report(RankLog):
         self._flops_per_token: float | None = None
         self._peak_flops: float | None = None
         self._total_steps: int | None = None
+        self._progress: Callable[[int], tuple[float, float]] | None = None
         self._interval, self._epoch = Sums(), Sums()
         self._timer = Timer()
         self._tokens_logged = 0
@@ -98,6 +99,7 @@ class Report(RankLog):
         self._evaluations: dict[str, dict[str, Any]] = {}
         self._drawn = self._printed = time.monotonic()
         self._latest: tuple[int, float] | None = None
+        self._logged_step = 0
         self._cells: dict[str, str] = {}
         self._held_cells: dict[str, str] = {}
         self._rates: list[float] = []
@@ -145,7 +147,9 @@ class Report(RankLog):
         """What was reached, as (name, value): training loss, the loss of every set, time, tokens per second."""
         rows: list[tuple[str, str]] = []
         loss = self.logged.get("train/loss")
-        if loss is not None:
+        if self._latest is not None and self._latest[0] > self._logged_step:
+            rows.append(("training loss", f"{self._latest[1]:.4f}  (step {self._latest[0]:,})"))
+        elif loss is not None:
             rows.append(("training loss", f"{loss:.4f}"))
         for name, result in self._evaluations.items():
             bits = result.get("bits_per_byte")
@@ -217,8 +221,10 @@ class Report(RankLog):
         *,
         step: int = 0,
         total_steps: int | None = None,
+        progress: Callable[[int], tuple[float, float]] | None = None,
         tokens: int = 0,
         reduce: Callable[[Tensor], Tensor] | None = None,
+        summed_ranks: int | None = None,
         trackers: Any = None,
         flops_per_token: float | None = None,
         peak_flops_per_device: float | None = None,
@@ -229,22 +235,36 @@ class Report(RankLog):
 
         Args:
             step, tokens: what is already done (resume).
+            progress: steps done -> the share of the run that is behind, and how many steps like the present one are left;
+                default: every step is as long as every other.
             reduce: sums a tensor over ranks; collective, called on every rank when a line is due.
+            summed_ranks: how many ranks' tensors that sum is of; default: all.
             trackers: :class:`lmcore.report.trackers.Trackers` on rank 0, or ``None``.
             flops_per_token, peak_flops_per_device: for the share of the device's peak (MFU); left out if unknown.
             bytes_before: resident memory of the process before it built its model.
         """
         self._memory = PeakMemory(device, bytes_before)
-        self._total_steps = total_steps
+        self._total_steps, self._progress = total_steps, progress
         self._tokens_logged = tokens
         self._trackers = trackers
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops_per_device
         if reduce is not None:
             self._reduce = reduce
+        self._summed_ranks = summed_ranks or self.world_size
         self._timer.start()
         if self._console is not None and self._bar is None:
             self._bar = self._console.add("train", total_steps, "steps")
-            self._console.update(self._bar, step, quiet=True)
+            self._console.update(self._bar, self._place(step), quiet=True)
+
+    def _share(self, step: int) -> float:
+        """The share of the run that is behind."""
+        if self._progress is not None:
+            return self._progress(step)[0]
+        return step / self._total_steps if self._total_steps else 0.0
+
+    def _place(self, step: int) -> int:
+        """Where the bar of all steps stands."""
+        return round(self._share(step) * self._total_steps) if self._total_steps else step
 
     def step(
         self,
@@ -335,8 +355,9 @@ class Report(RankLog):
             # Counted per rank: a step in which one of eight ranks saw NaN counts once.
             record["nonfinite_losses"] = int(totals.nonfinite)
         if totals.skipped:
-            record["skipped_steps"] = round(totals.skipped / self.world_size)
+            record["skipped_steps"] = round(totals.skipped / self._summed_ranks)
         record |= totals.metric_means
+        self._logged_step = step
         self.logged = {
             f"train/{name}": _finite(value)
             for name, value in {
@@ -357,7 +378,7 @@ class Report(RankLog):
         """One line for the log and the console; a shorter one on a terminal, where it stays above the display."""
         self._cells = step_cells(record, own, self.world_size)
         step = record["step"]
-        share = f"/{self._total_steps} {100 * step / self._total_steps:.1f}%" if self._total_steps else ""
+        share = f"/{self._total_steps} {100 * self._share(step):.1f}%" if self._total_steps else ""
         words = " ".join(f"{name} {value}" for name, value in self._cells.items())
         where = f"step {step}{share} epoch {record['epoch']:.3f} tokens {short(record['tokens'])}"
         text = redact(f"{where} {words} eta {self._eta(step)}")
@@ -376,7 +397,7 @@ class Report(RankLog):
         if self._console is None or self._bar is None:
             return
         moment = time.monotonic()
-        share = f"/{self._total_steps:,} {100 * step / self._total_steps:.0f}%" if self._total_steps else ""
+        share = f"/{self._total_steps:,} {100 * self._share(step):.0f}%" if self._total_steps else ""
         if not self._console.interactive:
             if self._latest is not None and moment - self._printed >= PLAIN_STEP_SECONDS:
                 self._printed = moment
@@ -393,13 +414,14 @@ class Report(RankLog):
             cells["loss"] = f"{self._latest[1]:.4f}"
         self._console.cells = list(cells.items())
         text = f"{step:,}{share} {duration(self.train_seconds)} left {self._eta(step)}"
-        self._console.update(self._bar, step, text, quiet=True)
+        self._console.update(self._bar, self._place(step), text, quiet=True)
 
     def _eta(self, step: int) -> str:
         per_step = self._timer.seconds_per_step
         if per_step is None or self._total_steps is None:
             return "?"
-        return duration(per_step * (self._total_steps - step))
+        left = self._progress(step)[1] if self._progress is not None else self._total_steps - step
+        return duration(per_step * left)
 
     # ---- numbers of the run so far
 

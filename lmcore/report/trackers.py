@@ -108,6 +108,8 @@ class Trackers:
         check(options.trackers, self._webhook)
         settings = flat_scalars(redact({**(hyper_parameters or {}), "code_version": code_version()}))
         self._workers = []
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._thread_failed
         for tracker in dict.fromkeys(options.trackers):
             own: dict[str, Any] = {}
             if tracker == "tensorboard":
@@ -153,6 +155,20 @@ class Trackers:
         thread.start()
         self._posts.append(thread)
 
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        """A thread of a tracker's own, such as TensorBoard's writer on a full disk: a line instead of its traceback."""
+        frame, files = failed.exc_traceback, list[str]()
+        while frame is not None:
+            files.append(frame.tb_frame.f_code.co_filename)
+            frame = frame.tb_next
+        for worker in self._workers:
+            if any(f"{os.sep}{worker.name}{os.sep}" in file for file in files):
+                self._note(
+                    f"warning: {worker.name}: {failed.exc_type.__name__}: {failed.exc_value}; the run goes on"
+                )
+                return
+        self._excepthook(failed)
+
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Wait until the trackers have finished, ``seconds`` at most; one that hangs is left behind with a note."""
         deadline = time.monotonic() + seconds
@@ -164,6 +180,7 @@ class Trackers:
         for post in self._posts:
             post.join(max(0.0, deadline - time.monotonic()))
         self._workers, self._posts = [], []
+        threading.excepthook = self._excepthook
 
 
 def tell(webhook: str | None, text: str, *, note: Callable[[str], None] = print) -> None:
@@ -200,7 +217,7 @@ class _Worker:
             if method != "finish":
                 return
             with contextlib.suppress(queue.Empty):  # the thread was faster
-                self._queue.get_nowait()  # make room: the end must arrive
+                self._queue.get_nowait()  # drop the oldest: the final record must arrive
 
     def join(self, deadline: float) -> bool:
         self._thread.join(max(0.0, deadline - time.monotonic()))

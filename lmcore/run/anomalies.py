@@ -23,9 +23,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any, Final, final
-
-SPIKE_POLICIES: Final = ("off", "warn", "skip", "rewind")
+from typing import Any, final
 
 
 @final

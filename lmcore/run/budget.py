@@ -1,16 +1,24 @@
 """Global batch, micro-batch, accumulation and steps of a run, with the arithmetic shown.
 
-The global batch and the number of steps do not depend on the number of ranks. Nothing is rounded silently.
+The global batch and the number of steps do not depend on the number of ranks. Nothing is rounded silently. Where the
+global batch changes in the run, everything counts by the blocks that were trained on.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from itertools import pairwise
 
-from lmcore.config.durations import Duration
-from lmcore.config.schema import RunConfig, global_batch_blocks
+from lmcore.config.curves import START, Curve
+from lmcore.config.durations import Duration, Spans
+from lmcore.config.schema import RunConfig, batch_points
+from lmcore.data.steps import Point, StepPlan, largest_divisor, plan_steps
 from lmcore.errors import RequestError
+from lmcore.model.schedules import on_curve
 
 FEW_STEPS = 10
 """Fewer steps than this are said loudly: a schedule and a warmup need more."""
@@ -18,42 +26,147 @@ FEW_STEPS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the budget means here. ``end_position`` is ``None`` unless the horizon is a number of epochs."""
+    """What the budget means here.
 
-    global_batch_blocks: int
+    Attributes:
+        steps: the blocks of every step.
+        world_size: processes, among which a step is divided.
+        micro_batch_blocks: of the largest forward pass; a step takes the largest divisor of its share up to this.
+        epoch_blocks: ``None`` where only the end of the data will tell.
+        total_blocks: of all steps, those that only fill up the last one of a constant batch included.
+        end_position: ``None`` unless the horizon is a number of epochs.
+    """
+
+    steps: StepPlan
+    world_size: int
     micro_batch_blocks: int
-    accumulation: int
     block_size: int
-    steps_per_epoch: Fraction | None
+    epoch_blocks: int | None
     total_steps: int
+    total_blocks: int
     end_position: int | None
 
     @property
+    def global_batch_blocks(self) -> int:
+        """Of the first step (of this plan)."""
+        return self.steps.stretches[0].batch
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a process in the first step."""
+        return self.accumulation_of(self.global_batch_blocks)
+
+    def accumulation_of(self, batch: int) -> int:
+        """Micro-batches of a process in a step of ``batch`` blocks."""
+        share = batch // self.world_size
+        return share // largest_divisor(share, self.micro_batch_blocks)
+
+    @property
     def tokens_per_step(self) -> int:
-        """Labels of a full step."""
+        """Labels of a full first step."""
         return self.global_batch_blocks * self.block_size
+
+    @property
+    def run_tokens(self) -> int:
+        """Labels of the whole run."""
+        # What only fills up the last step is not trained on.
+        blocks = self.total_blocks if self.end_position is None else min(self.total_blocks, self.end_position)
+        return blocks * self.block_size
+
+    # ---- positions
+
+    def done(self, step: int) -> int:
+        """What is behind after ``step`` steps, in the unit of :meth:`length`: steps where the global batch is constant,
+        else blocks."""
+        return step if self.steps.is_constant else self.steps.blocks_before(step)
+
+    @property
+    def total(self) -> int:
+        """The run in the unit of :meth:`done`."""
+        return self.total_steps if self.steps.is_constant else self.total_blocks
+
+    def length(self, duration: Duration) -> int:
+        """A duration of the configuration in the unit of :meth:`done`, rounded up; 0 for never."""
+        return self.steps_of(duration) if self.steps.is_constant else math.ceil(self._blocks(duration))
+
+    def place(self, duration: Duration) -> Fraction:
+        """The same exactly."""
+        blocks = self._blocks(duration)
+        return blocks / self.global_batch_blocks if self.steps.is_constant else blocks
+
+    def steps_of(self, duration: Duration) -> int:
+        """A duration from the start of the run in whole steps; 0 for never."""
+        return self.steps.steps_to(math.ceil(self._blocks(duration)))
+
+    def _blocks(self, duration: Duration) -> Fraction:
+        return _blocks_of(
+            duration,
+            block_size=self.block_size,
+            epoch_blocks=self.epoch_blocks,
+            total_blocks=self.total_blocks,
+            blocks_before=self.steps.blocks_before,
+        )
+
+    def spans(self, step: int) -> Spans:
+        """What was behind before and after update ``step`` (1 = the first), for
+        :func:`lmcore.config.durations.is_reached`."""
+        blocks = [self.steps.blocks_before(one) for one in (step - 1, step)]
+        spans: dict[str, tuple[int | Fraction, int | Fraction]] = {
+            "steps": (step - 1, step),
+            "tokens": (blocks[0] * self.block_size, blocks[1] * self.block_size),
+            "percent": (
+                Fraction(100 * blocks[0], self.total_blocks),
+                Fraction(100 * blocks[1], self.total_blocks),
+            ),
+        }
+        if self.epoch_blocks:
+            spans["epochs"] = Fraction(blocks[0], self.epoch_blocks), Fraction(blocks[1], self.epoch_blocks)
+        return spans
+
+    def progress(self, step: int) -> tuple[float, float]:
+        """The share of the run that is behind after ``step`` steps, and the steps of the present batch that are left."""
+        left = self.total - self.done(step)
+        batch = 1 if self.steps.is_constant else self.steps.batch_of(step)
+        return min(1.0, self.done(step) / self.total), max(0.0, left / batch)
+
+    def curve(self, value: float | Curve) -> Callable[[int], float]:
+        """Steps done -> the value of the next step.
+
+        It is that in the middle of the step's blocks: neither a rise from zero nor a fall to zero wastes a step.
+        """
+        if not isinstance(value, Curve):
+            return lambda step: value
+        places = [float(self.place(place)) for place, _ in value.points]
+        for first, second in pairwise(range(len(places))):
+            if places[second] <= places[first]:
+                raise RequestError(
+                    f"{value}: {value.points[second][0]} comes no later than {value.points[first][0]} in this run"
+                )
+        at = partial(on_curve, places=places, values=value.values, shape=value.shape)
+        return lambda step: at((self.done(step) + self.done(step + 1)) / 2)
+
+    # ---- what is shown
 
     def rows(self, config: RunConfig, world_size: int) -> list[tuple[str, str]]:
         """The arithmetic, for the start table."""
-        known = self.steps_per_epoch
-        blocks = (
-            "not known beforehand" if known is None else f"{int(known * self.global_batch_blocks):,} blocks"
+        known = self.epoch_blocks
+        epoch = (
+            f"blocks of {self.block_size:,} tokens; their number is not known beforehand"
+            if known is None
+            else f"{known:,} blocks of {self.block_size:,} tokens"
         )
-        positions = self.total_steps * self.global_batch_blocks
-        if self.end_position is not None:
-            positions = min(
-                positions, self.end_position
-            )  # what only fills up the last step is not trained on
-        tokens = positions * self.block_size
-        epochs = (
-            "" if known is None else f" = {float(positions / known / self.global_batch_blocks):.2f} epochs"
-        )
+        if config.data.factory is not None:
+            items = "items" if known is None else f"{known:,} items"
+            epoch = f"{items} of data.factory, each counted as a block of {self.block_size:,} tokens (data.block_size)"
+        tokens = self.run_tokens
+        epochs = "" if known is None else f" = {tokens / self.block_size / known:.2f} epochs"
         given = "" if config.train.duration.unit == "steps" else f"{config.train.duration} = "
-        return [
-            ("epoch", f"{blocks} of {self.block_size:,} tokens"),
+        first, *later = self.steps.stretches
+        rows = [
+            ("epoch", epoch),
             (
                 "global batch",
-                f"{world_size} x {self.accumulation} x {self.micro_batch_blocks} (processes x accumulation x "
+                f"{self._cut(first.batch)} (processes x accumulation x "
                 f"micro-batch) = {self.global_batch_blocks} blocks = {self.tokens_per_step:,} tokens",
             ),
             (
@@ -61,6 +174,22 @@ class Sizes:
                 f"{given}{self.total_steps:,} steps = {tokens:,} tokens{epochs}",
             ),
         ]
+        if later:
+            rows.insert(2, ("batch changes", self.changes()))
+        return rows
+
+    def changes(self) -> str:
+        """The changes of the global batch in words; empty where it is constant."""
+        return "; ".join(
+            f"from step {stretch.step + 1:,} (position {stretch.block:,}) {stretch.batch} blocks = "
+            f"{self._cut(stretch.batch)}"
+            for stretch in self.steps.stretches[1:]
+            if stretch.step < self.total_steps
+        )
+
+    def _cut(self, batch: int) -> str:
+        accumulation = self.accumulation_of(batch)
+        return f"{self.world_size} x {accumulation} x {batch // self.world_size // accumulation}"
 
     def warnings(self, config: RunConfig, *, validated: bool) -> list[str]:
         """What makes the run useless although nothing is wrong, each with what to change.
@@ -70,11 +199,7 @@ class Sizes:
         """
         found = []
         if self.total_steps < FEW_STEPS and not config.fast_dev_run:
-            has = (
-                ""
-                if self.steps_per_epoch is None
-                else f" of {int(self.steps_per_epoch * self.global_batch_blocks):,} in the text"
-            )
+            has = "" if self.epoch_blocks is None else f" of {self.epoch_blocks:,} in the text"
             smaller = max(1, self.global_batch_blocks * self.total_steps // 100)
             found.append(
                 f"only {self.total_steps} steps: hardly anything is learnt. A step takes {self.global_batch_blocks} blocks"
@@ -82,20 +207,13 @@ class Sizes:
                 "--train.duration"
             )
         if not validated and not config.fast_dev_run:
-            found.append(
-                "no validation text: nothing will tell learning from memorizing. Name some with --data.valid FILE, or "
-                "hold out a part of the training text with --data.valid_fraction"
-            )
+            remedy = "Name some with --data.valid FILE, or hold out a part of the training text with --data.valid_fraction"
+            if config.data.mode == "stream":
+                remedy = "Name some with --data.valid FILE: data.mode stream holds nothing out"
+            if config.data.factory is not None:
+                remedy = "Let data.factory return valid beside train"
+            found.append(f"no validation text: nothing will tell learning from memorizing. {remedy}")
         return found
-
-    def steps_of(self, duration: Duration) -> int:
-        """A duration of the configuration in whole steps; 0 for never."""
-        steps = duration.to_steps(
-            tokens_per_step=self.tokens_per_step,
-            steps_per_epoch=self.steps_per_epoch,
-            total_steps=self.total_steps,
-        )
-        return steps or 0
 
 
 def horizon(
@@ -105,57 +223,147 @@ def horizon(
     epoch_blocks: int | None,
     world_size: int,
     micro_batch_blocks: int | None = None,
+    step: int = 0,
+    blocks: int = 0,
+    planned_from: tuple[int, int] = (0, 0),
 ) -> Sizes:
     """Global batch, accumulation and steps, from the configuration, the data and the number of ranks.
 
     Args:
         epoch_blocks: ``None`` where only the end of the data will tell.
         micro_batch_blocks: what ``auto`` was resolved to before (a checkpoint remembers it).
+        step, blocks: steps done and blocks seen by them, where a run is resumed.
+        planned_from: the step and block from which that run's plan was made (a checkpoint remembers it). Where the
+            plan does not lead to ``step`` and ``blocks``, because the configuration was changed, it is made from there.
 
     Raises:
-        RequestError: the global batch does not divide; the numbers are named.
+        RequestError: a global batch does not divide; the numbers are named.
     """
-    blocks = global_batch_blocks(config, block_size)
-    if blocks % world_size:
-        raise RequestError(
-            f"train.global_batch_blocks {blocks} is not a multiple of the {world_size} processes: make it "
-            f"{blocks // world_size * world_size or world_size}, or start another number of processes"
-        )
-    share = blocks // world_size
+    points = batch_points(config, block_size)
     asked = config.train.micro_batch_blocks
-    micro = asked if isinstance(asked, int) else micro_batch_blocks or largest_share(share, block_size)
-    if share % micro and config.train.micro_batch_exact:
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
-        raise RequestError(
-            f"train.global_batch_blocks {blocks} over {world_size} processes is {share} blocks each, which must be a "
-            f"multiple of train.micro_batch_blocks (got {micro}): try one of {', '.join(map(str, divisors))}, or leave "
-            f"out train.micro_batch_exact"
-        )
-    if share % micro:  # the micro-batch is an upper bound: a matter of memory, not of the result
-        micro = largest_share(share, block_size, at_most=micro)
+    limit = asked if isinstance(asked, int) else micro_batch_blocks
+    shares = [_share(batch, world_size) for _, batch in points]
+    if config.train.micro_batch_exact and limit is not None:
+        for share in shares:
+            _check_exact(share, limit, world_size)
+    # The micro-batch is an upper bound: a matter of memory, not of the result.
+    micro = max(largest_share(share, block_size, at_most=limit) for share in shares)
     duration = config.train.duration
-    steps_per_epoch = None if epoch_blocks is None else Fraction(epoch_blocks, blocks)
     if duration.unit == "epochs" and epoch_blocks is None:
         raise RequestError(
             f"train.duration {duration}: how long an epoch is, only a token store or a dataset with a length knows "
             f"beforehand; give steps or tokens"
         )
-    total = duration.to_steps(tokens_per_step=blocks * block_size, steps_per_epoch=steps_per_epoch)
-    if total is None or total < 1:
-        raise RequestError(f"train.duration {duration} is not one step: a step has {blocks} blocks")
     end = None
     if duration.unit == "epochs" and epoch_blocks is not None:
         # N epochs end with their last block; the last step is filled up with blocks without labels.
         end = int(duration.exact() * epoch_blocks)
+    make = partial(
+        _planned, points, duration=duration, block_size=block_size, epoch_blocks=epoch_blocks, end=end
+    )
+    plan, total_steps, total_blocks = make(*planned_from)
+    if step < plan.stretches[0].step or plan.blocks_before(step) != blocks:
+        plan, total_steps, total_blocks = make(step, blocks)
+    if total_steps < 1:
+        raise RequestError(f"train.duration {duration} is not one step: a step has {points[0][1]} blocks")
     return Sizes(
-        global_batch_blocks=blocks,
+        steps=plan,
+        world_size=world_size,
         micro_batch_blocks=micro,
-        accumulation=share // micro,
         block_size=block_size,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total,
+        epoch_blocks=epoch_blocks,
+        total_steps=total_steps,
+        total_blocks=total_blocks,
         end_position=end,
     )
+
+
+def _planned(
+    points: list[tuple[Duration, int]],
+    step: int,
+    blocks: int,
+    *,
+    duration: Duration,
+    block_size: int,
+    epoch_blocks: int | None,
+    end: int | None,
+) -> tuple[StepPlan, int, int]:
+    """The plan from a step on, and the steps and blocks of the whole run."""
+
+    def plan(total_blocks: int, *, check: bool = True) -> StepPlan:
+        made = [Point(0, points[0][1])]
+        for place, batch in points[1:]:
+            in_steps = place.unit == "steps"
+            where = (
+                place.exact()
+                if in_steps
+                else _blocks_of(
+                    place, block_size=block_size, epoch_blocks=epoch_blocks, total_blocks=total_blocks
+                )
+            )
+            made.append(Point(where, batch, in_steps))
+        return plan_steps(made, step=step, block=blocks, check=check and not step)
+
+    if duration.unit == "steps":
+        steps = int(duration.value)
+        low, high = 1, blocks + steps * max(batch for _, batch in points)
+        # Percentages are places in the run's blocks, whose number depends on them: the least that so many steps fill.
+        while low < high:
+            middle = (low + high) // 2
+            if plan(middle, check=False).blocks_before(steps) > middle:
+                low = middle + 1
+            else:
+                high = middle
+        return plan(low), steps, low
+    exact = _blocks_of(duration, block_size=block_size, epoch_blocks=epoch_blocks, total_blocks=0)
+    made = plan(math.ceil(exact))
+    if made.is_constant:
+        steps = math.ceil(exact / points[0][1])
+        return made, steps, steps * points[0][1]
+    total = math.ceil(exact) if end is None else end
+    return made, made.steps_to(total), total
+
+
+def _blocks_of(
+    duration: Duration,
+    *,
+    block_size: int,
+    epoch_blocks: int | None,
+    total_blocks: int,
+    blocks_before: Callable[[int], int] | None = None,
+) -> Fraction:
+    """A length from the start of the run in blocks; 0 for never."""
+    value = duration.exact()
+    if duration.unit == "never" or duration == START:
+        return Fraction(0)
+    if duration.unit == "steps" and blocks_before is not None:
+        return Fraction(blocks_before(int(value)))
+    if duration.unit == "tokens":
+        return value / block_size
+    if duration.unit == "percent":
+        return value * total_blocks / 100
+    if duration.unit == "epochs" and epoch_blocks is not None:
+        return value * epoch_blocks
+    raise RequestError(f"{duration} cannot be converted to steps here: give it in steps")
+
+
+def _share(batch: int, world_size: int) -> int:
+    if batch % world_size:
+        raise RequestError(
+            f"train.global_batch_blocks {batch} is not a multiple of the {world_size} processes: make it "
+            f"{batch // world_size * world_size or world_size}, or start another number of processes"
+        )
+    return batch // world_size
+
+
+def _check_exact(share: int, micro: int, world_size: int) -> None:
+    if share % micro:
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        raise RequestError(
+            f"train.global_batch_blocks {share * world_size} over {world_size} processes is {share} blocks each, which "
+            f"must be a multiple of train.micro_batch_blocks (got {micro}): try one of "
+            f"{', '.join(map(str, divisors))}, or leave out train.micro_batch_exact"
+        )
 
 
 AUTO_MICRO_BATCH_TOKENS = 8192
@@ -165,5 +373,4 @@ a CPU core or a GPU for small models, and little enough to fit (docs/log.md)."""
 
 def largest_share(share: int, block_size: int, at_most: int | None = None) -> int:
     """The largest divisor of ``share`` whose tokens stay within :data:`AUTO_MICRO_BATCH_TOKENS`."""
-    limit = at_most or max(1, AUTO_MICRO_BATCH_TOKENS // block_size)
-    return max(divisor for divisor in range(1, min(share, limit) + 1) if share % divisor == 0)
+    return largest_divisor(share, at_most or max(1, AUTO_MICRO_BATCH_TOKENS // block_size))

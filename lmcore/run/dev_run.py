@@ -9,12 +9,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lmcore.config.durations import Duration, Durations
 from lmcore.config.schema import RunConfig
 from lmcore.data import corpus
-from lmcore.data.text import documents
+from lmcore.data.store import token_files
+from lmcore.data.text import hub
+from lmcore.data.text.documents import BadRecord
 from lmcore.disk import DISK
+from lmcore.errors import RequestError
 from lmcore.run.setup import reading_of
 
 SAMPLE_BYTES = 2_000_000
@@ -26,10 +30,12 @@ def shortened(config: RunConfig, folder: Path) -> RunConfig:
     data = config.data
     if data.factory is None:
         sample = folder / "sample"
+        tokens, text = _entries(config)
         data = replace(
             data,
-            train=[str(sample / "train.jsonl")],
-            valid=[str(sample / "valid.jsonl")],
+            train=[*([str(sample / "train.jsonl")] if text else []), *tokens],
+            valid=[str(sample / "valid.jsonl")] if text else data.valid,
+            valid_fraction=None,
             test=[],
             text_field="text",
             store_dir=str(sample / "stores"),
@@ -47,23 +53,52 @@ def shortened(config: RunConfig, folder: Path) -> RunConfig:
     )
 
 
+def _entries(config: RunConfig) -> tuple[list[Any], list[Any]]:
+    """The entries of ``data.train`` that are token files, which are opened as they are and need no sample; and the others."""
+    tokens: list[Any] = []
+    text: list[Any] = []
+    for entry in config.data.train or [corpus.STDLIB]:
+        [source] = reading_of(config).sources([entry])
+        if not token_files.are_tokens(source.paths):
+            text.append(entry)
+        elif isinstance(entry, dict):  # the sample has no weight
+            tokens.append({key: value for key, value in entry.items() if key != "weight"})
+        else:
+            tokens.append(entry)
+    return tokens, text
+
+
 def write_sample(config: RunConfig, folder: Path) -> None:
-    """The first documents of the training text, every tenth of them to evaluate on, for :func:`shortened`."""
-    if config.data.factory is not None:
+    """The first documents of the training text, every tenth of them to evaluate on, for :func:`shortened`.
+
+    Raises:
+        RequestError: the text has no document; with the first bad record.
+    """
+    if config.data.factory is not None or not (text := _entries(config)[1]):
         return
     DISK.makedirs(folder / "sample")
-    lines = list(_sample_lines(config))
+    lines = list(_sample_lines(config, text))
     DISK.write_text(folder / "sample" / "train.jsonl", "".join(lines), durable=False)
     DISK.write_text(folder / "sample" / "valid.jsonl", "".join(lines[::10]), durable=False)
 
 
-def _sample_lines(config: RunConfig) -> Iterator[str]:
+def _sample_lines(config: RunConfig, entries: list[Any]) -> Iterator[str]:
     written = 0
-    for source in reading_of(config).sources(config.data.train or [corpus.STDLIB]):
-        for part in documents.parts(source, part_bytes=2**20):
-            for document in documents.read(source, part, bad=lambda record: None):
+    first: BadRecord | None = None
+
+    def on_bad(record: BadRecord) -> None:
+        nonlocal first
+        first = first or record
+
+    for source in reading_of(config).sources(entries):
+        for part in hub.parts_of(source, part_bytes=2**20):
+            for document in hub.documents_of(source, part, bad=on_bad):
                 line = json.dumps({"text": document.text}, ensure_ascii=False) + "\n"
                 yield line
                 written += len(line)
                 if written > SAMPLE_BYTES:
                     return
+    if not written:
+        raise RequestError(
+            f"data.train holds no text{f'; the first bad record: {first}' if first else ', only empty documents'}"
+        )

@@ -14,14 +14,14 @@ class EarlyStopping:
 
     Args:
         metric: name of the logged value, for the message.
-        patience: evaluations in a row without an improvement by more than ``threshold``; 0 = never stop for that.
+        patience: evaluations in a row without an improvement by more than ``threshold``; 0 and ``None`` = never stop for that.
         mode: ``min`` where lower is better, ``max`` where higher is.
         target: stop when the metric is at least this good.
         divergence: stop when the metric is worse than this.
     """
 
     metric: str = "loss"
-    patience: int = 0
+    patience: int | None = None
     threshold: float = 0.0
     mode: str = "min"
     target: float | None = None

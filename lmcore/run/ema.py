@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from lmcore.checkpoint.pieces import Held, held_whole
 from lmcore.errors import RequestError
 
 Weights = Callable[[], list[tuple[str, Tensor]]]
@@ -41,13 +42,12 @@ class MovingAverage:
         if self._average:
             update_average(self._average, self._weights(), self._decay)
 
-    def layout(self) -> list[tuple[str, str, str, tuple[int, ...], torch.dtype]]:
-        """(kind, name, slot, shape, dtype), as :meth:`lmcore.engine.engine.Engine.state_layout`."""
-        return [("ema", name, "", tuple(t.shape), t.dtype) for name, t in self._average.items()]
-
-    def tensors(self) -> Iterator[tuple[str, str, str, Tensor]]:
-        """(kind, name, slot, tensor) in the order of :meth:`layout`."""
-        return (("ema", name, "", tensor) for name, tensor in self._average.items())
+    def parts(self, rank: int, world_size: int) -> list[Held]:
+        """For a checkpoint; every rank holds the whole average."""
+        return [
+            held_whole("ema", name, None, tensor, (rank, world_size))
+            for name, tensor in self._average.items()
+        ]
 
     def load(self, read: Callable[[str, str, str], Tensor | None]) -> None:
         """Restore from a checkpoint; if it has no average, start from its weights."""

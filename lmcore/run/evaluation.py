@@ -9,11 +9,13 @@ import numpy as np
 
 from lmcore.config.checks import METRICS, check_metrics
 from lmcore.data.batches import EvalBatches
+from lmcore.engine.ranks import on_main
 from lmcore.model.evaluate import evaluate
 from lmcore.saved.generate import generate
 
 if TYPE_CHECKING:
     from lmcore.config.schema import RunConfig
+    from lmcore.data.context import Context
     from lmcore.engine.engine import Engine
     from lmcore.report.report import Report
     from lmcore.run.budget import Sizes
@@ -61,11 +63,11 @@ class Evaluator:
         average: MovingAverage,
         guard: Guard,
         report: Report,
-        flash_documents: bool,
+        context: Context,
     ) -> None:
         self._options, self._seed = config.evaluate, config.seed
         self._data, self._engine, self._average = data, engine, average
-        self._flash_documents = flash_documents
+        self._context = context
         self._guard, self._report = guard, report
         self._micro_batch_blocks = config.evaluate.micro_batch_blocks or sizes.micro_batch_blocks
         self._byte_lengths = data.encoder.byte_lengths() if data.encoder else None
@@ -76,6 +78,7 @@ class Evaluator:
         blocks = self._options.blocks
         metrics = self.score(self._data.valid, state, epoch, blocks=blocks)
         if self._average:
+            self._engine.copies.before_writing()  # of a save just before
             with self._average.in_place():
                 sets = {f"{name}-ema": dataset for name, dataset in self._data.valid.items()}
                 averaged = self.score(sets, state, epoch, blocks=blocks)
@@ -91,11 +94,11 @@ class Evaluator:
             batches = EvalBatches(
                 dataset,
                 micro_batch_blocks=self._micro_batch_blocks,
-                rank=self._engine.rank,
-                world_size=self._engine.world_size,
+                rank=self._engine.data_rank,
+                world_size=self._engine.data_world_size,
                 limit=blocks,
                 device=self._engine.device,
-                flash_documents=self._flash_documents,
+                context=self._context,
             )
             with self._report.task(f"evaluating {name}", total=len(batches)) as advance:
 
@@ -117,8 +120,17 @@ class Evaluator:
         prompts, encoder = prompts_of(self._options.prompts, self._data), self._data.encoder
         if not prompts or encoder is None:
             return
-        self._guard.beat("samples", step)
-        with self._report.pause(), self._engine.full_model() as whole:
-            if whole is not None and self._engine.is_main:
-                texts = generate(whole, encoder, prompts, self._options.sample_tokens, seed=self._seed)
+
+        def agreed(choice: Callable[[], int]) -> int:
+            self._guard.beat("samples", step)
+            # Of ranks that compute together each has all logits, perhaps not with the same bits: rank 0's token counts.
+            return int(on_main(self._engine, choice)) if self._engine.sharded else choice()
+
+        with self._report.pause(), self._engine.sampling() as sampling:
+            if sampling is None:
+                return
+            model, forward = sampling
+            tokens = self._options.sample_tokens
+            texts = generate(model, encoder, prompts, tokens, seed=self._seed, forward=forward, agree=agreed)
+            if self._engine.is_main:
                 self._report.samples(step, list(zip(prompts, texts)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lmcore.checkpoint import reader
+from lmcore.checkpoint.manifest import Hashes, hashes_here
 from lmcore.errors import FaultError
 from lmcore.report.console import shell_command, training_command
-from lmcore.report.html import read_run, write_report
+from lmcore.report.html import expected_loss, read_run, write_report
 from lmcore.saved.export import export
 
 if TYPE_CHECKING:
@@ -37,18 +38,22 @@ def write_results(
     report: Report,
     *,
     averaged: bool,
+    hashes: Hashes = hashes_here,
+    prompts: Sequence[str] = (),
 ) -> None:
     """Export the model and write ``report.html``; rank 0 calls it once the last checkpoint is committed.
 
     Args:
         averaged: export the moving average instead of the last weights.
+        hashes: computes the hashes of files; the ranks share that.
+        prompts: those of the samples; the first one stands in the command that generates.
 
     Raises:
         FaultError: there is no checkpoint, or the export or the report could not be written. The checkpoint stays.
     """
     path = folder.path
     which = "best" if config.checkpoint.export == "best" else "auto"
-    chosen = reader.find(folder.checkpoints, which, note=report.note)
+    chosen = reader.find(folder.checkpoints, which, note=report.note, hashes=hashes)
     if chosen is None:
         raise FaultError(f"no checkpoint in {folder.checkpoints} to export")
     with chosen:
@@ -72,15 +77,19 @@ def write_results(
                     note=report.note,
                 )
         with _trained_all_the_same(chosen.step, "the report", shell_command("lmcore", "report", path)):
-            page = write_report([read_run(path)], path / "report.html")
+            found = read_run(path)
+            page = write_report([found], path / "report.html")
     rows = [("model", str(place)), ("report", str(page))]
+    if (expected := expected_loss(found)) is not None:
+        rows.insert(0, ("expected loss", expected))
     commands = [
         ("continue", training_command("--config", path / "config.yaml", "--train.duration", "N")),
     ]
     if config.model.factory is None:
-        prompt = next((text for text in config.evaluate.prompts if text != "auto"), "...")
+        first = next((line.strip() for text in prompts for line in text.splitlines() if line.strip()), "")
+        asked = ["--prompt", first] if first else []  # without one it asks for prompts
         commands = [
-            ("generate", shell_command("lmcore", "generate", path, "--prompt", prompt)),
+            ("generate", shell_command("lmcore", "generate", path, *asked)),
             ("load", f"AutoModelForCausalLM.from_pretrained({str(place)!r})"),
             *commands,
         ]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -24,14 +25,15 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, Protocol, final
 
 from lmcore.disk import DISK, Disk
-from lmcore.errors import FaultError, RequestError
+from lmcore.errors import FaultError, RequestError, of_disk
 from lmcore.report.redact import redact
+from lmcore.storage import cache_dir, check_url, is_url
 
 BEAT_SECONDS: Final = 5.0
-"""A holder writes a new number into the lock this often; whoever watches for twice as long sees whether it
+"""A holder writes a new number into the lock this often; a process that watches for twice as long sees whether it
 lives.
 """
 LOCK_WAIT_SECONDS: Final = 30.0
@@ -52,6 +54,18 @@ NEVER_LINKS: Final = (
     "sample",
 )
 """What a run writes to by name. A link there could lead anywhere; ``checkpoints`` may be one, to another disk."""
+FILES: Final = (
+    ".lock",
+    "config.yaml",
+    "train.log",
+    "metrics.jsonl",
+    "status.json",
+    "report.html",
+    "stores.json",
+)
+"""What must be a file where it is there: a folder could not be replaced, and a FIFO would wait for its reader."""
+VISIBLE_SECONDS: Final = 10.0
+"""How long a file that one machine has made may take to be seen by the others."""
 SETTLE_SECONDS: Final = 1.0
 """Where the file system has no record locks: how long after writing the holder it is read back."""
 STATES: Final = ("preparing", "running", "saved", "finished", "failed")
@@ -83,6 +97,63 @@ def place() -> dict[str, Any]:
         found["nodes"] = os.environ.get("SLURM_JOB_NODELIST", "")
         found["restart_count"] = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     return found
+
+
+def local_run_dir(run_dir: str | None, local_dir: str | None = None) -> Path:
+    """Where the files of a run lie on this machine: ``run_dir`` itself, or for a URL ``local_dir``.
+
+    Without ``local_dir`` it is a folder of the user's cache, named after the URL, the same at every start.
+    """
+    if not is_url(run_dir):
+        return Path(run_dir or "runs/demo")
+    if local_dir:
+        return Path(local_dir)
+    url = check_url(str(run_dir), "run_dir")
+    name = f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    return cache_dir() / "runs" / name
+
+
+class _Ranks(Protocol):
+    """What :func:`refuse_separate_disks` needs of the processes of a run."""
+
+    rank: int
+    world_size: int
+
+    def broadcast_object(self, value: Any) -> Any: ...
+
+    def gather_object(self, value: Any) -> list[Any]: ...
+
+
+def refuse_separate_disks(
+    path: Path, ranks: _Ranks, *, wait_seconds: float = VISIBLE_SECONDS, disk: Disk = DISK
+) -> None:
+    """Whether every rank sees rank 0's run folder: each writes its part of a checkpoint there. Collective.
+
+    Rank 0 makes a file of a new name, and the others look for it: a network file system has no old answer for such a name.
+
+    Raises:
+        RequestError: on every rank, naming the ranks that do not see it, and their hosts.
+    """
+    if ranks.world_size == 1:
+        return
+    mark = path / f".seen-by-all-{uuid.uuid4().hex}"
+    if ranks.rank == 0:
+        for left in path.glob(".seen-by-all-*"):  # of a start that was killed here
+            disk.remove_quietly(left)
+        disk.write_file(mark, b"", durable=False)
+    mark = path / ranks.broadcast_object(mark.name)
+    end = time.monotonic() + wait_seconds
+    while not (seen := mark.exists()) and time.monotonic() < end:
+        time.sleep(0.05)
+    answers = ranks.gather_object((seen, socket.gethostname()))
+    if ranks.rank == 0:
+        disk.remove_quietly(mark)
+    blind = [f"{rank} ({host})" for rank, (seen, host) in enumerate(answers) if not seen]
+    if blind:
+        raise RequestError(
+            f"run_dir {path} of rank 0 ({answers[0][1]}) is not seen by rank {', '.join(blind)}: every rank writes its part "
+            "of a checkpoint there; choose a --run_dir (of a run in a bucket: a --local_dir) on a disk that all nodes share"
+        )
 
 
 @final
@@ -153,7 +224,12 @@ class RunFolder:
         """
         self.create()
         path = self.path / ".lock"
-        self._refuse_links()
+        self.refuse_odd_files()
+        if self.checkpoints.is_dir() and not os.access(self.checkpoints, os.W_OK | os.X_OK):
+            raise RequestError(
+                f"{self.checkpoints} cannot be written, so that the training could not be saved: change its permissions, or "
+                "choose another --run_dir"
+            )
         key = os.path.realpath(path)
         if _held.get(key) == os.getpid():
             raise RequestError(f"run folder {self.path} is in use by this very process")
@@ -170,8 +246,11 @@ class RunFolder:
             raise
         self._lock_fd, _held[key] = fd, os.getpid()
         self._stop_beating.clear()
-        holder = _myself()
-        _write_holder(fd, holder)
+        holder = new_holder()
+        try:
+            _write_holder(fd, holder)
+        except OSError as error:  # a full disk, for example
+            raise of_disk(OSError(error.errno, error.strerror, os.fspath(path))) from error
         self._identity = _identity(self.path), holder["token"]
         if not self._locks_work:
             # Without record locks two simultaneous starts can both come this far: the later writer wins.
@@ -201,26 +280,29 @@ class RunFolder:
             if not waiting:
                 waiting = True
                 note(
-                    f"{self.path} is in use by {_describe(_read_holder(fd))}; waiting up to {wait_seconds:.0f} s for it "
+                    f"{self.path} is in use by {describe_holder(_read_holder(fd))}; waiting up to {wait_seconds:.0f} s for it "
                     f"to end"
                 )
             time.sleep(min(0.2, beat_seconds))
         holder = _read_holder(fd)
         if holder is None:
             return
-        mine = _myself()
+        mine = new_holder()
         same_kernel = holder.get("host") == mine["host"] and holder.get("boot") == mine["boot"]
         same_job = mine["job_id"] is not None and holder.get("job_id") == mine["job_id"]
         if not (same_kernel and carried) and not same_job:
-            note(f"{self.path}: locked by {_describe(holder)}; watching {2 * beat_seconds:.0f} s if it lives")
+            note(
+                f"{self.path}: locked by {describe_holder(holder)}; watching {2 * beat_seconds:.0f} s if it lives"
+            )
             _record_unlock(fd)  # on NFS, locking again is what brings fresh content
             time.sleep(2 * beat_seconds)
             if _record_lock(fd) is False or _read_holder(fd) not in (holder, None):
                 raise self._refusal(_read_holder(fd) or holder)
-        note(f"{self.path}: took over the lock of {_describe(holder)}, which is gone")
+        note(f"{self.path}: took over the lock of {describe_holder(holder)}, which is gone")
 
-    def _refuse_links(self) -> None:
-        """Raises ``RequestError`` if a name that a run writes to is a link out of the folder."""
+    def refuse_odd_files(self) -> None:
+        """Raises ``RequestError`` if a name that a run writes to is a link out of the folder, or a folder or FIFO in the place
+        of a file."""
         root = os.path.realpath(self.path)
         for path in (
             *(self.path / name for name in NEVER_LINKS),
@@ -231,6 +313,11 @@ class RunFolder:
                 raise RequestError(
                     f"{path} is a link to {os.readlink(path)!r}, outside of the run folder, and the run would write "
                     f"through it; remove the link (checkpoints may be one) or choose another --run_dir"
+                )
+        for path in (self.path / name for name in FILES):
+            if path.exists() and not path.is_file():
+                raise RequestError(
+                    f"{path} is not a file, and the run would write it; remove it or choose another --run_dir"
                 )
 
     def check_owner(self) -> None:
@@ -255,13 +342,13 @@ class RunFolder:
         holder = _read_holder(self._lock_fd) if same else None
         if not same or (holder or {}).get("token", token) != token:
             raise FaultError(
-                f"run folder {self.path} was taken over by {_describe(holder)} while this run was training; nothing more "
+                f"run folder {self.path} was taken over by {describe_holder(holder)} while this run was training; nothing more "
                 f"is written"
             )
 
     def _refusal(self, holder: Mapping[str, Any] | None) -> RequestError:
         return RequestError(
-            f"run folder {self.path} is in use by {_describe(holder)}: wait for that job, stop it "
+            f"run folder {self.path} is in use by {describe_holder(holder)}: wait for that job, stop it "
             f"(touch {self.path}/STOP), or choose another --run_dir"
         )
 
@@ -299,7 +386,7 @@ class RunFolder:
         """Replace ``status.json`` as a whole. It is what scripts read: launchers turn every failure into
         exit 1.
 
-        ``step`` and ``more`` are kept from the last call where they are not given anew.
+        ``step`` and ``more`` are kept from the last call where they are not given.
         """
         if state not in STATES:
             raise ValueError(f"unknown state {state!r}; choose from {', '.join(STATES)}")
@@ -336,14 +423,16 @@ class RunFolder:
 
     def read_status(self) -> dict[str, Any] | None:
         """The last status, or ``None``."""
+        path = self.path / "status.json"
         try:
-            value = json.loads((self.path / "status.json").read_bytes())
-        except (OSError, ValueError):
+            value = json.loads(path.read_bytes()) if path.is_file() else None
+        except (OSError, ValueError, RecursionError):
             return None
         return value if isinstance(value, dict) else None
 
 
-def _myself() -> dict[str, Any]:
+def new_holder() -> dict[str, Any]:
+    """What a lock file says of this process; ``token`` is its own, ``beat`` counts upwards."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "host": socket.gethostname(),
@@ -365,7 +454,8 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _describe(holder: Mapping[str, Any] | None) -> str:
+def describe_holder(holder: Mapping[str, Any] | None) -> str:
+    """The holder of a lock, for people."""
     if not holder:
         return "an unknown process"
     job = f", job {holder['job_id']}" if holder.get("job_id") else ""
@@ -373,7 +463,7 @@ def _describe(holder: Mapping[str, Any] | None) -> str:
 
 
 def _record_lock(fd: int) -> bool | None:
-    """True: ours. False: somebody else's. None: the file system has no such locks."""
+    """True: locked by this process. False: by another. None: the file system has no record locks."""
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -396,9 +486,8 @@ def _read_holder(fd: int) -> dict[str, Any] | None:
     try:
         value = json.loads(text) if text.strip() else None
     except ValueError:
-        return {
-            "torn": text.decode(errors="replace")
-        }  # killed while writing: still somebody's, and comparable
+        # Killed while writing: still somebody's, and comparable
+        return {"torn": text.decode(errors="replace")}
     return value if isinstance(value, dict) else None
 
 

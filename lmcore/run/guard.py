@@ -1,7 +1,7 @@
 """What to do at a step boundary: signals, deadlines, stop files, numerical faults; and stuck or dead ranks.
 
-A signal only sets a flag. The ranks combine their flags at the step boundary (``engine.agree``), so that all of them act
-alike, by the :class:`Verdict` of the same bits.
+A signal only sets a flag. The ranks combine their flags at the step boundary (a run does it by :mod:`lmcore.run.agreement`, a
+loop of your own by ``engine.agree``), so that all of them act alike, by the :class:`Verdict` of the same bits.
 
 Example::
 
@@ -18,6 +18,7 @@ Example::
 |---|---|---|
 | SIGTERM, SIGUSR1, SIGHUP, first SIGINT | save and stop | 75 |
 | second SIGINT, more than 2 s later | none: ends at once | 130 (by signal) |
+| a spot notice of the cloud (``guard.spot_notice``) | save and stop | 75 |
 | ``SLURM_JOB_END_TIME`` or ``max_minutes`` near | save and stop | 75 |
 | file ``STOP`` in the run folder | save and stop | 75 |
 | file ``SAVE`` in the run folder | save | - |
@@ -37,14 +38,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, final
 
 from lmcore.disk import DISK
-from lmcore.errors import EXIT_FAULT, EXIT_SAVED
+from lmcore.errors import EXIT_FAULT, EXIT_SAVED, EXIT_STUCK, FaultError, RequestError
 from lmcore.run.anomalies import (
     Action,
     History,
@@ -53,7 +54,8 @@ from lmcore.run.anomalies import (
     decide,
     norm_limit,
 )
-from lmcore.run.peers import EXIT_STUCK, Peers, connect
+from lmcore.run.peers import Peers, connect
+from lmcore.run.spot_notice import SpotWatch
 from lmcore.run.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ __all__ = [
     "SIGINT",
     "SIGTERM",
     "SIGUSR1",
+    "SPOT",
     "STOP_FILE",
     "Action",
     "Guard",
@@ -91,12 +94,14 @@ STOP_FILE: Final = 64
 SAVE_FILE: Final = 128
 FAULT: Final = 256
 REWIND: Final = 512
+SPOT: Final = 1024
 
 _WORDS: Final = {
     SIGTERM: "SIGTERM",
     SIGUSR1: "SIGUSR1",
     SIGINT: "SIGINT",
     SIGHUP: "SIGHUP",
+    SPOT: "a spot notice",
     DEADLINE: "the job's end time is near",
     MAX_MINUTES: "train.max_minutes is reached",
     STOP_FILE: "the file STOP",
@@ -140,7 +145,7 @@ def verdict(flags: int) -> Verdict:
     reason = ", ".join(word for bit, word in _WORDS.items() if flags & bit)
     if flags & FAULT:  # nothing is saved on top of a fault: the last good checkpoint stands
         return Verdict(stop=True, exit_code=EXIT_FAULT, reason=reason)
-    if flags & (SIGTERM | SIGUSR1 | SIGINT | SIGHUP):
+    if flags & (SIGTERM | SIGUSR1 | SIGINT | SIGHUP | SPOT):
         kind = "signal"
     elif flags & (DEADLINE | MAX_MINUTES):
         kind = "deadline"
@@ -168,7 +173,7 @@ class Guard:
         run_dir: where SAVE and STOP are looked for (rank 0), and ``logs`` lies.
         max_minutes: stop this long after the construction of this object; ``None`` for no limit.
         note: called with one line for everything worth knowing.
-        environ: the environment, for ``SLURM_JOB_END_TIME``.
+        environ: the environment, for ``SLURM_JOB_END_TIME``, ``LOCAL_RANK`` and ``LMCORE_METADATA_URL``.
     """
 
     def __init__(
@@ -195,7 +200,8 @@ class Guard:
         self._margin = options.stop_before_deadline_seconds
         now = time.monotonic()
         self._stop_at = now + max_minutes * 60 if max_minutes else math.inf
-        left = _seconds_to_job_end(os.environ if environ is None else environ)
+        environ = os.environ if environ is None else environ
+        left = _seconds_to_job_end(environ)
         self._job_ends = now + left
         if self._margin > max(0.0, left / 2):
             self._margin = max(0.0, left / 2)
@@ -205,7 +211,18 @@ class Guard:
                     f"the {max(0.0, left):.0f} s that this job has left: stopping {self._margin:.0f} s before its end"
                 )
         self._signalled = 0
-        self._raised = 0
+        self._taken_away = math.inf
+        """When the cloud takes this machine, by its notice."""
+        self._messages: list[str] = []
+        self._spot: SpotWatch | None = None
+        # Once on a machine.
+        if options.spot_notice is not None and environ.get("LOCAL_RANK", "") in ("", "-1", "0"):
+            self._spot = SpotWatch(
+                options.spot_notice,
+                on_notice=self._on_spot_notice,
+                note=self._messages.append,
+                environ=environ,
+            )
         self._first_sigint = math.inf
         self._next_look = 0.0
         self._pid = os.getpid()
@@ -213,24 +230,26 @@ class Guard:
         self._before: dict[int, Any] = {}
         self._watchdog: Watchdog | None = None
         self._peers: Peers | None = None
-        self._on_end: Callable[[str], None] | None = None
+        self._on_end: Callable[[str, int], None] | None = None
 
     # ---- signals ------------------------------------------------------------------------------------------
 
-    def install(self, *, training: bool = True, on_end: Callable[[str], None] | None = None) -> None:
+    def install(self, *, training: bool = True, on_end: Callable[[str, int], None] | None = None) -> None:
         """Take the signals, and ask to be told when the launcher dies. Main thread only.
 
         With ``training=False`` (before the loop, while the corpus is prepared and nothing can be saved) a
         signal leaves at once with code 75 instead of setting a flag; :meth:`begin` ends that.
 
         Args:
-            on_end: called on one rank, with a line that names the rank that is dead or stuck, before the process ends.
+            on_end: called on one rank, with a line that names the rank that ends the run and the exit code, before the process ends.
         """
         self._training = training
         for number in _SIGNALS:
             if signal.getsignal(number) is signal.SIG_IGN and number in (signal.SIGHUP, signal.SIGINT):
                 continue  # started under nohup, or in the background of a script: stay deaf as asked
             self._before[number] = signal.signal(number, self._on_signal)
+        if self._spot is not None:
+            self._spot.start()
         die_with_parent()
         self._peers = connect(os.environ) if self._world_size > 1 else None
         self._on_end = on_end
@@ -255,10 +274,22 @@ class Guard:
         if not self._training:
             raise SystemExit(EXIT_SAVED)
 
+    def _on_spot_notice(self, seconds: float) -> None:
+        """On the thread that watches."""
+        self._messages.append(f"spot notice: this machine will be taken away in {seconds:.0f} s")
+        self._taken_away = time.monotonic() + seconds
+        if not self._training:
+            os.kill(self._pid, signal.SIGTERM)  # nothing can be saved: it ends at once, as at a signal
+
     @property
     def signalled(self) -> bool:
-        """Whether this rank was sent a signal that asks it to save and stop."""
-        return self._signalled != 0
+        """Whether this rank was sent a signal, or a notice, that asks it to save and stop."""
+        return self._signalled != 0 or self._taken_away < math.inf
+
+    @property
+    def signals(self) -> str:
+        """The names of those signals; empty without any."""
+        return verdict(self._signalled).reason
 
     def close(self, *, give_signals_back: bool = False) -> None:
         """This rank has finished: its leaving is not a death for the others.
@@ -266,6 +297,8 @@ class Guard:
         The signals stay taken, so that a second SIGTERM in the last moments does not turn "saved" or
         "finished" into "killed"; ``give_signals_back`` is for a process that lives on.
         """
+        if self._spot is not None:
+            self._spot.close()
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None
@@ -278,17 +311,15 @@ class Guard:
 
     # ---- flags --------------------------------------------------------------------------------------------
 
-    def raise_flag(self, flag: int) -> None:
-        """Set a bit (``FAULT``, ``REWIND``) for the next :meth:`flags`."""
-        self._raised |= flag
-
     def flags(self, *, reserve_seconds: float = 0.0) -> int:
         """The bits of this rank, to be combined over ranks. Cheap: asks the disk once a second at most.
 
         ``reserve_seconds``: what a save is known to take; added to the margin before a deadline.
         """
         now = time.monotonic()
-        flags, self._raised = self._signalled | self._raised, 0
+        while self._messages:
+            self._note(self._messages.pop(0))
+        flags = self._signalled | (SPOT if self._taken_away < math.inf else 0)
         if now + reserve_seconds >= self._stop_at:
             flags |= MAX_MINUTES
         if now + reserve_seconds + self._margin >= self._job_ends:
@@ -301,6 +332,10 @@ class Guard:
                 flags |= SAVE_FILE
         return flags
 
+    def seconds_left(self) -> float:
+        """Until Slurm ends the job or the cloud takes the machine, less 5 s to leave in; infinity if there is no such end."""
+        return min(self._job_ends, self._taken_away) - time.monotonic() - 5.0
+
     @staticmethod
     def verdict(flags: int) -> Verdict:
         """See :func:`verdict`."""
@@ -312,9 +347,8 @@ class Guard:
         """
         names = [name for bit, name in ((STOP_FILE, "STOP"), (SAVE_FILE, "SAVE")) if flags & bit]
         for name in names if self._rank == 0 else []:
-            with contextlib.suppress(
-                OSError
-            ):  # somebody else may have taken it away, or the disk is read-only now
+            # Somebody else may have taken it away, or the disk is read-only now
+            with contextlib.suppress(OSError):
                 DISK.unlink(self._run_dir / name)
 
     # ---- numerical faults ---------------------------------------------------------------------------------
@@ -368,23 +402,46 @@ class Guard:
             self._watchdog.beat(what, step)
 
 
-def report_dead_rank(*, wait_seconds: float = 1.5) -> bool:
+def wait_for_peers() -> None:
+    """Before the ranks join in their first collective: from then on the death of any is noticed and named."""
+    peers = connect(os.environ)
+    if peers is not None:
+        peers.wait_until_met()
+
+
+def report_dead_rank(*, wait_seconds: float = 1.5) -> int | None:
     """After a lost connection, which does not say whose it was: name the rank that has died, if one has.
 
-    Returns whether one has; then it was said, and ``on_end`` of :meth:`Guard.install` was called.
+    Returns the exit code for that, or None if none has died; else it was said, and ``on_end`` of :meth:`Guard.install` was called.
     """
     peers = connect(os.environ)
     fault = None if peers is None else peers.wait_for_fault(wait_seconds)
-    if peers is not None and fault is not None:
-        peers.report(fault)
-    return fault is not None
+    if peers is None or fault is None:
+        return None
+    peers.report(fault)
+    return peers.fault_code
 
 
-def leaving() -> None:
-    """This rank ends by itself, with an error of its own: another rank's end must not cut it short."""
+def leaving(error: BaseException) -> None:
+    """This rank ends by itself, with an error of its own: another rank's end must not cut it short.
+
+    The others are told of a refusal, and end with it.
+    """
     peers = connect(os.environ)
-    if peers is not None:
+    if peers is not None and isinstance(error, RequestError | FaultError):
+        peers.leaving(str(error), error.exit_code)
+    elif peers is not None:
         peers.leaving()
+
+
+@contextlib.contextmanager
+def refusals_reach_other_ranks() -> Iterator[None]:
+    """Inside, a refusal of this rank ends the others, too: see :func:`leaving`."""
+    try:
+        yield
+    except (RequestError, FaultError) as error:
+        leaving(error)
+        raise
 
 
 _LAUNCHERS: Final = ("accelerate", "torchrun", "torch.distributed", "deepspeed")
@@ -426,10 +483,11 @@ def left_on_request(run_dir: Path | str, environ: Mapping[str, str] | None = Non
     if count in ("", "0"):
         return False
     try:
-        status = json.loads((Path(run_dir) / "status.json").read_bytes())
+        path = Path(run_dir) / "status.json"
+        status = json.loads(path.read_bytes()) if path.is_file() else {}  # a FIFO would wait for its writer
         now = ("saved", socket.gethostname(), os.getppid())
         return (status["state"], status["host"], status["parent_pid"]) == now
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

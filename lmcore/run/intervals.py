@@ -1,4 +1,4 @@
-"""What is due after a step: logging, evaluation, saving. Clocks differ between ranks, so the ranks combine the bits."""
+"""What is due after a step: logging, evaluation, saving. Clocks differ between ranks: that of rank 0 decides for all."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple, final
 
-from lmcore.config.durations import Duration, is_due
+from lmcore.config.durations import Duration, is_reached
 
 if TYPE_CHECKING:
     from lmcore.run.anomalies import Action
     from lmcore.run.budget import Sizes
 
-# Above the bits of lmcore.run.guard, with which the ranks combine them in one number.
+# Above the bits of lmcore.run.guard, with which the ranks combine them (lmcore.run.agreement).
 LOG, EVALUATE, SAVE = 1 << 16, 1 << 17, 1 << 18
 
 
@@ -32,7 +32,7 @@ class Due(NamedTuple):
 
 @final
 class Intervals:
-    """``report.every``, ``evaluate.every`` and ``checkpoint.every`` against the step and this rank's clock."""
+    """``report.every``, ``evaluate.every`` and ``checkpoint.every`` against the step and rank 0's clock."""
 
     def __init__(
         self, sizes: Sizes, *, log: Iterable[Duration], evaluate: Iterable[Duration], save: Iterable[Duration]
@@ -41,23 +41,26 @@ class Intervals:
         self._every = {LOG: log, EVALUATE: evaluate, SAVE: save}
         self._last_seconds = dict.fromkeys(self._every, time.monotonic())
 
-    def reached(self, step: int, every: Iterable[Duration], minutes_since_last: float = 0.0) -> bool:
-        """Whether an interval is due after ``step`` updates."""
-        return is_due(
-            step,
-            every,
-            tokens_per_step=self._sizes.tokens_per_step,
-            steps_per_epoch=self._sizes.steps_per_epoch,
-            total_steps=self._sizes.total_steps,
-            minutes_since_last=minutes_since_last,
-        )
+    def reached(self, step: int, every: Iterable[Duration]) -> bool:
+        """Whether an interval is due after ``step`` updates; one in minutes is not."""
+        return is_reached(every, self._sizes.spans(step))
 
-    def flags(self, step: int, *, saving: bool) -> int:
-        """The bits due after ``step``. ``saving``: a save is still being written, so the clock may not start another."""
+    def flags(self, step: int) -> int:
+        """The bits due after ``step`` by its number: the same on every rank."""
+        flags = 0
+        for bit, every in self._every.items():
+            if self.reached(step, every):
+                flags |= bit
+                self._last_seconds[bit] = time.monotonic()
+        return flags
+
+    def clock_flags(self, *, saving: bool) -> int:
+        """The bits due by this rank's clock. ``saving``: a save is still being written, so the clock may not start another."""
         now, flags = time.monotonic(), 0
         for bit, every in self._every.items():
-            minutes = 0.0 if bit == SAVE and saving else (now - self._last_seconds[bit]) / 60
-            if self.reached(step, every, minutes):
+            minutes = (now - self._last_seconds[bit]) / 60
+            due = any(one.unit == "minutes" and minutes >= one.value for one in every)
+            if due and not (bit == SAVE and saving):
                 flags |= bit
                 self._last_seconds[bit] = now
         return flags

@@ -27,6 +27,11 @@ class LateNumbers:
             self._host.copy_(numbers, non_blocking=True)
             self._copied = torch.cuda.current_stream(numbers.device).record_event()
 
+    @property
+    def is_late(self) -> bool:
+        """Whether reading them now would wait for the device."""
+        return self._copied is not None
+
     def tolist(self) -> Any:
         """The values; waits until they are made, at most."""
         if self._copied is not None:

@@ -1,7 +1,8 @@
 """Defaults for a text that is trained on without a recipe: model, vocabulary, steps and learning rate by its size.
 
-The defaults depend on the text and the options alone, never on the machine or the number of processes, so that the same
-command resumes the same run anywhere. Neither torch nor the text itself is loaded; only the sizes of the files are read.
+The defaults depend on the text, the options and whether DeepSpeed is used (Muon does not run under ZeRO), never on the
+machine or the number of processes, so that the same command resumes the same run anywhere. Neither torch nor the text
+itself is loaded; only the sizes of the files are read.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from lmcore.data.text import sources
+from lmcore.config.curves import values_of
+from lmcore.config.presets import MODERN_PRESETS, SHAPES
+from lmcore.data.text import listing, sources
 from lmcore.humanize import short
 from lmcore.humanize import size as human_size
+from lmcore.plan.scaling import Published, published
 
 BYTES_PER_TOKEN = 4
 """Of English and of Japanese UTF-8 with the vocabularies below, roughly."""
@@ -41,20 +45,34 @@ class Size:
 
 
 SIZES = (
-    Size(1e5, 1_000, 2, 64, 2, 128, 8, 20, 300, 3e-3, "5M"),
-    Size(1e6, 2_000, 4, 128, 4, 256, 8, 20, 600, 3e-3, "5M"),
+    Size(1e5, 1_000, 2, 64, 2, 128, 8, 4, 300, 3e-3, "5M"),
+    Size(1e6, 2_000, 4, 128, 4, 256, 8, 4, 600, 3e-3, "5M"),
     Size(2e7, 8_000, 8, 192, 6, 256, 8, 4, 2_000, 3e-3, "5M"),
     Size(3e8, 16_000, 8, 384, 6, 512, 32, 3, 10_000, 1.5e-3, "15M"),
     Size(3e9, 32_000, 12, 512, 8, 1_024, 64, 2, 20_000, 1e-3, "124M"),
     Size(math.inf, 32_000, 12, 768, 12, 1_024, 512, 1, 20_000, 6e-4, "124M"),
 )
-"""From the demo's measured values upwards to GPT-2 small's: width and rate as in the recipes, about 20 tokens a parameter
-where the text has as many."""
+"""From the demo's measured values upwards to GPT-2 small's: width and AdamW's rate as in the recipes, about 20 tokens a
+parameter where the text has as many. Four passes over a small text: docs/log.md, 2026-11-28, own text with Muon."""
+MUON_RATE_FACTOR = 2
+"""Muon's peak rate over AdamW's (the update of a matrix has the root mean square of AdamW's, ``match_rms_adamw``). Measured
+at widths 128 and 192 (docs/log.md, 2026-11-28); carried over to larger widths, where it was not measured."""
+SMALL_BYTES = 1e6
+ADAMW_PASSES_FACTOR = 4
+"""Over a text of up to SMALL_BYTES AdamW needs about four times the passes for the same validation loss."""
 FINE_TUNING_RATE = 6e-5
 """A tenth of a usual peak: less of what the model knows is forgotten (Ibrahim et al. 2024, arXiv 2403.08763)."""
+LORA_RATE = 6e-4
+"""Ten times that of all weights, whatever the rank of the adapters (Schulman et al. 2025, "LoRA Without Regret")."""
 FINE_TUNING_BLOCKS = 32
+LEAST_STEPS, LEAST_FINE_TUNING_STEPS = 100, 20
+"""However short the text is: fewer are over before the rate has risen and fallen."""
 DROPOUT = 0.1
-"""Where a small text is passed over many times; elsewhere it would cost more than it regularizes."""
+"""Of gpt2 where a small text is passed over many times; elsewhere it would cost more than it regularizes."""
+GPT2_FIELDS = frozenset({"n_layer", "n_embd", "n_head", "n_positions", "n_inner"})
+"""A user who sets one of these in ``model.config`` means gpt2."""
+MODERN = "nanochat"
+"""The transformers type of the preset ``modern``."""
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -69,10 +87,10 @@ def text_bytes(entries: list[Any], **reading: Any) -> int:
         for path in source.paths:
             if path.startswith(sources.HUB):
                 total += UNKNOWN_BYTES
-            elif os.path.isdir(path):  # a token store
-                total += sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file()) * 2
             else:
-                total += os.path.getsize(path) * PACKED.get(os.path.splitext(path.lower())[1], 1)
+                found = listing.stat(path)
+                packed = PACKED.get(os.path.splitext(path.lower())[1], 1)
+                total += 0 if found is None else found.st_size * packed
     return total
 
 
@@ -95,6 +113,12 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     size = next(size for size in SIZES if found <= size.bytes)
     tokens = max(1, found // BYTES_PER_TOKEN)
     pretrained = bool(given.get("model.from_pretrained"))
+    optimizer = given.get("optim.name") or (
+        "muon" if _is_modern(given) and not _under_deepspeed(given) else "adamw"
+    )
+    passes = 2.0 if pretrained else size.passes
+    if size.bytes <= SMALL_BYTES and not pretrained and optimizer != "muon":
+        passes *= ADAMW_PASSES_FACTOR
     values: dict[str, Any] = {"evaluate.prompts": ["auto"]}
     reasons: dict[str, str] = {}
 
@@ -103,35 +127,66 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if name not in given:
             reasons[name] = f"{value}: {reason}"
 
-    if pretrained:
+    if pretrained and given.get("model.lora.rank"):
+        choose("optim.lr", LORA_RATE, "for adapters, ten times that of all weights of a pretrained model")
+    elif pretrained:
         choose(
             "optim.lr", FINE_TUNING_RATE, "a tenth of a usual peak, so that a pretrained model forgets less"
         )
     else:
         if "tokenizer.path" not in given:
             choose("tokenizer.vocab_size", size.vocabulary, f"for {human_size(found)} of text")
-        choose("optim.lr", size.learning_rate, f"for a model {size.width} wide")
+        if optimizer == "muon" and "optim.name" not in given:
+            choose(
+                "optim.name", "muon", "learns more from each token than adamw (docs/models_and_optimizers.md)"
+            )
+            values |= {"optim.schedule": "linear", "optim.min_lr_ratio": 0.0}
+        rate = size.learning_rate * (MUON_RATE_FACTOR if optimizer == "muon" else 1)
+        choose("optim.lr", rate, f"for a model {size.width} wide and {optimizer}")
         if given.get("model.preset") is not None:
             choose("model.size", size.preset_size, "the nearest of the preset's sizes")
         fields = _architecture(given, size)
         if fields:
-            values |= {"model.type": given.get("model.type") or "gpt2", "model.config": fields}
+            kind = _model_type(given)
+            values |= {"model.type": kind, "model.config": fields}
+            if kind == MODERN:
+                values["model.zero_init"] = True
             if "model.config" not in given:
-                reasons["model.config"] = f"{size.layers} layers, {size.width} wide, context {size.context:,}"
-    blocks = given.get("train.global_batch_blocks") or (FINE_TUNING_BLOCKS if pretrained else size.blocks)
+                context = max(size.context, given.get("data.block_size") or 0)
+                reasons["model.config"] = (
+                    f"{kind}, {size.layers} layers, {size.width} wide, context {context:,}"
+                )
+    asked = given.get("train.global_batch_blocks") or (FINE_TUNING_BLOCKS if pretrained else size.blocks)
+    blocks = max(values_of(asked))
     block_size = given.get("data.block_size") or size.context
     if given.get("train.global_batch_tokens") is None:
-        choose("train.global_batch_blocks", blocks, f"blocks of {block_size:,} tokens in a step")
+        choose("train.global_batch_blocks", asked, f"blocks of {block_size:,} tokens in a step")
     if not pretrained and given.get("model.factory") is None and given.get("model.preset") is None:
         choose("data.block_size", block_size, "tokens in a block")
-    step_tokens = given.get("train.global_batch_tokens") or blocks * block_size
-    passes = 2 if pretrained else size.passes
-    steps = min(size.steps, max(20 if pretrained else 100, math.ceil(passes * tokens / step_tokens)))
+    asked_tokens = given.get("train.global_batch_tokens")
+    step_tokens = max(values_of(asked_tokens)) if asked_tokens else blocks * block_size
+    least = LEAST_FINE_TUNING_STEPS if pretrained else LEAST_STEPS
+    by_passes = math.ceil(passes * tokens / step_tokens)
+    steps = min(size.steps, max(least, by_passes))
+    bound = f"at least {least:,} steps" if by_passes < least else f"at most {size.steps:,} steps"
+    law = _law(given, size, optimizer, run_tokens=steps * step_tokens, tokens=tokens)
+    if law is not None and law.learning_rate and law.batch_tokens and asked_tokens is None:
+        context = given.get("data.block_size") or SHAPES[given.get("model.size") or size.preset_size].context
+        reason = f"{law.source}; {law.measured}: inside its range"
+        choose("optim.lr", float(f"{law.learning_rate:.2g}"), reason)
+        if "train.global_batch_blocks" not in given:
+            blocks = max(8, round(law.batch_tokens / context / 8) * 8)
+            choose(
+                "train.global_batch_blocks",
+                blocks,
+                f"blocks of {context:,} tokens in a step, by the same law",
+            )
+            steps, step_tokens = math.ceil(steps * step_tokens / (blocks * context)), blocks * context
     shown = steps * step_tokens / tokens
     choose(
         "train.duration",
         f"{steps} steps",
-        f"about {shown:.2g} passes over the text, at most {size.steps:,} steps",
+        f"about {f'{shown:.2g}' if shown < 100 else f'{shown:,.0f}'} passes over the text, {bound}",
     )
     choose("report.every", "[25 steps, 10 s]", "something to see in the first minute")
     lines = [
@@ -143,16 +198,58 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return {name: value for name, value in values.items() if name not in given or name in kept}, lines
 
 
+def _model_type(given: dict[str, Any]) -> str:
+    """``model.type``: that of the preset ``modern``, or gpt2 where the user sets fields by gpt2's names."""
+    named = given.get("model.type")
+    return named or ("gpt2" if GPT2_FIELDS & set(given.get("model.config") or {}) else MODERN)
+
+
+def _is_modern(given: dict[str, Any]) -> bool:
+    """Whether the architecture is one of the modern presets, by default or by name."""
+    if given.get("model.preset") is not None:
+        return given["model.preset"] != "gpt2"
+    names = ("model.from_pretrained", "model.factory", "model.type")
+    return not any(given.get(name) for name in names) and _model_type(given) == MODERN
+
+
+def _under_deepspeed(given: dict[str, Any]) -> bool:
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes", "y", "on", "t")
+    return launched or given.get("engine.deepspeed") is not None
+
+
+def _law(
+    given: dict[str, Any], size: Size, optimizer: str, *, run_tokens: float, tokens: int
+) -> Published | None:
+    """The published law that this run is inside the range of; ``None``: the table is measured, or taken from recipes.
+
+    The laws are for AdamW, and for models whose queries and keys are normalized, as those of the modern presets are: the
+    rates would be too high for a plain GPT-2.
+    """
+    is_modern = given.get("model.preset") in MODERN_PRESETS and not given.get("model.config")
+    if not is_modern or optimizer != "adamw":
+        return None
+    shape = SHAPES[given.get("model.size") or size.preset_size]
+    vocabulary = given.get("tokenizer.vocab_size") or size.vocabulary
+    parameters = 12 * shape.layers * shape.width**2 + vocabulary * shape.width
+    laws = published([parameters], lambda _: run_tokens, tokens)
+    return next((law for law in laws if law.inside and law.learning_rate), None)
+
+
 def _architecture(given: dict[str, Any], size: Size) -> dict[str, Any]:
     """Fields of ``model.config``; none where the user names a model of which the field names are not known here."""
-    kind = given.get("model.type") or "gpt2"
+    kind = _model_type(given)
     if given.get("model.factory") is not None or given.get("model.preset") is not None:
         return {}
     context = max(size.context, given.get("data.block_size") or 0)
     if kind == "gpt2":
         return {
             "n_layer": size.layers, "n_embd": size.width, "n_head": size.heads, "n_positions": context,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), DROPOUT if size.passes > 4 else 0.0),
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), DROPOUT if size.bytes <= SMALL_BYTES else 0.0),
+        }  # fmt: skip
+    if kind == MODERN:
+        return {
+            "num_hidden_layers": size.layers, "hidden_size": size.width, "num_attention_heads": size.heads,
+            "num_key_value_heads": size.heads, "intermediate_size": 4 * size.width, "max_position_embeddings": context,
         }  # fmt: skip
     if kind in LIKE_LLAMA and not given.get("model.config"):
         return {

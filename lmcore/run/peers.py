@@ -13,7 +13,8 @@ a process that is merely busy or stopped is not taken for dead.
     peers.done()                     # this rank has finished: its leaving is not a death
 
 When a rank has died, rank 0 tells all others, and each ends with code 71 after a short grace in which it may end by
-itself, for example with the same error. If rank 0 has died, each rank sees that itself.
+itself, for example with the same error. If rank 0 has died, each rank sees that itself. A rank that ends with one line and a
+code of its own, a refusal, sends both before: the others get longer to come to the same, and else end with that line and code.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
 
-EXIT_STUCK: Final = 71
-"""Another rank is dead or stuck; this one ended itself so that the launcher can start all of them again."""
+from lmcore.errors import EXIT_STUCK
+
 GRACE_SECONDS: Final = 2.0
 """How long a rank may take to end by itself after another one has ended: all may have met the same error."""
 ANSWER_SECONDS: Final = 2.0
 """How long a rank may take to say where it stands, before it is taken for the stuck one."""
+MEETING_SECONDS: Final = 5.0
+"""How long a rank waits for its connection before it goes on without: rank 0 may start later, a port may be closed."""
 LEAVING_SECONDS: Final = 15.0
-"""The same for a rank that is known to be ending by itself."""
+"""How long a rank that is known to be ending by itself may take, and one that may still come to another one's refusal."""
 _KEEPALIVE: Final = (
     ("TCP_KEEPIDLE", 2),
     ("TCP_KEEPINTVL", 2),
@@ -69,6 +72,7 @@ class _Peer:
     pid: int = 0
     host: str = ""
     done: bool = False
+    refusal: tuple[str, int] | None = None  # why it ends by itself, and its exit code
     unread: bytes = b""
     standing: Standing | None = None
 
@@ -86,27 +90,29 @@ class Peers:
     """The connections of one rank. Made by :func:`connect`.
 
     Attributes:
-        on_end: called once with one line about the dead or stuck rank, on the one rank that speaks for the run; writes
-            ``status.json``, for example.
+        on_end: called once with one line about the rank that ends the run, and the exit code for it, on the one rank that
+            speaks for the run; writes ``status.json``, for example.
         note: called with the same line on every rank.
         standing: asked how far this rank is.
         stacks: called with the line before the process ends because a rank is stuck; writes this rank's stacks.
         stuck_seconds: how long no rank may make progress; see :meth:`raise_alarm`.
         on_wait: called with the seconds for which this rank shall wait on after an alarm.
-        fault: the line, once a rank is known to be dead or stuck.
+        fault: the line, once a rank is known to be dead or stuck, or to have ended by itself.
+        fault_code: the exit code with which this rank ends then.
     """
 
     def __init__(
         self, rank: int, world_size: int, where: tuple[str, int], token: str, *, leave: Callable[[int], None]
     ) -> None:
         self.rank, self.world_size = rank, world_size
-        self.on_end: Callable[[str], None] | None = None
+        self.on_end: Callable[[str, int], None] | None = None
         self.note: Callable[[str], None] | None = None
         self.standing: Callable[[], Standing] = Standing
         self.stacks: Callable[[str], None] | None = None
         self.stuck_seconds = 0.0
         self.on_wait: Callable[[float], None] | None = None
         self.fault: str | None = None
+        self.fault_code = EXIT_STUCK
         self._address, self._port, self._token, self._leave = *where, token, leave
         self._hello = {"lmcore": token, "rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
         self._peers: list[_Peer] = []
@@ -117,6 +123,8 @@ class Peers:
         self._inquiry: float | None = None  # when the answers are due
         self._answered = threading.Event()
         self._fault_known = threading.Event()
+        self._met = threading.Event()
+        self._waited = False
         self._ending = threading.Lock()
         self._reporting, self._reported = threading.Lock(), False
         self._sockets: list[socket.socket] = []
@@ -125,6 +133,16 @@ class Peers:
         threading.Thread(target=run, name="peers", daemon=True).start()
 
     # ---- for the run ---------------------------------------------------------------------------------------
+
+    def wait_until_met(self, seconds: float = MEETING_SECONDS) -> bool:
+        """Wait until the death of this rank would be noticed by rank 0, and that of rank 0 by all; whether it would. A second
+        call does not wait again.
+
+        To be called before a rank takes part in anything that makes the others wait: a rank that dies in a collective
+        without having been met leaves them with a lost connection of nobody's, or waiting for a rank 0 that never comes.
+        """
+        wait, self._waited = not self._waited, True
+        return self._met.wait(seconds if wait else 0.0)
 
     def done(self) -> None:
         """This rank has finished: its leaving is not a death, and neither is that of the others from now on."""
@@ -137,9 +155,18 @@ class Peers:
         self._fault_known.wait(seconds)
         return self.fault
 
-    def leaving(self) -> None:
-        """This rank is about to end by itself, with an error of its own: do not end it before it has said so."""
+    def leaving(self, refusal: str = "", code: int = EXIT_STUCK) -> None:
+        """This rank is about to end by itself, with an error of its own: do not end it before it has said so.
+
+        Args:
+            refusal: the one line that it ends with, if it does: the others are told, and end with it, too, should they not
+                come to it by themselves. A rank that is slow, rank 0 perhaps, would otherwise take this one for dead.
+            code: the exit code that goes with it.
+        """
         self._leaving_until = time.monotonic() + LEAVING_SECONDS
+        if refusal:
+            for peer in list(self._peers):
+                peer.send({"refusal": refusal, "code": code})
 
     def report(self, line: str) -> None:
         """Say which rank is dead or stuck, and call ``on_end`` if this rank speaks for the run. Once; then nothing."""
@@ -149,7 +176,7 @@ class Peers:
             self._reported = True
             self._say(line)
             if self.on_end is not None and (self.rank == 0 or (self.rank == 1 and self._main_lost)):
-                self.on_end(line)
+                self.on_end(line, self.fault_code)
 
     def raise_alarm(self) -> None:
         """This rank has made no progress for too long: let rank 0 ask all where they stand.
@@ -194,7 +221,7 @@ class Peers:
                         selector.unregister(peer.socket)
                         peer.socket.close()
                         if peer.rank >= 0 and not peer.done and not self._done:
-                            self._end(f"{peer.name} is dead", [peer])
+                            self._end(_ended(peer), [peer], refusal=peer.refusal)
                 self._inquire()
 
     def _listen(self) -> socket.socket | None:
@@ -217,16 +244,19 @@ class Peers:
             if "met" in message and peer.greeted_as > 0:
                 peer.rank = peer.greeted_as
                 self._peers.append(peer)
+                if len(self._peers) == self.world_size - 1:
+                    self._met.set()
                 return
             rank = int(message["rank"])
             if message["lmcore"] != self._token or rank not in range(1, self.world_size):
                 raise ValueError(f"a greeting that is not of this run: {message}")
             peer.greeted_as, peer.pid, peer.host = rank, int(message["pid"]), str(message["host"])
-            peer.send(
-                self._hello
-            )  # it may have given up waiting meanwhile, and come again: only "met" counts
+            # It may have given up waiting meanwhile, and come again: only "met" counts
+            peer.send(self._hello)
         elif "done" in message:
             peer.done = True
+        elif "refusal" in message:
+            peer.refusal = str(message["refusal"]), int(message["code"])
         elif "alarm" in message:
             self._alarm = True
         elif "at" in message:
@@ -268,11 +298,12 @@ class Peers:
     def _follow(self) -> None:
         main = self._connect()
         self._peers.append(main)
+        self._met.set()
         while self._read(main, self._obey):
             pass
         if not (main.done or self._done):
             self._main_lost = True
-            self._end(f"{main.name} is dead", [main])
+            self._end(_ended(main), [main], refusal=main.refusal)
 
     def _connect(self) -> _Peer:
         """The connection to rank 0, however long it takes to come up."""
@@ -297,12 +328,14 @@ class Peers:
                     except BaseException:
                         found.close()
                         raise
-            time.sleep(0.2)
+            time.sleep(0.05)
 
     def _obey(self, main: _Peer, message: dict[str, Any]) -> None:
         """A message of rank 0."""
         if "done" in message:
             main.done = True
+        elif "refusal" in message:
+            main.refusal = str(message["refusal"]), int(message["code"])
         elif "where" in message:
             now = self.standing()
             main.send(
@@ -314,7 +347,8 @@ class Peers:
                 self.on_wait(float(message["wait"]))
         elif "end" in message:
             self._answered.set()
-            self._end(str(message["end"]), [], stuck=bool(message.get("stuck")))
+            refusal = (str(message["end"]), int(message["code"])) if "code" in message else None
+            self._end(str(message["end"]), [], stuck=bool(message.get("stuck")), refusal=refusal)
 
     # ---- both ----------------------------------------------------------------------------------------------
 
@@ -352,32 +386,41 @@ class Peers:
             with contextlib.suppress(OSError):
                 connection.close()
 
-    def _end(self, line: str, silent: list[_Peer], *, stuck: bool = False) -> None:
+    def _end(
+        self,
+        line: str,
+        silent: list[_Peer],
+        *,
+        stuck: bool = False,
+        refusal: tuple[str, int] | None = None,
+    ) -> None:
         """End this rank, and as rank 0 all others: say who is dead or stuck, then leave with code 71.
 
         Args:
             silent: ranks that do not answer. Those of this machine are made to write their stacks, and killed.
+            refusal: why the other one has ended by itself, and the exit code, which this rank takes over.
         """
         if self._done or not self._ending.acquire(blocking=False):
             return
         self.fault = line
+        if refusal is not None:
+            self.fault_code = refusal[1]
         self._fault_known.set()
         if self.rank == 0:
+            code = {} if refusal is None else {"code": refusal[1]}
             for peer in self._peers:
-                peer.send({"end": line, "stuck": stuck})
+                peer.send({"end": line, "stuck": stuck, **code})
         if stuck and self.stacks is not None:
             self.stacks(line)
         here = [peer.pid for peer in silent if stuck and peer.host == socket.gethostname()]
-        for number in (
-            signal.SIGUSR2,
-            signal.SIGCONT,
-        ):  # C code writes the stacks; a stopped process once it runs
+        # C code writes the stacks; a stopped process once it runs
+        for number in (signal.SIGUSR2, signal.SIGCONT):
             for pid in here:
                 _signal(pid, number)
         if stuck:
             time.sleep(1.0)
         else:
-            time.sleep(GRACE_SECONDS)
+            time.sleep(GRACE_SECONDS if refusal is None else LEAVING_SECONDS)
             while time.monotonic() < self._leaving_until:
                 time.sleep(0.1)
         if self._done:
@@ -387,7 +430,7 @@ class Peers:
             time.sleep(1.0)  # a launcher ends all ranks when the first one leaves: rank 0 first says why
         for pid in here:
             _signal(pid, signal.SIGKILL)  # the run is over: it must not keep the device
-        self._leave(EXIT_STUCK)
+        self._leave(self.fault_code)
 
     def _say(self, line: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # the launcher may be gone, and the pipe with it
@@ -395,6 +438,10 @@ class Peers:
                 print(f"train_lm.py: {line}", file=sys.stderr, flush=True)
             if self.note is not None:
                 self.note(line)
+
+
+def _ended(peer: _Peer) -> str:
+    return f"{peer.name} is dead" if peer.refusal is None else f"{peer.name} has ended: {peer.refusal[0]}"
 
 
 def _said(standing: Standing | None) -> str:

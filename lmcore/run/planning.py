@@ -1,8 +1,8 @@
-"""The configuration -> a plan, a part of the room ``assemble``: for ``plan``, ``--dry_run`` and the start of a run.
+"""Makes the plan of a run from its configuration: for ``lmcore plan``, ``--dry_run`` and the start table of a run.
 
-Comes in: a configuration, and what the machine is (devices, strategy, precision). Goes out: a model without weights, a
-:class:`lmcore.plan.plan.Setting`, a :class:`lmcore.plan.plan.Plan`, the micro-batch that fits. What always holds: the three
-callers count by the same functions; what could not be counted is said, with the reason.
+All three count by the functions here: the model without weights, how it is trained (:class:`lmcore.plan.plan.Setting`),
+the micro-batch that fits, and the :class:`lmcore.plan.plan.Plan`. A plan whose activations cannot be counted, as those of
+code that reads the values of its tensors, has the reason in ``Plan.uncounted``.
 """
 
 from __future__ import annotations
@@ -12,63 +12,87 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lmcore import process as _memory
+from lmcore import process
 from lmcore.config.presets import model_type_and_fields
-from lmcore.config.schema import RunConfig, global_batch_blocks
+from lmcore.config.schema import RunConfig, global_batches
 from lmcore.conventions import torch_dtype
 from lmcore.data.batches import Batches
+from lmcore.data.context import check_divides
 from lmcore.data.cursor import Cursor
-from lmcore.engine import launch
+from lmcore.engine import context, launch, tensor
 from lmcore.engine.zero import memory_settings
 from lmcore.model.build import build_model
+from lmcore.model.cpu_kernels import use_faster_kernels
 from lmcore.model.module import ModelWithLoss
+from lmcore.model.token_mixing import why_no_context_parallel
 from lmcore.plan import plan, trace
 from lmcore.plan.plan import fitting_micro_batch
 from lmcore.plugins import import_path
 from lmcore.report import trackers
 from lmcore.run.budget import Sizes
-from lmcore.run.setup import Data, Note, adapt, make_optimizer, with_loss
+from lmcore.run.folder import local_run_dir
+from lmcore.run.setup import (
+    Data,
+    Note,
+    adapt,
+    block_size_of,
+    make_optimizer,
+    refuse_context_parallel,
+    tensor_parallel_problem,
+    with_loss,
+)
 
 if TYPE_CHECKING:
     from lmcore.engine.engine import Engine
 
 
 def setting_of(
-    config: RunConfig, *, precision: str, world_size: int, strategy: str | None = None
+    config: RunConfig, *, precision: str, world_size: int, strategy: str | None = None, cuda: bool = False
 ) -> plan.Setting:
-    """How the run trains, as far as memory depends on it; ``strategy``: instead of what the launcher says."""
+    """How the run trains, as far as its memory depends on it. ``strategy`` overrides that of the launcher; ``cuda``: on GPUs."""
     asked = launch.request(os.environ, config.engine.deepspeed)
     launched = "ddp" if asked.strategy == "single" and world_size > 1 else asked.strategy
     zero: dict[str, Any] = {"zero_bucket": plan.ZERO_BUCKET // 10}  # what ds_configs/ say
     if asked.deepspeed is not None:
         zero = memory_settings(asked.deepspeed)
     chosen: Any = strategy or launched
+    context.check(config.train.context_parallel, world_size)
+    tensor.check(config.train.tensor_parallel, world_size, chosen)
     return plan.Setting(
         strategy=chosen,
         world_size=world_size,
+        context_parallel=config.train.context_parallel,
+        tensor_parallel=config.train.tensor_parallel,
         precision=precision,
         param_dtype=config.train.param_dtype,
+        residual_dtype=launch.residual_dtype(
+            config.train.residual_dtype,
+            strategy=chosen,
+            precision=precision,
+            param_dtype=config.train.param_dtype,
+            cuda=cuda,
+        ),
         reduce_dtype=config.engine.reduce_dtype,
         activation_checkpointing=config.train.activation_checkpointing,
         **zero,
     )
 
 
-def cut(setting: plan.Setting, sizes: Sizes) -> plan.Setting:
-    """The same with the micro-batch and accumulation that came about."""
-    return replace(setting, micro_batch_blocks=sizes.micro_batch_blocks, accumulation=sizes.accumulation)
+def with_micro_batch(setting: plan.Setting, sizes: Sizes) -> plan.Setting:
+    """The setting with the micro-batch and accumulation that the budget chose."""
+    most = max(sizes.accumulation_of(stretch.batch) for stretch in sizes.steps.stretches)
+    return replace(setting, micro_batch_blocks=sizes.micro_batch_blocks, accumulation=most)
 
 
 def model_without_weights(
     config: RunConfig, *, vocab_size: int | None, block_size: int, note: Note = print
 ) -> ModelWithLoss:
-    """The run's model and loss without its weights; a user's model that cannot be built without them is built with them."""
+    """The run's model and loss on the meta device; a model of ``model.factory`` that needs real tensors is built with them."""
     named = config.model
     if named.factory is None:
         type, fields = model_type_and_fields(config)
@@ -92,8 +116,12 @@ def model_without_weights(
     )
     try:
         return with_loss(config, trace.build_own_on_meta(make), note=note)
-    except Exception as error:  # own code may ask anything of numbers that are not there
-        note(f"model.factory {named.factory} was built to be counted: without numbers it says {_said(error)}")
+    except (
+        Exception
+    ) as error:  # the user's code may read values, which tensors on the meta device do not have
+        note(
+            f"model.factory {named.factory} was built with its weights: on the meta device it fails with {_one_line(error)}"
+        )
         return with_loss(config, make(), note=note)
 
 
@@ -103,14 +131,23 @@ def refuse_early(config: RunConfig) -> None:
         if path is not None:
             import_path(path, option)
     trackers.check(config.report.trackers, config.report.webhook)
+    shared, cut = config.train.context_parallel, config.train.tensor_parallel
+    if shared > 1:
+        check_divides(block_size_of(config), shared)
     type, fields = model_type_and_fields(config)
     if type is not None:
-        trace.build_on_meta(
+        _, probe = trace.build_on_meta(
             type=type,
             config_overrides=fields,
             vocab_size=config.tokenizer.vocab_size or 2,
             attention=config.model.attention,
         )
+        if cut > 1:
+            tensor.refuse(cut, tensor_parallel_problem(probe, cut))
+            tensor.refuse_to_compile(config.train.compile, tensor.why_not_compiled(probe))
+        if shared > 1:
+            use_faster_kernels(probe)
+            refuse_context_parallel(shared, why_no_context_parallel(probe, block_size_of(config)))
 
 
 def first_batch(config: RunConfig, data: Data, micro_batch_blocks: int) -> dict[str, Tensor] | None:
@@ -126,7 +163,8 @@ def first_batch(config: RunConfig, data: Data, micro_batch_blocks: int) -> dict[
         world_size=1,
         collate=data.collate,
     )
-    with torch.random.fork_rng(devices=[]):  # the user's code may draw, and looking must change nothing
+    # The user's code may draw random numbers, which must not shift those of the run
+    with torch.random.fork_rng(devices=[]):
         return next(iter(batches)).micro_batches[0]
 
 
@@ -142,51 +180,65 @@ def plan_of(
     epoch_tokens: int | None = None,
     tokens_per_second: float | None = None,
 ) -> plan.Plan:
-    """The plan of a module that is not wrapped yet, or of one without weights; it is not changed.
+    """The plan of a module before it is wrapped by a strategy, with or without weights; the module is not changed.
 
     Args:
-        device_bytes: ``None`` on a CPU: the share of each process in the memory that is free here.
-        batch: a micro-batch of the user's own data (:func:`first_batch`).
+        device_bytes: memory of one device; ``None`` on a CPU, where each process gets its share of the available memory.
+        batch: a micro-batch of the user's own dataset (:func:`first_batch`).
     """
-    if device_bytes is None and device_type == "cpu" and (free := _memory.available_bytes()) is not None:
+    if device_bytes is None and device_type == "cpu" and (free := process.available_bytes()) is not None:
         device_bytes = free // int(os.environ.get("LOCAL_WORLD_SIZE", setting.world_size))
     counted = plan.parameters(module)
+    part = module  # what one rank holds of it
+    if setting.tensor_parallel > 1:
+        tensor.refuse(setting.tensor_parallel, tensor.why_not(module.model, setting.tensor_parallel))
+        part = trace.part_of_rank(module, setting.tensor_parallel)
+    counted_part = counted if part is module else plan.parameters(part)
     weights = None if config.train.param_dtype == "fp32" else torch_dtype(config.train.param_dtype)
-    state_bytes = trace.optimizer_bytes(module, partial(make_optimizer, config, module), weights=weights)
+    make = partial(make_optimizer, config, module)
+    state_bytes = trace.optimizer_bytes(module, make, weights=weights)
+    part_bytes = state_bytes if part is module else trace.optimizer_bytes(part, make, weights=weights)
 
     average = average_bytes(config, counted)
 
-    def held(one: plan.Setting, *, count_flops: bool = False, blocks: int | None = None) -> trace.StepTrace:
+    def traced_step(
+        one: plan.Setting, *, count_flops: bool = False, blocks: int | None = None
+    ) -> trace.StepTrace:
         autocast, cast = one.casts
         return trace.trace_step(
-            module,
+            module if count_flops else part,  # FLOPs a token are those of whole layers
             micro_batch_blocks=blocks or one.micro_batch_blocks,
             block_size=sizes.block_size,
             batch=batch,
             autocast=autocast,
             weights=cast,
+            narrow_stream=one.residual_dtype == "bf16",
             activation_checkpointing=one.activation_checkpointing and not count_flops,
             device_type=device_type,
+            device_bytes=device_bytes,
             count_flops=count_flops,
+            context_parallel=1
+            if count_flops
+            else one.context_parallel,  # FLOPs a token are those of whole blocks
         )
 
     def needs(one: plan.Setting) -> plan.Memory:
-        return plan.memory(counted, held(one), one, optimizer_bytes=state_bytes + average)
+        held = plan.setting_of_part(one)
+        return plan.memory(counted_part, traced_step(one), held, optimizer_bytes=part_bytes + average)
 
     uncounted = None
     advice: tuple[tuple[str, int], ...] = ()
     flops: int | None = None
     try:
         memory = needs(setting)
-        traced = held(setting, count_flops=True, blocks=1 if batch is None else None)
+        traced = traced_step(setting, count_flops=True, blocks=1 if batch is None else None)
         flops = traced.flops // traced.tokens
-    except (
-        Exception
-    ) as error:  # code that asks numbers of tensors that have none (own models, routed experts)
-        uncounted = _said(error)
-        grown = (0, 0, 0, 4 * counted.trained, 0)
+    except Exception as error:  # code that reads values of fake tensors (own models, routed experts)
+        uncounted = _one_line(error)
+        grown = (0, 0, 0, 4 * counted_part.trained, 0)
         least = trace.StepTrace(moments=((0,) * 5, grown), flops=0, tokens=1)
-        memory = plan.memory(counted, least, setting, optimizer_bytes=state_bytes + average)
+        held = plan.setting_of_part(setting)
+        memory = plan.memory(counted_part, least, held, optimizer_bytes=part_bytes + average)
     if device_bytes is not None and memory.total > plan.USABLE * device_bytes and uncounted is None:
         advice = plan.advise(setting, device_bytes, lambda one: needs(one).total)
     return plan.Plan(
@@ -200,6 +252,8 @@ def plan_of(
         block_size=sizes.block_size,
         steps=sizes.total_steps,
         tokens_per_step=sizes.tokens_per_step,
+        run_tokens=sizes.run_tokens,
+        batch_changes=sizes.changes(),
         epoch_tokens=epoch_tokens,
         checkpoint_bytes=plan.checkpoint_bytes(counted, optimizer_bytes=state_bytes + average),
         checkpoints_kept=config.checkpoint.keep + config.checkpoint.keep_best.k,
@@ -209,11 +263,11 @@ def plan_of(
 
 
 def average_bytes(config: RunConfig, counted: plan.Parameters) -> int:
-    """Of the moving average of the weights: one more fp32 copy of what is trained."""
+    """Bytes of the moving average of the weights (``optim.ema_decay``): one more fp32 copy of the trained parameters."""
     return 4 * counted.trained if config.optim.ema_decay else 0
 
 
-def _said(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
@@ -225,18 +279,18 @@ def fitting(
     block_size: int,
     device_bytes: int | None,
 ) -> int | None:
-    """What ``train.micro_batch_blocks auto`` is on GPUs; ``None``: nothing is known to limit it (a CPU, the user's
-    own model or data), and :func:`lmcore.run.budget.horizon` takes a moderate one."""
-    blocks = global_batch_blocks(config, block_size)
+    """The micro-batch of ``train.micro_batch_blocks auto`` on GPUs; ``None`` on a CPU and for the user's own model or data,
+    whose memory is not known: there :func:`lmcore.run.budget.horizon` takes a moderate one."""
+    blocks = max(global_batches(config, block_size))
     own = config.model.factory is not None or config.data.factory is not None
     if config.train.micro_batch_blocks != "auto" or device_bytes is None or own:
         return None
-    if blocks % setting.world_size:
+    if blocks % setting.data_world_size:
         return None
     return fitting_micro_batch(
         module,
         setting,
-        share=blocks // setting.world_size,
+        share=blocks // setting.data_world_size,
         block_size=block_size,
         device_bytes=device_bytes - int(average_bytes(config, plan.parameters(module)) / plan.USABLE),
         make_optimizer=partial(make_optimizer, config, module),
@@ -245,7 +299,7 @@ def fitting(
 
 
 def device_bytes_of(device: torch.device) -> int | None:
-    """Memory of a GPU; ``None`` of a CPU, whose memory belongs to many."""
+    """Total memory of a GPU; ``None`` for a CPU, whose memory is shared with other programs."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
@@ -253,7 +307,7 @@ def auto_micro_batch(config: RunConfig, engine: Engine, module: ModelWithLoss, b
     """:func:`fitting` on the run's own devices, agreed over the ranks."""
     if engine.device.type != "cuda":
         return None
-    setting = setting_of(config, precision=engine.precision, world_size=engine.world_size)
+    setting = setting_of(config, precision=engine.precision, world_size=engine.world_size, cuda=True)
     fits = fitting(
         config, module, setting, block_size=block_size, device_bytes=device_bytes_of(engine.device)
     )
@@ -262,32 +316,33 @@ def auto_micro_batch(config: RunConfig, engine: Engine, module: ModelWithLoss, b
 
 
 PLAN_FILE = "plan.json"
-"""In the run folder: what the last probe of this run measured (``python -m lmcore plan --probe``)."""
+"""In the run folder: what the last ``lmcore plan --probe`` of this run measured."""
 
 
 def plan_here(
     config: RunConfig, engine: Engine, module: ModelWithLoss, sizes: Sizes, data: Data, note: Note
 ) -> plan.Plan | None:
-    """The plan of the run that is about to start, on rank 0; before the module is wrapped.
+    """The plan for the start table, on rank 0 only; called before the module is wrapped.
 
-    With the rate of a probe, where one was made of the same model, batch, strategy and precision.
+    Its tokens per second are those of the last probe, if that had the same model, batch, strategy and precision.
     """
     try:
         return _plan_here(config, engine, module, sizes, data, note) if engine.is_main else None
-    except Exception as error:  # whatever it is, training does not need the plan
-        note(f"plan: could not be made: {_said(error)}")
+    except Exception as error:  # training does not need the plan
+        note(f"plan: could not be made: {_one_line(error)}")
         return None
 
 
 def _plan_here(
     config: RunConfig, engine: Engine, module: ModelWithLoss, sizes: Sizes, data: Data, note: Note
 ) -> plan.Plan:
-    setting = setting_of(config, precision=engine.precision, world_size=engine.world_size)
+    on_gpu = engine.device.type == "cuda"
+    setting = setting_of(config, precision=engine.precision, world_size=engine.world_size, cuda=on_gpu)
     blocks = getattr(data.train, "epoch_blocks", None)
     made = plan_of(
         config,
         module,
-        setting=cut(setting, sizes),
+        setting=with_micro_batch(setting, sizes),
         sizes=sizes,
         device_bytes=device_bytes_of(engine.device),
         device_type=engine.device.type,
@@ -296,11 +351,16 @@ def _plan_here(
     )
     if made.uncounted:
         note(f"plan: the activations could not be counted: {made.uncounted}")
-    probed = Path(config.run_dir or "") / PLAN_FILE
+    probed = local_run_dir(config.run_dir, config.local_dir) / PLAN_FILE
     if not probed.is_file():
         return made
-    kept = json.loads(probed.read_text(encoding="utf-8"))
-    if kept.get("signature") != made.signature():
-        note(f"{probed} is of another model, batch or strategy: its rate is not compared with")
+    try:
+        kept = json.loads(probed.read_bytes())
+        signature, rate = kept["signature"], float(kept["tokens_per_second"])
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        note(f"{probed} is damaged: its tokens/s are not used")
         return made
-    return replace(made, tokens_per_second=kept["tokens_per_second"])
+    if signature != made.signature():
+        note(f"{probed} was measured with another model, batch or strategy: its tokens/s are not used")
+        return made
+    return replace(made, tokens_per_second=rate)

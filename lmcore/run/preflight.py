@@ -12,10 +12,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmcore.config.schema import global_batch_blocks
+from lmcore.config.schema import global_batches
+from lmcore.conventions import context_in
 from lmcore.data.text import sources
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean, one_line
+from lmcore.run.folder import local_run_dir
+from lmcore.storage import Store, is_url
 
 if TYPE_CHECKING:
     from lmcore.config.schema import RunConfig
@@ -48,7 +51,15 @@ def preflight(config: RunConfig, *, processes: int = 1) -> None:
 
 
 def _check_run_dir(config: RunConfig) -> None:
-    path = os.path.abspath(config.run_dir or ".")
+    if is_url(config.run_dir):
+        Store(str(config.run_dir))  # refuses credentials in it, an unknown scheme, a missing driver
+    elif config.local_dir is not None:
+        raise RequestError(
+            f"local_dir {config.local_dir} is for a run_dir that is a URL (run_dir is {config.run_dir}): remove it"
+        )
+    if is_url(config.data.store_dir):
+        Store(config.data.store_dir)
+    path = os.path.abspath(local_run_dir(config.run_dir, config.local_dir))
     try:
         path.encode()
     except UnicodeEncodeError:  # the checkpoints would be written, and could not be read
@@ -60,18 +71,21 @@ def _check_run_dir(config: RunConfig) -> None:
 def _check_batch(config: RunConfig, processes: int) -> None:
     if config.train.global_batch_tokens is not None and config.data.block_size is None:
         return  # the block is known when the model is
-    blocks = global_batch_blocks(config, config.data.block_size or 1)
-    if blocks % processes:
-        raise RequestError(
-            f"train.global_batch_blocks must be a multiple of the {processes} processes (got {blocks}); try "
-            f"{blocks // processes * processes or processes}, or another number of processes"
-        )
-    micro = config.train.micro_batch_blocks
-    if config.train.micro_batch_exact and isinstance(micro, int) and blocks // processes % micro:
-        raise RequestError(
-            f"train.global_batch_blocks {blocks} over {processes} processes is {blocks // processes} blocks each, "
-            f"which must be a multiple of train.micro_batch_blocks (got {micro})"
-        )
+    micro, shared = config.train.micro_batch_blocks, config.train.context_parallel
+    if processes % shared == 0:  # otherwise the engine refuses it
+        processes //= shared
+    unit = f"{processes} processes" if shared == 1 else f"{processes} groups of {shared} processes"
+    for blocks in global_batches(config, config.data.block_size or 1):
+        if blocks % processes:
+            raise RequestError(
+                f"train.global_batch_blocks must be a multiple of the {unit} (got {blocks}); try "
+                f"{blocks // processes * processes or processes}, or another number of processes"
+            )
+        if config.train.micro_batch_exact and isinstance(micro, int) and blocks // processes % micro:
+            raise RequestError(
+                f"train.global_batch_blocks {blocks} over {unit} is {blocks // processes} blocks each, "
+                f"which must be a multiple of train.micro_batch_blocks (got {micro})"
+            )
 
 
 def _check_model(config: RunConfig) -> None:
@@ -89,13 +103,13 @@ def _check_model(config: RunConfig) -> None:
         raise RequestError(f"model.from_pretrained {source!r}: no config.json in it{hint}")
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(
             f"model.from_pretrained {source!r}: config.json is not readable: {error}"
         ) from error
     fields = {**fields, **config.model.config} if isinstance(fields, dict) else {}
-    context = fields.get("n_positions", fields.get("max_position_embeddings"))
-    if isinstance(context, int) and block_size is not None and block_size > context:
+    context = context_in(fields)
+    if context is not None and block_size is not None and block_size > context:
         raise RequestError(
             f"data.block_size {block_size} is larger than the context {context} of {source}: reduce it"
         )

@@ -6,11 +6,15 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmcore.checkpoint import reader
+from lmcore.checkpoint.manifest import STATE, Damaged, Hashes, committed, hashes_here, read_json
 from lmcore.config.schema import Resume, RunConfig, flatten, keys
 from lmcore.errors import RequestError
+from lmcore.report.metrics import iterate_metrics
 from lmcore.report.redact import redact
 from lmcore.report.report import Report
 from lmcore.run.folder import RunFolder
@@ -73,16 +77,51 @@ def state_of(path: Any) -> Iterator[None]:
         ) from error
 
 
+def precision_so_far(config: RunConfig) -> str | None:
+    """The precision of the newest checkpoint in the run folder; ``None`` where there is none to resume from.
+
+    Only read: whether the checkpoint is whole is decided later.
+    """
+    if config.resume == "never" or config.fast_dev_run:
+        return None
+    named = config.resume not in ("auto", "best")
+    found = [Path(config.resume)] if named else committed(Path(config.run_dir or "") / "checkpoints")
+    for path in reversed(found):
+        try:
+            return str(read_json(path / STATE)["topology"]["precision"])
+        except (Damaged, KeyError, TypeError):
+            continue
+    return None
+
+
+def with_sources_of(config: RunConfig, state: Mapping[str, Any]) -> RunConfig:
+    """The configuration that names the same sources as when the run of a checkpoint began.
+
+    Files of ``data.train`` that are named one by one are one source since order version 2; before, each was its own.
+
+    Args:
+        state: of the checkpoint; empty for a new run.
+    """
+    cursor = state.get("cursor")
+    if not isinstance(cursor, Mapping) or cursor.get("version") != 1:
+        return config
+    entries: list[str | dict[str, Any]] = [
+        {"path": entry} if isinstance(entry, str) else entry for entry in config.data.train
+    ]
+    return replace(config, data=replace(config.data, train=entries))
+
+
 def find_checkpoint(
-    config: RunConfig, folder: RunFolder, report: Report
+    config: RunConfig, folder: RunFolder, report: Report, hashes: Hashes = hashes_here
 ) -> tuple[str, dict[str, Any]] | None:
     """Rank 0: the checkpoint to resume from and its state, every byte verified; ``None`` starts at step 0.
 
     Raises:
         RequestError: no usable checkpoint although there should be one, or the corpus, tokenizer or seed changed.
     """
-    before = folder.read_status() or {}
-    saved_step = before.get("checkpoint_step")
+    status = folder.read_status()
+    before = status or {}
+    saved_step = before.get("checkpoint_step") if status is not None else _saved_step_in_metrics(folder.path)
     folder.remember(checkpoint_step=saved_step)  # also in the status of a start that fails
     asked = _asked_once(config, folder, report, before)
     if asked == "never":
@@ -96,12 +135,14 @@ def find_checkpoint(
         metric=best.metric if best else None,
         mode=best.mode if best else None,
         note=report.note,
+        hashes=hashes,
     )
     if found is None:
         if isinstance(saved_step, int) and saved_step > 0:
             # Never start at step 0 over a run that had a checkpoint: somebody moved or removed its checkpoints.
             raise RequestError(
-                f"{folder.checkpoints} has no checkpoint, but status.json says that this run saved step {saved_step}: "
+                f"{folder.checkpoints} has no checkpoint, but {'status.json' if status else 'metrics.jsonl'} says that this "
+                f"run saved step {saved_step}: "
                 f"move its checkpoints back, give one with --resume PATH, or start over with --resume never"
             )
         return None
@@ -111,9 +152,25 @@ def find_checkpoint(
             changed = refuse_changes(changes(found.state["config"], now), config.allow_changes)
         for change in changed:
             report.warn_once(f"{change.key} was {change.old} up to step {found.step}, is {change.new} now")
+        if asked == "auto" and isinstance(saved_step, int) and saved_step > found.step:
+            report.note(
+                f"this run saved step {saved_step}, but {folder.checkpoints} has nothing newer than step {found.step} that can "
+                f"be used: resuming from there"
+            )
         folder.remember(checkpoint_step=found.step)
         reader.abandon_after(folder.checkpoints, found.step, note=report.note)
         return str(found.path), found.state
+
+
+def _saved_step_in_metrics(run_dir: Path) -> int | None:
+    """The step of the last save by ``metrics.jsonl``, for a folder whose ``status.json`` was lost."""
+    step: int | None = None
+    with contextlib.suppress(OSError):
+        for record in iterate_metrics(run_dir):
+            if record["kind"] == "event" and record.get("event") in ("start", "checkpoint"):
+                saved = record.get("step")
+                step = saved if record["event"] == "checkpoint" and isinstance(saved, int) else None
+    return step
 
 
 def _asked_once(config: RunConfig, folder: RunFolder, report: Report, before: Mapping[str, Any]) -> str:
@@ -121,7 +178,7 @@ def _asked_once(config: RunConfig, folder: RunFolder, report: Report, before: Ma
 
     The command that is started again after an interruption (a requeued job, a loop around exit code 75) must not start
     over, or go back, each time. ``status.json`` keeps which command has had its way; once that run is finished, the same
-    words count anew.
+    options count again.
     """
     if config.resume not in ("never", "best") or config.fast_dev_run:
         return config.resume

@@ -7,6 +7,7 @@ anything: each function hands its section of the options to the module that does
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,20 +18,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmcore.config.curves import Curve, first_value, values_of
 from lmcore.config.presets import describe_preset, model_type_and_fields, zero_init
-from lmcore.config.schema import RunConfig, global_batch_blocks
+from lmcore.config.schema import RunConfig, global_batches
 from lmcore.data import corpus, custom
 from lmcore.data.blocks import StoreBlocks
+from lmcore.data.context import Context, check_divides
 from lmcore.data.order import Phase, phases_from_options
-from lmcore.data.store.inventory import record_use
+from lmcore.data.store.inventory import record_use, stores_of, stores_trained_on
 from lmcore.data.stream import StreamDataset
+from lmcore.data.text import listing
 from lmcore.data.tokenizer.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from lmcore.data.tokenizer.training import train_tokenizer as train_on_texts
 from lmcore.errors import RequestError
 from lmcore.model import build, lora, optim, schedules
 from lmcore.model.config import configured_context_length
+from lmcore.model.cpu_kernels import ATTENTION
 from lmcore.model.module import ModelWithLoss, head_parameters, vocabulary_parameters
+from lmcore.model.token_mixing import attention_dropout, why_no_context_parallel, why_no_sequence_lengths
 from lmcore.plugins import import_path
+from lmcore.run.folder import RunFolder
 
 if TYPE_CHECKING:  # commands that need no engine must not pay for importing accelerate
     from lmcore.engine.engine import Engine
@@ -99,10 +106,44 @@ def valid_fraction_of(config: RunConfig) -> float:
     return 0.0 if config.data.valid else config.data.valid_fraction or 0.0
 
 
+def splits_of(config: RunConfig, run_dir: Path, *, keep: bool = True) -> corpus.Splits:
+    """How the training text is split for validation, for a run in ``run_dir``: one that goes on keeps its split.
+
+    Args:
+        keep: the answer, in ``data.store_dir``.
+    """
+    begun = Path(config.resume).parent.parent if config.resume not in ("auto", "never", "best") else run_dir
+    goes_on = config.resume != "never" and any((begun / "checkpoints").glob("step-*"))
+    begun_with: set[str] | None = None
+    if goes_on:
+        listed = stores_of(begun) or stores_trained_on(begun, config.data.store_dir)
+        begun_with = {Path(one).name for one in listed}
+    return corpus.splits_of(
+        reading_of(config).sources(config.data.train or [corpus.STDLIB])
+        if config.data.factory is None
+        else [],
+        valid_fraction_of(config),
+        store_dir=config.data.store_dir if keep else None,
+        begun_with=begun_with,
+        streamed=config.data.mode == "stream",
+    )
+
+
 def train_tokenizer(
-    config: RunConfig, folder: Path | None, *, note: Note, task: Task = silent_task
+    config: RunConfig,
+    folder: Path | None,
+    *,
+    note: Note,
+    task: Task = silent_task,
+    splits: corpus.Splits | None = None,
 ) -> Tokenizer:
-    """Train the tokenizer that the configuration describes, into ``folder`` if there is one."""
+    """Train the tokenizer that the configuration describes, into ``folder`` if there is one.
+
+    Args:
+        splits: default: those of a new run.
+    """
+    if splits is None:
+        splits = splits_of(replace(config, resume="never"), Path(), keep=folder is not None)
     bad: list[str] = []
     options = config.tokenizer
     with task("training the tokenizer"):
@@ -110,7 +151,7 @@ def train_tokenizer(
             corpus.training_texts(
                 config.data.train,
                 reading=reading_of(config),
-                valid_fraction=valid_fraction_of(config),
+                splits=splits,
                 max_bytes=options.sample_bytes,
                 seed=config.seed,
                 bad=lambda record: bad.append(str(record)),
@@ -125,7 +166,7 @@ def train_tokenizer(
             normalization_rule_name=options.normalization,
             user_symbols=options.user_symbols,
             model_max_length=block_size_of(config),
-            made_from=tokenizer_source_of(config),
+            made_from=tokenizer_source_of(config, splits),
         )
     for line in made.notes:
         note(f"tokenizer: {line}")
@@ -134,7 +175,7 @@ def train_tokenizer(
     return made
 
 
-def tokenizer_source_of(config: RunConfig) -> dict[str, Any]:
+def tokenizer_source_of(config: RunConfig, splits: corpus.Splits) -> dict[str, Any]:
     """Everything that decides the tokenizer that :func:`train_tokenizer` makes."""
     names = (
         *("vocab_size", "model_type", "character_coverage", "byte_fallback", "split_digits"),
@@ -144,12 +185,14 @@ def tokenizer_source_of(config: RunConfig) -> dict[str, Any]:
         config.data.train,
         reading=reading_of(config),
         valid_fraction=valid_fraction_of(config),
+        splits=splits,
         max_bytes=config.tokenizer.sample_bytes,
         seed=config.seed,
         options={name: getattr(config.tokenizer, name) for name in names},
     )
 
 
+@listing.remembered()
 def open_data(
     config: RunConfig,
     home: Path,
@@ -167,9 +210,11 @@ def open_data(
         on_main: runs something on rank 0 and gives every rank its result or its refusal.
     """
     block_size = block_size_of(config)
+    RunFolder(home.parent).refuse_odd_files()  # `prepare` and `order` write there, too
+    splits = splits_of(config, home.parent)
     encoder = None
     if config.data.factory is None or config.tokenizer.path is not None:
-        encoder = open_tokenizer(config, home, on_main=on_main, note=note, task=task)
+        encoder = open_tokenizer(config, home, splits, on_main=on_main, note=note, task=task)
     if config.data.factory is not None:
         return open_own_data(config, encoder, block_size)
     assert encoder is not None
@@ -181,7 +226,8 @@ def open_data(
             train=() if streamed else config.data.train or [corpus.STDLIB],
             valid=config.data.valid,
             test=config.data.test,
-            valid_fraction=0.0 if streamed else valid_fraction_of(config),
+            valid_fraction=valid_fraction_of(config),
+            splits={} if streamed else splits,
             reading=reading_of(config),
             store_dir=config.data.store_dir,
             eos=config.data.eos,
@@ -212,7 +258,7 @@ def open_data(
             sources,
             encoder,
             block_size=block_size,
-            lanes=config.data.stream_lanes or global_batch_blocks(config, block_size),
+            lanes=config.data.stream_lanes or math.gcd(*global_batches(config, block_size)),
             seed=config.seed,
             window_blocks=config.data.shuffle_window,
             shuffle=config.data.shuffle,
@@ -224,8 +270,6 @@ def open_data(
             note=note,
         )
         rows += [(f"text ({source.name})", f"{len(source.paths):,} files, streamed") for source in sources]
-        if not config.data.valid:
-            note("data.mode stream makes no validation set of the training text: give one with --data.valid")
     else:
         phases = phases_from_options(config.data.phases, [store.name for store in sets.train], sets.weights)
         train = blocks(sets.train, seed=config.seed, shuffle=config.data.shuffle, phases=phases)
@@ -246,9 +290,8 @@ def open_data(
 def _record_stores(run_dir: Path, sets: corpus.Corpus) -> None:
     """For ``lmcore stores``: a store that no run names may be removed."""
     stores = [*sets.train, *sets.valid.values(), *sets.test.values()]
-    with contextlib.suppress(
-        OSError
-    ):  # `order` and `plan` also look at runs that cannot be written, or do not exist
+    # `order` and `plan` also look at runs that cannot be written, or do not exist
+    with contextlib.suppress(OSError):
         record_use(run_dir, [store.folder for store in stores if store.folder is not None])
 
 
@@ -273,7 +316,13 @@ def given_tokenizer(config: RunConfig) -> Tokenizer | None:
 
 
 def open_tokenizer(
-    config: RunConfig, home: Path, *, on_main: Callable[[Callable[[], Any]], Any], note: Note, task: Task
+    config: RunConfig,
+    home: Path,
+    splits: corpus.Splits,
+    *,
+    on_main: Callable[[Callable[[], Any]], Any],
+    note: Note,
+    task: Task,
 ) -> Tokenizer:
     """The run's tokenizer: given (:func:`keep_tokenizer` copies it into ``home``), or trained into ``home``.
 
@@ -288,7 +337,7 @@ def open_tokenizer(
             return given
 
     def make() -> None:
-        reason = unfit_reason(config, home)
+        reason = unfit_reason(config, home, splits)
         if reason and resumes and (home / "tokenizer.json").exists():
             note(
                 f"tokenizer: the one of the checkpoints here is used; what it was made of has changed: {reason}"
@@ -296,13 +345,13 @@ def open_tokenizer(
         elif reason is not None:
             if reason:
                 note(f"tokenizer: the one in {home} is replaced: {reason}")
-            train_tokenizer(config, home, note=note, task=task)
+            train_tokenizer(config, home, note=note, task=task, splits=splits)
 
     on_main(make)
     return load_tokenizer(home)
 
 
-def unfit_reason(config: RunConfig, home: Path) -> str | None:
+def unfit_reason(config: RunConfig, home: Path, splits: corpus.Splits) -> str | None:
     """Why the tokenizer in ``home`` is not what the configuration would train: ``None`` if it is, empty if there is
     none."""
     if not home.is_dir() or not any(home.iterdir()):
@@ -314,7 +363,7 @@ def unfit_reason(config: RunConfig, home: Path) -> str | None:
     made_from = there.record.get("made_from") if isinstance(there, SentencePieceTokenizer) else None
     if not isinstance(made_from, dict):
         return "what it was made of is not known"
-    return corpus.source_changes(made_from, tokenizer_source_of(config)) or None
+    return corpus.source_changes(made_from, tokenizer_source_of(config, splits)) or None
 
 
 def _note_origin(config: RunConfig, given: Tokenizer, note: Note) -> None:
@@ -362,10 +411,13 @@ def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int)
         return {key: wrap(value) for key, value in sets.items()}
 
     train = wrap(parts["train"], shuffle=config.data.shuffle)
+    valid, test = named("valid"), named("test")
+    for dataset in [train, *valid.values(), *test.values()] if parts.get("collate") is None else []:
+        custom.refuse_wrong_items(dataset)
     return Data(
         train=train,
-        valid=named("valid"),
-        test=corpus.as_tests(named("test")),
+        valid=valid,
+        test=corpus.as_tests(test),
         encoder=encoder,
         block_size=block_size,
         collate=parts.get("collate"),
@@ -373,11 +425,41 @@ def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int)
     )
 
 
-def flash_documents(config: RunConfig, module: ModelWithLoss) -> bool:
-    """Whether a document mask must reach flash attention as sequence lengths: it looks at position ids in micro-batches
-    of one block only."""
-    attention = getattr(getattr(module.model, "config", None), "_attn_implementation", None)
-    return config.data.document_mask and str(attention).startswith("flash_attention")
+def context_of(config: RunConfig, engine: Engine, module: ModelWithLoss, *, note: Note = print) -> Context:
+    """What the batches of this rank hold of each block, and how documents are kept apart. Collective.
+
+    Raises:
+        RequestError: ``train.context_parallel`` with a model that cannot be computed so; the reason is named.
+    """
+    size, block_size = engine.context_parallel, block_size_of(config)
+    wanted = config.data.document_mask
+    attention = str(getattr(getattr(module.model, "config", None), "_attn_implementation", None))
+    if size == 1 and (not wanted or attention.startswith("flash_attention")):
+        # Flash attention looks at position ids in micro-batches of one block only.
+        return Context(sequence_lengths=wanted)
+    reason = None
+    if engine.is_main:
+        reason = (why_no_sequence_lengths if size == 1 else why_no_context_parallel)(module, block_size)
+        if reason is None and engine.device.type == "cuda":
+            if engine.precision == "fp32":
+                reason = "the kernels of a GPU take bf16 and fp16 only (train.precision is fp32)"
+            elif dropout := attention_dropout(module):
+                reason = f"the kernels of a GPU drop no attention weights (the model's attention dropout is {dropout:g})"
+    reason = engine.broadcast_object(reason)
+    if size > 1:
+        check_divides(block_size, size)
+        refuse_context_parallel(size, reason)
+    if reason is not None and attention == ATTENTION:
+        note(f"data.document_mask: by a mask of T x T numbers a block, slower and larger: {reason}")
+    return Context(
+        rank=engine.context_rank, size=size, sequence_lengths=size > 1 or (wanted and reason is None)
+    )
+
+
+def refuse_context_parallel(size: int, reason: str | None) -> None:
+    """Raises ``RequestError`` if there is a reason why blocks cannot be shared."""
+    if reason is not None:
+        raise RequestError(f"train.context_parallel {size} is not available for this model: {reason}")
 
 
 def describe_store(store: Any) -> str:
@@ -386,7 +468,8 @@ def describe_store(store: Any) -> str:
     if store.n_documents is not None:
         words.insert(0, f"{store.n_documents:,} documents")
     if store.n_bytes is not None:
-        words.insert(-1, f"{store.n_bytes / 1e6:,.1f} MB")
+        mega = store.n_bytes / 1e6
+        words.insert(-1, f"{mega:,.1f} MB" if mega >= 0.1 else f"{store.n_bytes / 1e3:,.1f} kB")
     return ", ".join(words)
 
 
@@ -430,7 +513,19 @@ def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = pr
         if word is not None:
             raise word
     assert module is not None
+    if (size := engine.tensor_parallel) > 1:
+        from lmcore.engine import tensor  # lazily, as below
+
+        reason = tensor_parallel_problem(module.model, size) if engine.is_main else None
+        tensor.refuse(size, engine.broadcast_object(reason))
     return module
+
+
+def tensor_parallel_problem(model: Any, size: int) -> str | None:
+    """Why the layers of a model cannot be shared by ``size`` ranks; ``None`` if they can. They are tried."""
+    from lmcore.engine import tensor  # lazily, as below
+
+    return tensor.why_not(model, size) or tensor.why_not_equal(model, size)
 
 
 def build_model(
@@ -496,24 +591,26 @@ def make_optimizer(
     """The optimizer over the named parameters that the engine hands out."""
     groups = optim.parameter_groups(
         named,
-        weight_decay=config.optim.weight_decay,
+        weight_decay=max(values_of(config.optim.weight_decay)),
         train_only=config.optim.train_only,
         freeze=config.optim.freeze,
         vocabulary=vocabulary_parameters(module.model),
         head=head_parameters(module.model),
         lr_multipliers=lr_multipliers(config),
     )
-    return optim.build_optimizer(
+    optimizer = optim.build_optimizer(
         config.optim.name,
         groups,
         lr=config.optim.lr,
         betas=config.optim.betas,
         eps=config.optim.eps,
-        momentum=config.optim.momentum,
+        momentum=first_value(config.optim.momentum),
         fused=config.optim.fused,
         cautious_weight_decay=config.optim.cautious_weight_decay,
         **config.optim.config,
     )
+    optim.set_weight_decay(optimizer, first_value(config.optim.weight_decay))
+    return optimizer
 
 
 def lr_multipliers(config: RunConfig) -> dict[str, float]:
@@ -523,34 +620,43 @@ def lr_multipliers(config: RunConfig) -> dict[str, float]:
 
 def learning_rates(config: RunConfig, sizes: Sizes) -> Callable[[int], float]:
     """Steps done -> the learning rate of the next step."""
-    return partial(
+    peak = config.optim.lr
+    if isinstance(config.optim.schedule, Curve):
+        share = sizes.curve(config.optim.schedule)
+        return lambda step: peak * share(step)
+    rate = partial(
         schedules.learning_rate,
         schedule=config.optim.schedule,
-        peak=config.optim.lr,
-        warmup_steps=sizes.steps_of(config.optim.warmup),
-        total_steps=sizes.total_steps,
-        decay_steps=sizes.steps_of(config.optim.decay),
+        peak=peak,
+        warmup_steps=sizes.length(config.optim.warmup),
+        total_steps=sizes.total,
+        decay_steps=sizes.length(config.optim.decay),
         min_ratio=config.optim.min_lr_ratio,
     )
+    return lambda step: rate(sizes.done(step), step_length=sizes.done(step + 1) - sizes.done(step))
 
 
 def momenta(config: RunConfig, sizes: Sizes) -> Callable[[int], float]:
     """Steps done -> the momentum of the next step (of sgd and muon; the others have none)."""
+    asked = config.optim.momentum
+    if isinstance(asked, Curve):
+        return sizes.curve(asked)
     start = config.optim.momentum_start
     if start is None:
-        start = config.optim.momentum
+        start = asked
         if config.optim.name.lower() == "muon":
             start = min(start, schedules.MUON_MOMENTUM_START)
-    return partial(
-        schedules.momentum,
-        start=start,
-        end=config.optim.momentum,
-        warmup_steps=sizes.steps_of(config.optim.momentum_warmup),
-    )
+    warmup = sizes.length(config.optim.momentum_warmup)
+    return lambda step: schedules.momentum(sizes.done(step), start=start, end=asked, warmup_steps=warmup)
+
+
+def weight_decays(config: RunConfig, sizes: Sizes) -> Callable[[int], float]:
+    """Steps done -> the weight decay of the next step."""
+    return sizes.curve(config.optim.weight_decay)
 
 
 def describe_optimizer(config: RunConfig, sizes: Sizes) -> list[tuple[str, str]]:
-    """Rows of the start table: the optimizer, its peak rates by kind of parameter, its momentum."""
+    """Rows of the start table: the optimizer, its peak rates by kind of parameter, its momentum, curves."""
     asked = config.optim
     rates = {kind: asked.lr * value for kind, value in lr_multipliers(config).items()}
     if len(set(rates.values())) == 1:
@@ -560,22 +666,41 @@ def describe_optimizer(config: RunConfig, sizes: Sizes) -> list[tuple[str, str]]
     rows = [
         ("optimizer", f"{asked.name.lower() if ':' not in asked.name else asked.name}, peak rate {peaks}")
     ]
+    if isinstance(asked.schedule, Curve):
+        rows.append(("schedule", f"{asked.schedule} (multiples of the peak rate; the whole schedule)"))
     momentum = momenta(config, sizes)
     if asked.name.lower() in ("muon", "sgd"):
         words = f"{momentum(sizes.total_steps):g}"
-        if momentum(0) != asked.momentum:
+        if isinstance(asked.momentum, Curve):
+            words = str(asked.momentum)
+        elif momentum(0) != asked.momentum:
             words = f"{momentum(0):g} to {words} over {sizes.steps_of(asked.momentum_warmup):,} steps"
         rows.append(("momentum", words))
+    if isinstance(asked.weight_decay, Curve):
+        rows.append(("weight decay", str(asked.weight_decay)))
     return rows
 
 
-def open_engine(config: RunConfig) -> Engine:
-    """Join the processes of the run."""
-    from lmcore.engine.engine import Engine  # lazily, as above
+def open_engine(config: RunConfig, *, began_in: str | None = None) -> Engine:
+    """Join the processes of the run.
+
+    Args:
+        began_in: the precision of the checkpoint that will be resumed. On a CPU ``train.precision auto`` keeps fp32.
+    """
+    from lmcore.engine import launch  # lazily, as above
+    from lmcore.engine.engine import Engine
+    from lmcore.run.guard import wait_for_peers
+
+    train = config.train
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    kept = train.precision == "auto" and launched == "no" and began_in == "fp32"
+    if kept and not launch.uses_cuda(os.environ):
+        train = replace(train, precision="fp32")
 
     # The watchdog writes everybody's stacks before NCCL gives up and aborts.
     limit = max(config.engine.timeout_seconds, int(config.guard.stuck_seconds) + 60)
-    engine = Engine(config.train, replace(config.engine, timeout_seconds=limit), seed=config.seed)
+    wait_for_peers()
+    engine = Engine(train, replace(config.engine, timeout_seconds=limit), seed=config.seed)
     if config.guard.spike == "skip" and engine.strategy.startswith("zero"):
         engine.close()
         raise RequestError(

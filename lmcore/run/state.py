@@ -36,8 +36,11 @@ def topology(
     world_size: int,
     strategy: str,
     precision: str,
+    residual_dtype: str,
     device: str,
     compiled: bool,
+    context_parallel: int,
+    tensor_parallel: int,
     micro_batch_blocks: int,
 ) -> dict[str, Any]:
     """What has to be the same for a bit-exact continuation (law 13). Keys are words for a message."""
@@ -45,8 +48,11 @@ def topology(
         "world size": world_size,
         "strategy": strategy,
         "precision": precision,
+        "residual stream": residual_dtype,
         "device": device,
         "compiled": compiled,
+        "context parallel": context_parallel,
+        "tensor parallel": tensor_parallel,
         "micro_batch_blocks": micro_batch_blocks,  # dropout is seeded by the micro-batch
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

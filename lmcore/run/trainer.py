@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, final
 
@@ -23,43 +24,57 @@ import torch
 from torch import Tensor
 
 from lmcore.checkpoint import reader, writer
+from lmcore.checkpoint.manifest import Hashes
 from lmcore.config import yaml
-from lmcore.config.durations import Durations
 from lmcore.config.schema import RunConfig, flatten, ranges, to_dict
 from lmcore.conventions import IGNORED_LABEL
 from lmcore.data.batches import Batches, StepBatch, merge_cursors
 from lmcore.data.cursor import Cursor, merge_skips
 from lmcore.disk import DISK
-from lmcore.engine.ranks import on_main
-from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED, FaultError, RequestError
-from lmcore.model.module import parameter_counts
+from lmcore.engine.ranks import hashing_together, on_main
+from lmcore.errors import (
+    EXIT_FAULT,
+    EXIT_FINISHED,
+    EXIT_SAVED,
+    LAUNCHERS_TRACEBACK,
+    FaultError,
+    RequestError,
+    launcher_adds_traceback,
+    of_disk,
+)
+from lmcore.model.module import multiplied_parameters, parameter_counts
 from lmcore.plan import plan
 from lmcore.process import resident_bytes
 from lmcore.report.redact import redact, redact_settings
 from lmcore.report.report import Report, silence_other_bars
 from lmcore.report.trackers import Trackers, tell
-from lmcore.run import dev_run, setup
+from lmcore.run import advice, dev_run, setup
+from lmcore.run.agreement import Agreement, numbers_of
 from lmcore.run.anomalies import Action
+from lmcore.run.bucket import END_SECONDS, RECORD, Bucket
 from lmcore.run.budget import horizon
 from lmcore.run.early_stopping import EarlyStopping
 from lmcore.run.ema import MovingAverage
-from lmcore.run.evaluation import Evaluator
+from lmcore.run.evaluation import Evaluator, prompts_of
 from lmcore.run.finish import write_results
-from lmcore.run.folder import LOCK_WAIT_SECONDS, RunFolder, place
-from lmcore.run.guard import EXIT_STUCK, FAULT, Guard, Verdict, leaving, report_dead_rank
+from lmcore.run.folder import LOCK_WAIT_SECONDS, RunFolder, local_run_dir, place, refuse_separate_disks
+from lmcore.run.guard import FAULT, Guard, Verdict, leaving, report_dead_rank
 from lmcore.run.intervals import EVALUATE, LOG, SAVE, Due, Intervals
 from lmcore.run.late_numbers import LateNumbers
 from lmcore.run.planning import auto_micro_batch, plan_here, refuse_early
 from lmcore.run.profiler import ProfileWindow
 from lmcore.run.replicas import odd_ranks, parameter_hash
-from lmcore.run.resume import find_checkpoint, state_of
+from lmcore.run.resume import find_checkpoint, precision_so_far, state_of, with_sources_of
 from lmcore.run.state import State, differences, topology
 from lmcore.saved.export import refuse_foreign_folder
 from lmcore.saved.load import describe
+from lmcore.storage import is_url
 
 if TYPE_CHECKING:
     from lmcore.report.meters import Metrics
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""A disk that takes no more. Libraries raise these without the name of a file, too."""
 EXIT_CRASHED = 1
 """Python's own exit code of an exception."""
 
@@ -110,6 +125,7 @@ class Run:
         self._owns_folder = False  # until the lock is held, status.json may be another job's
         self._training = False
         self.trackers: Trackers | None = None
+        self.saves: Any = None
         self.state: State
 
     # ---- before the data: processes, folder, signals, the checkpoint to resume from
@@ -126,12 +142,15 @@ class Run:
         silence_other_bars()
         config = self.config
         assert config.run_dir is not None  # the command line has filled it in
-        self.engine = setup.open_engine(config)
+        self.engine = setup.open_engine(config, began_in=precision_so_far(config))
         self._close.callback(self.engine.close)
-        self.folder = RunFolder(config.run_dir, private=config.checkpoint.private)
+        local = local_run_dir(config.run_dir, config.local_dir)
+        self.folder = RunFolder(local, private=config.checkpoint.private)
         self._close.callback(self.folder.unlock)
         on_main(self.engine, partial(self.folder.lock, wait_seconds=LOCK_WAIT_SECONDS))
+        refuse_separate_disks(self.folder.path, self.engine)
         self._owns_folder = self.engine.is_main
+        self._open_bucket()
         self.report = self._close.enter_context(
             Report(
                 self.folder.path,
@@ -156,10 +175,51 @@ class Run:
         self.report.capture_logging()
         if config.model.factory is None:
             on_main(self.engine, partial(refuse_foreign_folder, self.folder.path / "export"))
-        self._found = on_main(self.engine, partial(find_checkpoint, config, self.folder, self.report))
+        self._found = hashing_together(self.engine, self._find_checkpoint)
         on_main(self.engine, partial(refuse_early, config))
         if self._owns_folder:
             self.folder.write_status("preparing", step=self._past.get("step", 0))
+
+    def _open_bucket(self) -> None:
+        """For a ``run_dir`` that is a URL: lease, and the files of the run. They come before anything opens them."""
+        config = self.config
+        self.bucket = None
+        if not is_url(config.run_dir):
+            return
+        if self.engine.is_main:
+            self.bucket = Bucket(
+                str(config.run_dir),
+                self.folder.path,
+                keep=config.checkpoint.keep,
+                keep_best=asdict(config.checkpoint.keep_best) if config.checkpoint.keep_best.k else None,
+                keeps=None,
+                stop_on_failure=config.checkpoint.on_upload_failure == "stop",
+            )
+            self._close.callback(self._close_bucket, self.bucket)
+        on_main(self.engine, lambda: self.bucket.open() if self.bucket else None)
+        if not all(self.engine.gather_object((self.folder.path / RECORD).exists())):
+            raise RequestError(
+                f"local folder {self.folder.path} is not the same on all machines of this run: give one that they share "
+                "with --local_dir"
+            )
+
+    def _close_bucket(self, bucket: Bucket) -> None:
+        """The last upload gets the time that is left; status.json, which says how the run ended, goes with it."""
+        guard = getattr(self, "guard", None)  # the run may have ended before there was one
+        left = self.config.checkpoint.upload_wait_seconds
+        bucket.note = print
+        bucket.close(limit_seconds=left if guard is None else max(0.0, min(left, guard.seconds_left())))
+
+    def _find_checkpoint(self, hashes: Hashes) -> tuple[str, dict[str, Any]] | None:
+        """Rank 0: the checkpoint to resume from, the newest good one of disk and bucket."""
+        if self.bucket is not None:
+            self.bucket.note = self.report.note
+            self.bucket.fetch(self.config.resume)
+        found = find_checkpoint(self.config, self.folder, self.report, hashes)
+        if self.bucket is not None:
+            self.bucket.abandon_after(-1 if found is None else int(found[1]["step"]))
+            self.bucket.start()
+        return found
 
     @property
     def _past(self) -> Mapping[str, Any]:
@@ -171,7 +231,7 @@ class Run:
     def open_data(self) -> None:
         """Text -> tokenizer -> token stores -> blocks. Every rank takes its share of the work."""
         self.data = setup.open_data(
-            self.config,
+            with_sources_of(self.config, self._past),
             self.folder.path / "tokenizer",
             rank=self.engine.rank,
             world_size=self.engine.world_size,
@@ -188,18 +248,15 @@ class Run:
         config, engine, data = self.config, self.engine, self.data
         self._bytes_before = resident_bytes()
         self.module = setup.open_model(config, data, engine, note=self.report.note)
+        self._context = setup.context_of(config, engine, self.module, note=self.report.note)
         self._counts = parameter_counts(self.module)
+        self._multiplied = multiplied_parameters(self.module)
         self._flops_per_token = plan.model_flops_per_token(self.module, data.block_size)
-        micro_batch = self._past.get("micro_batch_blocks") or auto_micro_batch(
+        self._micro_batch = self._past.get("micro_batch_blocks") or auto_micro_batch(
             config, engine, self.module, data.block_size
         )
-        self.sizes = horizon(
-            config,
-            block_size=data.block_size,
-            epoch_blocks=getattr(data.train, "epoch_blocks", None),
-            world_size=engine.world_size,
-            micro_batch_blocks=micro_batch,
-        )
+        with state_of(self._found[0]) if self._found else nullcontext():
+            self._set_sizes(self._past)
         self._plan = plan_here(config, engine, self.module, self.sizes, data, note=self.report.note)
         engine.prepare(
             self.module,
@@ -208,15 +265,30 @@ class Run:
             micro_batch_blocks=self.sizes.micro_batch_blocks,
             clip_norm=config.optim.clip_norm,
         )
+
+    def _set_sizes(self, past: Mapping[str, Any]) -> None:
+        """The steps of the run and its schedules, from the state of a checkpoint on (empty: from the start)."""
+        config, block_size = self.config, self.data.block_size
+        self.sizes = horizon(
+            config,
+            block_size=block_size,
+            epoch_blocks=getattr(self.data.train, "epoch_blocks", None),
+            world_size=self.engine.data_world_size,
+            micro_batch_blocks=self._micro_batch,
+            step=past.get("step", 0),
+            blocks=past.get("tokens", 0) // block_size,
+            planned_from=tuple(past.get("planned_from", (0, 0))),
+        )
         self._schedule = setup.learning_rates(config, self.sizes)
         self._momenta = setup.momenta(config, self.sizes)
+        self._weight_decays = setup.weight_decays(config, self.sizes)
+        self._intervals = Intervals(
+            self.sizes, log=config.report.every, evaluate=config.evaluate.every, save=config.checkpoint.every
+        )
 
     def restore(self) -> None:
         """The newest good checkpoint, or the state of step 0."""
         config, engine, data, sizes = self.config, self.engine, self.data, self.sizes
-        self._intervals = Intervals(
-            sizes, log=config.report.every, evaluate=config.evaluate.every, save=config.checkpoint.every
-        )
         self._average = MovingAverage(self._weights, decay=config.optim.ema_decay, strategy=engine.strategy)
         self._evaluator = Evaluator(
             config,
@@ -226,28 +298,40 @@ class Run:
             average=self._average,
             guard=self.guard,
             report=self.report,
-            flash_documents=setup.flash_documents(config, self.module),
+            context=self._context,
         )
-        self._early_stopping = EarlyStopping(**asdict(config.evaluate.early_stopping))
+        asked = config.evaluate.early_stopping
+        epoch_tokens = sizes.epoch_blocks and sizes.epoch_blocks * sizes.block_size
+        self._passes = advice.passes(sizes.run_tokens, epoch_tokens)
+        patience = advice.patience_of(
+            asked.patience,
+            repeats=self._passes,
+            validated=bool(data.valid) and bool(config.evaluate.every),
+            began_with=self._past.get("config", {}).get("evaluate.early_stopping.patience"),
+        )
+        self._early_stopping = EarlyStopping(**asdict(asked) | {"patience": patience})
         self.saves = writer.Checkpoints(
+            config.checkpoint,
             self.folder.checkpoints,
-            keep=config.checkpoint.keep,
-            keep_best=asdict(config.checkpoint.keep_best) if config.checkpoint.keep_best.k else None,
-            keep_every=self._steps_of(config.checkpoint.keep_every),
-            background=config.checkpoint.background,
-            on_full_disk=config.checkpoint.on_full_disk,
-            is_main=engine.is_main,
+            ranks=engine,
+            keeps=self._is_kept,
+            copies=engine.copies,
             progress=lambda: self.guard.beat("save", self.state.step),
             note=self.report.note,
         )
+        if self.bucket is not None:
+            self.bucket.keeps = self._is_kept
         self._skips = merge_skips(ranges(config.data.skip_positions, "data.skip_positions"))
         self._model = describe(self.module.model, factory=config.model.factory, arguments=config.model.config)
         self._topology = topology(
             world_size=engine.world_size,
             strategy=engine.strategy,
             precision=engine.precision,
+            residual_dtype=engine.residual_dtype,
             device=engine.device.type,
             compiled=engine.compiled,
+            context_parallel=engine.context_parallel,
+            tensor_parallel=engine.tensor_parallel,
             micro_batch_blocks=sizes.micro_batch_blocks,
         )
         self._profile: ProfileWindow | None = None
@@ -265,6 +349,8 @@ class Run:
         )
         self._unchecked: list[tuple[int, tuple[int, int], LateNumbers]] = []
         self._verdict, self._flags = Verdict(), 0
+        self._agreement = Agreement(several=engine.world_size > 1)
+        self._recorded = time.monotonic()
         self._stop_early: str | None = None
         if self._found:
             past = self._load(self._found[0])
@@ -276,7 +362,7 @@ class Run:
     def _load(self, path: str) -> dict[str, Any]:
         """Weights, optimizer and training state of a verified checkpoint. Returns all of its state."""
         with reader.open_checkpoint(path, verify_bytes=False) as saved:
-            self.engine.load_state(saved.read)
+            self.engine.load_state(saved.stored)
             self._average.load(saved.read)
             self.saves.resumed(saved)
             kept = saved.state
@@ -286,6 +372,7 @@ class Run:
                 cursor=Cursor.from_json(kept["cursor"])
                 .check(
                     fingerprint=self.data.train.fingerprint,
+                    former=getattr(self.data.train, "former_fingerprints", ()),
                     seed=self.config.seed,
                     accept="data.train" in self.config.allow_changes,
                 )
@@ -309,6 +396,7 @@ class Run:
             self.sizes,
             self.state,
         )
+        patience = self._early_stopping.patience or 0
         if engine.is_main:
             self.folder.write_status("running", step=state.step)
             DISK.write_text(
@@ -324,24 +412,37 @@ class Run:
             )
         report.start(
             [
-                ("run folder", str(self.folder.path)),
+                ("run folder", self._describe_folder()),
                 ("job", ", ".join(f"{name} {value}" for name, value in place().items())),
                 ("model", setup.describe_model(config, self.module.model, self._counts)),
                 *self.data.rows,
-                *sizes.rows(config, engine.world_size),
+                *sizes.rows(config, engine.data_world_size),
                 *setup.describe_optimizer(config, sizes),
+                *advice.law_row(
+                    config,
+                    parameters=self._multiplied,
+                    run_tokens=sizes.run_tokens,
+                    unique_tokens=sizes.epoch_blocks and sizes.epoch_blocks * sizes.block_size,
+                ),
+                *advice.early_stopping_row(config.evaluate.early_stopping.patience, patience, self._passes),
                 *engine.describe(),
                 *(self._plan.beside_the_budget() if self._plan else []),
                 ("starting at", f"step {state.step:,}, position {state.cursor.position:,}"),
             ]
         )
-        for line in sizes.warnings(config, validated=bool(self.data.valid)):
+        repeated = advice.repetition_warning(
+            config, self._passes, validated=bool(self.data.valid), patience=patience
+        )
+        lines = sizes.warnings(config, validated=bool(self.data.valid))
+        for line in lines if repeated is None else [*lines, repeated]:
             report.warn_once(line)
         report.begin(
             step=state.step,
             total_steps=sizes.total_steps,
+            progress=lambda step: self.sizes.progress(step),
             tokens=state.tokens,
             reduce=engine.sum_over_ranks,
+            summed_ranks=engine.world_size // engine.tensor_parallel,
             trackers=self.trackers,
             flops_per_token=self._flops_per_token,
             peak_flops_per_device=plan.peak_flops(engine.device_name, engine.precision),
@@ -373,6 +474,7 @@ class Run:
         reading = self._read()
         while not self._ends() and (batch := next(reading, None)) is not None:
             epochs, step = int(self.epoch), self.state.step
+            self.engine.set_accumulation(len(batch.micro_batches))
             yield replace(batch, label_count=self._label_count(batch))
             if self.state.step <= step:  # rewound
                 reading = self._read()
@@ -401,16 +503,17 @@ class Run:
             Batches(
                 self.data.train,
                 cursor=self.state.cursor,
-                global_batch_blocks=self.sizes.global_batch_blocks,
+                global_batch_blocks=self.sizes.steps,
                 micro_batch_blocks=self.sizes.micro_batch_blocks,
-                rank=self.engine.rank,
-                world_size=self.engine.world_size,
+                step=self.state.step,
+                rank=self.engine.data_rank,
+                world_size=self.engine.data_world_size,
                 end_position=self.sizes.end_position,
                 workers=options.workers,
                 prefetch=options.prefetch,
                 pin_memory=options.pin_memory,
                 device=self.engine.device,
-                flash_documents=setup.flash_documents(self.config, self.module),
+                context=self._context,
                 collate=self.data.collate,
             )
         )
@@ -423,12 +526,16 @@ class Run:
         return self.engine.sum_over_ranks(torch.stack(counts).sum().to(self.engine.device))
 
     def learning_rate(self) -> float:
-        """The rate of the coming step: a pure function of the steps done."""
+        """The rate of the coming step: a pure function of the position."""
         return self._schedule(self.state.step)
 
     def momentum(self) -> float:
         """The momentum of the coming step, for an optimizer that has one."""
         return self._momenta(self.state.step)
+
+    def weight_decay(self) -> float:
+        """The weight decay of the coming step."""
+        return self._weight_decays(self.state.step)
 
     @property
     def norm_limit(self) -> float:
@@ -454,16 +561,20 @@ class Run:
 
         Example::
 
-            correct += (logits.argmax(-1) == labels).sum()
+            correct, labels = correct + hits, labels + count      # in each micro-batch; both of this rank
             run.record(batch, loss=loss, grad_norm=grad_norm, applied=applied,
-                       metrics={"accuracy": (correct, batch.label_count)})
+                       metrics={"accuracy": (correct, labels)})
         """
-        state, rate = self.state, self.learning_rate()
+        state, rate, engine = self.state, self.learning_rate(), self.engine
         state.step, state.cursor = state.step + 1, batch.cursor
         state.tokens += batch.n_blocks * self.sizes.block_size
         first, last = batch.positions
-        sums = self.engine.sum_over_ranks(loss.values)
-        numbers = LateNumbers(torch.stack([*sums, grad_norm.double(), applied.double()]))
+        # Signals and clocks differ between the ranks: all of them act on the same bits.
+        mine = self._own_flags()
+        flags = None if engine.world_size == 1 else numbers_of(mine, engine.device)
+        sums = engine.sum_over_ranks(loss.values, own=flags)
+        own = torch.stack([grad_norm.double(), applied.double()])
+        numbers = LateNumbers(torch.cat([own, sums]))
         self._unchecked.append((state.step, (first, last + 1), numbers))
         self._average.update()
         self.guard.beat("step", state.step)
@@ -472,13 +583,11 @@ class Run:
         if self._intervals.reached(state.step, self.config.guard.hash_every):
             self._compare_replicas()
 
-        # Signals and clocks differ between the ranks: all of them act on the same bits.
-        flags = self.guard.flags(reserve_seconds=self.saves.save_seconds)
-        flags |= self._intervals.flags(state.step, saving=self.saves.busy)
-        if flags & EVALUATE and self.saves.keep_best:
-            flags |= SAVE  # what is best must be there to be kept
-        failed = self.saves.failed or self.report.failed
-        self._flags = self.engine.agree(flags | (FAULT if failed else 0))
+        due = self._intervals.flags(state.step)
+        waits = bool(due & SAVE) or state.step == self.sizes.total_steps
+        self._flags = due | self._agreement.after_step(mine, numbers, first=4, at_once=waits)
+        if self._flags & EVALUATE and self.saves.keep_best:
+            self._flags |= SAVE  # what is best must be there to be kept
         self._verdict = self.guard.verdict(self._flags)
         self.report.step(
             step=state.step,
@@ -494,6 +603,18 @@ class Run:
             metrics=metrics,
             due=bool(self._flags & LOG),
         )
+
+    def _own_flags(self) -> int:
+        """What this rank has to say: signals, deadlines, failed saves, and rank 0's clock. Called once in a step."""
+        now, several = time.monotonic(), self.engine.world_size > 1
+        step_seconds, self._recorded = now - self._recorded, now
+        late_seconds = step_seconds if several and self.engine.device.type == "cuda" else 0.0
+        upload_seconds = self.bucket.upload_seconds if self.bucket is not None else 0.0
+        flags = self.guard.flags(reserve_seconds=self.saves.save_seconds + upload_seconds + late_seconds)
+        if self.engine.is_main:
+            flags |= self._intervals.clock_flags(saving=self.saves.busy)
+        failed = self.saves.failed or self.report.failed or (self.bucket is not None and self.bucket.failed)
+        return flags | (FAULT if failed else 0)
 
     def due(self) -> Due:
         """What to do now that a step is recorded; the same on every rank.
@@ -523,7 +644,7 @@ class Run:
         action = Action()
         while self._unchecked and self._unchecked[0][0] <= self.state.step - lag_steps:
             step, positions, numbers = self._unchecked.pop(0)
-            loss_sum, labels, norm, applied = numbers.tolist()
+            norm, applied, loss_sum, labels = numbers.tolist()[:4]
             loss = loss_sum / max(labels, 1)
             self.report.latest(step=step, loss=loss)
             action = self.guard.after_step(step, positions, loss, norm, bool(applied))
@@ -542,18 +663,21 @@ class Run:
         """
         folder, note = self.folder.checkpoints, self.report.note
 
-        def find() -> str:
-            found = reader.find(folder, before_step=fault.before_step, note=note)
+        def find(hashes: Hashes) -> str:
+            found = reader.find(folder, before_step=fault.before_step, note=note, hashes=hashes)
             if found is None:
                 raise FaultError(
                     f"{fault.reason}: no checkpoint before step {fault.before_step} to rewind to"
                 )
             with found:
                 reader.abandon_after(folder, found.step, note=note)
+                if self.bucket is not None:
+                    self.bucket.abandon_after(found.step)
                 return str(found.path)
 
         self.saves.wait()
-        kept = self._load(on_main(self.engine, find))
+        kept = self._load(hashing_together(self.engine, find))
+        self._set_sizes(kept)
         self.guard.rewound(kept["guard"])
         self.state.cursor = self.state.cursor.with_skips(fault.positions)
         self._unchecked.clear()
@@ -563,16 +687,19 @@ class Run:
             self.evaluate()
 
     def save(self, reason: str) -> None:
-        """Write a checkpoint: copied on all ranks, written in the background."""
+        """Write a checkpoint: copied on all ranks, written in the background.
+
+        On a GPU it is copied while the next step runs, and ``engine.update`` waits for that on the device. Code of your own
+        that changes weights before the next update calls ``run.engine.copies.before_writing()`` first.
+        """
         state, engine = self.state, self.engine
         on_main(engine, self.folder.check_owner)
         self.guard.beat("save", state.step)
         with self.report.task("saving"):
             cursor = merge_cursors(engine.gather_object(state.cursor))
-            self.saves.save(
+            begun = self.saves.save(
                 state.step,
-                layout=[*engine.state_layout(), *self._average.layout()],
-                tensors=chain(engine.state(), self._average.tensors()),
+                tensors=[*engine.state_parts(), *self._average.parts(engine.rank, engine.world_size)],
                 state={
                     **asdict(replace(state, cursor=cursor)),
                     "cursor": cursor.to_json(),
@@ -580,6 +707,7 @@ class Run:
                     "config": redact(flatten(self.config)),
                     "optimizer_scalars": engine.optimizer_scalars(),
                     "micro_batch_blocks": self.sizes.micro_batch_blocks,
+                    "planned_from": self.sizes.steps.stretches[0][:2],
                     "guard": self.guard.state_dict(),
                     "model": self._model,
                     "tokenizer": self.data.encoder.fingerprint if self.data.encoder else None,
@@ -592,7 +720,8 @@ class Run:
                 epoch=self.epoch,
                 tokens=state.tokens,
             )
-        self.report.event("checkpoint", step=state.step, reason=reason)
+        if begun:  # the last step is saved when it is recorded, and asked for once more in the end
+            self.report.event("checkpoint", step=state.step, reason=reason)
         if engine.is_main:
             self._remember_checkpoint()
             self.folder.write_status("running", step=state.step)
@@ -623,8 +752,12 @@ class Run:
             reason = self._verdict.reason
             report.event("signal", step=step, reason=reason)
             if self._verdict.exit_code == EXIT_FAULT:
+                if self.bucket is not None:
+                    self.bucket.poll()
                 raise FaultError(f"stopped at step {step}: {reason}")
             report.end(f"saved at step {step:,}: {reason}; run the same command to resume", [])
+            if "SIGINT" in reason and launcher_adds_traceback():
+                report.note(LAUNCHERS_TRACEBACK)
             self._ending, self.exit_code = ("saved", reason), self._verdict.exit_code
             return
         if self._stop_early is not None:
@@ -634,43 +767,59 @@ class Run:
         self.saves.wait(final=True)  # exit code 0 only after the last checkpoint is committed and verified
         self._evaluator.score(self.data.test, self.state, self.epoch)
         report.event("end", step=step, reason=reason)
-        results = partial(write_results, self.config, self.folder, report, averaged=bool(self._average))
-        on_main(self.engine, results)
+        averaged, prompts = bool(self._average), prompts_of(self.config.evaluate.prompts, self.data)
+        hashing_together(
+            self.engine,
+            lambda hashes: write_results(
+                self.config, self.folder, report, averaged=averaged, prompts=prompts, hashes=hashes
+            ),
+        )
+        on_main(self.engine, self._finish_uploads)
         self._notify(f"finished at step {step}: {reason}")
         self._ending, self.exit_code = ("finished", reason), EXIT_FINISHED
+
+    def _finish_uploads(self) -> None:
+        """Exit code 0 only when the last checkpoint is in the bucket, too."""
+        if self.bucket is None:
+            return
+        done = self.bucket.wait(
+            limit_seconds=END_SECONDS, progress=lambda: self.guard.beat("upload", self.state.step)
+        )
+        self.bucket.poll()
+        if not done:
+            raise FaultError(
+                f"the training is finished, but {self.config.run_dir} takes no uploads; its checkpoint and export are in "
+                f"{self.folder.path}: the same command on this machine uploads them"
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if error is not None:
-                leaving()
+                leaving(error)
+                if self.saves is not None and self.engine.world_size > 1:
+                    self.saves.abandon()
             if error is not None and self._signal_stopped_compiler(error):
                 self._failure_of(error)  # which saves what there is to save
                 self.exit_code = EXIT_SAVED
                 if self._owns_folder:
                     reason = "a signal while compiling"
-                    self.folder.write_status(
-                        "saved", step=self.state.step, exit_code=EXIT_SAVED, reason=reason
-                    )
+                    self._write_end("saved", step=self.state.step, exit_code=EXIT_SAVED, reason=reason)
                 raise SystemExit(EXIT_SAVED) from None
             failure = self._failure_of(error) if error is not None else None
             if failure is not None and failure is not error:
                 raise failure from error
             if isinstance(error, SystemExit) and error.code == EXIT_SAVED and self._owns_folder:
-                self.exit_code = EXIT_SAVED
-                self.folder.write_status(
-                    "saved", exit_code=EXIT_SAVED, reason="a signal before the first step"
-                )
+                self._interrupted_early()
             elif isinstance(error, RequestError | FaultError):
                 self._failed(error.exit_code, str(error))
             elif isinstance(error, Exception):
-                code = EXIT_CRASHED
-                engine = getattr(self, "engine", None)  # the error may come before the processes have met
-                several = engine is not None and engine.world_size > 1
-                if several and report_dead_rank():  # the error is that of a lost connection
-                    code = EXIT_STUCK
-                else:
+                # Asked of the launcher: the error may come while the processes meet, before there is an engine.
+                several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+                code = report_dead_rank() if several else None  # the error may be that of a lost connection
+                if code is None:
+                    code = EXIT_CRASHED
                     self._failed(code, f"{type(error).__name__}: {error}")
                 if several:
                     # Leaving the process group may wait for the other ranks: the traceback must not wait for that.
@@ -681,6 +830,24 @@ class Run:
                 self._succeeded()
         finally:
             self._close.close()
+
+    def _interrupted_early(self) -> None:
+        """A signal before the first step of this start: status.json, and a line that says what is kept."""
+        self.exit_code = EXIT_SAVED
+        signals = self.guard.signals if hasattr(self, "guard") else ""
+        self._write_end("saved", exit_code=EXIT_SAVED, reason="a signal before the first step")
+        if not signals:  # the launcher has died, and nobody reads this
+            return
+        step = self._past.get("step", 0) if hasattr(self, "_found") else 0
+        if step:
+            kept = f"before step {step + 1:,}: the checkpoint of step {step:,} is kept"
+        elif self.config.data.factory is not None:
+            kept = "before the first step: nothing to save"
+        else:
+            kept = "before the first step: the tokenizer and the parts of the token stores that are finished are kept"
+        self.report.note(f"interrupted ({signals}) {kept}; run the same command to resume")
+        if "SIGINT" in signals and launcher_adds_traceback():
+            self.report.note(LAUNCHERS_TRACEBACK)
 
     def _signal_stopped_compiler(self, error: BaseException) -> bool:
         """A signal to the process group ends the compilers that torch has started, and torch reports their failure."""
@@ -697,13 +864,21 @@ class Run:
         self.report.close()
         if self._owns_folder:
             self._remember_checkpoint()
-            self.folder.write_status(state, step=self.state.step, exit_code=self.exit_code, reason=reason)
+            self._write_end(state, step=self.state.step, exit_code=self.exit_code, reason=reason)
 
     def _failure_of(self, error: BaseException) -> BaseException:
         """What to end with: a running training of one process is saved first, and running out of memory gets advice.
 
         Only for one process: of several, the others wait inside a collective that this one will never join.
         """
+        of_a_file = isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL)
+        if not self._training and isinstance(error, OSError) and of_a_file:
+            failure = of_disk(error)
+            self._failed(failure.exit_code, str(failure))
+            engine = getattr(self, "engine", None)
+            if engine is not None and not engine.is_main:  # rank 0 does not know of it and cannot say it
+                print(f"rank {engine.rank}: {failure}", file=sys.stderr)
+            return failure
         if (
             not self._training
             or not isinstance(error, Exception)
@@ -711,7 +886,7 @@ class Run:
         ):
             return error
         step = self.state.step
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in _FULL:
             failure = FaultError(
                 f"{error.strerror} in step {step + 1}{f': {error.filename}' if error.filename else ''}; the last "
                 f"checkpoint is whole: free space and run the same command to resume"
@@ -735,13 +910,13 @@ class Run:
             return failure
         return error
 
-    def _end_by_rank(self, line: str) -> None:
-        """Another rank is dead or stuck; called on rank 0, or on rank 1 if rank 0 is the one."""
+    def _end_by_rank(self, line: str, code: int) -> None:
+        """Another rank is dead or stuck, or has refused; called on rank 0, or on rank 1 if rank 0 is the one."""
         self._owns_folder = True
-        self._failed(EXIT_STUCK, line)
+        self._failed(code, line)
 
     def _failed(self, exit_code: int, reason: str) -> None:
-        """status.json and the webhook hear of a failure, once the folder is ours."""
+        """Write a failure to status.json and the webhook, if this process holds the lock of the folder."""
         self.exit_code = exit_code
         if not self._owns_folder or not (self.folder.path / "status.json").exists():
             return
@@ -749,10 +924,15 @@ class Run:
             self.folder.check_owner()
         except FaultError:  # whatever lies there now is not this run
             return
+        self._write_end("failed", exit_code=exit_code, reason=reason)
+        tell(self.config.report.webhook, redact(f"{self.folder.path.name}: failed: {reason}"))
+
+    def _write_end(self, state: str, **more: Any) -> None:
+        """How the run ended, into ``status.json``. Where that cannot be written, the exit code alone says it."""
         try:
-            self.folder.write_status("failed", exit_code=exit_code, reason=reason)
-        finally:  # a full disk is a failure to tell of, too
-            tell(self.config.report.webhook, redact(f"{self.folder.path.name}: failed: {reason}"))
+            self.folder.write_status(state, **more)
+        except OSError as error:
+            print(f"the run is {state}, which status.json does not say: {of_disk(error)}", file=sys.stderr)
 
     def _remember_checkpoint(self) -> None:
         """The newest committed checkpoint goes into status.json: a run that had one never starts at step 0 again."""
@@ -770,17 +950,25 @@ class Run:
         """Epochs behind the cursor."""
         return self.data.train.epoch_of(self.state.cursor)
 
+    def _describe_folder(self) -> str:
+        local = str(self.folder.path)
+        return f"{self.config.run_dir}, local copy {local}" if is_url(self.config.run_dir) else local
+
     def _weights(self) -> list[tuple[str, Tensor]]:
         """Names and whole weights of the trained model (strategies that do not shard)."""
         return [(n, p) for n, p in self.module.model.named_parameters() if p.requires_grad]
 
-    def _steps_of(self, every: Durations) -> int | None:
-        return self.sizes.steps_of(every[0]) if every else None
+    def _is_kept(self, step: int) -> bool:
+        """Whether the checkpoint of a step is kept for ever. What was saved under another plan of the steps cannot be
+        told any more, and stays."""
+        before = step < self.sizes.steps.stretches[0].step
+        return before or self._intervals.reached(step, self.config.checkpoint.keep_every)
 
     def _compare_replicas(self) -> None:
         """Raises ``FaultError`` if a rank holds other weights than most: silent data corruption."""
-        if self.engine.strategy not in ("single", "ddp", "zero1", "zero2"):
-            self.report.warn_once(f"guard.hash_every: under {self.engine.strategy} no rank holds all weights")
+        if self.engine.sharded:
+            under = self.engine.strategy if self.engine.tensor_parallel == 1 else "train.tensor_parallel"
+            self.report.warn_once(f"guard.hash_every: under {under} no rank holds all weights")
             return
         odd = odd_ranks(self.engine.gather_object(parameter_hash(self._weights())))
         if odd:

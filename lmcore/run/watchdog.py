@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TextIO, final
 
 from lmcore.disk import DISK, Disk
-from lmcore.run.peers import EXIT_STUCK, Peers, Standing
+from lmcore.errors import EXIT_STUCK
+from lmcore.run.peers import Peers, Standing
 
 
 @final
@@ -30,7 +31,7 @@ class Watchdog:
         logs: folder for ``stacks-rank-*.txt``.
         stuck_seconds: how long a run may make no progress; twice that until the first beat, which may wait for a compiler.
         note: called with the line that says which rank is stuck.
-        on_end: called once, on one rank, with that line: writes ``status.json``, for example.
+        on_end: called once, on one rank, with that line and code 71: writes ``status.json``, for example.
         peers: the connections to the other ranks, or ``None`` for a single process.
         leave: ends the process.
     """
@@ -42,7 +43,7 @@ class Watchdog:
         rank: int = 0,
         stuck_seconds: float,
         note: Callable[[str], None],
-        on_end: Callable[[str], None] | None = None,
+        on_end: Callable[[str, int], None] | None = None,
         peers: Peers | None = None,
         leave: Callable[[int], None] = os._exit,
     ) -> None:
@@ -135,7 +136,7 @@ class Watchdog:
         self._write_stacks(line)
         self._note(line)
         if self._on_end is not None:
-            self._on_end(line)
+            self._on_end(line, EXIT_STUCK)
         self._leave(EXIT_STUCK)
 
     def _write_stacks(self, line: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -16,14 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from lmcore.checkpoint.writer import Checkpoints
-from lmcore.cli import doctor
+from lmcore.cli import doctor, saved
 from lmcore.cli.main import COMMANDS, main
 from lmcore.data.tokenizer.training import train_tokenizer
+from lmcore.disk import DISK, Call
 from lmcore.errors import RequestError
 from lmcore.model.build import build_model
 from lmcore.saved.load import describe
 from lmcore.saved.score import score
+from tests.support.checkpoints import checkpoints, whole
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["def f(x):\n    return x + 1\n", "吾輩は猫である。名前はまだ無い。\n"] * 40
@@ -49,15 +51,14 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         block_size=32,
         seed=1,
     )
-    saves = Checkpoints(folder / "checkpoints", background=False, note=lambda text: None)
+    saves = checkpoints(folder / "checkpoints", background=False)
     for step in (2, 4):
         with torch.no_grad():
             model.transformer.wpe.weight.add_(0.1)  # type: ignore[union-attr, operator]
         tensors = [("model", name, "", tensor.detach()) for name, tensor in model.named_parameters()]
         saves.save(
             step,
-            layout=[(kind, name, slot, tuple(t.shape), t.dtype) for kind, name, slot, t in tensors],
-            tensors=iter(tensors),
+            tensors=whole(tensors),
             state={"model": describe(model)},
             metrics={"loss": 2.0 + step},
             tokens=64 * step,
@@ -121,6 +122,167 @@ def test_wrong_command_is_refused_in_one_line_with_code_2(
     assert "Traceback" not in "\n".join(said)
     with pytest.raises(RequestError):
         call(*words, "--debug")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 70), (errno.EIO, 70)]
+)
+def test_place_that_cannot_be_written_is_one_line(
+    number: int,
+    code: int,
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (run_dir / "metrics.jsonl").write_text('{"kind": "train", "step": 2, "tokens": 9, "loss": 2.0}\n')
+
+    def refuse(call: Call) -> None:
+        raise OSError(number, os.strerror(number), call.path)
+
+    monkeypatch.setattr(DISK, "before", refuse)
+    for words in (
+        ["export", run_dir, "--out", tmp_path / "export"],
+        ["report", run_dir],
+        ["report", run_dir, "--out", tmp_path / "\x1b[2Jpage.html"],
+    ):
+        assert call(*words) == code
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith("lmcore: ")
+        assert lines[-1].endswith(os.strerror(number))
+        assert "\x1b" not in lines[-1]
+    with pytest.raises(OSError, match=os.strerror(number)):
+        call("report", run_dir, "--debug")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("evaluate RUN --data FILE --blocks -1", "--blocks must be 1 or more"),
+        ("evaluate RUN --data FILE --blocks 0", "--blocks must be 1 or more"),
+        ("evaluate RUN --data= --blocks 1", "a path must not be empty"),
+        ("export RUN --max_shard_gb inf", "--max_shard_gb must be above 0"),
+        ("export RUN --max_shard_gb nan", "--max_shard_gb must be above 0"),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(
+    words: str, reason: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("some text")
+    assert call(*words.replace("RUN", str(run_dir)).replace("FILE", f"{tmp_path}/file").split()) == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words", ["export RUN --out FILE/below", "report RUN --out FILE/below/page.html"])
+def test_file_in_place_of_a_folder_is_one_line(
+    words: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "metrics.jsonl").write_text('{"kind": "train", "step": 2, "tokens": 9, "loss": 2.0}\n')
+    (tmp_path / "file").write_text("mine")
+    assert call(*words.replace("RUN", str(run_dir)).replace("FILE", f"{tmp_path}/file").split()) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("lmcore: ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "remedy"),
+    [
+        ("a.jsonl", b'{"text": 3}\n', "--on_error skip"),
+        ("a.txt", "\u543e\u8f29".encode("cp932"), "set --encoding"),
+        ("a.jsonl", b'{"content": "x"}\n', "set --text_field"),
+    ],
+)
+def test_evaluate_names_its_own_options(
+    file: str, content: bytes, remedy: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / file).write_bytes(content)
+    assert call("evaluate", run_dir, "--data", tmp_path / file) in (2, 70)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert remedy in line
+    assert "data.on_error" not in line
+
+
+@pytest.mark.parametrize("name", [".prepare.lock", "tokenizer"])
+def test_prepare_writes_through_no_link(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run folder may come from somebody else."""
+    (tmp_path / "text.txt").write_text("\n".join(f"line {n} of the text" for n in range(600)))
+    (tmp_path / "run").mkdir()
+    precious = tmp_path / "precious"
+    if name == "tokenizer":
+        precious.mkdir()
+    file = precious / "vocab.txt" if name == "tokenizer" else precious
+    file.write_text("mine")
+    (tmp_path / "run" / name).symlink_to(precious)
+    words = (
+        "--data.train",
+        tmp_path / "text.txt",
+        "--tokenizer.vocab_size",
+        300,
+        "--data.store_dir",
+        tmp_path / "stores",
+    )
+    assert call("prepare", *words, "--run_dir", tmp_path / "run") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("lmcore: ")
+    assert file.read_text() == "mine"
+    assert not precious.is_dir() or [path.name for path in precious.iterdir()] == ["vocab.txt"]
+
+
+@pytest.mark.timeout(60)
+def test_files_without_an_end_are_refused_as_prompts(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(saved, "_MOST_PROMPT_BYTES", 1000)
+    assert call("generate", run_dir, "--prompts", "/dev/zero") == 2
+    assert "/dev/zero: more than 1,000 bytes" in capsys.readouterr().err.splitlines()[-1]
+    with open("/dev/zero", encoding="utf-8") as endless:
+        monkeypatch.setattr(sys, "stdin", endless)
+        assert call("generate", run_dir, "--prompt", "-") == 2
+    assert "--prompt -: more than 1,000 bytes" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["stores.json", "status.json", "checkpoints/step-00000009/state.json"])
+def test_stores_does_not_wait_for_the_writer_of_a_fifo(name: str, tmp_path: Path) -> None:
+    (tmp_path / "stores").mkdir()
+    path = tmp_path / "runs" / "a" / name
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    assert call("stores", "--store_dir", tmp_path / "stores", "--runs", tmp_path / "runs") == 0
+
+
+@pytest.mark.parametrize("number", ["\N{SUPERSCRIPT TWO}", "9" * 5000, "\N{CIRCLED DIGIT ONE}"])
+@pytest.mark.parametrize("words", ["generate RUN --prompt x --checkpoint", "export RUN --checkpoint", "prepare --worker",
+                                   "plan --processes", "train --processes", "train --gpus"])  # fmt: skip
+def test_digits_that_are_no_number_are_one_line(
+    words: str, number: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*words.replace("RUN", str(run_dir)).split(), number) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("lmcore: ")
+
+
+@pytest.mark.parametrize("words", ["generate RUN --prompt x", "export RUN", "evaluate RUN --data RUN/x"])
+def test_refused_checkpoint_names_the_option_of_the_command(
+    words: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*words.replace("RUN", str(run_dir)).split(), "--checkpoint", "99") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--checkpoint auto uses the newest checkpoint" in line
+    assert "--resume" not in line
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "my.model", "dict.txt", "tokenizer.json"])
+def test_tokenizer_is_not_written_among_files_that_it_would_remove(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(f"line {n} of the text" for n in range(600)))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    words = ("--data.train", tmp_path / "text.txt", "--tokenizer.vocab_size", 300, "--out", tmp_path / "out")
+    assert call("tokenizer", "train", *words) == 2
+    assert name in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {name: "mine"}
 
 
 def test_closed_pipe_is_no_error(run_dir: Path) -> None:
@@ -301,9 +463,8 @@ def test_data_commands_read_the_text_of_the_run(
     assert "600" in said
     assert "sample" in said
     assert "round trip" in said
-    monkeypatch.setattr(
-        "lmcore.report.console.PLAIN_TASK_SECONDS", 0.0
-    )  # each time instead of twice a minute
+    # Each time instead of twice a minute
+    monkeypatch.setattr("lmcore.report.console.PLAIN_TASK_SECONDS", 0.0)
     assert call("prepare", *common) == 0
     said, progress = capsys.readouterr()
     assert re.search(
@@ -345,6 +506,21 @@ def test_plan_prints_parameters_batch_and_time(
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
+def test_doctor_names_an_accelerate_configuration_that_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    answers = tmp_path / "accelerate" / "default_config.yaml"
+    answers.parent.mkdir()
+    answers.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\n")
+    assert [one.state for one in doctor.examine() if one.name == "accelerate config"] == ["note"]
+    answers.write_text(answers.read_text() + "gradient_accumulation_steps: 4\n")
+    _, found = [one for one in doctor.examine() if one.name == "accelerate config"]
+    assert found.state == "warn"
+    assert "gradient_accumulation_steps" in found.value
+    assert f"remove {answers}" in found.remedy
+
+
 def test_doctor_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("doctor", "--json") in (0, 1)
     found = json.loads(capsys.readouterr().out)
@@ -357,7 +533,7 @@ def test_doctor_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         return "2.6.0" if package == "torch" else "99"
 
     monkeypatch.setattr(doctor, "version", old)
-    found_now = list(doctor._packages(Path()))
+    found_now = doctor.examine()
     assert [one.state for one in found_now if one.name == "torch"] == ["bad"]
     assert "pip install -U torch" in next(one.remedy for one in found_now if one.name == "torch")
     assert [one.state for one in found_now if one.name == "transformers"] == ["ok"]
@@ -367,7 +543,7 @@ def test_doctor_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: Small)
     monkeypatch.setattr(doctor.os, "statvfs", lambda place: Small)
-    states = {one.name: one.state for one in doctor._disk(Path())}
+    states = {one.name: one.state for one in doctor.examine()}
     assert (states["disk"], states["files"]) == ("warn", "warn")
 
     def broken(folder: Path) -> Any:

@@ -85,3 +85,12 @@ def test_bash_completes_commands_options_and_choices(tmp_path: Path) -> None:
         name for name in (f"--{key}" for key in keys()) if name.startswith("--optim.lr_")
     ]
     assert completed(script, "lmcore", "train", "--train.precision", "bf") == ["bf16"]
+    assert completed(script, "lmcore", "train", "--dry_run", "--optim.nam") == ["--optim.name"], (
+        "a switch has no value"
+    )
+    assert completed(script, "lmcore", "generate", "runs/demo", "--repet") == ["--repetition_penalty"]
+    assert completed(script, "lmcore", "generate", "runs/demo", "--optim.nam") == [], (
+        "not an option of this command"
+    )
+    assert completed(script, "lmcore", "plan", "--pro") == ["--probe", "--processes"]
+    assert completed(script, "lmcore", "plan", "--data.trai") == ["--data.train"]

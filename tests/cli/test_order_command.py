@@ -98,4 +98,7 @@ def test_order_numbers_items_of_an_own_dataset(tmp_path: Path, capsys: pytest.Ca
     lines = capsys.readouterr().out.splitlines()
     assert sorted(int(line.split()[3].rstrip(",")) for line in lines) == list(range(64))
     assert all(line.endswith("epoch 0") for line in lines)
-    assert main(["order", str(tmp_path / "own"), "--step", "0"]) == EXIT_REQUEST
+    for step in ("0", "9" * 30):
+        words = ["order", str(tmp_path / "own"), "--step", step, "--factory", "tests.support.own_parts:data"]
+        assert main(words) == EXIT_REQUEST
+        assert f"--step must be from 1 to 1,099,511,627,775 (got {step})" in capsys.readouterr().err

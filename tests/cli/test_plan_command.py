@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from lmcore.cli.main import main
+from lmcore.cli.plan import plan_rows
+from lmcore.config.parse import parse
 from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST
 from lmcore.model.build import build_model
@@ -45,9 +47,8 @@ def test_pretrained_model_is_planned_from_its_config_without_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "lmcore.process.available_bytes", lambda: 2**34
-    )  # what is free here changes all the time
+    # What is free here changes all the time
+    monkeypatch.setattr("lmcore.process.available_bytes", lambda: 2**34)
     Path("base.yaml").write_text("run_dir: runs/x\n")  # so that the demo's sizes do not stand in
     made = train_tokenizer([words(200, 0)], vocab_size=300, folder="weights")
     base = ["--config", "base.yaml", *SIZES]
@@ -122,17 +123,17 @@ def test_own_model_is_planned_on_meta_or_built(capsys: Any, tmp_path: Path) -> N
 def test_cpu_plan_compares_with_the_available_memory(
     capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lmcore import process as _memory
+    from lmcore import process
 
     home = [*own("bare"), "--run_dir", str(tmp_path)]
-    monkeypatch.setattr(_memory, "available_bytes", lambda: 2**34)
+    monkeypatch.setattr(process, "available_bytes", lambda: 2**34)
     assert planned(capsys, *home)["verdict"].startswith("fits into 16 GiB")
     assert planned(capsys, *home, "--processes", 2)["verdict"].startswith("fits into 8 GiB"), "each its share"
-    monkeypatch.setattr(_memory, "available_bytes", lambda: 2**17)
+    monkeypatch.setattr(process, "available_bytes", lambda: 2**17)
     short = planned(capsys, *home)
     assert short["verdict"].startswith("does not fit into 128 KiB")
     assert short.keys() & {"it would fit with", "least memory by"}
-    monkeypatch.setattr(_memory, "available_bytes", lambda: None)
+    monkeypatch.setattr(process, "available_bytes", lambda: None)
     assert "verdict" not in planned(capsys, *home)
 
 
@@ -316,3 +317,22 @@ def test_invalid_model_config_is_refused_in_one_line(
 ) -> None:
     assert main(["plan", "--model.type", "gpt2", *words.split()]) == EXIT_REQUEST
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"lmcore: {said}")
+
+
+def test_growing_batch_is_planned() -> None:
+    words = [
+        "--data.train",
+        "x",
+        "--data.block_size",
+        "16",
+        "--model.config.n_layer",
+        "1",
+        "--model.config.n_embd",
+        "32",
+    ]
+    words += ["--model.config.n_head", "2", "--train.duration", "10 steps", "--tokenizer.vocab_size", "300"]
+    config = parse([*words, "--train.global_batch_blocks", "0: 4, 5 steps: 8"], default_recipe=None)
+    rows = dict(plan_rows(config, {"processes": "2"}, open_data=lambda: None))
+    assert rows["global batch"] == "4 blocks of 16 tokens at first"
+    assert rows["batch changes"] == "from step 6 (position 20) 8 blocks = 2 x 1 x 4"
+    assert rows["budget"] == "10 steps = 960 tokens"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lmcore.cli.train import launch_command, script
+from lmcore.cli.train import launch_command, script, train
 from lmcore.errors import EXIT_REQUEST, RequestError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +46,16 @@ def test_unknown_configuration_and_too_many_processes_are_refused() -> None:
         launch_command([], gpus=0, config_file="fsdp9")
     with pytest.raises(RequestError, match="has 2 GPUs"):
         launch_command([], gpus=2, processes=3)
+
+
+def test_processes_that_do_not_divide_the_batch_are_refused_before_torch_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a line of text\n" * 50)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    words = ["--data.train", str(tmp_path / "a.txt"), "--train.global_batch_blocks", "8", "--processes", "3"]
+    with pytest.raises(RequestError, match="multiple of the 3 processes"):
+        train(words)
 
 
 def test_command_is_printed_and_every_option_reaches_the_script(tmp_path: Path) -> None:

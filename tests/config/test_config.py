@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from lmcore.config import schema
 from lmcore.config import yaml as yaml_text
 from lmcore.config.checks import check
-from lmcore.config.durations import NEVER, Duration, Durations, is_due
+from lmcore.config.curves import Curve
+from lmcore.config.durations import NEVER, Duration, Durations
 from lmcore.config.help import commented_yaml, docs, help_text
 from lmcore.config.parse import parse
 from lmcore.config.schema import RunConfig, flatten, keys, to_yaml
 from lmcore.errors import RequestError
 from lmcore.run.resume import changes, refuse_changes
+from tests.support.intervals import is_due
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -131,6 +133,9 @@ def values_of(key: schema.Key) -> st.SearchStrategy[Any]:
                 Durations: st.lists(DURATIONS, max_size=2).map(Durations.parse),
             }
             return special[key.name] if key.name in special else general[typing.get_origin(kind) or kind]
+        if kind is Curve:
+            text = "0: 8, 10%: 32" if key.name.startswith("train.") else "0: 0.5, 10%: 0.9"
+            return st.just(Curve.parse(text))
         return {
             str: TEXT,
             bool: st.booleans(),
@@ -313,7 +318,7 @@ def test_command_line_values_are_converted() -> None:
     assert config.report.every == ()
     assert schema.ranges(config.data.skip_positions, "") == [(7, 8), (10, 13)]
     assert config.model.config == {"rope_parameters": {"rope_theta": 10_000.0}}
-    assert schema.global_batch_blocks(config, 1_024) == 500
+    assert schema.global_batches(config, 1_024) == [500]
     assert config.evaluate.early_stopping.target == -3
     assert config.evaluate.prompts == ["def f(", "null"]
     assert config.data.block_size is None
@@ -335,9 +340,8 @@ def test_exclusive_options_take_the_later_layer(tmp_path: Path) -> None:
     assert (config.train.global_batch_blocks, config.train.global_batch_tokens) == (None, 4096)
     assert (config.data.valid, config.data.valid_fraction) == (["v.txt"], None)
     assert config.model.config == {}
-    assert (
-        len(said) == 3
-    )  # what a file had asked for and did not get; a default that gives way is not worth a word
+    # What a file had asked for and did not get; a default that gives way is not worth a word
+    assert len(said) == 3
     both = tmp_path / "both.yaml"
     both.write_text("tokenizer: {vocab_size: 800, path: t.model}\n")
     assert "remove tokenizer.vocab_size 800" in refused("--config", str(both))
@@ -502,6 +506,10 @@ def test_no_file_ends_in_a_traceback(tmp_path: Path, values: dict[str, Any]) -> 
         ("--train.profile 3-", ["train.profile"]),
         ("--checkpoint.export best", ["keep_best.k"]),
         ("--checkpoint.keep_best.k 1 --data.valid_fraction 0", ["validation text"]),
+        (
+            "--checkpoint.keep_best.k 1 --data.mode stream --train.duration 9",
+            ["set data.valid, because data.mode stream"],
+        ),
         ("--checkpoint.keep_best.metric valid/los", ["keep_best.metric", "'valid/los'", "mean 'loss'"]),
         ("--evaluate.early_stopping.metric accuracy", ["early_stopping.metric", "loss, perplexity"]),
         ("--evaluate.early_stopping.metric train/grad_norm", ["early_stopping.metric", "loss, perplexity"]),
@@ -611,19 +619,6 @@ def test_invalid_duration_is_refused(text: Any) -> None:
         Duration.parse(text)
 
 
-def test_durations_convert_to_steps_exactly() -> None:
-    known = {"tokens_per_step": 1_000, "steps_per_epoch": Fraction(125, 4), "total_steps": 1_000}
-
-    def steps(text: str) -> int | None:
-        return Duration.parse(text).to_steps(**known)  # type: ignore[arg-type]  # one dict for all three
-
-    assert [steps(text) for text in ("7", "1001 tokens", "4 epochs", "1 epochs")] == [7, 2, 125, 32]
-    assert [steps(text) for text in ("10%", "0.01%", "5 min", "never")] == [100, 1, None, None]
-    for text in ("1 tokens", "1 epochs", "1%"):
-        with pytest.raises(RequestError, match="cannot be converted to steps"):
-            Duration.parse(text).to_steps()
-
-
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     total=st.integers(1, 300),
@@ -677,3 +672,38 @@ def test_recipe_parses_and_has_a_complete_header(recipe: Path) -> None:
 def test_durations_are_written_as_they_are_read(text: str) -> None:
     """A saved configuration holds them as text."""
     assert Duration.parse(str(Duration.parse(text))) == Duration.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("values", "option", "again"),
+    [
+        ("data: {train: ['hf://user:<hidden>@host/x']}", "data.train", ["--data.train", "mine.txt"]),
+        ("report: {name: <hidden>}", "report.name", ["--report.name", "mine"]),
+        ("evaluate: {prompts: [a, say <hidden>]}", "evaluate.prompts", ["--evaluate.prompts", "[a]"]),
+        (
+            "data: {factory: 'm:f', config: {a: [{db_pass: <hidden>}]}}",
+            "data.config",
+            ["--data.config.a", "[]"],
+        ),
+        (
+            "data: {factory: 'm:f', config: {db_pass: <hidden>, n: 1}}",
+            "data.config",
+            ["--data.config.db_pass", "x"],
+        ),
+        ("tokenizer: {path: <hidden>}", "tokenizer.path", ["--tokenizer.path", "mine"]),
+    ],
+)
+def test_place_of_a_hidden_secret_is_never_its_value(
+    values: str, option: str, again: list[str], tmp_path: Path
+) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(values)
+    words = ["--config", "demo.yaml", "--config", str(saved)]
+    with pytest.raises(RequestError, match=rf"config\.yaml: {option} holds <hidden>.*again with --{option}"):
+        parse(words)
+    parse(words, allow_hidden=True)
+    parse([*words, *again])
+
+
+def test_symbol_of_a_tokenizer_may_look_like_a_hidden_secret() -> None:
+    assert parse(["--tokenizer.user_symbols", "<hidden>"]).tokenizer.user_symbols == ["<hidden>"]

@@ -22,7 +22,7 @@ def make(named: list) -> object:
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "zero2"])
-def test_the_largest_divisor_that_fits(strategy: str) -> None:
+def test_micro_batch_is_the_largest_divisor_that_fits(strategy: str) -> None:
     module = ModelWithLoss(
         build_model(type="gpt2", config_overrides=SHAPE, vocab_size=500, block_size=T, seed=0)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from lmcore.model import optim
 from lmcore.model.build import build_model
 from lmcore.model.module import ModelWithLoss, enable_activation_checkpointing
 from lmcore.plan import plan
-from lmcore.plan.trace import StepTrace, build_on_meta, optimizer_bytes, trace_step
+from lmcore.plan.trace import StepTrace, build_on_meta, optimizer_bytes, part_of_rank, trace_step
 from tests.support.plan_runs import Case, make_module, measure, measured_resident_bytes
 
 GPT2 = {"n_layer": 6, "n_embd": 256, "n_head": 4}
@@ -134,7 +135,7 @@ def test_planned_memory_of_every_strategy(name: str) -> None:
         if measured <= planned / 0.9:
             break
         measured = min(measured, measure(SLOW[name]))
-    assert planned == pytest.approx(measured, rel=0.1)
+    assert 0.9 * measured <= planned <= 1.1 * measured
 
 
 @pytest.mark.slow
@@ -143,9 +144,8 @@ def test_planned_memory_of_100_million_parameters(name: str) -> None:
     """Tensors within a tenth; what is in RAM, with fragments and libraries, within a quarter."""
     case, planned = LARGE_MODELS[name], planned_bytes(LARGE_MODELS[name])
     assert planned == pytest.approx(measure(case), rel=0.1)
-    if not case.strategy.startswith(
-        "zero"
-    ):  # which holds copies while it prepares, and a CPU keeps what is freed
+    # Which holds copies while it prepares, and a CPU keeps what is freed
+    if not case.strategy.startswith("zero"):
         assert planned == pytest.approx(measure(case, measured_resident_bytes), rel=0.25)
 
 
@@ -181,7 +181,7 @@ def test_trace_step_changes_nothing_and_computes_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_model_built_on_meta_is_the_one_that_is_built() -> None:
+def test_model_on_meta_has_the_same_parameters() -> None:
     fields = {"n_layer": 3, "n_embd": 64, "n_head": 2, "n_positions": 64}
     bare = without_weights(fields, 640)
     assert bare.head_path == small().head_path == "chunked"
@@ -255,7 +255,7 @@ HELD = StepTrace(
         (plan.Setting(strategy="zero3", world_size=4, precision="bf16", offload_optimizer=True), 500, 0, 0),
     ],
 )  # fmt: skip
-def test_what_each_strategy_keeps(
+def test_memory_terms_of_each_strategy(
     setting: plan.Setting, weights: int, gradients: int, optimizer: int
 ) -> None:
     found = plan.memory(COUNTED, HELD, setting, optimizer_bytes=8_000)
@@ -263,7 +263,27 @@ def test_what_each_strategy_keeps(
     assert found.host == (4_000 if setting.offload_optimizer else 0)
 
 
-def test_the_largest_micro_batch_divides_and_fits() -> None:
+def test_zero2_counts_gradients_and_buckets_when_backward_has_made_them() -> None:
+    """DeepSpeed frees its share after the update; under accumulation it stays from micro-batch to micro-batch."""
+    setting = plan.Setting(strategy="zero2", world_size=4, precision="bf16", zero_bucket=100)
+    counted = replace(COUNTED, largest_tensor=50)
+
+    def at(*moments: tuple[int, ...], **changes: Any) -> plan.Memory:
+        traced = StepTrace(moments=((0,) * 5, *moments, (0, 0, 0, 3_200, 800)), flops=1, tokens=1)
+        return plan.memory(counted, traced, replace(setting, **changes), optimizer_bytes=8_000)
+
+    head, middle = (2_000, 600, 0, 0, 0), (700, 0, 0, 1_600, 0)
+    found = at(head, middle)
+    assert (found.activations, found.logits, found.gradients, found.buffers) == (2_000, 600, 0, 0)
+    # 400 of 1,000 gradients; two buckets and the largest gradient in 16 bits, and a bucket in fp32.
+    found = at(middle, (900, 0, 0, 0, 0))
+    assert (found.activations, found.gradients, found.buffers) == (700, 400, 400 + 100 + 400)
+    found = at(head, middle, accumulation=2)
+    assert (found.activations, found.logits, found.gradients, found.buffers) == (2_000, 600, 1_000, 400)
+    assert at(head, middle, offload_optimizer=True).host == 4_000
+
+
+def test_fitting_micro_batch_divides_and_fits() -> None:
     for share in (1, 12, 30, 64):
         for capacity in (0, 5, 17, 10_000):
             fitting = [size for size in range(1, share + 1) if share % size == 0 and 3 * size <= capacity]
@@ -285,7 +305,7 @@ def test_advice_names_changes_that_fit() -> None:
     assert together[1] < 8
 
 
-def test_the_plan_shows_its_arithmetic() -> None:
+def test_plan_shows_its_arithmetic() -> None:
     made = plan.Plan(
         parameters=COUNTED, setting=plan.Setting(world_size=2, micro_batch_blocks=4, accumulation=3),
         memory=plan.memory(COUNTED, HELD, plan.Setting(), optimizer_bytes=8_000), device_bytes=1_000,
@@ -318,3 +338,85 @@ def test_advice_that_is_not_enough_does_not_say_that_it_is() -> None:
             checkpoint_bytes=1, checkpoints_kept=1,
         )  # fmt: skip
         assert label in dict(made.rows())
+
+
+@pytest.mark.parametrize(
+    ("device", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA H20", 148),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GH200 480GB", None),
+        ("AMD Instinct MI300X", 1307),
+        ("CPU", None),
+    ],
+)
+def test_peaks_are_those_of_the_device_and_no_other(device: str, teraflops: float | None) -> None:
+    assert plan.peak_flops(device, "bf16") == (None if teraflops is None else teraflops * 1e12)
+    assert plan.peak_flops(device, "fp32") is None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_sharing_blocks_divides_activations_but_for_keys_and_values(family: str) -> None:
+    """Of c ranks each holds 1/c of what grows with the tokens, and keys and values of T (1 + 1/2c) tokens a layer."""
+    fields: dict[str, Any] = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
+    if family == "llama":
+        fields |= {"intermediate_size": 192, "num_key_value_heads": 1, "max_position_embeddings": 512}
+    else:
+        fields = {"n_layer": 4, "n_embd": 64, "n_head": 4, "n_positions": 512}
+        fields |= {f"{part}_pdrop": 0.0 for part in ("attn", "resid", "embd")}
+    built = build_model(
+        type=family, config_overrides=fields, vocab_size=256, block_size=512, seed=0, special_ids={}
+    )
+    module = ModelWithLoss(built)
+
+    def held(size: int) -> int:
+        traced = trace_step(
+            module, micro_batch_blocks=2, block_size=512, context_parallel=size, count_flops=False
+        )
+        return sum(traced.peak(gradients=0.0, other_gradients=0.0, copies=0.0))
+
+    whole, groups = held(1), 1 if family == "llama" else 4
+    for size in (2, 4):
+        keys_and_values = 4 * 2 * 2 * 512 * (1 + 1 / (2 * size)) * groups * 16 * 4
+        assert held(size) == pytest.approx(whole / size + keys_and_values, rel=0.15)
+
+
+def test_sharing_layers_divides_what_is_cut_and_nothing_else() -> None:
+    """Of t ranks each holds 1/t of the linear layers, and of what is computed between their two cuts."""
+    fields = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
+    fields |= {"num_key_value_heads": 4, "max_position_embeddings": 128}
+    built = build_model(
+        type="llama", config_overrides=fields, vocab_size=320, block_size=128, seed=0, special_ids={}
+    )
+    module = ModelWithLoss(built)
+    linear = 2 * (4 * 64 * 64 + 3 * 64 * 256)
+
+    def adamw(named: list[tuple[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for _, p in named])
+
+    def activations(one: Any) -> int:
+        traced = trace_step(one, micro_batch_blocks=2, block_size=128, count_flops=False)
+        return traced.peak(gradients=0.0, other_gradients=0.0, copies=0.0)[plan.ACTIVATIONS]
+
+    whole = plan.parameters(module)
+    for size in (2, 4):
+        part = part_of_rank(module, size)
+        counted = plan.parameters(part)
+        assert whole.total - counted.total == linear - linear // size
+        assert optimizer_bytes(part, adamw) == pytest.approx(8 * counted.total, rel=1e-3)
+        # At least gate, up, their product and its activation of each layer are divided.
+        between = 2 * 4 * 2 * 128 * 256 * 4
+        assert activations(module) - activations(part) >= between - between // size
+    assert plan.parameters(module) == whole  # the module itself is not changed
+    setting = plan.Setting(strategy="ddp", world_size=4, tensor_parallel=2)
+    assert (setting.data_world_size, plan.setting_of_part(setting).world_size) == (2, 2)
+    assert plan.setting_of_part(replace(setting, world_size=2)).strategy == "single"

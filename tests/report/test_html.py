@@ -10,6 +10,8 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +20,15 @@ from lmcore.cli import saved
 from lmcore.errors import RequestError
 from lmcore.report.curves import Curves, Run, loss_png, read_run, smoothed
 from lmcore.report.html import facts, page, write_report
-from lmcore.report.metrics import MetricsFile, read_metrics
+from lmcore.report.metrics import MetricsFile, iterate_metrics, plain, read_metrics
+from lmcore.saved import card
 
 EVIL = "<script>alert(1)</script> & \"quotes\" '猫'"
+
+
+OPENED: Any = SimpleNamespace(state={"config": {}}, manifest={})
+EXPORT = {"step": 10, "run": "r", "lmcore": "1", "weights": "model", "dtype": "fp32"}
+TOKENIZER = SimpleNamespace(vocab_size=9, eos_id=1)
 
 
 def make_run(folder: Path, *, lr: float = 1e-3, steps: int = 400, spike: int | None = None) -> Run:
@@ -54,6 +62,13 @@ def make_run(folder: Path, *, lr: float = 1e-3, steps: int = 400, spike: int | N
     )
     (folder / "status.json").write_text(json.dumps({"state": "running"}))
     return read_run(folder)
+
+
+def run_of(records: list[dict[str, Any]]) -> Run:
+    run = Run("", Path())
+    for record in records:
+        run.add(record)
+    return run
 
 
 class Checker(HTMLParser):
@@ -98,7 +113,7 @@ def parsed(text: str) -> Checker:
     return checker
 
 
-def test_the_report_is_one_sound_file_that_loads_nothing(tmp_path: Path) -> None:
+def test_report_is_one_valid_file_without_external_resources(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     path = write_report([run], tmp_path / "run" / "report.html")
     text = path.read_text(encoding="utf-8")
@@ -138,7 +153,7 @@ def test_several_runs_over_one_another_and_what_differs(tmp_path: Path) -> None:
     assert "Same configuration" in page([runs[0], make_run(tmp_path / "c", steps=20)])
 
 
-def test_a_long_run_stays_light_and_its_spike_visible(tmp_path: Path) -> None:
+def test_report_of_a_long_run_is_small_and_shows_its_spike(tmp_path: Path) -> None:
     short_run, long_run = (
         make_run(tmp_path / "s", steps=800),
         make_run(tmp_path / "l", steps=20_000, spike=7_777),
@@ -164,11 +179,11 @@ def test_smoothing_has_no_bias() -> None:
 
 
 def test_first_loss_and_last_loss_are_inside_the_picture(tmp_path: Path) -> None:
-    from lmcore.report.curves import _loss_limits
+    from lmcore.report.curves import loss_limits
 
     for spike in (None, 150):
         run = make_run(tmp_path / f"spike{spike}", steps=400, spike=spike)
-        limits = _loss_limits([run])
+        limits = loss_limits([run])
         assert limits is not None
         points = run.train.points("loss")
         assert limits[0] < points[-1][1] < points[0][1] < limits[1] < 20
@@ -259,7 +274,7 @@ def test_any_name_can_be_drawn(name: str, tmp_path: Path) -> None:
         parsed(page(runs))
     records = [{"kind": "train", "step": step, "loss": 2.0} for step in range(20)]
     evaluations = [{"kind": "eval", "set": name, "step": step, "loss": 2.0} for step in range(20)]
-    assert loss_png([*records, *evaluations])
+    assert loss_png(run_of([*records, *evaluations]))
 
 
 def test_sets_and_runs_have_colours_of_their_own(tmp_path: Path) -> None:
@@ -285,22 +300,135 @@ def test_numbers_in_words(tmp_path: Path) -> None:
     assert rows["skips"] == "1"
 
 
-def test_a_run_without_steps_still_has_a_page(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("expected", "shown"),
+    [
+        (
+            "{expected_loss_low: 2, expected_loss: 2.2, expected_loss_high: 2.4}",
+            "2.2000 (90%: 2.0000 to 2.4000), reached 2.2648: inside",
+        ),
+        (
+            "{expected_loss_low: 1.9, expected_loss: 2.0, expected_loss_high: 2.1}",
+            "2.0000 (90%: 1.9000 to 2.1000), reached 2.2648: above",
+        ),
+        (
+            "{expected_loss_low: 2.3, expected_loss: 2.4, expected_loss_high: 2.5}",
+            "2.4000 (90%: 2.3000 to 2.5000), reached 2.2648: below",
+        ),
+        ("{expected_loss: 2.0}", "2.0000, reached 2.2648"),
+        ("{expected_loss: null}", None),
+        ("[1, 2]", None),
+        ("{expected_loss: nothing}", None),
+    ],
+)  # fmt: skip
+def test_expected_loss_stands_beside_the_loss_that_was_reached(
+    expected: str, shown: str | None, tmp_path: Path
+) -> None:
+    make_run(tmp_path)
+    (tmp_path / "config.yaml").write_text(f"report: {expected}\n")
+    run = read_run(tmp_path)  # its last validation loss: 9 exp(-4) + 2.1
+    assert facts(run).get("expected loss") == shown
+    if shown is not None:
+        assert shown in page([run])
+
+
+def test_report_of_a_run_without_steps(tmp_path: Path) -> None:
     write = MetricsFile(tmp_path / "metrics.jsonl")
     write({"kind": "event", "event": "start", "step": 0})
     write({"kind": "train", "step": 1, "epoch": 0.0, "tokens": 5, "loss": float("nan"), "lr": 1.0})
     write.close()
     run = read_run(tmp_path)
     parsed(page([run]))
-    assert loss_png([{"kind": "train", "step": 1, "loss": None}]) is None
+    assert loss_png(run_of([{"kind": "train", "step": 1, "loss": None}])) is None
     with pytest.raises(RequestError, match=r"no metrics\.jsonl"):
         read_run(tmp_path / "nothing")
 
 
-def test_the_card_gets_a_picture(tmp_path: Path) -> None:
+HOSTILE: list[Any] = [
+    *(
+        None,
+        True,
+        0,
+        -1,
+        10**400,
+        -(2**63),
+        1e308,
+        -1e-300,
+        float("nan"),
+        float("inf"),
+        "",
+        "7",
+        "<b>",
+        "\ud800",
+    ),
+    *([], [1, [2]], {}, {"step": 1}, {"<i>": ["$", {}]}, "x" * 5000, "$5_{ \x1b]0;", "resume", "start"),
+]
+"""Values of every type, for any field."""
+
+
+def hostile_record(draw: Random) -> dict[str, Any]:
+    """A record as a run writes it, some of whose fields are missing or hold anything."""
+    known: dict[str, Any] = {
+        "train": {"step": 3, "epoch": 0.1, "tokens": 30, "loss": 2.0, "lr": 0.1, "tokens_per_second": 5.0,
+                  "memory_bytes": 9, "train_seconds": 3.0, "position": 4},
+        "eval": {"step": 3, "set": "valid", "loss": 2.0, "perplexity": 7.4, "bits_per_byte": 1.0},
+        "event": {"event": "start", "step": 0, "rows": {"model": "x"}, "versions": {"torch": "2"},
+                  "plan": {"memory_bytes": 8, "seconds": 2.0, "tokens": 4, "steps": 1}, "reason": "none"},
+        "sample": {"step": 3, "set": "a", "prompt": "p", "text": "t"},
+    }  # fmt: skip
+    kind = draw.choice(list(known))
+    record = {"kind": kind, **known[kind]}
+    for name in draw.sample(list(known[kind]), draw.randrange(4)):
+        if draw.random() < 0.4:
+            del record[name]
+        else:
+            record[name] = draw.choice(HOSTILE)
+    return record
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_reader_of_records_takes_any_value_in_any_field(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = Random(seed)
+    monkeypatch.setattr("lmcore.report.html.CAN_DRAW", seed % 10 == 0)  # half a second each
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        lines = [json.dumps(hostile_record(draw)) for _ in range(30)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join([*lines, "", "{", "[1]", '{"kind": 3}']))
+        status = draw.choice(
+            ["", "[]", "[" * 100_000, json.dumps({"state": draw.choice(HOSTILE), "reason": {}})]
+        )
+        (tmp_path / name / "status.json").write_text(status)
+        config = draw.choice(["", "- 1", "optim: 3", "optim: {lr: [1, {a: .nan}]}", "1: 2\nnull: {}"])
+        (tmp_path / name / "config.yaml").write_text(config)
+    runs = [read_run(tmp_path / name) for name in "ab"]
+    for shown in (runs, runs[:1]):
+        parsed(page(shown))
+    assert len(read_metrics(tmp_path / "a")) <= len(list(iterate_metrics(tmp_path / "a")))
+    results = card.read_results(tmp_path / "a" / "metrics.jsonl", 10)
+    words = card.markdown(
+        results, opened=OPENED, record=EXPORT, tokenizer=TOKENIZER, parameters=5, curve=False
+    )
+    assert "<b>" not in words.replace("`", "")
+
+
+def test_card_reads_only_what_it_shows(tmp_path: Path) -> None:
+    write = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in range(1, 5001):
+        write({"kind": "train", "step": step, "tokens": step, "loss": 1.0 / step})
+        write({"kind": "eval", "set": f"set {step}", "step": step, "tokens": step, "loss": 1.0 / step})
+    write.close()
+    results = card.read_results(tmp_path / "metrics.jsonl", 4000)
+    assert results.train["step"] == 4000
+    assert len(results.evaluations) == 100
+    assert len(results.run.train.points("loss")) <= 1200
+
+
+def test_card_has_a_picture(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
-    png = loss_png(read_metrics(make_run(tmp_path / "run").path))
+    png = loss_png(read_run(make_run(tmp_path / "run").path))
     assert png is not None
     picture = imread(io.BytesIO(png))
     assert picture.shape[:2] == (435, 660)
@@ -344,3 +472,11 @@ def test_chromium_draws_it(tmp_path: Path) -> None:
     pixels = imread(picture)
     blue = (pixels[..., 2] > 0.8) & (pixels[..., 0] < 0.3)
     assert blue.sum() > 2000, "the curves are there"
+
+
+def test_numbers_that_json_does_not_have_become_null() -> None:
+    values = {"a": [float("inf"), {"b": (float("nan"), 1.5, -float("inf"))}], "c": None}
+    assert json.loads(json.dumps(plain(values), allow_nan=False)) == {
+        "a": [None, {"b": [None, 1.5, None]}],
+        "c": None,
+    }

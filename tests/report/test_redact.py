@@ -22,12 +22,13 @@ SECRET_OPTIONS = [
     "my_password", "report.api_key", "hub.token", "client_secret", "Authorization", "report.webhook",
     "data.config.db_pass", "data.config.github_pat", "data.config.mysql_pwd", "data.config.sentry_dsn",
     "data.config.npm_auth", "data.config.ssh_private", "data.config.aws_secret_access_key", "apiKey", "accessToken",
-    "hf_token", "dbPassword", "webhook_url", "aws_access_key_id", "private_key",
+    "hf_token", "dbPassword", "webhook_url", "aws_access_key_id", "private_key", "data.config.pw", "session_cookie",
 ]  # fmt: skip
 SECRET_VARIABLES = [
     "HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "PASSWD", "GITHUB_TOKEN", "MY_KEY",
     "DB_PASS", "GITHUB_PAT", "MYSQL_PWD", "SENTRY_DSN", "NPM_AUTH", "SSH_PRIVATE", "PGPASSWORD", "DBPASS",
     "GOOGLE_CREDENTIALS", "TOKEN_OF_MINE", "LMCORE_WEBHOOK", "AWS_ACCESS_KEY_ID", "REDIS_AUTH_TOKEN", "APIKEY",
+    "DB_PASS2", "MYSQL_ROOT_PW", "API_TOKEN_1", "X_COOKIE", "PASSWORDS",
 ]  # fmt: skip
 ORDINARY = [
     "eos_token", "pad_token_id", "tokenizer", "tokens", "n_tokens", "data.train", "seed", "keyboard", "monkey",
@@ -35,6 +36,7 @@ ORDINARY = [
     "data.config.secret_santa", "data.config.id_token", "data.config.query_key", "image_token", "single_pass",
     "WANDB_PROJECT", "WANDB_MODE", "PWD", "OLDPWD", "SSH_AUTH_SOCK", "HF_TOKEN_PATH", "TOKENIZERS_PARALLELISM",
     "GIT_AUTHOR_NAME", "KEYBOARD", "SSH_ASKPASS", "MAX_TOKENS", "TOKEN_COUNT", "PATH", "COMPASS",
+    "EOS_TOKEN", "PAD_TOKEN", "PUBLIC_KEY", "SORT_KEY",
 ]  # fmt: skip
 
 
@@ -106,6 +108,7 @@ def test_ordinary_values_stay_as_they_are() -> None:
                   {"optim": {"lr": 0.1, "betas": (0.9, 0.95)}}, {"checkpoint.private": True}):  # fmt: skip
         assert redact(value, environ={}) == value
     assert redact("https://user:hunter2@host/x", environ={}) == f"https://user:{HIDDEN}@host/x"
+    assert redact("mysql://user:hun@ter2@host/x", environ={}) == f"mysql://user:{HIDDEN}@host/x"
     here = str(Path(__file__).parent)
     assert redact(here, environ={"GOOGLE_APPLICATION_CREDENTIALS": here}) == here, "a path is no secret"
 
@@ -113,7 +116,7 @@ def test_ordinary_values_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     "line", ["  webhook: null", "api_key: ~", "token=None", 'hf_token: ""', "password: false"]
 )
-def test_a_secret_that_is_not_there_stays_not_there(line: str) -> None:
+def test_unset_secret_stays_unset(line: str) -> None:
     """Hidden, a `null` of config.yaml would be read back as a value."""
     assert redact(line, environ={}) == line
 

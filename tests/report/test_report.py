@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from lmcore import process
 from lmcore.errors import RequestError
 from lmcore.humanize import duration, short
 from lmcore.report import console, meters
@@ -68,7 +69,7 @@ def trained(run_dir: Path) -> list[tuple[Any, ...]]:
 # ---- numbers
 
 
-def test_the_logged_loss_is_the_exact_mean_since_the_last_line(tmp_path: Path) -> None:
+def test_logged_loss_is_the_exact_mean_since_the_last_line(tmp_path: Path) -> None:
     with make(tmp_path) as report:
         report.begin(total_steps=25)
         feed(report, 1, 25, every=10)
@@ -88,7 +89,7 @@ def test_the_logged_loss_is_the_exact_mean_since_the_last_line(tmp_path: Path) -
     assert design | {"data_wait", "time"} <= set(records[0])
 
 
-def test_between_lines_nothing_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_device_wait_between_log_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with make(tmp_path) as report:
         report.begin(total_steps=1000)
         feed(report, 1, 1)
@@ -144,7 +145,7 @@ def test_ranks_are_summed_exactly_and_only_rank_0_writes(tmp_path: Path) -> None
     assert "rank 1 has something to say" in (tmp_path / "logs" / "rank-00001.log").read_text()
 
 
-def test_a_resumed_run_logs_what_the_unbroken_one_logs(tmp_path: Path) -> None:
+def test_resumed_run_logs_what_the_uninterrupted_one_logs(tmp_path: Path) -> None:
     """Killed at step 17 after a checkpoint at 14: inside an interval, with records beyond the checkpoint."""
     states: dict[str, dict[str, Any]] = {}
     for name in ("whole", "killed"):
@@ -166,7 +167,7 @@ def test_a_resumed_run_logs_what_the_unbroken_one_logs(tmp_path: Path) -> None:
     assert ends[0] == ends[1]
 
 
-def test_a_rewind_forgets_the_abandoned_past(tmp_path: Path) -> None:
+def test_rewind_removes_later_records(tmp_path: Path) -> None:
     with make(tmp_path) as report:
         report.begin(total_steps=8)
         feed(report, 1, 3)
@@ -182,7 +183,7 @@ def test_a_rewind_forgets_the_abandoned_past(tmp_path: Path) -> None:
     assert 99.0 in [json.loads(line).get("loss") for line in lines], "the file itself forgets nothing"
 
 
-def test_a_loss_that_is_not_finite_is_shown_and_hides_nothing(tmp_path: Path) -> None:
+def test_nonfinite_loss_is_shown_in_the_report(tmp_path: Path) -> None:
     with make(tmp_path) as report:
         report.begin(total_steps=4)
         for step in (1, 2, 3, 4):
@@ -290,7 +291,7 @@ def test_own_metrics_with_wrong_names_or_shapes_raise(tmp_path: Path) -> None:
 # ---- files
 
 
-def test_a_torn_line_spoils_only_itself(tmp_path: Path) -> None:
+def test_torn_metrics_line_loses_only_itself(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write = MetricsFile(path)
     write({"kind": "train", "step": 1, "loss": 0.1 + 0.2, "note": "日本"})
@@ -308,7 +309,7 @@ def test_a_torn_line_spoils_only_itself(tmp_path: Path) -> None:
     ] == [None]
 
 
-def test_what_others_log_becomes_one_note(tmp_path: Path) -> None:
+def test_messages_of_libraries_become_one_note(tmp_path: Path) -> None:
     stream = io.StringIO()
     with make(tmp_path, stream=stream) as report, warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -399,7 +400,7 @@ def terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[An
 
 
 @pytest.mark.parametrize("columns", [80, 44, 160])
-def test_a_terminal_shows_one_calm_display(
+def test_terminal_shows_one_live_display(
     columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with terminal(columns, monkeypatch) as (stream, pictures, raw):
@@ -439,7 +440,7 @@ def test_a_terminal_shows_one_calm_display(
 
 
 @pytest.mark.parametrize("why", ["redirected", "TERM=dumb", "SLURM_JOB_ID=7", "CI=true", "JPY_PARENT_PID=7"])
-def test_elsewhere_each_line_is_plain_and_whole(
+def test_redirected_output_has_plain_whole_lines(
     why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if why == "redirected":
@@ -483,7 +484,7 @@ def test_plain_output_shows_the_latest_step_between_two_records(
     assert [r["step"] for r in read_metrics(tmp_path, "train")] == [1]
 
 
-def test_end_shows_what_was_reached_also_after_a_resume(tmp_path: Path) -> None:
+def test_final_panel_after_a_resume(tmp_path: Path) -> None:
     stream = io.StringIO()
     with make(tmp_path) as report:
         report.begin(total_steps=4)
@@ -506,7 +507,7 @@ def test_end_shows_what_was_reached_also_after_a_resume(tmp_path: Path) -> None:
     assert "time in steps" in said
 
 
-def test_a_long_task_speaks_up_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_task_prints_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
     stream = io.StringIO()
@@ -582,7 +583,7 @@ open(sys.argv[1], "w").write("reached the end")
 
 
 @pytest.mark.parametrize("shell", ["| head -3", ">/dev/full", ">&- 2>&- <&-", ">/dev/full 2>&1", "| cat"])
-def test_protected_program_survives_any_output(shell: str, tmp_path: Path) -> None:
+def test_training_survives_any_failing_output(shell: str, tmp_path: Path) -> None:
     command = f"set -o pipefail; {sys.executable} -c \"$0\" '{tmp_path}/done' {shell}"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
@@ -673,6 +674,56 @@ def test_printed_commands_name_the_interpreter_that_ran(
     assert console.shell_command("python", "x.py") == "python x.py"
     assert console.shell_command("accelerate", "launch") == "accelerate launch"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert console.shell_command("lmcore", "generate", "a b") == f"{sys.executable} -m lmcore generate 'a b'"
+    environment = tmp_path / ".venv" / "bin"
+    environment.mkdir(parents=True)
+    (environment / "lmcore").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(environment / "python"))
+    assert console.shell_command("lmcore", "generate", "a b") == f"{environment}/lmcore generate 'a b'"
+    monkeypatch.chdir(tmp_path)
+    assert console.shell_command("lmcore", "generate", "a b") == ".venv/bin/lmcore generate 'a b'"
+    assert console.shell_command("python", "x.py") == ".venv/bin/python x.py"
     module = "accelerate.commands.accelerate_cli"
-    assert console.shell_command("accelerate", "launch") == f"{sys.executable} -m {module} launch"
+    assert console.shell_command("accelerate", "launch") == f".venv/bin/python -m {module} launch"
+
+
+OURS = "/v/python -m lmcore.engine.launcher"
+
+
+@pytest.mark.parametrize(
+    ("above", "start"),
+    [
+        (
+            "/v/python3 /v/accelerate launch --config_file a/cpu_2.yaml",
+            "accelerate launch --config_file a/cpu_2.yaml",
+        ),
+        (
+            "python -m accelerate.commands.launch --num_processes 2",
+            "python -m accelerate.commands.launch --num_processes 2",
+        ),
+        ("/v/python /v/torchrun --nproc_per_node 2", "torchrun --nproc_per_node 2"),
+        (f"{OURS} --config_file /p/accelerate_configs/cpu.yaml", "lmcore train"),
+        (
+            f"{OURS} --config_file /p/accelerate_configs/cpu_2.yaml --num_processes 2",
+            "lmcore train --processes 2",
+        ),
+        (
+            f"{OURS} --config_file /p/accelerate_configs/fsdp2.yaml --num_processes 4",
+            "lmcore train --config_file fsdp2 --processes 4",
+        ),
+        (f"{OURS} --config_file mine.yaml", "lmcore train --config_file mine.yaml"),
+        ("timeout 60", "accelerate launch"),
+        ("", "accelerate launch"),
+    ],
+)
+def test_printed_training_command_has_the_launcher_and_its_options(
+    monkeypatch: pytest.MonkeyPatch, above: str, start: str
+) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(process, "command_line_above", lambda script: above.split())
+    monkeypatch.setattr(sys, "argv", ["train_lm.py"])
+    script = "" if start.startswith("lmcore") else " train_lm.py"
+    assert console.training_command("--seed", "1") == f"{start}{script} --seed 1"
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert console.training_command("--seed", "1") == "python train_lm.py --seed 1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 import threading
 import time
@@ -192,6 +193,22 @@ def test_failing_tracker_is_noted_once_and_others_go_on(tmp_path: Path, other_tr
     assert len(notes) == 1
     assert "trackio failed" in notes[0]
     assert "the server is gone" in notes[0]
+
+
+def test_failing_thread_of_a_tracker_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TensorBoard writes in a thread of its own, which prints a traceback when the disk is full."""
+    program = "raise OSError(28, 'No space left on device')"
+    code = compile(program, os.path.join(os.sep, "x", "tensorboard", "writer.py"), "exec")
+    notes: list[str] = []
+    before = threading.excepthook
+    trackers = Trackers(options("tensorboard"), tmp_path, note=notes.append)
+    thread = threading.Thread(target=exec, args=(code, {}))
+    thread.start()
+    thread.join()
+    trackers.close()
+    assert [note for note in notes if "tensorboard: OSError: [Errno 28] No space left on device" in note]
+    assert "Traceback" not in capsys.readouterr().err
+    assert threading.excepthook is before
 
 
 def test_hanging_tracker_blocks_nothing(

@@ -25,7 +25,8 @@ from lmcore.disk import Disk
 from lmcore.errors import FaultError, RequestError
 from lmcore.names import confined, safe_name
 from lmcore.run import folder as run_folder
-from lmcore.run.folder import RunFolder, job_id
+from lmcore.run.folder import RunFolder, job_id, refuse_separate_disks
+from tests.support.checkpoints import Member, Threads
 from tests.support.disk_faults import Counter, KillAt, forked
 
 ROOT = Path(run_folder.__file__).parents[2]
@@ -77,7 +78,7 @@ def holder(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
 # ---- lock --------------------------------------------------------------------------------------------------
 
 
-def test_a_second_job_is_refused_and_told_who_has_it(
+def test_second_job_is_refused_and_names_the_holder(
     tmp_path: Path, holder: Callable[..., subprocess.Popen[str]]
 ) -> None:
     process = holder(SLURM_JOB_ID="4711", SLURM_STEP_ID="0")
@@ -89,7 +90,7 @@ def test_a_second_job_is_refused_and_told_who_has_it(
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_the_lock_of_a_dead_job_is_taken_at_once(
+def test_lock_of_a_dead_job_is_taken_at_once(
     tmp_path: Path,
     holder: Callable[..., subprocess.Popen[str]],
     heard: list[str],
@@ -125,7 +126,7 @@ def test_children_of_a_dead_holder_do_not_keep_the_lock(
     os.kill(child, signal.SIGKILL)
 
 
-def test_a_restart_waits_for_the_process_it_replaces(
+def test_restart_waits_for_the_process_it_replaces(
     tmp_path: Path, holder: Callable[..., subprocess.Popen[str]]
 ) -> None:
     holder("time.sleep(1)")
@@ -134,7 +135,7 @@ def test_a_restart_waits_for_the_process_it_replaces(
     folder.unlock()
 
 
-def test_unlocked_is_free_and_said_by_nobody(tmp_path: Path, heard: list[str]) -> None:
+def test_unlocked_folder_is_free(tmp_path: Path, heard: list[str]) -> None:
     for _ in range(3):
         folder = RunFolder(tmp_path / "run")
         folder.lock(note=heard.append)
@@ -160,7 +161,7 @@ def foreign(path: Path, **changes: Any) -> None:
     (path / ".lock").write_text(json.dumps(lock | changes) + "\n")
 
 
-def test_a_lock_of_another_machine_that_stands_still_is_taken(tmp_path: Path, heard: list[str]) -> None:
+def test_lock_of_another_machine_without_a_heartbeat_is_taken(tmp_path: Path, heard: list[str]) -> None:
     foreign(tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
     folder.lock(note=heard.append, beat_seconds=QUICK)
@@ -169,7 +170,7 @@ def test_a_lock_of_another_machine_that_stands_still_is_taken(tmp_path: Path, he
     folder.unlock()
 
 
-def test_a_lock_of_another_machine_that_beats_is_respected(
+def test_lock_of_another_machine_with_a_heartbeat_is_respected(
     tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The machines may not share the kernel's locks: then the number in the file decides, and no clock."""
@@ -179,7 +180,7 @@ def test_a_lock_of_another_machine_that_beats_is_respected(
         RunFolder(tmp_path / "run").lock(note=heard.append)
 
 
-def test_a_requeued_job_takes_its_own_lock_at_once(
+def test_requeued_job_takes_its_own_lock_at_once(
     tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "12")
@@ -193,7 +194,7 @@ def test_a_requeued_job_takes_its_own_lock_at_once(
     folder.unlock()
 
 
-def test_a_torn_lock_file_is_no_wall(tmp_path: Path, heard: list[str]) -> None:
+def test_torn_lock_file_does_not_block(tmp_path: Path, heard: list[str]) -> None:
     (tmp_path / "run").mkdir()
     for content in (b"", b"{", b"\xff\x00", b"[1]", b"null"):
         (tmp_path / "run" / ".lock").write_bytes(content)
@@ -202,7 +203,7 @@ def test_a_torn_lock_file_is_no_wall(tmp_path: Path, heard: list[str]) -> None:
         folder.unlock()
 
 
-def test_where_there_are_no_locks_the_beat_decides(
+def test_heartbeat_decides_without_record_locks(
     tmp_path: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_folder, "_record_lock", lambda _fd: None)
@@ -239,7 +240,7 @@ def test_without_record_locks_the_second_of_two_simultaneous_starts_is_refused(
 
 
 @pytest.mark.parametrize("change", ["renamed", "removed", "replaced"])
-def test_a_folder_that_was_moved_while_training_is_noticed(tmp_path: Path, change: str) -> None:
+def test_run_folder_moved_while_training_is_noticed(tmp_path: Path, change: str) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.lock(note=lambda _: None)
     folder.check_owner()
@@ -253,7 +254,7 @@ def test_a_folder_that_was_moved_while_training_is_noticed(tmp_path: Path, chang
     folder.unlock()
 
 
-def test_a_lock_file_that_was_taken_over_is_noticed(tmp_path: Path) -> None:
+def test_lock_file_taken_over_is_noticed(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.lock(note=lambda _: None)
     (tmp_path / "run" / ".lock").unlink()
@@ -264,7 +265,7 @@ def test_a_lock_file_that_was_taken_over_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", run_folder.NEVER_LINKS)
-def test_a_link_out_of_the_folder_is_not_written_through(tmp_path: Path, name: str) -> None:
+def test_link_out_of_the_run_folder_is_not_written_through(tmp_path: Path, name: str) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")
     (tmp_path / "run").mkdir()
@@ -274,6 +275,43 @@ def test_a_link_out_of_the_folder_is_not_written_through(tmp_path: Path, name: s
     ):
         RunFolder(tmp_path / "run").lock(note=lambda _: None)
     assert precious.read_text() == "mine"
+
+
+def test_checkpoints_that_cannot_be_written_are_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    allowed = os.access  # root may write everywhere
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path).name != "checkpoints" and allowed(path, mode)
+    )
+    with pytest.raises(RequestError, match="checkpoints cannot be written"):
+        RunFolder(tmp_path / "run").lock(note=lambda _: None)
+    assert os.listdir(tmp_path / "run" / "checkpoints") == []
+
+
+def test_full_disk_at_the_lock_is_a_fault_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, holder: Any) -> None:
+        os.write(os.open("/dev/full", os.O_WRONLY), b"x")  # which names no file
+
+    monkeypatch.setattr(run_folder, "_write_holder", full)
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(FaultError, match=r"run/\.lock: No space left on device"):
+        folder.lock(note=lambda _: None)
+    folder.unlock()
+
+
+@pytest.mark.parametrize("name", run_folder.FILES)
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_folder_or_fifo_in_the_place_of_a_file_is_refused_at_once(
+    tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / name)
+    with pytest.raises(RequestError, match=f"{name} is not a file"):
+        RunFolder(tmp_path / "run").lock(note=lambda _: None)
 
 
 def until_it_beats(run: Path, fd: int | None = None) -> None:
@@ -289,14 +327,14 @@ def until_it_beats(run: Path, fd: int | None = None) -> None:
         os.close(opened)
 
 
-def test_the_holder_beats(tmp_path: Path) -> None:
+def test_lock_holder_writes_heartbeats(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.lock(note=print, beat_seconds=0.02)
     until_it_beats(tmp_path / "run", folder._lock_fd)
     folder.unlock()
 
 
-def test_a_beat_on_its_way_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beat_in_flight_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would write to whatever file gets the descriptor next, or make the free lock look taken."""
     write, begun, unlocked = run_folder._write_holder, threading.Event(), threading.Event()
 
@@ -310,16 +348,18 @@ def test_a_beat_on_its_way_is_waited_for(tmp_path: Path, monkeypatch: pytest.Mon
     folder = RunFolder(tmp_path / "run")
     folder.lock(note=print, beat_seconds=0.01)
     assert begun.wait(120)
+    beating = folder._beating
+    assert beating is not None
     folder.unlock()
     with open(tmp_path / "next", "w+") as following:
         unlocked.set()
-        for thread in [t for t in threading.enumerate() if t.name == "run-folder-lock"]:
-            thread.join()
+        beating.join(120)
+        assert not beating.is_alive()
         assert following.read() == ""
     assert (tmp_path / "run" / ".lock").read_text() == ""
 
 
-def test_a_folder_that_cannot_be_made_is_a_wrong_request(tmp_path: Path) -> None:
+def test_uncreatable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RequestError, match=r"cannot be written: .*--run_dir"):
         RunFolder(tmp_path / "file" / "run").lock()
@@ -498,3 +538,24 @@ def test_status_is_written_in_place_when_the_disk_is_full(
     with pytest.raises(OSError, match="No space"):
         run.write_status("failed", exit_code=70)
     run.unlock()
+
+
+def test_ranks_that_do_not_see_the_run_folder_are_refused(tmp_path: Path) -> None:
+    """Ranks 1 and 3 have a disk of their own under the same name."""
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    shared.mkdir()
+    own.mkdir()
+
+    def work(member: Member, alone: tuple[int, ...]) -> str:
+        try:
+            refuse_separate_disks(own if member.rank in alone else shared, member, wait_seconds=0.1)
+        except RequestError as refusal:
+            return str(refusal)
+        return ""
+
+    (shared / ".seen-by-all-of-a-killed-start").touch()
+    assert Threads(4).together(lambda member: work(member, ())) == [""] * 4
+    said = Threads(4).together(lambda member: work(member, (1, 3)))
+    assert len({text.replace(str(own), str(shared)) for text in said}) == 1
+    assert re.search(r"is not seen by rank 1 \(.*\), 3 \(.*\): every rank writes its part", said[0])
+    assert list(shared.iterdir()) == list(own.iterdir()) == []

@@ -33,16 +33,26 @@ def grown(text: Path, n_bytes: int) -> Path:
 
 
 @pytest.mark.parametrize("n_bytes", [1, 10**4, 10**6, 10**7, 10**8, 10**9, 10**11])
-def test_a_larger_text_gets_a_larger_model_with_a_smaller_rate(text: Path, n_bytes: int) -> None:
+def test_larger_text_gets_a_larger_model_and_a_smaller_learning_rate(text: Path, n_bytes: int) -> None:
     small, _ = configure(text)
     large, _ = configure(grown(text, n_bytes))
-    assert large.model.config["n_embd"] >= small.model.config["n_embd"]
-    assert large.model.config["n_embd"] % large.model.config["n_head"] == 0
+    assert large.model.config["hidden_size"] >= small.model.config["hidden_size"]
+    assert large.model.config["hidden_size"] % (2 * large.model.config["num_attention_heads"]) == 0, "rotary"
     assert large.optim.lr <= small.optim.lr
-    assert large.data.block_size == large.model.config["n_positions"]
+    assert large.data.block_size == large.model.config["max_position_embeddings"]
     assert large.train.duration.unit == "steps"
     assert large.train.duration.value >= 100
     assert large.evaluate.prompts == ["auto"]
+
+
+def test_reasons_say_what_decided(text: Path) -> None:
+    (text / "a.txt").write_text("some text\n" * 100)
+    _, notes = configure(text, "--data.block_size", "512")
+    lines = {note.split()[0]: note for note in notes}
+    assert lines["model.config"].endswith("context 512"), "a longer block is a longer context"
+    assert lines["train.duration"].endswith("100 steps: about 1,638 passes over the text, at least 100 steps")
+    _, notes = configure(grown(text, 10**6))
+    assert any("about 4 passes over the text, at most 600 steps" in note for note in notes)
 
 
 def test_each_default_is_explained_and_each_option_overrides_its_own(text: Path) -> None:
@@ -67,6 +77,24 @@ def test_each_default_is_explained_and_each_option_overrides_its_own(text: Path)
     assert configure(text, *argv) == (config, notes), "the same command, the same run"
 
 
+def test_muon_and_the_modern_architecture_are_the_default(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, notes = configure(text)
+    assert (config.optim.name, config.model.type, config.model.zero_init) == ("muon", "nanochat", True)
+    assert any("optim.name" in line and "muon" in line for line in notes)
+    adamw, _ = configure(text, "--optim.name", "adamw")
+    assert adamw.optim.lr * own_text.MUON_RATE_FACTOR == config.optim.lr
+    assert adamw.model == config.model
+    assert configure(text, "--model.type", "gpt2")[0].optim.name == "adamw"
+    assert configure(text, "--model.config.n_layer", "1")[0].model.type == "gpt2"
+    assert configure(text, "--model.preset", "modern_gguf")[0].optim.name == "muon"
+    assert configure(text, "--model.preset", "gpt2")[0].optim.name == "adamw"
+    assert configure(text, "--engine.deepspeed", "ds_configs/zero1.json")[0].optim.name == "adamw"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert configure(text)[0].optim.name == "adamw", "Muon is refused under ZeRO"
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_other_model_types_get_sizes_too(text: Path, kind: str) -> None:
     config, _ = configure(text, "--model.type", kind)
@@ -77,14 +105,18 @@ def test_other_model_types_get_sizes_too(text: Path, kind: str) -> None:
     }
 
 
-def test_a_pretrained_model_gets_a_fine_tuning_rate_and_keeps_its_own_sizes(text: Path) -> None:
+def test_pretrained_model_gets_a_fine_tuning_rate_and_keeps_its_sizes(text: Path) -> None:
     config, _ = configure(text, "--model.from_pretrained", "owner/name")
     assert config.optim.lr == own_text.FINE_TUNING_RATE
+    adapters, _ = configure(text, "--model.from_pretrained", "owner/name", "--model.lora.rank", "8")
+    assert adapters.optim.lr == own_text.LORA_RATE
+    none, _ = configure(text, "--model.from_pretrained", "owner/name", "--model.lora.rank", "0")
+    assert none.optim.lr == own_text.FINE_TUNING_RATE
     assert config.model.config == {}
     assert config.data.block_size is None
 
 
-def test_a_missing_file_is_refused_when_its_size_is_asked(tmp_path: Path) -> None:
+def test_missing_file_has_no_size(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"\*.txt"):
         configure(tmp_path)
 
@@ -99,3 +131,20 @@ def test_samples_continue_the_beginnings_of_the_validation_text(tmp_path: Path) 
     held = (tmp_path / "held.txt").read_text(encoding="utf-8")
     assert 1 <= len(prompts) <= 3
     assert all(prompt.strip() in held for prompt in prompts), prompts
+
+
+def test_modern_preset_takes_rate_and_batch_of_a_law_inside_its_range_only(text: Path) -> None:
+    """0.0047 (N / 108M)^(-1/3), N = 12 x 8 x 320^2 + 16,000 x 320, on 164 million tokens, 11 a parameter."""
+    argv = ["--model.preset", "modern", "--optim.name", "adamw"]
+    config, notes = configure(grown(text, 290_000_000), *argv)
+    assert config.optim.lr == pytest.approx(0.0047 * (14.95 / 108) ** (-1 / 3), rel=0.01)
+    # 327,680 (N / 108M)^(2/3) tokens in blocks of 512, by eights
+    assert config.train.global_batch_blocks == 168
+    assert config.train.duration.value == pytest.approx(10_000 * 32 * 512 / (168 * 512), abs=1)
+    assert any("Porian" in line and "inside its range" in line for line in notes)
+    assert configure(text, *argv, "--optim.lr", "0.5")[0].optim.lr == 0.5
+    for other in (argv[:2], argv[2:]):  # muon; a model that is not a preset
+        assert not any("inside its range" in line for line in configure(text, *other)[1])
+    small, notes = configure(grown(text, 900_000), *argv)
+    assert small.optim.lr < 0.005
+    assert not any("inside its range" in line for line in notes)

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from lmcore.run.peers import EXIT_STUCK, connect
+from lmcore.run.peers import EXIT_STUCK, Peers, connect
 from tests.support.fork_server import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +29,7 @@ from lmcore.run.peers import connect
 peers = connect(os.environ)
 rank, mode, stuck = peers.rank, sys.argv[1], float(sys.argv[2])
 folder = Path({folder!r})
-peers.on_end = lambda line: (folder / "end").write_text(f"{{rank}} {{line}}")
+peers.on_end = lambda line, code: (folder / "end").write_text(f"{{rank}} {{line}}")
 def wait_for(*names):
     while not all((folder / name).exists() for name in names): time.sleep(0.01)
 while len(peers._peers) < (peers.world_size - 1 if rank == 0 else 1): time.sleep(0.01)
@@ -42,6 +44,12 @@ if mode == "finish":
     sys.exit(0)
 if mode == "same-error":
     time.sleep(0.3 * rank)
+    sys.exit(2)
+if mode == "refusal":
+    if rank == 1:
+        peers.leaving("a.txt is not there", 2)
+        sys.exit(2)
+    time.sleep(float(sys.argv[2]))
     sys.exit(2)
 if mode == "slow-error":
     if rank == 1: sys.exit(2)
@@ -112,24 +120,37 @@ class Ranks:
             process.wait()
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_killed_rank_is_named_by_all_others_within_seconds(tmp_path: Path, victim: int) -> None:
+def at_once(check: Callable[..., None], folder: Path, *cases: tuple[Any, ...]) -> None:
+    """``check(folder of the case, *case)`` for all cases at the same time: their processes sleep most of it."""
+    folders = [folder / "-".join(map(str, case)) for case in cases]
+    for one in folders:
+        one.mkdir()
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for done in [pool.submit(check, one, *case) for one, case in zip(folders, cases)]:
+            done.result()
+
+
+def test_killed_rank_is_named_by_all_others_within_seconds(tmp_path: Path) -> None:
     """Before torch is imported; whichever rank it is, the connecting one included."""
-    with Ranks(tmp_path, "die", world_size=3) as ranks:
-        ranks.met()
-        ranks.processes[victim].kill()
-        begin = time.monotonic()
-        others = [rank for rank in range(3) if rank != victim]
-        codes = ranks.codes()
-        assert time.monotonic() - begin < 10
-        assert [codes[rank] for rank in others] == [EXIT_STUCK] * 2
-        for rank in others:
-            assert f"rank {victim} (pid {ranks.processes[victim].pid} on" in ranks.output(rank)
-            assert "is dead" in ranks.output(rank)
-        assert (tmp_path / "end").read_text().startswith(f"{min(others)} rank {victim}"), "one rank speaks"
+
+    def check(folder: Path, victim: int) -> None:
+        with Ranks(folder, "die", world_size=3) as ranks:
+            ranks.met()
+            ranks.processes[victim].kill()
+            begin = time.monotonic()
+            others = [rank for rank in range(3) if rank != victim]
+            codes = ranks.codes()
+            assert time.monotonic() - begin < 10
+            assert [codes[rank] for rank in others] == [EXIT_STUCK] * 2
+            for rank in others:
+                assert f"rank {victim} (pid {ranks.processes[victim].pid} on" in ranks.output(rank)
+                assert "is dead" in ranks.output(rank)
+            assert (folder / "end").read_text().startswith(f"{min(others)} rank {victim}"), "one rank speaks"
+
+    at_once(check, tmp_path, (0,), (1,), (2,))
 
 
-def test_a_killed_rank_with_a_forked_child_is_noticed(tmp_path: Path) -> None:
+def test_killed_rank_with_a_forked_child_is_noticed(tmp_path: Path) -> None:
     """A data worker that outlives its rank holds copies of the rank's open files."""
     with Ranks(tmp_path, "fork") as ranks:
         while not (tmp_path / "child").exists() or not (child := (tmp_path / "child").read_text()):
@@ -139,7 +160,7 @@ def test_a_killed_rank_with_a_forked_child_is_noticed(tmp_path: Path) -> None:
     os.kill(int(child), signal.SIGKILL)
 
 
-def test_finishing_is_not_a_death(tmp_path: Path) -> None:
+def test_finished_rank_is_not_reported_dead(tmp_path: Path) -> None:
     with Ranks(tmp_path, "finish", world_size=3) as ranks:
         assert ranks.codes() == [0, 0, 0]
         assert [ranks.output(rank) for rank in range(3)] == ["", "", ""]
@@ -150,33 +171,56 @@ def test_ranks_that_meet_the_same_error_keep_their_exit_code(tmp_path: Path) -> 
         assert ranks.codes() == [2, 2, 2]
 
 
-def test_a_rank_that_is_ending_by_itself_is_not_cut_short(tmp_path: Path) -> None:
+def test_slower_ranks_come_to_a_refusal_by_themselves(tmp_path: Path) -> None:
+    """All ranks refuse alike; one may still be importing when the first has ended. Longer than a dead rank's grace."""
+    with Ranks(tmp_path, "refusal", world_size=3, stuck=4) as ranks:
+        assert ranks.codes() == [2, 2, 2]
+        assert [ranks.output(rank) for rank in range(3)] == ["", "", ""], "each says it itself"
+        assert not (tmp_path / "end").exists()
+
+
+@pytest.mark.slow
+def test_refusal_of_one_rank_ends_the_others_with_its_line_and_code(tmp_path: Path) -> None:
+    with Ranks(tmp_path, "refusal", world_size=3, stuck=60) as ranks:
+        begin = time.monotonic()
+        assert ranks.codes() == [2, 2, 2]
+        assert time.monotonic() - begin < 40
+        assert (tmp_path / "end").read_text().startswith("0 rank 1")
+        for rank in (0, 2):
+            assert f"rank 1 (pid {ranks.processes[1].pid} on" in ranks.output(rank)
+            assert "has ended: a.txt is not there" in ranks.output(rank)
+
+
+def test_rank_that_is_already_ending_is_not_killed(tmp_path: Path) -> None:
     with Ranks(tmp_path, "slow-error") as ranks:
         assert ranks.codes() == [3, 2]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("mode", ["stop", "sleep"])
-def test_a_stuck_rank_is_named_with_the_stacks_of_all(tmp_path: Path, mode: str, victim: int) -> None:
-    with Ranks(tmp_path, mode, stuck=1.5, victim=victim) as ranks:
-        other = 1 - victim
-        codes = ranks.codes()
-        assert codes[other] == EXIT_STUCK
-        assert codes[victim] in (EXIT_STUCK, -signal.SIGKILL), "it does not keep the device"
-        assert f"rank {victim} (pid {ranks.processes[victim].pid} on" in ranks.output(other)
-        assert "is stuck" in ranks.output(other)
-        for rank in (0, 1):
-            stacks = (tmp_path / "logs" / f"stacks-rank-{rank:05d}.txt").read_text()
-            assert 'File "<string>", line' in stacks
+def test_stuck_rank_is_named_with_the_stacks_of_all(tmp_path: Path) -> None:
+    def check(folder: Path, mode: str, victim: int) -> None:
+        with Ranks(folder, mode, stuck=1.5, victim=victim) as ranks:
+            other = 1 - victim
+            codes = ranks.codes()
+            assert codes[other] == EXIT_STUCK
+            assert codes[victim] in (EXIT_STUCK, -signal.SIGKILL), "it does not keep the device"
+            assert f"rank {victim} (pid {ranks.processes[victim].pid} on" in ranks.output(other)
+            assert "is stuck" in ranks.output(other)
+            for rank in (0, 1):
+                stacks = (folder / "logs" / f"stacks-rank-{rank:05d}.txt").read_text()
+                assert 'File "<string>", line' in stacks
+
+    at_once(check, tmp_path, ("stop", 0), ("stop", 1), ("sleep", 0), ("sleep", 1))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_waiting_for_a_rank_that_is_busy_saving_is_not_stuck(tmp_path: Path, victim: int) -> None:
-    with Ranks(tmp_path, "busy", stuck=1.0, victim=victim) as ranks:
-        assert ranks.codes() == [0, 0], ranks.output(0) + ranks.output(1)
+def test_waiting_for_a_rank_that_is_busy_saving_is_not_stuck(tmp_path: Path) -> None:
+    def check(folder: Path, victim: int) -> None:
+        with Ranks(folder, "busy", stuck=1.0, victim=victim) as ranks:
+            assert ranks.codes() == [0, 0], ranks.output(0) + ranks.output(1)
+
+    at_once(check, tmp_path, (0,), (1,))
 
 
-def test_a_port_of_another_program_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_occupied_port_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It accepts connections, and never answers."""
     port = free_port()
     monkeypatch.setattr(sys.modules[__name__], "free_port", lambda: port)
@@ -189,7 +233,7 @@ def test_a_port_of_another_program_is_passed_over(tmp_path: Path, monkeypatch: p
             assert len(list(tmp_path.glob("met-*"))) == 2
 
 
-def test_garbage_on_the_port_ends_nothing(tmp_path: Path) -> None:
+def test_garbage_on_the_port_is_ignored(tmp_path: Path) -> None:
     """Other programs may connect, and say anything."""
     with Ranks(tmp_path, "die") as ranks:
         ranks.met()
@@ -210,8 +254,54 @@ def test_garbage_on_the_port_ends_nothing(tmp_path: Path) -> None:
         assert [process.poll() for process in ranks.processes] == [None, None]
 
 
+DIES_ONCE_MET = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+from lmcore.run import peers as module
+rank = int(os.environ["RANK"])
+late_seconds, victim = float(sys.argv[1]), int(sys.argv[2])
+time.sleep(0 if rank == victim else late_seconds)
+peers = module.connect(os.environ)
+if rank == victim:
+    assert peers.wait_until_met(30)
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+
+
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_killed_while_ranks_import_and_meet_ends_the_other(tmp_path: Path, victim: int) -> None:
+@pytest.mark.parametrize("late_seconds", ["0", "0.3"])
+def test_rank_that_dies_as_soon_as_it_has_met_is_noticed(
+    tmp_path: Path, late_seconds: str, victim: int
+) -> None:
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
+    try:
+        for rank in range(2):
+            command = [sys.executable, "-c", DIES_ONCE_MET.format(root=str(ROOT)), late_seconds, str(victim)]
+            env = {**os.environ, **meeting, "RANK": str(rank)}
+            with open(tmp_path / f"out-{rank}", "w") as out:
+                ranks.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
+        assert ranks[1 - victim].wait(30) == EXIT_STUCK
+        said = (tmp_path / f"out-{1 - victim}").read_text()
+        assert f"rank {victim} (pid {ranks[victim].pid}" in said
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def test_rank_goes_on_without_a_connection_after_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcore.run.peers._PEERS", None)
+    monkeypatch.setattr(Peers, "_follow", lambda self: None)  # a port that is closed between machines
+    env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    peers = connect(env)
+    assert peers is not None
+    assert not peers.wait_until_met(0.1)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_rank_killed_at_start_ends_the_other(tmp_path: Path, victim: int) -> None:
     """Started by hand, as srun does: no launcher ends the other one, which would wait for half an hour."""
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     argv = ["--run_dir", str(tmp_path / "run"), "--data.train", str(ROOT / "README.md")]
@@ -245,7 +335,7 @@ def test_a_rank_killed_while_ranks_import_and_meet_ends_the_other(tmp_path: Path
             process.wait()
 
 
-def test_a_single_process_has_no_peers() -> None:
+def test_single_process_has_no_peers() -> None:
     alone: list[dict[str, Any]] = [
         {},
         {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"},

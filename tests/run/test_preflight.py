@@ -14,6 +14,7 @@ import pytest
 from lmcore.config.parse import parse
 from lmcore.errors import EXIT_REQUEST, RequestError
 from lmcore.run.preflight import TRACKERS, preflight
+from lmcore.run.start import check_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +35,13 @@ def test_global_batch_must_divide_among_the_processes() -> None:
     argv = ["--train.global_batch_blocks", "8", "--train.micro_batch_blocks", "8", "--report.trackers", "[]"]
     preflight(parse(argv, default_recipe=None), processes=2)  # the micro-batch is an upper bound
     assert "4 blocks each" in refused(*argv, "--train.micro_batch_exact", processes=2)
+
+
+def test_global_batch_is_divided_among_groups_that_share_blocks() -> None:
+    argv = ["--train.context_parallel", "2", "--report.trackers", "[]", "--train.global_batch_blocks"]
+    preflight(parse([*argv, "2"], default_recipe=None), processes=4)
+    assert "multiple of the 2 groups of 2 processes (got 3); try 2" in refused(*argv, "3", processes=4)
+    preflight(parse([*argv, "3"], default_recipe=None), processes=3 * 2)
 
 
 @pytest.mark.parametrize(
@@ -58,12 +66,29 @@ def test_missing_files_and_unknown_names_are_refused(
     assert words in refused(*argv)
 
 
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("gpt2", "n_positions"),
+        ("llama", "max_position_embeddings"),
+        ("mpt", "max_seq_len"),
+        ("ctrl", "n_positions"),
+    ],
+)
+def test_block_longer_than_the_context_is_refused(family: str, field: str) -> None:
+    argv = ["--model.type", family, "--model.config", f"{{{field}: 64}}"]
+    parse([*argv, "--data.block_size", "64"])
+    with pytest.raises(RequestError, match="block_size 65 is larger than the model's context 64"):
+        parse([*argv, "--data.block_size", "65"])
+
+
+@pytest.mark.parametrize("field", ["max_position_embeddings", "max_seq_len"])
 def test_block_longer_than_the_context_of_pretrained_weights_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
+    (tmp_path / "m" / "config.json").write_text(json.dumps({field: 64}))
     argv = ["--model.from_pretrained", "./m", "--report.trackers", "[]"]
     preflight(parse([*argv, "--data.block_size", "64"]))
     assert "larger than the context 64" in refused(*argv, "--data.block_size", "65")
@@ -91,7 +116,38 @@ def test_refusal_needs_no_torch_and_changes_nothing(program: list[str], tmp_path
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["torch.py"]
 
 
+@pytest.mark.parametrize("program", [["train_lm.py"], ["-m", "lmcore", "plan"]])
+def test_reason_of_a_refusal_is_the_last_line_of_both_streams(program: list[str], tmp_path: Path) -> None:
+    """As in ``> log 2>&1``, where Python would keep standard output back until the end."""
+    (tmp_path / "text.txt").write_text("some text\n")
+    start = ROOT / program[0] if program[0] == "train_lm.py" else program[0]
+    command = [sys.executable, str(start), *program[1:], "--data.train", "text.txt", "--seed", "-1"]
+    environment = {"PYTHONPATH": str(ROOT)}  # and not PYTHONUNBUFFERED
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == EXIT_REQUEST
+    assert done.stdout.strip().splitlines()[-1].endswith("seed must be at least 0 (got -1)")
+
+
 def test_prompt_that_is_not_utf8_is_refused() -> None:
     preflight(parse(["--evaluate.prompts", "猫"], default_recipe=None))
     said = refused("--evaluate.prompts", "caf\udce9")  # what Python makes of the bytes caf\xe9
     assert r"evaluate.prompts: 'caf\udce9' is not valid UTF-8" in said
+
+
+@pytest.mark.parametrize("value", ["", "abc", "-1", "1.5", "٣", "9" * 5000, " 2"])
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"])
+def test_numbers_that_no_launcher_sets_are_refused(name: str, value: str) -> None:
+    usual = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    usual |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    check_launcher(usual)
+    check_launcher({})
+    with pytest.raises(RequestError, match=f"environment variable {name} must be a whole number"):
+        check_launcher({**usual, name: value})
+
+
+def test_no_processes_are_refused() -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        with pytest.raises(RequestError, match="at least 1"):
+            check_launcher({name: "0"})

@@ -50,7 +50,7 @@ def a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
 
 
-def test_an_unchanged_start_uses_the_tokenizer_that_is_there(tmp_path: Path, text: Path) -> None:
+def test_unchanged_start_uses_the_existing_tokenizer(tmp_path: Path, text: Path) -> None:
     data, notes = opened(tmp_path)
     assert "trained on" in notes[0]
     again, notes = opened(tmp_path)
@@ -73,9 +73,7 @@ def test_an_unchanged_start_uses_the_tokenizer_that_is_there(tmp_path: Path, tex
     ],
 )
 @pytest.mark.usefixtures("text")
-def test_a_tokenizer_of_other_options_is_replaced(
-    tmp_path: Path, options: dict[str, Any], reason: str
-) -> None:
+def test_tokenizer_of_other_options_is_replaced(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
     first, _ = opened(tmp_path)
     if "resume" in options:
         a_checkpoint(tmp_path)
@@ -87,14 +85,14 @@ def test_a_tokenizer_of_other_options_is_replaced(
         assert second.encoder.fingerprint != first.encoder.fingerprint
 
 
-def test_a_tokenizer_of_other_text_is_replaced(tmp_path: Path, text: Path) -> None:
+def test_tokenizer_of_other_text_is_replaced(tmp_path: Path, text: Path) -> None:
     opened(tmp_path)
     text.write_text(TEXT.replace("line", "LINE"))
     assert "is replaced: other text" in opened(tmp_path)[1][0]
 
 
 @pytest.mark.usefixtures("text")
-def test_what_a_development_run_trained_is_not_taken_for_the_run_s_own(tmp_path: Path) -> None:
+def test_fast_dev_run_leaves_nothing_for_a_later_run(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     folder = tmp_path / "run"
     dev_run.write_sample(config, folder)
@@ -103,7 +101,7 @@ def test_what_a_development_run_trained_is_not_taken_for_the_run_s_own(tmp_path:
 
 
 @pytest.mark.usefixtures("text")
-def test_a_tokenizer_whose_making_is_not_known_is_replaced(tmp_path: Path) -> None:
+def test_tokenizer_of_unknown_origin_is_replaced(tmp_path: Path) -> None:
     home = tmp_path / "run" / "tokenizer"
     train_tokenizer([TEXT], vocab_size=320, folder=home)
     assert "what it was made of is not known" in opened(tmp_path)[1][0]
@@ -114,7 +112,7 @@ def test_a_tokenizer_whose_making_is_not_known_is_replaced(tmp_path: Path) -> No
     assert opened(tmp_path)[1] == []
 
 
-def test_a_resumed_run_keeps_the_tokenizer_of_its_checkpoints(tmp_path: Path, text: Path) -> None:
+def test_resumed_run_keeps_the_tokenizer_of_its_checkpoints(tmp_path: Path, text: Path) -> None:
     first, _ = opened(tmp_path)
     a_checkpoint(tmp_path)
     text.write_text(TEXT + "appended\n")
@@ -124,7 +122,7 @@ def test_a_resumed_run_keeps_the_tokenizer_of_its_checkpoints(tmp_path: Path, te
 
 
 @pytest.mark.usefixtures("text")
-def test_a_run_writes_down_which_stores_it_uses(tmp_path: Path) -> None:
+def test_run_records_which_stores_it_uses(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     opened(tmp_path, data__valid_fraction=0.2)
     found = list_stores(tmp_path / "stores", runs=[tmp_path])
@@ -132,7 +130,7 @@ def test_a_run_writes_down_which_stores_it_uses(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("text")
-def test_a_stream_builds_no_token_store(tmp_path: Path) -> None:
+def test_stream_builds_no_token_store(tmp_path: Path) -> None:
     data, _ = opened(tmp_path, data__mode="stream", data__valid_fraction=0, train__duration="4 steps")
     assert data.valid == {}
     assert not (tmp_path / "stores").exists()

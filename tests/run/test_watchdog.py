@@ -16,9 +16,8 @@ from lmcore.run.watchdog import Watchdog
 
 @pytest.fixture(autouse=True)
 def _no_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        faulthandler, "dump_traceback_later", lambda *_words, **_more: None
-    )  # ends the process
+    # Ends the process
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_words, **_more: None)
 
 
 def watchdog(logs: Path, left: list[int], said: list[str], **more: Any) -> Watchdog:
@@ -37,11 +36,11 @@ def wait_for(what: Any, seconds: float = 60.0) -> bool:
     return True
 
 
-def test_a_stuck_process_ends_with_its_stacks(tmp_path: Path) -> None:
+def test_stuck_process_ends_with_its_stacks(tmp_path: Path) -> None:
     left: list[int] = []
     said: list[str] = []
     ends: list[str] = []
-    made = watchdog(tmp_path, left, said, on_end=ends.append)
+    made = watchdog(tmp_path, left, said, on_end=lambda line, code: ends.append(line))
     made.beat("forward", 10)
     assert wait_for(lambda: left)
     made.close()
@@ -66,7 +65,7 @@ def test_beats_keep_a_slow_evaluation_alive(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("stacks-*")), "an empty file is removed"
 
 
-def test_a_foreground_save_longer_than_stuck_seconds_is_not_stuck(tmp_path: Path) -> None:
+def test_foreground_save_longer_than_stuck_seconds_is_not_stuck(tmp_path: Path) -> None:
     """No beat comes while a large checkpoint is written; its pieces are progress."""
     left: list[int] = []
     made = watchdog(tmp_path, left, [])
@@ -82,7 +81,7 @@ def test_a_foreground_save_longer_than_stuck_seconds_is_not_stuck(tmp_path: Path
     made.close()
 
 
-def test_the_first_step_may_compile_for_twice_as_long(tmp_path: Path) -> None:
+def test_first_step_may_take_twice_as_long(tmp_path: Path) -> None:
     left: list[int] = []
     made = watchdog(tmp_path, left, [], stuck_seconds=1.0)
     time.sleep(1.4)

@@ -1,0 +1,81 @@
+"""What published results say about a run's learning rate, batch and repetitions of its text: rows and warnings.
+
+Nothing here changes a run. A number of a paper is shown with its source and range, and whether the run is inside.
+"""
+
+from __future__ import annotations
+
+from lmcore.config.schema import RunConfig
+from lmcore.humanize import short
+from lmcore.plan.scaling import published, worth_of_epoch
+
+GOOD_PASSES = 4
+"""Up to here repeated text is worth nearly as much as new text (Muennighoff et al. 2023, arXiv 2305.16264)."""
+DEFAULT_PATIENCE = 3
+"""Evaluations without an improvement after which a run over repeated text stops by itself."""
+
+
+def passes(run_tokens: int, epoch_tokens: int | None) -> float | None:
+    """How often the text is seen; ``None`` where its length is not known."""
+    return None if not epoch_tokens else run_tokens / epoch_tokens
+
+
+def patience_of(asked: int | None, *, repeats: float | None, validated: bool, began_with: int | None) -> int:
+    """``evaluate.early_stopping.patience``: where it is not given, on for text that is seen more than once.
+
+    Args:
+        validated: whether the run evaluates a validation set from time to time.
+        began_with: what the checkpoint was trained with, if one is resumed: a run that began without stays without.
+    """
+    if asked is not None:
+        return asked
+    return DEFAULT_PATIENCE if repeats is not None and repeats > 1 and validated and began_with != 0 else 0
+
+
+def early_stopping_row(asked: int | None, patience: int, repeats: float | None) -> list[tuple[str, str]]:
+    """The row of the start table, where early stopping is on."""
+    if not patience:
+        return []
+    words = f"after {patience} evaluations without improvement"
+    if asked is None:
+        words += f", because the text is seen {repeats:.3g} times (--evaluate.early_stopping.patience 0: off)"
+    return [("early stopping", words)]
+
+
+def law_row(
+    config: RunConfig, *, parameters: int, run_tokens: int, unique_tokens: int | None
+) -> list[tuple[str, str]]:
+    """The learning rate and batch of published laws beside the run's own, for adamw and adam; nothing for fine-tuning and for
+    data that are no text.
+
+    Args:
+        parameters: that multiply, of the embeddings only a head's.
+    """
+    if config.optim.name.lower() not in ("adamw", "adam"):
+        return []
+    if config.model.from_pretrained is not None or config.data.factory is not None:
+        return []
+    laws = published([parameters], lambda _: run_tokens, unique_tokens or run_tokens)
+    words = [
+        f"{law.learning_rate:.2g} with {short(round(law.batch_tokens))} tokens a step ({law.source}; "
+        f"{law.measured}: {'inside' if law.inside else 'outside'} its range)"
+        for law in laws
+        if law.learning_rate is not None and law.batch_tokens is not None
+    ]
+    return [("rates of published laws", "; ".join(words))]
+
+
+def repetition_warning(
+    config: RunConfig, repeats: float | None, *, validated: bool, patience: int
+) -> str | None:
+    """What to expect of text that is seen many times, and what to do; ``None`` where it is not."""
+    if repeats is None or repeats <= GOOD_PASSES or config.fast_dev_run:
+        return None
+    remedy = "give more text, a shorter train.duration, dropout or a larger optim.weight_decay"
+    if not patience:
+        remedy += ", or --evaluate.early_stopping.patience 3" if validated else ", or a validation text"
+    return (
+        f"the text is seen {repeats:.3g} times: a token of the last pass is worth {worth_of_epoch(repeats):.0%} of a new "
+        f"one (Muennighoff et al. 2023, arXiv 2305.16264: hardly less up to {GOOD_PASSES} passes; 7M to 9B parameters), and "
+        f"the model may learn it by heart: {remedy}"
+    )
