@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FAULTS ?= runs/faults
 
-.PHONY: help demo test test-all check docs format clean docker-build docker-shell
+.PHONY: help demo test test-all faults check docs format clean docker-build docker-shell
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -27,6 +28,9 @@ test: $(BIN)/.installed-dev  ## install, the core tests: every law, one pairing 
 
 test-all: $(BIN)/.installed-dev  ## the rest: whole matrices, Slurm, faults, the commands of the docs
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'slow or slurm'
+
+faults: $(BIN)/.installed-dev  ## the large fault campaign: hours; resumable; FAULTS=folder of its results
+	$(BIN)/python -m benchmarks.faults.campaign --all --out $(FAULTS)
 
 check: $(BIN)/.installed-dev  ## format, lint, types
 	$(BIN)/ruff format --check .

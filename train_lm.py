@@ -23,6 +23,8 @@ from lmcore.errors import one_line_errors
 from lmcore.run.start import parse_or_exit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lmcore.config.schema import RunConfig
     from lmcore.run.trainer import Run
 
@@ -36,6 +38,7 @@ def train(run: Run) -> None:
         # The rates come first: DeepSpeed updates inside the last backward.
         engine.set_learning_rate(run.learning_rate())
         engine.set_momentum(run.momentum())
+        engine.set_weight_decay(run.weight_decay())
 
         # The gradient of the mean over all labels of all ranks. Losses travel as sums:
         #     sum over ranks and micro-batches of the loss sums / labels of the step
@@ -53,9 +56,8 @@ def train(run: Run) -> None:
         run.record(batch, loss=loss, grad_norm=grad_norm, applied=applied)
 
         due = run.due()  # the same answer on every rank: clocks and signals differ between them
-        if (
-            due.rewind
-        ):  # too many steps were not finite: back to the last good checkpoint, and past their blocks
+        # Too many steps were not finite: back to the last good checkpoint, and past their blocks
+        if due.rewind:
             run.rewind(due.rewind)
         # Its steps were found sound; and it comes before the evaluation, so that an interruption costs only that.
         if due.save:
@@ -65,8 +67,8 @@ def train(run: Run) -> None:
     run.finish()
 
 
-def main(config: RunConfig) -> int:
-    """Set the run up and train. Returns the exit code."""
+def main(config: RunConfig, loop: Callable[[Run], None] = train) -> int:
+    """Set the run up and train by ``loop``. Returns the exit code."""
     with one_line_errors(show_traceback=config.debug):
         if config.dry_run:
             from lmcore.cli.plan import dry_run
@@ -80,7 +82,7 @@ def main(config: RunConfig) -> int:
             run.build_model()  # model and loss, budget, optimizer, all wrapped by the strategy
             run.restore()  # the newest verified checkpoint, or step 0
             run.announce()  # the start table
-            train(run)
+            loop(run)
         return run.exit_code
 
 

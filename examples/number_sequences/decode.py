@@ -1,9 +1,9 @@
-"""What a trained run can do: greedy decoding of its test set.
+"""Greedy decoding of the test set of a trained run.
 
     python -m examples.number_sequences.decode runs/unseen_pairs [--show 10]
 
-Comes in: a run folder. Goes out: input, target and prediction of some test pairs; the share of exact matches, the
-accuracy of single ids with and without padding, and what chance would give.
+Prints input, target and prediction of some test pairs, the share of exact matches, the accuracy of single ids with and
+without padding, and the accuracy of chance.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lmcore.errors import RequestError
 from lmcore.saved.load import load_model
 
 MODEL = "examples.number_sequences.transformer:build"
-"""What stands in a run folder is not executed: the model and the data are named here."""
+"""Code named by a run folder is not executed, so model and data are named here."""
 DATA = {
     "examples.number_sequences.sequences:random_draws": random_draws,
     "examples.number_sequences.sequences:unseen_pairs": unseen_pairs,

@@ -1,8 +1,8 @@
 """Pairs of numbers -> the run of numbers between them; and the loss that knows the padding.
 
-Comes in: how many pairs, and of which range. Goes out: the datasets of ``data.factory``, the ``loss.factory``. What
-always holds: the target of (a, b) is a, ..., b in steps of one, both ends included, ascending, descending or a single
-number; it begins with START, ends with END and is filled up with PADDING, which the loss ignores.
+Holds the functions of ``data.factory`` and ``loss.factory``. The target of (a, b) is a, ..., b in steps of one, both ends
+included, ascending, descending or a single number. It begins with START, ends with END, and is filled up with PADDING,
+which the loss ignores.
 
     (3, 6) -> 11 3 4 5 6 12 13 13 ...      (2, 0) -> 11 2 1 0 12 13 ...      (7, 7) -> 11 7 12 13 ...
 
@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 START, END, PADDING = 11, 12, 13
 IGNORED_LABEL = -100
-"""What lmcore puts where it fills up the last step."""
+"""The label that lmcore gives the examples that fill up the last step."""
 
 
 def to_id(number: int) -> int:

@@ -1,8 +1,8 @@
 """The encoder-decoder Transformer of Vaswani et al., "Attention Is All You Need" (2017), written from scratch.
 
-Comes in: ``source`` (B, S) and ``target`` (B, L), ids. Goes out: logits (B, L, V): at each place of the target the next
-id. What always holds: a place of the target attends to itself and to what is before it, never to what is behind it;
-padding is attended to by nothing that counts.
+``source`` (B, S) and ``target`` (B, L) are ids; the logits (B, L, V) predict the next id at each position of the target. A
+position of the target attends to itself and to earlier positions only. Padding follows the last real position, so that no
+label depends on it.
 
 Letters: B examples, S and L lengths of source and target, H heads, D width, V vocabulary. Section numbers are those of
 the paper.
@@ -20,9 +20,9 @@ from examples.number_sequences.sequences import END, PADDING, START, vocab_size
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
-    """Scaled dot-product attention (3.2.1): softmax(Q K^T / sqrt(D / H)) V, over (B, H, places, D / H).
+    """Scaled dot-product attention (3.2.1): softmax(Q K^T / sqrt(D / H)) V, over (B, H, positions, D / H).
 
-    ``allowed`` (places of the queries, places of the keys), boolean: who may look at whom.
+    ``allowed`` (positions of the queries, positions of the keys), boolean: which key each query may attend to.
     """
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])
     if allowed is not None:
@@ -41,7 +41,7 @@ class MultiHeadAttention(nn.Module):
         self.queries, self.keys, self.values, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor, memory: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """Each place of ``x`` (B, L, D) looks at the places of ``memory`` (B, S, D)."""
+        """Attention of the positions of ``x`` (B, L, D) to those of ``memory`` (B, S, D)."""
         q, k, v = (
             self._split(self.queries(x)),
             self._split(self.keys(memory)),
@@ -54,7 +54,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with a ReLU between them, at each place alone (3.3)."""
+    """Two linear maps with a ReLU between them, at each position separately (3.3)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class FeedForward(nn.Module):
 
 
 class Residual(nn.Module):
-    """LayerNorm(x + Dropout(what a sublayer adds)) (3.1, 5.4)."""
+    """LayerNorm(x + Dropout(output of the sublayer)) (3.1, 5.4)."""
 
     def __init__(self, width: int, rate: float) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention that does not look ahead, attention to the source, feed-forward (3.1)."""
+    """Causal self-attention, attention to the source, feed-forward (3.1)."""
 
     def __init__(self, width: int, heads: int, rate: float) -> None:
         super().__init__()
@@ -105,9 +105,9 @@ class DecoderLayer(nn.Module):
 
 def positions(length: int, width: int, device: torch.device) -> Tensor:
     """Sines and cosines of geometrically growing wavelengths (3.5), (L, D)."""
-    place = torch.arange(length, device=device).unsqueeze(1)
+    position = torch.arange(length, device=device).unsqueeze(1)
     rate = torch.exp(-math.log(10_000.0) * torch.arange(0, width, 2, device=device) / width)
-    return torch.stack((torch.sin(place * rate), torch.cos(place * rate)), dim=-1).flatten(1)
+    return torch.stack((torch.sin(position * rate), torch.cos(position * rate)), dim=-1).flatten(1)
 
 
 class Transformer(nn.Module):
@@ -125,9 +125,9 @@ class Transformer(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Logits (B, L, V) of the id behind each place of ``target`` (B, L)."""
+        """Logits (B, L, V) of the id after each position of ``target`` (B, L)."""
         length = target.shape[1]
-        # The padding stands at the end, so that this also keeps every real place from looking at it.
+        # Padding is at the end, so the causal mask also keeps real positions from attending to it.
         allowed = torch.ones(length, length, dtype=torch.bool, device=target.device).tril()
         memory = self._embed(source)
         for layer in self.encoder:
@@ -151,7 +151,7 @@ def build(
 
 @torch.no_grad()
 def greedy(model: Transformer, source: Tensor, length: int) -> Tensor:
-    """The most probable id at each place, one after another: (B, ``length``), PADDING behind END."""
+    """The most probable id at each position, one after another: (B, ``length``), PADDING after END."""
     target = torch.full((len(source), 1), START, device=source.device)
     ended = torch.zeros(len(source), dtype=torch.bool, device=source.device)
     for _ in range(length):

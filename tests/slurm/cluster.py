@@ -43,9 +43,8 @@ NEEDED = (*DAEMONS, "sbatch", "scontrol", "scancel", "squeue", "sinfo")
 SUBNET = "10.231.7"
 """Only ever exists inside the isolated network namespace."""
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE"}
-os.environ["PATH"] = "/usr/sbin:/sbin:" + os.environ.get(
-    "PATH", "/usr/bin:/bin"
-)  # Debian's daemons live there
+# Debian's daemons live there
+os.environ["PATH"] = "/usr/sbin:/sbin:" + os.environ.get("PATH", "/usr/bin:/bin")
 
 
 def missing() -> list[str]:
@@ -226,9 +225,8 @@ class Cluster:
         for i in range(gpus):
             device = self.folder / "dev" / f"nvidia{i}"
             try:
-                os.mknod(
-                    device, 0o20666, os.makedev(1, 3)
-                )  # a copy of /dev/null: slurmd wants character devices
+                # A copy of /dev/null: slurmd wants character devices
+                os.mknod(device, 0o20666, os.makedev(1, 3))
             except PermissionError:
                 device.touch()  # counted all the same, but CUDA_VISIBLE_DEVICES stays unset
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()

@@ -219,9 +219,7 @@ def test_two_nodes_train_like_one_node_with_as_many_processes(lab: Lab) -> None:
     assert two[STEPS] < two[1] - 1, "it learns"
 
 
-def test_whatever_happens_in_a_night_the_losses_are_those_of_a_quiet_one(
-    lab: Lab, undisturbed: dict[int, float]
-) -> None:
+def test_soak_losses_equal_an_uninterrupted_run(lab: Lab, undisturbed: dict[int, float]) -> None:
     """Signals to ranks and script, a requeue, preemption, and a node that fails during preemption."""
     command = lab.cluster.command
     # After twelve steps of each piece all is slow, so that none comes to the end while it is looked at.
@@ -274,7 +272,24 @@ def test_whatever_happens_in_a_night_the_losses_are_those_of_a_quiet_one(
     assert {record["nodes"] for record in starts} == {"node[1-2]"}
 
 
-def test_a_failing_rank_ends_the_job_within_seconds(lab: Lab) -> None:
+def test_requeued_job_goes_on_from_a_bucket_with_an_empty_disk(lab: Lab, alone: dict[int, float]) -> None:
+    hold = {"hold_after": 12, "hold_seconds": 0.5, "told": str(lab.folder / "on_the_second_disk")}
+    url = f"file://{lab.folder}/bucket/spot"
+    one = ("--nodes=1", "--gpus-per-node=1")
+    job = lab.submit("spot", *one, seconds=0.05, hold=hold, RUN_DIR=url, LOCAL_DIR=str(lab.folder / "spot"))
+    lab.reach("spot", 10)
+    lab.cluster.command("scontrol", "requeuehold", str(job))
+    lab.cluster.wait(job, "PENDING", seconds=60)
+    (lab.folder / "spot").rename(lab.folder / "lost")  # the disk of the machine that was taken away
+    (lab.folder / "on_the_second_disk").touch()
+    lab.cluster.command("scontrol", "release", str(job))
+    lab.finish("spot")
+    assert lab.losses("spot") == alone
+    assert lab.status("spot")["state"] == "finished"
+    assert [record["restart_count"] for record in lab.events("spot", "resume")] == [1]
+
+
+def test_failing_rank_ends_the_job_within_seconds(lab: Lab) -> None:
     arguments = (
         "--model.config.exit_code",
         "7",
@@ -307,7 +322,7 @@ def test_scancel_ends_at_once_and_leaves_a_run_that_goes_on(lab: Lab, undisturbe
     assert lab.losses("cancelled") == undisturbed
 
 
-def test_a_chain_finishes_in_three_pieces_and_the_fourth_ends_at_once(
+def test_job_chain_finishes_in_three_jobs_and_the_fourth_ends_at_once(
     lab: Lab, alone: dict[int, float]
 ) -> None:
     job = lab.submit(
@@ -374,7 +389,7 @@ def test_slurm_accepts_every_template(lab: Lab, template: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_the_time_limit_costs_nothing(lab: Lab, alone: dict[int, float]) -> None:
+def test_time_limit_costs_nothing(lab: Lab, alone: dict[int, float]) -> None:
     """Submitted first of all; its early signal came from Slurm itself, by the clock."""
     lab.finish("limit", seconds=600)
     assert lab.cluster.restarts(lab.jobs["limit"]) >= 1
@@ -388,7 +403,7 @@ def test_the_time_limit_costs_nothing(lab: Lab, alone: dict[int, float]) -> None
     assert [point.step for point in curves.Scalars("train/loss")] == list(range(1, STEPS + 1))
 
 
-def test_the_trainer_itself_stops_before_the_end_of_the_job(lab: Lab, alone: dict[int, float]) -> None:
+def test_training_stops_before_the_end_of_the_job(lab: Lab, alone: dict[int, float]) -> None:
     lab.finish("deadline", seconds=600)
     assert lab.cluster.restarts(lab.jobs["deadline"]) >= 1
     assert "the job's end time is near" in lab.said("deadline")
@@ -409,7 +424,7 @@ def test_nothing_is_left_running(lab: Lab) -> None:
     )
 
 
-def test_the_cluster_leaves_nothing_behind() -> None:
+def test_slurm_cluster_leaves_no_processes() -> None:
     cluster = Cluster(nodes=1)
     with cluster:
         job = cluster.sbatch(_sleeper(cluster.folder, 600), environment={})

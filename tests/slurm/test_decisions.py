@@ -94,13 +94,13 @@ def status(state: str, *, job: str = JOB, step: int = 10, checkpoint: bool = Tru
 SAVED = {"exit_code": 75, "reason": "SIGUSR1"}
 
 
-def test_a_finished_run_ends_well(submit, tmp_path: Path) -> None:
+def test_finished_run_exits_with_zero(submit, tmp_path: Path) -> None:
     result = submit(status("finished", exit_code=0))
     assert result.returncode == 0, result.stdout
     assert "requeue 4711" not in notes(tmp_path, "scontrol")
 
 
-def test_a_saved_run_goes_back_into_the_queue(submit, tmp_path: Path) -> None:
+def test_saved_run_is_requeued(submit, tmp_path: Path) -> None:
     result = submit(status("saved", **SAVED))
     assert f"requeue {JOB}" in notes(tmp_path, "scontrol"), result.stdout
     assert "saved at step-00000010: back into the queue" in result.stdout
@@ -116,7 +116,7 @@ def test_a_saved_run_goes_back_into_the_queue(submit, tmp_path: Path) -> None:
         pytest.param(status("saved", job="12", **SAVED), 1, "before it wrote anything", id="other_job"),
     ],
 )
-def test_a_failure_is_not_requeued(submit, tmp_path: Path, trainer: str, code: int, words: str) -> None:
+def test_failure_is_not_requeued(submit, tmp_path: Path, trainer: str, code: int, words: str) -> None:
     logs = tmp_path / "run" / "logs"
     logs.mkdir(parents=True)
     (logs / f"slurm-{JOB}-alpha.log").write_text("the cause\n")
@@ -128,7 +128,7 @@ def test_a_failure_is_not_requeued(submit, tmp_path: Path, trainer: str, code: i
     assert f"requeue {JOB}" not in notes(tmp_path, "scontrol")
 
 
-def test_the_state_of_the_piece_before_is_not_taken_for_an_answer(submit, tmp_path: Path) -> None:
+def test_status_of_the_previous_job_is_not_read_as_an_answer(submit, tmp_path: Path) -> None:
     """A trainer that crashes at the start leaves the words of its predecessor, which had the same job id."""
     submit(status("saved", **SAVED))
     result = submit("exit 1", SLURM_RESTART_COUNT="1")
@@ -146,7 +146,7 @@ def test_requeues_without_progress_end(submit, tmp_path: Path) -> None:
     assert "back into the queue" in moved.stdout
 
 
-def test_pieces_that_give_most_of_their_time_away_end(submit, tmp_path: Path) -> None:
+def test_job_chain_without_progress_ends(submit, tmp_path: Path) -> None:
     """A margin as long as the piece: one step each time, for ever, would be a waste that looks like progress."""
     late = {"exit_code": 75, "reason": "the job's end time is near"}
     ends = str(int(time.time()) + 10_000)
@@ -166,7 +166,7 @@ def test_restarts_are_bounded(submit, tmp_path: Path) -> None:
     assert f"requeue {JOB}" not in notes(tmp_path, "scontrol")
 
 
-def test_a_crash_is_retried_only_on_request_and_after_progress(submit, tmp_path: Path) -> None:
+def test_crash_is_retried_only_on_request_and_after_progress(submit, tmp_path: Path) -> None:
     crash = "exit 1\n"
     first = submit(status("running").replace("exit 0", crash), CRASH_RESTARTS="2")
     assert "crash at step-00000010: back into the queue" in first.stdout
@@ -179,27 +179,37 @@ def test_a_crash_is_retried_only_on_request_and_after_progress(submit, tmp_path:
     assert third.returncode == 1
 
 
-def test_stop_means_stop(submit, tmp_path: Path) -> None:
+def test_stopped_run_ends_the_chain(submit, tmp_path: Path) -> None:
     result = submit(status("saved", exit_code=75, reason="the file STOP"), SLURM_ARRAY_JOB_ID="99")
     assert result.returncode == 0
     assert f"requeue {JOB}" not in notes(tmp_path, "scontrol")
     assert "--quiet --state=PENDING 99" in notes(tmp_path, "scancel"), "the chain must not go on"
 
 
-def test_a_piece_of_a_chain_ends_where_it_saved(submit, tmp_path: Path) -> None:
+def test_job_of_a_chain_ends_where_it_saved(submit, tmp_path: Path) -> None:
     result = submit(status("saved", **SAVED), AFTER_SAVE="end")
     assert result.returncode == 0
     assert f"requeue {JOB}" not in notes(tmp_path, "scontrol")
 
 
-def test_what_slurm_ends_is_not_requeued_twice(submit, tmp_path: Path) -> None:
+def test_job_ended_by_slurm_is_not_requeued_twice(submit, tmp_path: Path) -> None:
     result = submit("kill -TERM $PPID; sleep 0.2; " + status("saved", **SAVED))
     assert result.returncode == 0, result.stdout
     assert "Slurm decides" in result.stdout
     assert f"requeue {JOB}" not in notes(tmp_path, "scontrol")
 
 
-def test_the_early_signal_goes_to_the_ranks_and_their_end_is_awaited(submit, tmp_path: Path) -> None:
+def test_run_in_a_bucket_is_judged_by_its_local_folder(submit, tmp_path: Path) -> None:
+    trainer = status("saved", **SAVED).replace("$RUN_DIR", "$LOCAL_DIR")
+    local = tmp_path / "local"
+    result = submit(trainer, "--seed", "3", RUN_DIR="s3://bucket/run", LOCAL_DIR=str(local))
+    assert f"requeue {JOB}" in notes(tmp_path, "scontrol"), result.stdout
+    assert (local / "logs").is_dir()
+    for launched in notes(tmp_path, "accelerate"):
+        assert launched.endswith(f"--run_dir s3://bucket/run --local_dir {local} --seed 3")
+
+
+def test_early_signal_is_forwarded_and_the_ranks_are_awaited(submit, tmp_path: Path) -> None:
     begin = time.monotonic()
     result = submit("kill -USR1 $PPID; sleep 1; " + status("saved", **SAVED))
     assert time.monotonic() - begin >= 1
