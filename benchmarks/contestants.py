@@ -11,6 +11,8 @@ of one to the top of a later one, so that everything between them counts: data, 
 - ``trainer``        transformers.Trainer as in run_clm.py, with this precision and fused AdamW
 - ``trainer_default`` the same as it ships: float32, no compilation, its own defaults
 - ``nanogpt``        a nanoGPT-style script: transformers' model and its loss, fused AdamW, ``loss.item()`` when logging
+- ``documents``      no model: a step is one reading of all documents of a text
+- ``blocks``         no model: a step is a global batch of blocks of a text, tokenized as they are needed
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 64},
+    # nanoGPT's character-level model for a CPU (0.8 million parameters; it trains on 12 blocks of 64)
+    "character": {"n_layer": 4, "n_head": 4, "n_embd": 128},
     "demo": {"n_layer": 8, "n_head": 6, "n_embd": 192},
     "small": {"n_layer": 12, "n_head": 12, "n_embd": 768},
 }
+LEAST_OF_BPE = 300
+"""Pieces: a byte-level vocabulary is larger than 256; a smaller one is of characters."""
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 DEFAULTS: dict[str, Any] = {
     "model": "demo",
@@ -42,7 +49,8 @@ DEFAULTS: dict[str, Any] = {
     "precision": "bf16",
     "compile": False,
     "accumulation": 1,
-    "extra": [],
+    "options": {},
+    "core": None,
 }
 
 
@@ -99,6 +107,47 @@ class Contestant:
         self._folder.cleanup()
 
 
+def alternate(
+    cases: Sequence[tuple[str, str, dict[str, Any], dict[str, str]]],
+    settings: dict[str, Any],
+    *,
+    launches: int,
+    rounds: int,
+    steps: int,
+    warmup: int,
+    after_turn: Callable[[str, int], None] = lambda label, launch: None,
+) -> dict[str, list[dict[str, float]]]:
+    """Let programs run in turn; {label: what :meth:`Contestant.run` gave for each of the turns}.
+
+    Args:
+        cases: (label, program, own settings, environment) of each.
+        launches: how often all are started anew, in the other order each time; they share the rounds.
+        warmup: first steps of a launch that are not counted.
+        after_turn: called with the label and the number of the launch; not timed.
+    """
+    measured: dict[str, list[dict[str, float]]] = {case[0]: [] for case in cases}
+    for launch in range(launches):
+        order = cases if launch % 2 == 0 else cases[::-1]
+        running = {
+            label: Contestant(name, settings | own | {"launch": launch}, env)
+            for label, name, own, env in order
+        }
+        try:
+            for label, _, own, _ in order:
+                running[label].run(warmup)
+                if "earlier_steps" in own:  # so many times what each of the others will have done
+                    running[label].run(own["earlier_steps"] * steps * rounds // launches)
+            # The shares of the launches add up to all rounds.
+            for turn in range(launch, rounds, launches):
+                for label in list(running) if turn % 2 == 0 else reversed(list(running)):
+                    measured[label].append(running[label].run(steps))
+                    after_turn(label, launch)
+        finally:
+            for contestant in running.values():
+                contestant.close()
+    return measured
+
+
 class Gate:
     """The child's end: called at the top of every step."""
 
@@ -141,7 +190,7 @@ def train_lm(s: dict[str, Any], gate: Gate) -> None:
 
     Engine.set_learning_rate = waits  # type: ignore[method-assign]
     config = MODELS[s["model"]] | NO_DROPOUT | {"n_positions": s["tokens"]}
-    extra = list(s["extra"])
+    extra: list[str] = []
     if s.get("corpus_times"):
         longer = Path("longer.bin").absolute()
         with longer.open("wb") as file:
@@ -152,6 +201,8 @@ def train_lm(s: dict[str, Any], gate: Gate) -> None:
         "run_dir": "run",
         "data.block_size": s["tokens"],
         "tokenizer.path": corpus(s["vocab"]) / "tokenizer",
+        "model.type": "gpt2",
+        "optim.name": "adamw",
         "train.global_batch_blocks": s["blocks"] * s["accumulation"],
         "train.micro_batch_blocks": s["blocks"],
         "train.duration": "100000 steps",
@@ -165,6 +216,7 @@ def train_lm(s: dict[str, Any], gate: Gate) -> None:
         "report.every": "100 steps",
         "data.store_dir": corpus(s["vocab"]),
         **{f"model.config.{key}": value for key, value in config.items()},
+        **{key: str(value).format(**s) for key, value in s["options"].items()},
     }
     sys.argv = [
         str(ROOT / "train_lm.py"),
@@ -179,6 +231,32 @@ def train_lm(s: dict[str, Any], gate: Gate) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def documents(s: dict[str, Any], gate: Gate) -> None:
+    """Reads ``s["text"]`` as it is read for a token store, part by part."""
+    from lmcore.data.text import documents as text
+
+    [source] = text.resolve_sources([s["text"]])
+    while True:
+        gate()
+        count = sum(1 for part in text.parts(source) for _ in text.read(source, part, bad=print))
+        assert count > 0, s["text"]
+
+
+def blocks(s: dict[str, Any], gate: Gate) -> None:
+    """Streams ``s["text"]``: reading, tokenizing and shuffling, as a run with ``data.mode stream``."""
+    from lmcore.data.batches import Batches
+    from lmcore.data.stream import StreamDataset
+    from lmcore.data.text import documents as text
+    from lmcore.data.tokenizer.tokenizer import load_tokenizer
+
+    [source] = text.resolve_sources([s["text"]])
+    tokenizer = load_tokenizer(corpus(s["vocab"]) / "tokenizer")
+    size = s["blocks"]
+    dataset = StreamDataset([source], tokenizer, block_size=s["tokens"], lanes=size, seed=1)
+    for _ in Batches(dataset, cursor=dataset.new_cursor(), global_batch_blocks=size, micro_batch_blocks=size):
+        gate()
+
+
 def prepare_corpus(vocab: int) -> None:
     """Tokenizer and token store of the demo's corpus, once for all programs; call it before any of them starts.
 
@@ -190,6 +268,8 @@ def prepare_corpus(vocab: int) -> None:
         f"--data.store_dir={corpus(vocab)}",
         "--data.block_size=256",
     ]
+    if vocab < LEAST_OF_BPE:
+        options += ["--tokenizer.model_type=char", "--tokenizer.byte_fallback=false"]
     subprocess.run(
         [*command, *options], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -362,5 +442,8 @@ def trainer_default(s: dict[str, Any], gate: Gate) -> None:
 
 if __name__ == "__main__":
     name, settings, read_fd, write_fd = sys.argv[1:]
-    here = {f.__name__: f for f in (train_lm, bare, nanogpt, trainer, trainer_default)}
-    here[name](json.loads(settings), Gate(int(read_fd), int(write_fd)))
+    programs = (train_lm, bare, nanogpt, trainer, trainer_default, documents, blocks)
+    here, chosen = {f.__name__: f for f in programs}, json.loads(settings)
+    if chosen["core"] is not None:  # before any thread starts
+        os.sched_setaffinity(0, {chosen["core"]})
+    here[name](chosen, Gate(int(read_fd), int(write_fd)))

@@ -1,37 +1,40 @@
-"""Everything that is to be known of one GPU, in one call of a few minutes.
+"""Everything that is to be known of one machine with GPUs, in one call of less than 8 minutes.
 
-    python benchmarks/gpu.py                          # one CUDA device; writes results/gpu.json and a table
-    python benchmarks/gpu.py --tiny                   # proves the script itself: tiny models, any device, seconds
+    python benchmarks/gpu.py              # writes results/gpu.json and two tables
+    python benchmarks/gpu.py --tiny       # proves the script itself: tiny models, on a CPU, every line of it
 
-For GPT-2 124M, 350M and 1.5B at 1,024 tokens and a Llama-shaped 1B at 4,096: tokens/s of train_lm.py's own parts end
-to end (token array -> batches on the device -> update -> numbers read a step late), peak memory, model FLOPs
-utilization, and the share of the matrix rate that is measured in the same call. Beside them the plain alternatives:
-transformers' own loss in a nanoGPT-style compiled loop. And the parity of the losses in bfloat16 over some steps:
-compiled and chunked against neither.
+Speed: train_lm.py itself (a process of its own; its metrics.jsonl says how fast it was) on GPT-2 124M, 350M and 1.5B at 1,024
+tokens, a Llama-shaped 1B at 4,096, and with several GPUs blocks of 8,192 tokens a GPU by context parallelism. Beside it
+transformers' Trainer at its best and a nanoGPT-style loop, compiled. torch 2.13 lets transformers build a mask of T x T inside a
+graph, which turns off the fast kernels: here both go without, as nanoGPT does.
 
-FLOPs of a token, forward and backward: 6 N + 12 L d T (PaLM, appendix B; N all parameters, L layers, d width, T
-context). The peak for the utilization is the dense bfloat16 rate of the data sheet, 989 TFLOP/s for H100 and H200.
+Correctness: documents by variable lengths against each document alone, the softcapped head, Muon's update, FSDP2 with its
+state on the host, ZeRO-2, a resume bit for bit, and the peak of the memory against the plan of the run.
+
+The order is that of importance. What does not fit into --seconds is listed as not measured. FLOPs of a token, forward and
+backward: 6 N + 12 L d T (lmcore/plan/plan.py); the peak is that of the data sheet for dense bfloat16 products.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from itertools import pairwise
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import common
-import torch
-from torch import Tensor
 
-from lmcore.model import build, module, optim
-from lmcore.run.late_numbers import LateNumbers
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+ROOT = Path(__file__).resolve().parent.parent
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 LLAMA_1B = {
     "hidden_size": 2048,
@@ -39,209 +42,360 @@ LLAMA_1B = {
     "num_hidden_layers": 16,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-# name -> (type, config, vocabulary, T, micro-batch blocks, micro-batches a step)
-FULL: dict[str, tuple[str, dict[str, Any], int, int, int, int]] = {
-    "GPT-2 124M": ("gpt2", NO_DROPOUT, 50257, 1024, 64, 8),
-    "GPT-2 350M": ("gpt2", {"n_layer": 24, "n_embd": 1024, "n_head": 16, **NO_DROPOUT}, 50257, 1024, 32, 8),
-    "GPT-2 1.5B": ("gpt2", {"n_layer": 48, "n_embd": 1600, "n_head": 25, **NO_DROPOUT}, 50257, 1024, 16, 8),
-    "Llama 1B": ("llama", LLAMA_1B, 128256, 4096, 4, 8),
+TINY_GPT2 = {"n_layer": 2, "n_embd": 32, "n_head": 2, **NO_DROPOUT}
+TINY_LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+WARM_UP, INTERVAL, INTERVALS = 10, 5, 3
+"""Steps before the measurement; steps of a line of metrics.jsonl; how many lines count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model and how it is trained. ``goal``: tokens/s on one H200."""
+
+    type: str
+    fields: dict[str, Any]
+    vocab: int
+    tokens: int
+    blocks: int
+    accumulation: int
+    goal: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+FULL = {
+    "GPT-2 124M": Case(
+        type="gpt2", fields=NO_DROPOUT, vocab=50257, tokens=1024, blocks=64, accumulation=8, goal=550_000
+    ),
+    "GPT-2 350M": Case(
+        type="gpt2",
+        fields={"n_layer": 24, "n_embd": 1024, "n_head": 16, **NO_DROPOUT},
+        vocab=50257,
+        tokens=1024,
+        blocks=64,
+        accumulation=2,
+        goal=210_000,
+    ),
+    "GPT-2 1.5B": Case(
+        type="gpt2",
+        fields={"n_layer": 48, "n_embd": 1600, "n_head": 25, **NO_DROPOUT},
+        vocab=50257,
+        tokens=1024,
+        blocks=16,
+        accumulation=2,
+        goal=50_000,
+    ),
+    "Llama 1B": Case(
+        type="llama", fields=LLAMA_1B, vocab=128256, tokens=4096, blocks=4, accumulation=2, goal=54_000
+    ),
 }
-TARGETS = {"GPT-2 124M": 470_000, "GPT-2 350M": 190_000, "GPT-2 1.5B": 47_000, "Llama 1B": 48_000}
-SMALL_LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-TINY: dict[str, tuple[str, dict[str, Any], int, int, int, int]] = {
-    "GPT-2 tiny": ("gpt2", {"n_layer": 2, "n_embd": 32, "n_head": 2, **NO_DROPOUT}, 300, 32, 2, 2),
-    "Llama tiny": ("llama", SMALL_LLAMA, 300, 32, 2, 2),
+TINY = {
+    "GPT-2 tiny": Case(type="gpt2", fields=TINY_GPT2, vocab=300, tokens=32, blocks=2, accumulation=2, goal=1),
+    "Llama tiny": Case(type="llama", fields=TINY_LLAMA, vocab=400, tokens=32, blocks=2, accumulation=1),
 }
 
 
-def random_tokens(vocab: int, tokens: int) -> Tensor:
-    """(rows, T + 1) int32."""
-    return torch.randint(0, vocab, (8_000_000 // tokens, tokens + 1), dtype=torch.int32)
+# ---- what the models read ----------------------------------------------------------------------------------
 
 
-def sequences(vocab: int, tokens: int) -> Tensor:
-    """(rows, T + 1) int32 that a model learns in a few steps: numbers that go on by a step of each row's own."""
-    rows = 1_000_000 // tokens
-    start, by = torch.randint(0, 256, (rows, 1)), torch.randint(1, 8, (rows, 1))
-    return ((start + by * torch.arange(tokens + 1)) % min(vocab, 256)).to(torch.int32)
+def sequences(vocab: int, tokens: int, count: int) -> Any:
+    """(count x (tokens + 1),) numbers that go on by a step of each row's own: a model learns them in a few steps.
+
+    The first id is that of a document's end: each row is a document or two.
+    """
+    import numpy as np
+
+    draw = np.random.default_rng(1)
+    start, by = draw.integers(0, 256, (count, 1)), draw.integers(1, 8, (count, 1))
+    rows = 1 + (start + by * np.arange(tokens + 1)) % min(vocab - 1, 256)
+    rows[:, -1] = 0
+    rows[np.arange(count), draw.integers(tokens // 4, tokens, count)] = 0
+    return rows.reshape(-1).astype(np.uint32)
 
 
-def batches(array: Tensor, blocks: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Blocks of one array, narrow over the wire and from page-locked memory, as the training path has it."""
-    array = array.pin_memory() if device.type == "cuda" else array
-    start = 0
-    while True:
-        start = (start + blocks) % (len(array) - blocks)
-        ids = array[start : start + blocks].to(device, non_blocking=True).long()
-        yield {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+def write_tokenizer(folder: Path, vocab: int) -> Path:
+    """A byte-level BPE tokenizer of exactly ``vocab`` pieces: the end of a document, the bytes, and merges of them."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces, merges = ["<|endoftext|>", *letters], []
+    firsts = list(letters)
+    for first in firsts:  # pairs of bytes, then triples
+        for second in letters:
+            if len(pieces) == vocab:
+                break
+            merges.append((first, second))
+            pieces.append(first + second)
+            firsts.append(first + second)
+    tokenizer = Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# ---- train_lm.py itself ------------------------------------------------------------------------------------
 
 
-def matrix_rate(device: torch.device, size: int) -> float:
-    """FLOP/s of one large bfloat16 product, the best of several."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    best = 0.0
-    for _ in range(8):
-        wait(device)
-        start = time.perf_counter()
-        for _ in range(4):
-            a @ b
-        wait(device)
-        best = max(best, 4 * 2 * size**3 / (time.perf_counter() - start))
-    return best
+class Workplace:
+    """A folder for the runs, and the time that is left."""
 
+    def __init__(self, folder: Path, seconds: float, *, cuda: bool, gpus: int) -> None:
+        self.folder, self.cuda, self.gpus = folder, cuda, gpus
+        self._end = time.monotonic() + seconds
+        self._runs = 0
 
-class Run:
-    """One model in training, by lmcore's parts (``ours``) or by transformers' model and loss in a plain loop."""
+    @property
+    def seconds_left(self) -> float:
+        return self._end - time.monotonic()
 
-    def __init__(self, case: Any, device: torch.device, *, ours: bool, compiled: bool) -> None:
-        kind, config, vocab, tokens, blocks, self.accumulation = case
-        self.device, self.ours, self.tokens_per_step = device, ours, tokens * blocks * self.accumulation
-        self.model: Any = build.build_model(
-            type=kind, config_overrides=config, vocab_size=vocab, block_size=tokens, seed=0
-        ).to(device)
-        self.module = module.ModelWithLoss(self.model, chunk="auto" if ours else 0)
-        groups = optim.parameter_groups(self.model.named_parameters(), weight_decay=0.1)
-        self.optimizer: Any = optim.build_optimizer("adamw", groups, lr=1e-4)
-        self.parameters = [p for g in groups for p in g["params"]]
-        self.plain = torch.compile(self.model) if compiled and not ours else self.model
-        if compiled and ours:
-            module.compile_regions(self.module)
-        self.data = batches(random_tokens(vocab, tokens), blocks, device)
-        self.sequences = batches(sequences(vocab, tokens), blocks, device)
-        self.tokens_per_micro_batch = tokens * blocks
-        text = self.model.config.get_text_config()
-        self.parameter_count = sum(p.numel() for p in self.model.parameters())
-        self.flops_per_token = (
-            6 * self.parameter_count + 12 * text.num_hidden_layers * text.hidden_size * tokens
+    def run_dir(self) -> Path:
+        self._runs += 1
+        return self.folder / f"run-{self._runs}"
+
+    def call(self, command: list[str]) -> str:
+        """What a process prints; raises with its last lines, or when the time is up."""
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "HF_HUB_OFFLINE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            },
+            capture_output=True,
+            text=True,
+            timeout=max(1.0, self.seconds_left),
+            check=False,
         )
-        self.formula = (
-            f"6 x {self.parameter_count:,} + 12 x {text.num_hidden_layers} x {text.hidden_size:,} x {tokens:,} = "
-            f"{self.flops_per_token:,} FLOPs a token"
-        )
-        self._late: LateNumbers | None = None
+        if done.returncode:
+            text = done.stdout + done.stderr
+            said = [line for line in text.splitlines() if line.startswith("train_lm.py: ")]
+            raise RuntimeError("\n".join([*dict.fromkeys(said), text[-2000:]]))
+        return done.stdout
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16):
-            if self.ours:
-                return self.module(**batch)
-            logits = self.plain(input_ids=batch["input_ids"]).logits
-            real = self.model.real_vocab_size
-            loss = torch.nn.functional.cross_entropy(
-                logits[..., :real].flatten(0, 1).float(), batch["labels"].flatten(), reduction="sum"
-            )
-        return loss, torch.tensor(batch["labels"].numel())
-
-    def parity(self, steps: int) -> list[float]:
-        """The mean losses of steps of one micro-batch each, on :func:`sequences`."""
-        self.data, self.accumulation, self.tokens_per_step = self.sequences, 1, self.tokens_per_micro_batch
-        self._late = None
-        losses = [self.step() for _ in range(steps + 1)]
-        return [value for value in losses if value is not None]
-
-    def step(self) -> float | None:
-        """One update; the mean loss of the step before it (``ours``: read without waiting for this one)."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for _ in range(self.accumulation):
-            loss, _ = self.loss(next(self.data))
-            (loss / self.tokens_per_step).backward()
-            total += loss.detach().double()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, 1.0, norm)
-        self.optimizer.found_inf, self.optimizer.grad_scale = (~torch.isfinite(norm)).float(), None
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        before, self._late = self._late, LateNumbers(torch.stack([total / self.tokens_per_step]))
-        return before.tolist()[0] if before is not None else None
-
-    def seconds(self, steps: int) -> float:
-        wait(self.device)
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.step()
-        wait(self.device)
-        return (time.perf_counter() - start) / steps
+    def child(self, name: str, argument: Any) -> Any:
+        """One of :data:`CHILDREN` in a process of its own, which gives all of its memory back."""
+        said = self.call([sys.executable, __file__, "--child", name, json.dumps(argument)])
+        return json.loads(said.splitlines()[-1])
 
 
-def forget(device: torch.device) -> None:
-    """Give back what the run before has held."""
-    gc.collect()
-    torch._dynamo.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def launcher(work: Workplace, name: str, processes: int = 1, *more: str) -> list[str]:
+    """``accelerate launch`` with this file of accelerate_configs/; on a CPU with cpu.yaml instead of those for GPUs."""
+    if not work.cuda and name in ("gpu", "fsdp2"):
+        name, more = "cpu", ()
+    file = ROOT / "accelerate_configs" / f"{name}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    return [*command, "--num_processes", str(processes), *more]
 
 
-def measure(case: Any, device: torch.device, steps: int, *, parity_steps: int, **how: bool) -> dict[str, Any]:
-    """Tokens/s, memory and the losses of one way to train."""
-    torch.manual_seed(0)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    run = Run(case, device, **how)
-    for _ in range(4):
-        run.step()
-    wait(device)
-    cold = time.perf_counter() - start
-    turns = [run.tokens_per_step / run.seconds(steps) for _ in range(3)]
-    result = {
-        "tokens_per_second": common.spread(turns),
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        "cold_start_seconds": cold,
-        "losses": run.parity(parity_steps),
-        "flops_per_token": run.flops_per_token,
-        "formula": run.formula,
-        "parameters": run.parameter_count,
+def train_lm(
+    work: Workplace,
+    case: Case,
+    *,
+    steps: int,
+    launch: list[str] | None = None,
+    run_dir: Path | None = None,
+    **options: Any,
+) -> Path:
+    """A run of train_lm.py; its folder. ``options`` with ``__`` for the dots."""
+    import numpy as np
+
+    tokenizer = work.folder / f"tokenizer-{case.vocab}"
+    if not tokenizer.exists():
+        write_tokenizer(tokenizer, case.vocab)
+    data = work.folder / f"tokens-{case.vocab}-{case.tokens}.npy"
+    if not data.exists():
+        np.save(data, sequences(case.vocab, case.tokens, max(64, 4_000_000 // case.tokens)))
+    run_dir = run_dir or work.run_dir()
+    words = {
+        "run_dir": run_dir,
+        "data.train": data,
+        "data.valid_fraction": 0,
+        "data.store_dir": work.folder / "stores",
+        "data.block_size": case.tokens,
+        "tokenizer.path": tokenizer,
+        "model.type": case.type,
+        **{f"model.config.{name}": json.dumps(value) for name, value in case.fields.items()},
+        "train.duration": f"{steps} steps",
+        "train.global_batch_blocks": case.blocks * case.accumulation,
+        "train.micro_batch_blocks": case.blocks,
+        "train.precision": "bf16",
+        "optim.lr": 3e-4,
+        "evaluate.every": "never",
+        "evaluate.at_end": "false",
+        "evaluate.prompts": "[]",
+        "checkpoint.every": "never",
+        "report.every": f"{INTERVAL} steps",
+        "report.trackers": "[]",
+        **case.extra,
+        **{name.replace("__", "."): value for name, value in options.items()},
     }
-    del run
-    forget(device)
-    return result
+    command = launch or launcher(work, "gpu")
+    work.call([*command, str(ROOT / "train_lm.py"), *(f"--{name}={value}" for name, value in words.items())])
+    return run_dir
 
 
-def measure_trainer(case: Any, device: torch.device, steps: int, *, compiled: bool) -> dict[str, Any]:
-    """Tokens/s and memory of transformers' Trainer on the same model and batch, by its own clock's callbacks."""
-    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for line in lines if (record := json.loads(line))["kind"] == kind]
 
-    kind, config, vocab, tokens, blocks, accumulation = case
-    torch.manual_seed(0)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    array = random_tokens(vocab, tokens).long()
-    marks = [4 + steps * turn for turn in range(4)]
-    times: list[float] = []
 
-    class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
+def measure_train_lm(work: Workplace, case: Case, **options: Any) -> dict[str, Any]:
+    """Tokens/s of the lines after the warm-up, by train_lm.py's own clock, and what its plan and its peak were."""
+    start = time.monotonic()
+    run_dir = train_lm(work, case, steps=WARM_UP + INTERVAL * INTERVALS, **options)
+    lines = records(run_dir)
+    (begun,) = (event for event in records(run_dir, "event") if event["event"] == "start")
+    measured = [line["tokens_per_second"] for line in lines if line["step"] > WARM_UP]
+    assert len(measured) == INTERVALS, [line["step"] for line in lines]
+    found = {
+        "tokens_per_second": common.spread(measured),
+        "peak_bytes": max(line["memory_bytes"] for line in lines),
+        "planned_bytes": begun["plan"].get("memory_bytes"),
+        "losses": [line["loss"] for line in lines],
+        "seconds_in_all": time.monotonic() - start,
+    }
+    tables = sorted((run_dir / "profile").glob("*.txt"))
+    if tables:
+        found["slowest_kernels"] = tables[0].read_text().splitlines()
+    shutil.rmtree(run_dir)  # checkpoints of the larger models are 18 GB
+    return found
+
+
+# ---- the others, each in a process of its own --------------------------------------------------------------
+
+
+def without_masks(kind: str) -> None:
+    """Let transformers make no mask: its attention is then causal by a flag, which the fast kernels take."""
+    import importlib
+
+    modeling: Any = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    modeling.create_causal_mask = lambda **_: None
+
+
+def plain_model(case: Case) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    without_masks(case.type)
+    padded = -(-case.vocab // 64) * 64
+    positions = {"n_positions" if case.type == "gpt2" else "max_position_embeddings": case.tokens}
+    special = {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
+    config = AutoConfig.for_model(case.type, vocab_size=padded, **positions, **special, **case.fields)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def blocks_of(case: Case) -> Any:
+    import torch
+
+    rows = sequences(case.vocab, case.tokens, max(case.blocks, 4_000_000 // case.tokens)).astype("int64")
+    return torch.from_numpy(rows).view(-1, case.tokens + 1)
+
+
+class Turns:
+    """The time of steps, by the device: call at the top of every step."""
+
+    def __init__(self, case: Case, device: Any) -> None:
+        self._device, self._step, self._times = device, 0, []  # type: ignore[var-annotated]
+        self._tokens = case.tokens * case.blocks * case.accumulation * INTERVAL
+        self.steps = WARM_UP + INTERVAL * INTERVALS + 1
+
+    def __call__(self) -> None:
+        import torch
+
+        if self._step >= WARM_UP and (self._step - WARM_UP) % INTERVAL == 0:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
+            self._times.append(time.perf_counter())
+        self._step += 1
+
+    def result(self, losses: list[float]) -> dict[str, Any]:
+        import torch
+
+        seconds = [b - a for a, b in zip(self._times, self._times[1:])]
+        peak = torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None
+        rates = common.spread([self._tokens / one for one in seconds])
+        return {"tokens_per_second": rates, "peak_bytes": peak, "losses": losses}
+
+
+def device_here() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def child_nanogpt(argument: dict[str, Any]) -> dict[str, Any]:
+    """nanoGPT's train.py: the whole model compiled, its own loss over a padded vocabulary, fused AdamW, clipping."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    case, device = Case(**argument["case"]), device_here()
+    torch.set_float32_matmul_precision("high")
+    raw = plain_model(case).to(device).train()
+    decay = [p for p in raw.parameters() if p.ndim >= 2]
+    rest = [p for p in raw.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
+    net = torch.compile(raw) if argument["compiled"] else raw
+    data = blocks_of(case)
+    data = data.pin_memory() if device.type == "cuda" else data
+    turns, losses, at = Turns(case, device), [], 0
+    for step in range(turns.steps):
+        turns()
+        for _ in range(case.accumulation):
+            at = (at + case.blocks) % (len(data) - case.blocks + 1)
+            ids = data[at : at + case.blocks].to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = net(input_ids=ids[:, :-1]).logits
+                loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            (loss / case.accumulation).backward()
+        torch.nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % INTERVAL == 0:
+            losses.append(loss.item())
+    return turns.result(losses)
+
+
+def child_trainer(argument: dict[str, Any]) -> dict[str, Any]:
+    """transformers' Trainer with its best documented settings."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    case, device = Case(**argument["case"]), device_here()
+    data, turns = blocks_of(case), Turns(case, device_here())
+
+    class Blocks(torch.utils.data.Dataset[dict[str, Any]]):
         def __len__(self) -> int:
-            return len(array)
+            return len(data)
 
-        def __getitem__(self, index: int) -> dict[str, Tensor]:
-            return {"input_ids": array[index, :-1], "labels": array[index, :-1]}  # the model shifts them
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"input_ids": data[index, :-1], "labels": data[index, :-1]}  # the model shifts them
 
     class Clock(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
-            if state.global_step in marks:
-                wait(device)
-                times.append(time.perf_counter())
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            turns()
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        settings = TrainingArguments(
             output_dir=folder,
-            per_device_train_batch_size=blocks,
-            gradient_accumulation_steps=accumulation,
-            max_steps=marks[-1] + 1,
-            learning_rate=1e-4,
+            per_device_train_batch_size=case.blocks,
+            gradient_accumulation_steps=case.accumulation,
+            max_steps=turns.steps,
+            learning_rate=3e-4,
             weight_decay=0.1,
             adam_beta2=0.95,
             optim="adamw_torch_fused",
             bf16=True,
-            torch_compile=compiled,
+            tf32=True if device.type == "cuda" else None,
+            torch_compile=argument["compiled"],
             dataloader_num_workers=4 if device.type == "cuda" else 0,
             logging_steps=10,
             save_strategy="no",
@@ -249,104 +403,396 @@ def measure_trainer(case: Any, device: torch.device, steps: int, *, compiled: bo
             disable_tqdm=True,
             use_cpu=device.type == "cpu",
         )
-        settings = AutoConfig.for_model(
-            kind, vocab_size=vocab, **{"max_position_embeddings": tokens, **config}
-        )
-        model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
-        Trainer(model=model, args=arguments, train_dataset=Blocks(), callbacks=[Clock()]).train()
-    per_turn = steps * blocks * accumulation * tokens
-    result = {
-        "tokens_per_second": common.spread([per_turn / (b - a) for a, b in pairwise(times)]),
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        "losses": [],
+        trainer = Trainer(model=plain_model(case), args=settings, train_dataset=Blocks(), callbacks=[Clock()])
+        trainer.train()
+    return turns.result([line["loss"] for line in trainer.state.log_history if "loss" in line])
+
+
+def child_device(argument: dict[str, Any]) -> dict[str, Any]:
+    """What the device is, the rate of one large bf16 product, and which attention kernels torch would take."""
+    import torch
+
+    from lmcore.plan import plan
+
+    device, size = device_here(), argument["size"]
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = 0.0
+    for _ in range(8):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 4 * 2 * size**3 / (time.perf_counter() - start))
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    return {
+        "name": name,
+        "matrix_flops": best,
+        "peak_flops": plan.peak_flops(name, "bf16"),
+        "cudnn": torch.backends.cudnn.version(),
+        "attention_priority": [int(one) for one in torch._C._get_sdp_priority_order()],
     }
-    del model
-    forget(device)
-    return result
+
+
+def child_flops(argument: dict[str, Any]) -> int:
+    """FLOPs of a token of a case."""
+    from lmcore.model.module import ModelWithLoss
+    from lmcore.plan import plan, trace
+
+    case = Case(**argument)
+    positions = {"n_positions" if case.type == "gpt2" else "max_position_embeddings": case.tokens}
+    bare, probe = trace.build_on_meta(
+        type=case.type, config_overrides={**positions, **case.fields}, vocab_size=case.vocab
+    )
+    found = plan.model_flops_per_token(ModelWithLoss(bare, probe=probe), case.tokens)
+    assert found is not None
+    return found
+
+
+# ---- correctness -------------------------------------------------------------------------------------------
+
+
+def relative(ours: Any, theirs: Any) -> float:
+    """The distance of two tensors over the size of the second."""
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def child_documents(_argument: Any) -> dict[str, Any]:
+    """Two blocks of five documents in one call, against the documents one by one: loss and gradients, in bf16."""
+    import numpy as np
+    import torch
+
+    from lmcore.data.context import Context
+    from lmcore.model.build import build_model
+    from lmcore.model.module import ModelWithLoss
+
+    device, tokens = device_here(), 64
+    found: dict[str, Any] = {}
+    for kind, fields in (("gpt2", {**TINY_GPT2, "n_embd": 64}), ("llama", {**TINY_LLAMA, "hidden_size": 64})):
+        built = build_model(type=kind, config_overrides=fields, vocab_size=300, block_size=tokens, seed=0)
+        module = ModelWithLoss(built.to(device))
+        ids = torch.randint(0, 300, (2, tokens + 1), generator=torch.Generator().manual_seed(1)).to(device)
+        borders = [[0, 20, 41, tokens], [0, 33, tokens]]
+        positions = np.concatenate(
+            [np.concatenate([np.arange(b - a) for a, b in itertools.pairwise(row)])[None] for row in borders]
+        )
+        lengths = Context(sequence_lengths=True).lengths(positions)
+        batch = {
+            "input_ids": ids[:, :-1],
+            "labels": ids[:, 1:],
+            "position_ids": torch.from_numpy(positions).to(device),
+            **{
+                k: torch.from_numpy(v).to(device) if isinstance(v, np.ndarray) else v
+                for k, v in lengths.items()
+            },
+        }
+        results = []
+        for parts in (
+            [batch],
+            [
+                {"input_ids": ids[row : row + 1, a:b], "labels": ids[row : row + 1, a + 1 : b + 1]}
+                for row, of_row in enumerate(borders)
+                for a, b in itertools.pairwise(of_row)
+            ],
+        ):
+            module.zero_grad()
+            total = 0.0
+            for part in parts:
+                with torch.autocast(device.type, torch.bfloat16):
+                    loss_sum, _ = module(**part)
+                loss_sum.backward()
+                total += float(loss_sum.detach())
+            results.append((total, torch.cat([p.grad.flatten() for p in module.parameters()])))
+        found[f"{kind} loss"] = abs(results[0][0] / results[1][0] - 1)
+        found[f"{kind} gradient"] = relative(results[0][1], results[1][1])
+    # Products of bf16 numbers (2^-9) in another order, over two layers.
+    found["passed"] = all(value < (1e-3 if "loss" in name else 2e-2) for name, value in found.items())
+    return found
+
+
+def child_softcap(_argument: Any) -> dict[str, Any]:
+    """The chunked head with a softcap, compiled and not, against all logits in float64."""
+    import torch
+
+    from lmcore.model.loss import causal_lm_loss, head_logits, token_losses
+
+    device, generator = device_here(), torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator).to(device).bfloat16() for n in (500, 320))
+    labels = torch.randint(0, 300, (500,), generator=generator).to(device)
+    found: dict[str, Any] = {}
+    exact = [t.double().requires_grad_() for t in (hidden, weight)]
+    logits = head_logits(exact[0] @ exact[1].t(), softcap=15.0)
+    theirs = token_losses(logits, labels, vocab_size=300).sum()
+    theirs.backward()
+    for compiled in (False, True) if device.type == "cuda" else (False,):
+        ours = [t.detach().clone().requires_grad_() for t in (hidden, weight)]
+        loss, _ = causal_lm_loss(
+            *ours, None, labels, chunk=128, softcap=15.0, vocab_size=300, compiled=compiled
+        )
+        loss.backward()
+        way = "compiled" if compiled else "not compiled"
+        found[f"{way} loss"] = abs(float(loss.detach()) / float(theirs.detach()) - 1)
+        found[f"{way} gradient"] = max(relative(a.grad, b.grad) for a, b in zip(ours, exact))
+    # Logits up to 15 are rounded to 2^-9 of themselves; losses average that out.
+    found["passed"] = all(value < (1e-2 if "loss" in name else 3e-2) for name, value in found.items())
+    return found
+
+
+def child_muon(_argument: Any) -> dict[str, Any]:
+    """One update of six matrices of two shapes, against torch.optim.Muon."""
+    import torch
+
+    from lmcore.model import optim
+
+    device, generator = device_here(), torch.Generator().manual_seed(0)
+    shapes = [(64, 64), (64, 192), (64, 64), (64, 192), (64, 64), (64, 192)]
+    start = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    slopes = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(one.clone()) for one in start] for _ in range(2))
+    named = [(f"layer.{index}.weight", p) for index, p in enumerate(ours)]
+    groups = optim.parameter_groups(named, weight_decay=0.1)
+    mine = optim.build_optimizer("muon", groups, lr=0.01, momentum=0.95)
+    torchs = torch.optim.Muon(
+        theirs, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    for parameters, optimizer in ((ours, mine), (theirs, torchs)):
+        for parameter, slope in zip(parameters, slopes):
+            parameter.grad = slope.clone()
+        optimizer.step()
+    apart = max(relative(a.detach() - s, b.detach() - s) for a, b, s in zip(ours, theirs, start))
+    return {"update": apart, "passed": apart < 2e-2}  # five iterations in bf16, in a batch and one by one
+
+
+def check_strategy(work: Workplace, case: Case, alone: list[float], launch: list[str]) -> dict[str, Any]:
+    """Losses of ten steps under a strategy against those of one process."""
+    run_dir = train_lm(work, case, steps=10, launch=launch, report__every=1)
+    losses = [line["loss"] for line in records(run_dir)]
+    apart = max(abs(a / b - 1) for a, b in zip(losses, alone, strict=True))
+    status = json.loads((run_dir / "status.json").read_text())["state"]
+    # Two ways to compute in bf16: docs/strategies.md.
+    return {"losses apart": apart, "passed": apart < 5e-3 and status == "finished"}
+
+
+def check_resume(work: Workplace, case: Case) -> dict[str, Any]:
+    """Six steps with a save after three; then a copy that has only that save goes on: the same bytes."""
+    options: dict[str, Any] = {"train__deterministic": "true", "checkpoint__every": "3 steps"}
+    whole = train_lm(work, case, steps=6, **options)
+    cut = work.run_dir()
+    shutil.copytree(whole, cut, symlinks=True)
+    for path in (cut / "checkpoints").glob("*step-00000006*"):
+        shutil.rmtree(path)
+    (cut / "status.json").unlink()
+    train_lm(work, case, steps=6, run_dir=cut, **options)
+    hashes = []
+    for run_dir in (whole, cut):
+        manifest = json.loads((run_dir / "checkpoints/step-00000006/manifest.json").read_text())
+        tensors = {n: f["sha256"] for n, f in manifest["files"].items() if n.endswith(".safetensors")}
+        hashes.append(tensors)
+    resumed = [event for event in records(cut, "event") if event["event"] == "resume"]
+    return {
+        "files": len(hashes[0]),
+        "resumed at": resumed[-1]["step"] if resumed else None,
+        "passed": bool(hashes[0]) and hashes[0] == hashes[1] and bool(resumed) and resumed[-1]["step"] == 3,
+    }
+
+
+# ---- all together ------------------------------------------------------------------------------------------
+
+
+def arguments_of(case: Case, compiled: bool) -> dict[str, Any]:
+    return {"case": vars(case), "compiled": compiled}
+
+
+def checks_of(work: Workplace, case: Case) -> dict[str, Callable[[], Any]]:
+    """The checks in the order in which they run; ``case`` is a small one."""
+    alone: list[float] = []
+
+    def one_process() -> dict[str, Any]:
+        run_dir = train_lm(work, case, steps=10, report__every=1)
+        alone[:] = [line["loss"] for line in records(run_dir)]
+        return {"last loss": alone[-1], "passed": len(alone) == 10 and alone[-1] < alone[0]}
+
+    def zero() -> dict[str, Any]:
+        try:
+            import deepspeed  # noqa: F401  # only whether it imports
+        except Exception as error:  # it raises what it likes where the machine does not suit it
+            return {"passed": None, "why": f"deepspeed does not import: {type(error).__name__}"}
+        return check_strategy(work, case, alone, launcher(work, "zero2"))
+
+    def offloaded() -> dict[str, Any]:
+        launch = launcher(work, "fsdp2", 1, "--fsdp_offload_params", "true")
+        found = check_strategy(work, case, alone, launch)
+        return found if work.cuda else {**found, "not sharded": "one process on a CPU instead"}
+
+    return {
+        "documents by lengths against each alone": lambda: work.child("documents", None),
+        "softcapped head against float64": lambda: work.child("softcap", None),
+        "Muon against torch.optim.Muon": lambda: work.child("muon", None),
+        "one process learns": one_process,
+        "FSDP2 with CPU offload follows": offloaded,
+        "ZeRO-2 follows": zero,
+        "resume bit for bit": lambda: check_resume(work, case),
+    }
+
+
+def speeds_of(
+    work: Workplace, cases: dict[str, Case], *, compiled: bool
+) -> dict[tuple[str, str], Callable[[], Any]]:
+    """What is measured, the most important first."""
+    own: dict[str, Any] = {} if compiled else {"train__compile": "false"}
+    rows: dict[tuple[str, str], Callable[[], Any]] = {}
+    first = next(iter(cases))
+    for name, case in cases.items():
+        rows[name, "train_lm.py"] = lambda case=case: measure_train_lm(work, case, **own)
+    for name, case in cases.items():
+        rows[name, "nanoGPT-style loop"] = lambda c=case: work.child("nanogpt", arguments_of(c, compiled))
+        rows[name, "Trainer"] = lambda c=case: work.child("trainer", arguments_of(c, compiled))
+    several = min(work.gpus, 8)
+    if several > 1:
+        llama = next(case for case in cases.values() if case.type == "llama")
+        long = Case(**{**vars(llama), "tokens": llama.tokens * 2 * several, "blocks": 1, "goal": None})
+        shared = launcher(work, "ddp" if work.cuda else "cpu_2", several)
+        context = {"train__context_parallel": several, "train__global_batch_blocks": 1}
+        rows[f"Llama, blocks of {long.tokens:,} over {several}", "train_lm.py"] = lambda: measure_train_lm(
+            work, long, launch=shared, **own, **context
+        )
+    wide = {**own, "train__residual_dtype": "fp32"}
+    rows[first, "train_lm.py, fp32 stream"] = lambda: measure_train_lm(work, cases[first], **wide)
+    window = f"{WARM_UP + 1}-{WARM_UP + 2}"
+    rows[first, "train_lm.py, profiled"] = lambda: measure_train_lm(
+        work, cases[first], **own, train__profile=window
+    )
+    return rows
+
+
+def attempt(work: Workplace, what: str, run: Callable[[], Any]) -> Any:
+    """Its result, or why there is none."""
+    if work.seconds_left < 5:
+        return {"not_measured": "out of time"}
+    begin = time.monotonic()
+    try:
+        found = run()
+    except subprocess.TimeoutExpired:
+        found = {"not_measured": "out of time"}
+    except Exception as error:  # the others are still to be measured
+        text = str(error) or traceback.format_exc()
+        memory = "out of memory" if "out of memory" in text.lower() else None
+        found = {"not_measured": memory or "failed", "error": text[:3000]}
+    print(f"{what}: {time.monotonic() - begin:.0f} s, {work.seconds_left:.0f} s left", flush=True)
+    return found
+
+
+def row_of(found: dict[str, Any], case: Case | None, flops: int | None, device: dict[str, Any]) -> list[str]:
+    """Cells of the table of speeds."""
+    if "not_measured" in found:
+        return [found["not_measured"], *[""] * 6]
+    speed = found["tokens_per_second"]["median"]
+    goal = case.goal if case else None
+    used = None if flops is None else speed * flops
+    peak, planned = found["peak_bytes"], found.get("planned_bytes")
+    return [
+        f"{speed:,.0f}",
+        f"{goal:,}" if goal else "",
+        f"{speed / goal:.2f}" if goal else "",
+        f"{used / device['peak_flops']:.1%}" if used and device["peak_flops"] else "",
+        f"{used / device['matrix_flops']:.1%}" if used else "",
+        f"{peak / 2**30:.1f} GiB" if peak else "",
+        f"{planned / peak:.2f}" if peak and planned else "",
+    ]
+
+
+CHILDREN: dict[str, Callable[[Any], Any]] = {
+    "nanogpt": child_nanogpt,
+    "trainer": child_trainer,
+    "device": child_device,
+    "flops": child_flops,
+    "documents": child_documents,
+    "softcap": child_softcap,
+    "muon": child_muon,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, on any device")
     parser.add_argument("--models", nargs="*", default=None, help="some of the names in the table")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument(
-        "--parity-steps", type=int, default=100, help="steps over which the losses are compared"
-    )
+    parser.add_argument("--seconds", type=float, default=460, help="after this nothing new is begun")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=None, help="folder of the JSON")
+    parser.add_argument("--child", nargs=2, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not options.tiny and not torch.cuda.is_available():
-        parser.error("no CUDA device: --tiny proves the script without one")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_float32_matmul_precision("high")
-    rate = matrix_rate(device, 256 if options.tiny else 8192)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    if options.child is not None:
+        name, argument = options.child
+        print(json.dumps(CHILDREN[name](json.loads(argument))))
+        return
+    import torch
 
-    compiled = not options.no_compile
-    ways: dict[str, dict[str, bool]] = {"lmcore": {"ours": True, "compiled": compiled}}
-    ways["plain loop"] = {"ours": False, "compiled": compiled}
-    ways["Trainer"] = {"compiled": compiled}
-    if compiled:
-        ways["lmcore, not compiled"] = {"ours": True, "compiled": False}
-        ways["plain loop, not compiled"] = {"ours": False, "compiled": False}
+    cuda = torch.cuda.is_available()
+    if not options.tiny and not cuda:
+        parser.error("no CUDA device: --tiny proves the script without one")
     cases = TINY if options.tiny else FULL
-    rows, numbers, formulas = [], {}, []
-    for label in options.models or cases:
-        first: dict[str, Any] = {}
-        for way, how in ways.items():
-            try:
-                if "ours" in how:
-                    found = measure(
-                        cases[label], device, options.steps, parity_steps=options.parity_steps, **how
-                    )
-                else:
-                    found = measure_trainer(cases[label], device, options.steps, **how)
-            except torch.OutOfMemoryError:
-                rows.append((label, way, "out of memory", "", "", "", "", ""))
-                forget(device)
-                continue
-            if not first:
-                first = found
-                formulas.append(f"{label}: {found['formula']}")
-            numbers[f"{label} / {way}"] = found
-            speed = found["tokens_per_second"]["median"]
-            flops = speed * first["flops_per_token"]
-            target = f"{speed / TARGETS[label]:.2f}" if label in TARGETS and way == "lmcore" else ""
-            apart = max((abs(a - b) / b for a, b in zip(found["losses"], first["losses"])), default=None)
-            rows.append(
-                (
-                    label,
-                    way,
-                    f"{speed:,.0f}",
-                    target,
-                    f"{flops / peak:.1%}" if peak else "-",
-                    f"{flops / rate:.1%}",
-                    "" if found["peak_bytes"] is None else f"{found['peak_bytes'] / 2**30:.1f} GiB",
-                    "" if apart is None else f"{apart:.1e}",
-                )
-            )
-            print(rows[-1], flush=True)
-    setting = (
-        f"{name}: {rate / 1e12:.3g} TFLOP/s in a bf16 product in this call; peak by data sheet {peak or '-'}"
+    small = TINY["GPT-2 tiny"]
+    if options.models:
+        cases = {name: cases[name] for name in options.models}
+    with tempfile.TemporaryDirectory(prefix="benchmark-gpu-") as folder:
+        gpus = torch.cuda.device_count() if cuda else 2
+        work = Workplace(Path(folder), options.seconds, cuda=cuda, gpus=gpus)
+        begin = time.monotonic()
+        device = work.child("device", {"size": 256 if options.tiny else 8192})
+        speeds: dict[str, Any] = {}
+        checks: dict[str, Any] = {}
+        rows = []
+        planned = speeds_of(work, cases, compiled=not options.no_compile)
+        own = [key for key in planned if key[1] == "train_lm.py"]
+        flops = {name: work.child("flops", vars(case)) for name, case in cases.items()}
+        # train_lm.py first, then whether it is right, then the others.
+        for key in own:
+            speeds[" / ".join(key)] = attempt(work, " / ".join(key), planned[key])
+        for name, check in checks_of(work, small).items():
+            checks[name] = attempt(work, name, check)
+        for key in (key for key in planned if key not in own):
+            speeds[" / ".join(key)] = attempt(work, " / ".join(key), planned[key])
+        for key in planned:
+            found = speeds[" / ".join(key)]
+            rows.append([*key, *row_of(found, cases.get(key[0]), flops.get(key[0]), device)])
+        seconds = time.monotonic() - begin
+    header = ["model", "way", "tokens/s", "goal", "of the goal", "MFU", "of the measured rate", "peak memory"]
+    rate, peak = device["matrix_flops"] / 1e12, device["peak_flops"]
+    verdicts = {None: "not run", True: "passed", False: "FAILED"}
+    said = []
+    for name, found in checks.items():
+        passed = found.get("passed") if "not_measured" not in found else None
+        numbers = ", ".join(
+            f"{key} {value:.1e}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in found.items()
+            if key not in ("passed", "error")
+        )
+        said.append((name, verdicts[passed], numbers))
+    text = "\n".join(
+        [
+            f"{device['name']}: {rate:.3g} TFLOP/s in a bf16 product in this call; peak by data sheet {peak or '-'}; "
+            f"{seconds:.0f} s in all; goals are for one H200",
+            *(f"{name}: {value:,} FLOPs a token" for name, value in flops.items()),
+            "",
+            common.table(rows, [*header, "plan over peak"]),
+            "",
+            common.table(said, ["check", "result", "numbers"]),
+        ]
     )
-    header = [
-        "model",
-        "way",
-        "tokens/s",
-        "of the target",
-        "MFU",
-        "of the measured rate",
-        "peak memory",
-        "loss apart",
-    ]
-    text = "\n".join([setting, *formulas, "", common.table(rows, header)])
-    common.write(
-        "gpu-tiny" if options.tiny else "gpu", {"setting": setting, "cases": numbers}, text, options.out
-    )
+    result = {
+        "device": device,
+        "speeds": speeds,
+        "checks": checks,
+        "flops_per_token": flops,
+        "seconds": seconds,
+    }
+    common.write("gpu-tiny" if options.tiny else "gpu", result, text, options.out)
+    failed = [name for name, found in checks.items() if found.get("passed") is False or "error" in found]
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,15 @@
     python benchmarks/learning.py                                     # all variants, the demo's size and budget, 3 seeds
     python benchmarks/learning.py --variants gpt2-adamw modern-muon --tokens 204800 --seeds 1
     python benchmarks/learning.py --train 'mytext/*.txt' --size 15M --tokens 4e6
+    python benchmarks/learning.py --size w64 --tokens 2e5 --grid 1e-3 2e-3 4e-3 --variants gpt2-adamw-tuned
+
+A size is one of model.size, or wN: the model of that width of the family from which lmcore size chooses. Runs that are in the results
+already are not run again, so that an interrupted benchmark goes on and a longer one adds to a shorter one.
 
 Each run is train_lm.py itself, with the same text, tokenizer, block size and number of tokens; the variants differ in
 the model and in what stands under VARIANTS. ``gpt2-adamw`` is the demo recipe of version 0.1.0; ``gpt2-adamw-tuned``
-is the best of a grid of learning rates (``--grid``). Losses are validation losses over the whole validation set;
+is the best of a grid of learning rates (``--grid``), and is what the others are compared with: p is of Welch's t-test
+(two-sided, unequal variances) of the last losses over the seeds. Losses are validation losses over the whole validation set;
 seconds are those of training alone, without evaluations, as train_lm.py measures them.
 """
 
@@ -21,6 +26,11 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from common import machine
+
+from lmcore.config.parse import parse
+from lmcore.run import ladder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "modern-adamw": {"model.preset": "modern", **ADAMW_OF_0_1, "train.global_batch_blocks": 4},
     "modern-muon": {"model.preset": "modern", **MUON},
     "modern_gguf-muon": {"model.preset": "modern_gguf", **MUON},
+    "modern_conv-muon": {"model.preset": "modern_conv", **MUON},
 }
 RATES = {"gpt2-adamw": 3e-3, "gpt2-adamw-tuned": 2e-3, "modern-adamw": 2e-3}
 MUON_RATE = 6e-3
@@ -64,8 +75,7 @@ MUON_RATE = 6e-3
 
 def command(variant: str, rate: float, seed: int, folder: Path, asked: argparse.Namespace) -> list[str]:
     """The command line of one run."""
-    options = COMMON | VARIANTS[variant] | {
-        "model.size": asked.size,
+    options = COMMON | VARIANTS[variant] | model_of(variant, asked.size) | {
         "optim.lr": rate,
         "seed": seed,
         "run_dir": folder / f"{variant}-{rate:g}-{seed}",
@@ -78,6 +88,22 @@ def command(variant: str, rate: float, seed: int, folder: Path, asked: argparse.
     for name, value in options.items():
         words += [f"--{name}", str(value)]
     return words
+
+
+def model_of(variant: str, size: str) -> dict[str, Any]:
+    """The options of a size: a name of model.size, or a width of the family of lmcore size."""
+    if not size.startswith("w"):
+        return {"model.size": size}
+    config = parse(
+        ["--data.train", "x", "--model.preset", VARIANTS[variant]["model.preset"]], default_recipe=None
+    )
+    values = ladder.with_member(config, int(size[1:]), block_size=COMMON["data.block_size"])
+    return {f"model.config.{name}": value for name, value in values["config"].items()}
+
+
+def key(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What a result is of."""
+    return tuple(result[name] for name in ("variant", "size", "train", "lr", "seed", "budget"))
 
 
 def curve(run_dir: Path) -> list[tuple[int, float, float]]:
@@ -107,8 +133,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--size", default="5M")
+    parser.add_argument("--size", default="5M", help="5M, 15M, ...; or w64, w128, ...")
     parser.add_argument("--train", default="stdlib")
+    parser.add_argument("--picture", type=Path, help="a PNG: loss over tokens and over seconds")
     parser.add_argument("--tokens", type=float, default=500 * 2048)
     parser.add_argument("--points", type=int, default=10, help="evaluations of a run")
     parser.add_argument("--seeds", type=int, default=3)
@@ -120,10 +147,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "learning.json")
     asked = parser.parse_args()
     results: list[dict[str, Any]] = json.loads(asked.out.read_text()) if asked.out.exists() else []
+    there = {key(result) for result in results}
     with tempfile.TemporaryDirectory() as folder:
         for variant in asked.variants:
             for rate in asked.grid or [RATES.get(variant, MUON_RATE)]:
                 for seed in range(1, asked.seeds + 1):
+                    if (variant, asked.size, asked.train, rate, seed, asked.tokens) in there:
+                        continue
                     words = command(variant, rate, seed, Path(folder), asked)
                     done = subprocess.run(words, env=os.environ, capture_output=True, text=True, check=False)
                     if done.returncode:
@@ -131,7 +161,7 @@ def main() -> None:
                     points = curve(Path(words[words.index("--run_dir") + 1]))
                     results.append(
                         {"variant": variant, "size": asked.size, "train": asked.train, "lr": rate, "seed": seed,
-                         "budget": asked.tokens, "curve": points}
+                         "budget": asked.tokens, "curve": points, "machine": machine()}
                     )  # fmt: skip
                     print(
                         f"{variant:18} lr {rate:g} seed {seed}: {points[-1][2]:.4f} in {points[-1][1]:.0f} s",
@@ -141,19 +171,41 @@ def main() -> None:
                     asked.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print()
     print(table(results, asked))
+    if asked.picture:
+        draw(results, asked)
+
+
+def settings(results: list[dict[str, Any]], asked: argparse.Namespace) -> dict[tuple[str, float], list[Any]]:
+    """(variant, rate) -> the curves of its seeds, of this size, text and budget."""
+    found: dict[tuple[str, float], list[Any]] = {}
+    for r in results:
+        if (r["size"], r["train"], r["budget"]) == (asked.size, asked.train, asked.tokens):
+            found.setdefault((r["variant"], r["lr"]), []).append(r["curve"])
+    return found
+
+
+def best_of(found: dict[tuple[str, float], list[Any]], variant: str) -> tuple[str, float] | None:
+    """The setting of a variant with the lowest mean loss."""
+    rates = [one for one in found if one[0] == variant]
+    return min(rates, key=lambda one: statistics.mean(points[-1][2] for points in found[one]), default=None)
+
+
+def welch(a: list[float], b: list[float]) -> float | None:
+    """The two-sided p of Welch's t-test; none with fewer than two values on a side."""
+    from scipy.stats import ttest_ind
+
+    return float(ttest_ind(a, b, equal_var=False).pvalue) if min(len(a), len(b)) > 1 else None
 
 
 def table(results: list[dict[str, Any]], asked: argparse.Namespace) -> str:
-    """One line for each variant and rate: mean and deviation of the last loss, and what the target took."""
+    """One line for each variant and rate: mean and deviation of the last loss, what the target took, p beside tuned AdamW."""
     lines = [
-        "| variant | lr | seeds | loss | seconds | tokens to target | seconds to target |",
-        "|---|---|---|---|---|---|---|",
+        "| variant | lr | seeds | loss | p | seconds | tokens to target | seconds to target |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    same = [
-        r for r in results if (r["size"], r["train"], r["budget"]) == (asked.size, asked.train, asked.tokens)
-    ]
-    for variant, rate in dict.fromkeys((r["variant"], r["lr"]) for r in same):
-        curves = [r["curve"] for r in same if (r["variant"], r["lr"]) == (variant, rate)]
+    found = settings(results, asked)
+    tuned = best_of(found, "gpt2-adamw-tuned")
+    for (variant, rate), curves in found.items():
         losses = [points[-1][2] for points in curves]
         spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
         seconds = statistics.mean(points[-1][1] for points in curves)
@@ -164,11 +216,33 @@ def table(results: list[dict[str, Any]], asked: argparse.Namespace) -> str:
             if hits and len(hits) == len(curves)
             else "- | -"
         )
+        p = welch(losses, [c[-1][2] for c in found[tuned]]) if tuned and tuned != (variant, rate) else None
         lines.append(
-            f"| {variant} | {rate:g} | {len(curves)} | {statistics.mean(losses):.4f}{spread} | {seconds:.0f} | "
-            f"{to_target} |"
+            f"| {variant} | {rate:g} | {len(curves)} | {statistics.mean(losses):.4f}{spread} | "
+            f"{'-' if p is None else f'{p:.2g}'} | {seconds:.0f} | {to_target} |"
         )
     return "\n".join(lines)
+
+
+def draw(results: list[dict[str, Any]], asked: argparse.Namespace) -> None:
+    """The best rate of each variant: every seed a thin line, over tokens and over seconds."""
+    from matplotlib.figure import Figure
+
+    found = settings(results, asked)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, column, label in zip(
+        figure.subplots(1, 2, sharey=True), (0, 1), ("tokens", "seconds of training")
+    ):
+        for index, variant in enumerate(VARIANTS):
+            best = best_of(found, variant)
+            for number, points in enumerate(found[best] if best else []):
+                axes.plot([p[column] for p in points], [p[2] for p in points], color=f"C{index}", linewidth=0.8,
+                          label=f"{variant}, {best[1]:g}" if best and not number else None)  # fmt: skip
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.2)
+    figure.axes[0].set_ylabel("validation loss")
+    figure.axes[0].legend(fontsize=7, frameon=False)
+    figure.savefig(asked.picture, dpi=130)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python benchmarks/speed.py trainer       # against transformers.Trainer, same precision and optimizer
     python benchmarks/speed.py shipped       # both as they ship: train_lm.py with bf16, Trainer with its defaults
     python benchmarks/speed.py nanogpt       # against a nanoGPT-style script
+    python benchmarks/speed.py nanogpt --model character --blocks 12 --tokens 64 --vocab 128 --precision fp32
     python benchmarks/speed.py saving        # checkpoints every 50 steps, in the background, against none
     python benchmarks/speed.py flat          # ten times the corpus, ten times the steps done, and after a resume
     python benchmarks/speed.py allocator     # one bare loop with glibc as it is, told to keep memory, and jemalloc
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from contestants import DEFAULTS, Contestant, prepare_corpus
+from contestants import DEFAULTS, alternate, prepare_corpus
 
 COMPARISONS: dict[str, list[tuple[str, str, dict[str, Any], dict[str, str]]]] = {
     "loop": [("train_lm.py", "train_lm", {}, {}), ("bare loop", "bare", {}, {})],
@@ -78,25 +79,14 @@ def main() -> None:
         cases.insert(1, ("jemalloc", "bare", {}, decay))
 
     prepare_corpus(options.vocab)
-    measured: dict[str, list[dict[str, float]]] = {case[0]: [] for case in cases}
-    for launch in range(options.launches):
-        order = cases if launch % 2 == 0 else cases[::-1]
-        running = {label: Contestant(name, settings | own, env) for label, name, own, env in order}
-        try:
-            for label, _, own, _ in order:
-                running[label].run(options.warmup)
-                if "earlier_steps" in own:  # so many times what each of the others will have done
-                    running[label].run(
-                        own["earlier_steps"] * options.steps * options.rounds // options.launches
-                    )
-            # The shares of the launches add up to all rounds.
-            for turn in range(launch, options.rounds, options.launches):
-                for label in list(running) if turn % 2 == 0 else reversed(list(running)):
-                    measured[label].append(running[label].run(options.steps))
-        finally:
-            for contestant in running.values():
-                contestant.close()
-
+    measured = alternate(
+        cases,
+        settings,
+        launches=options.launches,
+        rounds=options.rounds,
+        steps=options.steps,
+        warmup=options.warmup,
+    )
     reference = cases[-1][0]
     per_turn = options.steps * options.blocks * options.tokens
     rows, numbers = [], {}

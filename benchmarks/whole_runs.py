@@ -51,6 +51,8 @@ def options(run_dir: Path, **more: str) -> list[str]:
         "tokenizer.path": str(corpus(VOCAB) / "tokenizer"),
         "data.store_dir": str(corpus(VOCAB)),
         "data.block_size": str(TOKENS),
+        "model.type": "gpt2",
+        "optim.name": "adamw",
         "train.global_batch_blocks": str(BLOCKS),
         **{f"model.config.{name}": str(value) for name, value in config.items()},
         **more,
