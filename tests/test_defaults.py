@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from lmcore.checkpoint.writer import Checkpoints
 from lmcore.config.schema import keys
 from lmcore.data.batches import Batches
 from lmcore.data.order import Order
@@ -20,8 +19,6 @@ from lmcore.run.anomalies import Policy
 from lmcore.run.early_stopping import EarlyStopping
 
 SAME: list[tuple[Any, dict[str, str]]] = [
-    (Checkpoints, {"keep": "checkpoint.keep", "background": "checkpoint.background",
-                   "on_full_disk": "checkpoint.on_full_disk"}),
     (Policy, {"max_skips": "guard.max_skips", "max_rewinds": "guard.max_rewinds", "spike": "guard.spike",
               "window": "guard.spike_window", "sigma": "guard.spike_sigma"}),
     (EarlyStopping, {name: f"evaluate.early_stopping.{name}" for name in

@@ -7,13 +7,18 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from lmcore.checkpoint.manifest import state_bytes
 from lmcore.disk import CHUNK_BYTES, DISK, Call, Disk
+from lmcore.errors import EXIT_REQUEST
 from tests.support.disk_faults import Counter, FailAt, KillAt, PowerCut, PoweredDisk, forked
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_write_json_replaces_as_a_whole(tmp_path: Path) -> None:
@@ -25,6 +30,15 @@ def test_write_json_replaces_as_a_whole(tmp_path: Path) -> None:
     disk.write_json(path, {"state": "finished"})
     assert json.loads(path.read_text()) == {"state": "finished"}
     assert os.listdir(tmp_path) == ["status.json"]
+
+
+def test_error_of_a_full_disk_names_the_file() -> None:
+    file = DISK.create("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as full:
+        DISK.write(file, b"x")
+    DISK.close(file)
+    assert full.value.filename == "/dev/full"
+    assert full.value.errno == errno.ENOSPC
 
 
 def test_kill_at_every_call_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
@@ -162,7 +176,13 @@ NOT_THROUGH_DISK = {
     "data/store/build": "copies and leftovers of parts; a store is committed by its manifest, through Disk",
     "data/store/verification": "a cache of which parts were verified, not the state of a run",
     "data/store/claims": "claims of processes on parts of a store, worth nothing after they have ended",
+    "data/store/remote": "a lock file without content, and parts that were not downloaded to their end",
     "data/tokenizer/huggingface": "a temporary folder for transformers to read",
+    "data/store/overlap": "a cache of a comparison: without it the next start compares again",
+    "data/store/samples": "a cache of which files were read: without it the next start reads them again",
+    "cli/size": "output of its short runs, the file STOP that it has obeyed, and a picture",
+    "run/bucket": "a scratch copy of a file that is being uploaded",
+    "errors": "the launcher's own file for the error of a process",
 }
 """Modules that change the disk by themselves, and why they may."""
 
@@ -213,7 +233,7 @@ def test_everything_is_written_through_disk(path: Path) -> None:
         assert not found, f"{name} changes the disk without lmcore.disk: {found}"
 
 
-def test_the_check_finds_what_goes_around_disk() -> None:
+def test_durability_check_finds_direct_writes() -> None:
     around = """
 os.replace(a, b); shutil.rmtree(a); path.write_text("x"); open(path, "w"); open(path, mode="ab"); path.unlink()
 os.open(path, os.O_WRONLY | os.O_CREAT); temporary.replace(target); path.open("x"); os.mkdir(path)
@@ -258,3 +278,30 @@ def test_json_holds_file_names_that_are_not_utf8(tmp_path: Path) -> None:
     DISK.write_json(tmp_path / "a.json", value)
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == value
     assert json.loads(state_bytes(value).decode("utf-8")) == value
+
+
+def test_removed_current_folder_is_refused_in_one_line(tmp_path: Path) -> None:
+    """By the training and by the commands; every relative path would fail somewhere inside."""
+    for words in (
+        [
+            str(ROOT / "train_lm.py"),
+            "--data.train",
+            str(ROOT / "README.md"),
+            "--run_dir",
+            str(tmp_path / "run"),
+        ],
+        ["-m", "lmcore", "checkpoints", str(tmp_path)],
+    ):
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        done = subprocess.run(
+            ["sh", "-c", 'rmdir "$PWD"; exec "$@"', "sh", sys.executable, *words],
+            cwd=gone,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == EXIT_REQUEST, done.stderr
+        assert "the current folder cannot be found" in done.stderr
+        assert done.stderr.count("\n") == 1

@@ -12,7 +12,7 @@ from lmcore.humanize import did_you_mean, duration, short, size, table
 from lmcore.plugins import import_path
 
 
-def test_the_examples_in_the_docstrings_are_true() -> None:
+def test_docstring_examples() -> None:
     for module in (lmcore.humanize, lmcore.plugins):
         assert doctest.testmod(module).failed == 0
 
@@ -66,7 +66,7 @@ def test_wrong_import_path_raises(
     assert "\n" not in str(caught.value)
 
 
-def test_a_module_of_the_working_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_module_of_the_working_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_of_today.py").write_text("class A:\n    @staticmethod\n    def make(): return 5\n")
     monkeypatch.chdir(tmp_path)
     assert import_path("mine_of_today:A.make", "model.factory")() == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import resource
 import subprocess
@@ -99,8 +100,10 @@ def test_available_memory_knows_ulimit_v() -> None:
 def test_peak_memory_counts_from_the_reset() -> None:
     assert process.forget_peak()
     before = process.resident_bytes(peak=True)
-    block = bytearray(b"x") * (64 * MIB)
-    del block
+    with mmap.mmap(
+        -1, 64 * MIB
+    ) as block:  # pages of its own: the heap may have as much that is free and resident
+        block.write(b"x" * MIB * 64)
     assert process.resident_bytes(peak=True) - before > 48 * MIB
     assert process.resident_bytes() < process.resident_bytes(peak=True)
 
@@ -115,3 +118,12 @@ def test_dead_processes_and_zombies_are_not_alive() -> None:
     assert not process.is_alive(child.pid)
     assert not process.is_alive(0)
     assert not process.is_alive(-1)
+
+
+def test_command_line_above_is_that_of_the_process_that_was_given_the_script() -> None:
+    own = "from lmcore import process; print(process.command_line_above('train.py'), process.command_line_above('no.py'))"
+    between = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {own!r}], check=True)"
+    above = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {between!r}], check=True)"
+    command = [sys.executable, "-c", above, "--file", "a b.yaml"]
+    done = subprocess.run([*command, "train.py", "--seed", "1"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{command} []\n"

@@ -2,12 +2,13 @@
 
 A page is run in an empty folder beside which lie only what a user has: the repository's files and a small corpus
 (``mytext/``, ``held.txt``). Nothing is added to a command. A block after ``<!-- not run: reason -->`` is left out.
+The page about buckets has an S3 server on the loopback interface.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import random
 import re
 import subprocess
 import sys
@@ -15,73 +16,67 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.pages import LEFT_OUT, blocks, lay_out
+from tests.support.s3_server import serving
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     path
     for path in [ROOT / "README.md", ROOT / "README.ja.md", *sorted((ROOT / "docs").glob("*.md"))]
     if "```sh\n" in path.read_text(encoding="utf-8")
 ]
-
-LEFT_OUT = re.compile(r"<!-- not run: (.+?) -->\n```sh\n.*?^```", re.DOTALL | re.MULTILINE)
-BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
-
-
-def blocks(page: Path) -> list[str]:
-    """The ``sh`` blocks that are to be run."""
-    return BLOCK.findall(LEFT_OUT.sub("", page.read_text(encoding="utf-8")))
+TRANSLATIONS = sorted((ROOT / "docs").glob("*.ja.md"))
+"""Pages in Japanese; their commands are those of the English page (a test), and run once."""
 
 
-def text(seed: int, sentences: int) -> str:
-    draw = random.Random(seed)
-    words = ["the", "cat", "dog", "tree", "river", "sees", "likes", "finds", "old", "red", "small", "quietly"]
-    return "\n\n".join(
-        f"The {draw.choice(words)} {' '.join(draw.choices(words, k=9))}." for _ in range(sentences)
-    )
-
-
-def test_every_block_that_is_not_run_says_why() -> None:
+def test_docs_blocks_that_are_not_run_give_a_reason() -> None:
     for page in PAGES:
         for reason in LEFT_OUT.findall(page.read_text(encoding="utf-8")):
             assert len(reason.split()) >= 2, page.name
 
 
-def test_links_between_pages_lead_somewhere() -> None:
+def test_links_between_pages_exist() -> None:
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def facts(page: Path) -> tuple[list[str], set[str], set[str]]:
+    """What a translation must not change: the commands, the code in the text, the numbers."""
+    text_of = page.read_text(encoding="utf-8")
+    commands = re.findall(r"^```sh\n(.*?)^```", text_of, re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```.*?^```", "", text_of, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"\]\([^)]*\)", "]", prose).replace("\n", " ")  # links lead to the translated pages
+    code = set(re.findall(r"`([^`]+)`", prose))
+    numbers = set(re.findall(r"\d[\d,.]*\d|\d", re.sub(r"`[^`]+`", "", prose)))
+    return commands, code, numbers
+
+
+@pytest.mark.parametrize("page", TRANSLATIONS, ids=lambda page: page.name)
+def test_translation_has_the_commands_and_numbers_of_the_page(page: Path) -> None:
+    english = page.with_name(page.name.replace(".ja.md", ".md"))
+    here, there = facts(page), facts(english)
+    assert here[0] == there[0]
+    assert here[1] == there[1]
+    words = {"1", "2", "3", "5", "10"}  # which English writes out: one, second, three, five, a tenth
+    assert here[2] - words == there[2] - words
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem.replace(".", "-")
+    "page",
+    [page for page in PAGES if blocks(page) and page not in TRANSLATIONS],
+    ids=lambda page: page.stem.replace(".", "-"),
 )
-def test_the_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:
-    place, programs = tmp_path / "here", tmp_path / "bin"
-    (place / "mytext").mkdir(parents=True)
-    programs.mkdir()
-    for name in ("train_lm.py", "recipes", "accelerate_configs", "ds_configs", "lmcore", "examples"):
-        (place / name).symlink_to(ROOT / name)
-    for number in range(3):
-        (place / "mytext" / f"{number}.txt").write_text(text(number, 120), encoding="utf-8")
-    lines = (f'{{"text": "{line}"}}\n' for line in text(7, 60).split("\n\n"))
-    (place / "mytext" / "articles.jsonl").write_text("".join(lines), encoding="utf-8")
-    (place / "held.txt").write_text(text(8, 40), encoding="utf-8")
-    lmcore = programs / "lmcore"  # as `pip install .` makes it
-    lmcore.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lmcore "$@"\n', encoding="utf-8")
-    lmcore.chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "ACCELERATE_USE_CPU": "true",
-        "HF_HOME": str(tmp_path / "hub"),
-    }
+def test_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:
     script = "set -euo pipefail\n" + "\n".join(blocks(page))
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=place, env=environment, capture_output=True, text=True, check=False
-    )
+    with serving(also=("my-bucket",)) if page.name == "buckets.md" else contextlib.nullcontext():
+        place, environment = lay_out(tmp_path)  # with the keys of that server, if there is one
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=place, env=environment, capture_output=True, text=True, check=False
+        )
     assert done.returncode == 0, f"{page.name}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
 
@@ -93,7 +88,7 @@ def named(page: str) -> set[str]:
     }
 
 
-def test_every_training_argument_has_a_place() -> None:
+def test_every_training_argument_is_listed() -> None:
     from dataclasses import fields
 
     from transformers import TrainingArguments
@@ -102,7 +97,7 @@ def test_every_training_argument_has_a_place() -> None:
     assert there - named("from_trainer.md") == set()
 
 
-def test_the_tables_name_options_that_exist() -> None:
+def test_tables_name_existing_options() -> None:
     """Whatever looks like ``section.name`` in the documentation is an option."""
     from lmcore.config.schema import keys
 
@@ -121,7 +116,7 @@ def test_the_tables_name_options_that_exist() -> None:
             assert name in known or free or section, f"{page.name} names {name}"
 
 
-def test_the_library_page_trains_as_printed(tmp_path: Path) -> None:
+def test_library_page_trains_as_printed(tmp_path: Path) -> None:
     code = "\n".join(
         re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/library.md").read_text(), re.DOTALL | re.MULTILINE)
     )
@@ -141,14 +136,14 @@ def test_the_library_page_trains_as_printed(tmp_path: Path) -> None:
     assert "torch.Size([4, 8])" in done.stdout
 
 
-def test_the_library_page_lists_every_public_name() -> None:
+def test_library_page_lists_every_public_name() -> None:
     import lmcore
 
     table = (ROOT / "docs/library.md").read_text().partition("## Names")[2]
     assert set(re.findall(r"`(\w+)`", table)) >= set(lmcore.__all__) - {"__version__"}
 
 
-def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
+def test_site_builds_without_broken_links(tmp_path: Path) -> None:
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")],
@@ -159,7 +154,7 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
     assert "--train.duration" in options
 
 
-def test_the_tests_that_the_documentation_names_exist() -> None:
+def test_tests_named_in_the_docs_exist() -> None:
     """``test_resume_...`` names every test that begins so."""
     there: set[str] = set()
     for path in (ROOT / "tests").rglob("*.py"):

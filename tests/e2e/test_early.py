@@ -1,14 +1,17 @@
-"""Wrong requests are refused before the text is tokenized, which may take hours."""
+"""Before the text is tokenized, which may take hours, wrong requests are refused; a signal then says what is kept."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from lmcore.errors import EXIT_REQUEST
+from lmcore.errors import EXIT_REQUEST, EXIT_SAVED
 from tests.support.fork_server import run_ranks
 from tests.support.whole_runs import request, train_in_rank, words
 
@@ -56,3 +59,40 @@ def test_wrong_request_is_refused_before_tokenizing(
     assert not (tmp_path / "run" / "tokenizer").exists()
     assert not (tmp_path / "run" / "status.json").exists(), "nothing was changed"
     assert not (tmp_path / "stores").exists()
+
+
+def _train_and_interrupt(argv: list[str], calls: int) -> tuple[int, list[str]]:
+    """Exit code and lines of a run that gets SIGTERM before it builds part ``calls`` of its token stores; -1: never."""
+    from lmcore.data.store import workers
+
+    build, done = workers._build, [0]
+
+    def interrupted(*arguments: object) -> None:
+        if done[0] == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        done[0] += 1
+        build(*arguments)
+
+    workers._build = interrupted
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = train_in_rank(argv, None, 0)
+    return code, said.getvalue().splitlines()
+
+
+def test_signal_while_tokenizing_says_what_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text(words(200, 0), encoding="utf-8")
+    (tmp_path / "held.txt").write_text(words(10, 1), encoding="utf-8")
+    argv = request(tmp_path, tmp_path / "run", train__duration="2 steps")
+    [(code, lines)] = run_ranks(_train_and_interrupt, 1, argv, 1)
+    assert code == EXIT_SAVED
+    assert lines[-1].startswith("interrupted (SIGTERM) before the first step: ")
+    assert lines[-1].endswith("are kept; run the same command to resume")
+    status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
+    assert (status["state"], status["exit_code"]) == ("saved", EXIT_SAVED)
+    assert lines[-1] in (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "stores").rglob("part-*.bin")}
+    assert len(kept) == 1
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.model").exists()
+    [(code, lines)] = run_ranks(_train_and_interrupt, 1, argv, -1)
+    assert code == 0, lines
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items()), "and they were kept"

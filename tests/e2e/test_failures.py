@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lmcore.disk import DISK, Call
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED
 from lmcore.run.guard import EXIT_STUCK
 from tests.support.fork_server import RankFailure, run_ranks
 from tests.support.trackers import read_tensorboard, web_server
-from tests.support.whole_runs import request, train_in_rank, words
+from tests.support.whole_runs import request, train_in_rank, write_texts
 
 SHORT = {"train__duration": "8 steps", "checkpoint__every": "2 steps", "evaluate__every": "never"}
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "train.txt").write_text(words(300, 0), encoding="utf-8")
-    (folder / "held.txt").write_text(words(30, 1), encoding="utf-8")
-    return folder
+    return write_texts(tmp_path_factory.mktemp("text"), train=300, held=30)
 
 
 def status(run_dir: Path) -> tuple[str, int]:
@@ -57,9 +59,7 @@ def _train_and_fail(argv: list[str], how: str) -> int:
     return train_in_rank(argv, None, 0)
 
 
-def test_the_webhook_hears_of_the_end_of_rewinds_and_of_faults(
-    text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_webhook_gets_rewinds_faults_and_the_end(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with web_server() as (url, received):
         monkeypatch.setenv("LMCORE_WEBHOOK", url)
         whole = request(text, text / "whole", **SHORT)
@@ -82,9 +82,7 @@ def test_the_webhook_hears_of_the_end_of_rewinds_and_of_faults(
     assert steps[:2] == [1, 2], "what the tracker was told before the fault is in its file"
 
 
-def test_a_crash_is_a_failure_for_scripts_and_for_the_webhook(
-    text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_crash_reaches_status_and_webhook(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = text / "crash"
     with web_server() as (url, received):
         monkeypatch.setenv("LMCORE_WEBHOOK", url)
@@ -94,9 +92,7 @@ def test_a_crash_is_a_failure_for_scripts_and_for_the_webhook(
     assert [post["text"] for post in received] == ["crash: failed: KeyError: 'a column of mine'"]
 
 
-def test_a_stuck_rank_is_a_failure_for_scripts_and_for_the_webhook(
-    text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stuck_rank_reaches_status_and_webhook(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = text / "stuck"
     with web_server() as (url, received):
         monkeypatch.setenv("LMCORE_WEBHOOK", url)
@@ -106,6 +102,28 @@ def test_a_stuck_rank_is_a_failure_for_scripts_and_for_the_webhook(
     assert len(received) == 1, "one rank speaks for all"
     assert received[0]["text"].startswith("stuck: failed: rank ")
     assert "no progress for 5 s" in received[0]["text"]
+
+
+def test_connection_lost_while_the_ranks_meet_ends_with_71(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 has died inside the rendezvous, and torch is faster to say that a connection was reset."""
+    from lmcore.config import parse
+    from lmcore.run import trainer
+
+    def reset(*_arguments: Any, **_more: Any) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(trainer.setup, "open_engine", reset)
+    monkeypatch.setattr(trainer, "leaving", lambda error: None)
+    monkeypatch.setattr(trainer, "report_dead_rank", lambda: EXIT_STUCK)  # and names it
+    config = parse.parse(request(text, tmp_path / "run", **SHORT), default_recipe=None)
+    with pytest.raises(RuntimeError), trainer.Run(config):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ending, trainer.Run(config):
+        pass
+    assert ending.value.code == EXIT_STUCK
 
 
 def _train_and_interrupt_the_compiler(argv: list[str]) -> int:
@@ -125,7 +143,44 @@ def _train_and_interrupt_the_compiler(argv: list[str]) -> int:
     return train_in_rank(argv, None, 0)
 
 
-def test_a_signal_while_compiling_ends_as_saved(text: Path) -> None:
+def _train_on_a_disk_that_fills(argv: list[str], first: str) -> tuple[int, str]:
+    """As ``train_in_rank``; rank 0 can write nothing more from the first change of a file called ``first`` on."""
+    full = [False]
+
+    def before(call: Call) -> None:
+        full[0] = full[0] or first in call.path
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), call.path)
+
+    if os.environ.get("RANK", "0") == "0":
+        DISK.before = before
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        code = train_in_rank(argv, None, 0)
+    return code, error.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("first", "world_size"),
+    [
+        ("status.json", 1), ("stores.json", 1), ("tokenizer.model", 1), ("tokenizer", 2), ("config.yaml", 1), ("checkpoints", 1),
+    ],
+)  # fmt: skip
+def test_disk_that_fills_while_the_run_starts_ends_it_with_one_line(
+    text: Path, tmp_path: Path, first: str, world_size: int
+) -> None:
+    run_dir = tmp_path / "run"
+    argv = request(text, run_dir, **SHORT, data__store_dir=tmp_path / "stores")
+    answers = run_ranks(_train_on_a_disk_that_fills, world_size, argv, first)
+    assert {code for code, _ in answers} == {EXIT_FAULT}
+    said = answers[0][1]
+    assert "No space left on device" in said
+    assert "Traceback" not in said
+    if first != "status.json":
+        assert status(run_dir) == ("failed", EXIT_FAULT)
+
+
+def test_signal_while_compiling_saves_and_ends(text: Path) -> None:
     run_dir = text / "compiling"
     assert run_ranks(_train_and_interrupt_the_compiler, 1, request(text, run_dir, **SHORT)) == [EXIT_SAVED]
     said = json.loads((run_dir / "status.json").read_text())

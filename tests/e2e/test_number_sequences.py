@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
     ("pair", "target"),
     [((3, 6), "< 3 4 5 6 . . ."), ((2, 0), "< 2 1 0 . . . ."), ((7, 7), "< 7 . . . . . .")],
 )
-def test_the_run_between_two_numbers(pair: tuple[int, int], target: str) -> None:
+def test_speed_run_between_two_numbers(pair: tuple[int, int], target: str) -> None:
     item = Sequences([pair], 7)[0]
     assert to_text(item["target"].tolist()) == target
     real = item["labels"] != PADDING
@@ -40,7 +40,7 @@ def test_the_run_between_two_numbers(pair: tuple[int, int], target: str) -> None
     assert len(item["target"]) == len(item["labels"]) == 8
 
 
-def test_the_marks_keep_their_ids_in_a_larger_range() -> None:
+def test_special_tokens_keep_their_ids_in_a_larger_vocabulary() -> None:
     assert (START, END, PADDING) == (11, 12, 13)
     item = Sequences([(9, 12)], 40)[0]
     assert item["source"].tolist() == [9, 15]
@@ -49,7 +49,7 @@ def test_the_marks_keep_their_ids_in_a_larger_range() -> None:
     assert to_text([11, 9, 10, 14, 15, 12, 13]) == "< 9 10 11 12 > ."
 
 
-def test_the_splits_are_what_they_say() -> None:
+def test_documented_splits() -> None:
     drawn = random_draws(pairs=2000)
     assert [len(drawn[name]) for name in ("train", "valid", "test")] == [2000, 200, 200]
     assert set(drawn["test"].pairs) <= set(drawn["train"].pairs)  # all are seen, as stated
@@ -60,7 +60,7 @@ def test_the_splits_are_what_they_say() -> None:
     assert unseen_pairs(numbers=20)["test"].pairs == apart["test"].pairs
 
 
-def test_the_loss_ignores_padding() -> None:
+def test_loss_ignores_padding() -> None:
     logits = torch.randn(3, 5, 14, requires_grad=True)
     labels = torch.randint(0, 11, (3, 5))
     labels[1, 3:], labels[2, :] = PADDING, -100
@@ -76,7 +76,7 @@ def test_the_loss_ignores_padding() -> None:
     torch.testing.assert_close(means, picked[0].mean() + picked[1, :3].mean())
 
 
-def test_the_model_is_that_of_the_paper() -> None:
+def test_original_transformer_matches_the_paper() -> None:
     torch.manual_seed(0)
     model = build(numbers=11, width=32, heads=4, layers=2).eval()
     source, target = torch.tensor([[3, 6], [2, 0]]), torch.randint(0, 11, (2, 7))
@@ -122,6 +122,6 @@ def train(recipe: str, folder: Path, *options: str) -> tuple[Transformer, Sequen
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("recipe", ["random_draws", "unseen_pairs"])
-def test_it_is_learnt(recipe: str, tmp_path: Path) -> None:
+def test_number_sequences_are_learnt(recipe: str, tmp_path: Path) -> None:
     result = score(*decode(*train(recipe, tmp_path / "run")))
     assert result.exact >= 0.99

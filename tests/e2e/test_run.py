@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
+from lmcore.data.text.sources import _RUN_FILES, resolve_sources
 from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST, EXIT_SAVED, RequestError
 from lmcore.report.metrics import read_metrics
 from tests.support.fork_server import run_ranks
@@ -22,15 +24,13 @@ from tests.support.whole_runs import (
     train_in_rank,
     weights,
     words,
+    write_texts,
 )
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "train.txt").write_text(words(1500, 0), encoding="utf-8")
-    (folder / "held.txt").write_text(words(60, 1), encoding="utf-8")
-    return folder
+    return write_texts(tmp_path_factory.mktemp("text"), train=1500, held=60)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,17 @@ def whole(text: Path) -> Path:
     return run_dir
 
 
-def test_a_run_leaves_what_the_design_says(whole: Path) -> None:
+def test_nothing_that_a_run_writes_is_read_as_text(whole: Path, tmp_path: Path) -> None:
+    assert {path.name for path in whole.iterdir() if not path.name.startswith(".")} <= _RUN_FILES
+    stores = whole.parent / "stores"
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(stores, tmp_path / "stores")
+    (tmp_path / "own.txt").write_text("text")
+    for entry in (str(tmp_path), f"{tmp_path}/**"):
+        assert resolve_sources([entry])[0].relative_paths == ("own.txt",)
+
+
+def test_run_folder_has_the_documented_files(whole: Path) -> None:
     for name in ("config.yaml", "train.log", "metrics.jsonl", "report.html", "status.json"):
         assert (whole / name).stat().st_size > 0, name
     status = json.loads((whole / "status.json").read_text())
@@ -60,7 +70,13 @@ def test_a_run_leaves_what_the_design_says(whole: Path) -> None:
     assert all(r["bits_per_byte"] > 0 for r in evaluations)
 
 
-def test_the_export_opens_in_transformers_with_the_trainers_logits(whole: Path) -> None:
+def test_every_checkpoint_is_one_event(whole: Path) -> None:
+    events = read_metrics(whole / "metrics.jsonl", kind="event")
+    saves = [(record["step"], record["reason"]) for record in events if record["event"] == "checkpoint"]
+    assert saves == [(5, "interval"), (10, "interval"), (15, "interval"), (20, "end")]
+
+
+def test_export_has_the_trained_logits_in_transformers(whole: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,9 +104,7 @@ def test_two_processes_follow_one(text: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("kill_with", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_and_continued_is_the_run_that_was_never_killed(
-    text: Path, whole: Path, kill_with: int
-) -> None:
+def test_killed_and_resumed_equals_uninterrupted(text: Path, whole: Path, kill_with: int) -> None:
     """Law 13: bit for bit, losses, weights and moments; the kill comes between two checkpoints."""
     run_dir = text / f"killed-{kill_with}"
     if kill_with == signal.SIGTERM:
@@ -118,13 +132,13 @@ def test_resumed_at_every_step(text: Path) -> None:
     assert_same_state(weights(stopped), weights(straight))
 
 
-def test_a_finished_run_started_again_stays_finished(text: Path, whole: Path) -> None:
+def test_finished_run_started_again_stays_finished(text: Path, whole: Path) -> None:
     before = (whole / "metrics.jsonl").read_text().count('"kind": "train"')
     assert train(request(text, whole)) == [EXIT_FINISHED]
     assert (whole / "metrics.jsonl").read_text().count('"kind": "train"') == before
 
 
-def test_the_best_checkpoint_is_of_a_step_that_was_evaluated(text: Path) -> None:
+def test_best_checkpoint_is_of_an_evaluated_step(text: Path) -> None:
     """Saves and evaluations have intervals of their own: no checkpoint has the result of another step."""
     run_dir = text / "best"
     best = {"checkpoint__keep_best__k": 1, "checkpoint__keep_best__mode": "max", "checkpoint__keep": 9}
@@ -140,7 +154,7 @@ def test_the_best_checkpoint_is_of_a_step_that_was_evaluated(text: Path) -> None
     assert os.readlink(run_dir / "checkpoints" / "best") == f"step-{max(told, key=lambda s: told[s]):08d}"
 
 
-def test_the_best_by_the_training_loss_needs_no_held_out_text(text: Path) -> None:
+def test_keep_best_by_training_loss_needs_no_validation_set(text: Path) -> None:
     """And is the same whether the run was killed or not: what was logged last is in the checkpoint."""
     best = {"checkpoint__keep_best__k": 1, "checkpoint__keep_best__metric": "train/loss", "report__every": 3}
     options = {"train__duration": "10 steps", "checkpoint__every": "2 steps", "evaluate__every": "never"}
@@ -160,7 +174,7 @@ def test_the_best_by_the_training_loss_needs_no_held_out_text(text: Path) -> Non
     assert found[0] == found[1]
 
 
-def test_the_saved_configuration_repeats_the_run(text: Path, whole: Path) -> None:
+def test_saved_configuration_repeats_the_run_exactly(text: Path, whole: Path) -> None:
     run_dir = text / "repeated"
     argv = ["--config", str(whole / "config.yaml"), "--run_dir", str(run_dir)]
     assert train(argv) == [EXIT_FINISHED]
@@ -213,7 +227,7 @@ def _say(argv: list[str]) -> tuple[int, str]:
     return code, out.getvalue()
 
 
-def test_a_changed_past_is_refused(text: Path, whole: Path) -> None:
+def test_changed_earlier_phase_raises(text: Path, whole: Path) -> None:
     """Law 6: both values and the override."""
     code, message = run_ranks(_say, 1, request(text, whole, seed=8))[0]
     assert code == EXIT_REQUEST
@@ -222,7 +236,7 @@ def test_a_changed_past_is_refused(text: Path, whole: Path) -> None:
     assert "8" in message
 
 
-def test_a_refused_tokenizer_changes_nothing(text: Path, whole: Path) -> None:
+def test_refused_tokenizer_changes_nothing(text: Path, whole: Path) -> None:
     """Another one in the place that the run names, and one that is insisted on: the run folder keeps its own."""
     from lmcore.data.tokenizer.tokenizer import load_tokenizer
     from lmcore.data.tokenizer.training import train_tokenizer

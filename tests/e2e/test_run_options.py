@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_REQUEST
+from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_REQUEST, EXIT_SAVED
 from lmcore.report.metrics import read_metrics
 from tests.support.fork_server import run_ranks
 from tests.support.whole_runs import (
@@ -39,7 +39,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_stream_gives_one_and_two_processes_the_same_blocks(text: Path) -> None:
+def test_stream_gives_one_and_two_processes_the_same_blocks(text: Path) -> None:
     options = {**SHORT, "data__mode": "stream"}
     one, two = text / "stream-1", text / "stream-2"
     assert train(request(text, one, **options)) == [EXIT_FINISHED]
@@ -48,7 +48,7 @@ def test_a_stream_gives_one_and_two_processes_the_same_blocks(text: Path) -> Non
         assert math.isclose(loss, losses(two)[step], rel_tol=1e-5), step
 
 
-def test_a_stream_continues_with_exactly_the_next_blocks(text: Path) -> None:
+def test_stream_resumes_with_exactly_the_next_blocks(text: Path) -> None:
     options = {**SHORT, "data__mode": "stream"}
     stopped = text / "stream-stopped"
     train(request(text, stopped, **options), kill_before_step=2)
@@ -67,7 +67,7 @@ def test_weights_mix_sources(text: Path) -> None:
     assert state["cursor"]["phases"] == [[0, [3.0, 1.0]]]
 
 
-def test_the_users_own_model_data_and_loss(text: Path) -> None:
+def test_own_model_data_and_loss(text: Path) -> None:
     """No tokenizer, no token: a regression, on one process and on two."""
     options = {
         "data.factory": "tests.support.own_parts:data",
@@ -97,7 +97,7 @@ def test_the_users_own_model_data_and_loss(text: Path) -> None:
     assert evaluations[-1]["loss"] < 0.01
 
 
-def test_the_moving_average_is_kept_evaluated_and_exported(text: Path) -> None:
+def test_ema_is_kept_evaluated_and_exported(text: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
@@ -131,7 +131,7 @@ def test_early_stopping_says_why_and_still_saves(text: Path) -> None:
     assert (run_dir / "export" / "model.safetensors").exists()
 
 
-def test_a_profile_window_is_written(text: Path) -> None:
+def test_profile_window_is_written(text: Path) -> None:
     run_dir = text / "profile"
     assert train(request(text, run_dir, **SHORT, train__profile="2-3")) == [EXIT_FINISHED]
     assert (run_dir / "profile" / "steps-2-3.json.gz").stat().st_size > 0
@@ -159,7 +159,7 @@ def _train_with_nan(argv: list[str], positions: list[int]) -> int:
     return train_in_rank(argv, None, 0)
 
 
-def test_a_rewind_is_the_run_that_was_told_to_skip(text: Path) -> None:
+def test_rewind_equals_a_run_that_skips_these_blocks(text: Path) -> None:
     """Replay: blocks that give no number are rewound over; the result is that of a run told beforehand to skip them."""
     options = {
         "train__duration": "8 steps",
@@ -206,7 +206,7 @@ def _train_with_a_flipped_bit(argv: list[str], at_step: int, victim: int) -> int
     return train_in_rank(argv, None, 0)
 
 
-def test_a_rank_that_has_silently_diverged_is_found_at_the_next_check(text: Path) -> None:
+def test_diverged_rank_is_found_at_the_next_check(text: Path) -> None:
     run_dir, straight = text / "diverged", text / "not-diverged"
     options = {
         "train__duration": "12 steps",
@@ -313,7 +313,7 @@ def _train_with_a_slow_disk(argv: list[str], steps: int) -> int:
     return train_in_rank(argv, None, 0)
 
 
-def test_a_save_by_the_clock_never_keeps_training_waiting_for_the_one_before(text: Path) -> None:
+def test_save_by_time_does_not_wait_for_the_previous_save(text: Path) -> None:
     run_dir = text / "slow-disk"
     options = {**SHORT, "train__duration": "40 steps", "checkpoint__every": "0.001 s"}
     assert run_ranks(_train_with_a_slow_disk, 2, request(text, run_dir, **options), 40) == [EXIT_FINISHED] * 2
@@ -375,7 +375,7 @@ def _train_with_an_error(argv: list[str], at_step: int) -> str:
     return ""
 
 
-def test_an_exception_is_saved_first_and_not_swallowed(text: Path) -> None:
+def test_exception_saves_first_and_is_raised(text: Path) -> None:
     run_dir = text / "exception"
     assert "gone" in run_ranks(_train_with_an_error, 1, request(text, run_dir, **SHORT), 4)[0]
     assert [p.name for p in (run_dir / "checkpoints").glob("step-*")] == ["step-00000004"]
@@ -392,3 +392,56 @@ def test_fast_dev_run_goes_through_every_part(text: Path) -> None:
     for name in ("export/model.safetensors", "report.html", "checkpoints/step-00000004/manifest.json"):
         assert (run_dir / name).exists(), name
     assert os.listdir(run_dir / "sample")
+
+
+def test_fast_dev_run_of_token_files_and_of_text_that_cannot_be_read(text: Path) -> None:
+    assert train(request(text, text / "first", train__duration="2 steps")) == [EXIT_FINISHED]
+    store = next(path for path in (text / "stores").iterdir() if path.name.startswith("train-"))
+    argv = request(text, text / "tokens", data__train=store, tokenizer__path=text / "first" / "tokenizer")
+    del argv[argv.index("--tokenizer.vocab_size") :][:2]
+    assert train([*argv, "--tokenizer.vocab_size", "null", "--fast_dev_run"]) == [EXIT_FINISHED]
+    (text / "sjis.txt").write_bytes("吾輩は猫である。\n".encode("cp932") * 99)
+    argv = [*request(text, text / "bad", data__train=text / "sjis.txt"), "--fast_dev_run"]
+    assert train(argv) == [EXIT_REQUEST]
+    reason = (
+        json.loads((text / "bad" / "status.json").read_text())["reason"]
+        if (text / "bad" / "status.json").exists()
+        else ""
+    )
+    assert not reason or "set data.encoding" in reason
+
+
+def test_auto_precision_keeps_the_fp32_that_a_run_on_a_cpu_began_in(text: Path) -> None:
+    """Bit for bit: a run of an older version, which took fp32, is not continued in bf16."""
+    expected = request(text, text / "fp32", train__duration="6 steps")
+    assert train(expected) == [EXIT_FINISHED]
+    argv = request(text, text / "fp32-then-auto", train__duration="6 steps")
+    assert train(argv, kill_before_step=3) == [EXIT_SAVED]
+    auto = request(text, text / "fp32-then-auto", train__duration="6 steps", train__precision="auto")
+    assert train(auto) == [EXIT_FINISHED]
+    assert losses(text / "fp32-then-auto") == losses(text / "fp32")
+
+
+def test_early_stopping_is_off_where_nothing_is_evaluated(text: Path) -> None:
+    options: dict[str, Any] = {
+        "train__duration": "30 steps",
+        "evaluate__every": "never",
+        "report__every": "10",
+    }
+    assert train(request(text, text / "unevaluated", **options)) == [EXIT_FINISHED]
+    assert "early stopping" not in (text / "unevaluated" / "train.log").read_text(encoding="utf-8")
+
+
+def test_early_stopping_is_on_by_default_where_text_is_repeated(text: Path) -> None:
+    """Four evaluations without an improvement by 0.5, over a text that is seen more than twice."""
+    options: dict[str, Any] = {
+        "train__duration": "30 steps", "evaluate__every": "2 steps", "checkpoint__every": "never",
+        "optim__lr": 1e-5, "evaluate__early_stopping__threshold": 0.5,
+    }  # fmt: skip
+    assert train(request(text, text / "stops", **options)) == [EXIT_FINISHED]
+    assert max(losses(text / "stops")) == 8
+    log = (text / "stops" / "train.log").read_text(encoding="utf-8")
+    assert "early stopping: after 3 evaluations without improvement, because the text is seen" in log
+    off = options | {"evaluate__early_stopping__patience": 0, "train__duration": "16 steps"}
+    assert train(request(text, text / "goes-on", **off)) == [EXIT_FINISHED]
+    assert max(losses(text / "goes-on")) == 16

@@ -25,7 +25,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_test_set_is_scored_once_after_training_with_the_last_weights(text: Path) -> None:
+def test_test_set_is_scored_once_with_the_last_weights(text: Path) -> None:
     """Also one that is called as a held-out set: the two are kept apart."""
     run_dir = text / "one"
     (text / "elsewhere").mkdir()
@@ -61,7 +61,7 @@ def test_trackers_see_train_valid_and_test_by_step_and_epoch(text: Path) -> None
         assert scalars[f"{group}/epoch"] == [(step, pytest.approx(epochs[step])) for step in steps]
 
 
-def test_why_a_run_stops_early_is_said_to_the_person(text: Path) -> None:
+def test_early_stop_reason_is_printed(text: Path) -> None:
     run_dir = text / "early"
     argv = request(text, run_dir, **SHORT, evaluate__early_stopping__divergence=1.0)
     assert train(argv) == [EXIT_FINISHED]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from tests.support.engine_runs import pretend_gpus
 from tests.support.fork_server import run_ranks
-from tests.support.whole_runs import ROOT, losses, request, train_in_rank, words
+from tests.support.whole_runs import ROOT, losses, request, train_in_rank, write_texts
 
 LLAMA = {
     "model__type": "llama",
@@ -28,10 +29,7 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("strategies")
-    (folder / "train.txt").write_text(words(300, 0), encoding="utf-8")
-    (folder / "held.txt").write_text(words(30, 1), encoding="utf-8")
-    return folder
+    return write_texts(tmp_path_factory.mktemp("strategies"), train=300, held=30)
 
 
 def _train_under(argv: list[str], strategy: str) -> int:
@@ -45,7 +43,7 @@ def run(text: Path, name: str, strategy: str, **options: Any) -> Path:
     if strategy.startswith("zero"):
         options["engine__deepspeed"] = ROOT / "ds_configs" / f"{strategy}.json"
     llama = options.pop("llama")
-    argv = request(text, text / name, **SHORT, **options)
+    argv = request(text, text / name, **SHORT | options)
     if llama:  # instead of the small GPT-2
         kept = [i for i in range(0, len(argv), 2) if not argv[i].startswith("--model.")]
         argv = [part for i in kept for part in argv[i : i + 2]]
@@ -54,6 +52,12 @@ def run(text: Path, name: str, strategy: str, **options: Any) -> Path:
     codes = run_ranks(_train_under, world_size, argv, strategy, timeout=240, launched=strategy != "single")
     assert codes == [0] * world_size
     return text / name
+
+
+def samples(run_dir: Path) -> dict[tuple[int, str], str]:
+    """Step and prompt -> continuation."""
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {(r["step"], r["prompt"]): r["text"] for r in records if r["kind"] == "sample"}
 
 
 PAIRS = [("fsdp2", False, "fp32"), ("zero3", True, "fp32")]
@@ -69,13 +73,18 @@ REST = [
 @pytest.mark.parametrize(
     ("strategy", "llama", "precision"), [*PAIRS, *(pytest.param(*p, marks=pytest.mark.slow) for p in REST)]
 )
-def test_a_run_trains_and_exports_the_same_model(
+def test_run_trains_and_exports_the_same_model(
     text: Path, strategy: str, llama: bool, precision: str
 ) -> None:
-    """Tied GPT-2 and untied Llama; the export in bf16 where training was."""
+    """Tied GPT-2 and untied Llama; the export in bf16 where training was; the samples on the way, in fp32."""
     from transformers import AutoModelForCausalLM
 
-    options = {"llama": llama, "train__precision": precision, "checkpoint__export_dtype": precision}
+    options: dict[str, Any] = {
+        "llama": llama,
+        "train__precision": precision,
+        "checkpoint__export_dtype": precision,
+    }
+    options |= {"evaluate__every": "2 steps", "evaluate__prompts": "[a, the]", "evaluate__sample_tokens": 40}
     kind = f"{'llama' if llama else 'gpt2'}-{precision}"
     alone = text / f"single-{kind}"
     if not alone.exists():
@@ -83,6 +92,9 @@ def test_a_run_trains_and_exports_the_same_model(
     other = run(text, f"{strategy}-{kind}", strategy, **options)
     close = 1e-5 if precision == "fp32" else 2e-3  # as in test_engine.py
     assert losses(other) == pytest.approx(losses(alone), rel=close)
+    written = samples(alone)
+    assert len(written) == 4
+    assert precision != "fp32" or samples(other) == written
     ours, theirs = (AutoModelForCausalLM.from_pretrained(p / "export", dtype="auto") for p in (other, alone))
     assert ours.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
     assert (ours.lm_head.weight is ours.get_input_embeddings().weight) == (not llama)
@@ -90,3 +102,50 @@ def test_a_run_trains_and_exports_the_same_model(
     with torch.no_grad():
         one, two = (m.float()(input_ids=ids).logits for m in (ours, theirs))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-3 if precision == "fp32" else 0.1)
+
+
+GROWTH = {
+    "llama": False, "optim__weight_decay": "linear 0.2 0", "optim__schedule": "linear_to_zero",
+    "train__global_batch_blocks": "0: 6, 1 steps: 24, 3 steps: 12",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["zero2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("ddp", "fsdp2", "zero1", "zero3"))],
+)
+def test_global_batch_grows_under_every_strategy(text: Path, strategy: str) -> None:
+    """1, 4, 4 and 2 micro-batches a step on each of two ranks; one process takes twice as many."""
+    options = GROWTH | {f"model__config__{part}_pdrop": 0.0 for part in ("resid", "embd", "attn")}
+    alone = text / "single-growth"
+    if not alone.exists():
+        run(text, alone.name, "single", **options)
+    expected, found = losses(alone), losses(run(text, f"{strategy}-growth", strategy, **options))
+    assert sorted(found) == sorted(expected) == [1, 2, 3, 4]
+    for step, loss in expected.items():  # the order of float32 sums differs
+        assert found[step] == pytest.approx(loss, rel=1e-5), step
+
+
+MUON = GROWTH | {
+    "optim__name": "muon",
+    "optim__lr_multipliers__embedding": 2,
+    "optim__lr_multipliers__vectors": 0.5,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_muon_with_rates_by_kind_and_a_growing_batch(text: Path, strategy: str) -> None:
+    """20 steps follow one process. Muon orthogonalizes in bfloat16, whose rounding the order of sums can change."""
+    options = MUON | {f"model__config__{part}_pdrop": 0.0 for part in ("resid", "embd", "attn")}
+    options |= {
+        "train__duration": "20 steps",
+        "train__global_batch_blocks": "0: 6, 5 steps: 24, 12 steps: 12",
+    }
+    alone = text / "single-muon-growth"
+    if not alone.exists():
+        run(text, alone.name, "single", **options)
+    expected, found = losses(alone), losses(run(text, f"{strategy}-muon-growth", strategy, **options))
+    assert sorted(found) == sorted(expected) == list(range(1, 21))
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=2e-4), step

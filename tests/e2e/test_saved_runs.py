@@ -16,17 +16,14 @@ from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_REQUEST, RequestError
 from lmcore.report.metrics import read_metrics
 from lmcore.saved.load import load_model
 from tests.support.fork_server import run_ranks
-from tests.support.whole_runs import losses, request, train, train_in_rank, words
+from tests.support.whole_runs import losses, request, train, train_in_rank, write_texts
 
 SHORT = {"train__duration": "4 steps", "checkpoint__every": "2 steps", "evaluate__every": "never"}
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "train.txt").write_text(words(300, 0), encoding="utf-8")
-    (folder / "held.txt").write_text(words(30, 1), encoding="utf-8")
-    return folder
+    return write_texts(tmp_path_factory.mktemp("text"), train=300, held=30)
 
 
 @pytest.fixture(scope="module")

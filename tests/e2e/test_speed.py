@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +16,7 @@ from lmcore.engine.engine import Engine
 from lmcore.model import module as m
 from lmcore.model import optim
 from lmcore.model.build import build_model
+from lmcore.model.evaluate import evaluate
 
 V, T = 100, 16
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -84,7 +86,7 @@ def engine() -> Iterator[Engine]:
     made.close()
 
 
-def test_the_counter_sees_what_waits() -> None:
+def test_counter_of_host_waits_counts() -> None:
     x = torch.arange(4.0)
     for work, name in (
         (lambda: x.sum().item(), "aten._local_scalar_dense.default"),
@@ -117,6 +119,50 @@ def test_no_step_waits_for_the_device(family: str, engine: Engine) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_residual_stream_reaches_the_last_layer_in_one_graph(family: str) -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    module = make(family)
+    assert m.narrow_residual_stream(module) == (2 if family == "gpt2" else 1)
+    m.compile_regions(module, backend="eager")
+    types: set[torch.dtype] = set()
+
+    def look(layer: Any, inputs: Any, output: Any) -> None:
+        types.add((output[0] if isinstance(output, tuple) else output).dtype)
+
+    for layer in m.decoder_layers(module):
+        layer.register_forward_hook(look)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_sum = module(**batch(0))[0]
+    loss_sum.backward()
+    widened = family == "mixtral"  # its experts' outputs are weighted in fp32: layers of two kinds
+    assert types == {torch.float32 if widened else torch.bfloat16}
+    assert counters["stats"]["unique_graphs"] == (2 if widened else 1)
+    assert not counters["graph_break"]
+
+
+def test_evaluation_waits_once_however_long_it_is(engine: Engine) -> None:
+    def make_optimizer(named: Any) -> torch.optim.Optimizer:
+        return optim.build_optimizer("adamw", optim.parameter_groups(named, weight_decay=0.1), lr=1e-3)
+
+    engine.prepare(make("gpt2"), make_optimizer, gradient_accumulation=1, micro_batch_blocks=2, clip_norm=1.0)
+    seen = []
+    for count in (1, 4):
+        batches = [batch(seed) for seed in range(count)]
+        with Waits() as waits:
+            result = evaluate(engine, batches, byte_lengths=np.arange(V) % 5)
+        assert result.bytes is not None
+        assert result.tokens == count * 2 * T
+        seen.append(waits.seen)
+    assert seen[0] == seen[1], "not once for each micro-batch"
+    assert sum(seen[0].values()) > 0, "the sums are read in the end"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at every input's .grad
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_graph_breaks_and_no_recompilation_after_the_warm_up(family: str) -> None:
@@ -125,9 +171,8 @@ def test_no_graph_breaks_and_no_recompilation_after_the_warm_up(family: str) -> 
     torch._dynamo.reset()
     counters.clear()
     module = make(family)
-    layers = m.compile_regions(
-        module, backend="eager"
-    )  # dynamo's part alone: what it captures, and how often
+    # Dynamo's part alone: what it captures, and how often
+    layers = m.compile_regions(module, backend="eager")
     assert layers == len(m.decoder_layers(module)) > 0
 
     def step(seed: int) -> None:

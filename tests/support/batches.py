@@ -8,6 +8,7 @@ import numpy as np
 
 from lmcore.data.batches import Batches, StepBatch, merge_cursors
 from lmcore.data.cursor import Cursor, next_positions
+from lmcore.data.steps import StepPlan
 
 Row = dict[str, list[int]]
 
@@ -25,7 +26,14 @@ def take(batches: Batches, count: int | None = None) -> list[StepBatch]:
 
 
 def steps_of_ranks(
-    dataset: Any, cursor: Cursor, count: int | None, *, world_size: int, size: int, micro: int, **options: Any
+    dataset: Any,
+    cursor: Cursor,
+    count: int | None,
+    *,
+    world_size: int,
+    size: int | StepPlan,
+    micro: int,
+    **options: Any,
 ) -> list[list[StepBatch]]:
     """The steps of each rank: the same number on all of them."""
     ranks = [
@@ -51,18 +59,20 @@ def run_ranks(
     dataset: Any,
     cursor: Cursor,
     *,
-    size: int,
+    size: int | StepPlan,
     count: int | None = None,
     world_size: int = 1,
     micro: int = 1,
     **options: Any,
 ) -> tuple[list[list[Row]], list[Cursor], list[list[StepBatch]]]:
     """(the rows of each global batch in the order of their positions, the cursor after each step, each rank's steps)."""
+    plan = StepPlan.constant(size) if isinstance(size, int) else size
     ranks = steps_of_ranks(dataset, cursor, count, world_size=world_size, size=size, micro=micro, **options)
     reader = dataset.resumed(cursor)
     batches, cursors, here = [], [], cursor
     for number in range(len(ranks[0])):
-        positions, _ = next_positions(here.position, size, here.skips)
+        batch_size = plan.batch_of(options.get("step", 0) + number)
+        positions, _ = next_positions(here.position, batch_size, here.skips)
         rows: dict[int, Row] = {}
         for rank, steps in enumerate(ranks):
             mine = reader.rank_slice(positions, rank, world_size).tolist()

@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
+from lmcore.data import corpus
 from lmcore.data.store.store import Piece, TokenStore
 
 
@@ -101,3 +102,33 @@ def counting_store(
             )
         )
     return TokenStore(name=name, fingerprint=f"{first}-{n_tokens}".ljust(16, "0"), dtype="<u4", pieces=made)
+
+
+def open_bytes_corpus(
+    folder: Path,
+    *,
+    train: Sequence[Any],
+    valid: Sequence[Any] = (),
+    valid_fraction: float = 0.0,
+    splits: corpus.Splits | None = None,
+    reading: corpus.Reading,
+) -> tuple[corpus.Corpus, list[str]]:
+    """The corpus in bytes, with stores below ``folder``, and the notes of its opening."""
+    notes: list[str] = []
+    made = corpus.open_corpus(
+        Bytes(),
+        train=train,
+        valid=valid,
+        test=(),
+        valid_fraction=valid_fraction,
+        splits=splits or {},
+        reading=reading,
+        store_dir=str(folder / "stores"),
+        eos=True,
+        processes=1,
+        worker=0,
+        on_error="raise",
+        max_bad_fraction=0.0,
+        note=notes.append,
+    )
+    return made, notes

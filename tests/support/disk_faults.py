@@ -30,16 +30,20 @@ def forked(function: Callable[[], Any]) -> int:
 
 
 class KillAt:
-    """SIGKILL before call number ``number`` (from 0); in a write, after half of its bytes if ``torn``."""
+    """SIGKILL before call number ``number`` (from 0); in a write, after half of its bytes if ``torn``.
 
-    def __init__(self, number: int, *, torn: bool = False) -> None:
+    ``kill``: kills this process and others; default: this process alone.
+    """
+
+    def __init__(self, number: int, *, torn: bool = False, kill: Callable[[], None] | None = None) -> None:
         self.number, self.torn, self.count = number, torn, 0
+        self._kill = kill or (lambda: os.kill(os.getpid(), signal.SIGKILL))
 
     def __call__(self, call: Call) -> None:
         if self.count == self.number:
             if self.torn and call.data is not None:
                 os.write(call.fd, call.data[: len(call.data) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
+            self._kill()
         self.count += 1
 
 
@@ -193,9 +197,8 @@ class PoweredDisk:
             kept = {0: node.durable, 1: node.now}.get(seed)
             if kept is None:
                 cut = draw.randrange(len(node.now) + 1)
-                zeros = bytes(
-                    len(node.now) - cut
-                )  # a file system may show lost pages as zeros, or cut them off
+                # A file system may show lost pages as zeros, or cut them off
+                zeros = bytes(len(node.now) - cut)
                 kept = draw.choice([node.durable, node.now, node.now[:cut], node.now[:cut] + zeros])
                 kept = node.now if node.now == node.durable else kept
             path.write_bytes(kept)

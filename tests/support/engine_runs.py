@@ -11,7 +11,6 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,11 @@ MODES = {
     "zero3x3": ("zero3", 3),
     "zero3x1": ("zero3", 1),
     "hsdp": ("fsdp2", 4),  # two shards, twice
+    **{
+        f"{name}x{size}": (name, size)
+        for name in ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+        for size in (4, 8)
+    },
 }
 SEVEN = ("single", "ddp2", "ddp3", "fsdp2", "zero1", "zero2", "zero3")
 BLOCKS = 18  # of the global batch: divided by 1, 2, 3 ranks and 1, 3 micro-batches
@@ -50,6 +54,7 @@ class Job:
     blocks: int = BLOCKS
     precision: str = "fp32"
     param_dtype: str = "fp32"
+    residual_dtype: str = "auto"
     reduce_dtype: str = "fp32"
     optimizer: str = "adamw"
     steps: int = 20
@@ -58,6 +63,8 @@ class Job:
     dropout: float = 0.0
     checkpointing: bool = False
     compile: bool = False
+    context_parallel: int = 1
+    tensor_parallel: int = 1
     save: str = ""
     save_at: int = -1  # the step before which it saves; -1: at the end
     load: str = ""
@@ -100,6 +107,13 @@ def make_model(name: str, dropout: float = 0.0, weights: bool = True) -> nn.Modu
             "num_attention_heads": 3,
         }
         fields |= {"num_key_value_heads": 1, "max_position_embeddings": 16}
+        if name == "llama-even":  # which two ranks can share
+            fields |= {
+                "hidden_size": 16,
+                "intermediate_size": 36,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+            }
         fields["tie_word_embeddings"] = name == "llama-tied"
         model = build_model(type="llama", config_overrides=fields, **common)
     return ModelWithLoss(model)
@@ -238,12 +252,16 @@ def make_engine(job: Job) -> Any:
     precision: Any = job.precision
     param_dtype: Any = job.param_dtype
     reduce_dtype: Any = job.reduce_dtype
+    residual_dtype: Any = job.residual_dtype
     engine = Engine(
         TrainConfig(
             precision=precision,
             param_dtype=param_dtype,
+            residual_dtype=residual_dtype,
             compile=job.compile,
             activation_checkpointing=job.checkpointing,
+            context_parallel=job.context_parallel,
+            tensor_parallel=job.tensor_parallel,
         ),
         EngineConfig(reduce_dtype=reduce_dtype, deepspeed=deepspeed, timeout_seconds=200),
         seed=11,
@@ -313,16 +331,24 @@ def train(job: Job) -> Trace | None:
 
 
 def save(engine: Any, folder: str) -> None:
-    """A checkpoint in its simplest form."""
-    state = {(kind, name, slot): tensor for kind, name, slot, tensor in engine.state()}
-    if engine.is_main:
-        torch.save((state, engine.optimizer_scalars()), Path(folder, "state.pt"))
+    """A checkpoint, written by all ranks, and nothing else in it but the optimizer's numbers."""
+    from lmcore.checkpoint.writer import Checkpoints
+    from lmcore.config.schema import CheckpointConfig
+
+    saves = Checkpoints(CheckpointConfig(), folder, ranks=engine, note=lambda text: None)
+    saves.save(1, tensors=engine.state_parts(), state={"scalars": engine.optimizer_scalars()})
+    saves.wait(final=True)
 
 
 def load(engine: Any, folder: str) -> None:
-    state, scalars = torch.load(Path(folder, "state.pt"), weights_only=False)
-    engine.load_state(lambda kind, name, slot: state.get((kind, name, slot)))
-    engine.load_optimizer_scalars(scalars)
+    """Every rank reads its own parts, after all have verified the files together."""
+    from lmcore.checkpoint.reader import find, open_checkpoint
+    from lmcore.engine.ranks import hashing_together
+
+    path = hashing_together(engine, lambda hashes: find(folder, hashes=hashes).path)
+    with open_checkpoint(path, verify_bytes=False) as checkpoint:
+        engine.load_state(checkpoint.stored)
+        engine.load_optimizer_scalars(checkpoint.state["scalars"])
 
 
 def run(job: Job, **changes: Any) -> Trace:

@@ -59,13 +59,13 @@ def sleep() -> None:
     time.sleep(3600)
 
 
-def test_the_server_has_one_thread_when_it_forks() -> None:
+def test_fork_server_has_one_thread_when_it_forks() -> None:
     """Also after many forks and with work going on in the ranks: the condition under which fork is safe."""
     run_ranks(compute, 1)
     assert run_ranks(server_threads, 3) == [1, 1, 1]
 
 
-def test_a_rank_computes_what_a_fresh_interpreter_computes() -> None:
+def test_forked_rank_computes_what_a_fresh_interpreter_computes() -> None:
     """Bit for bit, with several threads and a backward pass: thread pools start anew in the fork."""
     fresh = subprocess.run(
         [sys.executable, "-c", COMPUTATION + "print(*map(repr, value))"],
@@ -76,19 +76,19 @@ def test_a_rank_computes_what_a_fresh_interpreter_computes() -> None:
     assert run_ranks(compute, 1)[0] == tuple(map(float, fresh.stdout.split()))
 
 
-def test_ranks_talk_and_share_no_state() -> None:
+def test_ranks_communicate_and_share_no_state() -> None:
     (total_0, seed_0), (total_1, seed_1) = run_ranks(summed, 2, 1.5)
     assert total_0 == total_1 == 4.5
     assert seed_0 == seed_1  # torch's own default: nothing was drawn or seeded in the server
 
 
-def test_a_failure_is_told_with_its_traceback_and_output() -> None:
+def test_failure_in_a_child_carries_its_traceback_and_output() -> None:
     """Rank 0 sleeps for an hour: if it were waited for, the time would be up."""
     with pytest.raises(RankFailure, match=r"rank 1 raised(?s:.*)on purpose(?s:.*)a last word"):
         run_ranks(fail_on_rank_one, 2)
 
 
-def test_a_death_and_a_hang_are_told() -> None:
+def test_dead_and_hanging_ranks_are_reported() -> None:
     with pytest.raises(RankFailure, match="rank 1 died"):
         run_ranks(die_on_rank_one, 2)
     with pytest.raises(RankFailure, match=r"ranks \[0, 1\] did not end within 1 s"):

@@ -20,6 +20,13 @@ sys.path.insert(0, str(ROOT))
 STEPS = 20
 
 
+def write_texts(folder: Path, *, train: int, held: int, seed: int = 0) -> Path:
+    """``train.txt`` and ``held.txt`` of so many sentences in ``folder``. Returns the folder."""
+    (folder / "train.txt").write_text(words(train, seed), encoding="utf-8")
+    (folder / "held.txt").write_text(words(held, seed + 1), encoding="utf-8")
+    return folder
+
+
 def words(count: int, seed: int) -> str:
     """A small language: sentences of a few words, some of them Japanese."""
     draw = random.Random(seed)
