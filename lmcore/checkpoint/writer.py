@@ -50,6 +50,7 @@ from lmcore.checkpoint.manifest import (
     VERSION,
     Damaged,
     described,
+    difference,
     digest,
     inodes,
     manifest_bytes,
@@ -135,8 +136,10 @@ class _Save:
     pieces: list[Piece]
     tensors: Iterator[Tensor]
     begin: float
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    """The tensors' bytes by file, in host memory that nothing changes during the save; empty: they are written as they are."""
     copied: Callable[[], None] = lambda: None
-    """Waits until what ``tensors`` gives holds the state; for the thread that writes."""
+    """Waits until the copies hold the state; for the thread that writes."""
     manifest: dict[str, Any] = field(default_factory=dict)
     state: bytes = b""
     seconds: float = 0.0
@@ -445,6 +448,7 @@ class Checkpoints:
         if not self._copies_go_on:
             save.copied()
         save.tensors = iter(targets)
+        save.copies = dict(self._buffers)
         return True
 
     def _write(self, save: _Save, niceness: int) -> None:
@@ -494,8 +498,8 @@ class Checkpoints:
             files[STATE] = {"bytes": len(save.state), "sha256": hashlib.sha256(save.state).hexdigest()}
         for file, entry in files.items():
             progress()
-            if (found := digest(save.folder / file, from_disk=True)) != entry["sha256"]:
-                raise OSError(errno.EIO, f"{file} reads back differently than it was written ({found[:16]}…)")
+            if found := self._difference(save, file, entry["sha256"]):
+                raise OSError(errno.EIO, f"{file} reads back differently than it was written ({found})")
         tensors: dict[str, dict[str, Any]] = {}
         names = sorted(save.plan.data_bytes)
         for planned, piece in zip(save.plan.entries, save.pieces, strict=True):
@@ -511,6 +515,14 @@ class Checkpoints:
             "piece_files": names,
             "tensors": tensors,
         }
+
+    def _difference(self, save: _Save, file: str, sha256: str) -> str:
+        """How a file on the disk differs from what was written to it; empty if it does not."""
+        if file in save.copies:  # its bytes are still in memory
+            header, data = save.plan.headers[file], save.copies[file]
+            return difference(save.folder / file, (memoryview(header), data.numpy().data))
+        found = digest(save.folder / file, from_disk=True)
+        return "" if found == sha256 else found[:80]
 
     def _leave_problem(self, save: _Save, error: Exception) -> None:
         """Tell rank 0, as well as a disk can on which writing has failed; the next meeting of the ranks tells it surely."""

@@ -21,9 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lmcore.checkpoint import manifest as manifests
 from lmcore.checkpoint import tensors as tensor_files
 from lmcore.checkpoint import writer
-from lmcore.checkpoint.manifest import manifest_bytes
+from lmcore.checkpoint.manifest import difference, manifest_bytes
 from lmcore.checkpoint.tensors import TensorFile, plan
 from lmcore.checkpoint.writer import Checkpoint, Checkpoints, abandon_after, find, listing, open_checkpoint
 from lmcore.disk import Call, Disk
@@ -757,18 +758,50 @@ def test_old_checkpoints_are_removed_after_the_commit_only(tmp_path: Path) -> No
     )
 
 
-def test_checkpoint_that_reads_back_differently_is_not_committed(two: Path) -> None:
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("file", ["model", "optim", "state"])
+@pytest.mark.parametrize("place", ["first", "middle", "last", "missing", "added"])
+def test_checkpoint_that_reads_back_differently_is_not_committed(
+    two: Path, place: str, file: str, background: bool
+) -> None:
     def corrupt(call: Call) -> None:  # a disk that lies: the bytes change after they were hashed
-        if call.operation == "fsync" and "model" in call.path:
-            with open(call.path, "r+b") as file:
-                file.seek(-1, 2)
-                file.write(b"\x55")
+        if call.operation == "fsync" and Path(call.path).name.startswith(file):
+            path = Path(call.path)
+            content = bytearray(path.read_bytes())
+            if place == "missing":
+                content.pop()
+            elif place == "added":
+                content.append(0)
+            else:
+                content[{"first": 0, "middle": len(content) // 2, "last": -1}[place]] ^= 1
+            path.write_bytes(content)
 
-    saves = checkpoints(two, disk=Disk(corrupt), on_full_disk="stop")
+    saves = checkpoints(two, disk=Disk(corrupt), on_full_disk="stop", background=background)
     save(saves, 3)
-    with pytest.raises(FaultError, match="reads back differently"):
+    with pytest.raises(FaultError, match=f"{file}.* reads back differently"):
         saves.wait()
     assert names(two) == [1, 2]
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [1], [5, 0, 7], [4096, 3], [3, 9000]])
+def test_difference_of_a_file_is_found_at_every_byte(
+    tmp_path: Path, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifests, "CHUNK_BYTES", 4096)
+    parts = [memoryview(os.urandom(size)) for size in sizes]
+    content = b"".join(parts)
+    path = tmp_path / "a"
+    path.write_bytes(content)
+    assert difference(path, parts) == ""
+    for at in {*range(0, len(content), 997), *range(max(0, len(content) - 9), len(content))}:
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert "another byte" in difference(path, parts)
+        path.write_bytes(content[:at])
+        assert difference(path, parts) == f"{at:,} bytes instead of {len(content):,}"
+    path.write_bytes(content + b"x")
+    assert difference(path, parts) == f"longer than {len(content):,} bytes"
+    path.unlink()
+    assert difference(path, parts).startswith("unreadable")
 
 
 def test_disk_begins_before_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
