@@ -14,6 +14,8 @@ import hypothesis
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# As a user has it: otherwise each of hundreds of processes compiles lmcore anew, for half a second.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and what ignores a signal when it starts
 # goes on ignoring it.

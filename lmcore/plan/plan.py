@@ -460,7 +460,6 @@ def fitting_micro_batch(
             activation_checkpointing=setting.activation_checkpointing,
             device_type=device_type,
             device_bytes=device_bytes,
-            count_flops=False,
             context_parallel=setting.context_parallel,
         )
         one = replace(setting, micro_batch_blocks=blocks, accumulation=share // blocks)

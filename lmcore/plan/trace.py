@@ -50,12 +50,10 @@ class StepTrace:
     """What one micro-batch of a step holds, beside weights and optimizer, in bytes.
 
     ``moments`` are rows of five numbers, see :data:`ACTIVATIONS`. Gradients are there as torch makes them:
-    they grow during backward. ``flops`` of forward and backward, of ``tokens`` tokens.
+    they grow during backward.
     """
 
     moments: tuple[tuple[int, ...], ...]
-    flops: int
-    tokens: int
 
     def peak(
         self, *, gradients: float = 1.0, other_gradients: float = 1.0, copies: float = 1.0
@@ -77,10 +75,9 @@ def trace_step(
     activation_checkpointing: bool | int = False,
     device_type: str = "cpu",
     device_bytes: int | None = None,
-    count_flops: bool = True,
     context_parallel: int = 1,
 ) -> StepTrace:
-    """Run a micro-batch of ``micro_batch_blocks`` x ``block_size`` tokens over fake tensors.
+    """Run a micro-batch of ``micro_batch_blocks`` x ``block_size`` tokens over fake tensors, and note what is held when.
 
     Args:
         module: takes ``input_ids`` and ``labels``, returns (sum, count). Its tensors may be fake already.
@@ -91,18 +88,15 @@ def trace_step(
         narrow_stream: cast the residual stream to autocast's type, as ``train.residual_dtype`` does.
         device_type: of the planned run; the head, attention and dropout run differently on a GPU.
         device_bytes: memory of the planned GPU, on which the head's chunk depends.
-        count_flops: another pass; without it ``flops`` is 0.
         context_parallel: how many ranks share the blocks; the part of one of them is traced.
     """
     with _fakes(module), _as_on(device_type, device_bytes):
-        original, module = module, _fake_copy(module, weights)
+        module = _fake_copy(module, weights)
         if narrow_stream:
             narrow_residual_stream(module)
         if activation_checkpointing:
             enable_activation_checkpointing(module, every=int(activation_checkpointing))
-        shape = (micro_batch_blocks, block_size // context_parallel)
-        batch = batch or {name: torch.empty(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
-        batch = {name: torch.zeros(tuple(b.shape), dtype=b.dtype) for name, b in batch.items()}
+        batch = _fake_batch(batch, micro_batch_blocks, block_size // context_parallel)
         constant = [*module.parameters(), *module.buffers(), *batch.values()]
         if context_parallel > 1:
             batch |= _share_blocks(module, context_parallel, block_size)
@@ -114,14 +108,42 @@ def trace_step(
             parameter.register_post_accumulate_grad_hook(partial(ledger.is_gradient, kind=kind))
         with ledger:
             _forward_and_backward(module, batch, autocast)
-        # A pass of its own: the counter's hooks hold tensors that recomputation has let go of.
-        flops = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        if count_flops:
-            with flops:
-                _forward_and_backward(_fake_copy(original, weights), batch, autocast)
-    return StepTrace(
-        moments=tuple(ledger.moments), flops=flops.get_total_flops(), tokens=micro_batch_blocks * block_size
-    )
+    return StepTrace(moments=tuple(ledger.moments))
+
+
+def count_flops(
+    module: nn.Module,
+    *,
+    micro_batch_blocks: int,
+    block_size: int,
+    batch: Mapping[str, Tensor] | None = None,
+    autocast: torch.dtype | None = None,
+    weights: torch.dtype | None = None,
+    narrow_stream: bool = False,
+    device_type: str = "cpu",
+    device_bytes: int | None = None,
+) -> int:
+    """FLOPs of forward and backward of a micro-batch, without what recomputation adds. Arguments as of :func:`trace_step`.
+
+    A pass of its own: the counter's hooks hold tensors that would have been let go of.
+    """
+    with _fakes(module), _as_on(device_type, device_bytes):
+        module = _fake_copy(module, weights)
+        if narrow_stream:
+            narrow_residual_stream(module)
+        batch = _fake_batch(batch, micro_batch_blocks, block_size)
+        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+            _forward_and_backward(module, batch, autocast)
+    return counter.get_total_flops()
+
+
+def _fake_batch(given: Mapping[str, Tensor] | None, blocks: int, block_size: int) -> dict[str, Any]:
+    """A micro-batch of zeros of the same shapes, or one of tokens (blocks, block_size)."""
+    if given is None:
+        return {
+            name: torch.zeros((blocks, block_size), dtype=torch.int64) for name in ("input_ids", "labels")
+        }
+    return {name: torch.zeros(tuple(value.shape), dtype=value.dtype) for name, value in given.items()}
 
 
 def part_of_rank(module: Any, size: int) -> Any:

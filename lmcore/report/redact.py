@@ -105,6 +105,7 @@ def is_secret_name(name: str) -> bool:
     return last in _ALWAYS or last.endswith(_ALWAYS_ENDS)
 
 
+@functools.cache  # asked at every record that is written
 def _is_secret_variable(name: str) -> bool:
     # DB_PASS2 is one as well
     words = [word.rstrip("0123456789") or word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]

@@ -201,42 +201,42 @@ def plan_of(
 
     average = average_bytes(config, counted)
 
-    def traced_step(
-        one: plan.Setting, *, count_flops: bool = False, blocks: int | None = None
-    ) -> trace.StepTrace:
+    def step_of(one: plan.Setting) -> dict[str, Any]:
         autocast, cast = one.casts
-        return trace.trace_step(
-            module if count_flops else part,  # FLOPs a token are those of whole layers
-            micro_batch_blocks=blocks or one.micro_batch_blocks,
-            block_size=sizes.block_size,
-            batch=batch,
-            autocast=autocast,
-            weights=cast,
-            narrow_stream=one.residual_dtype == "bf16",
-            activation_checkpointing=one.activation_checkpointing and not count_flops,
-            device_type=device_type,
-            device_bytes=device_bytes,
-            count_flops=count_flops,
-            context_parallel=1
-            if count_flops
-            else one.context_parallel,  # FLOPs a token are those of whole blocks
-        )
+        return {
+            "block_size": sizes.block_size,
+            "batch": batch,
+            "autocast": autocast,
+            "weights": cast,
+            "narrow_stream": one.residual_dtype == "bf16",
+            "device_type": device_type,
+            "device_bytes": device_bytes,
+        }
 
     def needs(one: plan.Setting) -> plan.Memory:
+        traced = trace.trace_step(
+            part,
+            micro_batch_blocks=one.micro_batch_blocks,
+            activation_checkpointing=one.activation_checkpointing,
+            context_parallel=one.context_parallel,
+            **step_of(one),
+        )
         held = plan.setting_of_part(one)
-        return plan.memory(counted_part, traced_step(one), held, optimizer_bytes=part_bytes + average)
+        return plan.memory(counted_part, traced, held, optimizer_bytes=part_bytes + average)
 
     uncounted = None
     advice: tuple[tuple[str, int], ...] = ()
     flops: int | None = None
     try:
         memory = needs(setting)
-        traced = traced_step(setting, count_flops=True, blocks=1 if batch is None else None)
-        flops = traced.flops // traced.tokens
+        # FLOPs a token are those of whole layers and whole blocks
+        blocks = 1 if batch is None else setting.micro_batch_blocks
+        counted_flops = trace.count_flops(module, micro_batch_blocks=blocks, **step_of(setting))
+        flops = counted_flops // (blocks * sizes.block_size)
     except Exception as error:  # code that reads values of fake tensors (own models, routed experts)
         uncounted = _one_line(error)
         grown = (0, 0, 0, 4 * counted_part.trained, 0)
-        least = trace.StepTrace(moments=((0,) * 5, grown), flops=0, tokens=1)
+        least = trace.StepTrace(moments=((0,) * 5, grown))
         held = plan.setting_of_part(setting)
         memory = plan.memory(counted_part, least, held, optimizer_bytes=part_bytes + average)
     if device_bytes is not None and memory.total > plan.USABLE * device_bytes and uncounted is None:

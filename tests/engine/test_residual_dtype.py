@@ -201,7 +201,6 @@ def test_plan_counts_the_narrow_stream() -> None:
             block_size=T,
             autocast=setting.casts[0],
             narrow_stream=setting.residual_dtype == "bf16",
-            count_flops=False,
         )
         return plan.memory(plan.parameters(module), traced, setting, optimizer_bytes=0).activations
 

@@ -15,7 +15,14 @@ from lmcore.model import optim
 from lmcore.model.build import build_model
 from lmcore.model.module import ModelWithLoss, enable_activation_checkpointing
 from lmcore.plan import plan
-from lmcore.plan.trace import StepTrace, build_on_meta, optimizer_bytes, part_of_rank, trace_step
+from lmcore.plan.trace import (
+    StepTrace,
+    build_on_meta,
+    count_flops,
+    optimizer_bytes,
+    part_of_rank,
+    trace_step,
+)
 from tests.support.plan_runs import Case, make_module, measure, measured_resident_bytes
 
 GPT2 = {"n_layer": 6, "n_embd": 256, "n_head": 4}
@@ -110,7 +117,6 @@ def planned_bytes(case: Case) -> int:
         block_size=case.block_size,
         autocast=autocast,
         weights=weights,
-        count_flops=False,
     )
     state = optimizer_bytes(
         module,
@@ -167,9 +173,7 @@ def small() -> ModelWithLoss:
 
 def held_bytes(module: nn.Module = None, **options: int) -> int:  # type: ignore[assignment]  # None: the small one
     blocks = options.pop("micro_batch_blocks", 2)
-    found = trace_step(
-        module or small(), micro_batch_blocks=blocks, block_size=64, count_flops=False, **options
-    )  # type: ignore[arg-type]
+    found = trace_step(module or small(), micro_batch_blocks=blocks, block_size=64, **options)  # type: ignore[arg-type]
     return sum(found.peak())
 
 
@@ -177,6 +181,7 @@ def test_trace_step_changes_nothing_and_computes_nothing() -> None:
     before = {name: p.detach().clone() for name, p in small().named_parameters()}
     state = torch.get_rng_state()
     trace_step(small(), micro_batch_blocks=4, block_size=64)
+    count_flops(small(), micro_batch_blocks=4, block_size=64)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in small().named_parameters())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -186,8 +191,9 @@ def test_model_on_meta_has_the_same_parameters() -> None:
     bare = without_weights(fields, 640)
     assert bare.head_path == small().head_path == "chunked"
     assert plan.parameters(bare) == plan.parameters(small())
-    real, fake = (trace_step(module, micro_batch_blocks=2, block_size=64) for module in (small(), bare))
-    assert (real.peak(), real.flops) == (fake.peak(), fake.flops)
+    for traced in (trace_step, count_flops):
+        real, fake = (traced(module, micro_batch_blocks=2, block_size=64) for module in (small(), bare))
+        assert real == fake
 
 
 def test_memory_grows_with_the_micro_batch_and_shrinks_by_recomputation() -> None:
@@ -209,11 +215,11 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_by_recomputation() -> Non
 def test_flops_are_those_of_the_formula() -> None:
     fields = {"n_layer": 4, "n_embd": 128, "n_head": 4, "n_positions": 128}
     module = without_weights(fields, 8_000)
-    found = trace_step(module, micro_batch_blocks=2, block_size=128)
+    found = count_flops(module, micro_batch_blocks=2, block_size=128)
     counted = plan.parameters(module)
     formula = plan.flops_per_token(counted, positions=128 * 128, block_size=128, tied=True)
     assert formula == 6 * (counted.total - 128 * 128) + 12 * 4 * 128 * 128
-    assert found.flops / found.tokens == pytest.approx(formula, rel=0.05)  # biases and norms are no products
+    assert found / (2 * 128) == pytest.approx(formula, rel=0.05)  # biases and norms are no products
 
 
 @pytest.mark.parametrize(("name", "per_parameter"), [("adamw", 8), ("sgd", 4)])
@@ -232,11 +238,7 @@ COUNTED = plan.Parameters(
     total=1_000, trained=1_000, groups={"embeddings": 200, "attention": 800}, outside_layers=200,
     largest_layer=200, layers=4, width=10, buffer_bytes=0,
 )  # fmt: skip
-HELD = StepTrace(
-    moments=((0, 0, 0, 0, 0), (50, 30, 0, 0, 0), (40, 0, 0, 1_600, 0), (0, 0, 0, 3_200, 800)),
-    flops=1,
-    tokens=1,
-)
+HELD = StepTrace(moments=((0, 0, 0, 0, 0), (50, 30, 0, 0, 0), (40, 0, 0, 1_600, 0), (0, 0, 0, 3_200, 800)))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,7 @@ def test_zero2_counts_gradients_and_buckets_when_backward_has_made_them() -> Non
     counted = replace(COUNTED, largest_tensor=50)
 
     def at(*moments: tuple[int, ...], **changes: Any) -> plan.Memory:
-        traced = StepTrace(moments=((0,) * 5, *moments, (0, 0, 0, 3_200, 800)), flops=1, tokens=1)
+        traced = StepTrace(moments=((0,) * 5, *moments, (0, 0, 0, 3_200, 800)))
         return plan.memory(counted, traced, replace(setting, **changes), optimizer_bytes=8_000)
 
     head, middle = (2_000, 600, 0, 0, 0), (700, 0, 0, 1_600, 0)
@@ -379,9 +381,7 @@ def test_sharing_blocks_divides_activations_but_for_keys_and_values(family: str)
     module = ModelWithLoss(built)
 
     def held(size: int) -> int:
-        traced = trace_step(
-            module, micro_batch_blocks=2, block_size=512, context_parallel=size, count_flops=False
-        )
+        traced = trace_step(module, micro_batch_blocks=2, block_size=512, context_parallel=size)
         return sum(traced.peak(gradients=0.0, other_gradients=0.0, copies=0.0))
 
     whole, groups = held(1), 1 if family == "llama" else 4
@@ -404,7 +404,7 @@ def test_sharing_layers_divides_what_is_cut_and_nothing_else() -> None:
         return torch.optim.AdamW([p for _, p in named])
 
     def activations(one: Any) -> int:
-        traced = trace_step(one, micro_batch_blocks=2, block_size=128, count_flops=False)
+        traced = trace_step(one, micro_batch_blocks=2, block_size=128)
         return traced.peak(gradients=0.0, other_gradients=0.0, copies=0.0)[plan.ACTIVATIONS]
 
     whole = plan.parameters(module)

@@ -48,6 +48,17 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "accelerate",
     "deepspeed",
+    "sentencepiece",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_svg",
+    "train_lm",
+    "lmcore.engine.engine",
+    "lmcore.engine.sharded_init",
+    "lmcore.run.trainer",
+    "lmcore.run.finish",
+    "lmcore.report.html",
+    "lmcore.saved.card",
+    "lmcore.saved.export",
 )
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

@@ -79,9 +79,16 @@ def request(text: Path, run_dir: Path, **options: Any) -> list[str]:
 
 
 def train_in_rank(argv: list[str], kill_before_step: int | None, kill_with: int) -> int:
-    """In a rank: what ``train_lm.py`` does, with a kill on the way."""
+    """In a rank: what ``train_lm.py`` does, with a kill on the way.
+
+    Its report has no pictures, which are half of the time of a run this small; tests/report and tests/e2e/test_docs.py
+    draw them.
+    """
     import train_lm
+    from lmcore.report import curves, html
     from lmcore.run.trainer import Run
+
+    curves.CAN_DRAW = html.CAN_DRAW = False
 
     if kill_before_step is not None:
         learning_rate = Run.learning_rate
