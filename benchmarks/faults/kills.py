@@ -408,7 +408,8 @@ SAVES: tuple[tuple[str, int], ...] = tuple(
     (strategy, rank) for strategy, (size, _, _) in STRATEGIES.items() for rank in range(size)
 )
 """A trial each: strategy, and the rank during whose save the launcher is killed."""
-SAVES_STEPS, SAVES_EVERY = 400, 3
+SAVES_STEPS, SAVES_EVERY = 800, 3
+"""A save of one process has some 130 calls, of one of two ranks half as many; up to four steps go by from kill to kill."""
 
 
 def launch(words: list[str], folder: Path, hit: int, strategy: str, inject: Callable[[int], None]) -> int:
