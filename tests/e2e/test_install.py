@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """\
 data: {block_size: 16, processes: 1, valid_fraction: 0.2}
@@ -32,6 +34,7 @@ def run(command: list[str], folder: Path, site: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_wheel_installed_elsewhere_trains_five_steps(tmp_path: Path) -> None:
     source, site, work = tmp_path / "source", tmp_path / "site", tmp_path / "work"
     source.mkdir()

@@ -344,6 +344,7 @@ def _recomputed_layers(argv: list[str]) -> int:
     return len(layers)
 
 
+@pytest.mark.slow
 def test_every_layer_or_every_second_one_is_recomputed_and_nothing_changes(text: Path) -> None:
     found = {}
     for choice in ("false", "true", "2"):

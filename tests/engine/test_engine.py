@@ -466,6 +466,7 @@ def stay_away(done: str) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 def test_stuck_rank_is_named(tmp_path: Path) -> None:
     """Rank 1 does not come: rank 0 says so after the timeout, instead of hanging or only dying."""
     assert "dead or stuck" in (message := run_ranks(stay_away, 2, str(tmp_path / "done"))[0])

@@ -43,6 +43,7 @@ def launch(launcher: list[str], argv: list[str], **env: str) -> subprocess.Compl
     )
 
 
+@pytest.mark.slow
 def test_two_processes_on_a_cpu_by_a_file_then_one_goes_on(text: Path) -> None:
     """The same run on two processes and then on one: the order of the data does not notice."""
     run_dir = text / "two"

@@ -204,6 +204,7 @@ def test_no_run_is_no_result(tmp_path: Path) -> None:
     assert ladder.read_result(tmp_path / "nothing") == ladder.Result(loss=None, tokens_per_second=None)
 
 
+@pytest.mark.slow
 def test_longer_rung_is_bit_for_bit_the_longer_run(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text(words(300, 0))
     (tmp_path / "held.txt").write_text(words(40, 1))
