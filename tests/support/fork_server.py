@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import os
 import pickle
@@ -235,6 +236,8 @@ def serve(connection: socket.socket) -> None:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended ranks vanish at once
     threads = threads_of_this_process()
+    gc.collect()
+    gc.freeze()  # a rank's collector need not look at, and so copy, what was imported
     while True:
         try:
             request = _receive(connection, struct.unpack("<Q", _receive(connection, 8))[0])
