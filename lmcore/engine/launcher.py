@@ -14,9 +14,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -49,10 +51,24 @@ def why_unreadable(config_file: Path) -> str | None:
     return None
 
 
+_run_has_begun = threading.Event()
+
+
+def _watch_for_the_run(script: str) -> None:
+    """Set ``_run_has_begun`` when a process is started whose command has this script in it."""
+
+    def hook(event: str, details: tuple[Any, ...]) -> None:
+        if event == "subprocess.Popen" and script in details[1]:
+            _run_has_begun.set()
+
+    sys.addaudithook(hook)
+
+
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
     """The run saves and ends, and the launcher with it; before there is a run, the launcher ends."""
     children = psutil.Process().children()
-    if not children:
+    # No child any more: the run has ended at the same Ctrl-C before this handler had its turn, and has said so.
+    if not children and not _run_has_begun.is_set():
         end_interrupted(f"lmcore train: {BEFORE_THE_FIRST_STEP}")
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -79,12 +95,14 @@ def main(arguments: list[str]) -> int:
     for name in ("multiprocessing.api", "agent.server.api"):  # they report what is handled here
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     logging.getLogger("accelerate.commands.launch").addFilter(_is_news)
+    asked = launch_command_parser().parse_args(arguments)
+    _watch_for_the_run(asked.training_script)
     signal.signal(signal.SIGINT, _on_interrupt)  # not SIG_IGN, which the run would inherit
     # Of several processes torch's launcher would end with an exception, and not with the exit code of the run.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGHUP,SIGQUIT")
     os.environ[QUIET_LAUNCHER] = "1"
     try:
-        launch_command(launch_command_parser().parse_args(arguments))
+        launch_command(asked)
     except subprocess.CalledProcessError as error:  # one process
         return exit_code_of([error.returncode])
     except ChildFailedError as error:
