@@ -408,8 +408,8 @@ SAVES: tuple[tuple[str, int], ...] = tuple(
     (strategy, rank) for strategy, (size, _, _) in STRATEGIES.items() for rank in range(size)
 )
 """A trial each: strategy, and the rank during whose save the launcher is killed."""
-SAVES_STEPS, SAVES_EVERY = 800, 3
-"""A save of one process has 114 calls here, of one of two ranks 54 to 119; up to four steps go by from kill to kill."""
+SAVES_STEPS, SAVES_EVERY = 500, 3
+"""A save of one process has 114 calls here, of one of two ranks 54 to 119; up to 3.6 steps go by from kill to kill."""
 
 
 def launch(words: list[str], folder: Path, hit: int, strategy: str, inject: Callable[[int], None]) -> int:
