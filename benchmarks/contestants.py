@@ -188,7 +188,7 @@ def train_lm(s: dict[str, Any], gate: Gate) -> None:
         gate()
         original(self, learning_rate)
 
-    Engine.set_learning_rate = waits  # type: ignore[method-assign]
+    Engine.set_learning_rate = waits
     config = MODELS[s["model"]] | NO_DROPOUT | {"n_positions": s["tokens"]}
     extra: list[str] = []
     if s.get("corpus_times"):

@@ -221,7 +221,7 @@ def resuming(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
             cursor = Cursor(fingerprint=dataset.fingerprint, seed=1, position=position)
             steps = iter(Batches(dataset, cursor=cursor, global_batch_blocks=64, micro_batch_blocks=16))
             next(steps)
-            steps.close()  # type: ignore[attr-defined]  # a generator
+            steps.close()
             return 0.0
 
         return run

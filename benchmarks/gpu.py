@@ -303,7 +303,7 @@ class Turns:
     """The time of steps, by the device: call at the top of every step."""
 
     def __init__(self, case: Case, device: Any) -> None:
-        self._device, self._step, self._times = device, 0, []  # type: ignore[var-annotated]
+        self._device, self._step, self._times = device, 0, []
         self._tokens = case.tokens * case.blocks * case.accumulation * INTERVAL
         self.steps = WARM_UP + INTERVAL * INTERVALS + 1
 

@@ -99,7 +99,7 @@ def start_trainer(folder: Path, **options: Any) -> runs.Run:
             trainer(folder, **options)
             code = 0
         except BaseException:
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            sys.excepthook(*sys.exc_info())  # as the interpreter does, with whoever has hung in
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -102,7 +102,7 @@ def heard() -> list[str]:
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 40])
 def test_checkpoint_roundtrip(tmp_path: Path, background: bool, shard_bytes: int) -> None:
     saved(tmp_path, [5], background=background, shard_bytes=shard_bytes)
-    with find(tmp_path) as checkpoint:  # type: ignore[union-attr]
+    with find(tmp_path) as checkpoint:
         check(checkpoint, 5)
         assert sorted(checkpoint.keys("model")) == sorted(SHAPES)
         assert "h.0.odd/exp_avg" in checkpoint.keys("optim")

@@ -28,8 +28,7 @@ def accepts(schema: dict[str, Any], value: Any) -> bool:
     }  # fmt: skip
     allowed = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
     if not any(
-        isinstance(value, types[name])  # type: ignore[arg-type]
-        and not (isinstance(value, bool) and name in ("integer", "number"))
+        isinstance(value, types[name]) and not (isinstance(value, bool) and name in ("integer", "number"))
         for name in allowed
     ):
         return False

@@ -37,7 +37,7 @@ def _train_and_tell(argv: list[str], out: str) -> int:
         with open(out, "a") as file:
             file.write(json.dumps([self.state.step, blocks]) + "\n")
 
-    Run.record = written  # type: ignore[method-assign]
+    Run.record = written
     return train_in_rank(argv, None, 0)
 
 

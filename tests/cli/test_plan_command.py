@@ -244,7 +244,7 @@ def test_probe_extrapolates_gradient_accumulation(monkeypatch: pytest.MonkeyPatc
     clock = iter([0.0, 9.0, 9.5, 100.0, 108.0, 111.0])
     monkeypatch.setattr(probe, "_now", lambda device: next(clock))
     found = probe.probe(
-        Engine(),  # type: ignore[arg-type]  # what a probe uses of one
+        Engine(),
         lambda: nn.Linear(1, 1),
         lambda module, named: torch.optim.SGD([p for _, p in named], lr=0.1),
         lambda module: {"labels": torch.ones(2, 3, dtype=torch.int64)},

@@ -32,7 +32,7 @@ def test_configuration_fits_the_machine(
     gpus: int, options: dict[str, object], name: str, count: str | None
 ) -> None:
     words = ["--config", "a b.yaml", "--seed", "1"]
-    command = launch_command(words, gpus=gpus, **options)  # type: ignore[arg-type]
+    command = launch_command(words, gpus=gpus, **options)
     assert command[0] == "--config_file"
     assert Path(command[1]).stem == name
     assert Path(command[1]).is_file()

@@ -633,7 +633,7 @@ def test_interval_is_due_at_the_first_step_of_each_multiple(
     assume(unit not in ("steps", "tokens") or value == int(value))
     every = [Duration(value, unit)]
     known = {"tokens_per_step": tokens_per_step, "steps_per_epoch": epoch, "total_steps": total}
-    due = [step for step in range(1, total + 1) if is_due(step, every, **known)]  # type: ignore[arg-type]
+    due = [step for step in range(1, total + 1) if is_due(step, every, **known)]
     interval = {
         "steps": Fraction(1), "tokens": Fraction(1, tokens_per_step), "epochs": epoch, "percent":
         Fraction(total, 100),

@@ -145,7 +145,7 @@ def test_prefetched_steps_are_not_in_the_cursor(dataset: StoreBlocks) -> None:
         step = next(iterator)
         time.sleep(0.05)  # the thread is far ahead by now
         assert step.cursor.position == 6 * (number + 1)
-    iterator.close()  # type: ignore[attr-defined]  # a generator
+    iterator.close()
 
 
 @pytest.mark.parametrize("micro", [1, 2])
@@ -317,7 +317,7 @@ def test_workers_ignore_signals_until_their_loader_is_closed(dataset: StoreBlock
     assert all(
         torch.equal(step.micro_batches[0]["labels"], batch[:, 1]) for step, batch in zip(found, expected)
     )
-    iterator.close()  # type: ignore[attr-defined]  # a generator
+    iterator.close()
     assert not left_behind()
 
 

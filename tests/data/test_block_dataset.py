@@ -161,7 +161,7 @@ def test_generator_object_raises() -> None:
     with pytest.raises(RequestError, match=r"generator, which can be iterated only once.*Give a list"):
         BlockDataset.from_texts(Bytes(), (text for text in TEXTS), 3)
     with pytest.raises(RequestError, match="must be a callable"):
-        BlockDataset(Bytes(), (text for text in TEXTS), 3)  # type: ignore[arg-type]  # the mistake
+        BlockDataset(Bytes(), (text for text in TEXTS), 3)  # the mistake
     with pytest.raises(RequestError, match="single string"):
         BlockDataset.from_texts(Bytes(), "abc", 3)
     once = (text for text in TEXTS)

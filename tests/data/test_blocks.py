@@ -119,7 +119,7 @@ def test_fingerprint_covers_everything_that_moves_a_block(tmp_path: Path) -> Non
     stores = [counting_store(tmp_path, 100, first=i, name=f"s{i}") for i in range(80)]
 
     def fingerprint(n: int, **options: object) -> str:
-        return StoreBlocks(stores[:n], **{"block_size": 10, **options}).fingerprint  # type: ignore[arg-type]  # options of the test
+        return StoreBlocks(stores[:n], **{"block_size": 10, **options}).fingerprint
 
     several = {
         fingerprint(1),

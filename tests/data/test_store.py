@@ -172,7 +172,7 @@ def test_every_change_gives_another_fingerprint(tmp_path: Path) -> None:
     source = corpus(tmp_path / "text")
 
     @final
-    class Other(Counting):  # type: ignore[misc]  # a fake of a fake
+    class Other(Counting):
         fingerprint = "other"
 
     fingerprints = {build_store(source, Bytes(), store_dir=tmp_path / "stores").fingerprint}
@@ -833,7 +833,7 @@ def test_store_plan_left_by_a_kill_is_made_anew(
 
 def test_store_of_a_former_tokenizer_fingerprint_opens(tmp_path: Path) -> None:
     @final
-    class Renamed(Counting):  # type: ignore[misc]  # a fake of a fake
+    class Renamed(Counting):
         fingerprint = "new"
         former_fingerprints = ("bytes",)
 

@@ -55,7 +55,7 @@ def run(
         )
         iterator = iter(batches)
         ranks.append([next(iterator) for _ in range(count)])
-        iterator.close()  # type: ignore[attr-defined]  # a generator
+        iterator.close()
     steps, cursors = [], []
     for number in range(count):
         rows: dict[int, list[Any]] = {}

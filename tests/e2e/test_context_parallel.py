@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,17 @@ import pytest
 import torch
 
 from lmcore.errors import EXIT_REQUEST
-from tests.support.engine_runs import pretend_gpus
 from tests.support.fork_server import run_ranks
-from tests.support.whole_runs import ROOT, STEPS, losses, request, train_in_rank, weights, write_texts
+from tests.support.whole_runs import (
+    ROOT,
+    STEPS,
+    losses,
+    request,
+    train_in_rank,
+    train_under,
+    weights,
+    write_texts,
+)
 
 CLOSE = 2e-6
 """Relative, over 20 steps in fp32: sums over tokens are cut into other parts, each rounded at 6e-8; seen: 3e-7."""
@@ -41,19 +48,6 @@ RUNS = {
     "cp2 x zero3": ("zero3", 4, 2, "gpt2"),
 }
 FAST = ("cp2", "cp2 x fsdp2")
-
-
-def train_under(argv: list[str], strategy: str) -> int:
-    if strategy in ("fsdp2", "hsdp"):
-        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
-        if strategy == "hsdp":
-            os.environ.update(
-                ACCELERATE_USE_PARALLELISM_CONFIG="true",
-                PARALLELISM_CONFIG_DP_REPLICATE_SIZE="2",
-                PARALLELISM_CONFIG_DP_SHARD_SIZE="2",
-            )
-        pretend_gpus()
-    return train_in_rank(argv, None, 0)
 
 
 def run(

@@ -55,7 +55,7 @@ def _train_and_fail(argv: list[str], how: str) -> int:
         loss_sum, count = forward(self, *arguments)
         return (loss_sum * torch.nan if how == "nan" and step[0] >= 3 else loss_sum), count
 
-    Run.record, Engine.forward = counted, faulty  # type: ignore[method-assign]
+    Run.record, Engine.forward = counted, faulty
     return train_in_rank(argv, None, 0)
 
 
@@ -139,7 +139,7 @@ def _train_and_interrupt_the_compiler(argv: list[str]) -> int:
         os.kill(os.getpid(), signal.SIGTERM)
         raise InductorError(RuntimeError("g++: fatal error: Terminated\n" * 5_000), None)
 
-    Engine.forward = forward  # type: ignore[method-assign]
+    Engine.forward = forward
     return train_in_rank(argv, None, 0)
 
 

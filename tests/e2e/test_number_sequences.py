@@ -107,7 +107,7 @@ def test_greedy_decoding_stops_at_the_end() -> None:
         logits[:, :, END if target.shape[1] == 3 else 5] = 1
         return logits
 
-    found = greedy(always, torch.zeros(2, 2), 5)  # type: ignore[arg-type]  # anything that gives logits
+    found = greedy(always, torch.zeros(2, 2), 5)
     assert found.tolist() == [[5, 5, END, PADDING, PADDING]] * 2
     result = score(found, torch.tensor([[5, 5, END, PADDING, PADDING], [5, 6, 7, END, PADDING]]))
     assert (result.exact, result.with_padding, result.without_padding) == (0.5, 0.7, 4 / 7)

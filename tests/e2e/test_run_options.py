@@ -155,7 +155,7 @@ def _train_with_nan(argv: list[str], positions: list[int]) -> int:
         loss_sum, count = forward(self, batch, key)
         return (loss_sum * math.nan if key is not None and self.poison else loss_sum), count
 
-    Run.batches, Engine.forward = poisoned_read, poisoned_forward  # type: ignore[method-assign]
+    Run.batches, Engine.forward = poisoned_read, poisoned_forward
     return train_in_rank(argv, None, 0)
 
 
@@ -202,7 +202,7 @@ def _train_with_a_flipped_bit(argv: list[str], at_step: int, victim: int) -> int
             weight.detach().view(-1).view(torch.int32)[5] ^= 1 << 12
         record(self, *step, **numbers)
 
-    Run.record = flips  # type: ignore[method-assign]
+    Run.record = flips
     return train_in_rank(argv, None, 0)
 
 
@@ -242,7 +242,7 @@ def _train_with_a_large_gradient(argv: list[str], at_step: int, factor: float) -
         large = now[0] + 1 == at_step and self.rank == self.world_size - 1
         backward(self, loss_sum * factor if large else loss_sum, labels)
 
-    Run.learning_rate, Engine.backward = noted, scaled  # type: ignore[method-assign]
+    Run.learning_rate, Engine.backward = noted, scaled
     return train_in_rank(argv, None, 0)
 
 
@@ -309,7 +309,7 @@ def _train_with_a_slow_disk(argv: list[str], steps: int) -> int:
             with moved:
                 moved.wait_for(lambda: now[0] >= goal, timeout=60)
 
-    Run.record, Run.save, disk.DISK.before = told, noted, slow  # type: ignore[method-assign]
+    Run.record, Run.save, disk.DISK.before = told, noted, slow
     return train_in_rank(argv, None, 0)
 
 
@@ -368,7 +368,7 @@ def _train_with_an_error(argv: list[str], at_step: int) -> str:
             raise OSError("the disk of the data is gone")
         return rate(run)
 
-    Run.learning_rate = fails  # type: ignore[method-assign]
+    Run.learning_rate = fails
     try:
         train_in_rank(argv, None, 0)
     except OSError as error:

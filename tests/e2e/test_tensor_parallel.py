@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 from lmcore.errors import EXIT_REQUEST
-from tests.support.engine_runs import pretend_gpus
 from tests.support.fork_server import run_ranks
 from tests.support.whole_runs import (
     STEPS,
@@ -22,6 +20,7 @@ from tests.support.whole_runs import (
     losses,
     request,
     train_in_rank,
+    train_under,
     weights,
     write_texts,
 )
@@ -63,13 +62,6 @@ RUNS: dict[str, tuple[str, int, int, str, dict[str, Any]]] = {
     ),
 }
 FAST = ("tp2", "tp2 x ddp2", "tp2 x fsdp2, heads")
-
-
-def train_under(argv: list[str], strategy: str) -> int:
-    if strategy == "fsdp2":
-        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
-        pretend_gpus()
-    return train_in_rank(argv, None, 0)
 
 
 def run(

@@ -224,7 +224,7 @@ class HalfMomentum(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.1})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:

@@ -57,8 +57,8 @@ def lighten(rank: int = 0) -> None:
     """
     from lmcore.run import finish
 
-    finish.write_report = lambda _runs, path: path  # type: ignore[assignment]
-    finish.export = lambda _checkpoint, path, **_: path  # type: ignore[assignment]
+    finish.write_report = lambda _runs, path: path
+    finish.export = lambda _checkpoint, path, **_: path
 
 
 def undisturbed(
@@ -187,7 +187,7 @@ def at_forward(
             count[0] += 1
             return real(self, *args, **kwargs)
 
-        engine.Engine.forward = forward  # type: ignore[method-assign]
+        engine.Engine.forward = forward
 
     return inject
 
@@ -208,7 +208,7 @@ def held(step: int, told: Path) -> Callable[[int], None]:
             while self.state.step >= step and not told.exists():
                 time.sleep(0.002)
 
-        Run.record = record  # type: ignore[method-assign]
+        Run.record = record
 
     return inject
 
@@ -357,8 +357,8 @@ def poison(places: Mapping[int, int], evidence: Path) -> Callable[[int], None]:
                 print(json.dumps([before, after, bool(applied)]), file=file)
             return norm, applied
 
-        engine.Engine.forward = poisoned  # type: ignore[method-assign]
-        engine.Engine.update = watched  # type: ignore[method-assign]
+        engine.Engine.forward = poisoned
+        engine.Engine.update = watched
 
     return inject
 
@@ -565,7 +565,7 @@ def world_size(place: Path, seed: int, folder: Path) -> Trial:
         run = runs.start(arguments(place, folder), logs=folder / "logs", world_size=size, inject=lighten)
         begin = last_logged(folder)
         goal = min(begin + draw.randrange(6, 14), STEPS - 2)
-        run.wait(90, until=lambda goal=goal: last_logged(folder) >= goal)  # type: ignore[misc]
+        run.wait(90, until=lambda goal=goal: last_logged(folder) >= goal)
         run.kill()
         trial.count("kills", int(-9 in run.codes.values()))
     finish(place, folder, world_size=2)
@@ -636,7 +636,7 @@ def strategies(place: Path, seed: int, folder: Path) -> Trial:
                 environment=environment,
             )
             if attempt == "killed":
-                run.wait(120, until=lambda goal=goal: last_logged(folder / "hurt") >= goal)  # type: ignore[misc]
+                run.wait(120, until=lambda goal=goal: last_logged(folder / "hurt") >= goal)
                 run.kill()
                 trial.count("kills", int(-9 in run.codes.values()))
             else:

@@ -195,7 +195,7 @@ def _become(
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()
         os.environ.update(variables)
-        weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # the parent's temporary folders are not ours
+        weakref.finalize._registry.clear()  # the parent's temporary folders are not ours
         sys.argv = [str(SCRIPT), *arguments]
         sys.path.insert(0, str(ROOT))
         if inject is not None:
@@ -209,9 +209,9 @@ def _become(
         except SystemExit as leaving:
             code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # as the interpreter does, with whoever has hung in
+        sys.excepthook(*sys.exc_info())  # as the interpreter does, with whoever has hung in
     finally:
-        threading._shutdown()  # type: ignore[attr-defined]  # joins the threads that a real end would join
+        threading._shutdown()  # joins the threads that a real end would join
         atexit._run_exitfuncs()
         with contextlib.suppress(OSError):
             sys.stdout.flush()

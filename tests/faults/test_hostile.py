@@ -343,7 +343,7 @@ def tiny_model() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     values = {key: value for key, value in TINY.items() if key != "model_type"}
-    return GPT2LMHeadModel(GPT2Config(**values))  # type: ignore[arg-type]
+    return GPT2LMHeadModel(GPT2Config(**values))
 
 
 @pytest.mark.timeout(120)

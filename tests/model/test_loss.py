@@ -249,7 +249,7 @@ def test_peak_memory_of_the_head_is_bounded_by_the_chunk(softcap: float | None) 
             loss, _ = causal_lm_loss(hidden, weight, None, labels, chunk=chunk, softcap=softcap)
             torch.autograd.grad(loss, [hidden, weight])
         now = highest = 0
-        for event in p.profiler.kineto_results.events():  # type: ignore[union-attr]
+        for event in p.profiler.kineto_results.events():
             if event.name() == "[memory]":
                 now += event.nbytes()
                 highest = max(highest, now)
@@ -288,8 +288,8 @@ def test_choose_chunk() -> None:
 )
 def test_chunk_on_a_gpu_fills_whole_waves(tokens: int, vocab: int, width: int, gpu: Gpu, rows: int) -> None:
     on_gpu = {"device_type": "cuda", "gpu": gpu, "width": width}
-    assert choose_chunk("auto", tokens=tokens, vocab_size=vocab, **on_gpu) == rows  # type: ignore[arg-type]
-    assert choose_chunk(300, tokens=tokens, vocab_size=vocab, **on_gpu) == 300  # type: ignore[arg-type]
+    assert choose_chunk("auto", tokens=tokens, vocab_size=vocab, **on_gpu) == rows
+    assert choose_chunk(300, tokens=tokens, vocab_size=vocab, **on_gpu) == 300
 
 
 @given(st.integers(1, 100_000), st.integers(1, 20_000), st.integers(1, 200))

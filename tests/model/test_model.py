@@ -330,7 +330,7 @@ def test_every_family_has_one_context_length() -> None:
     )
     assert context_length(nn.Linear(2, 2)) is None
     own = nn.Linear(2, 2)
-    own.block_size = 32  # type: ignore[assignment]
+    own.block_size = 32
     assert context_length(own) == 32
 
 
@@ -486,7 +486,7 @@ def test_own_model_and_own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(loss_sum, (module.model(x) - y).square().sum())
     loss_sum.backward()
     monkeypatch.setitem(__import__("sys").modules, "user_parts", __import__("types").ModuleType("user_parts"))
-    __import__("sys").modules["user_parts"].squared_error = squared_error  # type: ignore[attr-defined]
+    __import__("sys").modules["user_parts"].squared_error = squared_error
     plain = m.ModelWithLoss(Regression(), loss_factory=lambda outputs, batch: (outputs.sum(), 6))
     assert int(plain(features=x, labels=y)[1]) == 6, "a number counts as well as a tensor"
     for wrong in (lambda o, b: o.sum(), lambda o, b: (o, 6), lambda o, b: (o.sum(), 6, 7)):
@@ -531,7 +531,7 @@ def test_model_factory_gets_the_arguments_it_names(monkeypatch: pytest.MonkeyPat
     import types
 
     parts = types.ModuleType("user_parts")
-    parts.Classifier = Classifier  # type: ignore[attr-defined]
+    parts.Classifier = Classifier
     monkeypatch.setitem(sys.modules, "user_parts", parts)
     notes: list[str] = []
     model = build(overrides={"depth": 2}, factory="user_parts:Classifier", seed=5, note=notes.append)

@@ -235,14 +235,14 @@ def test_muon_batches_tall_and_wide_matrices_as_each_by_itself() -> None:
                  "hidden": True, "lr_multiplier": 1.0}  # fmt: skip
         optimizer = optim.build_optimizer("muon", [group], lr=0.1)
         for index, parameter in enumerate(parameters):
-            parameter.grad = torch.sin(tensors[int(parameter.tag)] + index * 0)  # type: ignore[attr-defined]
+            parameter.grad = torch.sin(tensors[int(parameter.tag)] + index * 0)
         optimizer.step()
         return [parameter.detach().clone() for parameter in parameters]
 
     def parameters(which: list[int]) -> list[nn.Parameter]:
         made = [nn.Parameter(tensors[index].clone()) for index in which]
         for index, parameter in zip(which, made):
-            parameter.tag = index  # type: ignore[attr-defined]
+            parameter.tag = index
         return made
 
     together = updated(parameters([0, 1, 2, 3]))

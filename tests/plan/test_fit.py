@@ -27,8 +27,8 @@ def test_micro_batch_is_the_largest_divisor_that_fits(strategy: str) -> None:
         build_model(type="gpt2", config_overrides=SHAPE, vocab_size=500, block_size=T, seed=0)
     )
     world_size = 1 if strategy == "single" else 4
-    setting = plan.Setting(strategy=strategy, world_size=world_size, zero_bucket=100_000)  # type: ignore[arg-type]
-    counted, state = plan.parameters(module), trace.optimizer_bytes(module, make)  # type: ignore[arg-type]
+    setting = plan.Setting(strategy=strategy, world_size=world_size, zero_bucket=100_000)
+    counted, state = plan.parameters(module), trace.optimizer_bytes(module, make)
 
     def total(blocks: int) -> int:
         traced = trace.trace_step(module, micro_batch_blocks=blocks, block_size=T)
@@ -41,7 +41,7 @@ def test_micro_batch_is_the_largest_divisor_that_fits(strategy: str) -> None:
         setting,
         share=SHARE,
         block_size=T,
-        make_optimizer=make,  # type: ignore[arg-type]
+        make_optimizer=make,
     )
     for smaller, larger in ((1, 2), (4, 6), (12, 24)):
         between = (total(smaller) + total(larger)) / 2 / plan.USABLE

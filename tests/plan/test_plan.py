@@ -101,7 +101,7 @@ def planned_bytes(case: Case) -> int:
     if case.checkpointing:
         enable_activation_checkpointing(module.model)
     setting = plan.Setting(
-        strategy=case.strategy,  # type: ignore[arg-type]  # a plain word there
+        strategy=case.strategy,
         world_size=case.world_size,
         precision=case.precision,
         param_dtype=case.param_dtype,
@@ -171,9 +171,9 @@ def small() -> ModelWithLoss:
     )
 
 
-def held_bytes(module: nn.Module = None, **options: int) -> int:  # type: ignore[assignment]  # None: the small one
+def held_bytes(module: nn.Module = None, **options: int) -> int:
     blocks = options.pop("micro_batch_blocks", 2)
-    found = trace_step(module or small(), micro_batch_blocks=blocks, block_size=64, **options)  # type: ignore[arg-type]
+    found = trace_step(module or small(), micro_batch_blocks=blocks, block_size=64, **options)
     return sum(found.peak())
 
 

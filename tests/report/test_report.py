@@ -635,7 +635,7 @@ def test_metrics_lost_to_a_full_disk_are_counted(tmp_path: Path) -> None:
             file.write(line[:10])
             return 10
 
-    file, write._file = write._file, Short()  # type: ignore[assignment]
+    file, write._file = write._file, Short()
     write({"kind": "train", "step": 2})
     write({"kind": "train", "step": 3})
     assert (write.unwritten, write.problem) == (2, "No space left on device")

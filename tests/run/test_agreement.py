@@ -71,7 +71,7 @@ def test_late_flags_are_acted_on_at_the_next_step_and_once() -> None:
     agreement = Agreement(several=True)
 
     def after(flags: int, *, at_once: bool = False) -> int:
-        return agreement.after_step(flags, Late(flags), first=0, at_once=at_once)  # type: ignore[arg-type]
+        return agreement.after_step(flags, Late(flags), first=0, at_once=at_once)
 
     assert after(guard.SAVE_FILE) == 0
     assert after(guard.SAVE_FILE) == guard.SAVE_FILE  # the file is still there: its save comes after this
@@ -88,7 +88,7 @@ def test_flags_are_acted_on_at_once_where_that_waits_for_nothing() -> None:
     numbers = LateNumbers(numbers_of(guard.SIGTERM, torch.device("cpu")))
     assert Agreement(several=True).after_step(0, numbers, first=0, at_once=False) == guard.SIGTERM
     alone = Agreement(several=False)
-    assert alone.after_step(guard.FAULT, Late(0), first=0, at_once=False) == guard.FAULT  # type: ignore[arg-type]
+    assert alone.after_step(guard.FAULT, Late(0), first=0, at_once=False) == guard.FAULT
 
 
 def test_interval_by_the_clock_comes_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_interval_by_the_clock_comes_once(monkeypatch: pytest.MonkeyPatch) -> No
     spans = SimpleNamespace(spans=lambda step: {"steps": (step - 1, step)})
     either = Durations.parse("[10 steps, 2 min]")
     never = Durations.parse("never")
-    intervals = Intervals(spans, log=never, evaluate=either, save=either)  # type: ignore[arg-type]
+    intervals = Intervals(spans, log=never, evaluate=either, save=either)
     assert intervals.clock_flags(saving=False) == intervals.flags(9) == 0
     now[0] = 121.0
     assert intervals.clock_flags(saving=True) == EVALUATE, "a save waits for the one before"
@@ -142,7 +142,7 @@ def collectives_in_rank(argv: list[str]) -> dict[int, dict[str, int]]:
         here[0] = run.state.step
         return learning_rate(run)
 
-    Run.learning_rate = at_step  # type: ignore[method-assign]
+    Run.learning_rate = at_step
     assert train_in_rank(argv, None, 0) == 0
     return {step: dict(found) for step, found in counts.items()}
 
@@ -166,7 +166,7 @@ def late_run(argv: list[str], signal_before: int | None, save_file_before: int |
         def tolist(self) -> Any:
             return self._numbers.tolist()
 
-    trainer.LateNumbers = LateAsOnAGpu  # type: ignore[assignment, misc]
+    trainer.LateNumbers = LateAsOnAGpu
     learning_rate = trainer.Run.learning_rate
 
     def at_step(run: trainer.Run) -> float:
@@ -177,7 +177,7 @@ def late_run(argv: list[str], signal_before: int | None, save_file_before: int |
         run.guard._next_look = 0.0  # it is looked for in every step: the steps of this run are short
         return learning_rate(run)
 
-    trainer.Run.learning_rate = at_step  # type: ignore[method-assign]
+    trainer.Run.learning_rate = at_step
     return train_in_rank(argv, None, 0)
 
 

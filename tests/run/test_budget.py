@@ -120,9 +120,9 @@ def test_another_topology_is_named() -> None:
         "tensor_parallel": 1,
         "micro_batch_blocks": 4,
     }
-    old = topology(**same)  # type: ignore[arg-type]  # a table of its arguments
-    assert differences(old, topology(**same)) == []  # type: ignore[arg-type]  # as above
-    other = topology(**{**same, "world_size": 4})  # type: ignore[arg-type]  # as above
+    old = topology(**same)
+    assert differences(old, topology(**same)) == []
+    other = topology(**{**same, "world_size": 4})
     assert differences(old, other) == ["world size was 2, is 4"]
 
 

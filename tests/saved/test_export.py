@@ -596,7 +596,7 @@ def test_load_model_of_an_own_model_without_tokenizer(tmp_path: Path) -> None:
     for factory in (own_model, f"{__name__}:own_model"):
         saved = load.load_model(tmp_path / "run", factory=factory, device="cpu")
         assert saved.tokenizer is None
-        assert torch.equal(saved.model.weight, model.weight)  # type: ignore[arg-type]
+        assert torch.equal(saved.model.weight, model.weight)
         with pytest.raises(RequestError, match="no tokenizer"):
             score(saved, {"x": [str(tmp_path)]})
     with pytest.raises(RequestError, match="if you trust it, add --factory"):

@@ -150,7 +150,7 @@ def test_settings_out_of_range_and_broken_weights_raise(words: Any) -> None:
     }
     for wrong in ({name: value} for name, values in wrong_values.items() for value in values):
         with pytest.raises(RequestError, match="must be"):
-            generate(model, words, ["x"], 1, **wrong)  # type: ignore[arg-type]
+            generate(model, words, ["x"], 1, **wrong)
     with torch.no_grad():
         model.scale.fill_(torch.nan)
     with pytest.raises(RequestError, match="not finite"):

@@ -22,7 +22,7 @@ def test_evaluation_block_is_the_models_context(tmp_path: Path) -> None:
         type="mpt", config_overrides=SMALL_MPT, vocab_size=words.vocab_size, block_size=64, seed=0
     )
     lengths: set[int] = set()
-    model.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
+    model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: lengths.add(inputs[0].shape[1])
     )
     (tmp_path / "text.txt").write_text("def g(y):\n    return y * 2\n" * 60)

@@ -21,7 +21,7 @@ def take(batches: Batches, count: int | None = None) -> list[StepBatch]:
         found.append(step)
         if len(found) == count:
             break
-    iterator.close()  # type: ignore[attr-defined]  # a generator
+    iterator.close()
     return found
 
 

@@ -98,7 +98,7 @@ def train_in_rank(argv: list[str], kill_before_step: int | None, kill_with: int)
                 os.kill(os.getpid(), kill_with)
             return learning_rate(run)
 
-        Run.learning_rate = lethal  # type: ignore[method-assign]
+        Run.learning_rate = lethal
     try:
         with one_line_errors():
             config = parse.parse(argv, default_recipe=None)
@@ -107,6 +107,22 @@ def train_in_rank(argv: list[str], kill_before_step: int | None, kill_with: int)
         if exit.code in (EXIT_REQUEST, EXIT_FAULT, EXIT_SAVED):
             return int(exit.code or 0)
         raise
+
+
+def train_under(argv: list[str], strategy: str) -> int:
+    """As :func:`train_in_rank`; FSDP2 and HSDP, which a launcher asks for by variables, on a CPU shown as another device."""
+    if strategy in ("fsdp2", "hsdp"):
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+        if strategy == "hsdp":
+            os.environ.update(
+                ACCELERATE_USE_PARALLELISM_CONFIG="true",
+                PARALLELISM_CONFIG_DP_REPLICATE_SIZE="2",
+                PARALLELISM_CONFIG_DP_SHARD_SIZE="2",
+            )
+        from tests.support.engine_runs import pretend_gpus
+
+        pretend_gpus()
+    return train_in_rank(argv, None, 0)
 
 
 def train(
