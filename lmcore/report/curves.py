@@ -290,12 +290,19 @@ def read_run(path: str | PathLike[str]) -> Run:
 # ---- drawing
 
 
-def smoothed(points: Points) -> Points:
-    """A mean over about 4% of the curve around each point, over fewer near its ends.
+FEWEST_SMOOTHED = 50
+"""Points: of fewer, 4% are not even two."""
 
-    The window lies evenly around the point, so the mean neither lags behind a falling loss nor leads it.
+
+def smoothed(points: Points) -> Points:
+    """A mean over about 4% of the curve around each point, over fewer near its ends; the points themselves below 50.
+
+    The window lies evenly around the point, so the mean neither lags behind a falling loss nor leads it. A wider one would
+    show the steep beginning of a run higher than it was.
     """
-    half = max(2, len(points) // 50)
+    half = len(points) // FEWEST_SMOOTHED
+    if half == 0:
+        return points
     sums = [0.0, *itertools.accumulate(y for _, y in points)]
     result: Points = []
     for index, (x, _) in enumerate(points):
@@ -411,7 +418,7 @@ def loss_picture(runs: Sequence[Run], by: str, *, format: str = "svg", wide: boo
         prefix = f"{run.name}: " if len(runs) > 1 else ""
         raw, mean = run.train.points("loss", by), run.train.means("loss", by)
         colour = next(colours)
-        if len(mean) > 12:
+        if len(mean) >= FEWEST_SMOOTHED:
             axes.plot(*zip(*raw), color=colour, alpha=0.35, linewidth=0.8)
             axes.plot(*zip(*smoothed(mean)), color=colour, linewidth=1.7, label=_label(f"{prefix}train"))
         elif raw:

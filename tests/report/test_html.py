@@ -176,6 +176,8 @@ def test_smoothing_has_no_bias() -> None:
     assert smoothed(falling) == [(x, pytest.approx(y)) for x, y in falling]
     noisy = [(float(x), 3.0 + (-1) ** x) for x in range(301)]
     assert all(abs(y - 3.0) < 0.15 for _, y in smoothed(noisy)[10:-10])
+    steep = [(float(x), 9.0 / (x + 1)) for x in range(49)]
+    assert smoothed(steep) == steep, "few points are shown as they are"
 
 
 def test_first_loss_and_last_loss_are_inside_the_picture(tmp_path: Path) -> None:
