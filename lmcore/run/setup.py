@@ -690,6 +690,7 @@ def open_engine(config: RunConfig, *, began_in: str | None = None) -> Engine:
     from lmcore.engine import launch  # lazily, as above
     from lmcore.engine.engine import Engine
     from lmcore.run.guard import wait_for_peers
+    from lmcore.run.watchdog import collective_seconds
 
     train = config.train
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -698,7 +699,7 @@ def open_engine(config: RunConfig, *, began_in: str | None = None) -> Engine:
         train = replace(train, precision="fp32")
 
     # The watchdog writes everybody's stacks before NCCL gives up and aborts.
-    limit = max(config.engine.timeout_seconds, int(config.guard.stuck_seconds) + 60)
+    limit = max(config.engine.timeout_seconds, collective_seconds(config.guard.stuck_seconds))
     wait_for_peers()
     engine = Engine(train, replace(config.engine, timeout_seconds=limit), seed=config.seed)
     if config.guard.spike == "skip" and engine.strategy.startswith("zero"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -22,6 +23,21 @@ from lmcore.disk import DISK, Disk
 from lmcore.errors import EXIT_STUCK
 from lmcore.run.peers import Peers, Standing
 
+FIRST_STEP_FACTOR = 2
+"""The first step may take this many times ``stuck_seconds``: a compiler may run in it."""
+
+
+def collective_seconds(stuck_seconds: float) -> int:
+    """The shortest limit of a collective operation with which the watchdog still acts first, at any step.
+
+    NCCL aborts the process at its limit, and with it go the stacks of all threads. A minute is for the alarm itself: each
+    rank writes its stacks and answers.
+
+    >>> collective_seconds(1800)
+    3660
+    """
+    return math.ceil(FIRST_STEP_FACTOR * stuck_seconds) + 60
+
 
 @final
 class Watchdog:
@@ -29,7 +45,7 @@ class Watchdog:
 
     Args:
         logs: folder for ``stacks-rank-*.txt``.
-        stuck_seconds: how long a run may make no progress; twice that until the first beat, which may wait for a compiler.
+        stuck_seconds: how long a run may make no progress; :data:`FIRST_STEP_FACTOR` times that until the first beat.
         note: called with the line that says which rank is stuck.
         on_end: called once, on one rank, with that line and code 71: writes ``status.json``, for example.
         peers: the connections to the other ranks, or ``None`` for a single process.
@@ -52,7 +68,7 @@ class Watchdog:
         self._peers, self._leave = peers, leave
         self._tick = min(1.0, max(0.1, stuck_seconds / 10))
         self._count, self._what, self._step = 0, "start", 0
-        self._moved = time.monotonic() + stuck_seconds
+        self._moved = time.monotonic() + (FIRST_STEP_FACTOR - 1) * stuck_seconds
         self._deadline = self._moved + stuck_seconds
         self._writes = Disk.large_writes
         self._closed = threading.Event()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import faulthandler
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lmcore.config.parse import parse
+from lmcore.config.schema import EngineConfig
 from lmcore.disk import DISK
 from lmcore.run.peers import EXIT_STUCK
-from lmcore.run.watchdog import Watchdog
+from lmcore.run.setup import open_engine
+from lmcore.run.watchdog import Watchdog, collective_seconds
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +54,35 @@ def test_stuck_process_ends_with_its_stacks(tmp_path: Path) -> None:
     stacks = (tmp_path / "stacks-rank-00000.txt").read_text()
     assert said[0] in stacks
     assert "test_watchdog.py" in stacks
+
+
+def test_alarm_comes_before_collectives_give_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL ends the process at its limit without a word; the stacks come first, even in the first step, which may take twice
+    as long."""
+    now = [0.0]
+    monkeypatch.setattr("lmcore.run.watchdog.time", SimpleNamespace(monotonic=lambda: now[0]))
+    left: list[int] = []
+    made = watchdog(tmp_path, left, [], stuck_seconds=4.0)
+    now[0] = 7.9
+    time.sleep(1.0)  # more than two looks of the watchdog
+    assert left == []
+    now[0] = 8.1
+    assert wait_for(lambda: left)
+    made.close()
+    assert now[0] < collective_seconds(4.0)
+
+
+def test_engine_waits_longer_than_the_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+
+    def engine(_train: Any, options: EngineConfig, *, seed: int) -> Any:
+        limits.append(options.timeout_seconds)
+        return SimpleNamespace(strategy="single")
+
+    monkeypatch.setattr("lmcore.engine.engine.Engine", engine)
+    for asked in ([], ["--guard.stuck_seconds", "7200"], ["--engine.timeout_seconds", "100000"]):
+        open_engine(parse(["--data.train", "a.txt", *asked]))
+    assert limits == [3660, 14460, 100000]
 
 
 def test_beats_keep_a_slow_evaluation_alive(tmp_path: Path) -> None:
