@@ -137,6 +137,20 @@ def test_shared_layers_train_as_one_process(
             torch.testing.assert_close(found[key].float(), value.float(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "processes"), [("ddp", 2), ("fsdp2", 4)])
+def test_shared_layers_in_bf16(text: Path, tmp_path: Path, strategy: str, processes: int) -> None:
+    """A sum over inputs is rounded to bf16 (4e-3) in each of its two parts; the losses are means over 192 tokens."""
+    narrow = {"train__precision": "bf16"}
+    whole = run(text, tmp_path / "alone", family="qwen3", **narrow)
+    made = run(text, tmp_path / "run", strategy, processes, 2, "qwen3", **narrow)
+    assert losses(made) == pytest.approx(losses(whole), rel=2e-3)
+    assert records(made, "train", "grad_norm") == pytest.approx(
+        records(whole, "train", "grad_norm"), rel=2e-2
+    )
+    assert losses(made) != losses(run(text, tmp_path / "wide", family="qwen3"))  # bf16 it was
+
+
 @pytest.mark.parametrize(
     "legs",
     [
