@@ -132,8 +132,12 @@ class Engine:
                 f"train.param_dtype {train.param_dtype} has no meaning under {request.strategy}, which keeps fp32 "
                 "weights for the optimizer and computes in a copy: leave it out"
             )
-        if train.param_dtype != "fp32" and self.precision == "fp16":
-            raise RequestError("train.param_dtype bf16 is for train.precision bf16, not fp16")
+        if train.param_dtype != "fp32" and self.precision != train.param_dtype:
+            chosen = " (chosen by auto)" if train.precision == "auto" else ""
+            raise RequestError(
+                f"train.param_dtype {train.param_dtype} is for train.precision {train.param_dtype}, not for "
+                f"{self.precision}{chosen}: give --train.precision {train.param_dtype}, or leave it out"
+            )
         self.residual_dtype = launch.residual_dtype(
             train.residual_dtype,
             strategy=request.strategy,

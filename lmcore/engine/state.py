@@ -121,17 +121,23 @@ class TensorState:
         return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def scalars(self) -> dict[str, dict[str, Any]]:
-        """slot -> parameter name -> number."""
+        """slot -> parameter name -> number. 0 for a parameter that had no gradient yet: so it begins when it has one."""
         found: dict[str, dict[str, Any]] = {}
         for name, parameter in self._named.items():
             for slot, value in self._optimizer.state.get(parameter, {}).items():
                 if is_scalar(value):
                     found.setdefault(slot, {})[name] = float(value)
+        trained = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        for name, parameter in self._named.items():
+            if id(parameter) in trained and not self._optimizer.state.get(parameter):
+                for values in found.values():
+                    values[name] = 0.0
         return found
 
     def put_scalar(self, name: str, slot: str, value: float) -> None:
-        """Set one number of the optimizer's state."""
-        put_scalar(self._optimizer.state.get(self._named[name], {}), slot, value)
+        """Set one number of the optimizer's state; of a buffer there is none."""
+        if name in self._named:
+            put_scalar(self._optimizer.state.get(self._named[name], {}), slot, value)
 
     def prime(self) -> None:
         """Make the optimizer's slots exist, all zero, by a step with zero gradients and a zero rate.

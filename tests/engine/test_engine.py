@@ -10,6 +10,7 @@ of a weight's bf16 copy (4e-3 relative), so that the first step is held tightly 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from lmcore.checkpoint.pieces import Part, cut
 from lmcore.config.schema import EngineConfig, TrainConfig
 from lmcore.engine.ranks import on_main
+from lmcore.engine.state import TensorState, is_slot, load_scalars, scalars
 from lmcore.saved.generate import generate
 from tests.support import engine_runs
 from tests.support.engine_runs import (
@@ -522,6 +524,7 @@ def build_engine(settings: dict[str, Any]) -> str:
         ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, {}, "CP_SIZE=2.* --train.context_parallel 2"),
         ({}, {"deepspeed": "no/such.json"}, "no/such.json: No such file"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {"param_dtype": "bf16"}, "param_dtype bf16 has no meaning"),
+        ({}, {"param_dtype": "bf16", "precision": "fp32"}, "is for train.precision bf16, not for fp32: give"),
     ],
 )
 def test_silent_misconfigurations_are_refused_with_the_remedy(
@@ -621,3 +624,46 @@ def update_too_early() -> None:
 def test_update_before_all_micro_batches_raises() -> None:
     with pytest.raises(RankFailure, match="update after 1 of 2 micro-batches"):
         run_ranks(update_too_early, 1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_parameter_whose_first_gradient_comes_after_the_checkpoint(name: str) -> None:
+    """Its step count begins then, in the run that was resumed as in the one that was not."""
+
+    def trained(steps: int, stored: Any = None) -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        net = nn.ModuleDict({"early": nn.Linear(3, 1), "late": nn.Linear(3, 1)})
+        net.register_buffer("note", torch.ones(1))
+        named = dict(net.named_parameters())
+        kind: Any = torch.optim.AdamW if name == "adamw" else torch.optim.SGD
+        optimizer = kind(net.parameters(), lr=1e-2, **({} if name == "adamw" else {"momentum": 0.9}))
+        state = TensorState(named, dict(net.named_buffers()), optimizer)
+        first = 0
+        if stored is not None:
+            state.prime()
+            weights, slots, numbers = stored
+            net.load_state_dict(weights)
+            for (key, slot), value in slots.items():
+                optimizer.state[named[key]][slot].copy_(value)
+            load_scalars(state, None, optimizer, numbers)
+            first = 2
+        for step in range(first, steps):
+            x = torch.ones(2, 3) * (step + 1)
+            loss = net["early"](x).sum() + (net["late"](x).sum() if step >= 2 else 0.0)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        slots = {
+            (key, slot): value.clone()
+            for key, parameter in named.items()
+            for slot, value in optimizer.state.get(parameter, {}).items()
+            if is_slot(value)
+        }
+        kept = {key: value.clone() for key, value in net.state_dict().items()}
+        return net, (kept, slots, json.loads(json.dumps(scalars(state, None, optimizer))))
+
+    whole, _ = trained(4)
+    _, stored = trained(2)
+    rest, _ = trained(4, stored)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(rest.state_dict()[key], value), key
