@@ -533,8 +533,13 @@ class Report(RankLog):
         self._evaluations = dict(state.get("evaluations", {}))
         self._timer.total_seconds = state["train_seconds"]
 
-    def rewind(self, *, step: int, state: dict[str, Any]) -> None:
-        """Training goes on from an earlier checkpoint, whose :meth:`state` this is; the time spent stays spent."""
+    def rewind(self, *, step: int, state: dict[str, Any], total_steps: int | None = None) -> None:
+        """Training goes on from an earlier checkpoint, whose :meth:`state` this is; the time spent stays spent.
+
+        Args:
+            total_steps: of the run from here on: what is skipped can make a run of epochs shorter.
+        """
+        self._total_steps = total_steps or self._total_steps
         spent = self.train_seconds
         self.load_state({**state, "train_seconds": spent})
         self._latest = None

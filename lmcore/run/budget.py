@@ -15,7 +15,8 @@ from itertools import pairwise
 
 from lmcore.config.curves import START, Curve
 from lmcore.config.durations import Duration, Spans
-from lmcore.config.schema import RunConfig, batch_points
+from lmcore.config.schema import RunConfig, batch_points, ranges
+from lmcore.data.cursor import Skips, count_positions, merge_skips
 from lmcore.data.steps import Point, StepPlan, largest_divisor, plan_steps
 from lmcore.errors import RequestError
 from lmcore.model.schedules import on_curve
@@ -34,6 +35,7 @@ class Sizes:
         micro_batch_blocks: of the largest forward pass; a step takes the largest divisor of its share up to this.
         epoch_blocks: ``None`` where only the end of the data will tell.
         total_blocks: of all steps, those that only fill up the last one of a constant batch included.
+        run_blocks: those that are trained on.
         end_position: ``None`` unless the horizon is a number of epochs.
     """
 
@@ -44,6 +46,7 @@ class Sizes:
     epoch_blocks: int | None
     total_steps: int
     total_blocks: int
+    run_blocks: int
     end_position: int | None
 
     @property
@@ -69,9 +72,7 @@ class Sizes:
     @property
     def run_tokens(self) -> int:
         """Labels of the whole run."""
-        # What only fills up the last step is not trained on.
-        blocks = self.total_blocks if self.end_position is None else min(self.total_blocks, self.end_position)
-        return blocks * self.block_size
+        return self.run_blocks * self.block_size
 
     # ---- positions
 
@@ -201,10 +202,12 @@ class Sizes:
         if self.total_steps < FEW_STEPS and not config.fast_dev_run:
             has = "" if self.epoch_blocks is None else f" of {self.epoch_blocks:,} in the text"
             smaller = max(1, self.global_batch_blocks * self.total_steps // 100)
+            count = "1 step" if self.total_steps == 1 else f"{self.total_steps} steps"
+            remedy = "train longer with --train.duration"
+            if config.train.duration.unit != "steps" and smaller < self.global_batch_blocks:
+                remedy = f"reduce --train.global_batch_blocks (to {smaller}, for example), or {remedy}"
             found.append(
-                f"only {self.total_steps} steps: hardly anything is learnt. A step takes {self.global_batch_blocks} blocks"
-                f"{has}: reduce --train.global_batch_blocks (to {smaller}, for example), or train longer with "
-                "--train.duration"
+                f"only {count}: hardly anything is learnt. A step takes {self.global_batch_blocks} blocks{has}: {remedy}"
             )
         if not validated and not config.fast_dev_run:
             remedy = "Name some with --data.valid FILE, or hold out a part of the training text with --data.valid_fraction"
@@ -225,6 +228,8 @@ def horizon(
     micro_batch_blocks: int | None = None,
     step: int = 0,
     blocks: int = 0,
+    position: int | None = None,
+    skips: Skips = (),
     planned_from: tuple[int, int] = (0, 0),
 ) -> Sizes:
     """Global batch, accumulation and steps, from the configuration, the data and the number of ranks.
@@ -233,11 +238,12 @@ def horizon(
         epoch_blocks: ``None`` where only the end of the data will tell.
         micro_batch_blocks: what ``auto`` was resolved to before (a checkpoint remembers it).
         step, blocks: steps done and blocks seen by them, where a run is resumed.
+        position, skips: of its cursor (default: nothing was skipped); to the skips come those of ``data.skip_positions``.
         planned_from: the step and block from which that run's plan was made (a checkpoint remembers it). Where the
             plan does not lead to ``step`` and ``blocks``, because the configuration was changed, it is made from there.
 
     Raises:
-        RequestError: a global batch does not divide; the numbers are named.
+        RequestError: a global batch does not divide, or the duration has no block; the numbers are named.
     """
     points = batch_points(config, block_size)
     asked = config.train.micro_batch_blocks
@@ -254,15 +260,33 @@ def horizon(
             f"train.duration {duration}: how long an epoch is, only a token store or a dataset with a length knows "
             f"beforehand; give steps or tokens"
         )
-    end = None
+    end = end_blocks = None
     if duration.unit == "epochs" and epoch_blocks is not None:
         # N epochs end with their last block; the last step is filled up with blocks without labels.
         end = int(duration.exact() * epoch_blocks)
+        skips = merge_skips(skips, ranges(config.data.skip_positions, "data.skip_positions"))
+        end_blocks = blocks + max(0, count_positions(blocks if position is None else position, end, skips))
+        if end < 1:
+            raise RequestError(
+                f"train.duration {duration} is less than one block: an epoch has {epoch_blocks:,}"
+            )
+        if not end_blocks:
+            raise RequestError(
+                f"data.skip_positions skip all {end} positions of the run: leave some of them in"
+            )
     make = partial(
-        _planned, points, duration=duration, block_size=block_size, epoch_blocks=epoch_blocks, end=end
+        _planned,
+        points,
+        duration=duration,
+        block_size=block_size,
+        epoch_blocks=epoch_blocks,
+        end_blocks=end_blocks,
     )
     plan, total_steps, total_blocks = make(*planned_from)
-    if step < plan.stretches[0].step or plan.blocks_before(step) != blocks:
+    leads_to = plan.blocks_before(step)
+    if end_blocks is not None and step >= total_steps:
+        leads_to = min(leads_to, end_blocks)  # what fills up the last step is not seen
+    if step < plan.stretches[0].step or leads_to != blocks:
         plan, total_steps, total_blocks = make(step, blocks)
     if total_steps < 1:
         raise RequestError(f"train.duration {duration} is not one step: a step has {points[0][1]} blocks")
@@ -274,6 +298,7 @@ def horizon(
         epoch_blocks=epoch_blocks,
         total_steps=total_steps,
         total_blocks=total_blocks,
+        run_blocks=total_blocks if end_blocks is None else end_blocks,
         end_position=end,
     )
 
@@ -286,9 +311,13 @@ def _planned(
     duration: Duration,
     block_size: int,
     epoch_blocks: int | None,
-    end: int | None,
+    end_blocks: int | None,
 ) -> tuple[StepPlan, int, int]:
-    """The plan from a step on, and the steps and blocks of the whole run."""
+    """The plan from a step on, and the steps and blocks of the whole run.
+
+    Args:
+        end_blocks: those of a run of epochs, without what it skips.
+    """
 
     def plan(total_blocks: int, *, check: bool = True) -> StepPlan:
         made = [Point(0, points[0][1])]
@@ -315,13 +344,15 @@ def _planned(
             else:
                 high = middle
         return plan(low), steps, low
-    exact = _blocks_of(duration, block_size=block_size, epoch_blocks=epoch_blocks, total_blocks=0)
-    made = plan(math.ceil(exact))
-    if made.is_constant:
-        steps = math.ceil(exact / points[0][1])
-        return made, steps, steps * points[0][1]
-    total = math.ceil(exact) if end is None else end
-    return made, made.steps_to(total), total
+    if end_blocks is not None:
+        total = end_blocks
+    else:
+        total = math.ceil(
+            _blocks_of(duration, block_size=block_size, epoch_blocks=epoch_blocks, total_blocks=0)
+        )
+    made = plan(total)
+    steps = made.steps_to(total)
+    return made, steps, steps * points[0][1] if made.is_constant else total
 
 
 def _blocks_of(

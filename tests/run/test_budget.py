@@ -240,3 +240,49 @@ def test_batch_that_stays_equal_has_the_rates_of_a_constant_one(schedule: str) -
     for make in (learning_rates, momenta):
         for step in range(0, 1_000, 13):
             assert make(config, other)(step) == pytest.approx(make(config, one)(step), rel=1e-9)
+
+
+@pytest.mark.parametrize("growing", [[], GROWING[:-1]])
+@pytest.mark.parametrize("skipped", [(), ((0, 30),), ((7, 8), (50, 97), (200, 300)), ((0, 1029),)])
+@pytest.mark.parametrize("epochs", ["0.5", "1", "3.7", "10"])
+def test_run_of_epochs_has_the_steps_that_its_blocks_fill(
+    growing: list[str], skipped: tuple[tuple[int, int], ...], epochs: str
+) -> None:
+    """Counted by walking over the positions, at the start and from any step on."""
+    end = int(Fraction(epochs) * 103)
+    left = [place for place in range(end) if not any(a <= place < b for a, b in skipped)]
+    argv = [*growing, "--train.duration", f"{epochs} epochs"]
+    if skipped:
+        argv += ["--data.skip_positions", f"[{', '.join(f'{a}-{b - 1}' for a, b in skipped)}]"]
+    if not left:
+        with pytest.raises(RequestError, match=f"skip all {end} positions"):
+            sizes(*argv)
+        return
+    plan = sizes(*argv)
+    assert plan.run_tokens == 16 * len(left)
+    seen = step = 0
+    while seen < len(left):
+        at = left[seen]
+        past = {"step": step, "blocks": seen, "position": at}
+        assert sizes(*argv, **past).total_steps == plan.total_steps
+        seen, step = seen + plan.steps.batch_of(step), step + 1
+    assert step == plan.total_steps
+    finished = sizes(*argv, step=step, blocks=len(left), position=end)
+    assert (finished.steps, finished.total_steps) == (plan.steps, step), (
+        "what fills the last step up is no new plan"
+    )
+
+
+def test_epochs_of_no_block_are_refused() -> None:
+    with pytest.raises(RequestError, match="less than one block: an epoch has 103"):
+        sizes("--train.duration", "0.005 epochs")
+
+
+def test_few_steps_are_told_with_a_remedy_that_helps() -> None:
+    config = parse.parse(["--data.train", "x", "--train.duration", "1 steps"], default_recipe=None)
+    [line] = sizes("--train.duration", "1 steps").warnings(config, validated=True)
+    assert line.startswith("only 1 step:")
+    assert "global_batch_blocks (" not in line  # a smaller batch gives no more steps
+    config = parse.parse(["--data.train", "x", "--train.duration", "0.5 epochs"], default_recipe=None)
+    [line] = sizes("--train.duration", "0.5 epochs").warnings(config, validated=True)
+    assert "reduce --train.global_batch_blocks" in line
