@@ -168,6 +168,7 @@ class _PlannedRun:
         from lmcore.engine.launch import cpu_bf16
         from lmcore.run import planning, setup
         from lmcore.run.budget import horizon
+        from lmcore.run.setup import schedules_of
 
         processes = int(_number(given, "processes", engine.world_size if engine else 1))
         strategy = given.get("strategy")
@@ -217,6 +218,7 @@ class _PlannedRun:
                 config, self.module, setting, block_size=self.block_size, device_bytes=self.device_bytes
             ),
         )
+        schedules_of(config, self.sizes)  # one that does not fit is refused as in the run
         self.setting = planning.with_micro_batch(setting, self.sizes)
         self.batch = planning.first_batch(config, data, self.sizes.micro_batch_blocks) if data else None
 

@@ -404,7 +404,10 @@ def remedies(setting: Setting) -> list[tuple[str, Setting]]:
             offload_optimizer=True,
         )
         stage = offloaded.strategy[-1]
-        found.append((f"--engine.deepspeed ds_configs/zero{stage}_offload.json", offloaded))
+        # A launcher that has set FSDP2 up takes no DeepSpeed beside it.
+        by_launcher = f"accelerate_configs/zero{stage}_offload.yaml"
+        by_option = f"--engine.deepspeed ds_configs/zero{stage}_offload.json"
+        found.append((by_launcher if setting.strategy == "fsdp2" else by_option, offloaded))
     if setting.strategy in ("fsdp2", "zero3"):
         doubled = replace(setting, world_size=2 * setting.world_size)
         found.append((f"{doubled.world_size} devices", doubled))

@@ -24,8 +24,10 @@ from lmcore.conventions import torch_dtype
 from lmcore.data.batches import Batches
 from lmcore.data.context import check_divides
 from lmcore.data.cursor import Cursor
-from lmcore.engine import context, launch, tensor
+from lmcore.engine import context, launch, tensor, zero
+from lmcore.engine.accelerator import fsdp_optimizer
 from lmcore.engine.zero import memory_settings
+from lmcore.errors import RequestError
 from lmcore.model.build import build_model
 from lmcore.model.cpu_kernels import use_faster_kernels
 from lmcore.model.module import ModelWithLoss
@@ -200,6 +202,8 @@ def plan_of(
     part_bytes = state_bytes if part is module else trace.optimizer_bytes(part, make, weights=weights)
 
     average = average_bytes(config, counted)
+    optimizer = trace.optimizer_over_fakes(module, make)
+    refuse_strategy(config, optimizer, setting.strategy)
 
     def step_of(one: plan.Setting) -> dict[str, Any]:
         autocast, cast = one.casts
@@ -214,6 +218,7 @@ def plan_of(
         }
 
     def needs(one: plan.Setting) -> plan.Memory:
+        refuse_strategy(config, optimizer, one.strategy)  # no advice that the run would refuse
         traced = trace.trace_step(
             part,
             micro_batch_blocks=one.micro_batch_blocks,
@@ -260,6 +265,22 @@ def plan_of(
         tokens_per_second=tokens_per_second,
         uncounted=uncounted,
     )
+
+
+def refuse_strategy(config: RunConfig, optimizer: torch.optim.Optimizer, strategy: str) -> None:
+    """Refuse what the engine would refuse of this strategy (``RequestError``): it is said before memory is counted."""
+    if strategy.startswith("zero"):
+        zero.check_optimizer(optimizer)
+    elif strategy == "fsdp2":
+        fsdp_optimizer(optimizer)
+    if strategy in ("single", "ddp"):
+        return
+    if config.train.param_dtype != "fp32":
+        raise RequestError(
+            f"train.param_dtype {config.train.param_dtype} has no meaning under {strategy}: leave it out"
+        )
+    if config.model.lora.rank:
+        raise RequestError(f"model.lora is tested with one process and with DDP, not with {strategy}")
 
 
 def average_bytes(config: RunConfig, counted: plan.Parameters) -> int:

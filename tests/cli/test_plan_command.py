@@ -15,7 +15,7 @@ from lmcore.cli.main import main
 from lmcore.cli.plan import plan_rows
 from lmcore.config.parse import parse
 from lmcore.data.tokenizer.training import train_tokenizer
-from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST
+from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST, RequestError
 from lmcore.model.build import build_model
 from lmcore.plan import plan, probe
 from lmcore.report.metrics import read_metrics
@@ -336,3 +336,52 @@ def test_growing_batch_is_planned() -> None:
     assert rows["global batch"] == "4 blocks of 16 tokens at first"
     assert rows["batch changes"] == "from step 6 (position 20) 8 blocks = 2 x 1 x 4"
     assert rows["budget"] == "10 steps = 960 tokens"
+
+
+def tiny(*words: str) -> Any:
+    sizes = "--data.block_size 16 --model.config.n_layer 1 --model.config.n_embd 32 --model.config.n_head 2"
+    argv = ["--data.train", "x", *sizes.split(), "--tokenizer.vocab_size", "300", *words]
+    return parse(argv, default_recipe=None)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "--optim.warmup|1e6 tokens|--train.duration|10 steps",
+            "optim.warmup of .* do not fit into a run of",
+        ),
+        (
+            "--optim.schedule|0: 0, 50: 1, 100%: 0|--train.duration|40 steps",
+            "100% comes no later than 50 steps",
+        ),
+        ("--optim.momentum|0: 0.5, 50: 0.9, 100%: 0.8|--train.duration|40 steps", "100% comes no later"),
+    ],
+)
+def test_schedule_that_does_not_fit_is_not_planned(words: str, said: str) -> None:
+    config = tiny(*words.split("|"), "--optim.name", "sgd", "--train.global_batch_blocks", "4")
+    with pytest.raises(RequestError, match=said):
+        plan_rows(config, {}, open_data=lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("words", "strategy", "said"),
+    [
+        ("--optim.name muon", "zero2", "does not work under ZeRO"),
+        ("--optim.name adafactor", "zero3", "does not work under ZeRO"),
+        ("--optim.name adafactor", "fsdp2", "fails on sharded tensors"),
+        ("--train.param_dtype bf16 --train.precision bf16", "fsdp2", "has no meaning under fsdp2"),
+    ],
+)
+def test_strategy_that_the_run_would_refuse_is_not_planned(words: str, strategy: str, said: str) -> None:
+    config = tiny(*words.split(), "--train.duration", "10 steps", "--train.global_batch_blocks", "4")
+    with pytest.raises(RequestError, match=said):
+        plan_rows(config, {"processes": "2", "strategy": strategy}, open_data=lambda: None)
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor", "adamw"])
+def test_advice_is_what_the_run_accepts(name: str) -> None:
+    config = tiny("--optim.name", name, "--train.duration", "10 steps", "--train.global_batch_blocks", "4")
+    rows = dict(plan_rows(config, {"processes": "2", "device_gib": "0.00001"}, open_data=lambda: None))
+    said = " ".join(rows.values())
+    assert ("zero" in said) == (name == "adamw"), said
