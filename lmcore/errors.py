@@ -55,6 +55,10 @@ class FaultError(Exception):
     exit_code = EXIT_FAULT
 
 
+class DivergedError(FaultError):
+    """The loss or the gradients are not finite any more, or too far from what they were, and ``guard.*`` ends the run."""
+
+
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 """The request was right, the disk was not."""
 

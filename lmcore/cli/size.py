@@ -23,10 +23,10 @@ from lmcore.cli.saved import tasks
 from lmcore.cli.train import script
 from lmcore.config import yaml
 from lmcore.config.durations import Duration
-from lmcore.config.parse import parse
+from lmcore.config.parse import named_options, parse
 from lmcore.config.schema import RunConfig, flatten, plain
 from lmcore.disk import DISK
-from lmcore.errors import EXIT_FINISHED, EXIT_SAVED, FaultError, RequestError
+from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED, FaultError, RequestError
 from lmcore.humanize import duration, short, table
 from lmcore.plan import scaling
 from lmcore.run import ladder, own_text
@@ -149,10 +149,12 @@ def budget_seconds(text: str | None) -> float:
 def requested(words: Sequence[str]) -> RunConfig:
     """The options of the command line, with what ``size`` adds where the user says nothing: preset, optimizer, vocabulary, block."""
 
-    def given(name: str) -> bool:
-        return any(word == f"--{name}" or word.startswith(f"--{name}=") for word in words)
+    named = named_options(words)
 
-    if taken(list(words), "data.mode") == "stream":
+    def given(name: str) -> bool:
+        return any(one == name or one.startswith(f"{name}.") for one in named)
+
+    if named.get("data.mode") == "stream":
         raise RequestError("lmcore size counts the tokens of the text first, which data.mode stream does not")
     config = parse(list(words), note=lambda line: print(line, file=sys.stderr), default_recipe=None)
     now, defaults = flatten(config), flatten(RunConfig())
@@ -476,7 +478,8 @@ class Search:
 
     def _refuse(self, code: int, name: str) -> None:
         """A short run that failed for any reason but its learning rate ends the search."""
-        if code in (0, 70):
+        run = self.path / "runs" / name
+        if code == 0 or (code == EXIT_FAULT and ladder.read_result(run).loss == math.inf):
             return
         if code == EXIT_SAVED:
             raise Stopped

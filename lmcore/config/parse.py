@@ -22,7 +22,7 @@ import re
 import sys
 import typing
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,20 @@ class _Request(typing.NamedTuple):
     help: str | None
     """The section after ``--help``; empty: all."""
     print_config: bool
+
+
+def named_options(argv: Sequence[str]) -> Layer:
+    """The options that a command line sets, by itself and by its ``--config`` files, with the values as they are written.
+
+    Raises:
+        RequestError: as :func:`parse`.
+
+    >>> sorted(named_options(["--seed", "7", "--train.duration=10 steps"]))
+    ['seed', 'train.duration']
+    """
+    request = _split(argv)
+    layers = [_read(file, lambda line: None) for file in request.files]
+    return {name: value for layer in [*layers, request.layer] for name, value in layer.items()}
 
 
 def _split(argv: Iterable[str]) -> _Request:

@@ -364,7 +364,7 @@ def changed(config: RunConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Of a rung. ``loss``: infinite where the run was ended for a numerical fault; ``None``: it is not finished."""
+    """Of a rung. ``loss``: infinite where the training diverged; ``None``: it is not finished."""
 
     loss: float | None
     tokens_per_second: float | None
@@ -376,8 +376,8 @@ def read_result(run_dir: Path) -> Result:
         status = json.loads((run_dir / "status.json").read_bytes())
     except (OSError, ValueError):
         return Result(loss=None, tokens_per_second=None)
-    state, code = status.get("state"), status.get("exit_code")
-    if state == "failed" and code == 70:
+    state = status.get("state")
+    if state == "failed" and status.get("diverged") is True:  # code 70 is that of a full disk, too
         return Result(loss=math.inf, tokens_per_second=None)
     records = read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else []
     scored = [r for r in records if r.get("kind") == "eval" and r.get("step") == status.get("step")]

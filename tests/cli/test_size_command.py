@@ -20,7 +20,7 @@ from lmcore.cli import size
 from lmcore.cli.main import main
 from lmcore.config.parse import parse
 from lmcore.data.tokenizer.training import train_tokenizer
-from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_REQUEST, EXIT_SAVED
+from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_REQUEST, EXIT_SAVED, RequestError
 from lmcore.plan.scaling import Law, effective_tokens
 from lmcore.report.curves import read_run
 from lmcore.report.html import facts
@@ -76,7 +76,9 @@ class KnownLaw:
             return self.fails, 0.1
         steps = int(config.train.duration.value)
         if config.optim.lr > self.diverges_above:
-            (run / "status.json").write_text(json.dumps({"state": "failed", "step": 3, "exit_code": 70}))
+            (run / "status.json").write_text(
+                json.dumps({"state": "failed", "step": 3, "exit_code": 70, "diverged": True})
+            )
             return 70, 0.1
         blocks = config.train.global_batch_blocks or 0
         off = math.log(config.optim.lr / BEST_RATE / math.sqrt(blocks / 4))
@@ -409,3 +411,26 @@ def test_whole_search_with_real_runs_gives_a_recipe_that_trains(
     assert config.report.expected_loss is not None
     assert train(["--config", "recipes/mine.yaml", "--train.duration", "12 steps"]) == [0]
     assert "reached" in facts(read_run("runs/mine"))["expected loss"]
+
+
+def test_values_of_a_file_are_kept_as_those_of_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some words\n" * 2000)
+    (tmp_path / "mine.yaml").write_text(
+        f"data:\n  train: [{tmp_path}/text.txt]\n  valid_fraction: 0.1\n  block_size: 64\n"
+        "tokenizer:\n  vocab_size: 700\noptim:\n  name: adamw\n"
+    )
+    found = size.requested(["--config", str(tmp_path / "mine.yaml")])
+    assert (found.tokenizer.vocab_size, found.optim.name) == (700, "adamw")
+    assert (found.data.valid_fraction, found.data.block_size) == (0.1, 64)
+    (tmp_path / "stream.yaml").write_text(f"data:\n  train: [{tmp_path}/text.txt]\n  mode: stream\n")
+    with pytest.raises(RequestError, match=r"data\.mode stream"):
+        size.requested(["--config", str(tmp_path / "stream.yaml")])
+
+
+def test_short_run_on_a_full_disk_ends_the_search(
+    here: type[KnownLaw], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its code is that of a run that diverged; it says nothing about the learning rate."""
+    here.fails = 70
+    assert main(ASKED) == EXIT_FAULT
+    assert "ended with code 70: the last line" in capsys.readouterr().err

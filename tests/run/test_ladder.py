@@ -174,7 +174,8 @@ def test_recipe_holds_what_the_user_asked_for_and_nothing_that_is_the_default(tm
     ("status", "found"),
     [
         ({"state": "finished", "step": 20, "exit_code": 0}, 3.5),
-        ({"state": "failed", "step": 12, "exit_code": 70}, math.inf),
+        ({"state": "failed", "step": 12, "exit_code": 70, "diverged": True}, math.inf),
+        ({"state": "failed", "step": 12, "exit_code": 70}, None),  # a full disk
         ({"state": "failed", "step": 12, "exit_code": 71}, None),
         ({"state": "saved", "step": 20, "exit_code": 75}, None),
         ({"state": "running", "step": 20}, None),
