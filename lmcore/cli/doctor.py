@@ -112,6 +112,10 @@ def _packages(folder: Path) -> Iterator[Finding]:
         try:
             have = version(package)
         except PackageNotFoundError:
+            if package == "deepspeed":
+                remedy = "only ZeRO needs it: pip install 'lmcore[deepspeed]'"
+                yield Finding("note", package, "not installed", remedy)
+                continue
             yield Finding("bad", package, "not installed", "pip install -r requirements.txt")
             continue
         if _numbers(have) < _numbers(floor):

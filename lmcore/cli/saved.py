@@ -150,7 +150,9 @@ def generate(words: list[str]) -> None:
     )
     parser.add_argument("--no_stop", action="store_true", help="continue after the end of a document")
     for place, word in enumerate(words[:-1]):
-        if word == "--prompt" and words[place + 1].startswith("--"):  # argparse takes it for an option
+        if (
+            word == "--prompt" and words[place + 1].startswith("-") and words[place + 1] != "-"
+        ):  # argparse takes it for an option
             words = [*words[:place], f"--prompt={words[place + 1]}", *words[place + 2 :]]
             break
     asked, saved = _opened(parser, words)
@@ -237,10 +239,11 @@ def _bounded(stream: IO[Any], where: str) -> Any:
 def _prompts_of_file(name: str) -> list[str]:
     try:
         with open(name, "rb") as file:
-            lines = _bounded(file, f"--prompts {name}").decode("utf-8", "surrogateescape").splitlines()
+            text = _bounded(file, f"--prompts {name}").decode("utf-8", "surrogateescape")
     except OSError as error:
         raise RequestError(f"--prompts {name}: {error.strerror}") from None
-    lines = [line for line in lines if line.strip()]
+    # Not splitlines(): a form feed or U+2028 may stand inside a prompt.
+    lines = [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
     if name.endswith(".jsonl"):
         lines = [_prompt_of_json(line, f"{name}, line {number}") for number, line in enumerate(lines, 1)]
     if not lines:
@@ -302,8 +305,11 @@ def evaluate(words: list[str]) -> None:
     sets: dict[str, list[str]] = {}
     for entry in asked.data:
         name, equals, path = entry.partition("=")
-        if not equals:
+        # What is before the first = may be part of a path: lang=en/part.parquet
+        if not equals or "/" in name or os.path.exists(entry):
             name, path = Path(entry).name or entry, entry
+            if name in sets:  # only names that somebody wrote join files
+                name = entry
         sets.setdefault(name, []).append(path)
     report = tasks()
     with _own_options():
@@ -365,6 +371,8 @@ def export(words: list[str]) -> None:
     parser.add_argument("--push", default=None, metavar="OWNER/NAME", help="upload to the Hub (private)")
     parser.add_argument("--public", action="store_true", help="with --push: for everybody to see")
     asked = parser.parse_args(words)
+    if asked.public and not asked.push:
+        raise RequestError("--public says how --push uploads: give --push OWNER/NAME, or leave it out")
     if not 0 < asked.max_shard_gb <= 1e6:
         raise RequestError(f"--max_shard_gb must be above 0 and at most 1,000,000 (got {asked.max_shard_gb})")
     quiet_libraries()
@@ -393,6 +401,17 @@ def export(words: list[str]) -> None:
             )
     elif not asked.push:
         raise RequestError(f"{path} is an export already: give a run folder or a checkpoint")
+    else:
+        changed = [
+            f"--{name}"
+            for name in ("out", "dtype", "weights", "max_shard_gb")
+            if getattr(asked, name) != parser.get_default(name)
+        ]
+        if changed:
+            raise RequestError(
+                f"{' and '.join(changed)}: {path} is an export already and is pushed as it is; give the run folder or a "
+                "checkpoint to export it anew"
+            )
     if asked.push:
         print(exporting.push(path, asked.push, private=not asked.public))
 

@@ -165,10 +165,17 @@ def resolve(
     folder = Path(os.path.abspath(path))  # links stay: what is beside a linked checkpoint is beside the link
     if not folder.is_dir():
         raise RequestError(f"{path}: no such folder; give a run folder, a checkpoint or an export")
+    kind = None
     if (folder / manifest.MANIFEST).exists() and (folder / manifest.STATE).exists():
-        return "checkpoint", folder
-    if (folder / "config.json").is_file():
-        return "export", folder
+        kind = "checkpoint"
+    elif (folder / "config.json").is_file():
+        kind = "export"
+    if kind is not None:
+        if checkpoint != "auto":
+            raise RequestError(
+                f"{path} is one {kind}: checkpoint {checkpoint} is chosen from a run folder; give that"
+            )
+        return kind, folder
     if checkpoint.isdecimal() and len(checkpoint) < 20:
         checkpoint = manifest.step_name(int(checkpoint))
     checkpoints = folder / "checkpoints"

@@ -18,6 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from lmcore.conventions import LONGEST_DEFAULT_BLOCK_TOKENS
 from lmcore.data.batches import EvalBatches
 from lmcore.data.blocks import StoreBlocks
 from lmcore.data.store import build
@@ -29,8 +30,6 @@ from lmcore.model.module import ModelWithLoss
 from lmcore.saved.load import Saved
 from lmcore.saved.weights import device_of
 
-LONGEST_DEFAULT_BLOCK_TOKENS = 1024
-"""As in training: a block is the model's context, but by default no longer than this."""
 TOKENS_AT_ONCE = 8192
 
 Task = Callable[..., AbstractContextManager[Callable[..., None]]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.metadata
 import io
 import json
 import math
@@ -202,6 +203,16 @@ def test_evaluate_names_its_own_options(
     assert "data.on_error" not in line
 
 
+def test_prepare_of_a_stream_says_what_is_not_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(f"line {n} of the text" for n in range(600)))
+    words = ["--data.train", tmp_path / "text.txt", "--tokenizer.vocab_size", 300, "--data.mode", "stream"]
+    words += ["--train.duration", "5 steps", "--data.block_size", 16, "--run_dir", tmp_path / "run"]
+    assert call("prepare", *words) == 0
+    assert "blocks in an epoch: not known beforehand" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", [".prepare.lock", "tokenizer"])
 def test_prepare_writes_through_no_link(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -334,6 +345,14 @@ def test_generate_reads_prompts_from_a_file(
     expected = text("--prompt", "def") + "\n" + text("--prompt", "吾輩は")
     assert text("--prompts", tmp_path / "prompts.txt") == expected
     assert text("--prompts", tmp_path / "prompts.jsonl") == expected
+    (tmp_path / "windows.txt").write_bytes("\ufeffdef\r\n吾輩は\r\n".encode())
+    assert text("--prompts", tmp_path / "windows.txt") == expected
+    (tmp_path / "windows.jsonl").write_bytes('\ufeff"def"\r\n"吾輩は"\r\n'.encode())
+    assert text("--prompts", tmp_path / "windows.jsonl") == expected
+    (tmp_path / "one.jsonl").write_text('"a\u2028b\x0c"\n'.replace("\x0c", "\\f"), encoding="utf-8")
+    (tmp_path / "one.txt").write_text("a\x0cb\u2028c\n", encoding="utf-8")
+    for name in ("one.jsonl", "one.txt"):  # one prompt each: such characters end no line
+        assert saved._prompts_of_file(str(tmp_path / name))[1:] == []
     (tmp_path / "bad.jsonl").write_text('"def"\n[1]\n')
     (tmp_path / "empty.txt").write_text("\n")
     for words, said in (
@@ -391,8 +410,9 @@ def test_generate_shows_no_escape_codes(
 
 
 def test_generate_prompt_may_begin_with_dashes(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("generate", run_dir, "--prompt", "--x", "--max_tokens", 2, "--device", "cpu") == 0
-    assert capsys.readouterr().out.startswith("--x")
+    for prompt in ("--x", "-x", "- x"):
+        assert call("generate", run_dir, "--prompt", prompt, "--max_tokens", 2, "--device", "cpu") == 0
+        assert capsys.readouterr().out.startswith(prompt)
 
 
 def test_evaluate_is_the_mean_over_every_token_of_every_set(
@@ -430,6 +450,48 @@ def test_evaluate_is_the_mean_over_every_token_of_every_set(
     assert json.loads(out.read_text()) == result
     with pytest.raises(RequestError, match="context of 32"):
         score(opened, {"a": [str(tmp_path / "a.txt")]}, block_size=64)
+
+
+def test_evaluate_keeps_files_of_one_name_apart(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only names that the user has written join files; a path may hold an equals sign."""
+    files = {
+        "a/held.txt": "def f(x):\n" * 9,
+        "b/held.txt": "吾輩は猫である。\n" * 9,
+        "lr=3e-4/held.txt": "x\n" * 9,
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    one, other, third = (str(tmp_path / name) for name in files)
+    assert call("evaluate", run_dir, "--data", one, other, third, "--json", "-") == 0
+    sets = json.loads(capsys.readouterr().out)["sets"]
+    assert list(sets) == ["held.txt", other, third]
+    assert call("evaluate", run_dir, "--data", f"both={one}", f"both={other}", "--json", "-") == 0
+    both = json.loads(capsys.readouterr().out)["sets"]
+    assert list(both) == ["both"]
+    assert both["both"]["bytes"] > sets["held.txt"]["bytes"]
+
+
+def test_options_that_would_be_ignored_are_refused(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("export", run_dir, "--out", tmp_path / "export") == 0
+    step = run_dir / "checkpoints" / "step-00000004"
+    capsys.readouterr()
+    for words, said in (
+        (
+            ["generate", tmp_path / "export", "--prompt", "x", "--checkpoint", 2],
+            "is one export: checkpoint 2",
+        ),
+        (["generate", step, "--prompt", "x", "--checkpoint", "best"], "is one checkpoint: checkpoint best"),
+        (["export", tmp_path / "export", "--push", "me/m", "--dtype", "bf16"], "--dtype: "),
+        (["export", tmp_path / "export", "--push", "me/m", "--out", "x"], "--out: "),
+        (["export", run_dir, "--public"], "give --push OWNER/NAME"),
+    ):
+        assert call(*words) == 2, words
+        assert said in capsys.readouterr().err, words
 
 
 def test_checkpoints_lists_and_verifies(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -534,6 +596,15 @@ def test_doctor_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     monkeypatch.setattr(doctor, "version", old)
     found_now = doctor.examine()
+
+    def none(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor, "version", none)
+    missing = {one.name: one for one in doctor.examine()}
+    assert missing["torch"].state == "bad"
+    assert missing["deepspeed"].state == "note", "an extra, which only ZeRO needs"
+    assert "lmcore[deepspeed]" in missing["deepspeed"].remedy
     assert [one.state for one in found_now if one.name == "torch"] == ["bad"]
     assert "pip install -U torch" in next(one.remedy for one in found_now if one.name == "torch")
     assert [one.state for one in found_now if one.name == "transformers"] == ["ok"]
