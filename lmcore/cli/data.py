@@ -53,7 +53,9 @@ def prepare(words: list[str]) -> None:
     display.close()
     for name, value in data.rows:
         print(f"{name}: {value}")
-    print(f"blocks in an epoch: {data.train.epoch_blocks:,} of {data.block_size:,} tokens")
+    known = getattr(data.train, "epoch_blocks", None)
+    count = "not known beforehand, blocks" if known is None else f"{known:,}"
+    print(f"blocks in an epoch: {count} of {data.block_size:,} tokens")
 
 
 def _one_at_a_time(lock: Path, work: Callable[[], Any]) -> Any:
@@ -194,8 +196,9 @@ def order(words: list[str]) -> None:
     same = {"fingerprint": data.train.fingerprint, "former": former, "override": "the text as it was"}
     states = [(cursor.check(seed=config.seed, **same), state) for cursor, state in states]
     cursors = [cursor for cursor, _ in states]
-    steps = _plan_of(config, data, states[-1][1] if states else {}) if asked.step is not None else None
-    positions = _positions(asked, steps, cursors[-1].skips if cursors else ())
+    newest = states[-1] if states else (None, {})
+    sizes = _sizes_of(config, data, *newest) if asked.step is not None else None
+    positions = _positions(asked, run, sizes, cursors[-1].skips if cursors else ())
     from lmcore.data.locate import locate
 
     decode = data.encoder.decode if data.encoder else str
@@ -225,8 +228,8 @@ def _states(run: Path) -> list[tuple[Any, dict[str, Any]]]:
     return states
 
 
-def _plan_of(config: Any, data: Any, state: dict[str, Any]) -> Any:
-    """The blocks of every step, as the run plans them from the newest checkpoint on."""
+def _sizes_of(config: Any, data: Any, cursor: Any, state: dict[str, Any]) -> Any:
+    """The blocks of every step, as the run plans them at its newest checkpoint."""
     from lmcore.run.budget import horizon
 
     return horizon(
@@ -236,11 +239,33 @@ def _plan_of(config: Any, data: Any, state: dict[str, Any]) -> Any:
         world_size=1,
         step=state.get("step", 0),
         blocks=state.get("tokens", 0) // data.block_size,
+        position=cursor.position if cursor else None,
+        skips=cursor.skips if cursor else (),
         planned_from=tuple(state.get("planned_from", (0, 0))),
-    ).steps
+    )
 
 
-def _positions(asked: argparse.Namespace, steps: Any, skips: Any) -> Any:
+def _logged_positions(run: Path, step: int) -> tuple[int, int]:
+    """Where a step began and ended, by the lines of metrics.jsonl for it and the step before it.
+
+    Raises:
+        RequestError: they were not logged.
+    """
+    from lmcore.report.metrics import read_metrics
+
+    path = run / "metrics.jsonl"
+    records = read_metrics(path, kind="train") if path.exists() else []
+    ends = {0: 0} | {record["step"]: record["position"] for record in records if "position" in record}
+    if step not in ends or step - 1 not in ends:
+        raise RequestError(
+            f"the steps up to {step} were made with another plan (train.global_batch_blocks or train.duration was changed "
+            f"later), and {path} has no line for the steps {step - 1} and {step}: give --position; a line holds the position "
+            "after its step"
+        )
+    return ends[step - 1], ends[step]
+
+
+def _positions(asked: argparse.Namespace, run: Path, sizes: Any, skips: Any) -> Any:
     import numpy as np
 
     from lmcore.config.schema import ranges
@@ -255,10 +280,18 @@ def _positions(asked: argparse.Namespace, steps: Any, skips: Any) -> Any:
         return np.arange(start, stop)
     if not 1 <= asked.step < 2**40:
         raise RequestError(f"--step must be from 1 to {2**40 - 1:,} (got {asked.step})")
+    steps = sizes.steps
+    if asked.step <= steps.stretches[0].step:
+        start, stop = _logged_positions(run, asked.step)
+        found = next_positions(start, stop - start, skips)[0]
+        return found[found < stop]
     position = steps.blocks_before(asked.step - 1)
     for start, stop in skips:  # sorted; positions skipped before this step move it
         position += stop - start if start <= position else 0
-    return next_positions(position, steps.batch_of(asked.step - 1), skips)[0]
+    found = next_positions(position, steps.batch_of(asked.step - 1), skips)[0]
+    if sizes.end_position is None or not len(found[found < sizes.end_position]):
+        return found
+    return found[found < sizes.end_position]  # what fills up the last step has no labels
 
 
 def stores(words: list[str]) -> None:

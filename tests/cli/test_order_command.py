@@ -64,6 +64,43 @@ def test_order_shows_the_blocks_of_a_step_decoded(
         assert sorted(shown) == sorted(repr(decode(ids)) for ids in seen[step])
 
 
+def test_order_of_a_finished_epoch_is_that_of_its_steps(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its blocks are no multiple of the batch; and one that went on with another batch."""
+    options = {
+        "data__store_dir": tmp_path / "stores",
+        "train__duration": "1 epochs",
+        "evaluate__every": "never",
+    }
+    argv = request(text, tmp_path / "run", **options)
+    assert run_ranks(_train_and_tell, 1, argv, str(tmp_path / "seen")) == [EXIT_FINISHED]
+    seen = dict(json.loads(line) for line in (tmp_path / "seen").read_text().splitlines())
+    last = max(seen)
+    options |= {"train__duration": "2 epochs", "train__global_batch_blocks": 24}
+    decode = load_model(tmp_path / "run").tokenizer.decode
+
+    def check(step: int) -> None:
+        assert main(["order", str(tmp_path / "run"), "--step", str(step), "--text", "10000"]) == EXIT_FINISHED
+        shown = [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()]
+        read = {repr(decode(ids)) for ids in seen[step]}
+        assert shown
+        assert set(shown) <= read  # what fills the last step up is not shown
+        assert step in (last, max(seen)) or len(shown) == len(seen[step])
+
+    for step in (1, 2, last - 1, last):
+        check(step)
+    argv = [*request(text, tmp_path / "run", **options), "--allow_changes", "train.global_batch_blocks"]
+    assert run_ranks(_train_and_tell, 1, argv, str(tmp_path / "seen")) == [EXIT_FINISHED]
+    seen = dict(json.loads(line) for line in (tmp_path / "seen").read_text().splitlines())
+    for step in (1, 2, last, last + 1, last + 3, max(seen)):
+        check(step)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    check(last + 1)
+    assert main(["order", str(tmp_path / "run"), "--step", "2"]) == EXIT_REQUEST
+    assert "made with another plan" in capsys.readouterr().err
+
+
 def test_order_numbers_items_of_an_own_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {
         "run_dir": tmp_path / "own",
