@@ -277,3 +277,34 @@ def test_directives_stand_before_the_first_command(template: Path) -> None:
 def test_shellcheck(script: Path) -> None:
     result = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("answer", ["exit 1", "exit 0", "echo N/A"])
+def test_end_of_the_job_that_is_not_known_is_not_invented(submit, tmp_path: Path, answer: str) -> None:
+    """``date`` takes an empty word for this morning's midnight: the run would think that its time is over."""
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/bash\n{answer}\n")
+    submit('env > "$NOTES.env"')
+    assert "SLURM_JOB_END_TIME" not in (tmp_path / "notes.env").read_text()
+
+
+def test_end_of_the_job_is_asked_of_the_controller(submit, tmp_path: Path) -> None:
+    submit('env > "$NOTES.env"', TZ="UTC")
+    assert "SLURM_JOB_END_TIME=1927857906" in (tmp_path / "notes.env").read_text().splitlines()
+
+
+def test_checkpoints_that_were_put_aside_are_no_progress(submit, tmp_path: Path) -> None:
+    """A run that resumed from an older checkpoint goes on below the number that it put aside."""
+    for suffix in ("abandoned-1", "damaged-1"):
+        (tmp_path / "run" / "checkpoints" / f"step-00000900.{suffix}").mkdir(parents=True)
+    for step in (400, 500, 600, 700):
+        result = submit(status("saved", step=step, **SAVED))
+        assert f"saved at step-{step:08d}: back into the queue" in result.stdout
+
+
+def test_logs_are_shown_of_a_folder_with_a_space(submit, tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "logs" / f"slurm-{JOB}-alpha.log").write_text("the cause\n")
+    result = submit("exit 9", RUN_DIR=str(folder))
+    assert "the cause" in result.stdout
+    assert "can't read" not in result.stdout + result.stderr
