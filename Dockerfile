@@ -33,8 +33,11 @@ RUN torch="$(grep '^torch==' requirements.txt)" \
        fi \
     && pip install --no-cache-dir -r requirements.txt
 
+# Extras of pyproject.toml by name, with commas between: EXTRAS=s3 for a bucket.
+ARG EXTRAS=
 COPY . .
-RUN pip install --no-cache-dir --no-deps .
+RUN pip install --no-cache-dir --no-deps . \
+    && if [ -n "$EXTRAS" ]; then pip install --no-cache-dir "lmcore[$EXTRAS]"; fi
 
 # Not root: what a run writes into the mounted folder should belong to a person. `docker run --user` overrides it;
 # HOME is writable by anyone for that reason (caches of torch, triton and the Hub).
