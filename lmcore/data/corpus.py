@@ -161,12 +161,12 @@ def _describe_split(name: str, sides: tuple[Split, Split], fraction: float) -> s
     kind, used = sides[0]
     if kind == "head":
         return (
-            f"data.valid_fraction {fraction:g} selects no document of {name!r}, which has too few: the last {used:.2g} of each "
+            f"data.valid_fraction {fraction:g} selects no document of {name!r}, or most of its text: the last {used:.2g} of each "
             f"document is validation text instead; to choose it yourself, give --data.valid"
         )
     if used != fraction:
         return (
-            f"data.valid_fraction {fraction:g} selects no document of {name!r}, which has too few: one document is "
+            f"data.valid_fraction {fraction:g} selects no document of {name!r}, or most of its text: one document is "
             f"validation text instead; to choose it yourself, give --data.valid"
         )
     return None
@@ -395,7 +395,7 @@ def open_corpus(
         train=training,
         weights=mixture_weights(sources),
         valid=held_out,
-        test=as_tests(tests),
+        test=as_tests(tests, held_out),
     )
 
 
@@ -434,6 +434,8 @@ def _training_documents_in(
     )
 
 
-def as_tests(sets: dict[str, Any]) -> dict[str, Any]:
-    """Test sets under names that no held-out set has: ``test``, or ``test/NAME`` where there are several."""
-    return {"test" if len(sets) == 1 else f"test/{name}": one for name, one in sets.items()}
+def as_tests(sets: dict[str, Any], held_out: Collection[str]) -> dict[str, Any]:
+    """Test sets under names that no held-out set has: ``test``, or ``test/NAME`` where there are several, or where a
+    held-out set is called ``test`` itself (the names of sources have no slash)."""
+    alone = len(sets) == 1 and "test" not in held_out
+    return {"test" if alone else f"test/{name}": one for name, one in sets.items()}

@@ -155,6 +155,7 @@ class Cursor:
         seed: int,
         former: Collection[str] = (),
         accept: bool = False,
+        accept_seed: bool = False,
         override: str = "--allow_changes data.train",
     ) -> Cursor:
         """The cursor to continue with, over data with this fingerprint and seed.
@@ -164,6 +165,7 @@ class Cursor:
             seed: of the run as it is configured now.
             former: what earlier versions called the same fingerprint.
             accept: continue although something differs: the position stays, but means other blocks from here on.
+            accept_seed: the same, but only if nothing but the seed differs.
             override: the option that sets ``accept``; shown in the message.
 
         Raises:
@@ -174,6 +176,7 @@ class Cursor:
         changed = [f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new]
         if self.version not in ORDER_VERSIONS:
             changed.insert(0, f"order version was {self.version}, known are {ORDER_VERSIONS}")
+        accept = accept or (accept_seed and len(changed) == 1 and self.seed != seed)
         if changed and not accept:
             raise RequestError(
                 f"the checkpoint was trained on other data up to position {self.position}: "

@@ -106,3 +106,11 @@ def test_cursor_of_order_version_1_keeps_its_version() -> None:
     assert kept.version == 1
     assert kept.advance(5).with_weights([1, 2]).version == 1
     assert replace(cursor, version=99).check(fingerprint="x", seed=7, accept=True).version == 2
+
+
+def test_allowed_change_of_the_seed_is_of_the_seed_only() -> None:
+    cursor = Cursor(fingerprint="a", seed=1, position=5)
+    assert cursor.check(fingerprint="a", seed=2, accept_seed=True).seed == 2
+    for data, seed in (("b", 1), ("b", 2)):
+        with pytest.raises(RequestError, match="trained on other data"):
+            cursor.check(fingerprint=data, seed=seed, accept_seed=True)

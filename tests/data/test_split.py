@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lmcore.config.schema import RunConfig
 from lmcore.data import corpus
 from lmcore.data.blocks import StoreBlocks
-from lmcore.data.corpus import Reading, splits_of, training_texts
+from lmcore.data.corpus import Reading, as_tests, splits_of, training_texts
 from lmcore.data.store.inventory import record_use, stores_of
 from lmcore.data.text.split import FEW_DOCUMENTS, LARGEST_SHARE, choose, cut_of, part_of, side
 from lmcore.errors import RequestError
@@ -243,3 +243,11 @@ def test_validation_share_of_few_documents_is_bounded(seed: int, sizes: list[int
     assert sum(shares) == sum(map(len, texts))
     assert 0 < shares[1] <= max(LARGEST_SHARE, 2 * fraction) * sum(shares) + 2 * len(texts)
     assert choose(reversed(texts), fraction) == splits, "the order of the documents does not matter"
+
+
+def test_test_sets_never_share_a_name_with_a_held_out_set() -> None:
+    """A validation file may be called test.txt."""
+    assert as_tests({"a": 1}, ["valid"]) == {"test": 1}
+    assert as_tests({"a": 1}, ["test", "other"]) == {"test/a": 1}
+    assert as_tests({"a": 1, "b": 2}, ["a"]) == {"test/a": 1, "test/b": 2}
+    assert as_tests({}, ["test"]) == {}

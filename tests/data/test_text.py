@@ -284,6 +284,14 @@ def test_bad_json_records_are_located(tmp_path: Path) -> None:
     assert read_all(source_of(path), part_bytes=100)[1] == bad
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_byte_order_mark_before_a_quoted_header_of_csv(tmp_path: Path, encoding: str) -> None:
+    """As Excel and pandas (``utf-8-sig``, all fields quoted) write it."""
+    path = tmp_path / "a.csv"
+    path.write_bytes('\ufeff"text","label"\r\n"hello, world","1"\r\n'.encode())
+    assert texts_of(source_of(path, encoding=encoding)) == ["hello, world"]
+
+
 def test_csv_stray_quote_is_one_bad_record(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     lines = [

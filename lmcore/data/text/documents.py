@@ -207,6 +207,11 @@ def _pieces(source: Source, path: str, relative_path: str, part_bytes: int) -> I
         yield piece(0, sys.maxsize, n_bytes)
 
 
+def with_lf(text: str) -> str:
+    """CRLF becomes LF, whatever the text comes from."""
+    return text.replace("\r\n", "\n") if "\r\n" in text else text
+
+
 def read(
     source: Source,
     part: Part,
@@ -236,7 +241,7 @@ def read(
                     )
                 )
                 continue
-            text = value.replace("\r\n", "\n") if "\r\n" in value else value
+            text = with_lf(value)
             where = f"{piece.path}{'#' if row else '@'}{at}"
             if text.strip():
                 yield Document(text, where)

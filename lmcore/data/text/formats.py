@@ -319,7 +319,9 @@ class _CsvLines:
             raise StopIteration
         self.n_lines += 1
         self.n_bytes += len(line) + 1
-        return line.decode(self._encoding, SURROGATE) + "\n"
+        text = line.decode(self._encoding, SURROGATE)
+        # Before csv sees it: a quote after a byte-order mark would be taken as part of the text.
+        return (text if offset else text.removeprefix("\ufeff")) + "\n"
 
 
 def csv_records(
@@ -332,7 +334,6 @@ def csv_records(
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     source = _CsvLines(numbered, encoding)
     reader = csv.reader(source, delimiter="\t" if kind == "tsv" else ",", strict=True)
-    first = True
     while True:
         source.start_row()
         row: list[str] | Damage
@@ -347,11 +348,8 @@ def csv_records(
         else:
             if len(row) < 2 and not "".join(row).strip():
                 continue  # a blank line
-            if first:
-                row[0] = row[0].removeprefix("\ufeff")
             if any("\udc80" in cell for cell in row):
                 row = replace(_not_encoded(b"", encoding, ""), n_bytes=source.n_bytes)
-        first = False
         yield source.begin or 0, row, source.n_bytes
     if source.damage is not None:
         yield (*source.damage, 0)

@@ -116,6 +116,6 @@ def _rows(
                 documents.BadRecord(part.path, where, f"no text in {source.text_field!r} (there are {names})")
             )
         elif value.strip():
-            yield documents.Document(value, f"{part.path}#{where}")
+            yield documents.Document(documents.with_lf(value), f"{part.path}#{where}")
         elif empty is not None:
             empty(where)
