@@ -36,6 +36,9 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+LONGEST_DEFAULT_BLOCK_TOKENS: Final = 1024
+"""A block is the model's context by default, but no longer than this: attention grows with the square."""
+
 HIDDEN: Final = "<hidden>"
 """Stands for a secret in everything that is written or shown."""
 

@@ -58,6 +58,9 @@ def check(config: RunConfig) -> None:
     _check_model(config)
     _check_tokenizer(config)
     _check_evaluation(config)
+    for name in config.allow_changes:
+        if name not in keys() and f"{name.split('.config.')[0]}.config" not in keys():
+            raise RequestError(f"allow_changes: there is no option {name!r}{did_you_mean(name, keys())}")
     if config.train.profile is not None:
         ranges([config.train.profile], "train.profile")
     if config.train.deterministic and config.train.compile_mode == "max-autotune":
@@ -371,7 +374,10 @@ def _check_evaluation(config: RunConfig) -> None:
         "evaluate.early_stopping.target": stopping.target,
         "evaluate.early_stopping.divergence": stopping.divergence,
     }
-    needs = next((f"{name} {value}" for name, value in wanted.items() if value), None)
+    off = {"checkpoint.keep_best.k": 0, "evaluate.early_stopping.patience": 0}
+    needs = next(
+        (f"{name} {value}" for name, value in wanted.items() if value not in (None, off.get(name))), None
+    )
     streamed = config.data.mode == "stream"
     held_out = config.data.valid_fraction and not streamed
     if needs and not (config.data.valid or held_out or config.data.factory):

@@ -437,7 +437,7 @@ class RunConfig:
     local_dir: str | None = option(None, "free")
     """Where the run works if run_dir is a URL; default: a folder of the cache, named after the URL."""
     seed: int = option(1, "refuse", at_least=0, below=2**63)
-    """Seed of the order, the initial weights, dropout and the validation split."""
+    """Seed of the order, the initial weights and dropout."""
     resume: str = option("auto", "free")
     """auto: resume from the newest valid checkpoint; never; best; or the path of a checkpoint."""
     allow_changes: list[str] = option([], "free")

@@ -11,15 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lmcore.config.curves import END, Curve
 from lmcore.config.durations import Duration, Durations
-from lmcore.config.schema import RunConfig
+from lmcore.config.schema import RunConfig, global_batches
 from lmcore.data import corpus
 from lmcore.data.store import token_files
 from lmcore.data.text import hub
 from lmcore.data.text.documents import BadRecord
 from lmcore.disk import DISK
 from lmcore.errors import RequestError
-from lmcore.run.setup import reading_of
+from lmcore.run.setup import block_size_of, reading_of
 
 SAMPLE_BYTES = 2_000_000
 """What ``--fast_dev_run`` reads of the text: enough for a tokenizer and a few steps, in seconds."""
@@ -37,20 +38,65 @@ def shortened(config: RunConfig, folder: Path) -> RunConfig:
             valid=[str(sample / "valid.jsonl")] if text else data.valid,
             valid_fraction=None,
             test=[],
-            text_field="text",
+            text_field="text" if text else data.text_field,
+            encoding="utf-8" if text else data.encoding,
             store_dir=str(sample / "stores"),
             phases=[],
         )
     steps = Durations.parse
+    optim, train = config.optim, config.train
     return replace(
         config,
         resume="never",
         data=data,
-        train=replace(config.train, duration=Duration.parse("4 steps")),
+        optim=replace(
+            optim,
+            warmup=_as_share(optim.warmup, config),
+            decay=_as_share(optim.decay, config),
+            momentum_warmup=_as_share(optim.momentum_warmup, config),
+            schedule=_in_shares(optim.schedule, config),
+            momentum=_in_shares(optim.momentum, config),
+            weight_decay=_in_shares(optim.weight_decay, config),
+        ),
+        train=replace(
+            train,
+            duration=Duration.parse("4 steps"),
+            global_batch_blocks=_in_shares(train.global_batch_blocks, config),
+            global_batch_tokens=_in_shares(train.global_batch_tokens, config),
+        ),
         evaluate=replace(config.evaluate, every=steps("2 steps"), blocks=2, sample_tokens=8),
         checkpoint=replace(config.checkpoint, every=steps("2 steps")),
         report=replace(config.report, every=steps("1 steps")),
     )
+
+
+def _as_share(place: Duration, config: RunConfig) -> Duration:
+    """A place of the long run as a percentage of it, so that the short run has the same schedule.
+
+    One that is in epochs, of a run that is not, stays: how long an epoch is, is not known yet.
+    """
+    whole = config.train.duration
+    if place.unit not in ("steps", "tokens", "epochs") or not place.value:
+        return place
+    if place.unit == whole.unit:
+        share = place.exact() / whole.exact()
+    elif "epochs" in (place.unit, whole.unit):
+        return place
+    else:
+        block_size = block_size_of(config)
+        step_tokens = global_batches(config, block_size)[0] * block_size
+        share = place.exact() / whole.exact()
+        share = share * step_tokens if place.unit == "steps" else share / step_tokens
+    return Duration(min(float(100 * share), 100.0), "percent")
+
+
+def _in_shares(value: Any, config: RunConfig) -> Any:
+    """The same of all places of a curve; what comes after the end of the long run is left out."""
+    if not isinstance(value, Curve):
+        return value
+    points = [(_as_share(place, config), number) for place, number in value.points]
+    kept = [point for point in points if point[0] != END] + [point for point in points if point[0] == END][:1]
+    return replace(value, points=tuple(kept))
 
 
 def _entries(config: RunConfig) -> tuple[list[Any], list[Any]]:

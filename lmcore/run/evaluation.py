@@ -99,6 +99,7 @@ class Evaluator:
                 limit=blocks,
                 device=self._engine.device,
                 context=self._context,
+                collate=self._data.collate,
             )
             with self._report.task(f"evaluating {name}", total=len(batches)) as advance:
 

@@ -7,13 +7,17 @@ itself is loaded; only the sizes of the files are read.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lmcore.config.curves import values_of
 from lmcore.config.presets import MODERN_PRESETS, SHAPES
+from lmcore.conventions import LONGEST_DEFAULT_BLOCK_TOKENS, context_in
 from lmcore.data.text import listing, sources
 from lmcore.humanize import short
 from lmcore.humanize import size as human_size
@@ -82,16 +86,33 @@ def text_bytes(entries: list[Any], **reading: Any) -> int:
     Raises:
         RequestError: no such file, as when the text is opened.
     """
-    total = 0
+    total = 0.0
     for source in sources.resolve_sources(entries, **reading):
         for path in source.paths:
             if path.startswith(sources.HUB):
                 total += UNKNOWN_BYTES
             else:
                 found = listing.stat(path)
-                packed = PACKED.get(os.path.splitext(path.lower())[1], 1)
+                packed: float = PACKED.get(os.path.splitext(path.lower())[1], 1)
+                if path.endswith(sources.FOREIGN_SUFFIXES):
+                    packed = BYTES_PER_TOKEN / token_bytes(path)
                 total += 0 if found is None else found.st_size * packed
-    return total
+    return int(total)
+
+
+def token_bytes(path: str) -> float:
+    """Bytes of a token in a file of tokens; infinity for the index beside one.
+
+    Of ``.bin`` and ``.ds`` files, which do not all say it, those of nanoGPT: 2.
+    """
+    if path.endswith((".idx", ".index")):
+        return math.inf
+    if path.endswith(".npy"):
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            import numpy as np
+
+            return np.lib.format.open_memmap(path, mode="r").dtype.itemsize
+    return 2
 
 
 def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -158,7 +179,7 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 )
     asked = given.get("train.global_batch_blocks") or (FINE_TUNING_BLOCKS if pretrained else size.blocks)
     blocks = max(values_of(asked))
-    block_size = given.get("data.block_size") or size.context
+    block_size = given.get("data.block_size") or _context(given, size)
     if given.get("train.global_batch_tokens") is None:
         choose("train.global_batch_blocks", asked, f"blocks of {block_size:,} tokens in a step")
     if not pretrained and given.get("model.factory") is None and given.get("model.preset") is None:
@@ -196,6 +217,20 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     ]
     kept = ("model.type", "model.config")  # merged with what the user sets of the model
     return {name: value for name, value in values.items() if name not in given or name in kept}, lines
+
+
+def _context(given: dict[str, Any], size: Size) -> int:
+    """Tokens of a block where ``data.block_size`` is not given: as :func:`lmcore.run.setup.block_size_of` will have it."""
+    if given.get("model.preset") is not None:
+        return SHAPES[given.get("model.size") or size.preset_size].context
+    if given.get("model.from_pretrained"):
+        with contextlib.suppress(OSError, ValueError):
+            path = Path(given["model.from_pretrained"]) / "config.json"
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            known = context_in(fields if isinstance(fields, dict) else {})
+            return min(known or LONGEST_DEFAULT_BLOCK_TOKENS, LONGEST_DEFAULT_BLOCK_TOKENS)
+        return LONGEST_DEFAULT_BLOCK_TOKENS
+    return LONGEST_DEFAULT_BLOCK_TOKENS if given.get("model.factory") else size.context
 
 
 def _model_type(given: dict[str, Any]) -> str:

@@ -19,26 +19,45 @@ TABLE_ROWS = 30
 
 @final
 class ProfileWindow:
-    """Profiles the steps ``first`` to ``last``, both included; call :meth:`step` after each step of the run."""
+    """Profiles the steps ``first`` to ``last``, both included.
+
+    Call :meth:`step` before the first step of this start and after each step, and :meth:`end` after the last one.
+    """
 
     def __init__(self, folder: Path, first: int, last: int) -> None:
         self._folder, self._first, self._last = folder, first, last
         self._profile: profile | None = None
+        self._done = 0
+        self._written = False
 
     def step(self, done: int) -> str | None:
-        """Call after ``done`` updates. Returns the file that was written, if the window has just ended."""
+        """Call after ``done`` updates. Returns what to tell: the file that was written, if the window has just ended."""
+        self._done = done
         if self._profile is not None and done >= self._last:
             return self._finish()
-        if self._profile is None and done == self._first - 1:
+        if self._profile is None and not self._written and self._first - 1 <= done < self._last:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
+            self._first = done + 1  # later than asked for where the run is resumed inside of the window
             self._profile = profile(activities=activities, profile_memory=True)
             self._profile.start()
         return None
 
+    def end(self) -> str | None:
+        """The run has ended. Returns what to tell: what was profiled until now, or that nothing was."""
+        if self._profile is not None:
+            return self._finish()
+        if self._written:
+            return None
+        return (
+            f"nothing was profiled: train.profile {self._first}-{self._last} are not among the steps of this start, which "
+            f"ended at step {self._done:,}"
+        )
+
     def _finish(self) -> str:
         assert self._profile is not None
+        self._last, self._written = min(self._last, self._done), True
         self._profile.stop()
         DISK.makedirs(self._folder)
         name = f"steps-{self._first}-{self._last}"

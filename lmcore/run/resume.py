@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from lmcore.checkpoint import reader
 from lmcore.checkpoint.manifest import STATE, Damaged, Hashes, committed, hashes_here, read_json
-from lmcore.config.schema import Resume, RunConfig, flatten, keys
+from lmcore.config.schema import Resume, RunConfig, flatten, keys, ranges
+from lmcore.data.cursor import Skips, count_positions
 from lmcore.errors import RequestError
 from lmcore.report.metrics import iterate_metrics
 from lmcore.report.redact import redact
@@ -59,6 +60,27 @@ def refuse_changes(found: list[Change], allowed: list[str]) -> list[Change]:
             f"allow the change with --allow_changes {names}"
         )
     return [change for change in found if change.resume != "free"]
+
+
+def other_data_is_allowed(before: dict[str, Any], config: RunConfig) -> bool:
+    """Whether the blocks may be others than those of the checkpoint: ``allow_changes`` names ``data.train``, or an option
+    of data or tokenizer that differs from ``before``, the options of the checkpoint."""
+    allowed = set(config.allow_changes)
+    different = {change.key for change in changes(before, redact(flatten(config)))}
+    return "data.train" in allowed or any(
+        name.startswith(("data.", "tokenizer.")) for name in allowed & different
+    )
+
+
+def skips_left_out(before: Any, now: Skips) -> list[str]:
+    """The ranges of ``data.skip_positions`` of the checkpoint, ``FIRST-LAST`` as they were written, that are not skipped by
+    ``now``."""
+    found = []
+    for word in before or []:
+        ((start, stop),) = ranges([word], "data.skip_positions")
+        if count_positions(start, stop, now):
+            found.append(str(word))
+    return found
 
 
 @contextlib.contextmanager

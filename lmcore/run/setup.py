@@ -21,6 +21,7 @@ import torch
 from lmcore.config.curves import Curve, first_value, values_of
 from lmcore.config.presets import describe_preset, model_type_and_fields, zero_init
 from lmcore.config.schema import RunConfig, global_batches
+from lmcore.conventions import LONGEST_DEFAULT_BLOCK_TOKENS
 from lmcore.data import corpus, custom
 from lmcore.data.blocks import StoreBlocks
 from lmcore.data.context import Context, check_divides
@@ -43,8 +44,6 @@ if TYPE_CHECKING:  # commands that need no engine must not pay for importing acc
     from lmcore.engine.engine import Engine
     from lmcore.run.budget import Sizes
 
-LONGEST_DEFAULT_BLOCK_TOKENS = 1024
-"""A block is the model's context by default, but no longer than this: attention grows with the square."""
 
 Task = Callable[..., AbstractContextManager[Callable[..., None]]]
 Note = Callable[[str], None]
@@ -417,7 +416,7 @@ def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int)
     return Data(
         train=train,
         valid=valid,
-        test=corpus.as_tests(test),
+        test=corpus.as_tests(test, valid),
         encoder=encoder,
         block_size=block_size,
         collate=parts.get("collate"),
@@ -598,6 +597,10 @@ def make_optimizer(
         head=head_parameters(module.model),
         lr_multipliers=lr_multipliers(config),
     )
+    own = ("lr", "betas", "eps", "momentum", "fused", "weight_decay", "cautious_weight_decay")
+    for name in own:
+        if name in config.optim.config:
+            raise RequestError(f"optim.config.{name} is an option of its own: use --optim.{name}")
     optimizer = optim.build_optimizer(
         config.optim.name,
         groups,
@@ -616,6 +619,20 @@ def make_optimizer(
 def lr_multipliers(config: RunConfig) -> dict[str, float]:
     """The learning rate of each kind of parameter over ``optim.lr``: matrices, embedding, head, vectors."""
     return dict(vars(config.optim.lr_multipliers))
+
+
+def schedules_of(
+    config: RunConfig, sizes: Sizes
+) -> tuple[Callable[[int], float], Callable[[int], float], Callable[[int], float]]:
+    """Learning rate, momentum and weight decay: steps done -> the value of the next step.
+
+    Raises:
+        RequestError: one of them does not fit into the run.
+    """
+    made = learning_rates(config, sizes), momenta(config, sizes), weight_decays(config, sizes)
+    for value in made:
+        value(0)
+    return made
 
 
 def learning_rates(config: RunConfig, sizes: Sizes) -> Callable[[int], float]:

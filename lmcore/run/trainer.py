@@ -37,6 +37,7 @@ from lmcore.errors import (
     EXIT_FINISHED,
     EXIT_SAVED,
     LAUNCHERS_TRACEBACK,
+    DivergedError,
     FaultError,
     RequestError,
     launcher_adds_traceback,
@@ -64,7 +65,14 @@ from lmcore.run.late_numbers import LateNumbers
 from lmcore.run.planning import auto_micro_batch, plan_here, refuse_early
 from lmcore.run.profiler import ProfileWindow
 from lmcore.run.replicas import odd_ranks, parameter_hash
-from lmcore.run.resume import find_checkpoint, precision_so_far, state_of, with_sources_of
+from lmcore.run.resume import (
+    find_checkpoint,
+    other_data_is_allowed,
+    precision_so_far,
+    skips_left_out,
+    state_of,
+    with_sources_of,
+)
 from lmcore.run.state import State, differences, topology
 from lmcore.saved.export import refuse_foreign_folder
 from lmcore.saved.load import describe
@@ -256,7 +264,7 @@ class Run:
             config, engine, self.module, data.block_size
         )
         with state_of(self._found[0]) if self._found else nullcontext():
-            self._set_sizes(self._past)
+            self._set_sizes(self._past, Cursor.from_json(self._past["cursor"]) if self._past else None)
         self._plan = plan_here(config, engine, self.module, self.sizes, data, note=self.report.note)
         engine.prepare(
             self.module,
@@ -266,8 +274,8 @@ class Run:
             clip_norm=config.optim.clip_norm,
         )
 
-    def _set_sizes(self, past: Mapping[str, Any]) -> None:
-        """The steps of the run and its schedules, from the state of a checkpoint on (empty: from the start)."""
+    def _set_sizes(self, past: Mapping[str, Any], cursor: Cursor | None) -> None:
+        """The steps of the run and its schedules, from the state of a checkpoint and its cursor on (empty: from the start)."""
         config, block_size = self.config, self.data.block_size
         self.sizes = horizon(
             config,
@@ -277,11 +285,11 @@ class Run:
             micro_batch_blocks=self._micro_batch,
             step=past.get("step", 0),
             blocks=past.get("tokens", 0) // block_size,
+            position=cursor.position if cursor else None,
+            skips=cursor.skips if cursor else (),
             planned_from=tuple(past.get("planned_from", (0, 0))),
         )
-        self._schedule = setup.learning_rates(config, self.sizes)
-        self._momenta = setup.momenta(config, self.sizes)
-        self._weight_decays = setup.weight_decays(config, self.sizes)
+        self._schedule, self._momenta, self._weight_decays = setup.schedules_of(config, self.sizes)
         self._intervals = Intervals(
             self.sizes, log=config.report.every, evaluate=config.evaluate.every, save=config.checkpoint.every
         )
@@ -374,13 +382,20 @@ class Run:
                     fingerprint=self.data.train.fingerprint,
                     former=getattr(self.data.train, "former_fingerprints", ()),
                     seed=self.config.seed,
-                    accept="data.train" in self.config.allow_changes,
+                    accept=other_data_is_allowed(kept["config"], self.config),
+                    accept_seed="seed" in self.config.allow_changes,
                 )
                 .with_phases(self.data.phases)
                 .with_skips(self._skips),
                 metrics_step=kept.get("metrics_step", -1),
                 **{name: kept[name] for name in ("step", "tokens", "metrics", "stop_values")},
             )
+            left_out = skips_left_out(kept["config"].get("data.skip_positions"), self._skips)
+            if left_out:
+                self.report.warn_once(
+                    f"data.skip_positions {', '.join(left_out)} stay skipped: they were given before, and a run cannot take "
+                    "them back"
+                )
             for line in differences(kept["topology"], self._topology):
                 self.report.warn_once(
                     f"{line}: what follows is close to the same run, not bit for bit the same"
@@ -469,6 +484,8 @@ class Run:
         self._training = True
         if self._evaluation_is_missing():
             self.evaluate()
+        if self._profile is not None:
+            self._profile.step(self.state.step)
         gc.collect()
         gc.freeze()  # what exists now lives as long as the run: the collector need not scan it again
         reading = self._read()
@@ -629,7 +646,7 @@ class Run:
         saving = self._verdict.save or bool(self._flags & SAVE) or last
         action = self._check_steps(lag_steps=0 if saving else 1)
         if action.kind == "stop":
-            raise FaultError(action.reason)
+            raise DivergedError(action.reason)
         if action.kind == "rewind":
             return Due(rewind=action)
         reason = self._verdict.checkpoint_reason or ("end" if last else "interval")
@@ -666,7 +683,7 @@ class Run:
         def find(hashes: Hashes) -> str:
             found = reader.find(folder, before_step=fault.before_step, note=note, hashes=hashes)
             if found is None:
-                raise FaultError(
+                raise DivergedError(
                     f"{fault.reason}: no checkpoint before step {fault.before_step} to rewind to"
                 )
             with found:
@@ -677,11 +694,11 @@ class Run:
 
         self.saves.wait()
         kept = self._load(hashing_together(self.engine, find))
-        self._set_sizes(kept)
-        self.guard.rewound(kept["guard"])
         self.state.cursor = self.state.cursor.with_skips(fault.positions)
+        self._set_sizes(kept, self.state.cursor)
+        self.guard.rewound(kept["guard"])
         self._unchecked.clear()
-        self.report.rewind(step=self.state.step, state=kept["report"])
+        self.report.rewind(step=self.state.step, state=kept["report"], total_steps=self.sizes.total_steps)
         self._notify(f"rewound to step {self.state.step}: {fault.reason}")
         if self._intervals.reached(self.state.step, self.config.evaluate.every):
             self.evaluate()
@@ -747,6 +764,8 @@ class Run:
             FaultError: the run was stopped by a fault, a failed save for example.
         """
         step, total, report = self.state.step, self.sizes.total_steps, self.report
+        if self._profile is not None and (told := self._profile.end()):
+            report.note(f"profile: {told}")
         if self._verdict.stop:
             self.saves.wait(final=True)
             reason = self._verdict.reason
@@ -813,7 +832,7 @@ class Run:
             if isinstance(error, SystemExit) and error.code == EXIT_SAVED and self._owns_folder:
                 self._interrupted_early()
             elif isinstance(error, RequestError | FaultError):
-                self._failed(error.exit_code, str(error))
+                self._failed(error.exit_code, str(error), diverged=isinstance(error, DivergedError))
             elif isinstance(error, Exception):
                 # Asked of the launcher: the error may come while the processes meet, before there is an engine.
                 several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -915,8 +934,12 @@ class Run:
         self._owns_folder = True
         self._failed(code, line)
 
-    def _failed(self, exit_code: int, reason: str) -> None:
-        """Write a failure to status.json and the webhook, if this process holds the lock of the folder."""
+    def _failed(self, exit_code: int, reason: str, *, diverged: bool = False) -> None:
+        """Write a failure to status.json and the webhook, if this process holds the lock of the folder.
+
+        Args:
+            diverged: of the training itself, not of the disk or the machine.
+        """
         self.exit_code = exit_code
         if not self._owns_folder or not (self.folder.path / "status.json").exists():
             return
@@ -924,7 +947,9 @@ class Run:
             self.folder.check_owner()
         except FaultError:  # whatever lies there now is not this run
             return
-        self._write_end("failed", exit_code=exit_code, reason=reason)
+        self._write_end(
+            "failed", exit_code=exit_code, reason=reason, **({"diverged": True} if diverged else {})
+        )
         tell(self.config.report.webhook, redact(f"{self.folder.path.name}: failed: {reason}"))
 
     def _write_end(self, state: str, **more: Any) -> None:

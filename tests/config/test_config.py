@@ -25,7 +25,7 @@ from lmcore.config.help import commented_yaml, docs, help_text
 from lmcore.config.parse import parse
 from lmcore.config.schema import RunConfig, flatten, keys, to_yaml
 from lmcore.errors import RequestError
-from lmcore.run.resume import changes, refuse_changes
+from lmcore.run.resume import changes, other_data_is_allowed, refuse_changes, skips_left_out
 from tests.support.intervals import is_due
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -707,3 +707,35 @@ def test_place_of_a_hidden_secret_is_never_its_value(
 
 def test_symbol_of_a_tokenizer_may_look_like_a_hidden_secret() -> None:
     assert parse(["--tokenizer.user_symbols", "<hidden>"]).tokenizer.user_symbols == ["<hidden>"]
+
+
+def test_skips_that_are_left_out_at_a_resume_are_named() -> None:
+    assert skips_left_out(["12-19", "7"], ()) == ["12-19", "7"]
+    assert skips_left_out(["12-19", "7"], ((7, 8),)) == ["12-19"]
+    assert skips_left_out(["12-19"], ((0, 100),)) == []
+    assert skips_left_out(None, ()) == []
+
+
+@pytest.mark.parametrize(
+    ("allowed", "options", "expected"),
+    [
+        ([], {}, False),
+        (["data.train"], {}, True),
+        (["data.shuffle"], {"data.shuffle": "blocks"}, True),
+        (["data.shuffle"], {}, False),  # it is as it was: other data for another reason
+        (["optim.lr"], {"optim.lr": "1.0"}, False),
+    ],
+)
+def test_other_data_needs_an_allowed_change_of_the_data(
+    allowed: list[str], options: dict[str, str], expected: bool
+) -> None:
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    before = flatten(read())
+    config = read(*words, *(["--allow_changes", *allowed] if allowed else []))
+    assert other_data_is_allowed(before, config) is expected
+
+
+def test_allowed_changes_are_names_of_options() -> None:
+    with pytest.raises(RequestError, match=r"allow_changes: there is no option 'optim\.lrr'.*optim\.lr"):
+        read("--allow_changes", "optim.lrr")
+    assert read("--allow_changes", "model.config.n_layer").allow_changes == ["model.config.n_layer"]

@@ -15,7 +15,7 @@ import pytest
 from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST, EXIT_SAVED
 from lmcore.report.metrics import read_metrics
 from tests.support.fork_server import RankFailure
-from tests.support.whole_runs import request, train, write_texts
+from tests.support.whole_runs import assert_same_state, request, train, weights, write_texts
 
 SHORT = {"train__duration": "8 steps", "checkpoint__every": "2 steps", "evaluate__every": "never"}
 
@@ -80,3 +80,60 @@ def test_resume_never_counts_once_for_a_command(text: Path, kill_with: int) -> N
     assert starts(run_dir)[-1][1] >= 2
     assert train(argv) == [EXIT_FINISHED], "after its end the same words start over"
     assert starts(run_dir)[-1] == ("start", 0)
+
+
+def own_run(folder: Path, data: str = "data", **options: Any) -> list[str]:
+    """A run of the user's own model, data and loss."""
+    given = {
+        "run_dir": folder,
+        "data.factory": f"tests.support.own_parts:{data}",
+        "data.config.count": 64,
+        "model.type": "null",
+        "model.factory": "tests.support.own_parts:model",
+        "model.config.width": 8,
+        "loss.factory": "tests.support.own_parts:squares",
+        "train.duration": "6 steps",
+        "train.global_batch_blocks": 8,
+        "train.micro_batch_blocks": 4,
+        "train.precision": "fp32",
+        "optim.schedule": "constant",
+        "checkpoint.every": "3 steps",
+        "evaluate.every": "never",
+        "report.trackers": "[]",
+    } | {name.replace("__", "."): value for name, value in options.items()}
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "torch.optim:RAdam"])
+def test_model_with_a_buffer_resumes_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
+    """A buffer belongs to the checkpoint, and the optimizer counts no steps for it."""
+    argv = own_run(tmp_path / "run", optim__name=optimizer)
+    assert train(argv) == [EXIT_FINISHED]
+    whole = weights(tmp_path / "run")
+    assert any("scale" in name for name in whole)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    (tmp_path / "run" / "status.json").unlink()
+    assert train(argv) == [EXIT_FINISHED]
+    assert_same_state(weights(tmp_path / "run"), whole)
+
+
+def test_own_collate_makes_the_batches_of_the_validation_too(tmp_path: Path) -> None:
+    """Doubled labels: a net that has learnt them has a small loss on the validation set as well."""
+    options = {"train__duration": "200 steps", "optim__lr": 0.03, "data": "pairs"}
+    assert train(own_run(tmp_path / "run", **options)) == [EXIT_FINISHED]
+    [record] = read_metrics(tmp_path / "run" / "metrics.jsonl", kind="eval")
+    assert (
+        record["loss"] < 0.5
+    )  # the labels are between -2 and 4; without doubling they would be 1 away on average
+
+
+def test_allowed_changes_of_data_and_seed_are_enough(tmp_path: Path, text: Path) -> None:
+    argv = request(text, tmp_path / "run", train__duration="4 steps")
+    assert train(argv) == [EXIT_FINISHED]
+    longer = request(text, tmp_path / "run", train__duration="6 steps", seed=9)
+    assert train(longer) == [EXIT_REQUEST]
+    assert train([*longer, "--allow_changes", "seed"]) == [EXIT_FINISHED]
+    blocks = request(text, tmp_path / "run", train__duration="8 steps", seed=9, data__shuffle="blocks")
+    assert train([*blocks, "--allow_changes", "seed"]) == [EXIT_REQUEST]
+    assert train([*blocks, "--allow_changes", "data.shuffle"]) == [EXIT_FINISHED]
+    assert train([*blocks, "--allow_changes", "data.shufle"]) == [EXIT_REQUEST]

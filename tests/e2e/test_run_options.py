@@ -15,6 +15,7 @@ import pytest
 
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_REQUEST, EXIT_SAVED
 from lmcore.report.metrics import read_metrics
+from lmcore.run.profiler import ProfileWindow
 from tests.support.fork_server import run_ranks
 from tests.support.whole_runs import (
     ROOT,
@@ -131,11 +132,18 @@ def test_early_stopping_says_why_and_still_saves(text: Path) -> None:
     assert (run_dir / "export" / "model.safetensors").exists()
 
 
-def test_profile_window_is_written(text: Path) -> None:
-    run_dir = text / "profile"
-    assert train(request(text, run_dir, **SHORT, train__profile="2-3")) == [EXIT_FINISHED]
-    assert (run_dir / "profile" / "steps-2-3.json.gz").stat().st_size > 0
-    assert "aten::" in (run_dir / "profile" / "steps-2-3.txt").read_text()
+@pytest.mark.parametrize(
+    ("asked", "written"), [("2-3", "2-3"), ("1-2", "1-2"), ("3-1000", "3-4"), ("900-901", None)]
+)
+def test_profile_window_is_written(text: Path, asked: str, written: str | None) -> None:
+    run_dir = text / f"profile-{asked}"
+    options = SHORT | {"train__duration": "4 steps", "train__profile": asked}
+    assert train(request(text, run_dir, **options)) == [EXIT_FINISHED]
+    if written is None:
+        assert not (run_dir / "profile").exists()
+        return
+    assert (run_dir / "profile" / f"steps-{written}.json.gz").stat().st_size > 0
+    assert "aten::" in (run_dir / "profile" / f"steps-{written}.txt").read_text()
 
 
 def _train_with_nan(argv: list[str], positions: list[int]) -> int:
@@ -174,6 +182,42 @@ def test_rewind_equals_a_run_that_skips_these_blocks(text: Path) -> None:
     assert train(request(text, told, **options, data__skip_positions="36-47")) == [EXIT_FINISHED]
     assert losses(rewound) == losses(told)
     assert_same_state(weights(rewound), weights(told))
+
+
+def test_profile_window_that_was_not_reached_is_told(tmp_path: Path) -> None:
+    window = ProfileWindow(tmp_path, 900, 901)
+    assert [window.step(done) for done in range(3)] == [None] * 3
+    told = window.end()
+    assert told == (
+        "nothing was profiled: train.profile 900-901 are not among the steps of this start, which ended at step 2"
+    )
+
+
+@pytest.mark.parametrize("kind", ["skipped", "rewound"])
+def test_run_of_epochs_that_skips_comes_to_its_end(text: Path, kind: str) -> None:
+    """Fewer blocks are fewer steps: the last one has the last rate and is evaluated."""
+    run_dir = text / f"epoch-{kind}"
+    options = {
+        "train__duration": "1 epochs",
+        "data__block_size": 64,
+        "optim__schedule": "linear_to_zero",
+        "checkpoint__every": "2 steps",
+        "evaluate__every": "never",
+        "guard__max_skips": 0,
+    }
+    if kind == "skipped":
+        argv = request(text, run_dir, **options, data__skip_positions="12-47")
+        assert train(argv) == [EXIT_FINISHED]
+    else:
+        argv = request(text, run_dir, **options)
+        assert run_ranks(_train_with_nan, 1, argv, [37]) == [EXIT_FINISHED]
+    last = list(read_metrics(run_dir / "metrics.jsonl", kind="train"))[-1]
+    scored = list(read_metrics(run_dir / "metrics.jsonl", kind="eval"))
+    end = list(read_metrics(run_dir / "metrics.jsonl", kind="event"))[-1]
+    assert end["reason"] == "reached train.duration"
+    assert [record["step"] for record in scored] == [last["step"]] == [end["step"]]
+    # From the peak after one step of warm-up in a straight line to zero after the last step.
+    assert last["lr"] == pytest.approx(0.003 / (last["step"] - 1))
 
 
 def test_too_many_rewinds_end_the_run_with_the_evidence(text: Path) -> None:

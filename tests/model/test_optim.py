@@ -183,6 +183,10 @@ def test_wrong_names_are_refused() -> None:
         optim.build_optimizer("builtins:dict", [("a", 1)], lr=1e-3)
     with pytest.raises(RequestError, match="cautious_weight_decay is for optim"):
         optim.build_optimizer("sgd", groups, lr=1e-3, cautious_weight_decay=True)
+    with pytest.raises(RequestError, match=r"optim\.config: beta2_decay should be"):
+        optim.build_optimizer("adafactor", groups, lr=1e-3, beta2_decay=5.0)
+    with pytest.raises(RequestError, match=r"torch\.optim:Muon, optim\.config: Muon only supports 2D"):
+        optim.build_optimizer("torch.optim:Muon", groups, lr=1e-3)
 
 
 def test_optimizer_names_have_no_case() -> None:

@@ -116,6 +116,45 @@ def test_pretrained_model_gets_a_fine_tuning_rate_and_keeps_its_sizes(text: Path
     assert config.data.block_size is None
 
 
+def test_passes_are_those_of_the_blocks_that_are_used(text: Path, tmp_path: Path) -> None:
+    """The lines tell the passes; the block is the model's, not that of the table."""
+
+    def passes(*argv: str) -> tuple[int, float]:
+        config, notes = configure(text, *argv)
+        [line] = [note for note in notes if "passes over the text" in note]
+        batch = config.train.global_batch_blocks
+        assert isinstance(batch, int)
+        return int(config.train.duration.value) * batch, float(
+            line.split("about ")[1].split()[0].replace(",", "")
+        )
+
+    tokens = own_text.text_bytes([str(text / "*.txt")], unit="line") / own_text.BYTES_PER_TOKEN
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text('{"n_positions": 512}')
+    for argv, block in (
+        (["--model.preset", "gpt2"], 256),
+        (["--model.preset", "gpt2", "--model.size", "124M"], 1024),
+        (["--model.from_pretrained", str(tmp_path / "export")], 512),
+        (["--model.from_pretrained", "owner/name"], 1024),
+    ):
+        blocks, told = passes(*argv)
+        assert told == pytest.approx(blocks * block / tokens, rel=0.06), argv  # told in two digits
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("a.bin", "uint16"), ("a.npy", "uint16"), ("a.npy", "uint32")])
+def test_files_of_tokens_are_counted_in_tokens(tmp_path: Path, name: str, dtype: str) -> None:
+    import numpy as np
+
+    ids = np.arange(10_000).astype(dtype)
+    if name.endswith(".npy"):
+        np.save(tmp_path / name, ids)
+    else:
+        ids.tofile(tmp_path / name)
+    assert own_text.text_bytes([str(tmp_path / name)], unit="line") == pytest.approx(
+        own_text.BYTES_PER_TOKEN * 10_000, rel=0.01
+    )
+
+
 def test_missing_file_has_no_size(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"\*.txt"):
         configure(tmp_path)

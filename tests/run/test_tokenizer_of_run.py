@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lmcore.config import parse
+from lmcore.config.curves import Curve
 from lmcore.data.store.inventory import list_stores
 from lmcore.data.tokenizer.tokenizer import load_tokenizer
 from lmcore.data.tokenizer.training import train_tokenizer
@@ -98,6 +100,43 @@ def test_fast_dev_run_leaves_nothing_for_a_later_run(tmp_path: Path) -> None:
     dev_run.write_sample(config, folder)
     setup.open_data(dev_run.shortened(config, folder), folder / "tokenizer", note=lambda line: None)
     assert "is replaced" in opened(tmp_path)[1][0]
+
+
+def test_fast_dev_run_reads_text_in_any_encoding(tmp_path: Path, text: Path) -> None:
+    """The sample is UTF-8, whatever the text is."""
+    text.write_bytes("日本語の文章、二行。\n".encode("cp932") * 400)
+    config = config_of(tmp_path, data__encoding="cp932")
+    folder = tmp_path / "run"
+    dev_run.write_sample(config, folder)
+    data = setup.open_data(dev_run.shortened(config, folder), folder / "tokenizer", note=lambda line: None)
+    assert "日本語" in data.encoder.decode(data.train.read(np.array([0])).ids[0].tolist())
+
+
+@pytest.mark.usefixtures("text")
+@pytest.mark.parametrize(
+    ("argv", "shares"),
+    [
+        (["--optim.warmup", "10 steps", "--train.duration", "100 steps"], ["10%"]),
+        (["--optim.warmup", "5120 tokens", "--train.duration", "100 steps"], ["10%"]),
+        (["--optim.warmup", "10 steps", "--train.duration", "51200 tokens"], ["10%"]),
+        (["--optim.warmup", "1 epochs", "--train.duration", "4 epochs"], ["25%"]),
+        (["--optim.warmup", "1 epochs", "--train.duration", "100 steps"], ["1 epochs"]),
+        (["--optim.schedule", "0: 0, 10: 1, 50 steps: 1, 100%: 0", "--train.duration", "100 steps"],
+         ["0 steps", "10%", "50%", "100%"]),
+        (["--optim.schedule", "0: 0, 10: 1, 200 steps: 1, 400 steps: 0", "--train.duration", "100 steps"],
+         ["0 steps", "10%", "100%"]),
+    ],
+)  # fmt: skip
+def test_fast_dev_run_keeps_the_shape_of_the_schedule(
+    tmp_path: Path, argv: list[str], shares: list[str]
+) -> None:
+    given = {name.removeprefix("--").replace(".", "__"): value for name, value in zip(argv[::2], argv[1::2])}
+    config = config_of(tmp_path, train__global_batch_blocks=16, **given)
+    short = dev_run.shortened(config, tmp_path / "run").optim
+    if isinstance(short.schedule, Curve):
+        assert [str(place) for place, _ in short.schedule.points] == shares
+    else:
+        assert [str(short.warmup)] == shares
 
 
 @pytest.mark.usefixtures("text")
