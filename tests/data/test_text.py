@@ -624,9 +624,9 @@ def test_fuzz_2500_damaged_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)  # three minutes on an idle machine
-def test_fuzz_50000_damaged_files(tmp_path: Path) -> None:
-    for seed in range(10_000, 60_000):
+def test_fuzz_10000_damaged_files(tmp_path: Path) -> None:
+    """50,000 held on 2026-11-29 (seeds up to 60,000)."""
+    for seed in range(10_000, 20_000):
         fuzz_one(tmp_path, seed)
 
 

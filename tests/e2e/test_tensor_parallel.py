@@ -48,9 +48,7 @@ RUNS: dict[str, tuple[str, int, int, str, dict[str, Any]]] = {
     "tp2 x fsdp2, heads": ("fsdp2", 4, 2, "qwen3", {}),
     "tp2, fsdp2": ("fsdp2", 2, 2, "llama", {}),
     "tp2 x ddp3": ("ddp", 6, 2, "llama", {"train__micro_batch_blocks": 2}),
-    "tp4": ("ddp", 4, 4, "llama, 4 heads of keys", {}),
     "tp4, fsdp2": ("fsdp2", 4, 4, "llama, 4 heads of keys", {}),
-    "tp2, recomputed": ("ddp", 2, 2, "qwen3", {"train__activation_checkpointing": "true"}),
     "tp2 x fsdp2, recomputed": ("fsdp2", 4, 2, "llama", {"train__activation_checkpointing": "true"}),
     "tp2, compiled": ("ddp", 2, 2, "qwen3", {"train__compile": "true"}),
     "tp2 x fsdp2, compiled, recomputed": (

@@ -22,8 +22,7 @@ MODELS = ("gpt2-tied", "gpt2-untied", "llama", "llama-tied")
 OTHER_SIZES = ("fsdp2x3", "zero1x3", "zero2x3", "zero3x3")
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "accumulation"), [("fp32", 1), ("fp32", 3), ("bf16", 3)])
 @pytest.mark.parametrize("mode", [*SEVEN, *OTHER_SIZES])
 def test_every_shuffle_mode_follows_the_reference(mode: str, precision: str, accumulation: int) -> None:
     """The models rotate, so that every one meets every strategy."""
@@ -47,10 +46,14 @@ def test_sgd_under_every_model_family(mode: str, model: str) -> None:
     assert largest_difference(ours.weights, theirs.weights) < 1e-5
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("before", SEVEN)
+@pytest.mark.parametrize(
+    ("before", "precision"), [*((mode, "fp32") for mode in SEVEN), ("single", "bf16"), ("zero3", "bf16")]
+)
 def test_resume_between_every_pair_of_strategies(before: str, precision: str, tmp_path: Path) -> None:
-    """Saved under one, continued under each of the seven. Under the same one: bit for bit."""
+    """Saved under one, continued under each of the seven. Under the same one: bit for bit.
+
+    What is saved is fp32 in either precision: bf16 only from the plainest and to the most cut up.
+    """
     job = Job(mode=before, precision=precision, model="gpt2-tied", accumulation=1)
     whole = engine_runs.run(job, steps=8, save=str(tmp_path), save_at=4)
     for after in SEVEN:

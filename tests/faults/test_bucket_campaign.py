@@ -37,5 +37,5 @@ def test_no_checkpoint_is_lost_or_mixed() -> None:
 @pytest.mark.slow
 def test_manifest_that_is_put_first_is_found_by_the_campaign() -> None:
     """The campaign can fail: with the manifest ahead of the files it counts mixed checkpoints."""
-    [found] = run_ranks(run_campaign, 1, 60, 0, True)
+    [found] = run_ranks(run_campaign, 1, 30, 0, True)
     assert found["mixed"] > 0

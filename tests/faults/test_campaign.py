@@ -39,19 +39,10 @@ def count(rows: list[dict[str, Any]], name: str) -> int:
 
 
 @pytest.mark.slow
-def test_few_kills_damages_and_hostile_inputs_hold(tmp_path: Path) -> None:
-    rows = campaign(tmp_path, "--part", "kills", "--part", "damages", "--part", "hostile", "--trials", "3")
-    assert len(rows) == 9
-    assert count(rows, "kills") >= 5
-    assert count(rows, "damages") == 75
-    assert count(rows, "hostile inputs") == 3
-
-
-@pytest.mark.slow
 def test_short_campaign_of_every_part_holds_and_is_not_run_twice(tmp_path: Path) -> None:
-    # Every kill of the launcher in a save is a launch of its own; they have a test below.
+    # Every kill of the launcher in a save is a launch of its own: two minutes a trial. `make faults` has all eleven.
     words = [word for part in PARTS if part != "launcher-in-save" for word in ("--part", part)]
-    words += ["--trials", "6", "--jobs", "2"]
+    words += ["--trials", "3", "--jobs", "2"]
     rows = campaign(tmp_path, *words)
     assert {row["part"] for row in rows} >= {
         "kills",
@@ -61,7 +52,9 @@ def test_short_campaign_of_every_part_holds_and_is_not_run_twice(tmp_path: Path)
         "environments",
         "signals",
     }
-    assert count(rows, "kills") >= 15
+    assert count(rows, "kills") >= 7
+    assert count(rows, "damages") == 75
+    assert count(rows, "hostile inputs") == 3
     assert campaign(tmp_path, *words) == rows
 
 
@@ -127,10 +120,3 @@ def test_part_that_is_run_anew_replaces_its_record_and_no_other(tmp_path: Path) 
         "launcher-in-save",
         "damages",
     ]
-
-
-@pytest.mark.slow
-def test_launcher_killed_at_every_disk_call_of_a_save(tmp_path: Path) -> None:
-    """Of rank 0 under DDP; all strategies and ranks: ``--part launcher-in-save`` of the campaign."""
-    rows = campaign(tmp_path, "--part", "launcher-in-save", "--first", "1", "--trials", "1")
-    assert count(rows, "of the launcher") > 8

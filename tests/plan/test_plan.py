@@ -79,12 +79,11 @@ LLAMA_100M = replace(
 LARGE_MODELS = {
     "gpt2 124M fp32": GPT2_100M,
     "gpt2 124M bf16, recomputed, longer": replace(
-        GPT2_100M, precision="bf16", checkpointing=True, block_size=256, micro_batch_blocks=2
+        GPT2_100M, precision="bf16", checkpointing=True, block_size=128, micro_batch_blocks=2
     ),
     "gpt2 124M bf16 weights": replace(GPT2_100M, precision="bf16", param_dtype="bf16"),
     "llama 100M fp32": LLAMA_100M,
     "llama 100M bf16, accumulated": replace(LLAMA_100M, precision="bf16", accumulation=2),
-    "llama 100M sgd, longer": replace(LLAMA_100M, optimizer="sgd", block_size=256),
     "ddp llama 100M": replace(LLAMA_100M, strategy="ddp", world_size=2),
     "zero2 llama 100M": replace(
         LLAMA_100M, strategy="zero2", world_size=2, precision="bf16", zero={"reduce_bucket_size": 20_000_000}
