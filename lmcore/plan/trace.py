@@ -169,16 +169,6 @@ def _forward_and_backward(module: nn.Module, batch: Mapping[str, Any], autocast:
     (loss_sum / loss_sum.new_ones(())).backward()
 
 
-def optimizer_over_fakes(
-    module: nn.Module,
-    make_optimizer: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
-) -> torch.optim.Optimizer:
-    """The optimizer of a module over fake tensors: what it is, without its memory."""
-    with _fakes(module):
-        fake = _fake_copy(module, None)
-        return make_optimizer([(n.removeprefix("model."), p) for n, p in fake.named_parameters()])
-
-
 def optimizer_bytes(
     module: nn.Module,
     make_optimizer: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer],

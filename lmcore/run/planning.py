@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lmcore import process
+from lmcore.config.curves import Curve
 from lmcore.config.presets import model_type_and_fields
 from lmcore.config.schema import RunConfig, global_batches
 from lmcore.conventions import torch_dtype
@@ -36,7 +37,7 @@ from lmcore.plan import plan, trace
 from lmcore.plan.plan import fitting_micro_batch
 from lmcore.plugins import import_path
 from lmcore.report import trackers
-from lmcore.run.budget import Sizes
+from lmcore.run.budget import Sizes, horizon
 from lmcore.run.folder import local_run_dir
 from lmcore.run.setup import (
     Data,
@@ -45,6 +46,7 @@ from lmcore.run.setup import (
     block_size_of,
     make_optimizer,
     refuse_context_parallel,
+    schedules_of,
     tensor_parallel_problem,
     with_loss,
 )
@@ -133,6 +135,7 @@ def refuse_early(config: RunConfig) -> None:
         if path is not None:
             import_path(path, option)
     trackers.check(config.report.trackers, config.report.webhook)
+    refuse_schedule(config)
     shared, cut = config.train.context_parallel, config.train.tensor_parallel
     if shared > 1:
         check_divides(block_size_of(config), shared)
@@ -150,6 +153,23 @@ def refuse_early(config: RunConfig) -> None:
         if shared > 1:
             use_faster_kernels(probe)
             refuse_context_parallel(shared, why_no_context_parallel(probe, block_size_of(config)))
+
+
+def refuse_schedule(config: RunConfig) -> None:
+    """Refuse a warm-up or a curve that does not fit into the run (``RequestError``), where that is known without the text:
+    nothing is counted in epochs."""
+    optim, batch = config.optim, config.train.global_batch_blocks or config.train.global_batch_tokens
+    curves = [
+        one for one in (optim.schedule, optim.momentum, optim.weight_decay, batch) if isinstance(one, Curve)
+    ]
+    lengths = [config.train.duration, optim.warmup, optim.decay, optim.momentum_warmup]
+    lengths += [place for curve in curves for place, _ in curve.points]
+    if any(length.unit == "epochs" for length in lengths):
+        return
+    # How many processes divide a batch, and how, is refused elsewhere, with their number.
+    alone = replace(config, train=replace(config.train, micro_batch_exact=False))
+    sizes = horizon(alone, block_size=block_size_of(config), epoch_blocks=None, world_size=1)
+    schedules_of(config, sizes)
 
 
 def first_batch(config: RunConfig, data: Data, micro_batch_blocks: int) -> dict[str, Tensor] | None:
@@ -197,13 +217,17 @@ def plan_of(
         part = trace.part_of_rank(module, setting.tensor_parallel)
     counted_part = counted if part is module else plan.parameters(part)
     weights = None if config.train.param_dtype == "fp32" else torch_dtype(config.train.param_dtype)
-    make = partial(make_optimizer, config, module)
+    made: list[torch.optim.Optimizer] = []
+
+    def make(named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+        made.append(make_optimizer(config, module, named))
+        refuse_strategy(config, made[0], setting.strategy)
+        return made[-1]
+
     state_bytes = trace.optimizer_bytes(module, make, weights=weights)
     part_bytes = state_bytes if part is module else trace.optimizer_bytes(part, make, weights=weights)
 
     average = average_bytes(config, counted)
-    optimizer = trace.optimizer_over_fakes(module, make)
-    refuse_strategy(config, optimizer, setting.strategy)
 
     def step_of(one: plan.Setting) -> dict[str, Any]:
         autocast, cast = one.casts
@@ -218,7 +242,7 @@ def plan_of(
         }
 
     def needs(one: plan.Setting) -> plan.Memory:
-        refuse_strategy(config, optimizer, one.strategy)  # no advice that the run would refuse
+        refuse_strategy(config, made[0], one.strategy)  # no advice that the run would refuse
         traced = trace.trace_step(
             part,
             micro_batch_blocks=one.micro_batch_blocks,

@@ -40,6 +40,11 @@ def _train_and_say(argv: list[str]) -> tuple[int, str]:
             {"model.config.n_head": 3},
             "model.config.n_embd must be a multiple of model.config.n_head 3 (got 32); try 30 or 33",
         ),
+        ({"optim.warmup": "1e6 tokens"}, "optim.warmup of 5209 steps do not fit into a run of 20 steps"),
+        (
+            {"optim.schedule": "0: 0, 50: 1, 100%: 0"},
+            "0: 0, 50 steps: 1, 100%: 0: 100% comes no later than 50 steps",
+        ),
     ],
 )
 def test_wrong_request_is_refused_before_tokenizing(
