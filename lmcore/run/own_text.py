@@ -192,7 +192,7 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     bound = f"at least {least:,} steps" if by_passes < least else f"at most {size.steps:,} steps"
     law = _law(given, size, optimizer, run_tokens=steps * step_tokens, tokens=tokens)
     if law is not None and law.learning_rate and law.batch_tokens and asked_tokens is None:
-        context = given.get("data.block_size") or SHAPES[given.get("model.size") or size.preset_size].context
+        context = given.get("data.block_size") or _context(given, size)
         reason = f"{law.source}; {law.measured}: inside its range"
         choose("optim.lr", float(f"{law.learning_rate:.2g}"), reason)
         if "train.global_batch_blocks" not in given:
@@ -222,7 +222,8 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def _context(given: dict[str, Any], size: Size) -> int:
     """Tokens of a block where ``data.block_size`` is not given: as :func:`lmcore.run.setup.block_size_of` will have it."""
     if given.get("model.preset") is not None:
-        return SHAPES[given.get("model.size") or size.preset_size].context
+        context = SHAPES[given.get("model.size") or size.preset_size].context
+        return min(context, LONGEST_DEFAULT_BLOCK_TOKENS)
     if given.get("model.from_pretrained"):
         with contextlib.suppress(OSError, ValueError):
             path = Path(given["model.from_pretrained"]) / "config.json"

@@ -18,7 +18,7 @@ from lmcore.errors import RequestError
 from lmcore.report.metrics import iterate_metrics
 from lmcore.report.redact import redact
 from lmcore.report.report import Report
-from lmcore.run.folder import RunFolder
+from lmcore.run.folder import RunFolder, local_run_dir
 
 
 class Change(NamedTuple):
@@ -106,8 +106,9 @@ def precision_so_far(config: RunConfig) -> str | None:
     """
     if config.resume == "never" or config.fast_dev_run:
         return None
+    here = local_run_dir(config.run_dir or "", config.local_dir) / "checkpoints"
     named = config.resume not in ("auto", "best")
-    found = [Path(config.resume)] if named else committed(Path(config.run_dir or "") / "checkpoints")
+    found = [here / config.resume, Path(config.resume)] if named else committed(here)
     for path in reversed(found):
         try:
             return str(read_json(path / STATE)["topology"]["precision"])

@@ -25,7 +25,13 @@ from lmcore.config.help import commented_yaml, docs, help_text
 from lmcore.config.parse import parse
 from lmcore.config.schema import RunConfig, flatten, keys, to_yaml
 from lmcore.errors import RequestError
-from lmcore.run.resume import changes, other_data_is_allowed, refuse_changes, skips_left_out
+from lmcore.run.resume import (
+    changes,
+    other_data_is_allowed,
+    precision_so_far,
+    refuse_changes,
+    skips_left_out,
+)
 from tests.support.intervals import is_due
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -739,3 +745,17 @@ def test_allowed_changes_are_names_of_options() -> None:
     with pytest.raises(RequestError, match=r"allow_changes: there is no option 'optim\.lrr'.*optim\.lr"):
         read("--allow_changes", "optim.lrr")
     assert read("--allow_changes", "model.config.n_layer").allow_changes == ["model.config.n_layer"]
+
+
+@pytest.mark.parametrize("named", ["auto", "best", "step-00000003", "PATH"])
+def test_precision_of_the_checkpoint_that_is_resumed_is_found(named: str, tmp_path: Path) -> None:
+    """Also of one that is named without its folder, and in the local folder of a run in a bucket."""
+    step = tmp_path / "run" / "checkpoints" / "step-00000003"
+    step.mkdir(parents=True)
+    (step / "state.json").write_text('{"topology": {"precision": "fp32"}}')
+    (step / "manifest.json").write_text("{}")
+    asked = str(step) if named == "PATH" else named
+    assert precision_so_far(read("--run_dir", str(tmp_path / "run"), "--resume", asked)) == "fp32"
+    words = ["--run_dir", "s3://bucket/run", "--local_dir", str(tmp_path / "run"), "--resume", asked]
+    assert precision_so_far(read(*words)) == "fp32"
+    assert precision_so_far(read("--run_dir", str(tmp_path / "other"), "--resume", "auto")) is None

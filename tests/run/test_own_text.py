@@ -134,6 +134,7 @@ def test_passes_are_those_of_the_blocks_that_are_used(text: Path, tmp_path: Path
     for argv, block in (
         (["--model.preset", "gpt2"], 256),
         (["--model.preset", "gpt2", "--model.size", "124M"], 1024),
+        (["--model.preset", "modern", "--model.size", "1B"], 1024),  # of a context of 2,048
         (["--model.from_pretrained", str(tmp_path / "export")], 512),
         (["--model.from_pretrained", "owner/name"], 1024),
     ):
