@@ -207,8 +207,11 @@ class StreamDataset:
         return len(positions) * self.block_size
 
     def epoch_of(self, cursor: Cursor) -> float:
-        """Epochs, averaged over the lanes whose state the cursor has; parts count as a whole when they begin."""
+        """Epochs of lane 0, which rank 0 has on any number of ranks (elsewhere averaged over the rank's lanes); parts count as
+        a whole when they begin."""
         total = sum(len(parts) for parts in self._parts)
+        if "0" in cursor.stream:
+            return float(cursor.stream["0"][0][0] * self.lanes / total)
         begun = [
             (int(lane) + state[0][0] * self.lanes) / total
             for lane, state in cursor.stream.items()

@@ -103,6 +103,7 @@ class Report(RankLog):
         self._cells: dict[str, str] = {}
         self._held_cells: dict[str, str] = {}
         self._rates: list[float] = []
+        self._ended: tuple[int, int, float] | None = None
 
     def __enter__(self) -> Report:
         return self
@@ -466,16 +467,23 @@ class Report(RankLog):
         bits = "" if bits_per_byte is None else f" bits/byte {bits_per_byte:.4f}"
         self.note(f"step {step} {set} loss {loss:.4f} perplexity {perplexity:.4g}{bits}")
 
-    def epoch(
-        self, *, epoch: int, step: int, valid_loss: float | None = None, valid_step: int | None = None
-    ) -> float | None:
-        """At the end of an epoch; collective. Returns the exact mean training loss of the epoch (rank 0).
-        ``valid_loss`` is the last one that is known, that of ``valid_step``."""
+    def end_epoch(self, *, epoch: int, step: int) -> float | None:
+        """An epoch ended with this step; collective. Returns its exact mean training loss (rank 0).
+
+        It is told by :meth:`epoch`; a checkpoint that is made in between keeps it.
+        """
         totals = self._epoch.total(self._reduce, is_main=self.is_main)
         self._epoch.zero()
         if not self.is_main:
             return None
-        loss = totals.loss
+        self._ended = (epoch, step, totals.loss)
+        return totals.loss
+
+    def epoch(self, *, valid_loss: float | None = None, valid_step: int | None = None) -> None:
+        """Tell of the epoch that has ended, if one has. ``valid_loss`` is the last one that is known, that of ``valid_step``."""
+        if self._ended is None:
+            return
+        (epoch, step, loss), self._ended = self._ended, None
         valid = {"valid_loss": valid_loss, "valid_step": None if valid_loss is None else valid_step}
         self._write({"kind": "epoch", "epoch": epoch, "step": step, "train_loss": loss, **valid})
         if self._trackers is not None:
@@ -484,7 +492,6 @@ class Report(RankLog):
         words = "" if valid_loss is None else f" valid loss {valid_loss:.4f}"
         words += f" (of step {valid_step})" if words and valid_step not in (None, step) else ""
         self.note(f"epoch {epoch} ended at step {step}: train loss {loss:.4f}{words}")
-        return loss
 
     def event(self, event: str, *, step: int | None = None, **fields: Any) -> None:
         """Something happened: start, resume, checkpoint, skip, rewind, signal, end. Recorded, not printed."""
@@ -520,6 +527,7 @@ class Report(RankLog):
             "epoch": asdict(self._epoch.total(self._reduce, is_main=self.is_main)),
             "logged": self.logged,
             "evaluations": self._evaluations,
+            "ended_epoch": self._ended and [*self._ended[:2], _finite(self._ended[2])],
             "train_seconds": self.train_seconds,
         }
 
@@ -531,12 +539,25 @@ class Report(RankLog):
             sums.load(totals if self.is_main else Totals(metrics=names))
         self.logged = state.get("logged", {})
         self._evaluations = dict(state.get("evaluations", {}))
+        ended = state.get("ended_epoch")
+        self._ended = None
+        if self.is_main and ended is not None and not self._was_told(ended[0], ended[1]):
+            self._ended = (ended[0], ended[1], math.nan if ended[2] is None else ended[2])
         self._timer.total_seconds = state["train_seconds"]
 
-    def rewind(self, *, step: int, state: dict[str, Any], total_steps: int | None = None) -> None:
+    def _was_told(self, epoch: int, step: int) -> bool:
+        """Whether the end of an epoch stands in metrics.jsonl: it is told after the save of its step."""
+        path = self.run_dir / "metrics.jsonl"
+        records = read_metrics(path, kind="epoch") if path.exists() else []
+        return any((record["epoch"], record["step"]) == (epoch, step) for record in records)
+
+    def rewind(
+        self, *, step: int, tokens: int, state: dict[str, Any], total_steps: int | None = None
+    ) -> None:
         """Training goes on from an earlier checkpoint, whose :meth:`state` this is; the time spent stays spent.
 
         Args:
+            step, tokens: of the checkpoint.
             total_steps: of the run from here on: what is skipped can make a run of epochs shorter.
         """
         self._total_steps = total_steps or self._total_steps
@@ -544,6 +565,8 @@ class Report(RankLog):
         self.load_state({**state, "train_seconds": spent})
         self._latest = None
         self.event("rewound", step=step)
+        self._timer.interval()  # the time of what was thrown away is in no speed
+        self._tokens_logged = tokens
         self._timer.start()
 
     def close(self) -> None:

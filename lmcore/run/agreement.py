@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lmcore.run import guard
-from lmcore.run.intervals import EVALUATE, LOG, SAVE
+from lmcore.run.intervals import EPOCH, EVALUATE, LOG, SAVE
 from lmcore.run.late_numbers import LateNumbers
 
 BITS = (
@@ -34,6 +34,7 @@ BITS = (
     LOG,
     EVALUATE,
     SAVE,
+    EPOCH,
 )
 
 

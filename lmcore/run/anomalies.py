@@ -64,13 +64,15 @@ class Action:
     """What to do.
 
     ``kind`` is go, warn, skip (an update was not applied; go on), rewind or stop. For a rewind: take the
-    newest checkpoint with a step below ``before_step`` and skip the ``positions``, ranges [first, stop).
+    newest checkpoint with a step below ``before_step`` and skip the ``positions``, ranges [first, stop). Where none is kept
+    that old and the updates were not applied, the newest below ``or_before`` is as good.
     """
 
     kind: str = "go"
     reason: str = ""
     positions: tuple[tuple[int, int], ...] = ()
     before_step: int | None = None
+    or_before: int | None = None
 
 
 @final
@@ -142,7 +144,10 @@ def decide(history: History, policy: Policy, report: Report) -> tuple[History, A
             count = f"{len(recent)} of at most {policy.max_skips} in {policy.window} steps"
             return history, Action(kind="skip", reason=f"{reason} ({count})", positions=((first, stop),))
         ranges = tuple((a, b) for _, a, b in recent)
-        return _rewind(history, policy, step, f"{reason}, the {len(recent)}th time", ranges, recent[0][0])
+        history, action = _rewind(
+            history, policy, step, f"{reason}, the {len(recent)}th time", ranges, recent[0][0]
+        )
+        return history, replace(action, or_before=step) if action.kind == "rewind" else action
 
     threshold = limit([x for _, x in history.losses], policy.sigma, window=policy.window)
     history = replace(

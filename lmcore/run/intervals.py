@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Above the bits of lmcore.run.guard, with which the ranks combine them (lmcore.run.agreement).
 LOG, EVALUATE, SAVE = 1 << 16, 1 << 17, 1 << 18
+EPOCH = 1 << 19
+"""An epoch has ended: of data whose ranks do not see that at the same step, rank 0 says it."""
 
 
 class Due(NamedTuple):

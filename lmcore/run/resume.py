@@ -66,7 +66,10 @@ def other_data_is_allowed(before: dict[str, Any], config: RunConfig) -> bool:
     """Whether the blocks may be others than those of the checkpoint: ``allow_changes`` names ``data.train``, or an option
     of data or tokenizer that differs from ``before``, the options of the checkpoint."""
     allowed = set(config.allow_changes)
-    different = {change.key for change in changes(before, redact(flatten(config)))}
+    found = changes(before, redact(flatten(config)))
+    different = {
+        change.key for change in found if change.resume == "refuse"
+    }  # they decide what a position means
     return "data.train" in allowed or any(
         name.startswith(("data.", "tokenizer.")) for name in allowed & different
     )

@@ -60,7 +60,7 @@ from lmcore.run.evaluation import Evaluator, prompts_of
 from lmcore.run.finish import write_results
 from lmcore.run.folder import LOCK_WAIT_SECONDS, RunFolder, local_run_dir, place, refuse_separate_disks
 from lmcore.run.guard import FAULT, Guard, Verdict, leaving, report_dead_rank
-from lmcore.run.intervals import EVALUATE, LOG, SAVE, Due, Intervals
+from lmcore.run.intervals import EPOCH, EVALUATE, LOG, SAVE, Due, Intervals
 from lmcore.run.late_numbers import LateNumbers
 from lmcore.run.planning import auto_micro_batch, plan_here, refuse_early
 from lmcore.run.profiler import ProfileWindow
@@ -360,6 +360,9 @@ class Run:
         self._agreement = Agreement(several=engine.world_size > 1)
         self._recorded = time.monotonic()
         self._stop_early: str | None = None
+        self._epoch = 0.0
+        # Of a stream, and of the user's own iterable, a rank knows what it has read.
+        self._same_epochs = hasattr(data.train, "epoch_blocks")
         if self._found:
             past = self._load(self._found[0])
             with state_of(self._found[0]):
@@ -390,6 +393,7 @@ class Run:
                 metrics_step=kept.get("metrics_step", -1),
                 **{name: kept[name] for name in ("step", "tokens", "metrics", "stop_values")},
             )
+            self._epoch = self.data.train.epoch_of(self.state.cursor)
             left_out = skips_left_out(kept["config"].get("data.skip_positions"), self._skips)
             if left_out:
                 self.report.warn_once(
@@ -482,23 +486,25 @@ class Run:
         data. ``label_count`` of a batch counts the labels of the whole step over all ranks.
         """
         self._training = True
+        if self._found:
+            self._stop_early = self._early_stopping.reason(self.state.stop_values)
         if self._evaluation_is_missing():
             self.evaluate()
+        self.report.epoch(valid_loss=self.state.metrics.get("loss"), valid_step=self.state.metrics_step)
         if self._profile is not None:
             self._profile.step(self.state.step)
         gc.collect()
         gc.freeze()  # what exists now lives as long as the run: the collector need not scan it again
         reading = self._read()
         while not self._ends() and (batch := next(reading, None)) is not None:
-            epochs, step = int(self.epoch), self.state.step
+            step = self.state.step
             self.engine.set_accumulation(len(batch.micro_batches))
             yield replace(batch, label_count=self._label_count(batch))
             if self.state.step <= step:  # rewound
                 reading = self._read()
-            elif int(self.epoch) > epochs and not self._verdict.stop:
-                valid = self.state.metrics.get("loss"), self.state.metrics_step
+            else:  # after the evaluation, whose loss stands in the same line
                 self.report.epoch(
-                    epoch=int(self.epoch), step=self.state.step, valid_loss=valid[0], valid_step=valid[1]
+                    valid_loss=self.state.metrics.get("loss"), valid_step=self.state.metrics_step
                 )
 
     def _ends(self) -> bool:
@@ -509,6 +515,8 @@ class Run:
         options, step = self.config.evaluate, self.state.step
         if not self._found:
             return options.at_start
+        if self.state.metrics_step == step:  # a save that came after it
+            return False
         if step == self.sizes.total_steps:
             return options.at_end
         return self._intervals.reached(step, options.every)
@@ -586,8 +594,9 @@ class Run:
         state.step, state.cursor = state.step + 1, batch.cursor
         state.tokens += batch.n_blocks * self.sizes.block_size
         first, last = batch.positions
+        ended, self._epoch = int(batch.epoch) > int(self._epoch), batch.epoch
         # Signals and clocks differ between the ranks: all of them act on the same bits.
-        mine = self._own_flags()
+        mine = self._own_flags() | (EPOCH if ended and engine.is_main else 0)
         flags = None if engine.world_size == 1 else numbers_of(mine, engine.device)
         sums = engine.sum_over_ranks(loss.values, own=flags)
         own = torch.stack([grad_norm.double(), applied.double()])
@@ -605,6 +614,8 @@ class Run:
         self._flags = due | self._agreement.after_step(mine, numbers, first=4, at_once=waits)
         if self._flags & EVALUATE and self.saves.keep_best:
             self._flags |= SAVE  # what is best must be there to be kept
+        if self._same_epochs:  # no need to wait for rank 0's word, which comes late from a GPU
+            self._flags = self._flags | EPOCH if ended else self._flags & ~EPOCH
         self._verdict = self.guard.verdict(self._flags)
         self.report.step(
             step=state.step,
@@ -620,6 +631,8 @@ class Run:
             metrics=metrics,
             due=bool(self._flags & LOG),
         )
+        if self._flags & EPOCH:  # before a save: the sums of the next epoch begin at zero
+            self.report.end_epoch(epoch=int(self._epoch), step=state.step)
 
     def _own_flags(self) -> int:
         """What this rank has to say: signals, deadlines, failed saves, and rank 0's clock. Called once in a step."""
@@ -679,9 +692,12 @@ class Run:
             FaultError: there is none.
         """
         folder, note = self.folder.checkpoints, self.report.note
+        skips = self.state.cursor.skips  # also those of a rewind to the same checkpoint
 
         def find(hashes: Hashes) -> str:
             found = reader.find(folder, before_step=fault.before_step, note=note, hashes=hashes)
+            if found is None and fault.or_before is not None:
+                found = reader.find(folder, before_step=fault.or_before, note=note, hashes=hashes)
             if found is None:
                 raise DivergedError(
                     f"{fault.reason}: no checkpoint before step {fault.before_step} to rewind to"
@@ -694,13 +710,22 @@ class Run:
 
         self.saves.wait()
         kept = self._load(hashing_together(self.engine, find))
-        self.state.cursor = self.state.cursor.with_skips(fault.positions)
+        self.state.cursor = self.state.cursor.with_skips([*skips, *fault.positions])
         self._set_sizes(kept, self.state.cursor)
         self.guard.rewound(kept["guard"])
         self._unchecked.clear()
-        self.report.rewind(step=self.state.step, state=kept["report"], total_steps=self.sizes.total_steps)
+        self.report.rewind(
+            step=self.state.step,
+            tokens=self.state.tokens,
+            state=kept["report"],
+            total_steps=self.sizes.total_steps,
+        )
         self._notify(f"rewound to step {self.state.step}: {fault.reason}")
-        if self._intervals.reached(self.state.step, self.config.evaluate.every):
+        last = self.state.step >= self.sizes.total_steps  # nothing is left but what is skipped
+        if last:
+            self.saves.last_step = None  # the checkpoint of this step does not know what is skipped
+        every = self.config.evaluate.every
+        if self.config.evaluate.at_end if last else self._intervals.reached(self.state.step, every):
             self.evaluate()
 
     def save(self, reason: str) -> None:
@@ -781,6 +806,8 @@ class Run:
             return
         if self._stop_early is not None:
             report.note(f"stopped early at step {step:,} of {total:,}: {self._stop_early}")
+            if (action := self._check_steps(lag_steps=0)).kind == "stop":
+                raise DivergedError(action.reason)
         reason = self._stop_early or "reached train.duration"
         self.save("end")
         self.saves.wait(final=True)  # exit code 0 only after the last checkpoint is committed and verified
@@ -913,10 +940,17 @@ class Run:
             self._failed(failure.exit_code, str(failure))
             return failure
         if self.engine.world_size == 1 and not self.engine.updating and step > 0:
-            self._check_steps(lag_steps=0)
-            self.save("exception")
-            self.saves.wait()
-            self.report.note(f"saved step {step} after {type(error).__name__}")
+            try:
+                self._check_steps(lag_steps=0)
+                self.save("exception")
+                self.saves.wait()
+                self.report.note(f"saved step {step} after {type(error).__name__}")
+            except (
+                Exception
+            ) as second:  # a device that has failed fails again: the first error is the one to see
+                self.report.note(
+                    f"step {step} could not be saved after {type(error).__name__}: {type(second).__name__}: {second}"
+                )
         unallocated = "can't allocate memory" in str(error)
         if unallocated or isinstance(error, torch.OutOfMemoryError | MemoryError):
             blocks = self.sizes.micro_batch_blocks
@@ -972,8 +1006,8 @@ class Run:
 
     @property
     def epoch(self) -> float:
-        """Epochs behind the cursor."""
-        return self.data.train.epoch_of(self.state.cursor)
+        """Epochs that are behind, as rank 0 counts them."""
+        return self._epoch
 
     def _describe_folder(self) -> str:
         local = str(self.folder.path)

@@ -730,6 +730,7 @@ def test_skips_that_are_left_out_at_a_resume_are_named() -> None:
         (["data.shuffle"], {"data.shuffle": "blocks"}, True),
         (["data.shuffle"], {}, False),  # it is as it was: other data for another reason
         (["optim.lr"], {"optim.lr": "1.0"}, False),
+        (["data.workers"], {"data.workers": "4"}, False),  # decides nothing about the blocks
     ],
 )
 def test_other_data_needs_an_allowed_change_of_the_data(

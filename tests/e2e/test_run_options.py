@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import threading
 import time
 from itertools import pairwise
@@ -218,6 +219,160 @@ def test_run_of_epochs_that_skips_comes_to_its_end(text: Path, kind: str) -> Non
     assert [record["step"] for record in scored] == [last["step"]] == [end["step"]]
     # From the peak after one step of warm-up in a straight line to zero after the last step.
     assert last["lr"] == pytest.approx(0.003 / (last["step"] - 1))
+
+
+def test_second_rewind_keeps_what_the_first_skips(text: Path) -> None:
+    """Both go back to the same checkpoint."""
+    options = {
+        "train__duration": "10 steps",
+        "checkpoint__every": "4 steps",
+        "evaluate__every": "never",
+        "guard__max_skips": 0,
+    }
+    rewound, told = text / "rewound-twice", text / "told-twice"
+    assert run_ranks(_train_with_nan, 1, request(text, rewound, **options), [62, 86]) == [EXIT_FINISHED]
+    assert train(request(text, told, **options, data__skip_positions="[60-71, 84-95]")) == [EXIT_FINISHED]
+    assert losses(rewound) == losses(told)
+    assert_same_state(weights(rewound), weights(told))
+    rates = [r["tokens_per_second"] for r in read_metrics(rewound / "metrics.jsonl", kind="train")]
+    assert min(rates) > 0
+
+
+def test_rewind_takes_a_newer_checkpoint_where_no_older_one_is_kept(text: Path) -> None:
+    """Updates that were not finite were never applied: every checkpoint is sound."""
+    run_dir = text / "scattered"
+    options = {
+        "train__duration": "16 steps", "checkpoint__every": "2 steps", "checkpoint__keep": 3, "evaluate__every": "never",
+        "guard__max_skips": 2, "guard__spike_window": 16,
+    }  # fmt: skip
+    argv = request(text, run_dir, **options)
+    assert run_ranks(_train_with_nan, 1, argv, [26, 86, 146]) == [EXIT_FINISHED]  # in steps 3, 8 and 13
+    events = [r["event"] for r in read_metrics(run_dir / "metrics.jsonl", kind="event")]
+    assert events.count("rewind") == 1
+
+
+def test_rewind_of_the_last_step_of_an_epoch_ends_the_run(text: Path) -> None:
+    """Nothing is left to train: it is evaluated and saved, and the same command does nothing again."""
+    run_dir = text / "nothing-left"
+    options = {
+        "train__duration": "1 epochs", "data__block_size": 64, "checkpoint__every": "never", "evaluate__every": "never",
+        "guard__max_skips": 0,
+    }  # fmt: skip
+    assert train(request(text, text / "measured", **options)) == [EXIT_FINISHED]
+    steps = len(losses(text / "measured"))
+    options["checkpoint__every"] = f"{steps - 1} steps"
+    argv = request(text, run_dir, **options)
+    assert run_ranks(_train_with_nan, 1, argv, [12 * (steps - 1)]) == [EXIT_FINISHED]
+    assert [r["step"] for r in read_metrics(run_dir / "metrics.jsonl", kind="eval")] == [steps - 1]
+    assert run_ranks(_train_with_nan, 1, argv, [12 * (steps - 1)]) == [EXIT_FINISHED]
+    events = [r["event"] for r in read_metrics(run_dir / "metrics.jsonl", kind="event")]
+    assert events.count("rewind") <= 1
+
+
+def test_early_stopping_does_not_hide_a_step_that_was_not_finite(text: Path) -> None:
+    run_dir = text / "early-nan"
+    options = {
+        "train__duration": "12 steps", "checkpoint__every": "never", "evaluate__every": "4 steps",
+        "evaluate__early_stopping__target": 100.0,
+    }  # fmt: skip
+    assert run_ranks(_train_with_nan, 1, request(text, run_dir, **options), [40]) == [EXIT_FINISHED]
+    records = list(read_metrics(run_dir / "metrics.jsonl", kind="event"))
+    assert [r["step"] for r in records if r["event"] == "skip"] == [4]
+    assert "target" in records[-1]["reason"]
+
+
+def _train_and_fail(argv: list[str], step: int, twice: bool) -> int:
+    """As ``train_in_rank``, with an exception in a step, and another in the save that it brings about."""
+    from lmcore.engine.engine import Engine
+    from lmcore.run.trainer import Run
+
+    forward, save = Engine.forward, Run.save
+    runs: list[Any] = []
+
+    def failing_forward(self: Any, batch: Any, key: int | None = None) -> Any:
+        if key is not None and key >= 12 * (step - 1):
+            raise ValueError("the first error")
+        return forward(self, batch, key)
+
+    def failing_save(self: Any, reason: str) -> None:
+        runs.append(self)
+        if reason == "exception" and twice:
+            raise OSError("the second error")
+        save(self, reason)
+
+    Engine.forward, Run.save = failing_forward, failing_save
+    try:
+        return train_in_rank(argv, None, 0)
+    except ValueError:
+        return 1
+
+
+def test_first_error_is_told_where_the_save_fails_too(text: Path) -> None:
+    run_dir = text / "fails-twice"
+    argv = request(
+        text, run_dir, train__duration="8 steps", checkpoint__every="never", evaluate__every="never"
+    )
+    assert run_ranks(_train_and_fail, 1, argv, 5, True) == [1]
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert "the first error" in status["reason"]
+
+
+def test_evaluation_before_an_exception_is_not_repeated(text: Path) -> None:
+    run_dir = text / "fails-once"
+    argv = request(
+        text, run_dir, train__duration="8 steps", checkpoint__every="never", evaluate__every="2 steps"
+    )
+    assert run_ranks(_train_and_fail, 1, argv, 5, False) == [1]
+    assert train(argv) == [EXIT_FINISHED]
+    scored = [r["step"] for r in read_metrics(run_dir / "metrics.jsonl", kind="eval")]
+    assert scored == [2, 4, 6, 8]
+
+
+def test_epoch_means_after_a_resume_at_the_end_of_an_epoch(text: Path) -> None:
+    options = {
+        "data__block_size": 64,
+        "evaluate__every": "never",
+        "checkpoint__every": "1 epochs",
+        "checkpoint__keep": 10,
+    }
+    argv = request(text, text / "two-epochs", train__duration="2 epochs", **options)
+    assert train(argv) == [EXIT_FINISHED]
+
+    def ended() -> list[tuple[int, int, float]]:
+        records = read_metrics(text / "two-epochs" / "metrics.jsonl", kind="epoch")
+        return [(r["epoch"], r["step"], r["train_loss"]) for r in records]
+
+    whole = ended()
+    assert [epoch for epoch, _, _ in whole] == [1, 2]
+    first, last = sorted((text / "two-epochs" / "checkpoints").glob("step-*"))[-2:]
+    assert int(first.name[5:]) == whole[0][1]
+    shutil.rmtree(last)
+    (text / "two-epochs" / "status.json").unlink()
+    assert train(argv) == [EXIT_FINISHED]
+    assert ended() == whole
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_stream_of_several_ranks_goes_over_the_end_of_an_epoch(text: Path, world_size: int) -> None:
+    """Each rank knows its own lanes only; rank 0 says when an epoch ends, for all at the same step."""
+    options = {
+        "data__mode": "stream", "data__block_size": 64, "data__shuffle_window": 12, "train__duration": "40 steps",
+        "train__micro_batch_blocks": 2, "evaluate__every": "never", "checkpoint__every": "never",
+    }  # fmt: skip
+
+    def run(size: int) -> list[dict[str, Any]]:
+        folder = text / f"stream-{size}"
+        assert train(request(text, folder, **options), world_size=size) == [EXIT_FINISHED] * size
+        return [
+            {name: record.get(name) for name in ("kind", "step", "epoch")}
+            for record in read_metrics(folder / "metrics.jsonl")
+            if record["kind"] in ("train", "epoch")
+        ]
+
+    alone = run(1)
+    assert max(record["epoch"] for record in alone if record["kind"] == "epoch") >= 2
+    assert run(world_size) == alone
 
 
 def test_too_many_rewinds_end_the_run_with_the_evidence(text: Path) -> None:

@@ -133,8 +133,11 @@ def test_ranks_are_summed_exactly_and_only_rank_0_writes(tmp_path: Path) -> None
                 report.step(
                     step=step, epoch=0.1, tokens=step, position=step, lr=1.0, due=step % 3 == 0, **sums
                 )
-        other.epoch(epoch=1, step=6)
-        assert main.epoch(epoch=1, step=6, valid_loss=2.0, valid_step=4) == (4 * 21) / (40 * 6)
+        other.end_epoch(epoch=1, step=6)
+        assert main.end_epoch(epoch=1, step=6) == (4 * 21) / (40 * 6)
+        for report in (other, main):
+            report.epoch(valid_loss=2.0, valid_step=4)
+            report.epoch(valid_loss=3.0, valid_step=5)  # none has ended since
         other.note("rank 1 has something to say")
     records = read_metrics(tmp_path, "train")
     assert [(r["step"], r["loss"]) for r in records] == [(1, 4 / 40), (3, 4 * 5 / 80), (6, 4 * 15 / 120)]
@@ -155,13 +158,15 @@ def test_resumed_run_logs_what_the_uninterrupted_one_logs(tmp_path: Path) -> Non
             states[name] = json.loads(json.dumps(report.state()))
             feed(report, 15, 40 if name == "whole" else 17, every=5)
             if name == "whole":
-                report.epoch(epoch=1, step=40)
+                report.end_epoch(epoch=1, step=40)
+                report.epoch()
     with make(tmp_path / "killed") as report:
         report.begin(step=14, total_steps=40, tokens=14_000)
         report.load_state(states["killed"])
         report.event("resume", step=14)
         feed(report, 15, 40, every=5)
-        report.epoch(epoch=1, step=40)
+        report.end_epoch(epoch=1, step=40)
+        report.epoch()
     assert trained(tmp_path / "killed") == trained(tmp_path / "whole")
     ends = [read_metrics(tmp_path / name, "epoch")[0]["train_loss"] for name in ("whole", "killed")]
     assert ends[0] == ends[1]
@@ -173,7 +178,7 @@ def test_rewind_removes_later_records(tmp_path: Path) -> None:
         feed(report, 1, 3)
         state = report.state()
         feed(report, 4, 6, losses=lambda step: 99.0)
-        report.rewind(step=3, state=state)
+        report.rewind(step=3, tokens=3_000, state=state)
         feed(report, 4, 8)
     with make(tmp_path / "straight") as report:
         report.begin(total_steps=8)

@@ -18,7 +18,7 @@ from lmcore.config.durations import Durations
 from lmcore.report.metrics import read_metrics
 from lmcore.run import guard
 from lmcore.run.agreement import BITS, Agreement, flags_of, numbers_of
-from lmcore.run.intervals import EVALUATE, LOG, SAVE, Intervals
+from lmcore.run.intervals import EPOCH, EVALUATE, LOG, SAVE, Intervals
 from lmcore.run.late_numbers import LateNumbers
 from tests.support.fork_server import run_ranks
 from tests.support.whole_runs import (
@@ -43,7 +43,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_flag_has_a_number() -> None:
     named = {getattr(guard, word) for word in guard.__all__ if isinstance(getattr(guard, word), int)}
-    assert set(BITS) == (named - {guard.EXIT_STUCK}) | {LOG, EVALUATE, SAVE}
+    assert set(BITS) == (named - {guard.EXIT_STUCK}) | {LOG, EVALUATE, SAVE, EPOCH}
 
 
 def test_sum_over_ranks_is_the_bitwise_or() -> None:
