@@ -362,7 +362,7 @@ class Run:
         self._stop_early: str | None = None
         self._epoch = 0.0
         # Of a stream, and of the user's own iterable, a rank knows what it has read.
-        self._same_epochs = hasattr(data.train, "epoch_blocks")
+        self._same_epochs = getattr(data.train, "epoch_blocks", None) is not None
         if self._found:
             past = self._load(self._found[0])
             with state_of(self._found[0]):
@@ -945,9 +945,8 @@ class Run:
                 self.save("exception")
                 self.saves.wait()
                 self.report.note(f"saved step {step} after {type(error).__name__}")
-            except (
-                Exception
-            ) as second:  # a device that has failed fails again: the first error is the one to see
+            except Exception as second:
+                # A device that has failed fails again: the first error is the one to see.
                 self.report.note(
                     f"step {step} could not be saved after {type(error).__name__}: {type(second).__name__}: {second}"
                 )

@@ -137,3 +137,19 @@ def test_allowed_changes_of_data_and_seed_are_enough(tmp_path: Path, text: Path)
     assert train([*blocks, "--allow_changes", "seed"]) == [EXIT_REQUEST]
     assert train([*blocks, "--allow_changes", "data.shuffle"]) == [EXIT_FINISHED]
     assert train([*blocks, "--allow_changes", "data.shufle"]) == [EXIT_REQUEST]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_iterable_of_several_ranks_goes_over_the_end_of_a_pass(tmp_path: Path, world_size: int) -> None:
+    """Each rank knows what it has read; rank 0 says when a pass ends, for all at the same step."""
+    options = {"train__duration": "20 steps", "train__micro_batch_blocks": 2, "report__every": 1}
+    for size in (1, world_size):
+        argv = own_run(tmp_path / str(size), "iterable", **options)
+        assert train(argv, world_size=size) == [EXIT_FINISHED] * size
+    ended = [
+        list(read_metrics(tmp_path / str(size) / "metrics.jsonl", kind="epoch")) for size in (1, world_size)
+    ]
+    assert [record["epoch"] for record in ended[0]] == [1, 2]
+    assert [record["epoch"] for record in ended[1]] == [1, 2]
+    [scored] = read_metrics(tmp_path / str(world_size) / "metrics.jsonl", kind="eval")
+    assert scored["epoch"] == 2

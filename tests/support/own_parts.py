@@ -40,6 +40,17 @@ def pairs(count: int) -> dict[str, Any]:
     return {"train": Pairs(count, 0), "valid": {"line": Pairs(8, 1)}, "collate": collate}
 
 
+def iterable(count: int) -> dict[str, Any]:
+    """The same as an iterable, whose length nobody knows before it was read."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            line = Line(count, 0)
+            return (line[index] for index in range(count))
+
+    return {"train": Stream(), "valid": {"line": Line(8, 1)}}
+
+
 class Net(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
