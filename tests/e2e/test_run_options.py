@@ -362,7 +362,7 @@ def test_stream_of_several_ranks_goes_over_the_end_of_an_epoch(text: Path, world
     }  # fmt: skip
 
     def run(size: int) -> list[dict[str, Any]]:
-        folder = text / f"stream-{size}"
+        folder = text / f"over-the-end-{world_size}-{size}"
         assert train(request(text, folder, **options), world_size=size) == [EXIT_FINISHED] * size
         return [
             {name: record.get(name) for name in ("kind", "step", "epoch")}

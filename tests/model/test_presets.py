@@ -131,6 +131,7 @@ def sizes(steps: int) -> Sizes:
         epoch_blocks=None,
         total_steps=steps,
         total_blocks=4 * steps,
+        run_blocks=4 * steps,
         end_position=None,
     )
 
