@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FAULTS ?= runs/faults
+MARKS ?= slow or slurm
 
 .PHONY: help demo test test-all faults check docs format clean docker-build docker-shell
 
@@ -27,7 +28,7 @@ test: $(BIN)/.installed-dev  ## install, the core tests: every law, one pairing 
 	$(BIN)/python -m pytest -q -n 2
 
 test-all: $(BIN)/.installed-dev  ## the rest: whole matrices, Slurm, faults, the commands of the docs
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'slow or slurm'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m '$(MARKS)'
 
 faults: $(BIN)/.installed-dev  ## the large fault campaign: hours; resumable; FAULTS=folder of its results
 	$(BIN)/python -m benchmarks.faults.campaign --all --out $(FAULTS)

@@ -381,6 +381,7 @@ def test_child_gives_its_exit_code_and_output(tmp_path: Path, few_imports: None)
             assert (tmp_path / f"{code}.log").read_text() == f"['{code}', 'b c']\n"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_whole_search_with_real_runs_gives_a_recipe_that_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

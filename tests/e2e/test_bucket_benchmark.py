@@ -29,6 +29,7 @@ def run(comparison: str, out: Path) -> dict[str, Any]:
     return found["found"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_cost_of_uploads_is_measured(tmp_path: Path) -> None:
     found = run("saving", tmp_path)
@@ -38,6 +39,7 @@ def test_cost_of_uploads_is_measured(tmp_path: Path) -> None:
     assert found["uploaded"] == 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_reading_from_a_bucket_is_compared_with_the_disk(tmp_path: Path) -> None:
     found = run("reading", tmp_path)

@@ -75,6 +75,7 @@ def test_compiled_loop_beside_has_no_mask_in_its_graph(
     assert calls == [(None, True)] * 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_script_measures_and_checks_everything(tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def train(recipe: str, folder: Path, *options: str) -> tuple[Transformer, Sequen
     return open_run(str(folder))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("recipe", ["random_draws", "unseen_pairs"])

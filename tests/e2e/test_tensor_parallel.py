@@ -59,6 +59,13 @@ RUNS: dict[str, tuple[str, int, int, str, dict[str, Any]]] = {
         {"train__compile": "true", "train__activation_checkpointing": "true"},
     ),
 }
+
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    """A compiler takes most of a minute; the graphs are counted in tests/engine/test_compiled_graphs.py."""
+    return [pytest.mark.slow, *([pytest.mark.long] if "compiled" in name else [])]
+
+
 FAST = ("tp2", "tp2 x ddp2", "tp2 x fsdp2, heads")
 
 
@@ -113,7 +120,7 @@ def records(folder: Path, kind: str, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+    "name", [name if name in FAST else pytest.param(name, marks=marks_of(name)) for name in RUNS]
 )
 def test_shared_layers_train_as_one_process(
     text: Path, tmp_path: Path, alone: dict[str, Path], name: str

@@ -34,6 +34,7 @@ def test_no_checkpoint_is_lost_or_mixed() -> None:
     assert sum(found["faults"].values()) >= 100
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_manifest_that_is_put_first_is_found_by_the_campaign() -> None:
     """The campaign can fail: with the manifest ahead of the files it counts mixed checkpoints."""

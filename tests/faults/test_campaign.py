@@ -38,6 +38,7 @@ def count(rows: list[dict[str, Any]], name: str) -> int:
     return sum(row["counts"].get(name, 0) for row in rows)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_short_campaign_of_every_part_holds_and_is_not_run_twice(tmp_path: Path) -> None:
     # Every kill of the launcher in a save is a launch of its own: two minutes a trial. `make faults` has all eleven.

@@ -143,6 +143,7 @@ def test_planned_memory_of_every_strategy(name: str) -> None:
     assert 0.9 * measured <= planned <= 1.1 * measured
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE_MODELS)
 def test_planned_memory_of_100_million_parameters(name: str) -> None:

@@ -219,6 +219,7 @@ def test_two_nodes_train_like_one_node_with_as_many_processes(lab: Lab) -> None:
     assert two[STEPS] < two[1] - 1, "it learns"
 
 
+@pytest.mark.long
 def test_soak_losses_equal_an_uninterrupted_run(lab: Lab, undisturbed: dict[int, float]) -> None:
     """Signals to ranks and script, a requeue, preemption, and a node that fails during preemption."""
     command = lab.cluster.command
