@@ -35,24 +35,11 @@ def size(number: float) -> str:
     >>> size(3_650_722_201)
     '3.4 GiB'
     """
-    for unit, scale, below in (
-        ("TiB", 2**40, 2**30),
-        ("GiB", 2**30, 2**20),
-        ("MiB", 2**20, 2**10),
-        ("KiB", 2**10, 1),
-    ):
-        if abs(number) >= _from(scale, below):
+    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        # What would be four digits of the unit below, rounded to three, is already in this one; bytes are not rounded.
+        if abs(number) >= (scale if unit == "KiB" else 999.5 * scale / 2**10):
             return f"{number / scale:.3g} {unit}"
     return f"{number:.0f} B"
-
-
-def _from(scale: float, below: float) -> float:
-    """Where a unit of ``scale`` begins: what would be four digits of the unit below, rounded to three, is already in it.
-
-    >>> _from(2**30, 2**20) / 2**20
-    999.5
-    """
-    return min(scale, 999.5 * below) if below > 1 else scale
 
 
 def short(number: float) -> str:
@@ -62,7 +49,7 @@ def short(number: float) -> str:
     ('9,999', '124M')
     """
     for scale, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= (1e4 if letter == "k" else _from(scale, scale / 1e3)):
+        if abs(number) >= (1e4 if letter == "k" else 999.5 * scale / 1e3):
             return f"{number / scale:.3g}{letter}"
     return f"{number:,.0f}"
 

@@ -289,9 +289,9 @@ def _positions(asked: argparse.Namespace, run: Path, sizes: Any, skips: Any) -> 
     for start, stop in skips:  # sorted; positions skipped before this step move it
         position += stop - start if start <= position else 0
     found = next_positions(position, steps.batch_of(asked.step - 1), skips)[0]
-    if sizes.end_position is None or not len(found[found < sizes.end_position]):
-        return found
-    return found[found < sizes.end_position]  # what fills up the last step has no labels
+    end = sizes.end_position
+    read = found if end is None else found[found < end]  # what fills up the last step has no labels
+    return read if len(read) else found
 
 
 def stores(words: list[str]) -> None:

@@ -150,9 +150,8 @@ def generate(words: list[str]) -> None:
     )
     parser.add_argument("--no_stop", action="store_true", help="continue after the end of a document")
     for place, word in enumerate(words[:-1]):
-        if (
-            word == "--prompt" and words[place + 1].startswith("-") and words[place + 1] != "-"
-        ):  # argparse takes it for an option
+        # argparse takes it for an option
+        if word == "--prompt" and words[place + 1].startswith("-") and words[place + 1] != "-":
             words = [*words[:place], f"--prompt={words[place + 1]}", *words[place + 2 :]]
             break
     asked, saved = _opened(parser, words)

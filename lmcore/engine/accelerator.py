@@ -191,16 +191,21 @@ def fsdp_plugin(*, precision: str, reduce_dtype: str) -> Any:
     )
 
 
-def fsdp_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer without what torch 2.13 has no form of for sharded tensors: fused kernels other than Adam's.
-
-    Raises:
-        RequestError: Adafactor, which fails on sharded tensors.
-    """
+def check_fsdp_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse Adafactor (``RequestError``), which fails on sharded tensors."""
     if isinstance(optimizer, torch.optim.Adafactor):
         raise RequestError(
             "torch's Adafactor fails on sharded tensors: use adamw or muon, or DDP instead of FSDP2"
         )
+
+
+def fsdp_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer without what torch 2.13 has no form of for sharded tensors: fused kernels other than Adam's.
+
+    Raises:
+        RequestError: see :func:`check_fsdp_optimizer`.
+    """
+    check_fsdp_optimizer(optimizer)
     if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one of them
         for group in optimizer.param_groups:
             if group.get("fused"):

@@ -127,11 +127,7 @@ class Engine:
         self.precision = launch.resolve_precision(train.precision, os.environ, cuda=cuda)
         self.compiled, self._compile_row = launch.compiles(train.compile, cuda=cuda)
         self._param_dtype = torch_dtype(train.param_dtype)
-        if train.param_dtype != "fp32" and request.strategy not in ("single", "ddp"):
-            raise RequestError(
-                f"train.param_dtype {train.param_dtype} has no meaning under {request.strategy}, which keeps fp32 "
-                "weights for the optimizer and computes in a copy: leave it out"
-            )
+        launch.check_param_dtype(train.param_dtype, request.strategy)
         if train.param_dtype != "fp32" and self.precision != train.param_dtype:
             chosen = " (chosen by auto)" if train.precision == "auto" else ""
             raise RequestError(

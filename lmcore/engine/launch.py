@@ -217,6 +217,15 @@ def cpu_bf16() -> str:
     return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else ""
 
 
+def check_param_dtype(param_dtype: str, strategy: str) -> None:
+    """Refuse narrow weights (``RequestError``) under a strategy that keeps its own."""
+    if param_dtype != "fp32" and strategy not in ("single", "ddp"):
+        raise RequestError(
+            f"train.param_dtype {param_dtype} has no meaning under {strategy}, which keeps fp32 weights for the "
+            "optimizer and computes in a copy: leave it out"
+        )
+
+
 def describe_precision(asked: str, precision: str, *, cuda: bool) -> str:
     """The precision in words, with the reason where it was chosen."""
     if asked == "auto" and precision == "bf16" and not cuda:

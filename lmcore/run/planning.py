@@ -26,9 +26,8 @@ from lmcore.data.batches import Batches
 from lmcore.data.context import check_divides
 from lmcore.data.cursor import Cursor
 from lmcore.engine import context, launch, tensor, zero
-from lmcore.engine.accelerator import fsdp_optimizer
+from lmcore.engine.accelerator import check_fsdp_optimizer
 from lmcore.engine.zero import memory_settings
-from lmcore.errors import RequestError
 from lmcore.model.build import build_model
 from lmcore.model.cpu_kernels import use_faster_kernels
 from lmcore.model.module import ModelWithLoss
@@ -46,6 +45,7 @@ from lmcore.run.setup import (
     block_size_of,
     make_optimizer,
     refuse_context_parallel,
+    refuse_sharded_lora,
     schedules_of,
     tensor_parallel_problem,
     with_loss,
@@ -296,15 +296,10 @@ def refuse_strategy(config: RunConfig, optimizer: torch.optim.Optimizer, strateg
     if strategy.startswith("zero"):
         zero.check_optimizer(optimizer)
     elif strategy == "fsdp2":
-        fsdp_optimizer(optimizer)
-    if strategy in ("single", "ddp"):
-        return
-    if config.train.param_dtype != "fp32":
-        raise RequestError(
-            f"train.param_dtype {config.train.param_dtype} has no meaning under {strategy}: leave it out"
-        )
+        check_fsdp_optimizer(optimizer)
+    launch.check_param_dtype(config.train.param_dtype, strategy)
     if config.model.lora.rank:
-        raise RequestError(f"model.lora is tested with one process and with DDP, not with {strategy}")
+        refuse_sharded_lora(strategy)
 
 
 def average_bytes(config: RunConfig, counted: plan.Parameters) -> int:

@@ -51,8 +51,8 @@ class ProfileWindow:
         if self._written:
             return None
         return (
-            f"nothing was profiled: train.profile {self._first}-{self._last} are not among the steps of this start, which "
-            f"ended at step {self._done:,}"
+            f"nothing was profiled: steps {self._first}-{self._last} (train.profile) are not among those of this start, "
+            f"which ended at step {self._done:,}"
         )
 
     def _finish(self) -> str:

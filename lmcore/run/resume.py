@@ -66,10 +66,9 @@ def other_data_is_allowed(before: dict[str, Any], config: RunConfig) -> bool:
     """Whether the blocks may be others than those of the checkpoint: ``allow_changes`` names ``data.train``, or an option
     of data or tokenizer that differs from ``before``, the options of the checkpoint."""
     allowed = set(config.allow_changes)
+    # Those of class refuse decide what a position means.
     found = changes(before, redact(flatten(config)))
-    different = {
-        change.key for change in found if change.resume == "refuse"
-    }  # they decide what a position means
+    different = {change.key for change in found if change.resume == "refuse"}
     return "data.train" in allowed or any(
         name.startswith(("data.", "tokenizer.")) for name in allowed & different
     )

@@ -725,10 +725,19 @@ def open_engine(config: RunConfig, *, began_in: str | None = None) -> Engine:
             f"guard.spike skip is not available under {engine.strategy}: DeepSpeed itself decides which updates are "
             "applied. Use --guard.spike rewind"
         )
-    if config.model.lora.rank and engine.strategy not in ("single", "ddp"):
-        engine.close()
+    if config.model.lora.rank:
+        try:
+            refuse_sharded_lora(engine.strategy)
+        except RequestError:
+            engine.close()
+            raise
+    return engine
+
+
+def refuse_sharded_lora(strategy: str) -> None:
+    """Refuse adapters (``RequestError``) under a strategy that shards weights or moments."""
+    if strategy not in ("single", "ddp"):
         raise RequestError(
-            f"model.lora is tested with one process and with DDP, not with {engine.strategy}: frozen weights have "
+            f"model.lora is tested with one process and with DDP, not with {strategy}: frozen weights have "
             "neither gradients nor moments to shard; take accelerate_configs/ddp.yaml"
         )
-    return engine

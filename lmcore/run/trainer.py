@@ -596,7 +596,9 @@ class Run:
         first, last = batch.positions
         ended, self._epoch = int(batch.epoch) > int(self._epoch), batch.epoch
         # Signals and clocks differ between the ranks: all of them act on the same bits.
-        mine = self._own_flags() | (EPOCH if ended and engine.is_main else 0)
+        mine = self._own_flags()
+        if ended and engine.is_main and not self._same_epochs:
+            mine |= EPOCH
         flags = None if engine.world_size == 1 else numbers_of(mine, engine.device)
         sums = engine.sum_over_ranks(loss.values, own=flags)
         own = torch.stack([grad_norm.double(), applied.double()])
@@ -614,8 +616,8 @@ class Run:
         self._flags = due | self._agreement.after_step(mine, numbers, first=4, at_once=waits)
         if self._flags & EVALUATE and self.saves.keep_best:
             self._flags |= SAVE  # what is best must be there to be kept
-        if self._same_epochs:  # no need to wait for rank 0's word, which comes late from a GPU
-            self._flags = self._flags | EPOCH if ended else self._flags & ~EPOCH
+        if ended and self._same_epochs:  # no need to wait for rank 0's word, which comes late from a GPU
+            self._flags |= EPOCH
         self._verdict = self.guard.verdict(self._flags)
         self.report.step(
             step=state.step,

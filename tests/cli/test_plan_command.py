@@ -379,6 +379,14 @@ def test_strategy_that_the_run_would_refuse_is_not_planned(words: str, strategy:
         plan_rows(config, {"processes": "2", "strategy": strategy}, open_data=lambda: None)
 
 
+def test_option_of_its_own_is_not_taken_from_the_optimizers_keywords() -> None:
+    config = tiny(
+        "--optim.config.lr", "1", "--train.duration", "10 steps", "--train.global_batch_blocks", "4"
+    )
+    with pytest.raises(RequestError, match=r"optim\.config\.lr is an option of its own: use --optim\.lr"):
+        plan_rows(config, {}, open_data=lambda: None)
+
+
 @pytest.mark.parametrize("name", ["muon", "adafactor", "adamw"])
 def test_advice_is_what_the_run_accepts(name: str) -> None:
     config = tiny("--optim.name", name, "--train.duration", "10 steps", "--train.global_batch_blocks", "4")

@@ -190,7 +190,7 @@ def test_profile_window_that_was_not_reached_is_told(tmp_path: Path) -> None:
     assert [window.step(done) for done in range(3)] == [None] * 3
     told = window.end()
     assert told == (
-        "nothing was profiled: train.profile 900-901 are not among the steps of this start, which ended at step 2"
+        "nothing was profiled: steps 900-901 (train.profile) are not among those of this start, which ended at step 2"
     )
 
 
