@@ -615,6 +615,39 @@ def test_edit_of_equal_length_is_found_and_a_touched_file_is_the_same(tmp_path: 
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("size", [1, 2**17])
+def test_edit_is_found_where_two_folders_have_files_of_one_name(tmp_path: Path, size: int) -> None:
+    """Their relative paths are equal: the parts of one must not be taken for those of the other."""
+    paths = [tmp_path / folder / "x.txt" for folder in ("first", "second")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(f"{path.parent.name} is a text of its own\n" * size)
+    notes: list[str] = []
+
+    def tokens() -> bytes:
+        [source] = text.resolve_sources([{"paths": list(map(str, paths)), "name": "both", "unit": "file"}])
+        store = build_store(source, Bytes(), store_dir=tmp_path / "stores", note=notes.append, eos=False)
+        return store.read(0, store.n_tokens).astype(np.uint8).tobytes()
+
+    assert tokens() == b"".join(path.read_bytes() for path in paths)
+    whole = paths[0].read_bytes()
+    place = len(whole) // 30  # of the large file: between two samples
+    paths[0].write_bytes(whole[:place] + b"X" + whole[place + 1 :])
+    if size > 1:
+        with pytest.raises(RequestError, match=r"first/x\.txt was edited since its token store"):
+            tokens()
+    paths[0].write_bytes(b"another " + whole)
+    assert tokens() == b"".join(path.read_bytes() for path in paths)
+    assert notes == ["token store both: 1 files changed (x.txt)"]
+
+
+def test_file_names_that_are_made_unique_are_unique() -> None:
+    assert edits.unique_names(["a", "a", "a (2)", "a", "a (2)", "b"]) == [
+        *("a", "a (2)", "a (2) (2)", "a (3)", "a (2) (3)", "b"),
+    ]
+
+
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("why", ["not built here", "too large"])
 def test_text_that_is_not_compared_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str

@@ -35,7 +35,7 @@ from typing import Any
 
 from lmcore.data.store import token_files, verification
 from lmcore.data.store.claims import aside, create_once
-from lmcore.data.store.edits import refuse_edited_text
+from lmcore.data.store.edits import refuse_edited_text, unique_names
 from lmcore.data.store.manifest import (
     MANIFEST,
     STORE_VERSION,
@@ -277,7 +277,10 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
         for key in new
         if key != "files" and old.get(key) != new[key]
     ]
-    before, after = ({row[0]: row[1:] for row in identity["files"]} for identity in (old, new))
+    before, after = (
+        dict(zip(unique_names([row[0] for row in identity["files"]]), (row[1:] for row in identity["files"])))
+        for identity in (old, new)
+    )
     groups = {
         "added": [name for name in after if name not in before],
         "removed": [name for name in before if name not in after],
@@ -325,10 +328,11 @@ def _job(
     options = [
         identity[key] for key in ("version", "tokenizer", "eos", "split", "text_field", "unit", "encoding")
     ]
-    files = {name: rest for name, *rest in identity["files"]}
+    # By the path: two folders of one source may each have a file of the same name.
+    files = {path: rest for path, (_, *rest) in zip(source.paths, identity["files"])}
     keys = []
     for part in parts:
-        pieces = [[p.relative_path, p.start, p.stop, *files.get(p.relative_path, [])] for p in part.pieces]
+        pieces = [[p.relative_path, p.start, p.stop, *files.get(p.path, [])] for p in part.pieces]
         keys.append(hashlib.sha256(json.dumps([options, pieces]).encode()).hexdigest()[:32])
     job = Job(
         source=source,

@@ -10,7 +10,8 @@ was only touched, copied or moved has the same hash, and nothing is said.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def refuse_edited_text(
     Raises:
         RequestError: a file has another content; it is named.
     """
-    names = source.relative_paths or source.paths
+    names = unique_names(source.relative_paths or source.paths)
     states = {
         name: (path, state_of(path)[:4])  # not the device, whose number changes with each mount of some
         for name, path in zip(names, source.paths)
@@ -87,6 +88,25 @@ def refuse_edited_text(
         kept = {name: known[name] for name in large if name in known}
         kept |= {name: [large[name][1], hashes.get(name)] for name in changed}
         memory[_KEY] = {"built": mark, "files": kept}
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The relative paths of the files of a source, the second of one name with a number: two folders of a source may each
+    have a file of the same name.
+
+    >>> unique_names(["a.txt", "b.txt", "a.txt"])
+    ['a.txt', 'b.txt', 'a.txt (2)']
+    """
+    times: Counter[str] = Counter()
+    found: dict[str, None] = {}
+    for name in names:
+        times[name] += 1
+        unique = name if times[name] == 1 else f"{name} ({times[name]})"
+        while unique in found:  # a file is called so
+            times[name] += 1
+            unique = f"{name} ({times[name]})"
+        found[unique] = None
+    return list(found)
 
 
 def _hash_of(path: str) -> str | None:
