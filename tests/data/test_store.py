@@ -641,6 +641,48 @@ def test_edit_is_found_where_two_folders_have_files_of_one_name(tmp_path: Path, 
     assert notes == ["token store both: 1 files changed (x.txt)"]
 
 
+@pytest.mark.usefixtures("cache")
+def test_edited_text_is_not_taken_over_from_an_older_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file beside it makes another store, for which the unchanged parts of the first are taken."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    path = folder / "large.txt"
+    path.write_text("".join(f"line {n} of the text\n" for n in range(70_000)))
+    (folder / "same.txt").write_text("".join(f"line {n} of the same\n" for n in range(70_000)))
+
+    def built() -> tuple[bytes, int]:
+        """The text of the store, and the bytes that were tokenized for it."""
+        tokenizer = Bytes()
+        seen = 0
+
+        def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
+            nonlocal seen
+            seen += sum(map(len, texts))
+            return Bytes().encode_batch(texts)
+
+        monkeypatch.setattr(tokenizer, "encode_batch", encode_batch)
+        [source] = text.resolve_sources([{"path": str(folder), "unit": "line", "name": "n"}])
+        store = build_store(source, tokenizer, store_dir=tmp_path / "stores")
+        ids = store.read(0, store.n_tokens)
+        return ids[ids != Bytes.eos_id].astype(np.uint8).tobytes(), seen
+
+    built()
+    whole = path.read_bytes()
+    place = 2**16 + 2**13  # between two samples
+    path.write_bytes(whole[:place] + b"X" + whole[place + 1 :])
+    (folder / "new.txt").write_text("new\n")
+    tokens, seen = built()
+    assert tokens.count(b"X") == 1
+    assert seen < len(whole) + 2**20  # the other file is not tokenized again
+    (folder / "newer.txt").write_text("newer\n")
+    path.touch()
+    tokens, seen = built()
+    assert tokens.count(b"X") == 1
+    assert seen < 2**20  # it was only touched
+
+
 def test_file_names_that_are_made_unique_are_unique() -> None:
     assert edits.unique_names(["a", "a", "a (2)", "a", "a (2)", "b"]) == [
         *("a", "a (2)", "a (2) (2)", "a (3)", "a (2) (3)", "b"),

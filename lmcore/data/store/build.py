@@ -35,7 +35,7 @@ from typing import Any
 
 from lmcore.data.store import token_files, verification
 from lmcore.data.store.claims import aside, create_once
-from lmcore.data.store.edits import refuse_edited_text, unique_names
+from lmcore.data.store.edits import edited_files, refuse_edited_text, unique_names
 from lmcore.data.store.manifest import (
     MANIFEST,
     STORE_VERSION,
@@ -369,9 +369,13 @@ def _agreed(plan: Path, part_bytes: int) -> int:
 def _take_over(job: Job, other: Path, manifest: dict[str, Any]) -> None:
     """Hard links to (or copies of) the parts of another store that hold the same text, made in the same way."""
     there = {part["key"]: part for part in manifest["parts"]}
-    for part, key in zip(job.parts, job.keys):
+    wanted = [
+        (part, key) for part, key in zip(job.parts, job.keys) if key in there and not is_done(job, part.index)
+    ]
+    edited = edited_files(other, job.source) if wanted else set()  # the key has samples of a large file only
+    for part, key in wanted:
         name = part_file(part.index)
-        if key not in there or is_done(job, part.index):
+        if any(piece.path in edited for piece in part.pieces):
             continue
         with contextlib.suppress(OSError):  # the older store was just removed, or the disk is full: build it
             for suffix in (".bin", ".ends"):

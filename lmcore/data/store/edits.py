@@ -46,27 +46,15 @@ def refuse_edited_text(
     Raises:
         RequestError: a file has another content; it is named.
     """
-    names = unique_names(source.relative_paths or source.paths)
-    states = {
-        name: (path, state_of(path)[:4])  # not the device, whose number changes with each mount of some
-        for name, path in zip(names, source.paths)
-        if not path.startswith(hub.PREFIX) and not remote.is_remote(path)
-    }
-    large = {name: found for name, found in states.items() if found[1][0] > WHOLE_BYTES}
+    large = _large_files(source)
     if not large:
         return
     with remembered(folder) as memory:
         mark = file_state(folder / MANIFEST)  # another one: the store was built again, or copied here
-        there = memory.get(_KEY)
-        known: dict[str, Any] = {}
-        if isinstance(there, dict) and there.get("built") == mark and isinstance(there.get("files"), dict):
-            known = there["files"]
+        known = _known(memory, mark)
         changed = [name for name, (_, state) in large.items() if known.get(name, [None])[0] != state]
         wanted = [name for name in changed if built or known.get(name, [None, None])[1]]
-        hashes: dict[str, str | None] = {}
-        if sum(large[name][1][0] for name in wanted) <= most_bytes:
-            with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
-                hashes = dict(zip(wanted, pool.map(_hash_of, (large[name][0] for name in wanted))))
+        hashes = _hashes({name: large[name] for name in wanted}, most_bytes)
         unknown: list[str] = []
         for name in changed:
             path, before = large[name][0], known.get(name)
@@ -88,6 +76,46 @@ def refuse_edited_text(
         kept = {name: known[name] for name in large if name in known}
         kept |= {name: [large[name][1], hashes.get(name)] for name in changed}
         memory[_KEY] = {"built": mark, "files": kept}
+
+
+def edited_files(folder: Path, source: Source, *, most_bytes: int = BACKGROUND_BYTES) -> set[str]:
+    """The files of a source whose tokens may not be taken over from an older store of it, although size and samples are as
+    they were: they were written since, and are not, or cannot be, shown to be the same."""
+    large = _large_files(source)
+    if not large:
+        return set()
+    with remembered(folder, write=False) as memory:
+        known = _known(memory, file_state(folder / MANIFEST))
+    changed = {name: found for name, found in large.items() if name in known and known[name][0] != found[1]}
+    hashes = _hashes({name: found for name, found in changed.items() if known[name][1]}, most_bytes)
+    return {path for name, (path, _) in changed.items() if (hashes.get(name) or "") != known[name][1]}
+
+
+def _large_files(source: Source) -> dict[str, tuple[str, list[int]]]:
+    """(path, state) of the files that the fingerprint has samples of only, by their names."""
+    states = {
+        name: (path, state_of(path)[:4])  # not the device, whose number changes with each mount of some
+        for name, path in zip(unique_names(source.relative_paths or source.paths), source.paths)
+        if not path.startswith(hub.PREFIX) and not remote.is_remote(path)
+    }
+    return {name: found for name, found in states.items() if found[1][0] > WHOLE_BYTES}
+
+
+def _known(memory: dict[str, Any], mark: list[int]) -> dict[str, Any]:
+    """What is remembered of the text of the store with this manifest: {name: [state, hash]}."""
+    there = memory.get(_KEY)
+    if isinstance(there, dict) and there.get("built") == mark and isinstance(there.get("files"), dict):
+        known: dict[str, Any] = there["files"]
+        return known
+    return {}
+
+
+def _hashes(files: dict[str, tuple[str, list[int]]], most_bytes: int) -> dict[str, str | None]:
+    """Hashes of files by their names; none where that would mean to read more than ``most_bytes``."""
+    if sum(state[0] for _, state in files.values()) > most_bytes:
+        return {}
+    with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
+        return dict(zip(files, pool.map(_hash_of, (path for path, _ in files.values()))))
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
