@@ -18,6 +18,7 @@ from lmcore.config.durations import Duration, Durations
 from lmcore.config.help import docs
 from lmcore.config.parse import parse
 from lmcore.config.schema import Key, keys, plain
+from lmcore.data.text.sources import without_run_files
 from lmcore.errors import RequestError
 from lmcore.run import own_text
 from lmcore.run.folder import local_run_dir
@@ -32,7 +33,12 @@ def configured(words: list[str], command: str, summary: str) -> RunConfig:
         print(f"usage: lmcore {command} [options of train_lm.py]\n\n{summary}")
         print("\ntrain_lm.py --help lists the options, --help SECTION those of one section.")
         raise SystemExit(0)
-    return parse(words, note=lambda line: print(line, file=sys.stderr), own_text=own_text.defaults)
+    return parse(
+        words,
+        note=lambda line: print(line, file=sys.stderr),
+        own_text=own_text.defaults,
+        own_entries=without_run_files,
+    )
 
 
 def run_dir_of(config: RunConfig) -> Path:

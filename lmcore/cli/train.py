@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from lmcore.config.parse import parse
+from lmcore.data.text.sources import without_run_files
 from lmcore.errors import RequestError
 from lmcore.run import own_text
 from lmcore.run.preflight import preflight
@@ -88,7 +89,8 @@ def train(words: list[str]) -> int:
     config_file, number = taken(words, "config_file"), taken(words, "processes")
     if number is not None and not (number.isdecimal() and len(number) < 10 and 0 < int(number) < 100_000):
         raise RequestError(f"--processes must be a number of at least 1 (got {number})")
-    config = parse(words, own_text=own_text.defaults)  # a wrong option is refused before anything is started
+    # A wrong option is refused before anything is started
+    config = parse(words, own_text=own_text.defaults, own_entries=without_run_files)
     processes = None if number is None else int(number)
     checked = config_file is None and not config.fast_dev_run
     if checked and processes is not None:

@@ -59,6 +59,8 @@ Layer = dict[str, Any]
 """Dotted name -> value, as one file or the command line gives it."""
 OwnText = Callable[[Layer], tuple[Layer, list[str]]]
 """The options that are set -> defaults for this text and the lines that explain them."""
+OwnEntries = Callable[[list[Any]], tuple[list[Any], list[str]]]
+"""``data.train`` as it was given -> as it is meant, and what was left out of it."""
 
 
 def parse(
@@ -67,6 +69,7 @@ def parse(
     note: Callable[[str], object] = lambda text: None,
     default_recipe: Path | None = DEMO,
     own_text: OwnText | None = None,
+    own_entries: OwnEntries | None = None,
     allow_hidden: bool = False,
 ) -> RunConfig:
     """Read a command line.
@@ -78,6 +81,8 @@ def parse(
         default_recipe: used without ``--config`` when no text or dataset is named either.
         own_text: gives defaults that fit the text, when text is named without ``--config``
             (:func:`lmcore.run.own_text.defaults`).
+        own_entries: leaves out of the command line's ``data.train`` what runs have written beside the text
+            (:func:`lmcore.data.text.sources.without_run_files`).
         allow_hidden: a saved configuration may hold ``<hidden>`` in the place of a secret, because the caller starts no
             run with it.
 
@@ -95,6 +100,10 @@ def parse(
         note = _comment
     typed = _converted(request.layer, None)
     files = request.files
+    if own_entries is not None and typed.get("data.train"):
+        typed["data.train"], left_out = own_entries(typed["data.train"])
+        for line in left_out:
+            note(f"data.train: {line}")
     own = not files and any(typed.get(name) for name in OWN)
     if not files and not own and default_recipe is not None and default_recipe.exists():
         files = [str(default_recipe)]

@@ -87,6 +87,7 @@ def parse_or_exit(argv: Sequence[str] | None = None) -> RunConfig:
     connect(os.environ)
     from lmcore.config.parse import parse  # these take a second
     from lmcore.data.text import listing
+    from lmcore.data.text.sources import without_run_files
     from lmcore.disk import require_current_folder
     from lmcore.report.console import protect_output
     from lmcore.run import own_text
@@ -104,6 +105,7 @@ def parse_or_exit(argv: Sequence[str] | None = None) -> RunConfig:
             None if argv is None else list(argv),
             note=notes.append,
             own_text=own_text.defaults,
+            own_entries=without_run_files,
         )
         if not config.fast_dev_run:  # which has its own text and sizes
             preflight(config, processes=int(os.environ.get("WORLD_SIZE", "1")))

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from lmcore.config.parse import parse
 from lmcore.data.text.documents import parts, resolve_sources
+from lmcore.data.text.sources import without_run_files
 from lmcore.errors import RequestError
 from tests.support.texts import read_all, write_parquet
 
@@ -170,6 +172,37 @@ def test_files_of_a_run_in_the_folder_of_its_text_are_not_read(tmp_path: Path) -
     assert len(resolve_sources(named, join_files=True)[0].paths) == 2, "on purpose"
     [alone] = resolve_sources([str(tmp_path / "a.txt"), *named], join_files=True)
     assert (alone.name, alone.relative_paths) == ("a", ("a.txt",))
+
+
+@pytest.mark.parametrize("names", [("a.txt",), ("a.txt", "b.txt")])
+def test_folders_of_a_run_in_the_folder_of_its_text_are_not_read(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """A shell expands folder/* to them, and the same command must go on with the run."""
+    make(tmp_path, *names)
+    [first] = resolve_sources([str(tmp_path / name) for name in names], join_files=True)
+    make(
+        tmp_path,
+        *("stores.json", "metrics.jsonl", "tokenizer/tokenizer_config.json", "logs/rank-1.log"),
+        *("checkpoints/step-00000001/manifest.json", "checkpoints/step-00000001/state.json"),
+        *("token_stores/a-0123/manifest.json", "token_stores/a-0123/part-000000.bin"),
+        *("runs/x/status.json", "runs/x/metrics.jsonl"),
+    )
+    expanded = sorted(map(str, tmp_path.iterdir()))
+    [again] = resolve_sources(expanded, join_files=True)
+    assert (again.name, again.paths, again.relative_paths) == (first.name, first.paths, first.relative_paths)
+    assert again.notes == (
+        f"left out: {tmp_path}, the files of a run",
+        f"left out: {tmp_path}/runs, nothing but what a training has written",
+        f"left out: {tmp_path}/token_stores, nothing but what a training has written",
+    )
+    words = ["--data.train", *expanded]
+    begun = parse(["--data.train", *(str(tmp_path / name) for name in names)])
+    noted: list[str] = []
+    assert parse(words, note=noted.append, own_entries=without_run_files) == begun
+    assert [note for note in noted if "left out" in note] == [f"data.train: {note}" for note in again.notes]
+    (tmp_path / "runs" / "own.txt").write_text("text")
+    assert len(resolve_sources(expanded, join_files=True)) == 2
 
 
 def test_expanded_glob_is_the_same_source(tmp_path: Path) -> None:

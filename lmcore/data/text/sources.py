@@ -8,6 +8,7 @@ text.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import fnmatch
 import functools
 import glob
@@ -17,7 +18,7 @@ import re
 import stat
 import statistics
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -175,7 +176,8 @@ def _resolve(
     sources: list[Source] = []
     owners: dict[tuple[int, int], str] = {}
     taken: set[str] = set()
-    for entry in _joined(listed) if join_files else listed:
+    entries, notes = _joined(listed) if join_files else (listed, [])
+    for entry in entries:
         source = _source(entry, text_field, unit, encoding)
         for path in source.paths:
             identity = file_identity(path)
@@ -190,6 +192,8 @@ def _resolve(
             source = replace(source, name=next(name for name in names if name not in taken))
         taken.add(source.name)
         sources.append(source)
+    if notes:
+        sources[0] = replace(sources[0], notes=tuple(dict.fromkeys([*notes, *sources[0].notes])))
     return tuple(sources)
 
 
@@ -199,19 +203,63 @@ def file_identity(path: str) -> tuple[int, int] | None:
     return None if found is None else (found.st_dev, found.st_ino)
 
 
-def _joined(entries: Sequence[Entry]) -> list[Entry]:
-    """The entries with all files that were named one by one as one entry, in the place of the first."""
+def without_run_files(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+    """The entries without what runs have written beside the text, and notes that name it.
+
+    A shell expands ``folder/*`` to that, too, and the same command must go on with the run. Nothing is left out where no
+    file of text is named, or no entry would be left: that is on purpose.
+    """
     files = [entry for entry in entries if isinstance(entry, str) and _is_text_file(entry)]
-    if len(files) < 2 or len({os.path.abspath(os.path.expanduser(file)) for file in files}) < len(files):
-        return list(entries)
-    # A shell expands folder/* to the files of a run there, too
-    text = _without_run_files([os.path.abspath(os.path.expanduser(file)) for file in files])[0]
-    text = text or files
-    joined = text[0] if len(text) == 1 else _pattern_of(text) or tuple(text)
+    text, notes = _without_run_files([_absolute(file) for file in files])
+    if not text:
+        return list(entries), []
+    kept, beside = set(text), set(map(os.path.dirname, text))
+    left_out: set[str] = {file for file in files if _absolute(file) not in kept}
+    for entry in entries:
+        if isinstance(entry, str) and (note := _note_of_training_folder(entry, beside)):
+            left_out.add(entry)
+            notes.append(note)
+    rest = [entry for entry in entries if not (isinstance(entry, str) and entry in left_out)]
+    return rest, list(dict.fromkeys(notes))
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _joined(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+    """The entries with all files that were named one by one as one entry, in the place of the first; and notes."""
+    entries, notes = without_run_files(entries)
+    files = [entry for entry in entries if isinstance(entry, str) and _is_text_file(entry)]
+    text = [_absolute(file) for file in files]
+    if len(files) < 2 or len(set(text)) < len(files):
+        return entries, notes
+    joined = _pattern_of(text) or tuple(text)
     chosen = set(files)
     rest = [entry for entry in entries if not (isinstance(entry, str) and entry in chosen)]
     first = entries.index(files[0])
-    return [*rest[:first], joined, *rest[first:]]
+    return [*rest[:first], joined, *rest[first:]], notes
+
+
+def _note_of_training_folder(entry: str, beside: Collection[str]) -> str | None:
+    """What to say of a folder in one of the folders ``beside`` that holds nothing but what a training has written."""
+    path = _absolute(entry)
+    if is_url(entry) or os.path.dirname(path) not in beside or not os.path.isdir(path):
+        return None
+    kept, notes = _without_run_files([path])
+    if not kept:
+        return notes[0]
+    with contextlib.suppress(OSError):  # opening it says more
+        if _is_token_store(os.listdir(path)):  # its tokens may be wanted
+            return None
+    walk = _Walk(path)
+    if any(map(_is_known, walk.files())) or not walk.notes:
+        return None
+    return f"left out: {path}, nothing but what a training has written"
+
+
+def _is_known(path: str) -> bool:
+    return _suffix(path) in _PROSE or _suffix(path) in _CODE or file_kind(path) is not None
 
 
 def _is_text_file(entry: str) -> bool:
@@ -413,7 +461,7 @@ def _objects(pattern: str) -> _Found:
     """Files behind a URL; of a folder those of known kinds."""
     found = remote.expand(pattern)
     named = glob.has_magic(pattern) or found[0][0] == pattern
-    kept = [(url, name) for url, name in found if named or _suffix(name) in _PROSE | _CODE or file_kind(name)]
+    kept = [(url, name) for url, name in found if named or _is_known(name)]
     if not kept:
         raise RequestError(
             f"{pattern} has no object of a known kind (.txt, .jsonl, .parquet, ...); it has {len(found)} like "
@@ -431,7 +479,7 @@ def _folder(path: str, pattern: str) -> _Found:
         return _Found([(_readable(os.path.join(path, name)), name) for name in parts])
     walk = _Walk(path)
     everything = list(walk.files())
-    found = [p for p in everything if _suffix(p) in _PROSE or _suffix(p) in _CODE or file_kind(p)]
+    found = [path for path in everything if _is_known(path)]
     if not found:
         example = (
             f"; it has {len(everything)} files like {os.path.relpath(everything[0], path)}"
