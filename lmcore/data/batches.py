@@ -389,7 +389,7 @@ class EvalBatches:
     """The micro-batches of a validation set: every block once, tails included, split over the ranks.
 
     Every rank gets the same number of micro-batches. They are filled up with blocks without labels; for a custom
-    dataset whose labels cannot be ignored (no integers) some micro-batches are smaller instead.
+    dataset whose labels cannot be ignored (no integers with a sign) some micro-batches are smaller instead.
 
     Args:
         dataset: blocks of stores with ``tails=True``, or a custom dataset (:func:`lmcore.data.custom.wrap`).

@@ -8,8 +8,8 @@ Its items are dicts whose keys are the arguments of the model's ``forward``, and
   share; the order is that of the dataset, again and again. A resume reads up to the position where the run was. It is
   read by one process: ``data.workers`` is 0 or 1.
 
-Integer ``labels`` can be ignored (-100), so that the last step of a map-style dataset is filled up. With other labels
-the last step continues into the next epoch.
+Integer ``labels`` with a sign can be ignored (-100), so that the last step of a map-style dataset is filled up. With other
+labels (also ``uint8``) the last step continues into the next epoch.
 """
 
 from __future__ import annotations
@@ -75,14 +75,15 @@ def ignored(item: Any) -> Any:
 
 
 def can_ignore(item: Any) -> bool:
-    """Whether the item has integer labels."""
+    """Whether the item has integer labels that can be -100."""
     if not isinstance(item, Mapping) or "labels" not in item:
         return False
     labels = item["labels"]
     if not isinstance(labels, Tensor | np.ndarray | int | list):
         return False
     dtype = torch.as_tensor(labels).dtype
-    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+    # As a number without a sign, -100 would be a real label: 156 of 8 bits.
+    return dtype.is_signed and not dtype.is_floating_point and not dtype.is_complex
 
 
 class Items(list[Any]):

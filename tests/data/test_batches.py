@@ -408,7 +408,8 @@ class Items:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index >= self.n:
             raise IndexError(index)
-        labels = {"int": index, "float": float(index), "none": None}[self.labels]
+        byte = torch.tensor(index, dtype=torch.uint8)
+        labels = {"int": index, "float": float(index), "byte": byte, "none": None}[self.labels]
         item = {"x": torch.tensor([index, index + 1]), "labels": labels}
         return item if labels is not None else {"x": item["x"]}
 
@@ -471,8 +472,10 @@ def test_map_style_dataset_is_shuffled_and_resumes(workers: int) -> None:
     assert step.micro_batches[0]["x"].shape == (3, 2)
 
 
-def test_float_labels_continue_into_the_next_epoch() -> None:
-    dataset = wrap(Items(20, "float"), seed=11)
+@pytest.mark.parametrize("labels", ["float", "byte"])
+def test_labels_that_cannot_be_ignored_continue_into_the_next_epoch(labels: str) -> None:
+    """-100 of 8 bits without a sign would be the label 156."""
+    dataset = wrap(Items(20, labels), seed=11)
     found = own(dataset, beginning(dataset), end_position=20)
     assert [len(batch) for batch in found] == [6] * 4
     assert sorted(label for batch in found for label in batch)[0] == 0
