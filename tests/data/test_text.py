@@ -336,6 +336,16 @@ def test_json_syntax_error_in_an_array_is_one_bad_record(tmp_path: Path) -> None
     assert (len(documents), [b.reason for b in bad]) == (9, ["the array is not closed: the file is cut off"])
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff", "\ufeff\r\n "])
+def test_json_array_after_a_byte_order_mark(tmp_path: Path, start: str) -> None:
+    """Its first lines are `[` and one whole record, which would also be a line of records."""
+    path = tmp_path / "a.json"
+    path.write_text(start + '[\n{"text": "one"}\n]\n')
+    assert texts_of(source_of(path)) == ["one"]
+    path.write_text(start + '{"text": "one"}\n{"text": "two"}\n')
+    assert texts_of(source_of(path)) == ["one", "two"]
+
+
 def test_json_array_needs_the_memory_of_one_record(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     record = json.dumps({"text": "x" * 1000})

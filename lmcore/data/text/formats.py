@@ -201,7 +201,7 @@ def json_file(pieces: Iterable[bytes | Damage], encoding: str) -> Values:
         if not is_blank(line):
             visible.append(line)
     again = itertools.chain(head, iterator)
-    begins_with_object = visible and visible[0].lstrip().startswith((b"{", codecs.BOM_UTF8))
+    begins_with_object = visible and visible[0].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
     if begins_with_object and any(isinstance(_json(line, encoding), dict) for line in visible):
         return json_lines(lines(again), 2**63, encoding)
     return _json_values(again, encoding)
