@@ -8,7 +8,11 @@ Letters: B blocks, H heads, T tokens of a block, D width of a head.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +56,7 @@ class TanhGELU(nn.GELU):
 def use_faster_kernels(model: Any) -> None:
     """Replace, in place: the tanh form of GELU by :class:`TanhGELU`, and ``sdpa`` by :func:`attention`.
 
-    Any attention other than ``sdpa`` was chosen by name, and stays.
+    Any attention other than ``sdpa`` was chosen by name, and stays; so does ``sdpa`` in a family whose code asks for that name.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.activations import GELUTanh, NewGELUActivation
@@ -62,10 +66,32 @@ def use_faster_kernels(model: Any) -> None:
         for name, child in parent.named_children():
             if type(child) in (NewGELUActivation, GELUTanh):
                 setattr(parent, name, TanhGELU())
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
+    chosen = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if chosen == "sdpa" and not asks_for_sdpa(model):
         AttentionInterface.register(ATTENTION, attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         model.config._attn_implementation = ATTENTION
+
+
+def asks_for_sdpa(model: nn.Module) -> bool:
+    """Whether code of a model compares the name of its attention with ``sdpa``.
+
+    Under another name such a family computes something else without a word: Falcon no causal mask, so that its tokens
+    see the labels; DeepSeek V3.2 and its kin no sparse choice of keys. True too where the code cannot be read.
+    """
+    names = {module.__class__.__module__ for module in model.modules()}
+    return any(_compares_with_sdpa(name) for name in names if not name.startswith("torch."))
+
+
+_COMPARISON = re.compile(r"attn_implementation\W{0,4}(?:==|!=|(?:not\s+)?in\b)[^\n]*[\"']sdpa[\"']")
+
+
+@functools.cache
+def _compares_with_sdpa(module_name: str) -> bool:
+    try:
+        return _COMPARISON.search(inspect.getsource(sys.modules[module_name])) is not None
+    except (OSError, TypeError, KeyError):  # no file: typed into an interpreter, or compiled
+        return True
 
 
 def tokens_first(x: Tensor) -> Tensor:

@@ -77,6 +77,8 @@ def _no_own_attention(model: Any) -> str | None:
     chosen = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if not hasattr(model, "base_model") or chosen is None:
         return f"{name} is not a model of transformers with its attention interface"
+    if chosen == "sdpa":
+        return f"the code of {name} asks for sdpa by its name, so that no other attention can take its place"
     if chosen != ATTENTION:
         return f"its attention is {chosen}, not sdpa"
     return None

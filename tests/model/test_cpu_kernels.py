@@ -253,3 +253,36 @@ def test_attention_that_was_asked_for_is_kept() -> None:
         attention="eager",
     )
     assert model.ModelWithLoss(built).model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("falcon", {}),  # under another name its tokens would see all others, the labels among them
+        (
+            "deepseek_v32",  # and these all keys instead of the chosen two
+            {
+                "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+                "num_experts_per_tok": 2, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
+                "qk_nope_head_dim": 8, "v_head_dim": 8, "index_topk": 2, "index_n_heads": 2, "index_head_dim": 16,
+                "num_key_value_heads": 4, "first_k_dense_replace": 1,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_family_whose_code_asks_for_sdpa_by_name_keeps_it(family: str, fields: dict[str, Any]) -> None:
+    made = build_model(
+        type=family,
+        config_overrides={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **fields},
+        vocab_size=V,
+        block_size=T,
+        seed=0,
+    ).eval()
+    ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = made(input_ids=ids).logits  # type: ignore[operator]
+        model.ModelWithLoss(made)
+        found = made(input_ids=ids).logits  # type: ignore[operator]
+        changed = made(input_ids=torch.cat([ids[:, :-1], 1 - ids[:, -1:].clamp(max=1)], dim=1)).logits  # type: ignore[operator]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(changed[:, :-1], expected[:, :-1])

@@ -69,7 +69,7 @@ def test_families_with_plain_causal_attention_can_share_blocks(family: str, fiel
             "falcon",
             {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
             {},
-            "code of its own",
+            "asks for sdpa by its name",
         ),
     ],
 )
