@@ -266,7 +266,7 @@ def causal_lm_loss(
     tile = functools.partial(
         _compiled_tile() if compiled and whole else _tile,
         gradient=torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (flat, head_weight)),
+        and any(t is not None and t.requires_grad for t in (flat, head_weight, head_bias)),
         real=real,
         scale=scale,
         softcap=softcap,

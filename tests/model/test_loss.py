@@ -219,6 +219,16 @@ def test_frozen_weights_and_no_grad_get_no_gradient() -> None:
     assert not loss.requires_grad
 
 
+def test_bias_of_the_head_is_trained_alone_too() -> None:
+    hidden, weight, b, labels = make(20, 8, 32, 32, dtype=torch.float64, bias=True)
+    hidden, weight = hidden.detach(), weight.detach()
+    gradients = [
+        torch.autograd.grad(causal_lm_loss(hidden, weight, b, labels, chunk=chunk)[0], b)[0]
+        for chunk in (0, 6)
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_only_ignored_labels_give_zero_and_not_nan() -> None:
     hidden, weight, _, labels = make(9, 4, 16, 16, dtype=torch.float32, bias=False)
     labels.fill_(IGNORED_LABEL)
