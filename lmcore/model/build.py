@@ -188,9 +188,23 @@ def _from_scratch(
 
 
 _OUTPUT_PROJECTIONS = frozenset(
-    ("o_proj", "out_proj", "c_proj", "down_proj", "fc2", "dense_4h_to_h", "wo", "w2")
+    (
+        "o_proj",
+        "out_proj",
+        "c_proj",
+        "down_proj",
+        "fc2",
+        "fc_out",
+        "dense_4h_to_h",
+        "output_linear",
+        "wo",
+        "w2",
+    )
 )
-"""Names of the layers that write into the residual stream, in the families of transformers."""
+"""Names of the layers, or of the weights of all experts together, that write into the residual stream, in the families of
+transformers."""
+_ATTENTION = frozenset(("attention", "self_attention", "self_attn", "attn"))
+"""Names of modules whose child ``dense`` is such a layer; elsewhere (``intermediate.dense``) that name says nothing."""
 
 
 @torch.no_grad()
@@ -198,23 +212,65 @@ def zero_outputs(model: Any) -> list[str]:
     """Set the weights that write into the residual stream, and those of an untied head, to zero.
 
     Returns:
-        The names of the modules that were changed.
+        The names of the modules, and of the weights of experts, that were changed.
 
     Raises:
-        RequestError: no output projection is known by its name in this family.
+        RequestError: no output projection is known by its name in this family, or not all of them are: a layer still
+            changes its input.
     """
     head = model.get_output_embeddings()
     tied = head is None or head.weight is model.get_input_embeddings().weight
-    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _OUTPUT_PROJECTIONS]
-    if not names:
+    modules = [name for name, _ in model.named_modules() if _writes_into_the_stream(name)]
+    # The weights of all experts are one parameter, (experts, D, I), without a module of its own.
+    experts = [name for name, p in model.named_parameters() if p.ndim == 3 and _writes_into_the_stream(name)]
+    if not modules:
         raise RequestError(
             f"model.zero_init: {model.__class__.__name__} names no output projection that is known "
             f"({', '.join(sorted(_OUTPUT_PROJECTIONS))}): leave it out"
         )
-    for module in [model.get_submodule(name) for name in names] + ([] if tied else [head]):
+    for module in [model.get_submodule(name) for name in modules] + ([] if tied else [head]):
         for parameter in module.parameters(recurse=False):
             parameter.zero_()
-    return names
+    for name in experts:
+        model.get_parameter(name).zero_()
+    if (layer := _layer_that_is_not_the_identity(model)) is not None:
+        raise RequestError(
+            f"model.zero_init: with {', '.join(sorted({name.rpartition('.')[2] for name in modules + experts}))} at zero "
+            f"a {layer} of {model.__class__.__name__} still changes its input; its other output projections are not known: "
+            "leave model.zero_init out"
+        )
+    return modules + experts
+
+
+def _writes_into_the_stream(name: str) -> bool:
+    parent, _, last = name.rpartition(".")
+    return last in _OUTPUT_PROJECTIONS or (last == "dense" and parent.rpartition(".")[2] in _ATTENTION)
+
+
+def _layer_that_is_not_the_identity(model: Any) -> str | None:
+    """The class of a layer whose output is not its input, tried on four tokens; ``None`` also where it cannot be tried."""
+    from lmcore.model.module import decoder_layers  # lazily: it imports this module
+
+    changing: list[str] = []
+
+    def compare(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = args[0] if args else kwargs.get("hidden_states")
+        made = output[0] if isinstance(output, tuple) else output
+        if not torch.equal(given, made):
+            changing.append(layer.__class__.__name__)
+
+    training = model.training
+    hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in decoder_layers(model)]
+    try:
+        model.eval()
+        model(input_ids=torch.arange(4)[None])
+    except Exception:  # any family may want any other arguments
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    return changing[0] if changing else None
 
 
 def _key(seed: int, name: str) -> int:

@@ -177,6 +177,30 @@ def test_initialization_is_keyed_by_seed_and_name(family: str) -> None:
     assert {n for n, p in one.named_parameters() if p.ndim >= 2} <= set(moved)
 
 
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("gpt_neox", LLAMA),  # attention.dense
+        ("falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}),
+        ("gptj", {**GPT2, "rotary_dim": 4}),  # mlp.fc_out
+        ("mixtral", FAMILIES["mixtral"]),  # the weights of all experts are one parameter
+        ("granitemoe", {**GQA, "num_local_experts": 2}),
+    ],
+)
+def test_zeroed_outputs_make_every_layer_the_identity(family: str, fields: dict[str, Any]) -> None:
+    model = build(family, fields, zero_init=True)
+    states = model(input_ids=batch()["input_ids"], output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+    assert model.base_model.training
+
+
+def test_zeroed_outputs_that_leave_a_layer_at_work_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcore.model.build._OUTPUT_PROJECTIONS", frozenset({"down_proj"}))
+    with pytest.raises(RequestError, match="with down_proj at zero a LlamaDecoderLayer"):
+        build("llama", zero_init=True)
+
+
 def test_initialization_of_a_layer_does_not_depend_on_other_layers() -> None:
     base = {"initializer_range": 0.02, **LLAMA}
     small, large = (dict(build("llama", {**base, "num_hidden_layers": n}).named_parameters()) for n in (1, 3))
