@@ -40,6 +40,9 @@ from lmcore.model.cpu_kernels import ATTENTION, use_faster_kernels
 from lmcore.model.loss import causal_lm_loss, count_labels, cross_entropy_sum, head_logits
 from lmcore.plugins import import_path
 
+_BALANCE_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+"""Names under which families keep the weight of their experts' balance loss: most; JetMoE; DBRX."""
+
 LossFunction = Callable[[Any, Mapping[str, Any]], tuple[Tensor, Tensor]]
 
 # Arguments that transformers takes through **kwargs (variable-length attention kernels).
@@ -111,8 +114,10 @@ class ModelWithLoss(nn.Module):
             import_path(loss_factory, "loss.factory") if isinstance(loss_factory, str) else loss_factory
         )
         self._is_transformers = hasattr(model, "get_output_embeddings") and hasattr(model, "base_model")
+        self._balance_weight = 0.0
         if self._is_transformers:
             use_faster_kernels(model)
+            self._balance_weight = _balance_weight(model)
         self._arguments, self._takes_any = _forward_arguments(model)
         if self._is_transformers:
             body_arguments, _ = _forward_arguments(self.body)
@@ -218,7 +223,7 @@ class ModelWithLoss(nn.Module):
         balance = _field(outputs, "aux_loss")
         # Mixture of experts: a mean per token, as the family defines it
         if self.training and balance is not None:
-            loss_sum = loss_sum + getattr(self.config, "router_aux_loss_coef", 0.0) * balance * count
+            loss_sum = loss_sum + self._balance_weight * balance * count
         return loss_sum, count
 
     def _is_packed(self, batch: Mapping[str, Any]) -> bool:
@@ -321,6 +326,24 @@ def _forward_arguments(module: nn.Module) -> tuple[set[str], bool]:
     parameters = inspect.signature(module.forward).parameters.values()
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}, takes_any
+
+
+def _balance_weight(model: Any) -> float:
+    """What a family multiplies the balance loss of its experts by, where it computes one; 0 elsewhere.
+
+    Raises:
+        RequestError: it does, and the weight is under no name that is known here.
+    """
+    if not getattr(model.config, "output_router_logits", False):
+        return 0.0
+    for place in (model.config, model):
+        for name in _BALANCE_WEIGHTS:
+            if isinstance(value := getattr(place, name, None), int | float):
+                return float(value)
+    raise RequestError(
+        f"model.config.output_router_logits asks for the balance loss of {model.__class__.__name__}, whose weight has "
+        f"no known name ({', '.join(_BALANCE_WEIGHTS)}): leave it out"
+    )
 
 
 def _field(outputs: Any, name: str) -> Any:

@@ -620,6 +620,29 @@ def test_mixture_of_experts_adds_its_balance_loss_in_training() -> None:
     torch.testing.assert_close(trained - evaluated, 0.5 * aux * count, rtol=1e-3, atol=1e-3)
 
 
+def test_weight_of_the_balance_loss_is_found_under_the_familys_name() -> None:
+    fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 8}
+    more = {
+        "intermediate_size": 48,
+        "num_local_experts": 4,
+        "output_router_logits": True,
+        "aux_loss_coef": 0.5,
+    }
+    module = m.ModelWithLoss(build("jetmoe", fields | more))
+    b = batch()
+    trained, count = module.train()(**b)
+    evaluated, _ = module.eval()(**b)
+    aux = module.model(input_ids=b["input_ids"], output_router_logits=True).aux_loss
+    torch.testing.assert_close(trained - evaluated, 0.5 * aux * count, rtol=1e-3, atol=1e-3)
+
+
+def test_balance_loss_without_a_known_weight_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(m, "_BALANCE_WEIGHTS", ("other",))
+    model = build("mixtral", {**FAMILIES["mixtral"], "output_router_logits": True})
+    with pytest.raises(RequestError, match=r"model\.config\.output_router_logits .* leave it out"):
+        m.ModelWithLoss(model)
+
+
 # ---------------------------------------------------------------------------------------------------- regions
 
 
