@@ -7,6 +7,7 @@ attention in which each token sees only itself; then no token may depend on anot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,82 @@ def why_no_context_parallel(model: nn.Module, block_size: int) -> str | None:
         return "the balance loss of its experts is a mean over whole blocks"
     _, mixed = _run(model)
     return mixed
+
+
+def why_not_causal(model: nn.Module) -> str | None:
+    """Why a model of transformers is no language model: a token depends on a later one, and so on its label. Else ``None``.
+
+    Also ``None`` where it cannot be tried on eight tokens.
+    """
+    model = _user_model(model)
+    body = getattr(model, "base_model", None)
+    if body is None:
+        return None
+    whole = {"input_ids": _OTHER_IDS}
+    found = _tried(model, lambda: body(**whole)[0])
+    if found is None or not _differs(found[0, :-1], found[2, :-1]):
+        return None
+    return f"{model.__class__.__name__} sees the tokens that it shall predict: it is not causal"
+
+
+def how_documents_meet(model: nn.Module, *, sequence_lengths: bool) -> str | None:
+    """How a token depends on another document of its block although documents are to be kept apart; ``None`` if it does not.
+
+    ``"everywhere"``: as it would without. ``"elsewhere"``: outside of what keeps them apart, in a state or a convolution,
+    say. ``None`` also where it cannot be tried, on two documents of four tokens.
+
+    Args:
+        sequence_lengths: documents are kept apart by these, and else by a mask that the model makes of ``position_ids``.
+    """
+    from lmcore.model.module import _packing_known
+
+    model = _user_model(model)
+    body, rows = getattr(model, "base_model", None), len(_OTHER_IDS)
+    if body is None:
+        return None
+    batch: dict[str, Any] = {
+        "input_ids": _OTHER_IDS,
+        "position_ids": torch.arange(_TOKENS).repeat(rows, 2),
+    }
+    if sequence_lengths:
+        borders = torch.arange(0, 2 * _TOKENS * rows + 1, _TOKENS, dtype=torch.int32)
+        batch |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+        batch |= {"max_length_q": _TOKENS, "max_length_k": _TOKENS}
+
+    def run(packed: bool) -> Tensor:
+        with _packing_known(packed):
+            return body(**batch)[0]
+
+    found = _tried(model, lambda: run(not sequence_lengths))
+    if found is None or not _differs(found[0, _TOKENS:], found[1, _TOKENS:]):
+        return None
+    if not sequence_lengths:
+        without = _tried(model, lambda: run(False))
+        if without is not None and not _differs(found, without):
+            return "everywhere"
+    return "elsewhere"
+
+
+_OTHER_IDS = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [5, 2, 3, 6, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6, 7, 3]])
+"""Two documents of four tokens: as they are, with another first document, with another last token."""
+
+
+def _tried(model: Any, run: Callable[[], Tensor]) -> Tensor | None:
+    """The hidden states that ``run`` computes in evaluation mode, empty weights and zeros taken as random; ``None``: it cannot."""
+    training = model.training
+    try:
+        with torch.no_grad(), random_weights(list(model.base_model.modules()), zeros=True):
+            model.eval()
+            return run()
+    except Exception:  # any family may do anything with eight tokens, and take any arguments
+        return None
+    finally:
+        model.train(training)
+
+
+def _differs(one: Tensor, other: Tensor) -> bool:
+    # Equal tokens before equal tokens: nothing but the order of sums, in routed experts, may differ.
+    return bool((one - other).abs().max() > 1e-5 * one.abs().max())
 
 
 def attention_dropout(model: nn.Module) -> float:

@@ -36,7 +36,13 @@ from lmcore.model import build, lora, optim, schedules
 from lmcore.model.config import configured_context_length
 from lmcore.model.cpu_kernels import ATTENTION
 from lmcore.model.module import ModelWithLoss, head_parameters, vocabulary_parameters
-from lmcore.model.token_mixing import attention_dropout, why_no_context_parallel, why_no_sequence_lengths
+from lmcore.model.token_mixing import (
+    attention_dropout,
+    how_documents_meet,
+    why_no_context_parallel,
+    why_no_sequence_lengths,
+    why_not_causal,
+)
 from lmcore.plugins import import_path
 from lmcore.run.folder import RunFolder
 
@@ -428,7 +434,8 @@ def context_of(config: RunConfig, engine: Engine, module: ModelWithLoss, *, note
     """What the batches of this rank hold of each block, and how documents are kept apart. Collective.
 
     Raises:
-        RequestError: ``train.context_parallel`` with a model that cannot be computed so; the reason is named.
+        RequestError: ``train.context_parallel`` with a model that cannot be computed so; the reason is named. A model in
+            which ``data.document_mask`` would do nothing.
     """
     size, block_size = engine.context_parallel, block_size_of(config)
     wanted = config.data.document_mask
@@ -436,7 +443,7 @@ def context_of(config: RunConfig, engine: Engine, module: ModelWithLoss, *, note
     if size == 1 and (not wanted or attention.startswith("flash_attention")):
         # Flash attention looks at position ids in micro-batches of one block only.
         return Context(sequence_lengths=wanted)
-    reason = None
+    reason = meet = None
     if engine.is_main:
         reason = (why_no_sequence_lengths if size == 1 else why_no_context_parallel)(module, block_size)
         if reason is None and engine.device.type == "cuda":
@@ -444,10 +451,23 @@ def context_of(config: RunConfig, engine: Engine, module: ModelWithLoss, *, note
                 reason = "the kernels of a GPU take bf16 and fp16 only (train.precision is fp32)"
             elif dropout := attention_dropout(module):
                 reason = f"the kernels of a GPU drop no attention weights (the model's attention dropout is {dropout:g})"
-    reason = engine.broadcast_object(reason)
+        if size == 1:
+            meet = how_documents_meet(module, sequence_lengths=reason is None)
+    reason, meet = engine.broadcast_object((reason, meet))
     if size > 1:
         check_divides(block_size, size)
         refuse_context_parallel(size, reason)
+    name = module.model.__class__.__name__
+    if meet == "everywhere":
+        raise RequestError(
+            f"data.document_mask does nothing in {name}, which makes no mask of position_ids: with it or without, tokens "
+            "depend on the other documents of their block. Leave it out, or take a family that keeps documents apart"
+        )
+    if meet is not None:
+        note(
+            f"data.document_mask: {name} keeps documents apart in attention only; tokens still depend on the document "
+            "before them in another part of it (a state or a convolution over the block)"
+        )
     if reason is not None and attention == ATTENTION:
         note(f"data.document_mask: by a mask of T x T numbers a block, slower and larger: {reason}")
     return Context(
@@ -512,6 +532,11 @@ def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = pr
         if word is not None:
             raise word
     assert module is not None
+    if config.model.factory is None and config.loss.factory is None and config.data.factory is None:
+        reason = why_not_causal(module) if engine.needs_weights else None
+        for word in engine.gather_object(reason):
+            if word is not None:
+                raise RequestError(f"{model_name(config)}: {word}; take another family")
     if (size := engine.tensor_parallel) > 1:
         from lmcore.engine import tensor  # lazily, as below
 

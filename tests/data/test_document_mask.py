@@ -21,6 +21,7 @@ from lmcore.data.batches import Batches, EvalBatches
 from lmcore.data.blocks import StoreBlocks
 from lmcore.data.context import Context
 from lmcore.data.cursor import Cursor
+from lmcore.errors import RequestError
 from lmcore.model.module import ModelWithLoss
 from tests.support.data import counting_store
 
@@ -199,3 +200,27 @@ def test_run_keeps_documents_apart_by_sequence_lengths_where_it_can(
     assert made == Context(sequence_lengths=wanted)
     assert len(notes) == bool(said)
     assert said in "".join(notes)
+
+
+def test_run_says_where_documents_meet_all_the_same() -> None:
+    from lmcore.config import parse
+    from lmcore.run.setup import build_model, context_of
+
+    words = ["--data.train", "x", "--run_dir", "x", "--data.document_mask", "true", "--data.block_size", "16"]
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words += [f"--model.config.{name}={value}" for name, value in sizes.items()]
+
+    def said_of(family: str, *more: str) -> list[str]:
+        config = parse.parse([*words, "--model.type", family, *more], default_recipe=None)
+        module = build_model(config, vocab_size=64, special_ids={}, block_size=16, note=lambda line: None)
+        notes: list[str] = []
+        context_of(config, engine_of(), module, note=notes.append)
+        return notes
+
+    assert said_of("llama") == []
+    (note,) = said_of(
+        "lfm2", "--model.config.num_key_value_heads=1", "--model.config.layer_types=[conv, full_attention]"
+    )
+    assert "another part of it" in note
+    with pytest.raises(RequestError, match=r"data\.document_mask does nothing in GptOssForCausalLM"):
+        said_of("gpt_oss", "--model.config.num_local_experts=4", "--model.config.num_key_value_heads=1")

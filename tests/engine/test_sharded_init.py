@@ -202,6 +202,25 @@ def test_run_builds_the_model_its_engine_requires() -> None:
     assert len([line for line in notes if "every rank builds the whole model in host memory" in line]) == 2
 
 
+def test_model_that_sees_the_future_is_refused() -> None:
+    argv = [
+        "--model.type",
+        "xlnet",
+        "--data.block_size",
+        "8",
+        "--data.train",
+        "x",
+        "--model.config.d_model=32",
+    ]
+    argv += ["--model.config.n_layer=2", "--model.config.n_head=2", "--model.config.d_inner=40"]
+    data: Any = SimpleNamespace(encoder=SimpleNamespace(vocab_size=64, special_ids={}), block_size=8)
+    engine: Any = SimpleNamespace(
+        needs_weights=True, sharded=False, tensor_parallel=1, gather_object=lambda word: [word]
+    )
+    with pytest.raises(RequestError, match="xlnet: XLNetLMHeadModel sees the tokens that it shall predict"):
+        setup.open_model(parse.parse(argv, default_recipe=None), data, engine, note=lambda line: None)
+
+
 def open_what_only_rank_0_reads(folder: str) -> str:
     engine = engine_runs.make_engine(Job(mode="zero3"))
     argv = ["--model.from_pretrained", folder, "--data.block_size", "8", "--model.config", "{}"]

@@ -11,8 +11,10 @@ from lmcore.model.build import build_model
 from lmcore.model.module import ModelWithLoss
 from lmcore.model.token_mixing import (
     attention_dropout,
+    how_documents_meet,
     why_no_context_parallel,
     why_no_sequence_lengths,
+    why_not_causal,
 )
 
 SMALL = {
@@ -95,3 +97,31 @@ def test_model_of_the_users_own_is_refused() -> None:
 def test_attention_dropout_is_read_from_the_configuration() -> None:
     assert attention_dropout(module("gpt2", GPT2)) == 0.1
     assert attention_dropout(module("llama", SMALL)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "meet"),
+    [
+        ("gpt2", GPT2, None),
+        ("gemma2", SMALL | {"head_dim": 16}, None),  # by a mask
+        ("mixtral", SMALL | {"num_local_experts": 2}, None),
+        ("lfm2", SMALL | {"layer_types": ["conv", "full_attention"]}, "elsewhere"),
+        ("gpt_oss", SMALL | {"num_local_experts": 4, "head_dim": 16}, "everywhere"),
+    ],
+)
+def test_families_in_which_documents_meet_all_the_same_are_found(
+    family: str, fields: dict[str, Any], meet: str | None
+) -> None:
+    made = module(family, fields, zero_init=family == "lfm2")
+    by_lengths = why_no_sequence_lengths(made, 16) is None
+    assert how_documents_meet(made, sequence_lengths=by_lengths) == meet
+    assert why_not_causal(made) is None
+    assert made.training
+
+
+def test_models_that_see_the_future_are_found() -> None:
+    made = module("xlnet", {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 40})
+    assert "not causal" in str(why_not_causal(made))
+    bert = {name: SMALL[name] for name in list(SMALL)[:4]}
+    assert why_not_causal(module("bert", bert)) is None
+    assert "not causal" in str(why_not_causal(module("bert", bert | {"is_decoder": False})))
