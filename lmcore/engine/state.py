@@ -54,6 +54,7 @@ class TensorState:
         self._named = named
         self._tensors: dict[str, Tensor] = {**named, **buffers}
         self._optimizer = optimizer
+        self._begun_with = [_own_numbers(group) for group in optimizer.param_groups]
 
     def weights(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
         """Name, whole shape and dtype of every weight and persistent buffer."""
@@ -132,12 +133,30 @@ class TensorState:
             if id(parameter) in trained and not self._optimizer.state.get(parameter):
                 for values in found.values():
                     values[name] = 0.0
+        return found | self._group_numbers()
+
+    def _group_numbers(self) -> dict[str, dict[str, Any]]:
+        """What the optimizer itself has changed in its groups (Prodigy's step size, a count of steps), as of each parameter."""
+        found: dict[str, dict[str, Any]] = {}
+        names = {id(parameter): name for name, parameter in self._named.items()}
+        for group, begun in zip(self._optimizer.param_groups, self._begun_with, strict=True):
+            for key, value in _own_numbers(group).items():
+                if begun.get(key) != value:
+                    values = found.setdefault(f"{_OF_GROUP}{key}", {})
+                    values |= {names[id(parameter)]: value for parameter in group["params"]}
         return found
 
     def put_scalar(self, name: str, slot: str, value: float) -> None:
         """Set one number of the optimizer's state; of a buffer there is none."""
-        if name in self._named:
-            put_scalar(self._optimizer.state.get(self._named[name], {}), slot, value)
+        if name not in self._named:
+            return
+        parameter = self._named[name]
+        if slot.startswith(_OF_GROUP):
+            for group in self._optimizer.param_groups:
+                if any(parameter is one for one in group["params"]):
+                    group[slot.removeprefix(_OF_GROUP)] = value
+        else:
+            put_scalar(self._optimizer.state.get(parameter, {}), slot, value)
 
     def prime(self) -> None:
         """Make the optimizer's slots exist, all zero, by a step with zero gradients and a zero rate.
@@ -145,13 +164,15 @@ class TensorState:
         The step may still change the weights (Muon's decay, say): load them afterwards.
         """
         rates = [group["lr"] for group in self._optimizer.param_groups]
+        numbers = [_own_numbers(group) for group in self._optimizer.param_groups]
         for group in self._optimizer.param_groups:
             group["lr"] = group["lr"] * 0.0
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        for group, rate in zip(self._optimizer.param_groups, rates):
+        for group, rate, kept in zip(self._optimizer.param_groups, rates, numbers):
+            group.update(kept)
             group["lr"] = rate
         for state in self._optimizer.state.values():
             zero_state(state)
@@ -162,6 +183,20 @@ class TensorState:
 
     def _find(self, name: str, slot: str) -> Tensor:
         return self._optimizer.state[self._named[name]][slot] if slot else self._tensors[name]
+
+
+_OF_GROUP = "group."
+"""Before the name of a number that an optimizer keeps for a whole group, among those of its parameters."""
+_OF_THE_RUN = ("lr", "initial_lr", "momentum", "weight_decay", "lr_multiplier")
+
+
+def _own_numbers(group: dict[str, Any]) -> dict[str, int | float]:
+    """Of an optimizer's group, without those that the run sets in every step."""
+    return {
+        key: value
+        for key, value in group.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and key not in _OF_THE_RUN
+    }
 
 
 class Stored(Protocol):

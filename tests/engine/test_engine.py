@@ -667,3 +667,49 @@ def test_parameter_whose_first_gradient_comes_after_the_checkpoint(name: str) ->
     rest, _ = trained(4, stored)
     for key, value in whole.state_dict().items():
         assert torch.equal(rest.state_dict()[key], value), key
+
+
+class Growing(torch.optim.SGD):
+    """SGD whose rate grows by what it counts for its group, as the step size of Prodigy does."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr=lr)
+        for group in self.param_groups:
+            group["seen"], group["share"] = 0, 1.0
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["seen"] += 1
+            group["share"] *= 1.5
+            for parameter in group["params"]:
+                parameter.data.sub_(parameter.grad, alpha=group["lr"] * group["share"] * group["seen"])
+                self.state[parameter]["last"] = parameter.grad.clone()
+
+
+def test_numbers_that_an_optimizer_keeps_for_a_group_are_resumed() -> None:
+    def begun() -> tuple[nn.Module, Growing, TensorState]:
+        torch.manual_seed(0)
+        net = nn.Linear(3, 1)
+        optimizer = Growing([{"params": [net.weight]}, {"params": [net.bias]}], lr=1e-2)
+        return net, optimizer, TensorState(dict(net.named_parameters()), {}, optimizer)
+
+    def train(net: nn.Module, optimizer: Growing, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            net(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+
+    whole, optimizer, state = begun()
+    train(whole, optimizer, 2)
+    optimizer.param_groups[1]["share"] = 7.0  # each group has its own
+    numbers = json.loads(json.dumps(scalars(state, None, optimizer)))
+    kept = {name: value.clone() for name, value in whole.state_dict().items()}
+    train(whole, optimizer, 2)
+    rest, again, state = begun()
+    state.prime()
+    assert again.param_groups[0]["seen"] == 0
+    rest.load_state_dict(kept)
+    load_scalars(state, None, again, numbers)
+    train(rest, again, 2)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(rest.state_dict()[name], value), name
