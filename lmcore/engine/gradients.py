@@ -30,8 +30,10 @@ class WideGradients:
     def __init__(self, trained: list[nn.Parameter], buffers: Iterable[Tensor]) -> None:
         self._trained, self._buffers = trained, list(buffers)
         sizes = [parameter.numel() for parameter in trained]
-        self._flat = torch.zeros(sum(sizes), dtype=torch.float32, device=trained[0].device)
-        self._sums = [part.view_as(p) for part, p in zip(self._flat.split(sizes), trained)]
+        # The last numbers say which parameters had a gradient: they are reduced with the sums.
+        self._flat = torch.zeros(sum(sizes) + len(sizes), dtype=torch.float32, device=trained[0].device)
+        *parts, self._had_gradient = self._flat.split([*sizes, len(sizes)])
+        self._sums = [part.view_as(p) for part, p in zip(parts, trained)]
         self._seen: set[int] = set()
         for index, parameter in enumerate(trained):
             parameter.register_post_accumulate_grad_hook(partial(self._take, index))
@@ -45,8 +47,18 @@ class WideGradients:
     def reduced(self) -> list[Tensor]:
         """The gradients of the step, fp32, averaged over the ranks. Collective."""
         if dist.is_initialized() and dist.get_world_size() > 1:
+            everything = len(self._seen) == len(self._trained)
+            if everything:
+                self._had_gradient.fill_(1.0)
+            else:
+                seen = [float(index in self._seen) for index in range(len(self._trained))]
+                self._had_gradient.copy_(torch.tensor(seen))
             for part in self._flat.split(REDUCED_AT_ONCE):
                 dist.all_reduce(part.div_(dist.get_world_size()))
+            if (
+                not everything
+            ):  # another rank may have the gradients that are missing here; else no host waits
+                self._seen = set(self._had_gradient.nonzero().flatten().tolist())
             for buffer in self._buffers:
                 dist.broadcast(buffer, src=0)
         return [self._sums[index] for index in sorted(self._seen)]

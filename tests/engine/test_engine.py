@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lmcore.checkpoint.pieces import Part, cut
 from lmcore.config.schema import EngineConfig, TrainConfig
+from lmcore.engine.gradients import WideGradients
 from lmcore.engine.ranks import on_main
 from lmcore.engine.state import TensorState, is_slot, load_scalars, scalars
 from lmcore.saved.generate import generate
@@ -713,3 +714,20 @@ def test_numbers_that_an_optimizer_keeps_for_a_group_are_resumed() -> None:
     train(rest, again, 2)
     for name, value in whole.state_dict().items():
         assert torch.equal(rest.state_dict()[name], value), name
+
+
+def sums_of_a_branch() -> tuple[int, list[float]]:
+    """Only rank 1 computes with the second number."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    both = [nn.Parameter(torch.ones(1, dtype=torch.bfloat16)) for _ in range(2)]
+    sums = WideGradients(both, [])
+    (both[0] * 2 + (both[1] * 4 if rank else 0)).sum().backward()
+    gradients = sums.reduced()
+    sums.give_to_parameters(nn.utils.get_total_norm(gradients), 0.0)
+    torch.distributed.destroy_process_group()
+    return len(gradients), [-1.0 if p.grad is None else float(p.grad) for p in both]
+
+
+def test_gradient_that_one_rank_alone_has_reaches_all() -> None:
+    assert run_ranks(sums_of_a_branch, 2) == [(2, [2.0, 2.0])] * 2
