@@ -26,11 +26,12 @@ class Evaluation:
     """The result on one validation set.
 
     ``nats`` is the sum of -ln p over the ``tokens`` scored labels; ``bytes`` are the UTF-8 bytes of those labels, or
-    ``None`` where the tokenizer does not know them exactly.
+    ``None`` where the tokenizer does not know them exactly. With ``loss.factory`` ``tokens`` is the sum of its counts,
+    which need not be a whole number.
     """
 
     nats: float
-    tokens: int
+    tokens: float
     bytes: int | None
 
     @property
@@ -87,4 +88,6 @@ def evaluate(
             if on_micro_batch is not None:
                 on_micro_batch()
     nats, tokens, scored_bytes = engine.sum_over_ranks(sums).tolist()
-    return Evaluation(nats=nats, tokens=int(tokens), bytes=int(scored_bytes) if lengths is not None else None)
+    # A loss of the user's own may weigh its labels: cut to a whole number, the count would make the loss another one.
+    whole = int(tokens) if tokens.is_integer() else tokens
+    return Evaluation(nats=nats, tokens=whole, bytes=int(scored_bytes) if lengths is not None else None)

@@ -113,3 +113,11 @@ def test_evaluation_sums_over_ranks(tmp_path: Any, module: ModelWithLoss) -> Non
     results = [evaluate(OneProcess(module), part) for part in parts if len(part)]
     assert sum(r.tokens for r in results) == whole.tokens
     assert math.isclose(sum(r.nats for r in results), whole.nats, rel_tol=1e-6)
+
+
+def test_counts_of_an_own_loss_are_not_cut_to_whole_numbers() -> None:
+    """A loss that weighs its labels: 2 micro-batches of 0.75 nats over a weight of 0.25 each."""
+    weighed: Any = OneProcess(nn.Identity())
+    weighed.forward = lambda batch: (torch.tensor(0.75), torch.tensor(0.25))
+    result = evaluate(weighed, [{"labels": torch.zeros(1, T)}] * 2)
+    assert (result.tokens, result.loss) == (0.5, 3.0)
