@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lmcore.conventions import IGNORED_LABEL
+from lmcore.errors import FaultError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,9 @@ def evaluate(
         batches: micro-batches of this rank on the device, ``labels`` (B, T) with -100 where nothing is scored.
         byte_lengths: (V,) UTF-8 bytes of each token id, or ``None`` if unknown.
         on_micro_batch: called after each micro-batch, to move a progress bar.
+
+    Raises:
+        FaultError: on every rank, where no label counts.
     """
     device = engine.device
     lengths = (
@@ -88,6 +92,11 @@ def evaluate(
             if on_micro_batch is not None:
                 on_micro_batch()
     nats, tokens, scored_bytes = engine.sum_over_ranks(sums).tolist()
+    if not tokens:
+        raise FaultError(
+            "a validation or test set has no label to score: all of its labels are -100, or loss.factory counts 0; give "
+            "labels, or leave the set out"
+        )
     # A loss of the user's own may weigh its labels: cut to a whole number, the count would make the loss another one.
     whole = int(tokens) if tokens.is_integer() else tokens
     return Evaluation(nats=nats, tokens=whole, bytes=int(scored_bytes) if lengths is not None else None)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lmcore.data.batches import EvalBatches
 from lmcore.data.blocks import StoreBlocks
 from lmcore.data.store.store import Piece, TokenStore
+from lmcore.errors import FaultError
 from lmcore.model.build import build_model
 from lmcore.model.evaluate import evaluate
 from lmcore.model.module import ModelWithLoss
@@ -121,3 +122,10 @@ def test_counts_of_an_own_loss_are_not_cut_to_whole_numbers() -> None:
     weighed.forward = lambda batch: (torch.tensor(0.75), torch.tensor(0.25))
     result = evaluate(weighed, [{"labels": torch.zeros(1, T)}] * 2)
     assert (result.tokens, result.loss) == (0.5, 3.0)
+
+
+def test_set_without_labels_is_refused_in_words() -> None:
+    nothing: Any = OneProcess(nn.Identity())
+    nothing.forward = lambda batch: (torch.tensor(0.0), torch.tensor(0))
+    with pytest.raises(FaultError, match="no label to score"):
+        evaluate(nothing, [{"labels": torch.full((1, T), -100)}])
