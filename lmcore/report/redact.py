@@ -3,7 +3,8 @@
 What is hidden is decided by names and by exact values, never by the look of a text: a path that happens to contain
 ``sk-`` stays as it is. Hidden are
 
-- the value of an option, key or variable whose name says secret (``db_pass``, ``api_key``, ``HF_TOKEN=...``),
+- the value of an option, key or variable whose name says secret (``db_pass``, ``api_key``, ``HF_TOKEN=...``), be it a text,
+  a whole number, or a list or mapping of these,
 - the value, of at least 8 characters, of every environment variable whose name says secret, wherever it occurs,
 - the value of every such option on the command line, likewise,
 - the password of a URL (``https://user:password@host``).
@@ -164,10 +165,7 @@ def redact_settings(values: Mapping[str, Any]) -> dict[str, Any]:
             return leaf(value)
         if isinstance(value, Mapping):
             return {
-                key: HIDDEN
-                if isinstance(key, str) and _is_value(item) and is_secret_name(key)
-                else walk(item)
-                for key, item in value.items()
+                key: _hidden(item) if _names_secret(key, item) else walk(item) for key, item in value.items()
             }
         return [walk(item) for item in value] if isinstance(value, (list, tuple)) else value
 
@@ -186,8 +184,8 @@ def _redact(value: Any, secrets: list[str]) -> Any:
         return _redact_text(value, secrets)
     if isinstance(value, Mapping):
         return {
-            _redact_text(key, secrets) if isinstance(key, str) else key: HIDDEN
-            if isinstance(key, str) and _is_value(item) and is_secret_name(key)
+            _redact_text(key, secrets) if isinstance(key, str) else key: _hidden(item)
+            if _names_secret(key, item)
             else _redact(item, secrets)
             for key, item in value.items()
         }
@@ -202,8 +200,29 @@ def _redact(value: Any, secrets: list[str]) -> Any:
     return value
 
 
+def _names_secret(key: Any, item: Any) -> bool:
+    return (
+        isinstance(key, str)
+        and (_is_value(item) or isinstance(item, Mapping | list | tuple))
+        and is_secret_name(key)
+    )
+
+
+def _hidden(item: Any) -> Any:
+    """What stands under the name of a secret, hidden: all values of a list or a mapping."""
+    if isinstance(item, Mapping):
+        return {key: _hidden(inner) for key, inner in item.items()}
+    if isinstance(item, list | tuple):
+        return type(item)(map(_hidden, item))
+    return HIDDEN if _is_value(item) else item
+
+
 def _is_value(item: Any) -> bool:
-    return isinstance(item, str) and item.lower() not in _NOTHING
+    """Whether ``item`` can be a secret: a text, or a number that was typed (a PIN is read as an int). No secret is a switch,
+    or a fraction, as the user's own metrics are."""
+    if isinstance(item, str):
+        return item.lower() not in _NOTHING
+    return type(item) is int
 
 
 def _redact_text(text: str, secrets: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,27 @@ def test_values_under_secret_names_are_hidden(name: str) -> None:
         assert "with words" not in hidden
         assert HIDDEN in hidden
     assert redact(f"a: 1\n  {leaf}: {CANARY}\nb: 2", environ={}) == f"a: 1\n  {leaf}: {HIDDEN}\nb: 2"
+
+
+@pytest.mark.parametrize("hide", [redact, redact_settings])
+def test_numbers_lists_and_mappings_under_secret_names_are_hidden(hide: Callable[[Any], Any]) -> None:
+    """``--data.config.api_key 12345678`` is an int when it has been read, ``passwords`` are a list."""
+    values = {
+        "api_key": 12345678,
+        "passwords": ["alpha", ("b", 7)],
+        "credentials": {"user": "me", "ttl": [None, True]},
+    }
+    assert hide({"data": {"config": values}}) == {
+        "data": {
+            "config": {
+                "api_key": HIDDEN,
+                "passwords": [HIDDEN, (HIDDEN, HIDDEN)],
+                "credentials": {"user": HIDDEN, "ttl": [None, True]},
+            }
+        }
+    }
+    metrics = {"loss_token": 2.5, "eos_token": 3, "checkpoint.private": True}
+    assert hide(metrics) == metrics, "no secrets"
 
 
 @pytest.mark.parametrize("name", ORDINARY)
