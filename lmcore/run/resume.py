@@ -174,7 +174,8 @@ def find_checkpoint(
     with found:
         now = redact(flatten(config))  # as it was saved
         with state_of(found.path):
-            changed = refuse_changes(changes(found.state["config"], now), config.allow_changes)
+            before = redact(found.state["config"])  # an older version hid less
+            changed = refuse_changes(changes(before, now), config.allow_changes)
         for change in changed:
             report.warn_once(f"{change.key} was {change.old} up to step {found.step}, is {change.new} now")
         if asked == "auto" and isinstance(saved_step, int) and saved_step > found.step:
