@@ -21,6 +21,7 @@ from lmcore.disk import DISK, Disk
 from lmcore.humanize import duration
 from lmcore.report import curves
 from lmcore.report.metrics import iterate_metrics
+from lmcore.saved import load
 
 _SETS = 100
 """Sets that a card lists."""
@@ -68,8 +69,11 @@ inputs = tokenizer("...", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))
 ```
 
-It continues text; it does not follow instructions. Documents were separated by the end-of-text token, and no token
+{% if eos %}It continues text; it does not follow instructions. Documents were separated by the end-of-text token, and no token
 stands at their start.
+{%- else %}It continues text; it does not follow instructions. Documents followed each other without a token between them, so
+that it does not end a text.
+{%- endif %}
 
 ## Results
 {% if evaluations %}
@@ -112,9 +116,13 @@ With lm-eval, one JSON object with a `text` a line in `held_out.jsonl`:
 ```
 {{ lm_eval }}
 ```
-
+{% if eos %}
 `prefix_token_id={{ eos_id }}`: in training every document came after the end-of-text token; lm-eval would put the start
 token there, which this model has never seen.
+{%- else %}
+lm-eval puts a token before every document, here the end-of-text token (`prefix_token_id={{ eos_id }}`). In training no token
+stood there, so that the loss of the first tokens of a document is too high.
+{%- endif %}
 
 ## Not recorded, for a person to fill in
 
@@ -241,6 +249,7 @@ def markdown(
         time=duration(seconds) if curves.is_number(seconds) and seconds >= 1 else None,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
+        eos=load.reading_of(opened)["eos"],
         lm_eval=shlex.join(
             [
                 *("lm_eval", "--model", "hf", "--model_args"),

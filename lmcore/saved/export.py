@@ -129,6 +129,7 @@ def export(
             "step": opened.step,
             "weights": weights,
             "dtype": dtype,
+            "data": load.reading_of(opened),
             "largest_logit_difference": difference,
             "files": hashes,
         }

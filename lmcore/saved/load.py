@@ -56,6 +56,8 @@ class Saved:
         kind: ``checkpoint`` or ``export``.
         step: ``None`` for an export.
         run_dir: ``None`` for an export that has left its run folder.
+        eos: whether the texts it was trained on had the end-of-sequence token after each document.
+        document_mask: whether it was trained without attention between the documents of a block.
     """
 
     model: nn.Module
@@ -64,6 +66,8 @@ class Saved:
     kind: str
     step: int | None
     run_dir: Path | None
+    eos: bool = True
+    document_mask: bool = False
 
 
 def load_model(
@@ -116,6 +120,7 @@ def load_model(
         with contextlib.ExitStack() as stack:
             opened = stack.enter_context(reader.open_checkpoint(folder, verify_bytes=given))
             step, run_dir = opened.step, folder.parent.parent
+            reading = reading_of(opened)
             if said := _too_large(opened, device, dtype):
                 note(f"{folder}: {said}; its layers are read from the files one at a time, which is slow")
                 model = _layered(opened, stack, weights=weights, device=device, dtype=dtype)
@@ -131,6 +136,9 @@ def load_model(
                 f"{folder} is an export, which has one set of weights: leave --weights {weights} out"
             )
         model, tokenizer = open_export(folder).to(device=device, dtype=dtype), _tokenizer(folder)
+        # A folder of transformers, from anywhere, has no record
+        record = _json_object(folder / EXPORT_RECORD) if (folder / EXPORT_RECORD).is_file() else {}
+        reading = _reading(record.get("data"))
         if not (folder.parent / "metrics.jsonl").exists():
             run_dir = None
     known = getattr(model, "real_vocab_size", None) or getattr(
@@ -148,7 +156,22 @@ def load_model(
         kind=kind,
         step=step,
         run_dir=run_dir,
+        eos=reading["eos"],
+        document_mask=reading["document_mask"],
     )
+
+
+def reading_of(opened: Checkpoint) -> dict[str, bool]:
+    """``data.eos`` and ``data.document_mask`` of the run, by their last names: how its model expects to be given text."""
+    config = opened.state.get("config")
+    found = config if isinstance(config, Mapping) else {}
+    return _reading({name: found.get(f"data.{name}") for name in ("eos", "document_mask")})
+
+
+def _reading(found: Any) -> dict[str, bool]:
+    """With the defaults of a training in place of what an older version did not write down."""
+    known = found if isinstance(found, Mapping) else {}
+    return {"eos": known.get("eos") is not False, "document_mask": known.get("document_mask") is True}
 
 
 def resolve(

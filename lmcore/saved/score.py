@@ -1,6 +1,7 @@
 """Scoring a saved model on text: loss, perplexity and bits per byte, without a training.
 
-The arithmetic is that of the evaluation inside a run: every token once, tails included, sums first and one division.
+The arithmetic is that of the evaluation inside a run: every token once, tails included, sums first and one division; and
+text is given to the model as in its training (``data.eos``, ``data.document_mask``).
 Nothing stays on disk.
 
 Example::
@@ -102,10 +103,19 @@ def score(
         )
         with tempfile.TemporaryDirectory(prefix="lmcore-score-") as folder:
             stores = [
-                build.build_store(source, encoder, store_dir=folder, on_error=on_error, max_bad_fraction=1.0)
+                build.build_store(
+                    source,
+                    encoder,
+                    store_dir=folder,
+                    eos=saved.eos,
+                    on_error=on_error,
+                    max_bad_fraction=1.0,
+                )
                 for source in sources
             ]
-            dataset = StoreBlocks(stores, block_size=size, tails=True, pad_id=pad_id)
+            dataset = StoreBlocks(
+                stores, block_size=size, tails=True, document_mask=saved.document_mask, pad_id=pad_id
+            )
             batches = EvalBatches(
                 dataset, micro_batch_blocks=max(1, TOKENS_AT_ONCE // size), limit=blocks, device=device
             )

@@ -65,7 +65,13 @@ TYPES: dict[str, dict[str, Any]] = {
 
 
 def make_run(
-    run_dir: Path, type: str = "gpt2", *, ema: bool = False, steps: int = 3, scale: float = 1.0
+    run_dir: Path,
+    type: str = "gpt2",
+    *,
+    ema: bool = False,
+    steps: int = 3,
+    scale: float = 1.0,
+    config: dict[str, Any] | None = None,
 ) -> torch.nn.Module:
     """A run folder with one checkpoint, as the trainer leaves it."""
     words = train_tokenizer(TEXTS, vocab_size=VOCABULARY, folder=run_dir / "tokenizer")
@@ -94,7 +100,8 @@ def make_run(
             "model": load.describe(model),
             "tokens": 128 * steps,
             "tokenizer": words.fingerprint,
-            "config": {"optim.name": "adamw", "optim.lr": 1e-3, "data.train": ["/home/me/corpus/a.txt"]},
+            "config": {"optim.name": "adamw", "optim.lr": 1e-3, "data.train": ["/home/me/corpus/a.txt"]}
+            | (config or {}),
         },
         metrics={"loss": 2.5},
     )
@@ -457,6 +464,22 @@ def test_model_card(tmp_path: Path) -> None:
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "lr: 0.001" in (folder / "training_config.yaml").read_text()
     assert "loglikelihood_rolling" in (folder / "lm_eval" / "own_text.yaml").read_text()
+
+
+@pytest.mark.parametrize("data", [{}, {"eos": False, "document_mask": True}])
+def test_how_a_model_was_trained_is_known_from_its_checkpoint_and_its_export(
+    data: dict[str, bool], tmp_path: Path
+) -> None:
+    make_run(tmp_path, config={f"data.{name}": value for name, value in data.items()})
+    with newest(tmp_path) as opened:
+        export(opened, tmp_path / "export", run_dir=tmp_path)
+    for path in (tmp_path, tmp_path / "export"):
+        saved = load.load_model(path, device="cpu")
+        assert saved.eos is data.get("eos", True)
+        assert saved.document_mask is data.get("document_mask", False)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert ("Documents were separated by the end-of-text token" in card) is saved.eos
+    assert ("Documents followed each other without a token" in card) is not saved.eos
 
 
 def test_commands_of_the_card_can_be_pasted(tmp_path: Path) -> None:

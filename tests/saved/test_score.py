@@ -1,8 +1,9 @@
-"""Scoring a saved model uses the model's own context, whatever its family calls the number."""
+"""Scoring a saved model uses its own context, whatever its family calls the number, and gives it text as its training did."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.errors import RequestError
 from lmcore.model.build import build_model
+from lmcore.model.evaluate import Evaluation
 from lmcore.saved.load import Saved
 from lmcore.saved.score import score
 
@@ -32,3 +34,37 @@ def test_evaluation_block_is_the_models_context(tmp_path: Path) -> None:
     assert found["held"].tokens > 64
     with torch.no_grad(), pytest.raises(RequestError, match="context of 64"):
         score(saved, {"held": [str(tmp_path / "text.txt")]}, block_size=65)
+
+
+def test_text_is_scored_as_the_model_was_trained(tmp_path: Path) -> None:
+    """Without end-of-sequence tokens, and with blocks in which documents do not see each other, if that was the training."""
+    words = train_tokenizer(["def f(x):\n    return x + 1\n"] * 40, vocab_size=300)
+    model = build_model(
+        type="gpt2",
+        config_overrides={"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 64},
+        vocab_size=words.vocab_size,
+        special_ids=words.special_ids,
+        block_size=64,
+        seed=0,
+    )
+    with torch.no_grad():  # so that the context matters
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    (tmp_path / "text.txt").write_text("def g(y):\n\nreturn y * 2\n\n" * 4)
+
+    def scored(**trained: Any) -> Evaluation:
+        saved = Saved(
+            model=model.eval(),
+            tokenizer=words,
+            path=tmp_path,
+            kind="export",
+            step=None,
+            run_dir=None,
+            **trained,
+        )
+        return score(saved, {"held": [str(tmp_path / "text.txt")]}, unit="paragraph")["held"]
+
+    usual, without_eos, masked = scored(), scored(eos=False), scored(document_mask=True)
+    assert without_eos.tokens == usual.tokens - 8, "each of the 8 documents ends with one"
+    assert masked.tokens == usual.tokens
+    assert masked.loss != pytest.approx(usual.loss, rel=1e-3)
