@@ -487,8 +487,10 @@ class Report(RankLog):
         valid = {"valid_loss": valid_loss, "valid_step": None if valid_loss is None else valid_step}
         self._write({"kind": "epoch", "epoch": epoch, "step": step, "train_loss": loss, **valid})
         if self._trackers is not None:
-            values = {"train_loss": loss} | ({} if valid_loss is None else {"valid_loss": valid_loss})
-            self._trackers.log("epoch", values, epoch)
+            values = {"epoch": epoch, "train_loss": loss}
+            values |= {} if valid_loss is None else {"valid_loss": valid_loss}
+            # By the step: a resume or a rewind hides later steps, and would keep epochs, which are smaller numbers.
+            self._trackers.log("epoch", values, step)
         words = "" if valid_loss is None else f" valid loss {valid_loss:.4f}"
         words += f" (of step {valid_step})" if words and valid_step not in (None, step) else ""
         self.note(f"epoch {epoch} ended at step {step}: train loss {loss:.4f}{words}")
@@ -565,6 +567,8 @@ class Report(RankLog):
         self.load_state({**state, "train_seconds": spent})
         self._latest = None
         self.event("rewound", step=step)
+        if self._trackers is not None:
+            self._trackers.rewind(step)
         self._timer.interval()  # the time of what was thrown away is in no speed
         self._tokens_logged = tokens
         self._timer.start()

@@ -92,7 +92,8 @@ class Trackers:
                 (a URL that takes a JSON object with ``text``: Slack, Mattermost, Discord's ``/slack``; by default the
                 variable ``LMCORE_WEBHOOK``).
             hyper_parameters: nested or flat; the version of the code is added.
-            resume_step: the step of the checkpoint that was resumed; TensorBoard hides what was written beyond it.
+            resume_step: the step of the checkpoint that was resumed, ``None`` at a new start; TensorBoard hides what was
+                written beyond it.
             run_ids: :meth:`state` of the run that is resumed.
             note: gets one line for each tracker that fails.
 
@@ -113,8 +114,8 @@ class Trackers:
         for tracker in dict.fromkeys(options.trackers):
             own: dict[str, Any] = {}
             if tracker == "tensorboard":
-                # Hides what an abandoned past wrote beyond the step.
-                own = {"purge_step": None if resume_step is None else resume_step + 1}
+                # Hides what an abandoned past wrote beyond the step; all of it where a run starts anew in its folder.
+                own = {"purge_step": 0 if resume_step is None else resume_step + 1}
             elif tracker == "wandb":
                 run_id = self._ids["wandb"] = (run_ids or {}).get("wandb") or secrets.token_hex(4)
                 own = {"name": name, "id": run_id, "resume": "allow", "dir": os.fspath(folder)}
@@ -142,6 +143,11 @@ class Trackers:
         """Samples, for trackers that show text."""
         for worker in self._workers:
             worker.put("text", key, redact(text), step)
+
+    def rewind(self, step: int) -> None:
+        """Training goes on from an earlier step: TensorBoard hides what was written beyond it."""
+        for worker in self._workers:
+            worker.put("rewind", step)
 
     def state(self) -> dict[str, str]:
         """Run ids, for ``state.json``; give them back as ``run_ids``."""
@@ -297,6 +303,13 @@ class TrackerAdapter:
 
             self.log({key: wandb.Html(f"<pre>{escape(text)}</pre>")}, step)
         # The others share no way to log text.
+
+    def rewind(self, step: int) -> None:
+        if self._name == "tensorboard":  # the others share no way to take values back
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # lazily: optional
+
+            start = SessionLog(status=SessionLog.START)  # as a new writer with purge_step begins
+            self._tracker.tracker.file_writer.add_event(Event(step=step + 1, session_log=start))
 
     def finish(self) -> None:
         self._tracker.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lmcore.config.schema import ReportConfig
 from lmcore.errors import RequestError
 from lmcore.report import trackers as trackers_module
+from lmcore.report.report import Report
 from lmcore.report.trackers import Trackers, check, code_version, flat_scalars
 from tests.support.trackers import read_tensorboard, web_server
 
@@ -124,6 +127,35 @@ def test_tensorboard_resume_hides_the_abandoned_past(tmp_path: Path) -> None:
     ]
     assert scalars.pop("valid/loss") == [], "30 was abandoned"
     assert set(scalars) == {"train/loss"}, "values that are no finite numbers are left out"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own
+def test_tensorboard_hides_what_a_rewind_and_a_new_start_have_given_up(tmp_path: Path) -> None:
+    def report_of(trackers: Trackers, steps: list[int], rewind: int | None = None) -> None:
+        with Report(tmp_path, stream=io.StringIO()) as report:
+            report.begin(total_steps=9, trackers=trackers)
+            kept = report.state()
+            for step in steps:
+                sums: dict[str, Any] = {"loss_sum": torch.tensor(float(step)), "count": 1}
+                report.step(step=step, epoch=step / 2, tokens=step, position=step, lr=1.0, due=True, **sums)
+                if step % 2 == 0:
+                    report.end_epoch(epoch=step // 2, step=step)
+                    report.epoch()
+                if step == rewind:
+                    report.rewind(step=1, tokens=1, state=kept)
+
+    def steps_of(tag: str) -> list[int]:
+        return [step for step, _ in read_tensorboard(tmp_path / "tensorboard")[tag]]
+
+    report_of(Trackers(options("tensorboard"), tmp_path, note=pytest.fail), [1, 2, 3, 4], rewind=4)
+    assert steps_of("train/loss") == [1]
+    assert steps_of("epoch/train_loss") == [], "epochs are logged by their last step"
+    report_of(Trackers(options("tensorboard"), tmp_path, resume_step=1, note=pytest.fail), [2, 3])
+    assert steps_of("train/loss") == [1, 2, 3]
+    assert steps_of("epoch/train_loss") == [2]
+    # Killed before its first checkpoint, or --resume never: the run starts anew.
+    report_of(Trackers(options("tensorboard"), tmp_path, note=pytest.fail), [1])
+    assert steps_of("train/loss") == [1]
 
 
 def test_wandb_offline_is_read_back_with_the_same_id_after_a_resume(
