@@ -242,9 +242,14 @@ def _prompts_of_file(name: str) -> list[str]:
     except OSError as error:
         raise RequestError(f"--prompts {name}: {error.strerror}") from None
     # Not splitlines(): a form feed or U+2028 may stand inside a prompt.
-    lines = [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
+    numbered = [
+        (number, line.removesuffix("\r"))
+        for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1)
+        if line.strip()
+    ]
+    lines = [line for _, line in numbered]
     if name.endswith(".jsonl"):
-        lines = [_prompt_of_json(line, f"{name}, line {number}") for number, line in enumerate(lines, 1)]
+        lines = [_prompt_of_json(line, f"{name}, line {number}") for number, line in numbered]
     if not lines:
         raise RequestError(f"--prompts {name}: the file has no prompts; write one on each line")
     return [_utf8(line) for line in lines]

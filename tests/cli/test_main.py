@@ -369,6 +369,13 @@ def test_generate_reads_prompts_from_a_file(
         assert said in capsys.readouterr().err
 
 
+def test_wrong_line_of_a_file_of_prompts_is_named_by_its_number(tmp_path: Path) -> None:
+    """Also behind empty lines."""
+    (tmp_path / "a.jsonl").write_text('"def"\n\n\n{bad\n')
+    with pytest.raises(RequestError, match="line 4: not JSON"):
+        saved._prompts_of_file(str(tmp_path / "a.jsonl"))
+
+
 def test_generate_asks_for_prompts_in_a_loop(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
