@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 import types
@@ -215,3 +216,33 @@ def test_options_of_other_programs_get_a_hint(word: str, option: str) -> None:
     got = outcome([word, "1"])
     assert isinstance(got, str)
     assert option in got
+
+
+def rows_of_pages() -> dict[str, str]:
+    """What the pages for users of other programs say about each of their options (of two rows: both)."""
+    rows: dict[str, str] = {}
+    for page in (Path(__file__).resolve().parents[2] / "docs").glob("from_*.md"):
+        for line in page.read_text(encoding="utf-8").splitlines():
+            left, _, right = line.partition(" | ")
+            for name in re.findall(r"`([a-z_0-9]+)`", left) if left.startswith("| ") else ():
+                rows[name] = rows.get(name, "") + right
+    return rows
+
+
+def test_hint_for_an_option_of_another_program_is_what_its_page_says() -> None:
+    wrong, rows = [], rows_of_pages()
+    for name, row in rows.items():
+        hint = outcome([f"--{name}", "1"])
+        option = re.search(r"(?:here it is|did you mean) --([\w.]+)", hint) if isinstance(hint, str) else None
+        named = option[1] if option else ""
+        forms = (named, f"`.{named.rpartition('.')[2]}`", f"{named.rpartition('.')[0]}.*")
+        if not any(form in row for form in forms):
+            wrong.append(f"{hint}, but the page says: {row}")
+    assert len(rows) > 150
+    assert not wrong, "\n".join(wrong)
+
+
+def test_option_that_is_elsewhere_is_no_guess() -> None:
+    assert "lmcore evaluate" in str(outcome(["--eval_only", "1"]))
+    assert "launcher" in str(outcome(["--fsdp", "full_shard"]))
+    assert "not finite" in str(outcome(["--detect_anomaly"]))
