@@ -163,7 +163,9 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             )
             values |= {"optim.schedule": "linear", "optim.min_lr_ratio": 0.0}
         rate = size.learning_rate * (MUON_RATE_FACTOR if optimizer == "muon" else 1)
-        choose("optim.lr", rate, f"for a model {size.width} wide and {optimizer}")
+        own_width = _set_width(given)
+        table = f", the table's for this size of text (the model is {own_width} wide)" if own_width else ""
+        choose("optim.lr", rate, f"for a model {size.width} wide and {optimizer}{table}")
         if given.get("model.preset") is not None:
             choose("model.size", size.preset_size, "the nearest of the preset's sizes")
         fields = _architecture(given, size)
@@ -173,7 +175,7 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             if kind == MODERN:
                 values["model.zero_init"] = True
             if "model.config" not in given:
-                context = max(size.context, given.get("data.block_size") or 0)
+                context = _longest(given, size)
                 reasons["model.config"] = (
                     f"{kind}, {size.layers} layers, {size.width} wide, context {context:,}"
                 )
@@ -231,7 +233,25 @@ def _context(given: dict[str, Any], size: Size) -> int:
             known = context_in(fields if isinstance(fields, dict) else {})
             return min(known or LONGEST_DEFAULT_BLOCK_TOKENS, LONGEST_DEFAULT_BLOCK_TOKENS)
         return LONGEST_DEFAULT_BLOCK_TOKENS
-    return LONGEST_DEFAULT_BLOCK_TOKENS if given.get("model.factory") else size.context
+    if given.get("model.factory"):
+        return LONGEST_DEFAULT_BLOCK_TOKENS
+    return min(context_in(given.get("model.config") or {}) or size.context, LONGEST_DEFAULT_BLOCK_TOKENS)
+
+
+def _longest(given: dict[str, Any], size: Size) -> int:
+    """The context of a model whose context the user does not set: at least a block."""
+    return max(size.context, given.get("data.block_size") or 0)
+
+
+def _set_width(given: dict[str, Any]) -> int | None:
+    """The width that the user has set; ``None``: that of the table."""
+    fields = given.get("model.config") or {}
+    return _count(fields.get("hidden_size")) or _count(fields.get("n_embd"))
+
+
+def _count(value: Any) -> int | None:
+    """``value`` if it is a number of something; what is not is refused later, with its name."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _model_type(given: dict[str, Any]) -> str:
@@ -276,16 +296,20 @@ def _architecture(given: dict[str, Any], size: Size) -> dict[str, Any]:
     kind = _model_type(given)
     if given.get("model.factory") is not None or given.get("model.preset") is not None:
         return {}
-    context = max(size.context, given.get("data.block_size") or 0)
+    context = _longest(given, size)
     if kind == "gpt2":
         return {
             "n_layer": size.layers, "n_embd": size.width, "n_head": size.heads, "n_positions": context,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), DROPOUT if size.bytes <= SMALL_BYTES else 0.0),
         }  # fmt: skip
     if kind == MODERN:
+        # These two follow what the user sets: else a wider model would keep the narrow MLP of the table, and other heads
+        # would share keys and values.
+        width = _set_width(given) or size.width
+        heads = _count((given.get("model.config") or {}).get("num_attention_heads")) or size.heads
         return {
             "num_hidden_layers": size.layers, "hidden_size": size.width, "num_attention_heads": size.heads,
-            "num_key_value_heads": size.heads, "intermediate_size": 4 * size.width, "max_position_embeddings": context,
+            "num_key_value_heads": heads, "intermediate_size": 4 * width, "max_position_embeddings": context,
         }  # fmt: skip
     if kind in LIKE_LLAMA and not given.get("model.config"):
         return {

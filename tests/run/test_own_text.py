@@ -188,3 +188,20 @@ def test_modern_preset_takes_rate_and_batch_of_a_law_inside_its_range_only(text:
     small, notes = configure(grown(text, 900_000), *argv)
     assert small.optim.lr < 0.005
     assert not any("inside its range" in line for line in notes)
+
+
+@pytest.mark.parametrize("field", ["n_positions", "max_position_embeddings"])
+@pytest.mark.parametrize("context", [64, 512])
+def test_blocks_are_as_long_as_the_context_that_the_user_sets(text: Path, field: str, context: int) -> None:
+    config, notes = configure(text, f"--model.config.{field}", str(context))
+    assert config.data.block_size == config.model.config[field] == context
+    assert any(f"blocks of {context} tokens" in note for note in notes)
+
+
+def test_rest_of_the_model_follows_the_width_and_heads_that_the_user_sets(text: Path) -> None:
+    own = ["--model.config.hidden_size", "256", "--model.config.num_attention_heads", "4"]
+    config, notes = configure(text, *own)
+    assert config.model.config["hidden_size"] == 256
+    assert config.model.config["intermediate_size"] == 4 * 256
+    assert config.model.config["num_key_value_heads"] == 4
+    assert any("the model is 256 wide" in note for note in notes)
