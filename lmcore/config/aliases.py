@@ -87,7 +87,7 @@ _NANOGPT = {
     "compile": "train.compile",
     "dataset": "data.train",
     "decay_lr": "optim.schedule",
-    "dropout": "model.config.resid_pdrop",
+    "dropout": "model.config.resid_pdrop, --model.config.embd_pdrop and --model.config.attn_pdrop",
     "dtype": "train.precision",
     "eval_interval": "evaluate.every",
     "eval_iters": "evaluate.blocks",

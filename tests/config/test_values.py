@@ -210,6 +210,7 @@ def test_usual_spellings_are_accepted(argv: list[str], values: dict[str, Any]) -
         ("--accumulate_grad_batches", "--train.global_batch_blocks"),
         ("--gradient-clip-val", "--optim.clip_norm"),
         ("--devices", "launcher"),
+        ("--dropout", "--model.config.attn_pdrop"),
     ],
 )
 def test_options_of_other_programs_get_a_hint(word: str, option: str) -> None:
