@@ -329,7 +329,7 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep."""
     keep_best: KeepBestConfig = section(KeepBestConfig)
     keep_every: Durations = option(Durations(), "free")
-    """Interval of checkpoints that are never deleted, such as '10%' or '10000 steps'."""
+    """Interval of checkpoints that are saved and never deleted, such as '10%' or '10000 steps'."""
     background: bool = option(True, "free")
     """Write checkpoints in the background while training continues."""
     on_full_disk: Literal["continue", "stop"] = option("continue", "free")

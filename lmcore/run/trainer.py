@@ -290,8 +290,10 @@ class Run:
             planned_from=tuple(past.get("planned_from", (0, 0))),
         )
         self._schedule, self._momenta, self._weight_decays = setup.schedules_of(config, self.sizes)
+        # What is to be kept for ever must be saved first: the two intervals need not have a step in common.
+        saves = [*config.checkpoint.every, *config.checkpoint.keep_every]
         self._intervals = Intervals(
-            self.sizes, log=config.report.every, evaluate=config.evaluate.every, save=config.checkpoint.every
+            self.sizes, log=config.report.every, evaluate=config.evaluate.every, save=saves
         )
 
     def restore(self) -> None:

@@ -575,6 +575,23 @@ def _train_with_an_error(argv: list[str], at_step: int) -> str:
     return ""
 
 
+def test_checkpoints_to_keep_for_ever_are_saved(text: Path) -> None:
+    """Also where ``checkpoint.every`` has no step in common with ``checkpoint.keep_every``."""
+    run_dir = text / "keep-every"
+    argv = request(
+        text,
+        run_dir,
+        train__duration="7 steps",
+        checkpoint__every="5 steps",
+        checkpoint__keep_every="3 steps",
+        checkpoint__keep=1,
+        evaluate__every="never",
+    )
+    assert train(argv) == [EXIT_FINISHED]
+    kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert kept == ["step-00000003", "step-00000006", "step-00000007"]
+
+
 def test_exception_saves_first_and_is_raised(text: Path) -> None:
     run_dir = text / "exception"
     assert "gone" in run_ranks(_train_with_an_error, 1, request(text, run_dir, **SHORT), 4)[0]
