@@ -54,6 +54,7 @@ def check(config: RunConfig) -> None:
             _check_limits(key, item)
     _check_data(config)
     _check_batch_and_duration(config)
+    _check_intervals(config)
     _check_optimizer(config)
     _check_model(config)
     _check_tokenizer(config)
@@ -231,6 +232,23 @@ def _check_batch_and_duration(config: RunConfig) -> None:
         raise RequestError(
             f"train.duration {train.duration}: the length of an epoch of a stream is not known; give steps or tokens"
         )
+
+
+def _check_intervals(config: RunConfig) -> None:
+    """Intervals that would never come, or that end the run at its first step."""
+    in_minutes = {"checkpoint.every": True, "evaluate.every": True, "report.every": True}
+    streamed = config.data.mode == "stream" and config.data.factory is None
+    for name, minutes in (in_minutes | {"checkpoint.keep_every": False, "guard.hash_every": False}).items():
+        for interval in _option(config, name):
+            others = f"{'' if streamed else ', epochs'}{', minutes' if minutes else ''}"
+            units = f"give steps, tokens{others} or a share such as 10%"
+            if interval.unit == "minutes" and not minutes:
+                # Whether a step is one of these must be known from its number, also after a resume.
+                raise RequestError(f"{name} {interval} cannot be a time: {units}")
+            if interval.unit == "epochs" and streamed:
+                raise RequestError(
+                    f"{name} {interval}: the length of an epoch of a stream is not known; {units}"
+                )
 
 
 def _check_optimizer(config: RunConfig) -> None:

@@ -520,6 +520,16 @@ def test_no_file_ends_in_a_traceback(tmp_path: Path, values: dict[str, Any]) -> 
         ("--evaluate.early_stopping.metric accuracy", ["early_stopping.metric", "loss, perplexity"]),
         ("--evaluate.early_stopping.metric train/grad_norm", ["early_stopping.metric", "loss, perplexity"]),
         ("--checkpoint.keep_every [10,50%]", ["keep_every", "takes one"]),
+        ("--checkpoint.keep_every 30min", ["keep_every 30 min", "cannot be a time", "10%"]),
+        ("--guard.hash_every [100,2h]", ["hash_every 120 min", "cannot be a time"]),
+        (
+            "--evaluate.every 2epochs --data.mode stream --train.duration 9",
+            ["evaluate.every 2 epochs", "of a stream", "minutes"],
+        ),
+        (
+            "--checkpoint.keep_every 1epochs --data.mode stream --train.duration 9",
+            ["keep_every 1 epochs", "of a stream"],
+        ),
         ("--evaluate.early_stopping.patience 3 --evaluate.every never", ["evaluate.every"]),
     ],
 )
