@@ -307,10 +307,17 @@ def _collect(values: dict[Any, Any], prefix: str, where: str, layer: Layer) -> N
             continue  # a section whose lines are all commented out
         else:
             key = _find(dotted, where=where)
+            own: Layer = {}
             if key.is_free_form:
-                _put(layer, dotted, value, f"{where}{dotted}")
+                _put(own, dotted, value, f"{where}{dotted}")
+                twice = _set_by_both(layer, own) if key.name in layer else None
             else:
-                layer[dotted] = value
+                own[dotted], twice = value, dotted if dotted in layer else None
+            if twice is not None:
+                raise RequestError(
+                    f"{where}{twice} is given twice, in its section and by its whole name: remove one of the two"
+                )
+            layer |= _deep(layer, own) if key.name in layer else own
 
 
 def _put(layer: Layer, name: str, value: Any, where: str) -> None:
@@ -385,6 +392,16 @@ def _deep(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(result.get(name), dict)
         result[name] = _deep(result[name], value) if both else value
     return result
+
+
+def _set_by_both(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The dotted name of a value that both have, where their dictionaries are taken as one."""
+    for name in one.keys() & other.keys():
+        if not (isinstance(one[name], dict) and isinstance(other[name], dict)):
+            return name
+        if (inside := _set_by_both(one[name], other[name])) is not None:
+            return f"{name}.{inside}"
+    return None
 
 
 def _nested(flat: Layer) -> dict[str, Any]:

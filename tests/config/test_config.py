@@ -555,6 +555,30 @@ def test_wrong_sources_are_refused(sources: str, words: list[str]) -> None:
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "optim: {lr: 1}\noptim.lr: 2\n",
+        "model:\n  config: {n_layer: 2}\n  config.n_layer: 4\n",
+        "model.config.rope: {theta: 1}\nmodel: {config: {rope: {theta: 2}}}\n",
+        "data.train: [a]\ndata: {train: [b]}\n",
+    ],
+)
+def test_file_that_sets_an_option_in_two_ways_is_refused(tmp_path: Path, text: str) -> None:
+    """As a duplicate key is: which of the two is meant?"""
+    file = tmp_path / "two.yaml"
+    file.write_text(text)
+    message = refused("--config", str(file))
+    assert "two.yaml: " in message
+    assert " is given twice" in message
+
+
+def test_file_that_sets_fields_of_one_dictionary_in_two_ways_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "fields.yaml"
+    file.write_text("model: {config: {n_layer: 2}}\nmodel.config.n_head: 4\n")
+    assert read("--config", str(file)).model.config == {"n_layer": 2, "n_head": 4}
+
+
 # --- secrets, and what may change at a resume ---
 
 
