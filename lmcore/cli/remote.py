@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lmcore.disk import DISK
 from lmcore.errors import RequestError
@@ -41,7 +42,7 @@ def local_copy(path: str, checkpoint: str | None = None, *, note: Callable[[str]
 
 
 def _bring_checkpoint(store: Store, folder: Path, which: str, note: Callable[[str], None]) -> None:
-    from lmcore.checkpoint.manifest import Damaged, read_manifest, step_name, step_of
+    from lmcore.checkpoint.manifest import Damaged, step_name, step_of
     from lmcore.checkpoint.reader import best_last
     from lmcore.checkpoint.remote import RemoteCheckpoints
 
@@ -58,7 +59,7 @@ def _bring_checkpoint(store: Store, folder: Path, which: str, note: Callable[[st
     for step in reversed(steps):
         here = folder / "checkpoints" / step_name(step)
         try:
-            if not here.exists() or read_manifest(here) != there[step]:
+            if not _is_copy(here, there[step]):
                 DISK.remove_quietly(here)
                 remote.fetch(step, here.parent)
             for other in here.parent.iterdir():  # one is enough: the newest of the copy is what was asked for
@@ -69,3 +70,13 @@ def _bring_checkpoint(store: Store, folder: Path, which: str, note: Callable[[st
             DISK.remove_quietly(here)
             note(f"checkpoint {step_name(step)} of {store.url} is damaged ({damage}); skipped")
     raise RequestError(f"{store.url}: no good checkpoint" + (f" of step {which}" if which.isdigit() else ""))
+
+
+def _is_copy(here: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a folder of the cache is this checkpoint, to the last byte: damage there is not damage in the bucket."""
+    from lmcore.checkpoint.manifest import Damaged, verify
+
+    try:
+        return here.exists() and verify(here, content=True) == manifest
+    except (Damaged, RequestError):
+        return False

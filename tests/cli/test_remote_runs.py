@@ -70,6 +70,21 @@ def test_damaged_checkpoint_is_skipped_and_stays_in_the_bucket(server: Server, t
     bucket.close(limit_seconds=5)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
+def test_damage_in_the_cache_is_not_taken_for_damage_in_the_bucket(
+    server: Server, tmp_path: Path, name: str
+) -> None:
+    bucket = run_in_bucket(tmp_path / "one", {10: 1.0, 20: 2.0})
+    notes: list[str] = []
+    for _ in range(2):
+        copy = Path(local_copy(URL, "auto", note=notes.append)) / "checkpoints" / step_name(20)
+        assert same(copy, tmp_path / "one/checkpoints" / step_name(20))
+        data = (copy / name).read_bytes()
+        (copy / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert notes == []
+    bucket.close(limit_seconds=5)
+
+
 def test_requests_of_a_checkpoint_are_those_that_the_page_states(server: Server, tmp_path: Path) -> None:
     """docs/buckets.md counts them: a checkpoint of two files beside its manifest, none to remove."""
     bucket = run_in_bucket(tmp_path / "one", {10: 1.0})
