@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,9 +137,17 @@ def with_sources_of(config: RunConfig, state: Mapping[str, Any]) -> RunConfig:
 
 
 def find_checkpoint(
-    config: RunConfig, folder: RunFolder, report: Report, hashes: Hashes = hashes_here
+    config: RunConfig,
+    folder: RunFolder,
+    report: Report,
+    hashes: Hashes = hashes_here,
+    *,
+    fetch: Callable[[str], object] = lambda asked: None,
 ) -> tuple[str, dict[str, Any]] | None:
     """Rank 0: the checkpoint to resume from and its state, every byte verified; ``None`` starts at step 0.
+
+    Args:
+        fetch: called first with what counts of ``--resume``: brings the checkpoint that may be in a bucket.
 
     Raises:
         RequestError: no usable checkpoint although there should be one, or the corpus, tokenizer or seed changed.
@@ -148,9 +156,12 @@ def find_checkpoint(
     before = status or {}
     saved_step = before.get("checkpoint_step") if status is not None else _saved_step_in_metrics(folder.path)
     folder.remember(checkpoint_step=saved_step)  # also in the status of a start that fails
-    asked = _asked_once(config, folder, report, before)
+    asked, command = _asked_once(config, folder, report, before)
+    if asked != config.resume:
+        folder.remember(resume_command=command)  # also in the status of a start that fails now
+    fetch(asked)
     if asked == "never":
-        folder.remember(checkpoint_step=None)
+        folder.remember(checkpoint_step=None, resume_command=command)
         reader.abandon_after(folder.checkpoints, -1, note=report.note)
         return None
     best = config.checkpoint.keep_best if asked == "best" else None
@@ -170,6 +181,8 @@ def find_checkpoint(
                 f"run saved step {saved_step}: "
                 f"move its checkpoints back, give one with --resume PATH, or start over with --resume never"
             )
+        if command is not None:
+            folder.remember(resume_command=command)
         return None
     with found:
         now = redact(flatten(config))  # as it was saved
@@ -184,6 +197,8 @@ def find_checkpoint(
                 f"be used: resuming from there"
             )
         folder.remember(checkpoint_step=found.step)
+        if command is not None:  # not before: one that was refused has not been carried out
+            folder.remember(resume_command=command)
         reader.abandon_after(folder.checkpoints, found.step, note=report.note)
         return str(found.path), found.state
 
@@ -199,22 +214,23 @@ def _saved_step_in_metrics(run_dir: Path) -> int | None:
     return step
 
 
-def _asked_once(config: RunConfig, folder: RunFolder, report: Report, before: Mapping[str, Any]) -> str:
-    """``--resume``, where ``never`` and ``best`` count once for a command.
+def _asked_once(
+    config: RunConfig, folder: RunFolder, report: Report, before: Mapping[str, Any]
+) -> tuple[str, str | None]:
+    """``--resume``, where all but ``auto`` count once for a command, and the hash of that command.
 
     The command that is started again after an interruption (a requeued job, a loop around exit code 75) must not start
     over, or go back, each time. ``status.json`` keeps which command has had its way; once that run is finished, the same
     options count again.
     """
-    if config.resume not in ("never", "best") or config.fast_dev_run:
-        return config.resume
+    if config.resume == "auto" or config.fast_dev_run:
+        return config.resume, None
     options = json.dumps(redact(flatten(config)), sort_keys=True, default=str)
     command = hashlib.sha256(options.encode()).hexdigest()
-    folder.remember(resume_command=command)
     if before.get("resume_command") == command and before.get("state") != "finished":
         report.note(
             f"--resume {config.resume} was carried out when this command was first started; resuming that run from its "
             f"newest checkpoint (for a fresh start, remove {folder.path} or choose another --run_dir)"
         )
-        return "auto"
-    return config.resume
+        return "auto", command
+    return config.resume, command

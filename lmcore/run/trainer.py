@@ -220,13 +220,12 @@ class Run:
 
     def _find_checkpoint(self, hashes: Hashes) -> tuple[str, dict[str, Any]] | None:
         """Rank 0: the checkpoint to resume from, the newest good one of disk and bucket."""
-        if self.bucket is not None:
-            self.bucket.note = self.report.note
-            self.bucket.fetch(self.config.resume)
-        found = find_checkpoint(self.config, self.folder, self.report, hashes)
-        if self.bucket is not None:
-            self.bucket.abandon_after(-1 if found is None else int(found[1]["step"]))
-            self.bucket.start()
+        if self.bucket is None:
+            return find_checkpoint(self.config, self.folder, self.report, hashes)
+        self.bucket.note = self.report.note
+        found = find_checkpoint(self.config, self.folder, self.report, hashes, fetch=self.bucket.fetch)
+        self.bucket.abandon_after(-1 if found is None else int(found[1]["step"]))
+        self.bucket.start()
         return found
 
     @property

@@ -82,6 +82,19 @@ def test_resume_never_counts_once_for_a_command(text: Path, kill_with: int) -> N
     assert starts(run_dir)[-1] == ("start", 0)
 
 
+def test_resume_from_a_given_checkpoint_counts_once_for_a_command(text: Path) -> None:
+    """A refusal does not count: what was asked for was not done."""
+    run_dir = text / "given"
+    assert train(request(text, run_dir, **SHORT), kill_before_step=5) == [EXIT_SAVED]
+    argv = [*request(text, run_dir, **SHORT), "--resume", "step-00000002"]
+    hidden = (run_dir / "checkpoints" / "step-00000002").rename(text / "hidden")
+    assert train(argv) == [EXIT_REQUEST]
+    hidden.rename(run_dir / "checkpoints" / "step-00000002")
+    assert train(argv, kill_before_step=7) == [EXIT_SAVED]
+    assert train(argv) == [EXIT_FINISHED]
+    assert [step for _, step in starts(run_dir)] == [0, 2, 8]
+
+
 def own_run(folder: Path, data: str = "data", **options: Any) -> list[str]:
     """A run of the user's own model, data and loss."""
     given = {

@@ -1,0 +1,47 @@
+"""What ``--resume`` asks for when a command is run again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lmcore.config.schema import RunConfig
+from lmcore.errors import RequestError
+from lmcore.run.folder import RunFolder
+from lmcore.run.resume import find_checkpoint
+
+
+def asked(run_dir: Path, resume: str) -> str:
+    """What is asked of a bucket by one start of a run, which is killed after it has looked for its checkpoint."""
+    seen: list[str] = []
+    folder = RunFolder(run_dir)
+    report: Any = SimpleNamespace(note=lambda line: None, warn_once=lambda line: None)
+    config = replace(RunConfig(), run_dir=str(run_dir), resume=resume)
+    try:
+        find_checkpoint(config, folder, report, fetch=seen.append)
+    finally:
+        folder.write_status("running", step=0)
+    return seen[0]
+
+
+@pytest.mark.parametrize("resume", ["never", "best"])
+def test_bucket_is_asked_for_the_newest_where_the_command_has_had_its_way(
+    tmp_path: Path, resume: str
+) -> None:
+    """An empty disk of another machine needs the newest checkpoint, not to start over."""
+    assert [asked(tmp_path, resume) for _ in range(3)] == [resume, "auto", "auto"]
+    path = tmp_path / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"state": "finished"}))
+    assert asked(tmp_path, resume) == resume
+
+
+def test_refused_checkpoint_is_asked_for_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(RequestError, match="no such folder"):
+            asked(tmp_path, "step-00000002")
+        assert "resume_command" not in json.loads((tmp_path / "status.json").read_bytes())
