@@ -284,12 +284,27 @@ class Search:
         asked = {"seconds": self.seconds, "options": self._options()}
         self.known: dict[str, Any] = {"asked": asked, "speeds": {}, "rungs": {}, "spent_seconds": 0.0}
         if (self.path / LADDER).exists():
-            before = json.loads((self.path / LADDER).read_text(encoding="utf-8"))
+            before = self._before()
             if before["asked"] != asked:
                 raise RequestError(
                     f"{self.path} is of another budget or other options: remove it, or choose another --out"
                 )
             self.known = before
+
+    def _before(self) -> dict[str, Any]:
+        """What an earlier start has kept. Raises :class:`RequestError` where it is damaged."""
+        path = self.path / LADDER
+        try:
+            found = json.loads(path.read_bytes())
+            whole = all(isinstance(found[name], dict) for name in ("asked", "speeds", "rungs"))
+            if not (whole and isinstance(found["spent_seconds"], int | float)):
+                raise ValueError("something is missing")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            what = " ".join(str(error).split())
+            raise RequestError(
+                f"{path} is damaged ({what}): remove {self.path} to measure anew, or choose another --out"
+            ) from error
+        return dict(found)
 
     def _options(self) -> dict[str, Any]:
         values = flatten(replace(self.config, run_dir=None))

@@ -376,6 +376,8 @@ def read_result(run_dir: Path) -> Result:
         status = json.loads((run_dir / "status.json").read_bytes())
     except (OSError, ValueError):
         return Result(loss=None, tokens_per_second=None)
+    if not isinstance(status, dict):  # damaged: the run itself writes it anew
+        return Result(loss=None, tokens_per_second=None)
     state = status.get("state")
     if state == "failed" and status.get("diverged") is True:  # code 70 is that of a full disk, too
         return Result(loss=math.inf, tokens_per_second=None)

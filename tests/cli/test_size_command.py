@@ -321,6 +321,18 @@ def test_other_options_for_the_same_recipe_are_refused(
     assert "another budget or other options" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["", '{"asked": ', "[]", "{}", '{"asked": {}, "speeds": 1}', "\udcff"])
+def test_damaged_record_of_an_earlier_start_is_refused(
+    here: type[KnownLaw], capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    Path("runs/mine-size").mkdir(parents=True)
+    Path("runs/mine-size/ladder.json").write_bytes(content.encode(errors="surrogateescape"))
+    assert main(ASKED) == EXIT_REQUEST
+    said = capsys.readouterr().err
+    assert "ladder.json is damaged" in said
+    assert "--out" in said
+
+
 def test_folder_that_another_search_holds_is_refused(
     here: type[KnownLaw], capsys: pytest.CaptureFixture[str]
 ) -> None:
