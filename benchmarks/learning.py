@@ -65,11 +65,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2-adamw-tuned": {"model.preset": "gpt2", **ADAMW_OF_0_1, "train.global_batch_blocks": 4},
     "gpt2-muon": {"model.preset": "gpt2", **MUON},
     "modern-adamw": {"model.preset": "modern", **ADAMW_OF_0_1, "train.global_batch_blocks": 4},
+    "modern-adamw-zero": {
+        "model.preset": "modern",
+        "model.zero_init": "true",
+        **ADAMW_OF_0_1,
+        "train.global_batch_blocks": 4,
+    },
     "modern-muon": {"model.preset": "modern", **MUON},
     "modern_gguf-muon": {"model.preset": "modern_gguf", **MUON},
     "modern_conv-muon": {"model.preset": "modern_conv", **MUON},
 }
-RATES = {"gpt2-adamw": 3e-3, "gpt2-adamw-tuned": 2e-3, "modern-adamw": 2e-3}
+RATES = {"gpt2-adamw": 3e-3, "gpt2-adamw-tuned": 2e-3, "modern-adamw": 2e-3, "modern-adamw-zero": 1e-3}
 MUON_RATE = 6e-3
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SIZE = "5M"
 MODERN_PRESETS = ("modern", "modern_gguf", "modern_conv")
-"""Presets that normalize queries and keys, have a head of their own and start at zero."""
+"""Presets that normalize queries and keys and have a head of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +110,14 @@ def fields_of(preset: str, shape: Shape, context: int) -> tuple[str, dict[str, A
 
 
 def zero_init(config: RunConfig) -> bool:
-    """Whether output projections and head start at zero: ``model.zero_init``, by default for the modern presets."""
-    asked = config.model.zero_init
-    return config.model.preset in MODERN_PRESETS if asked is None else asked
+    """Whether output projections and head start at zero: ``model.zero_init``, by default for the modern presets with Muon.
+
+    With AdamW it costs up to 0.9 of loss in a short run (docs/log.md, 2026-11-30): it is what made ``modern`` worse than
+    ``gpt2`` there.
+    """
+    if config.model.zero_init is None:
+        return config.model.preset in MODERN_PRESETS and config.optim.name == "muon"
+    return config.model.zero_init
 
 
 def describe_preset(config: RunConfig) -> str:

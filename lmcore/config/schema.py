@@ -173,7 +173,7 @@ class ModelConfig:
     size: Literal["5M", "8M", "15M", "124M", "350M", "1B"] | None = option(None, "refuse")
     """Size of the preset, which sets layers, width and heads; default: 5M."""
     zero_init: bool | None = option(None, "free")
-    """Initialize output projections and an untied head with zeros; default: in the modern presets."""
+    """Initialize output projections and an untied head with zeros; default: in the modern presets with muon."""
     attention: Attention | None = option(None, "free")
     """Attention implementation of transformers; default: the fastest available."""
     lora: LoraConfig = section(LoraConfig)

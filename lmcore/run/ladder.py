@@ -292,7 +292,8 @@ def with_member(config: RunConfig, width: int, *, block_size: int) -> dict[str, 
     shape = presets.Shape(layers=layers_of(width), width=width, heads=heads_of(width), context=block_size)
     type, fields = presets.fields_of(preset, shape, block_size)
     values: dict[str, Any] = {"type": type, "config": fields}
-    if preset != "gpt2" and config.model.zero_init is not False:
+    modern_with_muon = preset != "gpt2" and config.optim.name == "muon"  # as in presets.zero_init
+    if modern_with_muon if config.model.zero_init is None else config.model.zero_init:
         values["zero_init"] = True
     return values
 

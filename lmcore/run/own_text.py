@@ -172,7 +172,7 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if fields:
             kind = _model_type(given)
             values |= {"model.type": kind, "model.config": fields}
-            if kind == MODERN:
+            if kind == MODERN and optimizer == "muon":  # as in presets.zero_init
                 values["model.zero_init"] = True
             if "model.config" not in given:
                 context = _longest(given, size)

@@ -113,10 +113,14 @@ def test_zero_init_makes_every_layer_the_identity(preset: str) -> None:
     assert model.get_input_embeddings().weight.any()
 
 
-def test_modern_presets_start_at_zero_unless_told_otherwise() -> None:
-    assert zero_init(options("--model.preset", "modern"))
-    assert zero_init(options("--model.preset", "modern_conv"))
-    assert not zero_init(options("--model.preset", "modern", "--model.zero_init", "false"))
+def test_modern_presets_start_at_zero_with_muon_unless_told_otherwise() -> None:
+    muon = ("--optim.name", "muon")
+    assert zero_init(options("--model.preset", "modern", *muon))
+    assert zero_init(options("--model.preset", "modern_conv", *muon))
+    assert not zero_init(options("--model.preset", "modern", *muon, "--model.zero_init", "false"))
+    assert not zero_init(options("--model.preset", "modern", "--optim.name", "adamw"))
+    assert zero_init(options("--model.preset", "modern", "--model.zero_init", "true"))
+    assert not zero_init(options("--model.preset", "gpt2", *muon))
     assert not zero_init(options())
     with pytest.raises(RequestError, match=r"model\.zero_init"):
         options("--model.zero_init", "true", "--model.from_pretrained", "somewhere")
