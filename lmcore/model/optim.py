@@ -5,7 +5,8 @@ order of its ``params``, so that state is addressed by parameter name. Learning 
 the step (:mod:`lmcore.model.schedules`); each group multiplies them by its own ``lr_multiplier``.
 
 Weight decay follows the GPT-2 replications (nanoGPT's ``configure_optimizers``, llm.c): parameters with two or
-more dimensions decay, embeddings among them; biases and norms do not.
+more dimensions decay, embeddings among them; biases and norms do not, whatever their shape (GPT-OSS keeps the biases of all
+experts as one matrix, Cohere the norms of all heads), and the decay rates of state-space layers (Mamba) do not.
 
 Example::
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -33,7 +35,14 @@ from lmcore.plugins import import_path
 
 KINDS = ("matrices", "embedding", "head", "vectors")
 """Kinds of parameters that can have a learning rate of their own: the weights inside the network; the embeddings
-of tokens and positions (a head that is tied to them included); the vocabulary head; biases and norms."""
+of tokens and positions (a head that is tied to them included); the vocabulary head; biases, norms, and the decay
+rates of state-space layers."""
+
+_STATE_SPACE = frozenset(("A_log", "dt_bias"))
+"""Logarithms of the rates at which the state of a channel decays: (channels, states) in Mamba, whose authors keep weight
+decay from them. As a matrix such numbers mean nothing."""
+_BIAS_OR_NORM = re.compile(r"(?:bias|norm(?:_?\d+)?)$")
+"""The end of the name of a parameter, or of the module whose weight it is (a table of relative positions is a bias too)."""
 
 MUON_STEPS = 5
 """Newton-Schulz iterations of an update, as in torch.optim.Muon."""
@@ -144,9 +153,14 @@ def parameter_kind(
     name: str, parameter: nn.Parameter, *, vocabulary: Collection[str] = (), head: Collection[str] = ()
 ) -> str:
     """Which of :data:`KINDS` a parameter is."""
-    if parameter.ndim < 2:
-        return "vectors"
     module = name.rsplit(".", 2)[-2] if "." in name else name
+    leaf = name.rpartition(".")[2]
+    if parameter.ndim < 2 or leaf in _STATE_SPACE:
+        return "vectors"
+    if _BIAS_OR_NORM.search((module if leaf == "weight" else leaf).lower()):
+        return "vectors"
+    if parameter.ndim > 2 and sum(size > 1 for size in parameter.shape) < 2:
+        return "vectors"  # (1, 1, D): RWKV's mixing of tokens
     if name in head or (not vocabulary and module in ("lm_head", "output", "score")):
         return "head"
     if name in vocabulary or "embed" in module or module in ("wte", "wpe", "lm_head", "output", "score"):

@@ -60,6 +60,31 @@ def test_weight_decay_of_matrices_only() -> None:
     assert names(groups, hidden=True) == {"h.0.weight", "h.1.weight"}
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "kind"),
+    [
+        ("layers.0.mlp.experts.gate_up_proj_bias", (4, 96), "vectors"),  # GPT-OSS: biases of all experts
+        ("layers.0.mixer.A_log", (64, 16), "vectors"),  # Mamba, Jamba
+        ("layers.0.mamba.A_log", (2, 8, 16), "vectors"),  # Zamba
+        ("layers.0.self_attn.q_norm.weight", (4, 8), "vectors"),  # Cohere: a norm for each head
+        ("block.0.relative_attention_bias.weight", (32, 4), "vectors"),
+        ("blocks.0.attention.time_mix_key", (1, 1, 32), "vectors"),  # RWKV
+        ("layers.0.mixer.conv1d.weight", (64, 1, 4), "matrices"),
+        ("layers.0.mlp.gate.weight", (4, 32), "matrices"),
+        ("layers.0.mlp.shared_expert_gate.weight", (1, 32), "matrices"),
+        ("layers.0.norm_projection.weight", (4, 32), "matrices"),
+    ],
+)
+def test_biases_and_norms_of_more_dimensions_are_no_matrices(
+    name: str, shape: tuple[int, ...], kind: str
+) -> None:
+    parameter = nn.Parameter(torch.zeros(shape))
+    assert optim.parameter_kind(name, parameter) == kind
+    (group,) = optim.parameter_groups([(name, parameter)], weight_decay=0.1)
+    assert group["decays"] == (kind == "matrices")
+    assert group["hidden"] == (kind == "matrices" and len(shape) == 2)
+
+
 def test_every_parameter_is_in_exactly_one_group_under_its_own_name() -> None:
     net = make()
     groups = optim.parameter_groups(net.named_parameters(), weight_decay=0.1)
