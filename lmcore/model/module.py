@@ -555,12 +555,19 @@ def vocabulary_parameters(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in owned}
 
 
-def export_state(tensors: Iterable[tuple[str, Tensor]], model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Cut the padding of the vocabulary from named tensors (:func:`vocabulary_parameters`)."""
-    names = vocabulary_parameters(model)
-    real = getattr(model, "real_vocab_size", None)
+def export_state(tensors: Iterable[tuple[str, Tensor]], exported: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Cut the padding of the vocabulary from named tensors.
+
+    Not only embedding and head have it: DeepSeek V4 routes by a buffer of a row for each token, Moshi embeds one more.
+
+    Args:
+        exported: a model of :func:`export_config`, whose parameters may be empty: what is larger is cut to its shapes.
+    """
+    sizes = {name: own.shape for name, own in exported.named_parameters(remove_duplicate=False)}
+    sizes |= {name: own.shape for name, own in exported.named_buffers()}
     for name, tensor in tensors:
-        yield name, tensor[:real].contiguous() if real is not None and name in names else tensor
+        size = sizes.get(name, tensor.shape)
+        yield name, tensor if size == tensor.shape else tensor[tuple(map(slice, size))].contiguous()
 
 
 def export_config(model: nn.Module) -> Any:

@@ -293,7 +293,7 @@ def _write_model(
     def in_file() -> Iterator[Tensor]:
         names = itertools.chain.from_iterable(groups)
         tensors = ((name, buffers[name] if name in buffers else read(name).detach()) for name in names)
-        cut = module.export_state(tensors, trained)
+        cut = module.export_state(tensors, small)
         for group in groups:
             converted = _as_in_files(small, dict(itertools.islice(cut, len(group))))
             yield from (tensor.to(type_of(tensor)) for tensor in converted.values())

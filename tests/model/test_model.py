@@ -253,7 +253,7 @@ def test_vocabulary_padding_gets_no_gradient_and_is_cut_on_export(family: str) -
         if name in names:
             assert p.grad[V:].eq(0).all(), name
     exported = type(model)(m.export_config(model))
-    exported.load_state_dict(dict(m.export_state(model.state_dict().items(), model)))
+    exported.load_state_dict(dict(m.export_state(model.state_dict().items(), exported)))
     assert exported.config.vocab_size == exported.get_output_embeddings().weight.shape[0] == V
     assert exported.config.use_cache
     ids = batch()["input_ids"]
@@ -430,7 +430,7 @@ def test_from_pretrained_vocabulary_is_padded_with_zeros_and_cut_on_export(tmp_p
     b = batch()
     loss_sum, _ = m.ModelWithLoss(loaded).eval()(**b)
     torch.testing.assert_close(loss_sum, reference(source, b), rtol=1e-5, atol=1e-4)
-    exported = dict(m.export_state(loaded.state_dict().items(), loaded))
+    exported = dict(m.export_state(loaded.state_dict().items(), source))
     assert all(torch.equal(exported[name], tensor) for name, tensor in source.state_dict().items())
 
 

@@ -26,7 +26,7 @@ from lmcore.cli.main import main
 from lmcore.conventions import torch_dtype
 from lmcore.data.tokenizer.tokenizer import load_tokenizer
 from lmcore.data.tokenizer.training import train_tokenizer
-from lmcore.disk import Disk
+from lmcore.disk import DISK, Disk
 from lmcore.errors import FaultError, RequestError
 from lmcore.model import module
 from lmcore.model.build import build_model
@@ -214,7 +214,7 @@ def test_export_has_the_weights_and_layout_of_save_pretrained(type: str, dtype: 
     with newest(tmp_path) as opened:
         folder = export(opened, tmp_path / "e", run_dir=tmp_path, dtype=dtype, max_shard_bytes=20_000)
     small = trained.__class__(module.export_config(trained))
-    small.load_state_dict(dict(module.export_state(trained.state_dict().items(), trained)))
+    small.load_state_dict(dict(module.export_state(trained.state_dict().items(), small)))
     small.tie_weights()
     small.to(torch_dtype(dtype)).save_pretrained(tmp_path / "whole", max_shard_size=20_000)
 
@@ -241,6 +241,23 @@ def test_export_has_the_weights_and_layout_of_save_pretrained(type: str, dtype: 
     assert indices[0]["weight_map"].keys() == ours.keys()
     configs = [json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / "whole")]
     assert configs[0] == both_versions(configs[1])
+
+
+def test_export_cuts_every_tensor_that_has_the_vocabulary(tmp_path: Path) -> None:
+    """DeepSeek V4 chooses experts by a buffer of one row for each token."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    layers = {"hidden_size": 16, "num_hidden_layers": 1, "moe_intermediate_size": 8, "n_routed_experts": 2}
+    low_rank = {"q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 1, "index_n_heads": 2, "index_head_dim": 8}
+    trained: Any = build_model(
+        type="deepseek_v4",
+        config_overrides=heads | layers | low_rank | {"num_experts_per_tok": 1, "partial_rotary_factor": 0.5},
+        vocab_size=50,
+        block_size=16,
+        seed=0,
+    )
+    assert trained.get_buffer("model.layers.0.mlp.gate.tid2eid").shape == (64, 1)
+    exporting._write_model(trained, trained.get_parameter, tmp_path, torch.float32, 10**9, DISK)
+    assert exporting.verify(tmp_path, trained, trained.get_parameter, torch.float32) <= 1e-4
 
 
 def test_export_reads_back_what_it_wrote(tmp_path: Path) -> None:
