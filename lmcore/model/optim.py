@@ -163,7 +163,7 @@ def parameter_kind(
         return "vectors"  # (1, 1, D): RWKV's mixing of tokens
     if name in head or (not vocabulary and module in ("lm_head", "output", "score")):
         return "head"
-    if name in vocabulary or "embed" in module or module in ("wte", "wpe", "lm_head", "output", "score"):
+    if name in vocabulary or "embed" in module or module in ("wte", "wpe"):
         return "embedding"
     return "matrices"
 

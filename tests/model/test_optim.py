@@ -60,6 +60,13 @@ def test_weight_decay_of_matrices_only() -> None:
     assert names(groups, hidden=True) == {"h.0.weight", "h.1.weight"}
 
 
+def test_projection_called_output_is_no_head() -> None:
+    """RWKV's attention and ProphetNet's MLP end in it; where the vocabulary is known, names do not say what a head is."""
+    weight, name = nn.Parameter(torch.zeros(4, 4)), "rwkv.blocks.0.attention.output.weight"
+    assert optim.parameter_kind(name, weight, vocabulary={"rwkv.embeddings.weight"}) == "matrices"
+    assert optim.parameter_kind("output.weight", weight) == "head"
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "kind"),
     [
