@@ -481,7 +481,9 @@ def narrow_residual_stream(model: nn.Module) -> int:
     return len(embeddings)
 
 
-def _in_type_of_autocast(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+def _in_type_of_autocast(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    if not isinstance(output, Tensor):
+        return output  # ProphetNet's positions come with their numbers
     device = output.device.type
     return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
 

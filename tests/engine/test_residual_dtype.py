@@ -14,7 +14,7 @@ from lmcore.engine import launch
 from lmcore.engine.engine import Engine
 from lmcore.errors import RequestError
 from lmcore.model.build import build_model
-from lmcore.model.module import ModelWithLoss, decoder_layers
+from lmcore.model.module import ModelWithLoss, decoder_layers, narrow_residual_stream
 from lmcore.plan import plan
 from lmcore.plan.trace import trace_step
 from tests.support import engine_runs
@@ -98,6 +98,17 @@ def test_layers_see_a_bf16_stream_under_every_strategy_and_the_state_stays_fp32(
     gradients = ["gradient torch.float32"] if mode in ("single", "ddp2") else []
     for found in run_ranks(stream_in_rank, engine_runs.MODES[mode][1], mode, model, asked):
         assert found == [*gradients, "torch.bfloat16", "state", "torch.float32"]
+
+
+def test_embedding_that_gives_more_than_its_vectors() -> None:
+    """ProphetNet's positions are an embedding that returns its numbers too."""
+    module = torch.nn.Module()
+    module.positions = nn.Embedding(4, 2)
+    ids = torch.arange(4)
+    module.positions.register_forward_hook(lambda _module, _inputs, output: (output, ids))
+    assert narrow_residual_stream(module) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.positions(ids)[1] is ids
 
 
 def test_stream_is_fp32_by_default_on_a_cpu() -> None:
