@@ -138,7 +138,14 @@ def _take_special_ids(model: Any, ids: Mapping[str, int | None]) -> None:
     for name, value in ids.items():
         if value is None and not hasattr(model.config, name):
             continue  # a field that the family does not know and the tokenizer does not define
-        setattr(model.config, name, value)
+        try:
+            setattr(model.config, name, value)
+        except (
+            Exception
+        ):  # a strict config, which wants a number (ModernBERT's for sep and cls), raises several types
+            if value is not None:
+                raise
+            continue
         if getattr(model, "generation_config", None) is not None:
             setattr(model.generation_config, name, value)
 

@@ -84,11 +84,28 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
         made = config_class(**{**owned, **overrides})
     except Exception as error:  # strict dataclasses and __post_init__ raise many types
         raise RequestError(f"model.config: {one_line(error)}") from error
+    _refuse_several_models(type, made)
     sizes = {*_SIZES, *(config_class.attribute_map.get(name, name) for name in _SIZES)}
     for name in sizes & set(overrides):  # transformers builds some such models, which fail at the first token
         if getattr(made, name) < 1:
             raise RequestError(f"model.config.{name} {getattr(made, name)} must be at least 1")
     return made
+
+
+def _refuse_several_models(type: str, config: Any) -> None:
+    """Refuse the config of a model of text and images or sound: fields of the language model, its vocabulary among them, are
+    in a config of their own there, and setting them here would do nothing."""
+    try:
+        text = config.get_text_config()
+    except ValueError:  # several text models
+        text = None
+    if text is config:
+        return
+    own = getattr(text, "model_type", None)
+    hint = f"give model.type {own}, its language model" if own in known_types() else "take another family"
+    raise RequestError(
+        f"model.type {type} is a language model with other models around it, which cannot be trained from scratch on text: {hint}"
+    )
 
 
 def configured_context_length(
@@ -222,6 +239,7 @@ def pretrained_config(
             )
         setattr(config, name, value)
     config.use_cache = False
+    config.get_text_config().use_cache = False  # of a model of images and text: its own
     return config, commit
 
 

@@ -578,6 +578,6 @@ def export_config(model: nn.Module) -> Any:
     real = getattr(model, "real_vocab_size", None)
     if real is not None:
         config.get_text_config().vocab_size = real
-    config.use_cache = True
+    config.use_cache = config.get_text_config().use_cache = True
     config.architectures = [model.__class__.__name__]
     return config

@@ -343,6 +343,21 @@ def test_context_length() -> None:
     assert configured_context_length("bloom", {}) is None
 
 
+@pytest.mark.parametrize(
+    ("type", "instead"), [("gemma3", "gemma3_text"), ("qwen3_5", "qwen3_5_text"), ("fuyu", "persimmon")]
+)
+def test_model_of_text_and_images_is_refused_with_its_language_model(type: str, instead: str) -> None:
+    """Its vocabulary, special tokens and cache are fields of another config: what is set would do nothing."""
+    with pytest.raises(RequestError, match=rf"model.type {type} .* give model.type {instead}"):
+        build(type, {})
+
+
+def test_special_id_that_a_strict_config_cannot_leave_out() -> None:
+    fields = LLAMA | {"max_position_embeddings": 64}
+    model = build("modernbert-decoder", fields, special_ids={name: IDS[name] for name in list(IDS)[:3]})
+    assert model.config.pad_token_id == 3  # and its own sep_token_id, which a language model does not use
+
+
 def test_every_family_has_one_context_length() -> None:
     """Training, generation, export and scoring ask the same function, whatever the family calls the number."""
     small = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 64}
