@@ -33,7 +33,7 @@ def why_no_sequence_lengths(model: nn.Module, block_size: int) -> str | None:
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     for name in ("sliding_window", "attention_chunk_size"):
         window = getattr(config, name, None)
-        if isinstance(window, int) and window <= block_size:
+        if isinstance(window, int) and 0 < window <= block_size:  # 0: Qwen2 MoE has none
             return (
                 f"its attention has a window ({name} {window}) that is not longer than a block ({block_size})"
             )
