@@ -128,6 +128,11 @@ def context_length(model: Any) -> int | None:
     Args:
         model: a transformers model or its config, or a module of the user's with such an attribute.
     """
+    for module in model.modules() if hasattr(model, "modules") else ():
+        # RoBERTa and its kin count positions from the row after the padding token's: the rows up to it are never read.
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(reserved := getattr(table, "padding_idx", None), int):
+            return int(table.num_embeddings) - reserved - 1
     config = getattr(model, "config", None)
     places = [model, config]
     if hasattr(config or model, "get_text_config"):

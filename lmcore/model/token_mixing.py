@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lmcore.model.build import random_weights
+from lmcore.model.config import context_length, one_line
 from lmcore.model.cpu_kernels import ATTENTION, attention
 
 _TOKENS = 4
@@ -58,6 +59,8 @@ def why_no_context_parallel(model: nn.Module, block_size: int) -> str | None:
         return reason
     if getattr(model.config, "output_router_logits", False):
         return "the balance loss of its experts is a mean over whole blocks"
+    if _counts_otherwise(model):
+        return f"{model.__class__.__name__} counts positions from another number than 0"
     _, mixed = _run(model)
     return mixed
 
@@ -78,11 +81,43 @@ def why_not_causal(model: nn.Module) -> str | None:
     return f"{model.__class__.__name__} sees the tokens that it shall predict: it is not causal"
 
 
+def _counts_otherwise(model: Any) -> bool:
+    """Whether positions 0, 1, 2, ... that are given mean something else than none: RoBERTa begins after the padding token."""
+    positions = torch.arange(2 * _TOKENS)[None].expand(len(_OTHER_IDS), -1)
+    own = _tried(model, lambda: model.base_model(input_ids=_OTHER_IDS)[0])
+    given = _tried(model, lambda: model.base_model(input_ids=_OTHER_IDS, position_ids=positions)[0])
+    return own is not None and given is not None and _differs(own, given)
+
+
+def why_it_cannot_run(model: nn.Module) -> str | None:
+    """The error of a model of transformers that gets nothing but token ids, as in training; ``None`` if there is none.
+
+    Tried on at most eight tokens in evaluation mode, on the device of its weights; kernels of a GPU are not tried on a CPU.
+    """
+    model = _user_model(model)
+    config = getattr(model, "config", None)
+    chosen = str(getattr(config, "_attn_implementation", None))
+    if not hasattr(model, "base_model") or chosen.startswith(("flash", "flex")):
+        return None
+    training = model.training
+    ids = torch.arange(min(8, context_length(model) or 8, config.get_text_config().vocab_size))[None]  # type: ignore[union-attr]
+    try:
+        with torch.no_grad():
+            model.eval()
+            model.base_model(input_ids=ids)
+    except Exception as error:  # any family may want any other arguments
+        return f"{model.__class__.__name__} does not compute with token ids alone: {error.__class__.__name__}: {one_line(error)}"
+    finally:
+        model.train(training)
+    return None
+
+
 def how_documents_meet(model: nn.Module, *, sequence_lengths: bool) -> str | None:
     """How a token depends on another document of its block although documents are to be kept apart; ``None`` if it does not.
 
     ``"everywhere"``: as it would without. ``"elsewhere"``: outside of what keeps them apart, in a state or a convolution,
-    say. ``None`` also where it cannot be tried, on two documents of four tokens.
+    say. ``"by position"``: positions that are given mean something else than those that the model counts itself.
+    ``None`` also where it cannot be tried, on two documents of four tokens.
 
     Args:
         sequence_lengths: documents are kept apart by these, and else by a mask that the model makes of ``position_ids``.
@@ -106,6 +141,8 @@ def how_documents_meet(model: nn.Module, *, sequence_lengths: bool) -> str | Non
         with _packing_known(packed):
             return body(**batch)[0]
 
+    if _counts_otherwise(model):
+        return "by position"
     found = _tried(model, lambda: run(not sequence_lengths))
     if found is None or not _differs(found[0, _TOKENS:], found[1, _TOKENS:]):
         return None

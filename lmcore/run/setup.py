@@ -39,6 +39,7 @@ from lmcore.model.module import ModelWithLoss, head_parameters, vocabulary_param
 from lmcore.model.token_mixing import (
     attention_dropout,
     how_documents_meet,
+    why_it_cannot_run,
     why_no_context_parallel,
     why_no_sequence_lengths,
     why_not_causal,
@@ -463,6 +464,12 @@ def context_of(config: RunConfig, engine: Engine, module: ModelWithLoss, *, note
             f"data.document_mask does nothing in {name}, which makes no mask of position_ids: with it or without, tokens "
             "depend on the other documents of their block. Leave it out, or take a family that keeps documents apart"
         )
+    if meet == "by position":
+        raise RequestError(
+            f"data.document_mask gives positions that begin at 0 in each document, and {name} counts its own from another "
+            "number: trained with it, the model would be used at positions that it has not learnt. Leave it out, or take "
+            "another family"
+        )
     if meet is not None:
         note(
             f"data.document_mask: {name} keeps documents apart in attention only; tokens still depend on the document "
@@ -533,7 +540,7 @@ def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = pr
             raise word
     assert module is not None
     if config.model.factory is None and config.loss.factory is None and config.data.factory is None:
-        reason = why_not_causal(module) if engine.needs_weights else None
+        reason = (why_it_cannot_run(module) or why_not_causal(module)) if engine.needs_weights else None
         for word in engine.gather_object(reason):
             if word is not None:
                 raise RequestError(f"{model_name(config)}: {word}; take another family")

@@ -212,7 +212,8 @@ def test_run_says_where_documents_meet_all_the_same() -> None:
 
     def said_of(family: str, *more: str) -> list[str]:
         config = parse.parse([*words, "--model.type", family, *more], default_recipe=None)
-        module = build_model(config, vocab_size=64, special_ids={}, block_size=16, note=lambda line: None)
+        ids = {"pad_token_id": 3}
+        module = build_model(config, vocab_size=64, special_ids=ids, block_size=16, note=lambda line: None)
         notes: list[str] = []
         context_of(config, engine_of(), module, note=notes.append)
         return notes
@@ -224,3 +225,5 @@ def test_run_says_where_documents_meet_all_the_same() -> None:
     assert "another part of it" in note
     with pytest.raises(RequestError, match=r"data\.document_mask does nothing in GptOssForCausalLM"):
         said_of("gpt_oss", "--model.config.num_local_experts=4", "--model.config.num_key_value_heads=1")
+    with pytest.raises(RequestError, match=r"RobertaForCausalLM counts its own from another number"):
+        said_of("roberta")

@@ -367,6 +367,12 @@ def test_every_family_has_one_context_length() -> None:
         context_length(build_model(type="gpt2", config_overrides=GPT2, vocab_size=V, block_size=64, seed=0))
         == 64
     )
+    # RoBERTa's first position is the row after that of the padding token.
+    roberta = build("roberta", LLAMA | {"max_position_embeddings": 64}, block_size=60)
+    assert context_length(roberta) == 60
+    roberta(input_ids=torch.full((1, 60), 9))
+    with pytest.raises(RequestError, match=r"data.block_size 61 is more than the model's context of 60"):
+        build("roberta", LLAMA | {"max_position_embeddings": 64}, block_size=61)
     assert context_length(nn.Linear(2, 2)) is None
     own = nn.Linear(2, 2)
     own.block_size = 32

@@ -12,6 +12,7 @@ from lmcore.model.module import ModelWithLoss
 from lmcore.model.token_mixing import (
     attention_dropout,
     how_documents_meet,
+    why_it_cannot_run,
     why_no_context_parallel,
     why_no_sequence_lengths,
     why_not_causal,
@@ -24,6 +25,7 @@ SMALL = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
+BERT = {name: SMALL[name] for name in list(SMALL)[:4]}
 GPT2 = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
 
 
@@ -33,10 +35,8 @@ def module(family: str, fields: dict[str, Any], **options: Any) -> ModelWithLoss
             type=family,
             config_overrides=fields,
             vocab_size=67,
-            block_size=16,
             seed=0,
-            special_ids={},
-            **options,
+            **{"special_ids": {}, "block_size": 16} | options,
         )
     )
 
@@ -107,12 +107,14 @@ def test_attention_dropout_is_read_from_the_configuration() -> None:
         ("mixtral", SMALL | {"num_local_experts": 2}, None),
         ("lfm2", SMALL | {"layer_types": ["conv", "full_attention"]}, "elsewhere"),
         ("gpt_oss", SMALL | {"num_local_experts": 4, "head_dim": 16}, "everywhere"),
+        ("roberta", BERT | {"max_position_embeddings": 32}, "by position"),
     ],
 )
 def test_families_in_which_documents_meet_all_the_same_are_found(
     family: str, fields: dict[str, Any], meet: str | None
 ) -> None:
-    made = module(family, fields, zero_init=family == "lfm2")
+    ids = {"pad_token_id": 3} if family == "roberta" else {}
+    made = module(family, fields, zero_init=family == "lfm2", special_ids=ids)
     by_lengths = why_no_sequence_lengths(made, 16) is None
     assert how_documents_meet(made, sequence_lengths=by_lengths) == meet
     assert why_not_causal(made) is None
@@ -122,6 +124,17 @@ def test_families_in_which_documents_meet_all_the_same_are_found(
 def test_models_that_see_the_future_are_found() -> None:
     made = module("xlnet", {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 40})
     assert "not causal" in str(why_not_causal(made))
-    bert = {name: SMALL[name] for name in list(SMALL)[:4]}
-    assert why_not_causal(module("bert", bert)) is None
-    assert "not causal" in str(why_not_causal(module("bert", bert | {"is_decoder": False})))
+    assert why_not_causal(module("bert", BERT)) is None
+    assert "not causal" in str(why_not_causal(module("bert", BERT | {"is_decoder": False})))
+
+
+def test_models_that_want_more_than_token_ids_are_found() -> None:
+    # It counts the tokens that are no padding, and this tokenizer defines no padding.
+    roberta = module("roberta", BERT)
+    assert "RobertaForCausalLM does not compute with token ids alone: TypeError" in str(
+        why_it_cannot_run(roberta)
+    )
+    assert roberta.training
+    assert why_it_cannot_run(module("roberta", BERT, special_ids={"pad_token_id": 3})) is None
+    assert why_it_cannot_run(module("gpt2", GPT2 | {"n_positions": 4}, block_size=4)) is None
+    assert why_it_cannot_run(ModelWithLoss(torch.nn.Linear(4, 4))) is None
