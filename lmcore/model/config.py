@@ -130,7 +130,7 @@ def context_length(model: Any) -> int | None:
     """
     for module in model.modules() if hasattr(model, "modules") else ():
         # RoBERTa and its kin count positions from the row after the padding token's: the rows up to it are never read.
-        table = getattr(module, "position_embeddings", None)
+        table: Any = getattr(module, "position_embeddings", None)
         if isinstance(reserved := getattr(table, "padding_idx", None), int):
             return int(table.num_embeddings) - reserved - 1
     config = getattr(model, "config", None)
@@ -176,12 +176,13 @@ def refuse_unsafe_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse a config.json with keys through which a loader could be made to fetch or run code.
 
     ``_attn_implementation_internal`` (CVE-2026-4372), ``trust_remote_code`` in a nested config
-    (CVE-2026-5241), a kernel repository as attention implementation, and every other private key: none
-    belongs into a saved config.
+    (CVE-2026-5241), a kernel repository as attention implementation, and every other private key that is no number:
+    none belongs into a saved config. Numbers name no code, and some families save such fields (OPT, Gemma 3).
     """
     for key, value in config.items():
         text = str(key)
-        private = text.startswith("_") and text not in ("_name_or_path", "_commit_hash")
+        number = value is None or isinstance(value, bool | int | float)
+        private = text.startswith("_") and text not in ("_name_or_path", "_commit_hash") and not number
         kernel = text.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value)
         if private or kernel or text == "trust_remote_code":
             raise RequestError(

@@ -95,16 +95,17 @@ def why_it_cannot_run(model: nn.Module) -> str | None:
     Tried on at most eight tokens in evaluation mode, on the device of its weights; kernels of a GPU are not tried on a CPU.
     """
     model = _user_model(model)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     chosen = str(getattr(config, "_attn_implementation", None))
-    if not hasattr(model, "base_model") or chosen.startswith(("flash", "flex")):
+    body: Any = getattr(model, "base_model", None)
+    if body is None or chosen.startswith(("flash", "flex")):
         return None
     training = model.training
-    ids = torch.arange(min(8, context_length(model) or 8, config.get_text_config().vocab_size))[None]  # type: ignore[union-attr]
+    ids = torch.arange(min(8, context_length(model) or 8, config.get_text_config().vocab_size))[None]
     try:
         with torch.no_grad():
             model.eval()
-            model.base_model(input_ids=ids)
+            body(input_ids=ids)
     except Exception as error:  # any family may want any other arguments
         return f"{model.__class__.__name__} does not compute with token ids alone: {error.__class__.__name__}: {one_line(error)}"
     finally:
