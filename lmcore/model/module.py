@@ -578,6 +578,8 @@ def export_config(model: nn.Module) -> Any:
     real = getattr(model, "real_vocab_size", None)
     if real is not None:
         config.get_text_config().vocab_size = real
+        if getattr(config, "decoder_vocab_size", None) is not None:
+            config.decoder_vocab_size = real  # Marian's head is of this size
     config.use_cache = config.get_text_config().use_cache = True
     config.architectures = [model.__class__.__name__]
     return config

@@ -42,6 +42,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": GQA | {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4},
     "lfm2": SIZES | {"num_key_value_heads": 1} | {"layer_types": ["conv", "full_attention"]},
     "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+    "marian": {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 24}
+    | {"max_position_embeddings": 32},
     "opt": {name: SIZES[name] for name in SIZES if name != "intermediate_size"}
     | {"ffn_dim": 24, "word_embed_proj_dim": 16},
     "roberta": SIZES | {"max_position_embeddings": 32},
