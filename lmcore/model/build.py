@@ -140,9 +140,8 @@ def _take_special_ids(model: Any, ids: Mapping[str, int | None]) -> None:
             continue  # a field that the family does not know and the tokenizer does not define
         try:
             setattr(model.config, name, value)
-        except (
-            Exception
-        ):  # a strict config, which wants a number (ModernBERT's for sep and cls), raises several types
+        except Exception:
+            # A strict config wants a number (ModernBERT's for sep and cls), and raises several types.
             if value is not None:
                 raise
             continue
