@@ -417,9 +417,17 @@ def test_truncated_compressed_file_keeps_all_before(tmp_path: Path, suffix: str)
         # bzip2 gives nothing of a block that is not whole (900 kB); the others give nearly everything.
         if place > 1000 and suffix != ".bz2":
             assert len(documents) >= 30_000 * place / len(data) * 0.4
-        assert [b.reason.split(" at ")[0] for b in bad] == (
-            [f"{compression.CODECS[suffix]} data is cut off"] if place else []
-        )
+        # Also of nothing at all: the file that a full disk or a stopped download leaves. An empty text is never 0 bytes.
+        assert [b.reason.split(" at ")[0] for b in bad] == [f"{compression.CODECS[suffix]} data is cut off"]
+    path.write_bytes(COMPRESS[suffix](b""))
+    assert read_all(source_of(path, unit="line"))[:2] == ([], [])
+    path.write_bytes(b"")
+    for unit in ("paragraph", "file"):
+        assert len(read_all(source_of(path, unit=unit))[1]) == 1
+    for name in (f"a.jsonl{suffix}", f"a.json{suffix}", f"a.csv{suffix}"):
+        (tmp_path / name).write_bytes(b"")
+        [record] = read_all(source_of(tmp_path / name))[1]
+        assert record.reason.endswith("data is cut off at compressed byte 0")
 
 
 def test_json_record_without_line_end_is_kept(tmp_path: Path) -> None:

@@ -203,7 +203,8 @@ def _pieces(source: Source, path: str, relative_path: str, part_bytes: int) -> I
             yield piece(start, stop, stop - start)
         if not stat:
             yield piece(0, sys.maxsize, 0)
-    elif n_bytes or kind == "file" or not stat:  # an empty file is an empty document
+    # An empty file is an empty document, but an empty compressed one is cut off, which reading it says.
+    elif n_bytes or kind == "file" or not stat or compression_of(path) is not None:
         yield piece(0, sys.maxsize, n_bytes)
 
 
