@@ -336,6 +336,25 @@ def test_json_syntax_error_in_an_array_is_one_bad_record(tmp_path: Path) -> None
     assert (len(documents), [b.reason for b in bad]) == (9, ["the array is not closed: the file is cut off"])
 
 
+@pytest.mark.parametrize(
+    ("content", "texts", "n_bad"),
+    [
+        ('{"text":"x","a":\n{"b":1}\n}', ["x"], 0),  # the second line is an object by itself
+        ('{"a":\n{"text":"no"},\n"text":"x"}\n{"text":\n"y"}', ["x", "y"], 0),
+        ('{"a":[\n{"b":1}\n,{"b":2}\n],"text":"x"}', ["x"], 0),
+        ('{"text":"cut\n{"text":"y"}\n{"text":"z"}', ["y", "z"], 1),  # a broken line before good ones
+        ('{"text":"cut","a":\n{"text":"y"}\n{"text":"z"}', ["y", "z"], 1),
+        ('{"text":"cut","a":\n{"text":"y"}', ["y"], 1),
+    ],
+)
+def test_json_object_over_lines_of_which_one_is_an_object(
+    tmp_path: Path, content: str, texts: list[str], n_bad: int
+) -> None:
+    (tmp_path / "a.json").write_text(content)
+    documents, bad, _ = read_all(source_of(tmp_path / "a.json"))
+    assert ([d.text for d in documents], len(bad)) == (texts, n_bad)
+
+
 @pytest.mark.parametrize("start", ["", "\ufeff", "\ufeff\r\n "])
 def test_json_array_after_a_byte_order_mark(tmp_path: Path, start: str) -> None:
     """Its first lines are `[` and one whole record, which would also be a line of records."""

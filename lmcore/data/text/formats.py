@@ -193,18 +193,36 @@ def json_file(pieces: Iterable[bytes | Damage], encoding: str) -> Values:
     """
     iterator = iter(pieces)
     head: list[bytes | Damage] = []
-    visible: list[bytes] = []  # the first two lines of the file that are not blank
+    visible: list[bytes] = []  # the first three lines of the file that are not blank
     numbered = lines(_recorded(iterator, head))
     for _, line in numbered:
-        if isinstance(line, Damage) or len(visible) == 2:
+        if isinstance(line, Damage) or len(visible) == 3:
             break
         if not is_blank(line):
             visible.append(line)
     again = itertools.chain(head, iterator)
-    begins_with_object = visible and visible[0].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
-    if begins_with_object and any(isinstance(_json(line, encoding), dict) for line in visible):
+    if _are_records(visible, encoding):
         return json_lines(lines(again), 2**63, encoding)
     return _json_values(again, encoding)
+
+
+def _are_records(visible: list[bytes], encoding: str) -> bool:
+    """Are these, the first lines of a file, one record each, of which the first may be broken?"""
+    if not visible or not visible[0].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+        return False
+    whole = [isinstance(_json(line, encoding), dict) for line in visible]
+    if whole[0] or not any(whole[1:2]):
+        return whole[0]
+    # Either a broken record before a good one, or an object over several lines, one of which is an object by itself.
+    # Broken records do not continue one another.
+    text = b"\n".join(visible).decode(encoding, SURROGATE).removeprefix("\ufeff").rstrip()
+    try:
+        _DECODER.raw_decode(text.lstrip())
+    except json.JSONDecodeError as error:
+        return error.pos < len(error.doc) or len(visible) < 3
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def _recorded(pieces: Iterator[bytes | Damage], into: list[bytes | Damage]) -> Iterator[bytes | Damage]:
