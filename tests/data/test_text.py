@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from lmcore.data.text import compression, formats
 from lmcore.data.text.documents import BadRecord, Source, parts, read, resolve_sources
 from lmcore.data.text.split import side
-from lmcore.errors import FaultError
+from lmcore.errors import FaultError, RequestError
 from tests.support.texts import COMPRESS, read_all, source_of, texts_of, write_parquet
 
 JAPANESE = [
@@ -386,12 +386,51 @@ def test_wrong_encoding_names_data_encoding(tmp_path: Path) -> None:
     assert "cp932 for Shift-JIS" in bad[0].reason
     path.write_bytes("日本\n語".encode("utf-16"))
     assert "looks like utf-16" in read_all(source_of(path, unit="line"))[1][0].reason
+    path.write_bytes("日本\n語".encode("utf-32"))
+    assert "looks like utf-32" in read_all(source_of(path, unit="line"))[1][0].reason
     # One broken character in UTF-16 costs its line.
     data = bytearray("一行目\n二行目\n三行目\n".encode("utf-16-le"))
     data[8:10] = b"\x00\xd8"
     path.write_bytes(data)
     documents, bad, _ = read_all(source_of(path, unit="line", encoding="utf-16-le"))
     assert ([d.text for d in documents], len(bad)) == (["一行目", "三行目"], 1)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_csv_of_wide_characters_names_their_encoding(tmp_path: Path, encoding: str, end: str) -> None:
+    """As Excel writes "Unicode text"; csv's own words would be about quotes and line ends."""
+    path = tmp_path / "a.csv"
+    path.write_bytes(end.join(["id,text", "1,hello", "2,日本語の文章", ""]).encode(encoding))
+    documents, bad, _ = read_all(source_of(path))
+    assert documents == []
+    assert f"this looks like {encoding[:6]}; set data.encoding" in bad[0].reason
+    assert texts_of(source_of(path, encoding=encoding)) == ["hello", "日本語の文章"]
+
+
+def test_csv_header_that_cannot_be_read_is_not_replaced_by_the_first_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("id,text,größe\n1,text,x\n2,body,y\n".encode("latin-1"))
+    documents, bad, _ = read_all(source_of(path))
+    assert documents == []
+    assert [record.where for record in bad] == ["byte 0", "byte 14", "byte 23"]
+    assert "set data.encoding" in bad[0].reason
+    assert texts_of(source_of(path, encoding="latin-1")) == ["text", "body"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.parquet"])
+def test_two_columns_of_the_name_of_the_text_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "a.parquet":
+        column = arrow.array(["x"])
+        table = arrow.Table.from_arrays([column] * 3, names=["text", "text", "note"])
+        arrow.parquet.write_table(table, path)
+    else:
+        path.write_text("text,text,note\nx,x,x\n".replace(",", "," if name == "a.csv" else "\t"))
+    with pytest.raises(RequestError, match="2 columns are called 'text': rename all but"):
+        resolve_sources([str(path)])
+    assert "2 columns are called 'text'" in read_all(source_of(path))[1][0].reason
+    assert texts_of(source_of(path, text_field="note")) == ["x"]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])

@@ -53,25 +53,35 @@ def _decoded(raw: bytes, encoding: str) -> str | Damage:
     except UnicodeError as error:
         where = f" at its byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
         return _not_encoded(raw, encoding, where)
-    if "\0" in text and _looks_wide(raw):
+    if "\0" in text and _wide_encoding(raw):
         return _not_encoded(raw, encoding, "")
     return _checked(text, len(raw))
 
 
 def _not_encoded(raw: bytes, encoding: str, where: str) -> Damage:
-    hint = "this looks like utf-16; " if _looks_wide(raw) else ""
+    wide = _wide_encoding(raw)
+    hint = f"this looks like {wide}; " if wide else ""
     return Damage(
         f"not {encoding}{where}: {hint}set data.encoding (cp932 for Shift-JIS, euc_jp, utf-16, ...)",
         n_bytes=len(raw),
     )
 
 
-def _looks_wide(raw: bytes) -> bool:
-    """A byte order mark of UTF-16, or every other byte zero."""
+def _wide_encoding(raw: bytes) -> str:
+    """``utf-16`` or ``utf-32`` where a byte order mark or the places of the zero bytes say so, else empty."""
     head = raw[:1000]
-    return head[:2] in (b"\xff\xfe", b"\xfe\xff") or (
-        len(head) > 2 and abs(head[::2].count(0) - head[1::2].count(0)) > len(head) // 3
-    )
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    # By place modulo 4, because a line begins inside a character, with the rest of a line end.
+    zeros = [head[place::4].count(0) for place in range(4)]
+    most = 0.9 * (len(head) // 4)
+    if min(zeros) < most / 2 and any(min(zeros[place], zeros[place - 1]) >= most for place in range(4)):
+        return "utf-32"  # UTF-16 has no two neighbouring bytes that are always zero
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (
+        len(head) > 2 and abs(zeros[0] + zeros[2] - zeros[1] - zeros[3]) > len(head) // 3
+    ):
+        return "utf-16"
+    return ""
 
 
 def plain_lines(numbered: Numbered, stop: int, encoding: str) -> Texts:
@@ -321,6 +331,7 @@ class _CsvLines:
 
     def start_row(self) -> None:
         self.begin: int | None = None
+        self.first_line = b""
         self.n_lines = self.n_bytes = 0
 
     def __iter__(self) -> _CsvLines:
@@ -335,6 +346,7 @@ class _CsvLines:
         if isinstance(line, Damage):
             self.damage = offset, line
             raise StopIteration
+        self.first_line = self.first_line or line
         self.n_lines += 1
         self.n_bytes += len(line) + 1
         text = line.decode(self._encoding, SURROGATE)
@@ -363,11 +375,14 @@ def csv_records(
             if source.damage is not None:
                 break  # the damage of the file is the reason
             row = Damage(f"not CSV: {error}", n_bytes=source.n_bytes, at_least=source.n_lines > 1)
+            if _wide_encoding(source.first_line):  # its bytes are no CSV in this encoding
+                row = replace(row, reason=_not_encoded(source.first_line, encoding, "").reason)
         else:
             if len(row) < 2 and not "".join(row).strip():
                 continue  # a blank line
-            if any("\udc80" in cell for cell in row):
-                row = replace(_not_encoded(b"", encoding, ""), n_bytes=source.n_bytes)
+            content = "".join(row)
+            if "\udc80" in content or ("\0" in content and _wide_encoding(source.first_line)):
+                row = replace(_not_encoded(source.first_line, encoding, ""), n_bytes=source.n_bytes)
         yield source.begin or 0, row, source.n_bytes
     if source.damage is not None:
         yield (*source.damage, 0)
@@ -375,20 +390,30 @@ def csv_records(
 
 def csv_rows(numbered: Numbered, encoding: str, field: str, kind: str) -> Texts:
     """The column ``field`` of a CSV or TSV file with a header; a row may span lines inside quotes."""
-    header: list[str] = []
+    header: list[str] | None = None
     for offset, row, n_bytes in csv_records(numbered, encoding, kind):
         if isinstance(row, Damage):
             yield offset, row
-        elif not header:
+            header = [] if header is None else header  # the next row must not be taken for the header
+        elif header is None:
             header = row
+        elif not header:
+            yield offset, Damage("the header of the file cannot be read", n_bytes=n_bytes)
         elif len(row) != len(header):
             reason = f"{len(row)} columns where the header has {len(header)}"
             yield offset, Damage(reason, n_bytes=n_bytes)
         elif field not in header:
             names = ", ".join(map(repr, header[:8]))
             yield offset, Damage(f"no column {field!r} (the header has {names})", n_bytes=n_bytes)
+        elif header.count(field) > 1:
+            yield offset, Damage(several_columns(header, field), n_bytes=n_bytes)
         else:
             yield offset, _checked(row[header.index(field)], n_bytes)
+
+
+def several_columns(names: list[str], field: str) -> str:
+    """What is wrong where the text could be any of several columns."""
+    return f"{names.count(field)} columns are called {field!r}: rename all but the one that holds the text"
 
 
 # ---- parquet ----
@@ -442,6 +467,8 @@ def parquet(file: IO[bytes], field: str, start: int, stop: int, size: int) -> Te
     wrong = None
     if field not in names:
         wrong = f"no column {field!r} (it has {', '.join(map(repr, names[:8]))})"
+    elif names.count(field) > 1:
+        wrong = several_columns(names, field)
     elif (kind := _bytes_type(opened.schema_arrow.field(names.index(field)).type)) is None:
         wrong = (
             f"column {field!r} must hold strings, not {opened.schema_arrow.field(names.index(field)).type}"

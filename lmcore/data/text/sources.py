@@ -733,3 +733,5 @@ def _check_field(source: Source) -> None:
             f"{path}: the records have no field {source.text_field!r}, but {', '.join(map(repr, names[:12]))}: set "
             f"data.text_field{did_you_mean(source.text_field, names)}"
         )
+    if names.count(source.text_field) > 1:
+        raise RequestError(f"{path}: {formats.several_columns(names, source.text_field)}")
