@@ -673,3 +673,30 @@ def test_saving_removes_the_files_of_another_tokenizer_only(
     assert not (tmp_path / tokenizer.MODEL_FILE).exists()
     load_tokenizer(folder).save(tmp_path)
     assert load_tokenizer(tmp_path).fingerprint == load_tokenizer(folder).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "words"),
+    [
+        (CORPUS, {"vocab_size": 0}, "vocab_size must be a whole number from 1 to 16,777,216, not 0"),
+        (CORPUS, {"vocab_size": -5}, "from 1 to 16,777,216, not -5"),
+        (CORPUS, {"vocab_size": 2**31}, "from 1 to 16,777,216, not 2147483648"),
+        (CORPUS, {"vocab_size": 300.5}, "from 1 to 16,777,216, not 300.5"),
+        (CORPUS, {"character_coverage": 0.9}, "character_coverage must be from 0.98 to 1, not 0.9"),
+        (CORPUS, {"character_coverage": float("nan")}, "from 0.98 to 1, not nan"),
+        (
+            CORPUS,
+            {"vocab_size": 10, "model_type": "char"},
+            "vocab_size 10 is too small: 256 bytes, 4 special",
+        ),
+        (["<u>"], {"model_type": "char", "user_symbols": ["<u>"]}, "nothing but the symbols"),
+        (["<u>"], {"model_type": "unigram", "user_symbols": ["<u>"]}, "nothing but the symbols"),
+    ],
+)
+def test_refusals_of_training_say_what_is_allowed(
+    texts: list[str], options: dict[str, Any], words: str
+) -> None:
+    """Not the line of SentencePiece's source at which it gave up."""
+    with pytest.raises(RequestError, match=words) as error:
+        train_tokenizer(texts, **{"vocab_size": 300, **options})
+    assert ".cc(" not in str(error.value)

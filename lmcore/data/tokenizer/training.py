@@ -24,6 +24,8 @@ RECIPE_VERSIONS = {"bpe": 1, "char": 1, "unigram": 2}
 """By ``model_type``: rises when the same texts and options would give another tokenizer."""
 _LINE_BYTES = 16_384
 """A longer line is cut into several; the trainer would drop it silently."""
+_MOST_PIECES = 2**24
+"""Of ``tokenizer.vocab_size``; the trainer takes up to 2^31 and needs the memory for them."""
 _SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 
 
@@ -87,6 +89,16 @@ def _training_error(message: str, lines: TrainingLines, vocab_size: int) -> str:
         return (
             f"vocab_size {vocab_size} is too small: 256 bytes, the special tokens and the characters of this"
             f" text need {found[2]}: set tokenizer.vocab_size above that"
+        )
+    if "char_model_trainer" in message and "vocab_size" in message:
+        return (
+            f"vocab_size {vocab_size} is too small: 256 bytes, {len(_SPECIAL)} special tokens and the symbols of "
+            f"tokenizer.user_symbols come first: set tokenizer.vocab_size above that"
+        )
+    if "(sum) > (0)" in message or "seed_sentencepieces.empty" in message:
+        return (
+            "the text holds nothing but the symbols of tokenizer.user_symbols, so that there is nothing to train a "
+            "tokenizer on: give text, or leave them out"
         )
     if "insert_id(" in message:
         return f"vocab_size {vocab_size} is too small: the special tokens alone need 4; set tokenizer.vocab_size above that"
@@ -170,6 +182,14 @@ def train_tokenizer(
     if model_type not in ("bpe", "char", "unigram"):
         raise RequestError(
             f"unknown model_type {model_type!r}; choose from bpe, char, unigram (transformers has no word models)"
+        )
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= _MOST_PIECES:
+        raise RequestError(
+            f"tokenizer.vocab_size must be a whole number from 1 to {_MOST_PIECES:,}, not {vocab_size!r}"
+        )
+    if not 0.98 <= character_coverage <= 1:  # also not a number
+        raise RequestError(
+            f"tokenizer.character_coverage must be from 0.98 to 1, not {character_coverage!r}: a share of the characters"
         )
     recipe = {
         "model_type": model_type,
