@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
@@ -16,7 +17,7 @@ from lmcore.data.batches import Batches, StepBatch, merge_cursors
 from lmcore.data.cursor import Cursor
 from lmcore.data.order import Phase
 from lmcore.data.stream import StreamDataset
-from lmcore.data.text import documents
+from lmcore.data.text import documents, hub
 from lmcore.errors import FaultError, RequestError
 from tests.support.data import Bytes, Tagged, tagged_text
 
@@ -342,6 +343,46 @@ def test_hub_dataset_streams_and_builds_a_store(tmp_path: Path) -> None:
         StreamDataset(
             documents.resolve_sources([f"hf://{folder}?splitt=x"]), Tagged(), block_size=4, lanes=1, seed=1
         )
+
+
+def test_rows_of_a_hub_dataset_are_checked_like_those_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Data(list[dict[str, str]]):
+        num_shards = 1
+
+    rows = Data({"text": text} for text in ["good", "with \0", "lone \ud800", "\ufeffmarked"])
+    monkeypatch.setattr(hub, "_open", lambda path: (rows, "hash"))
+    [source] = documents.resolve_sources(["hf://owner/name"])
+    bad: list[documents.BadRecord] = []
+    [part] = hub.parts_of(source, part_bytes=2**20)
+    found = hub.documents_of(source, part, bad=bad.append)
+    assert [document.text for document in found] == ["good", "marked"]
+    assert [record.where for record in bad] == ["shard 0, row 1", "shard 0, row 2"]
+    assert "NUL byte" in bad[0].reason
+    assert "lone surrogate" in bad[1].reason
+
+
+def test_a_lost_connection_to_the_hub_is_one_line_and_no_bad_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Cut(Exception):
+        """As httpx raises: no OSError."""
+
+    class Data:
+        num_shards = 1
+
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            yield {"text": "good"}
+            raise Cut("connection reset\nby peer")
+
+    monkeypatch.setattr(hub, "_open", lambda path: (Data(), "hash"))
+    [source] = documents.resolve_sources(["hf://owner/name"])
+    [part] = hub.parts_of(source, part_bytes=2**20)
+    bad: list[documents.BadRecord] = []
+    found = hub.documents_of(source, part, bad=bad.append)
+    assert next(found).text == "good"
+    with pytest.raises(FaultError, match=r"Cut: connection reset.*by peer\): check the connection"):
+        next(found)
+    assert bad == []
 
 
 @final

@@ -36,7 +36,8 @@ _PARQUET_ROWS = 1024
 _MOST_DIGITS = 4000  # Python refuses to convert longer integers; they are in other fields than the text
 
 
-def _checked(text: str, n_bytes: int) -> str | Damage:
+def checked(text: str, n_bytes: int) -> str | Damage:
+    """The text without a byte order mark, or what makes it no text, whatever format it comes from."""
     if "\0" in text:
         return Damage("NUL byte: binary data, or a hole that a crash left", n_bytes=n_bytes)
     if not text.isascii():
@@ -55,7 +56,7 @@ def _decoded(raw: bytes, encoding: str) -> str | Damage:
         return _not_encoded(raw, encoding, where)
     if "\0" in text and _wide_encoding(raw):
         return _not_encoded(raw, encoding, "")
-    return _checked(text, len(raw))
+    return checked(text, len(raw))
 
 
 def _not_encoded(raw: bytes, encoding: str, where: str) -> Damage:
@@ -167,7 +168,7 @@ def _field(record: Any, field: str, n_bytes: int) -> str | Damage:
     text = record[field]
     if not isinstance(text, str):
         return Damage(f"field {field!r} must be a string, not {type(text).__name__}", n_bytes=n_bytes)
-    return _checked(text, n_bytes)
+    return checked(text, n_bytes)
 
 
 def _json(line: bytes, encoding: str) -> Any:
@@ -408,7 +409,7 @@ def csv_rows(numbered: Numbered, encoding: str, field: str, kind: str) -> Texts:
         elif header.count(field) > 1:
             yield offset, Damage(several_columns(header, field), n_bytes=n_bytes)
         else:
-            yield offset, _checked(row[header.index(field)], n_bytes)
+            yield offset, checked(row[header.index(field)], n_bytes)
 
 
 def several_columns(names: list[str], field: str) -> str:

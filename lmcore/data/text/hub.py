@@ -10,14 +10,16 @@ The same revision gives the same documents in the same order. Needs the optional
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qs
 
-from lmcore.data.text import documents
+from lmcore.data.text import documents, formats
+from lmcore.data.text.compression import Damage
 from lmcore.data.text.sources import HUB
-from lmcore.errors import RequestError
+from lmcore.errors import FaultError, RequestError
+from lmcore.humanize import one_line
 
 PREFIX = HUB
 
@@ -42,8 +44,12 @@ def _open(path: str) -> tuple[Any, str]:
     try:
         builder = datasets.load_dataset_builder(name, options.get("config"), revision=revision or None)
         data = builder.as_streaming_dataset(split=options.get("split", "train"))
-    except (OSError, ValueError) as error:  # no network, no such dataset, config or split
-        raise RequestError(f"{path} cannot be opened: {error}") from error
+    except (
+        Exception
+    ) as error:  # no network, no such dataset, config or split: of many libraries, without a common type
+        raise RequestError(
+            f"{path} cannot be opened: {one_line(str(error) or type(error).__name__)}"
+        ) from error
     return (
         data,
         f"{builder.dataset_name} {builder.config.name} {builder.hash} {options.get('split', 'train')}",
@@ -107,10 +113,15 @@ def _rows(
 ) -> Iterator[documents.Document]:
     data = _open(part.path)[0]
     shard = data.shard(num_shards=data.num_shards, index=part.start) if data.num_shards > 1 else data
-    for row, record in enumerate(shard):
+    for row, record in enumerate(_fetched(part.path, shard)):
         where = f"shard {part.start}, row {row}"
         value = record.get(source.text_field)
-        if not isinstance(value, str):
+        if isinstance(value, str):
+            n_bytes = len(value.encode("utf-8", "surrogatepass"))
+            value = formats.checked(value, n_bytes)
+        if isinstance(value, Damage):
+            bad(documents.BadRecord(part.path, where, value.reason, n_bytes=n_bytes))
+        elif not isinstance(value, str):
             names = ", ".join(sorted(map(str, record)))
             bad(
                 documents.BadRecord(part.path, where, f"no text in {source.text_field!r} (there are {names})")
@@ -119,3 +130,23 @@ def _rows(
             yield documents.Document(documents.with_lf(value), f"{part.path}#{where}")
         elif empty is not None:
             empty(where)
+
+
+def _fetched(path: str, rows: Iterable[Any]) -> Iterator[Any]:
+    """The rows.
+
+    Raises:
+        FaultError: they do not arrive. That is no bad record: skipping what a lost connection cuts off would lose good text.
+    """
+    iterator = iter(rows)
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # of httpx, fsspec, pyarrow or datasets, without a common type
+            raise FaultError(
+                f"{path} cannot be read further ({type(error).__name__}: {one_line(str(error))}): check the connection "
+                f"and that the dataset is whole, then run the same command again"
+            ) from error
+        yield row
