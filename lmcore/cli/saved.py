@@ -302,12 +302,16 @@ def evaluate(words: list[str]) -> None:
     asked, saved = _opened(parser, words)
     if asked.blocks is not None and asked.blocks < 1:
         raise RequestError(f"--blocks must be 1 or more (got {asked.blocks})")
+    from lmcore.data.text.sources import without_run_files
     from lmcore.humanize import printable
     from lmcore.report.metrics import plain
     from lmcore.saved.score import score
 
+    data, left_out = without_run_files(asked.data)
+    for line in left_out:
+        print(f"--data: {line}", file=sys.stderr)
     sets: dict[str, list[str]] = {}
-    for entry in asked.data:
+    for entry in data:
         name, equals, path = entry.partition("=")
         # What is before the first = may be part of a path: lang=en/part.parquet
         if not equals or "/" in name or os.path.exists(entry):

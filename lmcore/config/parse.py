@@ -59,8 +59,8 @@ Layer = dict[str, Any]
 """Dotted name -> value, as one file or the command line gives it."""
 OwnText = Callable[[Layer], tuple[Layer, list[str]]]
 """The options that are set -> defaults for this text and the lines that explain them."""
-OwnEntries = Callable[[list[Any]], tuple[list[Any], list[str]]]
-"""``data.train`` as it was given -> as it is meant, and what was left out of it."""
+OwnEntries = Callable[[list[Any], str | None], tuple[list[Any], list[str]]]
+"""A list of texts as it was given, and ``data.store_dir`` -> the list as it is meant, and what was left out of it."""
 
 
 def parse(
@@ -81,7 +81,7 @@ def parse(
         default_recipe: used without ``--config`` when no text or dataset is named either.
         own_text: gives defaults that fit the text, when text is named without ``--config``
             (:func:`lmcore.run.own_text.defaults`).
-        own_entries: leaves out of the command line's ``data.train`` what runs have written beside the text
+        own_entries: leaves out of the command line's texts what runs have written beside the text
             (:func:`lmcore.data.text.sources.without_run_files`).
         allow_hidden: a saved configuration may hold ``<hidden>`` in the place of a secret, because the caller starts no
             run with it.
@@ -100,16 +100,22 @@ def parse(
         note = _comment
     typed = _converted(request.layer, None)
     files = request.files
-    if own_entries is not None and typed.get("data.train"):
-        typed["data.train"], left_out = own_entries(typed["data.train"])
-        for line in left_out:
-            note(f"data.train: {line}")
     own = not files and any(typed.get(name) for name in OWN)
     if not files and not own and default_recipe is not None and default_recipe.exists():
         files = [str(default_recipe)]
         note(f"no --config and no --data.train: using the demo recipe (recipes/{default_recipe.name})")
     merged: Layer = {name: key.default for name, key in keys().items()}
     layers = [(file, _converted(_read(file, note), file)) for file in files]
+    named = [
+        layer["data.store_dir"]
+        for layer in (merged, *(layer for _, layer in layers), typed)
+        if "data.store_dir" in layer
+    ]
+    for name in ("data.train", "data.valid", "data.test"):
+        if own_entries is not None and typed.get(name):
+            typed[name], left_out = own_entries(typed[name], named[-1])
+            for line in left_out:
+                note(f"{name}: {line}")
     for file, layer in layers:
         _merge(merged, layer, file, note)
     lines: list[str] = []

@@ -459,6 +459,18 @@ def test_evaluate_is_the_mean_over_every_token_of_every_set(
         score(opened, {"a": [str(tmp_path / "a.txt")]}, block_size=64)
 
 
+def test_evaluate_leaves_out_the_run_files_of_an_unquoted_glob(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("held.txt", "status.json", "metrics.jsonl", "train.log"):
+        (tmp_path / name).write_text("def f(x):\n" * 9)
+    expanded = sorted(tmp_path.glob("*"))
+    assert call("evaluate", run_dir, "--data", *expanded, "--json", "-") == 0
+    said = capsys.readouterr()
+    assert list(json.loads(said.out)["sets"]) == ["held.txt"]
+    assert f"--data: left out: {tmp_path}, the files of a run" in said.err
+
+
 def test_evaluate_keeps_files_of_one_name_apart(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -205,6 +205,33 @@ def test_folders_of_a_run_in_the_folder_of_its_text_are_not_read(
     assert len(resolve_sources(expanded, join_files=True)) == 2
 
 
+@pytest.mark.parametrize("option", ["data.train", "data.valid", "data.test"])
+def test_expanded_glob_of_the_text_leaves_out_runs_and_stores_beside_it(tmp_path: Path, option: str) -> None:
+    """What the run wrote into the folder of the text is in the same unquoted glob the next time."""
+    make(tmp_path, "a.txt", "b.txt")
+    own = [f"--{option}", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), "--run_dir", str(tmp_path)]
+    if option != "data.train":
+        make(tmp_path / "other", "train.txt")
+        own += ["--data.train", str(tmp_path / "other" / "train.txt")]
+    begun = parse([*own, "--data.store_dir", str(tmp_path)])
+    make(tmp_path, "status.json", "metrics.jsonl", "split-0123456789abcdef.json")
+    make(tmp_path / "text-0123456789abcdef", "manifest.json", "part-00000.bin", "part-00000.ends")
+    expanded = [str(path) for path in sorted(tmp_path.glob("*")) if path.name != "other"]
+    words = [f"--{option}", *expanded, *own[3:]]
+    noted: list[str] = []
+    again = parse(
+        [*words, "--data.store_dir", str(tmp_path)], note=noted.append, own_entries=without_run_files
+    )
+    assert again == begun
+    assert any("a token store of data.store_dir" in line for line in noted)
+    # A recipe may say where the stores are; elsewhere a store beside text was named because its tokens are wanted.
+    recipe = tmp_path.parent / f"{tmp_path.name}.yaml"
+    recipe.write_text(f"data: {{store_dir: {tmp_path}}}\n")
+    assert parse(["--config", str(recipe), *words], own_entries=without_run_files).data == begun.data
+    kept = getattr(parse(words, own_entries=without_run_files).data, option.split(".")[1])
+    assert str(tmp_path / "text-0123456789abcdef") in kept
+
+
 def test_expanded_glob_is_the_same_source(tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
     make(

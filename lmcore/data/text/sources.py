@@ -203,11 +203,16 @@ def file_identity(path: str) -> tuple[int, int] | None:
     return None if found is None else (found.st_dev, found.st_ino)
 
 
-def without_run_files(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+def without_run_files(
+    entries: Sequence[Entry], store_dir: str | None = None
+) -> tuple[list[Entry], list[str]]:
     """The entries without what runs have written beside the text, and notes that name it.
 
     A shell expands ``folder/*`` to that, too, and the same command must go on with the run. Nothing is left out where no
     file of text is named, or no entry would be left: that is on purpose.
+
+    Args:
+        store_dir: where runs put their token stores. One in there beside a file of text is the text once more.
     """
     files = [entry for entry in entries if isinstance(entry, str) and _is_text_file(entry)]
     text, notes = _without_run_files([_absolute(file) for file in files])
@@ -216,7 +221,7 @@ def without_run_files(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]
     kept, beside = set(text), set(map(os.path.dirname, text))
     left_out: set[str] = {file for file in files if _absolute(file) not in kept}
     for entry in entries:
-        if isinstance(entry, str) and (note := _note_of_training_folder(entry, beside)):
+        if isinstance(entry, str) and (note := _note_of_training_folder(entry, beside, store_dir)):
             left_out.add(entry)
             notes.append(note)
     rest = [entry for entry in entries if not (isinstance(entry, str) and entry in left_out)]
@@ -241,7 +246,7 @@ def _joined(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     return [*rest[:first], joined, *rest[first:]], notes
 
 
-def _note_of_training_folder(entry: str, beside: Collection[str]) -> str | None:
+def _note_of_training_folder(entry: str, beside: Collection[str], store_dir: str | None) -> str | None:
     """What to say of a folder in one of the folders ``beside`` that holds nothing but what a training has written."""
     path = _absolute(entry)
     if is_url(entry) or os.path.dirname(path) not in beside or not os.path.isdir(path):
@@ -250,8 +255,12 @@ def _note_of_training_folder(entry: str, beside: Collection[str]) -> str | None:
     if not kept:
         return notes[0]
     with contextlib.suppress(OSError):  # opening it says more
-        if _is_token_store(os.listdir(path)):  # its tokens may be wanted
-            return None
+        if _is_token_store(os.listdir(path)):
+            if store_dir is not None and os.path.realpath(os.path.dirname(path)) == os.path.realpath(
+                os.path.expanduser(store_dir)
+            ):
+                return f"left out: {path}, a token store of data.store_dir"
+            return None  # its tokens may be wanted
     walk = _Walk(path)
     if any(map(_is_known, walk.files())) or not walk.notes:
         return None
