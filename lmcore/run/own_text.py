@@ -302,19 +302,19 @@ def _architecture(given: dict[str, Any], size: Size) -> dict[str, Any]:
             "n_layer": size.layers, "n_embd": size.width, "n_head": size.heads, "n_positions": context,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), DROPOUT if size.bytes <= SMALL_BYTES else 0.0),
         }  # fmt: skip
+    # Where the user sets some fields of the shape, the others follow them or the text: what is left to transformers has the
+    # size of its billions of parameters, and a wider model would keep the narrow MLP of the table.
+    set_by_user = given.get("model.config") or {}
+    width = _set_width(given) or size.width
+    heads = _count(set_by_user.get("num_attention_heads")) or size.heads
+    shape = {
+        "num_hidden_layers": size.layers, "hidden_size": size.width, "num_attention_heads": size.heads,
+        "num_key_value_heads": heads, "max_position_embeddings": context,
+    }  # fmt: skip
     if kind == MODERN:
-        # These two follow what the user sets: else a wider model would keep the narrow MLP of the table, and other heads
-        # would share keys and values.
-        width = _set_width(given) or size.width
-        heads = _count((given.get("model.config") or {}).get("num_attention_heads")) or size.heads
-        return {
-            "num_hidden_layers": size.layers, "hidden_size": size.width, "num_attention_heads": size.heads,
-            "num_key_value_heads": heads, "intermediate_size": 4 * width, "max_position_embeddings": context,
-        }  # fmt: skip
-    if kind in LIKE_LLAMA and not given.get("model.config"):
-        return {
-            "num_hidden_layers": size.layers, "hidden_size": size.width, "num_attention_heads": size.heads,
-            "num_key_value_heads": size.heads, "head_dim": size.width // size.heads,
-            "intermediate_size": 64 * math.ceil(size.width * 8 / 3 / 64), "max_position_embeddings": context,
-        }  # fmt: skip
+        return shape | {"intermediate_size": 4 * width}
+    if kind in LIKE_LLAMA:
+        # Rotary embeddings turn pairs of numbers.
+        head_dim = max(2, width // heads // 2 * 2)
+        return shape | {"head_dim": head_dim, "intermediate_size": 64 * math.ceil(width * 8 / 3 / 64)}
     return {}

@@ -101,9 +101,15 @@ def test_other_model_types_get_sizes_too(text: Path, kind: str) -> None:
     config, _ = configure(text, "--model.type", kind)
     assert config.model.config["hidden_size"] == 64
     assert config.model.type == kind
-    assert configure(text, "--model.type", kind, "--model.config.hidden_size", "64")[0].model.config == {
-        "hidden_size": 64
-    }
+    wider, _ = configure(text, "--model.type", kind, "--model.config.hidden_size", "256")
+    assert wider.model.config == {
+        **config.model.config, "hidden_size": 256, "head_dim": 128, "intermediate_size": 704,
+    }  # fmt: skip
+    more, _ = configure(text, "--model.type", kind, "--model.config.num_attention_heads", "4")
+    assert [more.model.config[name] for name in ("num_key_value_heads", "head_dim")] == [4, 16]
+    own = ("--model.config.head_dim", "8", "--model.config.num_hidden_layers", "5")
+    set_here, _ = configure(text, "--model.type", kind, *own)
+    assert set_here.model.config == {**config.model.config, "head_dim": 8, "num_hidden_layers": 5}
 
 
 def test_pretrained_model_gets_a_fine_tuning_rate_and_keeps_its_sizes(text: Path) -> None:
