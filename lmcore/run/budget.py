@@ -343,7 +343,10 @@ def _planned(
                 low = middle + 1
             else:
                 high = middle
-        return plan(low), steps, low
+        # The changes are steps, so that no number of blocks may fit exactly. The run ends with the blocks that it sees: a
+        # schedule over more of them would never come to its end.
+        made = plan(low)
+        return made, steps, max(1, made.blocks_before(steps))
     if end_blocks is not None:
         total = end_blocks
     else:

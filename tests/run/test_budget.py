@@ -156,6 +156,20 @@ def test_percentages_of_a_run_in_steps_are_of_the_blocks_that_it_will_see(batche
         assert place * here.total_blocks <= stretch.block < place * here.total_blocks + 4
 
 
+def test_schedule_ends_with_the_last_step_where_no_number_of_blocks_fits_the_percentages() -> None:
+    here = sizes("--train.global_batch_blocks", "0: 1, 15%: 4, 34%: 8", "--train.duration", "21 steps")
+    assert here.total_blocks == here.run_blocks == here.steps.blocks_before(21)
+    assert here.progress(21) == (1.0, 0.0)
+    for step in range(21):
+        assert (
+            sizes(
+                "--train.global_batch_blocks", "0: 1, 15%: 4, 34%: 8", "--train.duration", "21 steps",
+                step=step, blocks=here.steps.blocks_before(step),
+            )
+            == here
+        )  # fmt: skip
+
+
 def test_intervals_are_reached_once_for_each_multiple_of_what_was_seen() -> None:
     here = sizes(*GROWING, "1000 steps")
     for text, count in (("10%", 10), ("7%", 14), ("1 epochs", here.total_blocks // 103), ("25 steps", 40)):
