@@ -18,7 +18,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-from lmcore.config.durations import Duration
+from lmcore.config.durations import Duration, unit_of
 from lmcore.errors import RequestError
 
 SHAPES = ("linear", "cosine")
@@ -103,9 +103,11 @@ def values_of(value: float | Curve) -> tuple[float, ...]:
 
 def _place(text: str, whole: Any) -> Duration:
     stripped = text.strip().strip("'\"")
-    if re.fullmatch(r"0+(\.0*)?\s*(%|[a-z]+)?", stripped):
-        return START
+    at_start = re.fullmatch(r"0+(\.0*)?\s*(%|[a-z]+)?", stripped)
     try:
+        if at_start:
+            unit_of(at_start[2] or "steps", stripped)
+            return START
         place = Duration.parse(stripped)
     except RequestError as error:
         raise RequestError(f"{str(whole)[:60]!r}: {error}") from error

@@ -66,13 +66,8 @@ class Duration(NamedTuple):
             raise RequestError(f"{_shown(text)} is not a duration: write {EXAMPLES}")
         number, suffix, unit = match.groups()
         value = Fraction(number.replace("_", "")) * _SUFFIX[suffix]
-        if unit in _IN_MINUTES:
-            value, unit = value * _IN_MINUTES[unit], "minutes"
-        if unit is not None and unit not in _UNITS:
-            raise RequestError(
-                f"{_shown(text)}: unknown unit {unit!r}{did_you_mean(unit, _UNITS)}; write {EXAMPLES}"
-            )
-        unit = _UNITS[unit or "steps"]
+        value *= _IN_MINUTES.get(unit, 1)
+        unit = unit_of(unit or "steps", text)
         if value <= 0:
             raise RequestError(
                 f"{_shown(text)}: a duration must be above zero; write 'never' to switch it off"
@@ -102,6 +97,17 @@ class Duration(NamedTuple):
 
 
 NEVER = Duration(0, "never")
+
+
+def unit_of(word: str, text: Any) -> str:
+    """The unit that ``word`` of ``text`` means, such as ``minutes`` for ``h``. Raises :class:`RequestError`."""
+    if word in _IN_MINUTES:
+        return "minutes"
+    if word not in _UNITS:
+        raise RequestError(
+            f"{_shown(text)}: unknown unit {word!r}{did_you_mean(word, _UNITS)}; write {EXAMPLES}"
+        )
+    return _UNITS[word]
 
 
 class Durations(tuple[Duration, ...]):

@@ -43,6 +43,8 @@ def test_curves_are_written_as_they_are_read(text: str, written: str) -> None:
         ("0: 1, 120%: 2", "0-100%"),
         ("0: 1, 50%: 2, 20%: 3", "20% must come after 50%"),
         ("0: 1, 5 epoks: 2", "epochs"),
+        ("0 bananas: 1", "'0 bananas': unknown unit 'bananas'"),
+        ("0 epoks: 1, 2 epochs: 2", "epochs"),
         ("linear 1", "takes two values"),
         ("linear a b", "is not a number"),
         ("0: 1, 1e3 tokens: 1e30", "1e18"),
