@@ -309,6 +309,12 @@ def _collect(values: dict[Any, Any], prefix: str, where: str, layer: Layer) -> N
         dotted = f"{prefix}{name}"
         if isinstance(value, dict) and any(key.startswith(dotted + ".") for key in keys()):
             _collect(value, dotted + ".", where, layer)
+    if not layer:
+        # What it was to say would be lost without a word, and without it the text is the demo's.
+        raise RequestError(
+            f"--config {file}: sets no option (it is empty, or all of its options are comments): write options into it, "
+            "or leave out this --config"
+        )
         elif value is None and any(key.startswith(dotted + ".") for key in keys()):
             continue  # a section whose lines are all commented out
         else:

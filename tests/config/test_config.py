@@ -598,6 +598,16 @@ def test_resume_refuses_changed_options_by_their_class() -> None:
             "3",
             "--optim.lr",
             "1e-5",
+@pytest.mark.parametrize("text", ["", "# optim: {lr: 1}\n", "{}\n", "optim:\n  # lr: 1\n", "null\n"])
+def test_file_without_an_option_is_refused(tmp_path: Path, text: str) -> None:
+    """The defaults alone would train on the demo's text."""
+    file = tmp_path / "nothing.yaml"
+    file.write_text(text)
+    message = refused("--config", str(file))
+    assert "nothing.yaml: sets no option" in message
+    assert "leave out this --config" in message
+
+
             "--report.every",
             "1",
         )
