@@ -57,6 +57,8 @@ def convert(value: Any, kind: Any, *, typed: bool) -> Any:
 
 def _list(value: Any, item: Any, typed: bool) -> list[Any]:
     values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if typed and len(values) == 1 and values[0] in ("null", "None"):
+        return []
     return [convert(one, item, typed=typed) for one in values]
 
 

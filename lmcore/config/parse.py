@@ -6,7 +6,7 @@ is an error with the nearest name; names are never abbreviated; every error is o
     python train_lm.py --config recipes/gpt2_small.yaml --config mine.yaml --data.train a.txt b.txt --seed 2
 
 * Lists: ``--data.train a b``, ``--data.train a --data.train b`` and ``--data.train '[a, b]'`` are the same and replace
-  the list of the files. ``--data.train '{path: a.txt, weight: 2}'`` is a weighted source.
+  the list of the files; ``null`` is the empty one. ``--data.train '{path: a.txt, weight: 2}'`` is a weighted source.
 * Switches: ``--dry_run`` is ``--dry_run true``.
 * ``--model.config.n_layer 8`` adds to the dictionary ``model.config`` of the files.
 * Of options that exclude each other (``train.global_batch_blocks`` and ``_tokens``) the later layer wins.

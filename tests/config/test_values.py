@@ -191,6 +191,9 @@ def test_large_and_special_files_are_refused(tmp_path: Path) -> None:
         (["--report.every", "10 s"], {"report.every": "10 s"}),
         (["--seed", "1e3"], {"seed": 1000}),
         (["--data.block_size", "null"], {"data.block_size": None}),
+        (["--report.trackers", "null"], {"report.trackers": []}),
+        (["--data.valid=None"], {"data.valid": []}),
+        (["--evaluate.prompts", "null", "b"], {"evaluate.prompts": ["null", "b"]}),
     ],
 )
 def test_usual_spellings_are_accepted(argv: list[str], values: dict[str, Any]) -> None:
