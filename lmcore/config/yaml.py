@@ -26,19 +26,31 @@ _SCALARS = {
         "-+0123456789.",
     ),
 }
+_MERGE = "tag:yaml.org,2002:merge"
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
 
 
 class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key.value!r}", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge (``<<``): the keys of the mapping itself count, then the first mapping of several that has a key.
+
+        Not PyYAML's: which of two values it takes differs between its versions, and in 6.0.4 by the identity of a string.
+        """
+        own: list[tuple[yaml.Node, yaml.Node]] = []
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for key, value in node.value:
+            if key.tag != _MERGE:
+                own.append((key, value))
+                continue
+            for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(part, yaml.MappingNode):
+                    problem = "only mappings can be merged with <<"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                self.flatten_mapping(part)
+                for pair in part.value:
+                    merged.setdefault(str(pair[0].value), pair)
+        names = {str(key.value) for key, _ in own}
+        node.value = [pair for name, pair in merged.items() if name not in names] + own
 
 
 class _Dumper(yaml.SafeDumper):
@@ -72,7 +84,7 @@ def load(text: str, where: str) -> Any:
             node = loader.get_single_node()
             if node is None:
                 return None
-            _count(node, {})
+            _check(node, {})
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -83,8 +95,14 @@ def load(text: str, where: str) -> Any:
         raise RequestError(f"{where}{line}: not valid YAML: {reason}") from error
 
 
-def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """The number of values under ``node`` with its aliases expanded; ``known`` holds those of finished nodes."""
+def _check(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """Refuse duplicate keys, other tags and too many values under ``node``; the number of its values with aliases expanded.
+
+    Before anything is built: building puts merged keys (``<<``) beside those of the mapping itself, which may replace them.
+
+    Args:
+        known: the numbers of finished nodes.
+    """
     if id(node) in known:
         count = known[id(node)]
         if count is None:
@@ -93,13 +111,19 @@ def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
     known[id(node)] = None
     children: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                problem = f"duplicate key {key.value!r}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(str(key.value))
         children = [part for pair in node.value for part in pair]
     elif isinstance(node, yaml.SequenceNode):
         children = node.value
-    if node.tag not in _PLAIN_TAGS and node.tag != "tag:yaml.org,2002:merge":
+    if node.tag not in _PLAIN_TAGS and node.tag != _MERGE:
         problem = f"the tag {node.tag!r} is not plain data"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-    total = 1 + sum(_count(child, known) for child in children)
+    total = 1 + sum(_check(child, known) for child in children)
     if total > MAX_VALUES:
         problem = f"more than {MAX_VALUES:,} values after the aliases are expanded"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)

@@ -581,6 +581,17 @@ def test_file_that_sets_fields_of_one_dictionary_in_two_ways_is_read(tmp_path: P
 
 # --- secrets, and what may change at a resume ---
 
+def test_merged_keys_may_be_replaced_at_each_level(tmp_path: Path) -> None:
+    file = tmp_path / "merged.yaml"
+    file.write_text(
+        "model: {config: {x: &b {<<: {a: 1, b: 1}, b: 2}, y: {<<: *b, a: 3}, z: {<<: [*b, {a: 5, c: 6}], c: 7},\n"
+        "  first: {<<: [{long: 1}, {long: 2}]}}}\n"
+    )
+    assert read("--config", str(file)).model.config == {
+        "x": {"a": 1, "b": 2}, "y": {"a": 3, "b": 2}, "z": {"a": 1, "b": 2, "c": 7}, "first": {"long": 1},
+    }  # fmt: skip
+
+
 
 def test_secrets_are_never_written() -> None:
     config = read("--report.webhook", "https://hooks/canary")
