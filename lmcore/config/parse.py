@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import re
+import shlex
 import sys
 import typing
 from collections import deque
@@ -29,7 +31,7 @@ from typing import Any
 from lmcore.config import help as help_
 from lmcore.config import schema, yaml
 from lmcore.config.aliases import foreign
-from lmcore.config.checks import check
+from lmcore.config.checks import OPTIMIZERS, check
 from lmcore.config.convert import convert, shown
 from lmcore.config.durations import Durations
 from lmcore.config.schema import Key, RunConfig, keys
@@ -205,7 +207,8 @@ def _split(argv: Iterable[str]) -> _Request:
         if not (word.startswith("--") and name) and word != "-h":
             key_of, sign, rest = word.lstrip("-").partition("=")
             hint = foreign(key_of) if sign or word.startswith("-") else None
-            example = f"--{key_of} {rest}" if sign and key_of in keys() else f"--data.train {word}"
+            given = rest if sign else waiting[0] if waiting else "VALUE"
+            example = f"--{key_of} {given}" if key_of in keys() else f"--data.train {word}"
             raise RequestError(
                 f"unexpected {shown(word)}: {hint or f'options are written --name value (for example {example})'}"
             )
@@ -235,9 +238,17 @@ def _split(argv: Iterable[str]) -> _Request:
 
 def _items(text: str, name: str) -> list[Any]:
     """One word of a list: ``[a, b]`` is several items, ``{path: a}`` is a source, anything else is one item."""
-    if text[:1] + text[-1:] == "[]":
-        return list(yaml.load(text, f"--{name}"))
-    return [yaml.load(text, f"--{name}")] if text[:1] + text[-1:] == "{}" else [text]
+    if text[:1] + text[-1:] not in ("[]", "{}"):
+        return [text]
+    try:
+        read = yaml.load(text, f"--{name}")
+    except RequestError as error:
+        shown_text = text if len(text) <= 60 else "..."
+        quoted = shlex.quote(f"[{json.dumps(shown_text, ensure_ascii=False)}]")
+        raise RequestError(
+            f"{error}; if it is text and not a list, quote it inside of a list: {quoted}"
+        ) from error
+    return list(read) if isinstance(read, list) else [read]
 
 
 def _find(name: str, dashes: str = "", where: str = "") -> Key:
@@ -298,6 +309,12 @@ def _read(file: str, note: Callable[[str], object]) -> Layer:
         raise RequestError(f"--config {file}: must be sections with options (got a {type(values).__name__})")
     layer: Layer = {}
     _collect(values or {}, "", f"{file}: ", layer)
+    if not layer:
+        # What it was to say would be lost without a word, and without it the text is the demo's.
+        raise RequestError(
+            f"--config {file}: sets no option (it is empty, or all of its options are comments): write options into it, "
+            "or leave out this --config"
+        )
     in_run = path.name == "config.yaml" and (path.parent / "checkpoints").is_dir()
     if in_run and "run_dir" in layer and not is_url(layer["run_dir"]):
         layer["run_dir"] = str(path.parent)  # the folder may have been moved
@@ -309,12 +326,6 @@ def _collect(values: dict[Any, Any], prefix: str, where: str, layer: Layer) -> N
         dotted = f"{prefix}{name}"
         if isinstance(value, dict) and any(key.startswith(dotted + ".") for key in keys()):
             _collect(value, dotted + ".", where, layer)
-    if not layer:
-        # What it was to say would be lost without a word, and without it the text is the demo's.
-        raise RequestError(
-            f"--config {file}: sets no option (it is empty, or all of its options are comments): write options into it, "
-            "or leave out this --config"
-        )
         elif value is None and any(key.startswith(dotted + ".") for key in keys()):
             continue  # a section whose lines are all commented out
         else:
@@ -351,7 +362,7 @@ def _converted(layer: Layer, source: str | None) -> Layer:
     converted: Layer = {}
     for name, value in layer.items():
         key = keys()[name]
-        if name == "optim.name" and isinstance(value, str) and ":" not in value:
+        if name == "optim.name" and isinstance(value, str) and value.lower() in OPTIMIZERS:
             value = value.lower()
         try:
             converted[name] = value if key.is_free_form else convert(value, key.type, typed=source is None)

@@ -398,6 +398,10 @@ def test_switch_needs_no_value() -> None:
         (["--dry_run", "perhaps"], ["--dry_run", "true or false"]),
         (["--optim.betas", "0.9"], ["--optim.betas", "2 numbers"]),
         (["--data.train", "{path: [}"], ["--data.train", "YAML"]),
+        (["--evaluate.prompts", "[犬]と[猫]"], ["YAML", """quote it inside of a list: '["[犬]と[猫]"]'"""]),
+        (["-data.train", "utf8"], ["options are written", "(for example --data.train utf8)"]),
+        (["-data.train"], ["(for example --data.train VALUE)"]),
+        (["--optim.name", "LION"], ["unknown optimizer 'LION'"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
         (["--config"], ["--config needs a value"]),
         (["--help", "optimizer"], ["optimizer", "optim"]),
@@ -407,6 +411,10 @@ def test_wrong_command_line_is_refused_in_one_line(argv: list[str], words: list[
     message = refused(*argv)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+def test_text_in_brackets_is_quoted_as_the_message_says() -> None:
+    assert read("--evaluate.prompts", '["[犬]と[猫]"]').evaluate.prompts == ["[犬]と[猫]"]
 
 
 @pytest.mark.parametrize(
@@ -573,14 +581,6 @@ def test_file_that_sets_an_option_in_two_ways_is_refused(tmp_path: Path, text: s
     assert " is given twice" in message
 
 
-def test_file_that_sets_fields_of_one_dictionary_in_two_ways_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "fields.yaml"
-    file.write_text("model: {config: {n_layer: 2}}\nmodel.config.n_head: 4\n")
-    assert read("--config", str(file)).model.config == {"n_layer": 2, "n_head": 4}
-
-
-# --- secrets, and what may change at a resume ---
-
 def test_merged_keys_may_be_replaced_at_each_level(tmp_path: Path) -> None:
     file = tmp_path / "merged.yaml"
     file.write_text(
@@ -591,6 +591,24 @@ def test_merged_keys_may_be_replaced_at_each_level(tmp_path: Path) -> None:
         "x": {"a": 1, "b": 2}, "y": {"a": 3, "b": 2}, "z": {"a": 1, "b": 2, "c": 7}, "first": {"long": 1},
     }  # fmt: skip
 
+
+def test_file_that_sets_fields_of_one_dictionary_in_two_ways_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "fields.yaml"
+    file.write_text("model: {config: {n_layer: 2}}\nmodel.config.n_head: 4\n")
+    assert read("--config", str(file)).model.config == {"n_layer": 2, "n_head": 4}
+
+
+@pytest.mark.parametrize("text", ["", "# optim: {lr: 1}\n", "{}\n", "optim:\n  # lr: 1\n", "null\n"])
+def test_file_without_an_option_is_refused(tmp_path: Path, text: str) -> None:
+    """The defaults alone would train on the demo's text."""
+    file = tmp_path / "nothing.yaml"
+    file.write_text(text)
+    message = refused("--config", str(file))
+    assert "nothing.yaml: sets no option" in message
+    assert "leave out this --config" in message
+
+
+# --- secrets, and what may change at a resume ---
 
 
 def test_secrets_are_never_written() -> None:
@@ -609,16 +627,6 @@ def test_resume_refuses_changed_options_by_their_class() -> None:
             "3",
             "--optim.lr",
             "1e-5",
-@pytest.mark.parametrize("text", ["", "# optim: {lr: 1}\n", "{}\n", "optim:\n  # lr: 1\n", "null\n"])
-def test_file_without_an_option_is_refused(tmp_path: Path, text: str) -> None:
-    """The defaults alone would train on the demo's text."""
-    file = tmp_path / "nothing.yaml"
-    file.write_text(text)
-    message = refused("--config", str(file))
-    assert "nothing.yaml: sets no option" in message
-    assert "leave out this --config" in message
-
-
             "--report.every",
             "1",
         )
