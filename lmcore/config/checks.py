@@ -61,7 +61,7 @@ def check(config: RunConfig) -> None:
     _check_evaluation(config)
     for name in config.allow_changes:
         if name not in keys() and f"{name.split('.config.')[0]}.config" not in keys():
-            raise RequestError(f"allow_changes: there is no option {name!r}{did_you_mean(name, keys())}")
+            raise RequestError(f"allow_changes: there is no option {shown(name)}{did_you_mean(name, keys())}")
     if config.train.profile is not None:
         ranges([config.train.profile], "train.profile")
     if config.train.deterministic and config.train.compile_mode == "max-autotune":
@@ -259,7 +259,7 @@ def _check_optimizer(config: RunConfig) -> None:
             raise RequestError(f"optim.{name} must be in steps, tokens, epochs or 0-100% (got {length})")
     if ":" not in optim.name and optim.name not in OPTIMIZERS:
         raise RequestError(
-            f"optim.name: unknown optimizer {optim.name!r}: choose from {', '.join(OPTIMIZERS)}, or give "
+            f"optim.name: unknown optimizer {shown(optim.name)}: choose from {', '.join(OPTIMIZERS)}, or give "
             f"package.module:Class{did_you_mean(optim.name, OPTIMIZERS)}"
         )
     if ":" in optim.name:
@@ -300,7 +300,7 @@ def _check_optimizer(config: RunConfig) -> None:
 def _check_import_path(option: str, path: str) -> None:
     module, colon, name = path.partition(":")
     if not colon or not all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):
-        raise RequestError(f"{option} {path!r} is not an import path: write package.module:function")
+        raise RequestError(f"{option} {shown(path)} is not an import path: write package.module:function")
 
 
 def _check_model(config: RunConfig) -> None:
@@ -447,5 +447,5 @@ def _is_of_training(name: str, metric: str) -> bool:
 def _no_metric(name: str, metric: str, known: Sequence[str]) -> RequestError:
     there = f"choose from {', '.join(known)}" if known else "there is no validation set"
     return RequestError(
-        f"{name}: unknown metric {metric!r}: {there}{did_you_mean(metric, known, cutoff=0.4)}"
+        f"{name}: unknown metric {shown(metric)}: {there}{did_you_mean(metric, known, cutoff=0.4)}"
     )

@@ -121,6 +121,12 @@ def test_every_option_with_each_unusual_value(value: str, tmp_path: Path) -> Non
         outcome([f"--{name}", value])
 
 
+@pytest.mark.parametrize("value", ["[" + "y" * 5_000, "a.b:" + "c " * 3_000])
+def test_long_value_is_cut_in_the_message(value: str) -> None:
+    for name in OPTIONS:
+        outcome([f"--{name}={value}"])
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
