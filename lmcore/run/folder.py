@@ -29,6 +29,7 @@ from typing import Any, Final, Protocol, final
 
 from lmcore.disk import DISK, Disk
 from lmcore.errors import FaultError, RequestError, of_disk
+from lmcore.process import pid_namespace
 from lmcore.report.redact import redact
 from lmcore.storage import cache_dir, check_url, is_url
 
@@ -432,13 +433,15 @@ class RunFolder:
 
 
 def new_holder() -> dict[str, Any]:
-    """What a lock file says of this process; ``token`` is its own, ``beat`` counts upwards."""
+    """What a lock file says of this process; ``token`` is its own, ``beat`` counts upwards, ``pids`` is where its ``pid``
+    counts: two containers of one machine may both have a process 1."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "job_id": job_id(),
         "boot": boot.read_text().strip() if boot.exists() else "",
+        "pids": pid_namespace(),
         "token": uuid.uuid4().hex,
         "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "beat": 0,

@@ -105,8 +105,11 @@ class Lease:
         mine = self.holder
         if mine["job_id"] is not None and holder.get("job_id") == mine["job_id"]:
             return True  # the same job, requeued
-        here = (holder.get("host"), holder.get("boot")) == (socket.gethostname(), mine["boot"])
-        if here and mine["boot"] and type(holder.get("pid")) is int:
+        # A container with the network of its machine has its name, too, but pids of its own.
+        here = [holder.get(name) for name in ("host", "boot", "pids")] == [
+            socket.gethostname(), mine["boot"], mine["pids"],
+        ]  # fmt: skip
+        if here and mine["boot"] and mine["pids"] and type(holder.get("pid")) is int:
             gone = holder["pid"] == os.getpid() or not is_alive(holder["pid"])
             if gone:
                 return True

@@ -123,6 +123,24 @@ def test_clocks_that_differ_by_days_do_not_matter(store: Store, monkeypatch: pyt
     first.release()
 
 
+@pytest.mark.parametrize("same_pids", [True, False])
+def test_pid_of_another_container_says_nothing(store: Store, same_pids: bool) -> None:
+    """With the network of the machine, two containers have one host name and one boot, and each has a process 1."""
+    first, second = Lease(store, beat_seconds=BEAT_SECONDS), Lease(store, beat_seconds=BEAT_SECONDS)
+    first.holder["job_id"] = second.holder["job_id"] = None
+    if not same_pids:
+        first.holder["pids"] = "pid:[1]"
+    first.take(*first.last())
+    first.start()
+    if same_pids:  # the pid is this process's own: whoever had it is gone
+        second.take(*second.last())
+        assert second.number == 2
+    else:
+        with pytest.raises(RequestError, match="in use"):
+            second.take(*second.last())
+    first.release()
+
+
 def test_same_job_takes_its_own_lease(store: Store) -> None:
     first, second = lease_of(store, "one"), lease_of(store, "two")
     first.holder["job_id"] = second.holder["job_id"] = "SLURM_JOB_ID=7"
