@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import Any, Final, final
 
 from lmcore.errors import EXIT_STUCK
+from lmcore.process import pid_namespace
 
 GRACE_SECONDS: Final = 2.0
 """How long a rank may take to end by itself after another one has ended: all may have met the same error."""
@@ -71,6 +72,7 @@ class _Peer:
     greeted_as: int = -1
     pid: int = 0
     host: str = ""
+    pids: str = ""  # where its pid counts
     done: bool = False
     refusal: tuple[str, int] | None = None  # why it ends by itself, and its exit code
     unread: bytes = b""
@@ -79,6 +81,11 @@ class _Peer:
     @property
     def name(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its pid is one of this machine, and of this container: else it would be that of somebody else."""
+        return (self.host, self.pids) == (socket.gethostname(), pid_namespace())
 
     def send(self, message: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # it is gone: the reading side notices
@@ -114,7 +121,8 @@ class Peers:
         self.fault: str | None = None
         self.fault_code = EXIT_STUCK
         self._address, self._port, self._token, self._leave = *where, token, leave
-        self._hello = {"lmcore": token, "rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
+        self._hello = {"lmcore": token, "rank": rank, "pid": os.getpid(), "host": socket.gethostname(),
+                       "pids": pid_namespace()}  # fmt: skip
         self._peers: list[_Peer] = []
         self._done = False
         self._main_lost = False  # rank 0 is dead, or does not answer
@@ -251,6 +259,7 @@ class Peers:
             if message["lmcore"] != self._token or rank not in range(1, self.world_size):
                 raise ValueError(f"a greeting that is not of this run: {message}")
             peer.greeted_as, peer.pid, peer.host = rank, int(message["pid"]), str(message["host"])
+            peer.pids = str(message["pids"])
             # It may have given up waiting meanwhile, and come again: only "met" counts
             peer.send(self._hello)
         elif "done" in message:
@@ -322,8 +331,9 @@ class Peers:
                             found.settimeout(None)
                             self._keep(found)
                             return _Peer(
-                                socket=found, rank=0, pid=int(answer["pid"]), host=str(answer["host"])
-                            )
+                                socket=found, rank=0, pid=int(answer["pid"]), host=str(answer["host"]),
+                                pids=str(answer["pids"]),
+                            )  # fmt: skip
                         found.close()
                     except BaseException:
                         found.close()
@@ -412,7 +422,7 @@ class Peers:
                 peer.send({"end": line, "stuck": stuck, **code})
         if stuck and self.stacks is not None:
             self.stacks(line)
-        here = [peer.pid for peer in silent if stuck and peer.host == socket.gethostname()]
+        here = [peer.pid for peer in silent if stuck and peer.is_here]
         # C code writes the stacks; a stopped process once it runs
         for number in (signal.SIGUSR2, signal.SIGCONT):
             for pid in here:

@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from lmcore.run.peers import EXIT_STUCK, Peers, connect
+from lmcore.process import pid_namespace
+from lmcore.run.peers import EXIT_STUCK, Peers, _Peer, connect
 from tests.support.fork_server import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -333,6 +334,14 @@ def test_rank_killed_at_start_ends_the_other(tmp_path: Path, victim: int) -> Non
         for process in ranks:
             process.kill()
             process.wait()
+
+
+def test_pid_of_a_rank_in_another_container_is_none_of_this_one() -> None:
+    """Containers with the network of their machine have one host name: a signal would reach a stranger, or this rank itself."""
+    known: dict[str, Any] = {"socket": socket.socket(), "pid": os.getpid(), "host": socket.gethostname()}
+    with known["socket"]:
+        assert _Peer(**known, pids=pid_namespace()).is_here
+        assert not _Peer(**known, pids="pid:[1]").is_here
 
 
 def test_single_process_has_no_peers() -> None:
