@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -197,7 +198,7 @@ class Bucket:
         """Bring the checkpoint to resume from to the local folder, if it is not there: the newest that is good.
 
         Args:
-            resume: ``auto``, ``best``, ``never``, or a path, which needs nothing.
+            resume: ``auto``, ``best``, ``never``, the name of a checkpoint of this run, or a path, which needs nothing.
 
         Raises:
             FaultError: the store does not answer.
@@ -211,6 +212,9 @@ class Bucket:
                 for path in reversed(best):
                     if self._bring(step_of(path)):
                         break
+            named = re.fullmatch(r"step-([0-9]{8,})", resume)
+            if named and not Path(resume).is_dir():  # as reader.find takes it
+                self._bring(int(named[1]))
             if resume in ("auto", "best"):
                 here = {step_of(path) for path in committed(self.local / "checkpoints")}
                 for step in sorted(here | set(self._there), reverse=True):

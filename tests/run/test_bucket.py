@@ -298,6 +298,20 @@ def test_best_checkpoint_of_the_bucket_is_fetched(url: str, tmp_path: Path) -> N
     second.close(limit_seconds=5)
 
 
+def test_checkpoint_of_the_bucket_that_is_named_is_fetched(url: str, tmp_path: Path) -> None:
+    first = opened(url, tmp_path / "one", keep=3)
+    for step in (10, 20):
+        save(tmp_path / "one/checkpoints", step)
+        first._pass(True)
+    first.close(limit_seconds=5)
+    second = bucket_of(url, tmp_path / "two")
+    second.open()
+    second.fetch(step_name(99))  # refused where it is looked for
+    second.fetch(step_name(10))
+    assert [step_of(path) for path in committed(tmp_path / "two/checkpoints")] == [10]
+    second.close(limit_seconds=5)
+
+
 def test_outage_is_said_once_and_survived(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
     bucket = opened(url, tmp_path / "one", notes)
