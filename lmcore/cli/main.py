@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return EXIT_FINISHED
         module = importlib.import_module(f"lmcore.cli.{COMMANDS[words[0]][0]}")
-        code: int | None = getattr(module, words[0])(words[1:])
+        # The run is a process of its own, which must be told.
+        passed_on = ["--debug"] if debug and words[0] == "train" else []
+        code: int | None = getattr(module, words[0])([*words[1:], *passed_on])
         return code or EXIT_FINISHED
     except (RequestError, FaultError) as error:
         if debug:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lmcore.cli.main import main
 from lmcore.cli.train import launch_command, script, train
 from lmcore.errors import EXIT_REQUEST, RequestError
 
@@ -78,3 +79,11 @@ def test_command_is_printed_and_every_option_reaches_the_script(tmp_path: Path) 
         assert done.returncode == EXIT_REQUEST
         assert "accelerate launch" not in done.stdout
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["train", "--debug", "--seed", "1"], ["--debug", "train", "--seed", "1"]])
+def test_debug_reaches_the_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    passed_on: list[list[str]] = []
+    monkeypatch.setattr("lmcore.cli.train.train", passed_on.append)
+    main(words)
+    assert passed_on == [["--seed", "1", "--debug"]]
