@@ -118,7 +118,9 @@ def splits_of(config: RunConfig, run_dir: Path, *, keep: bool = True) -> corpus.
     Args:
         keep: the answer, in ``data.store_dir``.
     """
-    begun = Path(config.resume).parent.parent if config.resume not in ("auto", "never", "best") else run_dir
+    named = Path(config.resume) if config.resume not in ("auto", "never", "best") else None
+    # A checkpoint of this run may be named by its folder alone, as where it is found again (reader.find).
+    begun = named.parent.parent if named is not None and (named.is_dir() or len(named.parts) > 1) else run_dir
     goes_on = config.resume != "never" and any((begun / "checkpoints").glob("step-*"))
     begun_with: set[str] | None = None
     if goes_on:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from lmcore.config.schema import RunConfig
+from lmcore.data.store.inventory import USES
 from lmcore.errors import RequestError
+from lmcore.run import setup
 from lmcore.run.folder import RunFolder
 from lmcore.run.resume import find_checkpoint
 
@@ -45,3 +47,20 @@ def test_refused_checkpoint_is_asked_for_again(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="no such folder"):
             asked(tmp_path, "step-00000002")
         assert "resume_command" not in json.loads((tmp_path / "status.json").read_bytes())
+
+
+@pytest.mark.parametrize("by_path", [True, False])
+def test_run_resumed_from_a_checkpoint_of_its_own_by_name_keeps_its_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_path: bool
+) -> None:
+    """As where the checkpoint is looked for: its name alone is one of this run, wherever the command is started."""
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for folder, store in ((run_dir, "own"), (elsewhere, "other")):
+        (folder / "checkpoints/step-00000003").mkdir(parents=True)
+        (folder / USES).write_text(json.dumps([f"stores/{store}"]))
+    monkeypatch.chdir(elsewhere)
+    seen: list[Any] = []
+    monkeypatch.setattr(setup.corpus, "splits_of", lambda *_, **named: seen.append(named["begun_with"]))
+    resume = str(elsewhere / "checkpoints/step-00000003") if by_path else "step-00000003"
+    setup.splits_of(replace(RunConfig(), resume=resume), run_dir)
+    assert seen == [{"other" if by_path else "own"}]
