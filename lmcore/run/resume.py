@@ -45,6 +45,13 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     return sorted(found, key=lambda change: ["refuse", "warn", "free"].index(change.resume))
 
 
+SHAPING = frozenset({
+    "model.size", "model.config.n_embd", "model.config.hidden_size", "model.config.n_layer", "model.config.num_hidden_layers",
+    "model.config.n_inner", "model.config.intermediate_size", "model.config.head_dim",
+})  # fmt: skip
+"""Options of which two values always give another number or other shapes of weights: no checkpoint fits both."""
+
+
 def refuse_changes(found: list[Change], allowed: list[str]) -> list[Change]:
     """The changes that are worth a warning.
 
@@ -55,10 +62,15 @@ def refuse_changes(found: list[Change], allowed: list[str]) -> list[Change]:
     if refused:
         listed = "; ".join(f"{change.key} was {change.old!r}, is {change.new!r}" for change in refused)
         names = " ".join(change.key for change in refused)
-        raise RequestError(
-            f"the checkpoint was made with other options ({listed}): restore them, choose another --run_dir, or "
-            f"allow the change with --allow_changes {names}"
+        shaping = ", ".join(
+            change.key for change in refused if change.key in SHAPING and None not in (change.old, change.new)
         )
+        remedy = (
+            f"restore them, or choose another --run_dir (the weights of the checkpoint do not fit another {shaping})"
+            if shaping
+            else f"restore them, choose another --run_dir, or allow the change with --allow_changes {names}"
+        )
+        raise RequestError(f"the checkpoint was made with other options ({listed}): {remedy}")
     return [change for change in found if change.resume != "free"]
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from lmcore.config.schema import RunConfig
+from lmcore.config.schema import RunConfig, flatten
 from lmcore.data.store.inventory import USES
 from lmcore.errors import RequestError
 from lmcore.run import setup
 from lmcore.run.folder import RunFolder
-from lmcore.run.resume import find_checkpoint
+from lmcore.run.resume import changes, find_checkpoint, refuse_changes
 
 
 def asked(run_dir: Path, resume: str) -> str:
@@ -64,3 +64,18 @@ def test_run_resumed_from_a_checkpoint_of_its_own_by_name_keeps_its_split(
     resume = str(elsewhere / "checkpoints/step-00000003") if by_path else "step-00000003"
     setup.splits_of(replace(RunConfig(), resume=resume), run_dir)
     assert seen == [{"other" if by_path else "own"}]
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "allowed"),
+    [({"n_embd": 64}, {"n_embd": 32}, False), ({}, {"n_embd": 768}, True), ({"n_head": 2}, {"n_head": 4}, True)],
+)  # fmt: skip
+def test_change_that_no_option_allows_is_not_advised(was: Any, now: Any, allowed: bool) -> None:
+    """Weights of another width never fit; a default that is written out now may be the same model."""
+    old, new = (
+        flatten(replace(RunConfig(), model=replace(RunConfig().model, config=one))) for one in (was, now)
+    )
+    with pytest.raises(RequestError, match="restore them") as refused:
+        refuse_changes(changes(old, new), [])
+    assert ("--allow_changes" in str(refused.value)) is allowed
+    assert ("do not fit another model.config.n_embd" in str(refused.value)) is not allowed
