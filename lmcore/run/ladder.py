@@ -295,6 +295,8 @@ def with_member(config: RunConfig, width: int, *, block_size: int) -> dict[str, 
     modern_with_muon = preset != "gpt2" and config.optim.name == "muon"  # as in presets.zero_init
     if modern_with_muon if config.model.zero_init is None else config.model.zero_init:
         values["zero_init"] = True
+    if config.model.attention is not None:
+        values["attention"] = config.model.attention
     return values
 
 

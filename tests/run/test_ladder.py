@@ -160,6 +160,19 @@ def test_every_member_is_a_model_that_the_parser_accepts(preset: str, width: int
     assert width % ladder.heads_of(width) == 0
 
 
+@pytest.mark.parametrize("preset", ["gpt2", "modern"])
+def test_members_keep_the_options_of_the_model_that_are_not_chosen(preset: str) -> None:
+    def member(*words: str) -> dict[str, Any]:
+        config = parse(["--data.train", "a.txt", "--model.preset", preset, *words], default_recipe=None)
+        return ladder.with_member(config, 64, block_size=64)
+
+    assert member("--model.attention", "eager")["attention"] == "eager"
+    assert member("--model.zero_init", "true")["zero_init"] is True
+    assert member().get("zero_init", False) is (preset == "modern")
+    assert "zero_init" not in member("--model.zero_init", "false")
+    assert "attention" not in member()
+
+
 def test_recipe_holds_what_the_user_asked_for_and_nothing_that_is_the_default(tmp_path: Path) -> None:
     asked = ["--data.train", "a.txt", "--data.valid", "b.txt", "--data.eos", "false", "--seed", "7"]
     values = ladder.changed(parse(asked, default_recipe=None))
