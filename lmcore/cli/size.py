@@ -785,7 +785,10 @@ class Recipe:
             },
         }  # fmt: skip
         if repeated:
-            own["checkpoint"] = {"keep_best": {"k": 1}, "export": "best"}
+            # What the user has set of these stays.
+            own["checkpoint"] = ladder.merged(
+                {"keep_best": {"k": 1}, "export": "best"}, values.get("checkpoint", {})
+            )
         reasons = {
             "data.block_size": "by the size of the text, where it was not given",
             "model.config": f"{self.member.words()}, {short(self.member.parameters)} parameters that multiply: the lowest expected "

@@ -321,12 +321,18 @@ def rung_values(base: dict[str, Any], design: Design, rung: Rung, folder: Path) 
             "decay": f"{rung.decay_steps} steps",
         },
         "train": {"duration": f"{rung.steps} steps", "global_batch_blocks": rung.batch_blocks},
-        "checkpoint": {"every": f"{rung.steps - rung.decay_steps} steps", "keep": 2, "background": False},
-        "evaluate": {"every": "never", "prompts": []},
+        # What the user asks for at evaluations during the run is for the run of the recipe: here there are none.
+        "checkpoint": {
+            "every": f"{rung.steps - rung.decay_steps} steps", "keep": 2, "background": False, "keep_best": {"k": 0},
+            "export": "last",
+        },
+        "evaluate": {
+            "every": "never", "prompts": [], "early_stopping": {"patience": 0, "target": None, "divergence": None},
+        },
         "report": {"every": f"{max(1, rung.new_steps // 10)} steps", "trackers": []},
         # A rung that is not finite is a rate that is too high: that is an answer, not worth a second try.
         "guard": {"max_rewinds": 0},
-    }
+    }  # fmt: skip
     return merged(base, own)
 
 

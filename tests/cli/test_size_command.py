@@ -265,12 +265,14 @@ def test_too_little_validation_text_is_said(here: type[KnownLaw], capsys: pytest
 def test_repeated_text_is_said_and_training_ends_where_epochs_stop_to_help(
     here: type[KnownLaw], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(ASKED) == EXIT_FINISHED  # two hours for a text of 100 KB
+    stops = ["--checkpoint.keep_best.k", "3", "--evaluate.early_stopping.patience", "5"]
+    assert main([*ASKED, *stops]) == EXIT_FINISHED  # two hours for a text of 100 KB
     said = capsys.readouterr().out
     assert "too little text: it is repeated" in said
     assert known()["choice"]["epochs"] <= size.scaling.last_useful_epoch()
     config = parse(["--config", "recipes/mine.yaml"])
     assert config.checkpoint.export == "best"
+    assert (config.checkpoint.keep_best.k, config.evaluate.early_stopping.patience) == (3, 5), "as asked for"
 
 
 def test_fit_that_does_not_hold_is_said_on_screen_and_in_the_recipe(
