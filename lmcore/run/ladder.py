@@ -212,7 +212,7 @@ STARTUP_SECONDS = 4.0
 
 
 def cost_in_first_rungs(smallest: bool) -> float:
-    """Tokens of all rungs of a size in tokens of its shortest: three rates and, now and then, a fourth; two more horizons.
+    """Tokens of all rungs of a size in tokens of its shortest: three rates and, now and then, one more; two more horizons.
 
     >>> round(cost_in_first_rungs(False), 2), round(cost_in_first_rungs(True), 2)
     (7.1, 9.1)
