@@ -38,7 +38,13 @@ from lmcore.engine import accelerator, context, launch, sharded_init, tensor, ze
 from lmcore.engine import state as by_name
 from lmcore.engine.allocator import keep_freed_memory
 from lmcore.engine.draws import keyed_seed
-from lmcore.engine.gradients import WideGradients, average_in_bf16, settle_ddp_buckets
+from lmcore.engine.gradients import (
+    WideGradients,
+    average_in_bf16,
+    naming_unused_parameters,
+    refuse_without_gradient,
+    settle_ddp_buckets,
+)
 from lmcore.engine.ranks import Ranks
 from lmcore.engine.state import Stored, TensorState, clean_name, persistent_buffers
 from lmcore.engine.zero_state import ZeroState
@@ -280,6 +286,7 @@ class Engine:
             first.give(self._state, self.device)
         averaging = self.world_size // self.tensor_parallel
         self._settle_buckets = self.strategy == "ddp" and averaging > 2 and not self._wide
+        self._with_ddp = isinstance(self.module, nn.parallel.DistributedDataParallel)
         self._scaler = self.accelerator.scaler
         self._trained_names = {id(p): name for name, p in named.items()}
         self._parameter_names = set(named)
@@ -355,7 +362,8 @@ class Engine:
             return self._inner(**batch)  # the wrapper has nothing to do without a backward
         if self.module.training and torch.is_grad_enabled():
             self._announce(is_last=self._micro_batch == self._accumulation - 1)
-        return self.module(**batch)
+        with naming_unused_parameters(self.module):
+            return self.module(**batch)
 
     def backward(self, loss_sum: Tensor, label_count: int | Tensor) -> None:
         """Add this micro-batch's part to the gradient of the global token mean.
@@ -391,6 +399,7 @@ class Engine:
 
         Raises:
             ValueError: not all micro-batches of the step have been through :meth:`backward`.
+            RequestError: under DDP, a trained parameter has no gradient; nothing was changed.
         """
         if self._micro_batch != self._accumulation:
             raise ValueError(f"update after {self._micro_batch} of {self._accumulation} micro-batches")
@@ -407,6 +416,8 @@ class Engine:
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
         parameters = [p for p in self._trained if p.grad is not None]
+        if self._with_ddp:  # before anything is changed
+            refuse_without_gradient(self.module, [p for p in self._trained if p.grad is None])
         gradients = [p.grad for p in parameters] if self._sums is None else self._sums.reduced()
         norm = self._total_norm(parameters, gradients)
         applied = torch.isfinite(norm) & (norm <= norm_limit)
@@ -618,7 +629,7 @@ class Engine:
 
     def _announce(self, *, is_last: bool) -> None:
         """Tell the wrapper, before the forward, whether this backward ends the step."""
-        if isinstance(self.module, nn.parallel.DistributedDataParallel):
+        if self._with_ddp:
             self.module.require_backward_grad_sync = is_last  # what no_sync() sets
         elif self._with_zero:
             self.module.set_gradient_accumulation_boundary(is_last)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, final
 
@@ -10,6 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lmcore.engine.state import clean_name
+from lmcore.errors import RequestError
+
+SHOWN_NAMES = 8
+"""Of parameters in a message; a family may have dozens."""
 REDUCED_AT_ONCE = 1 << 26
 """Elements of one message, 256 MiB: NCCL is at full rate far below."""
 
@@ -82,9 +89,50 @@ def settle_ddp_buckets(wrapped: Any, inner: nn.Module, batch: dict[str, Tensor])
     kept = {name: buffer.clone() for name, buffer in inner.named_buffers()}
     wrapped.require_backward_grad_sync = True
     (wrapped(**batch)[0] * 0.0).backward()
+    refuse_without_gradient(wrapped, [p for p in wrapped.parameters() if p.requires_grad and p.grad is None])
     wrapped.zero_grad(set_to_none=True)
     for name, buffer in inner.named_buffers():
         buffer.copy_(kept[name])
+
+
+def refuse_without_gradient(wrapped: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse trained parameters that took no part in a step under DDP; nothing without any.
+
+    DDP waits for the gradient of every parameter before it averages the bucket that it lies in: that step's gradients would
+    be each rank's own, and the next forward would fail.
+
+    Raises:
+        RequestError: with the names of the parameters.
+    """
+    missing = {id(parameter) for parameter in parameters}
+    if missing:
+        _refuse_names([name for name, p in wrapped.named_parameters() if id(p) in missing])
+
+
+@contextlib.contextmanager
+def naming_unused_parameters(wrapped: nn.Module) -> Iterator[None]:
+    """Inside, DDP's complaint about a parameter that took no part in the last backward of a step names it (``RequestError``)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Expected to have finished reduction" not in str(error):
+            raise
+        trained = [name for name, p in wrapped.named_parameters() if p.requires_grad]
+        found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+        _refuse_names([trained[int(index)] for index in found[1].split()] if found else [], error)
+
+
+def _refuse_names(names: list[str], cause: BaseException | None = None) -> None:
+    names = [clean_name(name.removeprefix("module.")) for name in names]
+    shown = ", ".join(names[:SHOWN_NAMES]) + (
+        f" and {len(names) - SHOWN_NAMES} more" * (len(names) > SHOWN_NAMES)
+    )
+    frozen = " ".join(f"--optim.freeze {name}" for name in names[:1]) or "--optim.freeze NAME"
+    raise RequestError(
+        "DDP needs a gradient of every trained parameter in every step, and these took no part in the loss of one: "
+        f"{shown or 'unknown'}. If the model never uses them, freeze them ({frozen}, by name or pattern); if it does in some "
+        "steps only, let the loss depend on them in all (add 0.0 * parameter.sum()), or use one process or ZeRO-2"
+    ) from cause
 
 
 def average_in_bf16(_, bucket):  # DDP compares annotations, which are text here

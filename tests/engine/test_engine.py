@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from lmcore.checkpoint.pieces import Part, cut
 from lmcore.config.schema import EngineConfig, TrainConfig
-from lmcore.engine.gradients import WideGradients
+from lmcore.engine.gradients import WideGradients, naming_unused_parameters
 from lmcore.engine.ranks import on_main
 from lmcore.engine.state import TensorState, is_slot, load_scalars, scalars
+from lmcore.errors import RequestError
 from lmcore.saved.generate import generate
 from tests.support import engine_runs
 from tests.support.engine_runs import (
@@ -731,3 +732,47 @@ def sums_of_a_branch() -> tuple[int, list[float]]:
 
 def test_gradient_that_one_rank_alone_has_reaches_all() -> None:
     assert run_ranks(sums_of_a_branch, 2) == [(2, [2.0, 2.0])] * 2
+
+
+def step_with_a_spare_layer() -> str:
+    engine = engine_runs.make_engine(Job(mode="ddp2"))
+    module = engine_runs.make_model("gpt2-tied")
+    module.model.transformer.h[1].spare = nn.Linear(2, 2)
+    engine.prepare(
+        module,
+        engine_runs.make_optimizer("sgd"),
+        gradient_accumulation=1,
+        micro_batch_blocks=6,
+        clip_norm=1.0,
+    )
+    batch = {k: v[6 * engine.rank : 6 * engine.rank + 6] for k, v in engine_runs.batch_of(0).items()}
+    before = [p.detach().clone() for p in module.parameters()]
+    try:
+        loss_sum, _ = engine.forward(batch, 0)
+        engine.backward(loss_sum, 40)
+        engine.update()
+    except Exception as error:
+        assert all(torch.equal(a, b) for a, b in zip(before, module.parameters()))
+        return f"{type(error).__name__}: {error}"
+    finally:
+        engine.close()
+    return "trained"
+
+
+@pytest.mark.parametrize(
+    "world_size", [2, 3]
+)  # with three, DDP's buckets are settled by a backward before the first
+def test_parameter_without_a_gradient_is_named_under_ddp(world_size: int) -> None:
+    for answer in run_ranks(step_with_a_spare_layer, world_size):
+        assert answer.startswith("RequestError: DDP needs a gradient")
+        assert "transformer.h.1.spare.weight, transformer.h.1.spare.bias." in answer
+        assert "--optim.freeze transformer.h.1.spare.weight" in answer
+
+
+def test_complaint_of_ddp_names_the_parameter() -> None:
+    said = "Expected to have finished reduction in the prior iteration. Parameter indices which did not receive grad for rank 0: 1\n"
+    with (
+        pytest.raises(RequestError, match=r"took no part in the loss of one: bias\."),
+        naming_unused_parameters(nn.Linear(2, 2)),
+    ):
+        raise RuntimeError(said)
