@@ -37,13 +37,13 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Mean nats per token."""
-        return self.nats / self.tokens
+        """Mean nats per token; NaN where there is none."""
+        return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinity where a float cannot hold it."""
-        return math.exp(self.loss) if self.loss < 709 else math.inf  # exp(709.8) is the largest double
+        """exp(loss); infinity where a float cannot hold it, NaN where the loss is NaN."""
+        return math.inf if self.loss > 709 else math.exp(self.loss)  # exp(709.8) is the largest double
 
     @property
     def bits_per_byte(self) -> float | None:

@@ -17,7 +17,7 @@ from lmcore.data.blocks import StoreBlocks
 from lmcore.data.store.store import Piece, TokenStore
 from lmcore.errors import FaultError
 from lmcore.model.build import build_model
-from lmcore.model.evaluate import evaluate
+from lmcore.model.evaluate import Evaluation, evaluate
 from lmcore.model.module import ModelWithLoss
 
 V, T = 50, 8
@@ -129,3 +129,10 @@ def test_set_without_labels_is_refused_in_words() -> None:
     nothing.forward = lambda batch: (torch.tensor(0.0), torch.tensor(0))
     with pytest.raises(FaultError, match="no label to score"):
         evaluate(nothing, [{"labels": torch.full((1, T), -100)}])
+
+
+def test_loss_that_is_no_number_is_no_perplexity_either() -> None:
+    diverged = Evaluation(nats=math.nan, tokens=3, bytes=4)
+    assert math.isnan(diverged.perplexity)
+    assert math.isnan(Evaluation(nats=0.0, tokens=0, bytes=0).loss)
+    assert Evaluation(nats=3e4, tokens=3, bytes=4).perplexity == math.inf
