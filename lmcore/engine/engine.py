@@ -194,6 +194,7 @@ class Engine:
         self._state: TensorState | ZeroState
         self._micro_batch = 0
         self._settle_buckets = False
+        self._state_known = False
         self.copies = DeviceCopies()
         self.updating = False
 
@@ -410,6 +411,10 @@ class Engine:
         self.updating = True
         norm, applied = self._update_zero() if self._with_zero else self._update(norm_limit)
         self.updating = False
+        inner = self.optimizer.optimizer if self._with_zero else self.optimizer
+        if not self._state_known and inner.state:
+            by_name.refuse_other_state(inner)  # at the first update, not at the first save
+            self._state_known = True
         return norm, applied
 
     def _update(self, norm_limit: float) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ class TensorState:
         self._named = named
         self._tensors: dict[str, Tensor] = {**named, **buffers}
         self._optimizer = optimizer
-        self._begun_with = [_own_numbers(group) for group in optimizer.param_groups]
+        self._begun_with = [own_numbers(group) for group in optimizer.param_groups]
 
     def weights(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
         """Name, whole shape and dtype of every weight and persistent buffer."""
@@ -135,26 +135,26 @@ class TensorState:
                     values[name] = 0.0
         return found | self._group_numbers()
 
+    def all_trained(self) -> bool:
+        """Whether no parameter is frozen."""
+        return all(parameter.requires_grad for parameter in self._named.values())
+
     def _group_numbers(self) -> dict[str, dict[str, Any]]:
         """What the optimizer itself has changed in its groups (Prodigy's step size, a count of steps), as of each parameter."""
-        found: dict[str, dict[str, Any]] = {}
+        groups = self._optimizer.param_groups
         names = {id(parameter): name for name, parameter in self._named.items()}
-        for group, begun in zip(self._optimizer.param_groups, self._begun_with, strict=True):
-            for key, value in _own_numbers(group).items():
-                if begun.get(key) != value:
-                    values = found.setdefault(f"{_OF_GROUP}{key}", {})
-                    values |= {names[id(parameter)]: value for parameter in group["params"]}
-        return found
+        of_groups = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+        return changed_numbers(groups, self._begun_with, of_groups)
 
     def put_scalar(self, name: str, slot: str, value: float) -> None:
         """Set one number of the optimizer's state; of a buffer there is none."""
         if name not in self._named:
             return
         parameter = self._named[name]
-        if slot.startswith(_OF_GROUP):
+        if slot.startswith(OF_GROUP):
             for group in self._optimizer.param_groups:
                 if any(parameter is one for one in group["params"]):
-                    group[slot.removeprefix(_OF_GROUP)] = value
+                    put_numbers(group, {slot.removeprefix(OF_GROUP): value})
         else:
             put_scalar(self._optimizer.state.get(parameter, {}), slot, value)
 
@@ -164,7 +164,7 @@ class TensorState:
         The step may still change the weights (Muon's decay, say): load them afterwards.
         """
         rates = [group["lr"] for group in self._optimizer.param_groups]
-        numbers = [_own_numbers(group) for group in self._optimizer.param_groups]
+        numbers = [own_numbers(group) for group in self._optimizer.param_groups]
         for group in self._optimizer.param_groups:
             group["lr"] = group["lr"] * 0.0
             for parameter in group["params"]:
@@ -172,7 +172,7 @@ class TensorState:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         for group, rate, kept in zip(self._optimizer.param_groups, rates, numbers):
-            group.update(kept)
+            put_numbers(group, kept)
             group["lr"] = rate
         for state in self._optimizer.state.values():
             zero_state(state)
@@ -185,18 +185,80 @@ class TensorState:
         return self._optimizer.state[self._named[name]][slot] if slot else self._tensors[name]
 
 
-_OF_GROUP = "group."
+OF_GROUP = "group."
 """Before the name of a number that an optimizer keeps for a whole group, among those of its parameters."""
 _OF_THE_RUN = ("lr", "initial_lr", "momentum", "weight_decay", "lr_multiplier")
 
 
-def _own_numbers(group: dict[str, Any]) -> dict[str, int | float]:
+def own_numbers(group: dict[str, Any]) -> dict[str, int | float]:
     """Of an optimizer's group, without those that the run sets in every step."""
     return {
-        key: value
+        key: value.item() if isinstance(value, Tensor) else value
         for key, value in group.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and key not in _OF_THE_RUN
+        if is_scalar(value) and not isinstance(value, bool) and key not in _OF_THE_RUN
     }
+
+
+def put_numbers(group: dict[str, Any], numbers: dict[str, Any]) -> None:
+    """Set numbers of an optimizer's group, in place where it keeps one as a tensor."""
+    for key, value in numbers.items():
+        if isinstance(group.get(key), Tensor):
+            group[key].fill_(value)
+        else:
+            group[key] = value
+
+
+def changed_numbers(
+    groups: list[dict[str, Any]], begun_with: list[dict[str, int | float]], names: list[list[str]]
+) -> dict[str, dict[str, Any]]:
+    """The numbers that are not what they began with in every group, as of each parameter: ``names`` are those of each group."""
+    found: dict[str, dict[str, Any]] = {}
+    now = [own_numbers(group) for group in groups]
+    changed = {
+        key
+        for group, begun in zip(now, begun_with, strict=True)
+        for key in group
+        if begun.get(key) != group[key]
+    }
+    for group, of_group in zip(now, names, strict=True):
+        # Also where it has not changed: one number would stand for all groups.
+        for key in changed & group.keys():
+            found.setdefault(f"{OF_GROUP}{key}", {}).update(dict.fromkeys(of_group, group[key]))
+    return dict(sorted(found.items()))
+
+
+def refuse_other_state(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose state holds more than tensors and numbers: a checkpoint would leave that out.
+
+    Raises:
+        RequestError: with the name of the entry.
+    """
+    for key in optimizer.state:
+        if not isinstance(key, Tensor):
+            raise RequestError(
+                f"{type(optimizer).__name__} keeps {key!r} in its state for no parameter; checkpoints hold what is kept for a "
+                "parameter, so that a resumed run would begin without it. Keep a number in the groups instead"
+            )
+    groups = [
+        {k: v for k, v in group.items() if k not in ("params", "names")} for group in optimizer.param_groups
+    ]
+    for where, entries in (("the state of a parameter", optimizer.state.values()), ("a group", groups)):
+        for state in entries:
+            for name, value in state.items():
+                if _holds_tensors(value) and (where == "a group" or not is_slot(value)):
+                    raise RequestError(
+                        f"{type(optimizer).__name__} keeps {name!r}, a {type(value).__name__}, in {where}; checkpoints hold "
+                        "tensors and numbers by the name of a parameter, so that a resumed run would begin without it. "
+                        "Keep it as tensors and numbers of their own in optimizer.state[parameter]"
+                    )
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple | set):
+        return is_slot(value)
+    return any(isinstance(one, Tensor) or _holds_tensors(one) for one in value)
 
 
 class Stored(Protocol):
@@ -233,7 +295,9 @@ def load(
 
 def scalars(state: Any, scaler: Any, optimizer: Any) -> dict[str, Any]:
     """The optimizer's numbers, as JSON; see ``Engine.optimizer_scalars``."""
-    slots = {slot: compress(values) for slot, values in state.scalars().items()}
+    # With frozen parameters each number keeps its name: one that is trained later must not take the step count of the others.
+    short = compress if state.all_trained() else dict
+    slots = {slot: short(values) for slot, values in state.scalars().items()}
     return {"slots": slots, **get_loss_scale(scaler, optimizer)}
 
 

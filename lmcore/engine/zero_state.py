@@ -25,7 +25,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmcore.checkpoint.pieces import Part, Range, whole
-from lmcore.engine.state import Stored, is_scalar, is_slot, put_scalar, zero_state
+from lmcore.engine.state import (
+    OF_GROUP,
+    Stored,
+    changed_numbers,
+    is_scalar,
+    is_slot,
+    own_numbers,
+    put_numbers,
+    put_scalar,
+    zero_state,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +67,7 @@ class ZeroState:
         self._stage = stage
         self._rank = dist.get_rank()
         self._pieces = {name: self._piece(p) for name, p in named.items() if p.requires_grad}
+        self._begun_with = [own_numbers(group) for group in zero.optimizer.param_groups]
 
     # ---- the methods of TensorState ------------------------------------------------------------------------
 
@@ -141,18 +152,35 @@ class ZeroState:
             for slot, value in self._state(piece.flat).items():
                 if is_scalar(value):
                     found.setdefault(slot, {})[name] = float(value)
-        return found
+        return found | changed_numbers(
+            self._zero.optimizer.param_groups, self._begun_with, self._names_of_groups()
+        )
+
+    def all_trained(self) -> bool:
+        """Whether no parameter is frozen."""
+        return len(self._pieces) == len(self._named)
+
+    def _names_of_groups(self) -> list[list[str]]:
+        of_flats = {id(flat): index for index, flats in self._flats_of_groups().items() for flat in flats}
+        names: list[list[str]] = [[] for _ in self._zero.optimizer.param_groups]
+        for name, piece in self._pieces.items():
+            names[of_flats[id(piece.flat)]].append(name)
+        return names
 
     def put_scalar(self, name: str, slot: str, value: float) -> None:
         """Set one number of the optimizer's state."""
-        if name in self._pieces:
+        if name in self._pieces and slot.startswith(OF_GROUP):
+            groups = zip(self._zero.optimizer.param_groups, self._names_of_groups(), strict=True)
+            for group in (group for group, names in groups if name in names):
+                put_numbers(group, {slot.removeprefix(OF_GROUP): value})
+        elif name in self._pieces:
             put_scalar(self._state(self._pieces[name].flat), slot, value)
 
     def prime(self) -> None:
         """Make the optimizer's slots exist, all zero, by a step with zero gradients and a zero rate."""
         torch_optimizer = self._zero.optimizer
         groups = torch_optimizer.param_groups
-        kept = [(group["params"], group["lr"]) for group in groups]
+        kept = [(group["params"], group["lr"], own_numbers(group)) for group in groups]
         for index, flats in self._flats_of_groups().items():
             groups[index]["params"] = flats
             groups[index]["lr"] = groups[index]["lr"] * 0.0
@@ -165,7 +193,8 @@ class ZeroState:
             for flat in flats:
                 flat.grad = gradients[id(flat)]
                 zero_state(torch_optimizer.state[flat])
-        for group, (parameters, rate) in zip(groups, kept):
+        for group, (parameters, rate, numbers) in zip(groups, kept):
+            put_numbers(group, numbers)
             group["params"], group["lr"] = parameters, rate
 
     def forget(self) -> None:

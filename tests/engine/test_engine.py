@@ -26,7 +26,7 @@ from lmcore.checkpoint.pieces import Part, cut
 from lmcore.config.schema import EngineConfig, TrainConfig
 from lmcore.engine.gradients import WideGradients, naming_unused_parameters
 from lmcore.engine.ranks import on_main
-from lmcore.engine.state import TensorState, is_slot, load_scalars, scalars
+from lmcore.engine.state import TensorState, is_slot, load_scalars, refuse_other_state, scalars
 from lmcore.errors import RequestError
 from lmcore.saved.generate import generate
 from tests.support import engine_runs
@@ -776,3 +776,72 @@ def test_complaint_of_ddp_names_the_parameter() -> None:
         naming_unused_parameters(nn.Linear(2, 2)),
     ):
         raise RuntimeError(said)
+
+
+def numbers_of_groups_under_zero(stage: int) -> list[tuple[int, float]]:
+    engine = engine_runs.make_engine(Job(mode=f"zero{stage}"))
+
+    def make(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        vectors = [p for _, p in named if p.ndim < 2]
+        optimizer = HalfMomentum([{"params": [p for _, p in named if p.ndim > 1]}, {"params": vectors}])
+        for group in optimizer.param_groups:
+            group["seen"], group["share"] = 0, torch.tensor(1.0)
+        return optimizer
+
+    module = engine_runs.make_model("gpt2-tied", weights=engine.needs_weights)
+    engine.prepare(module, make, gradient_accumulation=1, micro_batch_blocks=9)
+    groups = engine.optimizer.optimizer.param_groups
+    groups[0]["seen"] = 5  # as the optimizer itself would
+    groups[1]["seen"] = 7
+    groups[1]["share"].fill_(2.5)
+    stored = json.loads(json.dumps(engine.optimizer_scalars()))
+    for group in groups:
+        group["seen"] = 0
+        group["share"].fill_(1.0)
+    engine.load_optimizer_scalars(stored)
+    answer = [(group["seen"], float(group["share"])) for group in groups]
+    engine.close()
+    return answer
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_numbers_that_an_optimizer_keeps_for_a_group_are_resumed_under_zero(stage: int) -> None:
+    assert run_ranks(numbers_of_groups_under_zero, 2, stage) == [[(5, 1.0), (7, 2.5)]] * 2
+
+
+def test_optimizer_state_that_no_checkpoint_would_hold_is_refused() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer.state[parameter] = {"step": 3, "mean": torch.ones(2), "names": ["a"], "nothing": None}
+    refuse_other_state(optimizer)
+    optimizer.state[parameter]["factors"] = [torch.ones(2)]
+    with pytest.raises(RequestError, match="SGD keeps 'factors', a list, in the state of a parameter"):
+        refuse_other_state(optimizer)
+    optimizer.state[parameter]["factors"] = {"left": {"right": torch.ones(2)}}
+    with pytest.raises(RequestError, match="'factors', a dict"):
+        refuse_other_state(optimizer)
+    optimizer.state.clear()
+    optimizer.param_groups[0]["mean"] = torch.ones(2)
+    with pytest.raises(RequestError, match="keeps 'mean', a Tensor, in a group"):
+        refuse_other_state(optimizer)
+    optimizer.state["count"] = 3
+    with pytest.raises(RequestError, match="keeps 'count' in its state for no parameter"):
+        refuse_other_state(optimizer)
+
+
+def test_parameter_that_is_trained_after_a_resume_begins_its_own_step_count() -> None:
+    def begun(*, frozen: bool) -> tuple[nn.Module, Any, TensorState]:
+        net = nn.Linear(3, 1)
+        net.bias.requires_grad_(not frozen)
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
+        return net, optimizer, TensorState(dict(net.named_parameters()), {}, optimizer)
+
+    net, optimizer, state = begun(frozen=True)
+    for _ in range(3):
+        net(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    numbers = json.loads(json.dumps(scalars(state, None, optimizer)))
+    net, optimizer, state = begun(frozen=False)
+    state.prime()
+    load_scalars(state, None, optimizer, numbers)
+    assert (float(optimizer.state[net.weight]["step"]), float(optimizer.state[net.bias]["step"])) == (3, 0)
