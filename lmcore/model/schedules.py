@@ -21,11 +21,12 @@ def learning_rate(
     decay_steps: int = 0,
     min_ratio: float = 0.1,
     step_length: int = 1,
+    unit: str = "steps",
 ) -> float:
     """The learning rate of update ``step``, counted from 0.
 
     Where the global batch changes in the run, all lengths are in blocks instead of steps, ``step`` is the blocks before
-    the update, and ``step_length`` those of the update itself.
+    the update, and ``step_length`` those of the update itself; ``unit`` is for the message.
 
     The warm-up is linear, ``peak * (step + step_length) / warmup_steps``: the first update is not wasted, the last one
     of the warm-up is at the peak. Then, with ``t`` from 0 to 1 over the rest of the run and the floor
@@ -47,7 +48,9 @@ def learning_rate(
     Raises:
         RequestError: an unknown schedule, or a warm-up (and decay) longer than the run.
     """
-    check_schedule(schedule, warmup_steps=warmup_steps, total_steps=total_steps, decay_steps=decay_steps)
+    check_schedule(
+        schedule, warmup_steps=warmup_steps, total_steps=total_steps, decay_steps=decay_steps, unit=unit
+    )
     if step < warmup_steps:
         return peak * min(step + step_length, warmup_steps) / warmup_steps
     floor = 0.0 if schedule == "linear_to_zero" else min_ratio * peak
@@ -97,15 +100,17 @@ def on_curve(
     return values[after - 1] + (values[after] - values[after - 1]) * t
 
 
-def check_schedule(schedule: str, *, warmup_steps: int, total_steps: int, decay_steps: int = 0) -> None:
-    """Raise RequestError if there is no such schedule, or its parts are longer than the run."""
+def check_schedule(
+    schedule: str, *, warmup_steps: int, total_steps: int, decay_steps: int = 0, unit: str = "steps"
+) -> None:
+    """Raise RequestError if there is no such schedule, or its parts are longer than the run, in ``unit``."""
     if schedule not in SCHEDULES:
         hint = did_you_mean(schedule, SCHEDULES)
         raise RequestError(f"unknown optim.schedule {schedule!r}; choose from {', '.join(SCHEDULES)}{hint}")
     decay = decay_steps if schedule == "wsd" else 0
     if warmup_steps + decay > total_steps:
-        parts = f"{warmup_steps} steps" + (f" and optim.decay of {decay}" if decay else "")
+        parts = f"{warmup_steps} {unit}" + (f" and optim.decay of {decay}" if decay else "")
         raise RequestError(
-            f"optim.warmup of {parts} do not fit into a run of {total_steps} steps: shorten them, or give a "
+            f"optim.warmup of {parts} do not fit into a run of {total_steps} {unit}: shorten them, or give a "
             "longer train.duration"
         )

@@ -683,6 +683,7 @@ def learning_rates(config: RunConfig, sizes: Sizes) -> Callable[[int], float]:
         total_steps=sizes.total,
         decay_steps=sizes.length(config.optim.decay),
         min_ratio=config.optim.min_lr_ratio,
+        unit="steps" if sizes.steps.is_constant else "blocks",
     )
     return lambda step: rate(sizes.done(step), step_length=sizes.done(step + 1) - sizes.done(step))
 

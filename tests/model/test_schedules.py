@@ -58,6 +58,8 @@ def test_no_warmup_and_invalid_schedules() -> None:
         rate(0, "wsd", total_steps=20)
     with pytest.raises(RequestError, match=r"warmup of 10 steps do not fit"):
         rate(0, "linear", total_steps=9)
+    with pytest.raises(RequestError, match=r"warmup of 10 blocks do not fit into a run of 9 blocks"):
+        rate(0, "linear", total_steps=9, unit="blocks")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
