@@ -47,15 +47,22 @@ def wrap(data: Any, *, seed: int, shuffle: str = "full") -> MapData | IterableDa
     )
 
 
+def first_item(dataset: Any) -> Any:
+    """The first item; ``None`` of an iterable dataset, which may be read once only."""
+    if not isinstance(dataset, MapData):
+        return None
+    [item] = dataset.read_in_order(np.zeros(1, dtype=np.int64))
+    return item
+
+
 def refuse_wrong_items(dataset: MapData | IterableData) -> None:
     """Look at the first item, before a model is built. Not of an iterable dataset, which may be read once only.
 
     Raises:
         RequestError: it is no dict, or has no labels, and there is no ``collate`` that could make a batch of it.
     """
-    if not isinstance(dataset, MapData):
+    if (item := first_item(dataset)) is None and not isinstance(dataset, MapData):
         return
-    [item] = dataset.read_in_order(np.zeros(1, dtype=np.int64))
     if not isinstance(item, Mapping):
         raise RequestError(
             f"data.factory: an item must be a dict, whose keys are labels and the arguments of the model's forward, not "

@@ -181,7 +181,7 @@ class ModelWithLoss(nn.Module):
         """
         if self.without_loss:
             return self.model(**batch)
-        self._check(batch)
+        self.check_keys(batch)
         smoothing = self.label_smoothing if self.training else 0.0
         z_loss = self.z_loss if self.training else 0.0
         empty = False
@@ -255,7 +255,8 @@ class ModelWithLoss(nn.Module):
                 )
         return loss_sum, count
 
-    def _check(self, batch: Mapping[str, Any]) -> None:
+    def check_keys(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a batch, or an item of one, with keys that the model does not take, or without labels (``RequestError``)."""
         keys = frozenset(batch)
         if keys in self._checked:
             return

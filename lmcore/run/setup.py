@@ -541,6 +541,10 @@ def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = pr
         if word is not None:
             raise word
     assert module is not None
+    if config.data.factory is not None and data.collate is None:
+        for dataset in (data.train, *data.valid.values(), *data.test.values()):
+            if (item := custom.first_item(dataset)) is not None:
+                module.check_keys(item)  # not only at the first step, after all preparation
     if config.model.factory is None and config.loss.factory is None and config.data.factory is None:
         reason = (why_it_cannot_run(module) or why_not_causal(module)) if engine.needs_weights else None
         for word in engine.gather_object(reason):

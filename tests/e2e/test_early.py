@@ -66,6 +66,35 @@ def test_wrong_request_is_refused_before_tokenizing(
     assert not (tmp_path / "stores").exists()
 
 
+def _refused_before_preparing(argv: list[str]) -> tuple[int, str]:
+    from lmcore.engine.engine import Engine
+
+    def prepare(*_: object, **__: object) -> None:
+        raise AssertionError("prepared")
+
+    Engine.prepare = prepare  # type: ignore[method-assign]
+    return _train_and_say(argv)
+
+
+def test_key_that_the_model_does_not_take_is_refused_before_anything_is_prepared(tmp_path: Path) -> None:
+    options = {
+        "run_dir": tmp_path / "run",
+        "data.factory": "tests.support.own_parts:with_a_stray_key",
+        "data.config.count": 8,
+        "model.type": "null",
+        "model.factory": "tests.support.own_parts:model",
+        "loss.factory": "tests.support.own_parts:squares",
+        "train.duration": "1 epochs",
+        "train.global_batch_blocks": 4,
+        "train.precision": "fp32",
+        "report.trackers": "[]",
+    }
+    argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    [(code, line)] = run_ranks(_refused_before_preparing, 1, argv)
+    assert code == EXIT_REQUEST, line
+    assert "the batch has keys that are not arguments (z) of Net.forward" in line
+
+
 def _train_and_interrupt(argv: list[str], calls: int) -> tuple[int, list[str]]:
     """Exit code and lines of a run that gets SIGTERM before it builds part ``calls`` of its token stores; -1: never."""
     from lmcore.data.store import workers

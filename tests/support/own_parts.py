@@ -40,6 +40,16 @@ def pairs(count: int) -> dict[str, Any]:
     return {"train": Pairs(count, 0), "valid": {"line": Pairs(8, 1)}, "collate": collate}
 
 
+def with_a_stray_key(count: int) -> dict[str, Any]:
+    """The same with a key that the model does not take."""
+
+    class Weighed(Line):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            return {**super().__getitem__(index), "z": self.x[index]}
+
+    return {"train": Weighed(count, 0)}
+
+
 def iterable(count: int) -> dict[str, Any]:
     """The same as an iterable, whose length nobody knows before it was read."""
 
