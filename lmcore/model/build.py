@@ -253,10 +253,19 @@ def _writes_into_the_stream(name: str) -> bool:
     return last in _OUTPUT_PROJECTIONS or (last == "dense" and parent.rpartition(".")[2] in _ATTENTION)
 
 
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """See :func:`lmcore.model.module.decoder_layers`, which also takes a model with its loss."""
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    named = set(getattr(model, "_no_split_modules", None) or ())
+    found = [layer for group in lists for layer in group if layer.__class__.__name__ in named]
+    if found:
+        return found
+    uniform = [group for group in lists if len({layer.__class__ for layer in group}) == 1]
+    return max(uniform, key=len) if uniform else []
+
+
 def _layer_that_is_not_the_identity(model: Any) -> str | None:
     """The class of a layer whose output is not its input, tried on four tokens; ``None`` also where it cannot be tried."""
-    from lmcore.model.module import decoder_layers  # lazily: it imports this module
-
     changing: list[str] = []
 
     def compare(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -266,7 +275,7 @@ def _layer_that_is_not_the_identity(model: Any) -> str | None:
             changing.append(layer.__class__.__name__)
 
     training = model.training
-    hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in decoder_layers(model)]
+    hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in repeated_blocks(model)]
     try:
         model.eval()
         model(input_ids=torch.arange(4)[None])

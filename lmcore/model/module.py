@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from lmcore.conventions import IGNORED_LABEL
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean, size
-from lmcore.model.build import random_weights
+from lmcore.model.build import random_weights, repeated_blocks
 from lmcore.model.cpu_kernels import ATTENTION, use_faster_kernels
 from lmcore.model.loss import causal_lm_loss, count_labels, cross_entropy_sum, head_logits
 from lmcore.plugins import import_path
@@ -439,13 +439,7 @@ def _nearest_number(measured: float, numbers: list[float]) -> float:
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks: those that the family names, else the longest ``ModuleList`` of one class."""
     model = model.model if isinstance(model, ModelWithLoss) else model
-    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    named = set(getattr(model, "_no_split_modules", None) or ())
-    found = [layer for group in lists for layer in group if layer.__class__.__name__ in named]
-    if found:
-        return found
-    uniform = [group for group in lists if len({layer.__class__ for layer in group}) == 1]
-    return max(uniform, key=len) if uniform else []
+    return repeated_blocks(model)
 
 
 def compile_regions(model: nn.Module, mode: str | None = None, **options: Any) -> int:
