@@ -1,13 +1,16 @@
 """Hides secrets in everything that a run writes.
 
-What is hidden is decided by names and by exact values, never by the look of a text: a path that happens to contain
+What is hidden is decided by names, places and exact values, never by the look of a text: a path that happens to contain
 ``sk-`` stays as it is. Hidden are
 
 - the value of an option, key or variable whose name says secret (``db_pass``, ``api_key``, ``HF_TOKEN=...``), be it a text,
   a whole number, or a list or mapping of these,
 - the value, of at least 8 characters, of every environment variable whose name says secret, wherever it occurs,
 - the value of every such option on the command line, likewise,
-- the password of a URL (``https://user:password@host``).
+- the password of a URL (``https://user:password@host``), and the user of a web address that has no password, or none but
+  ``x-oauth-basic``: a token stands there (``https://ghp_...@github.com/x``),
+- in the query of a URL, the value of a name that says secret or signature (``?X-Amz-Signature=...``, ``&sig=...``),
+- what follows ``Authorization: Bearer`` (or ``Basic``, ``Token`` and so on).
 
     >>> redact({"data.train": "corpus/task-adaptive/x.txt", "report.webhook": "https://..."})
     {'data.train': 'corpus/task-adaptive/x.txt', 'report.webhook': '<hidden>'}
@@ -77,6 +80,19 @@ _ASSIGNMENTS: Final = (
     ),
 )
 _URL_PASSWORD: Final = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.\-]*://[^/\s:@]*:)[^/\s]+(?=@)")
+# Web addresses only: ssh://git@host is a login, abfss://container@account a place.
+_URL_TOKEN: Final = re.compile(
+    r"(?P<before>https?://)[^/\s:@\"'<>,;?#]+(?=(?::(?:x-oauth-basic)?)?@)", re.IGNORECASE
+)
+_QUERY: Final = re.compile(r"(?P<before>[?&](?:amp;)?(?P<name>[\w.\-]+)=)(?P<value>[^&#\s\"'<>]+)")
+_SIGNATURES: Final = ("sig", "signature")
+"""Last words of names that give away access in a query: ``X-Goog-Signature``, and ``sig`` of Azure."""
+_AUTHORIZATION: Final = re.compile(
+    r"(?P<before>\bauthorization[\"']?\s*[:=]\s*[\"']?"
+    r"(?:(?:bearer|basic|token|apikey|negotiate)\s+|(?=(?:aws4-|digest\s))))"
+    r"(?:(?:aws4-|digest\s)[^\n\"']+|[^\s\"',;}\]]+)",
+    re.IGNORECASE,
+)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -148,7 +164,7 @@ def redact(value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
 
 
 def redact_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings without their secrets: by the names of the settings, by exact values, and in URLs.
+    """Nested settings without their secrets: by the names of the settings, by exact values, in URLs and in headers.
 
     Unlike :func:`redact` it does not search texts for assignments: a prompt that reads ``token=x`` stays as it is, so
     that the settings repeat the run.
@@ -158,7 +174,7 @@ def redact_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     def leaf(text: str) -> str:
         for secret in secrets:
             text = text.replace(secret, HIDDEN)
-        return _URL_PASSWORD.sub(rf"\g<before>{HIDDEN}", text)
+        return _hide_places(text)
 
     def walk(value: Any) -> Any:
         if isinstance(value, str):
@@ -228,10 +244,23 @@ def _is_value(item: Any) -> bool:
 def _redact_text(text: str, secrets: list[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
-    text = _URL_PASSWORD.sub(rf"\g<before>{HIDDEN}", text)
+    text = _hide_places(text)
     for assignment in _ASSIGNMENTS:
         text = assignment.sub(_hide_value, text)
     return text
+
+
+def _hide_places(text: str) -> str:
+    """``text`` without what stands in the place of a secret: in a URL, or in a header that grants access."""
+    if "://" in text:
+        text = _URL_TOKEN.sub(rf"\g<before>{HIDDEN}", text)
+        text = _URL_PASSWORD.sub(rf"\g<before>{HIDDEN}", text)
+    return _AUTHORIZATION.sub(rf"\g<before>{HIDDEN}", _QUERY.sub(_hide_query, text))
+
+
+def _hide_query(found: re.Match[str]) -> str:
+    last = re.split(r"[._\-]", found["name"].lower())[-1]
+    return f"{found['before']}{HIDDEN}" if last in _SIGNATURES else _hide_value(found)
 
 
 def _hide_value(found: re.Match[str]) -> str:

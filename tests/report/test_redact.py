@@ -135,6 +135,54 @@ def test_ordinary_values_stay_as_they_are() -> None:
     assert redact(here, environ={"GOOGLE_APPLICATION_CREDENTIALS": here}) == here, "a path is no secret"
 
 
+@pytest.mark.parametrize("hide", [lambda text: redact(text, environ={}), redact_settings])
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (f"https://{CANARY}@github.com/x", "@github.com/x"),
+        (f"git+https://{CANARY}:x-oauth-basic@github.com/x.git", "@github.com/x.git"),
+        (f"https://{CANARY}:@host/x", "@host/x"),
+        (f"https://b.s3.com/x.txt?X-Amz-Date=1&X-Amz-Signature={CANARY}", "https://b.s3.com/x.txt?X-Amz-Date=1&"),
+        (f"https://b.s3.com/x?X-Amz-Credential={CANARY}%2Fs3&X-Amz-Security-Token={CANARY}", "https://b.s3.com/x?"),
+        (f"https://a.blob.core.windows.net/c/x.txt?sv=2024&sig={CANARY}%3D#end", "#end"),
+        (f"https://storage.googleapis.com/b/x?X-Goog-Signature={CANARY}", "googleapis.com/b/x?X-Goog-Signature="),
+        (f"https://host/x.txt?token={CANARY}", "https://host/x.txt?token="),
+        (f"no answer: /b/x?a=1&amp;Signature={CANARY}, tried 3 times", " /b/x?a=1"),
+        (f"curl -H 'Authorization: Bearer {CANARY}' https://host/x", "' https://host/x"),
+        (f"sent authorization: Basic {CANARY}, got 403", ", got 403"),
+        (f'{{"Authorization": "Bearer {CANARY}"}}', '"}'),
+        (f"headers {{Authorization: token {CANARY}}}", "}"),
+        (f"Authorization: AWS4-HMAC-SHA256 Credential=a/b, Signature={CANARY}", "Authorization: "),
+    ],
+)  # fmt: skip
+def test_secrets_in_urls_and_headers_are_hidden(text: str, kept: str, hide: Callable[[Any], Any]) -> None:
+    """In every output, config.yaml too, and once hidden it stays as it is: a resume compares settings that were hidden."""
+    hidden = hide({"text": f"see {text}"})["text"]
+    assert CANARY not in hidden
+    assert HIDDEN in hidden
+    assert kept in hidden or hide is not redact_settings
+    assert hide({"text": hidden})["text"] == hidden
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ssh://git@github.com/me/x",
+        "abfss://container@account.dfs.core.windows.net/x",
+        "https://medium.com/@someone/post",
+        "https://host/x.txt?page=2&eos_token=3&design=a",
+        "mail me@example.com about https://host/x",
+        '["https://a","me@b"]',
+        "Authorization: granted to all",
+        "is it a secret?signed=yes",
+    ],
+)
+def test_addresses_without_a_secret_stay_as_they_are(text: str) -> None:
+    assert redact_settings({"text": text}) == {"text": text}
+    if not text.startswith("Authorization"):  # at the start of a line its name hides it
+        assert redact(text, environ={}) == text
+
+
 @pytest.mark.parametrize(
     "line", ["  webhook: null", "api_key: ~", "token=None", 'hf_token: ""', "password: false"]
 )
