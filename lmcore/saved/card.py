@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
@@ -21,6 +21,7 @@ from lmcore.disk import DISK, Disk
 from lmcore.humanize import duration
 from lmcore.report import curves
 from lmcore.report.metrics import iterate_metrics
+from lmcore.report.redact import redact_settings
 from lmcore.saved import load
 
 _SETS = 100
@@ -320,19 +321,35 @@ def _procedure(opened: Checkpoint, adapter: Mapping[str, Any] | None) -> list[tu
 
 
 def _without_paths(text: str) -> str:
-    """A configuration in which paths of this machine are cut to their last part."""
-    values = curves.plain_yaml(text, "config.yaml")
+    """A configuration without secrets, in which paths of this machine are cut to their last part."""
+    values = redact_settings(curves.plain_yaml(text, "config.yaml"))  # an older run hid less
     return yaml.safe_dump(_cut(values), sort_keys=False, allow_unicode=True, width=110)
+
+
+_LOCAL: Final = r"(?:(?:file|local):(?://[^/\s]*)?(?=/))"
+"""What a URL of a local file has before its path; a host may stand in it."""
+_WHOLE_PATH: Final = re.compile(rf"(?P<before>[\w.\-]+=)?(?:{_LOCAL}|(?=(?:~(?:[A-Za-z_][\w.\-]*)?|\.\.?)?/))(?P<path>.*)", re.DOTALL)
+"""A value that is a path, or NAME=PATH; blanks are part of it."""
+_PATH_INSIDE: Final = re.compile(
+    rf"(?<![\w/.~*$)\]}}])(?:{_LOCAL}/|(?:~(?:[A-Za-z_][\w.\-]*)?|\.\.?)/|/[^/\s\"'`<>|;,:()]+/)[^\s\"'`<>|;,:()]*"
+)
+"""A path within a longer text: from the root of at least two parts, so that "/" and "and/or" stay."""
 
 
 def _cut(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _cut(item) for key, item in value.items()}
+        return {_cut(key): _cut(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_cut(item) for item in value]
-    if isinstance(value, str) and re.match(r"(/|~|\.\.?/)", value):
-        return value.rstrip("/").rpartition("/")[2]
-    return value
+    if not isinstance(value, str):
+        return value
+    if found := _WHOLE_PATH.fullmatch(value):
+        return (found["before"] or "") + _last_part(found["path"])
+    return _PATH_INSIDE.sub(lambda found: _last_part(found[0]), value)
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def _cell(value: Any) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 
 from lmcore.checkpoint.pieces import Held, Range
@@ -31,8 +32,8 @@ from lmcore.errors import FaultError, RequestError
 from lmcore.model import module
 from lmcore.model.build import build_model
 from lmcore.report.report import Report
+from lmcore.saved import card, load
 from lmcore.saved import export as exporting
-from lmcore.saved import load
 from lmcore.saved.export import both_versions, export, refuse_foreign_folder
 from lmcore.saved.generate import stream
 from lmcore.saved.score import score
@@ -460,7 +461,7 @@ def test_model_card(tmp_path: Path) -> None:
     make_run(tmp_path / "demo")
     with newest(tmp_path / "demo") as opened:
         folder = export(opened, tmp_path / "demo" / "export", run_dir=tmp_path / "demo")
-    card = (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text()
     for expected in (
         "library_name: transformers",
         "| train | stdlib | 10 documents, 0.0 MB, 1,234 tokens |",
@@ -474,13 +475,40 @@ def test_model_card(tmp_path: Path) -> None:
         "prefix_token_id=2",
         "weights of step 3",
     ):
-        assert expected in card
+        assert expected in text
     for private in ("my-host", "/home/me", "job", str(tmp_path)):
-        assert private not in card
+        assert private not in text
         assert private not in (folder / "training_config.yaml").read_text()
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "lr: 0.001" in (folder / "training_config.yaml").read_text()
     assert "loglikelihood_rolling" in (folder / "lm_eval" / "own_text.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ("/home/me/my corpus/*.txt", "*.txt"),
+        ("file:///home/me/x.txt", "x.txt"),
+        ("file://my-host/home/me/x.txt", "x.txt"),
+        ("zip://a.txt::file:///home/me/x.zip", "zip://a.txt::x.zip"),
+        ("held=/home/me/my corpus/x.txt", "held=x.txt"),
+        ("held=file:///home/me/x.txt", "held=x.txt"),
+        ("held=~/me/x.txt", "held=x.txt"),
+        ("~me", "~me"),
+        ("cat '/home/me/x.txt' ../me/y.txt | sort --key=/home/me/z", "cat 'x.txt' y.txt | sort --key=z"),
+        ("logs:/home/me/a:/home/me/b", "logs:a:b"),
+        ({"/home/me/x.txt": ["~/me/y.txt", 2, None]}, {"x.txt": ["y.txt", 2, None]}),
+        *((same, same) for same in ("s3://bucket/a/b.txt", "https://host:80/a/b", "corpus/a/*.txt", "he/she / it",
+                                    "1/2 and /or", "~3/4 a</b></i>", "[[a]]/b/c", "TCP/IP/x")),
+    ],
+)  # fmt: skip
+def test_configuration_beside_the_card_names_no_path_of_the_machine(value: Any, kept: Any) -> None:
+    written = yaml.safe_load(card._without_paths(yaml.safe_dump({"data": {"train": [value]}})))
+    assert written == {"data": {"train": [kept]}}
+
+
+def test_configuration_beside_the_card_of_an_older_run_holds_no_secret() -> None:
+    assert "cAnArY" not in card._without_paths("a: https://h/x?sig=cAnArY\ndata:\n  api_key: cAnArY\n")
 
 
 @pytest.mark.parametrize("data", [{}, {"eos": False, "document_mask": True}])
@@ -494,9 +522,9 @@ def test_how_a_model_was_trained_is_known_from_its_checkpoint_and_its_export(
         saved = load.load_model(path, device="cpu")
         assert saved.eos is data.get("eos", True)
         assert saved.document_mask is data.get("document_mask", False)
-    card = (tmp_path / "export" / "README.md").read_text()
-    assert ("Documents were separated by the end-of-text token" in card) is saved.eos
-    assert ("Documents followed each other without a token" in card) is not saved.eos
+    text = (tmp_path / "export" / "README.md").read_text()
+    assert ("Documents were separated by the end-of-text token" in text) is saved.eos
+    assert ("Documents followed each other without a token" in text) is not saved.eos
 
 
 def test_commands_of_the_card_can_be_pasted(tmp_path: Path) -> None:
