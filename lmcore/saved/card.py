@@ -6,6 +6,7 @@ machine. What nobody recorded (licence, language, intended use) is listed for a 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -64,8 +65,8 @@ The adapter was merged into them; alone it is in `adapter/`.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{{ name }}")  # this folder
-model = AutoModelForCausalLM.from_pretrained("{{ name }}")
+tokenizer = AutoTokenizer.from_pretrained({{ quoted }})  # this folder
+model = AutoModelForCausalLM.from_pretrained({{ quoted }})
 inputs = tokenizer("...", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))
 ```
@@ -226,6 +227,7 @@ def markdown(
         metadata,
         template_str=TEMPLATE,
         name=_cell(record["run"]),
+        quoted=json.dumps(record["run"], ensure_ascii=False),  # a string of Python, too
         parameters=parameters,
         base=f"`{base}`" if base else None,
         lmcore=record["lmcore"],
@@ -328,7 +330,9 @@ def _without_paths(text: str) -> str:
 
 _LOCAL: Final = r"(?:(?:file|local):(?://[^/\s]*)?(?=/))"
 """What a URL of a local file has before its path; a host may stand in it."""
-_WHOLE_PATH: Final = re.compile(rf"(?P<before>[\w.\-]+=)?(?:{_LOCAL}|(?=(?:~(?:[A-Za-z_][\w.\-]*)?|\.\.?)?/))(?P<path>.*)", re.DOTALL)
+_WHOLE_PATH: Final = re.compile(
+    rf"(?P<before>[\w.\-]+=)?(?:{_LOCAL}|(?=(?:~(?:[A-Za-z_][\w.\-]*)?|\.\.?)?/))(?P<path>.*)", re.DOTALL
+)
 """A value that is a path, or NAME=PATH; blanks are part of it."""
 _PATH_INSIDE: Final = re.compile(
     rf"(?<![\w/.~*$)\]}}])(?:{_LOCAL}/|(?:~(?:[A-Za-z_][\w.\-]*)?|\.\.?)/|/[^/\s\"'`<>|;,:()]+/)[^\s\"'`<>|;,:()]*"

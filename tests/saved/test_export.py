@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import math
@@ -528,16 +529,18 @@ def test_how_a_model_was_trained_is_known_from_its_checkpoint_and_its_export(
 
 
 def test_commands_of_the_card_can_be_pasted(tmp_path: Path) -> None:
-    run_dir = tmp_path / "my run"
+    run_dir = tmp_path / 'my "run" | `a` \\ b'
     make_run(run_dir)
     with newest(run_dir) as opened:
         folder = export(opened, run_dir / "export", run_dir=run_dir)
-    [command] = [
-        line for line in (folder / "README.md").read_text().splitlines() if line.startswith("lm_eval ")
-    ]
+    text = (folder / "README.md").read_text()
+    [command] = [line for line in text.splitlines() if line.startswith("lm_eval ")]
     words = shlex.split(command)
-    assert words[words.index("--model_args") + 1] == "pretrained=my run,prefix_token_id=2"
-    assert words[words.index("--include_path") + 1] == "my run/lm_eval"
+    assert words[words.index("--model_args") + 1] == f"pretrained={run_dir.name},prefix_token_id=2"
+    assert words[words.index("--include_path") + 1] == f"{run_dir.name}/lm_eval"
+    code = ast.parse(text.partition("```python")[2].partition("```")[0])
+    texts = [node.value for node in ast.walk(code) if isinstance(node, ast.Constant)]
+    assert texts.count(run_dir.name) == 2, "tokenizer and model"
 
 
 def test_load_model_from_run_checkpoint_and_export(tmp_path: Path) -> None:
