@@ -511,7 +511,8 @@ class Report(RankLog):
         """What the model writes; (prompt, continuation) pairs."""
         if not self.is_main:
             return
-        samples = redact(samples)  # a prompt may hold anything
+        # A prompt may hold anything. Each text alone: as a list, a prompt "--password" would hide its continuation.
+        samples = [(redact(prompt), redact(text)) for prompt, text in samples]
         for prompt, text in samples:
             self._write({"kind": "sample", "step": step, "set": prompt, "prompt": prompt, "text": text})
             self.note(f"sample at step {step}:")

@@ -213,7 +213,7 @@ def test_no_output_of_a_report_holds_a_secret(
         report.step(step=1, epoch=0.1, tokens=1, position=1, lr=1.0, **sums)
         where: dict[str, Any] = {"step": 1, "epoch": 0.1, "tokens": 1}
         report.evaluation(set=text, **where, loss=1.0, perplexity=2.0, bits_per_byte=None)
-        report.samples(1, [(f"say {text}", f"{text} {CANARY}-3")])
+        report.samples(1, [(f"say {text}", f"{text} {CANARY}-3"), ("--password", " is an option")])
         report.warn_once(text)
         report.error(text)
         with report.task(text):
@@ -228,6 +228,12 @@ def test_no_output_of_a_report_holds_a_secret(
     for path in outputs:
         assert CANARY.encode() not in path.read_bytes(), path.name
     assert HIDDEN in (tmp_path / "printed").read_text()
+    [_, sample] = [
+        record
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+        if (record := json.loads(line))["kind"] == "sample"
+    ]
+    assert (sample["prompt"], sample["text"]) == ("--password", " is an option"), "no command line"
 
 
 def test_saved_configuration_repeats_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
