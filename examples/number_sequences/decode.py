@@ -54,7 +54,7 @@ def open_run(run_dir: str) -> tuple[Transformer, Sequences]:
     data = yaml.safe_load((Path(run_dir) / "config.yaml").read_text(encoding="utf-8"))["data"]
     if data["factory"] not in DATA:
         raise RequestError(f"{run_dir} was trained on other data: {data['factory']}")
-    test = DATA[data["factory"]](**data["config"])["test"]
+    test = DATA[data["factory"]](**(data["config"] or {}))["test"]
     assert isinstance(model, Transformer)
     return model, test
 

@@ -107,7 +107,8 @@ def positions(length: int, width: int, device: torch.device) -> Tensor:
     """Sines and cosines of geometrically growing wavelengths (3.5), (L, D)."""
     position = torch.arange(length, device=device).unsqueeze(1)
     rate = torch.exp(-math.log(10_000.0) * torch.arange(0, width, 2, device=device) / width)
-    return torch.stack((torch.sin(position * rate), torch.cos(position * rate)), dim=-1).flatten(1)
+    pairs = torch.stack((torch.sin(position * rate), torch.cos(position * rate)), dim=-1).flatten(1)
+    return pairs[:, :width]  # an odd width has no room for the last cosine
 
 
 class Transformer(nn.Module):

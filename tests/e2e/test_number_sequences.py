@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,19 @@ def test_original_transformer_matches_the_paper() -> None:
     )
     with pytest.raises(ValueError, match="multiple of heads"):
         build(width=30, heads=4)
+
+
+def test_odd_width_with_one_head() -> None:
+    model = build(numbers=5, width=7, heads=1, layers=1)
+    assert model(torch.tensor([[1, 2]]), torch.tensor([[START, 1]])).shape == (1, 2, vocab_size(5))
+
+
+def test_run_without_settings_of_its_data_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = SimpleNamespace(model=build())
+    monkeypatch.setattr("examples.number_sequences.decode.load_model", lambda *args, **kwargs: loaded)
+    factory = "examples.number_sequences.sequences:random_draws"
+    (tmp_path / "config.yaml").write_text(f"data: {{factory: '{factory}', config: null}}\n")
+    assert open_run(str(tmp_path))[1].pairs == random_draws()["test"].pairs
 
 
 def test_greedy_decoding_stops_at_the_end() -> None:
