@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lmcore.checkpoint import reader
 from lmcore.config.schema import RunConfig, flatten
 from lmcore.data.store.inventory import USES
 from lmcore.errors import RequestError
@@ -79,3 +81,18 @@ def test_change_that_no_option_allows_is_not_advised(was: Any, now: Any, allowed
         refuse_changes(changes(old, new), [])
     assert ("--allow_changes" in str(refused.value)) is allowed
     assert ("do not fit another model.config.n_embd" in str(refused.value)) is not allowed
+
+
+def test_checkpoint_of_a_version_that_hid_less_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings hold a secret that those of today hide: this is no change, and nothing prints it."""
+    config = RunConfig(run_dir=str(tmp_path))
+    config = replace(config, data=replace(config.data, config={"api_key": 12345678}))
+    saved = SimpleNamespace(step=1, path=tmp_path / "step-00000001", state={"config": flatten(config)})
+    opened = nullcontext()
+    for name, value in vars(saved).items():
+        setattr(opened, name, value)
+    monkeypatch.setattr(reader, "find", lambda *args, **kwargs: opened)
+    report: Any = SimpleNamespace(note=pytest.fail, warn_once=pytest.fail)
+    assert find_checkpoint(config, RunFolder(tmp_path), report) == (str(saved.path), saved.state)
