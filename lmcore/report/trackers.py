@@ -1,7 +1,9 @@
 """TensorBoard, Weights & Biases and the other trackers of accelerate, and a webhook.
 
 Each tracker runs in a thread of its own behind a bounded queue: one that hangs or fails loses its own values and
-nothing else, and a failure is noted once. After a resume a tracker continues the run that it had.
+nothing else, and a failure is noted once. After a resume a tracker continues the run that it had. What was logged beyond
+the step that is resumed, or that a rewind goes back to, TensorBoard hides; the others keep it, so that a step has two
+values there (metrics.jsonl has both as well, and its readers take the last).
 
 TensorBoard and Weights & Biases are tested; mlflow, trackio, comet_ml, aim, clearml, dvclive and swanlab are passed
 through untested.
@@ -271,7 +273,7 @@ class TrackerAdapter:
             self._tracker = make("tensorboard", logging_dir=os.fspath(folder), **options)
             self._tracker.start()
             # Its own store_init_configuration would add a second run to TensorBoard's list at every start.
-            rows = "".join(f"| {key} | {value} |\n" for key, value in settings.items())
+            rows = "".join(f"| {_cell(key)} | {_cell(value)} |\n" for key, value in settings.items())
             self._tracker.log({"config": f"| name | value |\n|---|---|\n{rows}"}, step=first_step)
         elif name == "wandb":
             import wandb  # lazily: optional
@@ -313,6 +315,12 @@ class TrackerAdapter:
 
     def finish(self) -> None:
         self._tracker.finish()
+
+
+def _cell(value: Any) -> str:
+    """Text inside a Markdown table: one line, and nothing in it that ends the cell or is taken for HTML."""
+    text = " ".join(str(value).splitlines()).replace("\\", "\\\\").replace("|", "\\|")
+    return escape(text, quote=False)
 
 
 def check(names: Sequence[str], webhook: str | None = None) -> None:

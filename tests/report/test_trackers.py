@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import struct
 import threading
 import time
@@ -156,6 +157,22 @@ def test_tensorboard_hides_what_a_rewind_and_a_new_start_have_given_up(tmp_path:
     # Killed before its first checkpoint, or --resume never: the run starts anew.
     report_of(Trackers(options("tensorboard"), tmp_path, note=pytest.fail), [1])
     assert steps_of("train/loss") == [1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own
+def test_tensorboard_shows_every_hyper_parameter_in_its_row(tmp_path: Path) -> None:
+    """A pipe or a line break in a value would end its cell or its table."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    values = {"prompts": "a | b\nc\r\nd", "a|b": "\\|", "secret": "<hidden>", "plain": 1}
+    Trackers(options("tensorboard"), tmp_path, hyper_parameters=values, note=pytest.fail).close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    [event] = events.Tensors("config/text_summary")
+    shown = markdown_to_safe_html(event.tensor_proto.string_val[0])
+    cells = re.findall("<td>(.*?)</td>", shown)
+    assert cells[:8] == ["prompts", "a | b c d", "a|b", "\\|", "secret", "&lt;hidden&gt;", "plain", "1"]
 
 
 def test_wandb_offline_is_read_back_with_the_same_id_after_a_resume(
