@@ -341,7 +341,8 @@ class Console:
         from rich.text import Text
 
         grid = Table(show_header=False, box=None, padding=(0, 2, 0, 0), **options)
-        grid.add_column(style="cyan", no_wrap=True)
+        # Names too, where half of the terminal is too narrow for them: one that keeps its width leaves none for the value.
+        grid.add_column(style="cyan", overflow="fold")
         grid.add_column(overflow="fold")
         for name, value in rows:
             grid.add_row(Text(printable(name)), Text(printable(value)))

@@ -404,6 +404,17 @@ def terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[An
     os.close(ours)
 
 
+def test_narrow_terminal_shows_values_beside_long_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with terminal(20, monkeypatch) as (stream, _, raw), Report(tmp_path, stream=stream) as report:
+        report.start([("the name of a row that is longer", "is-1")])
+        report.begin(total_steps=1)
+        report.end("finished", [("a row at the end", "is-2")])
+    assert b"is-1" in b"".join(raw)
+    assert b"is-2" in b"".join(raw)
+
+
 @pytest.mark.parametrize("columns", [80, 44, 160])
 def test_terminal_shows_one_live_display(
     columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
