@@ -13,7 +13,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from lmcore.config.durations import Duration
 from lmcore.config.parse import named_options, parse
 from lmcore.config.schema import RunConfig, flatten, plain
 from lmcore.disk import DISK
-from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED, FaultError, RequestError
+from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED, FaultError, RequestError, of_disk
 from lmcore.humanize import duration, short, table
 from lmcore.plan import scaling
 from lmcore.run import ladder, own_text
@@ -102,7 +102,8 @@ def size(words: list[str]) -> int:
         code = EXIT_FINISHED
         try:
             folder.write_status("running", step=0)
-            search.measure()
+            with children.stopping_at_once():
+                search.measure()
             waiting = search.climb(write_only=write_only)
             if waiting:
                 display.close()
@@ -114,7 +115,8 @@ def size(words: list[str]) -> int:
                         )
                     )
             else:
-                text = search.choose()
+                with children.stopping_at_once():
+                    text = search.choose()
                 display.close()
                 print(text)
             folder.write_status("finished", exit_code=code)
@@ -125,6 +127,13 @@ def size(words: list[str]) -> int:
             print("saved: run the same command to go on", file=sys.stderr)
         except (RequestError, FaultError) as error:
             folder.write_status("failed", exit_code=error.exit_code, reason=str(error))
+            display.close()
+            raise
+        except OSError as error:
+            # main() says it in one line; the status would be "running" for ever
+            failure = of_disk(error)
+            with contextlib.suppress(OSError):  # the disk may be full
+                folder.write_status("failed", exit_code=failure.exit_code, reason=str(failure))
             display.close()
             raise
         finally:
@@ -191,8 +200,9 @@ def requested(words: Sequence[str]) -> RunConfig:
 # ---------------------------------------------------------------------------------------------------- the children
 
 
-class Stopped(Exception):
-    """A signal asked to stop; the run that was going on has saved."""
+class Stopped(BaseException):
+    """A signal asked to stop; the run that was going on has saved. No ``Exception``: it comes wherever the signal finds this
+    process, and what handles the errors of a text or a library must let it through."""
 
 
 def _child(program: str, words: list[str], log: str) -> None:
@@ -211,7 +221,8 @@ def _child(program: str, words: list[str], log: str) -> None:
 class Children:
     """Starts programs one after another, each in a fork of a process that has imported the libraries and done nothing else.
 
-    SIGTERM, SIGINT and SIGHUP go to the child, which saves; then :class:`Stopped` is raised.
+    SIGTERM, SIGINT and SIGHUP go to the child, which saves; then :class:`Stopped` is raised. Within :meth:`stopping_at_once`
+    it is raised at once where there is no child.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -220,6 +231,8 @@ class Children:
         self._context.set_forkserver_preload(PRELOADED)
         self._child: Any = None
         self._stopped = False
+        self._at_once = False
+        self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Children:
@@ -231,8 +244,22 @@ class Children:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def stopping_at_once(self) -> Iterator[None]:
+        """Inside, a signal raises :class:`Stopped` wherever this process is, unless a child runs: tokenizing takes hours."""
+        self.check()
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
     def _on_signal(self, number: int, _frame: Any) -> None:
-        self._stopped = True
+        if os.getpid() != self._process:
+            return  # inherited by a process that tokenizes, which ends with this one
+        again, self._stopped = self._stopped, True
+        if self._child is None and self._at_once and not again:
+            raise Stopped
         if self._child is not None and self._child.pid is not None and number != signal.SIGINT:
             with contextlib.suppress(ProcessLookupError):  # Ctrl-C reaches the child by itself
                 os.kill(self._child.pid, number)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -11,6 +13,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,16 @@ from lmcore.cli import size
 from lmcore.cli.main import main
 from lmcore.config.parse import parse
 from lmcore.data.tokenizer.training import train_tokenizer
+from lmcore.disk import DISK, Call
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_REQUEST, EXIT_SAVED, RequestError
 from lmcore.plan.scaling import Law, effective_tokens
 from lmcore.report.curves import read_run
 from lmcore.report.html import facts
+from lmcore.run import setup
 from lmcore.run.folder import RunFolder
 from tests.support.whole_runs import train, words
 
+CHILDREN = size.Children
 TRUE = Law(E=1.2, A=40.0, alpha=0.33, B=150.0, beta=0.40)
 BEST_RATE = 0.014
 VOCABULARY, BLOCK = 400, 32
@@ -57,6 +63,10 @@ class KnownLaw:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+    @contextlib.contextmanager
+    def stopping_at_once(self) -> Iterator[None]:
+        yield
 
     def run(self, program: str, argv: list[str], log: Path) -> tuple[int, float]:
         config = parse(argv[argv.index("--config") :])
@@ -381,6 +391,50 @@ def test_signal_goes_to_the_run_and_then_stops_the_search(tmp_path: Path, few_im
             children.run(str(tmp_path / "sleep.py"), [], tmp_path / "log")
     assert signal.getsignal(signal.SIGTERM) is before
     assert (tmp_path / "log").read_text() == "started\n"
+
+
+@pytest.mark.parametrize("stage", ["open_data", "choose"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_where_no_short_run_goes_on_stops_the_search_at_once(
+    number: int,
+    stage: str,
+    here: type[KnownLaw],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The text of hours, and the fit, must not be waited for."""
+
+    class WithSignals(CHILDREN):  # type: ignore[misc,valid-type]
+        def run(self, program: str, argv: list[str], log: Path) -> tuple[int, float]:
+            return KnownLaw.run(law, program, argv, log)
+
+    law = here(RunFolder(Path("unused")))
+    monkeypatch.setattr(size, "Children", WithSignals)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(*((size.Search, stage) if stage == "choose" else (setup, stage)), interrupted)
+    assert main(ASKED) == EXIT_SAVED
+    assert capsys.readouterr().err.splitlines()[-1] == "saved: run the same command to go on"
+    assert json.loads(Path("runs/mine-size/status.json").read_text())["state"] == "saved"
+
+
+def test_full_disk_of_the_search_itself_is_in_its_status(
+    here: type[KnownLaw], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(call: Call) -> None:
+        if "ladder.json" in call.path:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), call.path)
+
+    monkeypatch.setattr(DISK, "before", refuse)
+    assert main(ASKED) == EXIT_FAULT
+    assert "No space left" in capsys.readouterr().err.splitlines()[-1]
+    status = json.loads(Path("runs/mine-size/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", EXIT_FAULT)
+    assert "No space left" in status["reason"]
 
 
 def test_child_gives_its_exit_code_and_output(tmp_path: Path, few_imports: None) -> None:
