@@ -3,7 +3,7 @@
 Its items are dicts whose keys are the arguments of the model's ``forward``, and ``labels``.
 
 * Map-style (``__len__`` and ``__getitem__``): the order is that of :class:`lmcore.data.order.Order` over its length;
-  it resumes at once, and the numbers of ranks and workers do not change it.
+  it resumes at once, and the numbers of ranks and workers do not change it. It must be the same on every rank, too.
 * Iterable: every rank iterates over the whole dataset, which must give the same items everywhere, and keeps its own
   share; the order is that of the dataset, again and again. A resume reads up to the position where the run was. It is
   read by one process: ``data.workers`` is 0 or 1.
@@ -14,6 +14,7 @@ labels (also ``uint8``) the last step continues into the next epoch.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from typing import Any, final
@@ -119,6 +120,19 @@ class MapData:
         """Its class and length; the content of the items is not looked at."""
         shuffle = self.order.shuffle
         return f"own shuffle={shuffle} {_name(self._data)} of {self.epoch_blocks} items"
+
+    def hash_of_first_item(self) -> str | None:
+        """To compare it between ranks; ``None`` for an item that is no dict of numbers."""
+        try:
+            parts = {
+                str(key): torch.as_tensor(value).numpy(force=True) for key, value in self._data[0].items()
+            }
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            return None
+        whole = hashlib.sha256()
+        for key in sorted(parts):
+            whole.update(f"{key} {parts[key].dtype} {parts[key].shape} ".encode() + parts[key].tobytes())
+        return whole.hexdigest()
 
     @property
     def epoch_blocks(self) -> int:

@@ -433,6 +433,43 @@ def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int)
     )
 
 
+def compare_data(data: Data, *, gather: Callable[[Any], list[Any]], note: Note = print) -> None:
+    """Refuse data that are not the same on every rank: the ranks would share out positions that mean other blocks to each of
+    them. Collective.
+
+    Args:
+        gather: gives every rank's value, in rank order, to every rank.
+        note: told of datasets of one's own whose first items differ. They may be drawn anew at each reading, as
+            augmentations are; they may also be a share for each rank, of which only a part would be trained on.
+
+    Raises:
+        RequestError: the length, the text or the order of a set differs.
+    """
+    sets = {"train": data.train}
+    for kind, named in (("valid", data.valid), ("test", data.test)):
+        sets |= {kind if name == kind else f"{kind} {name}": dataset for name, dataset in named.items()}
+    own = {name: str(getattr(dataset, "fingerprint", "")) for name, dataset in sets.items()}
+    items = {n: d.hash_of_first_item() for n, d in sets.items() if isinstance(d, custom.MapData)}
+    first, *others = gather((own, items))
+    whole = "every rank must have the whole of the same data, and lmcore gives each rank its share of it"
+    for rank, (other, _) in enumerate(others, 1):
+        for name in dict.fromkeys([*first[0], *other]):
+            values = [side.get(name, "missing") for side in (first[0], other)]
+            if values[0] != values[1]:
+                raise RequestError(
+                    f"the data of rank 0 and rank {rank} differ ({name}: {values[0]}; {values[1]}): {whole}. Look for a split by "
+                    "rank, numbers drawn without a seed, or another text on another machine"
+                )
+    for rank, (_, other) in enumerate(others, 1):
+        for name, value in first[1].items():
+            if value != other[name]:
+                note(
+                    f"warning: data.factory: the first item of {name} is another one on rank {rank} than on rank 0. That is right "
+                    f"only where items are drawn anew at each reading; else {whole}"
+                )
+                return
+
+
 def context_of(config: RunConfig, engine: Engine, module: ModelWithLoss, *, note: Note = print) -> Context:
     """What the batches of this rank hold of each block, and how documents are kept apart. Collective.
 

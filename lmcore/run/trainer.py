@@ -246,6 +246,8 @@ class Run:
             note=self.report.note,
             task=self.report.task,
         )
+        if self.engine.world_size > 1:
+            setup.compare_data(self.data, gather=self.engine.gather_object, note=self.report.note)
 
     def build_model(self) -> None:
         """The model with its loss, the sizes of a step, and the optimizer, wrapped by the strategy.

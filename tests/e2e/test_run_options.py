@@ -99,6 +99,25 @@ def test_own_model_data_and_loss(text: Path) -> None:
     assert evaluations[-1]["loss"] < 0.01
 
 
+def test_own_data_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
+    """They were trained on: some items twice in an epoch and others never."""
+    options = {
+        "data.factory": "tests.support.own_parts:longer_on_rank_1",
+        "data.config.count": 64,
+        "model.type": "null",
+        "model.factory": "tests.support.own_parts:model",
+        "model.config.width": 8,
+        "loss.factory": "tests.support.own_parts:squares",
+        "train.duration": "2 steps",
+        "train.global_batch_blocks": 8,
+        "run_dir": tmp_path / "run",
+    }
+    argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    assert train(argv, 2) == [EXIT_REQUEST] * 2
+    reason = json.loads((tmp_path / "run" / "status.json").read_text())["reason"]
+    assert "the data of rank 0 and rank 1 differ (train: " in reason
+
+
 def test_ema_is_kept_evaluated_and_exported(text: Path) -> None:
     import torch
     from safetensors.torch import load_file
