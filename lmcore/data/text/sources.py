@@ -20,7 +20,7 @@ import statistics
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from lmcore.data.text import formats, listing, remote
 from lmcore.data.text.compression import CODECS, SURROGATE, Damage, chunks, compression_of, encoding_is_wide
@@ -85,6 +85,7 @@ _SPLITS = "the splits of data.valid_fraction"
 
 Entry = str | Mapping[str, Any] | tuple[str, ...]
 """A path, glob, folder or name; a mapping with options; or files that were named one by one."""
+_E = TypeVar("_E", bound=Entry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +204,7 @@ def file_identity(path: str) -> tuple[int, int] | None:
     return None if found is None else (found.st_dev, found.st_ino)
 
 
-def without_run_files(
-    entries: Sequence[Entry], store_dir: str | None = None
-) -> tuple[list[Entry], list[str]]:
+def without_run_files(entries: Sequence[_E], store_dir: str | None = None) -> tuple[list[_E], list[str]]:
     """The entries without what runs have written beside the text, and notes that name it.
 
     A shell expands ``folder/*`` to that, too, and the same command must go on with the run. Nothing is left out where no
