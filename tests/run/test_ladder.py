@@ -168,7 +168,8 @@ def test_members_keep_the_options_of_the_model_that_are_not_chosen(preset: str) 
 
     assert member("--model.attention", "eager")["attention"] == "eager"
     assert member("--model.zero_init", "true")["zero_init"] is True
-    assert member().get("zero_init", False) is (preset == "modern")
+    assert member("--optim.name", "muon").get("zero_init", False) is (preset == "modern")
+    assert "zero_init" not in member("--optim.name", "adamw")
     assert "zero_init" not in member("--model.zero_init", "false")
     assert "attention" not in member()
 
