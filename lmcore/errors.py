@@ -23,6 +23,8 @@ from lmcore.humanize import printable
 
 EXIT_FINISHED = 0
 """The run has reached its end and the last checkpoint is verified."""
+EXIT_CRASHED = 1
+"""Python's own exit code of an exception."""
 EXIT_REQUEST = 2
 """A wrong request; nothing was changed (2 is what argparse uses for a wrong command line)."""
 EXIT_FAULT = 70

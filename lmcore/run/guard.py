@@ -33,6 +33,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -45,7 +46,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, final
 
 from lmcore.disk import DISK
-from lmcore.errors import EXIT_FAULT, EXIT_SAVED, EXIT_STUCK, FaultError, RequestError
+from lmcore.errors import EXIT_CRASHED, EXIT_FAULT, EXIT_SAVED, EXIT_STUCK, FaultError, RequestError
+from lmcore.humanize import printable
 from lmcore.run.anomalies import (
     Action,
     History,
@@ -422,15 +424,58 @@ def report_dead_rank(*, wait_seconds: float = 1.5) -> int | None:
     return peers.fault_code
 
 
-def leaving(error: BaseException) -> None:
-    """This rank ends by itself, with an error of its own: another rank's end must not cut it short.
+_LOST_CONNECTION: Final = re.compile(
+    r"/gloo/|connection (closed|reset)|broken pipe|monitoredBarrier|a rank (is dead or stuck|was too slow)",
+    re.IGNORECASE,
+)
 
-    The others are told of a refusal, and end with it.
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether an error of a collective only says that another rank is gone, and not why."""
+    of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)  # without importing torch
+    return of_torch or (isinstance(error, RuntimeError) and _LOST_CONNECTION.search(str(error)) is not None)
+
+
+def report_reason_of_other_rank(error: BaseException, *, wait_seconds: float = 0.5) -> int | None:
+    """If ``error`` is that of a lost connection, and another rank has said why it ends: name that rank and its reason.
+
+    It says so before it lets go of its connections. Returns its exit code, or None; then :func:`report_dead_rank` may know more.
     """
     peers = connect(os.environ)
-    if peers is not None and isinstance(error, RequestError | FaultError):
+    if peers is None or not _is_lost_connection(error):
+        return None
+    fault = peers.wait_for_reason(wait_seconds)
+    if fault is None or peers.reason is None:
+        return None
+    peers.report(fault)
+    return peers.fault_code
+
+
+def let_rank_0_speak(*, wait_seconds: float = 2.0) -> None:
+    """On another rank, which has told its reason and let go of its connections: wait until rank 0 has ended.
+
+    A launcher ends all ranks when the first one leaves, rank 0 perhaps before it has written why.
+    """
+    peers = connect(os.environ)
+    if peers is not None and peers.rank != 0:
+        peers.wait_for_fault(wait_seconds)
+
+
+def leaving(error: BaseException | None) -> None:
+    """This rank ends by itself, with an error of its own: another rank's end must not cut it short.
+
+    The others are told of a refusal, and end with it, and of an error that is not that of a connection to them.
+    ``None``: with what it will end is not known yet.
+    """
+    peers = connect(os.environ)
+    if peers is None:
+        return
+    if isinstance(error, RequestError | FaultError):
         peers.leaving(str(error), error.exit_code)
-    elif peers is not None:
+    elif isinstance(error, Exception) and not _is_lost_connection(error):
+        line = " ".join(printable(f"{type(error).__name__}: {error}").split())
+        peers.leaving(error=line, code=EXIT_CRASHED)
+    else:
         peers.leaving()
 
 

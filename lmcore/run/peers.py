@@ -15,6 +15,7 @@ a process that is merely busy or stopped is not taken for dead.
 When a rank has died, rank 0 tells all others, and each ends with code 71 after a short grace in which it may end by
 itself, for example with the same error. If rank 0 has died, each rank sees that itself. A rank that ends with one line and a
 code of its own, a refusal, sends both before: the others get longer to come to the same, and else end with that line and code.
+A rank that ends with another error sends its type and message before: the others, which lose their connections to it, name them.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ _KEEPALIVE: Final = (
     ("TCP_USER_TIMEOUT", 8_000),
 )
 _PORTS: Final = 8
+_LINE_CHARACTERS: Final = 4_000
+"""What is sent of the reason for which a rank ends: as JSON it must fit into the 64 KiB that a message may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,7 @@ class _Peer:
     pids: str = ""  # where its pid counts
     done: bool = False
     refusal: tuple[str, int] | None = None  # why it ends by itself, and its exit code
+    error: tuple[str, int] | None = None  # the same, of an error that the others will not come to
     unread: bytes = b""
     standing: Standing | None = None
 
@@ -106,6 +110,7 @@ class Peers:
         on_wait: called with the seconds for which this rank shall wait on after an alarm.
         fault: the line, once a rank is known to be dead or stuck, or to have ended by itself.
         fault_code: the exit code with which this rank ends then.
+        reason: the line and exit code of the first other rank that has said why it is about to end by itself.
     """
 
     def __init__(
@@ -120,6 +125,7 @@ class Peers:
         self.on_wait: Callable[[float], None] | None = None
         self.fault: str | None = None
         self.fault_code = EXIT_STUCK
+        self.reason: tuple[str, int] | None = None
         self._address, self._port, self._token, self._leave = *where, token, leave
         self._hello = {"lmcore": token, "rank": rank, "pid": os.getpid(), "host": socket.gethostname(),
                        "pids": pid_namespace()}  # fmt: skip
@@ -130,7 +136,7 @@ class Peers:
         self._alarm = False
         self._inquiry: float | None = None  # when the answers are due
         self._answered = threading.Event()
-        self._fault_known = threading.Event()
+        self._fault_known, self._reason_known = threading.Event(), threading.Event()
         self._met = threading.Event()
         self._waited = False
         self._ending = threading.Lock()
@@ -163,18 +169,26 @@ class Peers:
         self._fault_known.wait(seconds)
         return self.fault
 
-    def leaving(self, refusal: str = "", code: int = EXIT_STUCK) -> None:
+    def wait_for_reason(self, seconds: float) -> str | None:
+        """The line about a rank that is dead, or that has said why it is about to end, if one becomes known within ``seconds``."""
+        self._reason_known.wait(seconds)
+        if self.fault is None and self.reason is not None:
+            self.fault, self.fault_code = self.reason
+        return self.fault
+
+    def leaving(self, refusal: str = "", code: int = EXIT_STUCK, *, error: str = "") -> None:
         """This rank is about to end by itself, with an error of its own: do not end it before it has said so.
 
         Args:
             refusal: the one line that it ends with, if it does: the others are told, and end with it, too, should they not
                 come to it by themselves. A rank that is slow, rank 0 perhaps, would otherwise take this one for dead.
-            code: the exit code that goes with it.
+            code: the exit code that goes with it, or with ``error``.
+            error: instead of a refusal, the one line of an error that only this rank has met.
         """
         self._leaving_until = time.monotonic() + LEAVING_SECONDS
-        if refusal:
-            for peer in list(self._peers):
-                peer.send({"refusal": refusal, "code": code})
+        kind, line = ("refusal", refusal) if refusal else ("error", error)
+        for peer in list(self._peers) if line else []:
+            peer.send({kind: _shortened(line), "code": code})
 
     def report(self, line: str) -> None:
         """Say which rank is dead or stuck, and call ``on_end`` if this rank speaks for the run. Once; then nothing."""
@@ -264,8 +278,11 @@ class Peers:
             peer.send(self._hello)
         elif "done" in message:
             peer.done = True
-        elif "refusal" in message:
-            peer.refusal = str(message["refusal"]), int(message["code"])
+        elif "refusal" in message or "error" in message:
+            self._hear_reason(peer, message)
+            for other in self._peers:  # it has no connection to them
+                if other is not peer and self.reason is not None:
+                    other.send({"reason": self.reason[0], "code": self.reason[1]})
         elif "alarm" in message:
             self._alarm = True
         elif "at" in message:
@@ -344,8 +361,10 @@ class Peers:
         """A message of rank 0."""
         if "done" in message:
             main.done = True
-        elif "refusal" in message:
-            main.refusal = str(message["refusal"]), int(message["code"])
+        elif "refusal" in message or "error" in message:
+            self._hear_reason(main, message)
+        elif "reason" in message:
+            self._keep_reason(str(message["reason"]), int(message["code"]))
         elif "where" in message:
             now = self.standing()
             main.send(
@@ -361,6 +380,17 @@ class Peers:
             self._end(str(message["end"]), [], stuck=bool(message.get("stuck")), refusal=refusal)
 
     # ---- both ----------------------------------------------------------------------------------------------
+
+    def _hear_reason(self, peer: _Peer, message: dict[str, Any]) -> None:
+        """Another rank says why it is about to end by itself."""
+        kind = "refusal" if "refusal" in message else "error"
+        setattr(peer, kind, (str(message[kind]), int(message["code"])))
+        self._keep_reason(_ended(peer), int(message["code"]))
+
+    def _keep_reason(self, line: str, code: int) -> None:
+        if self.reason is None:  # the first one: those of other ranks may follow from it
+            self.reason = line, code
+            self._reason_known.set()
 
     def _read(self, peer: _Peer, handle: Callable[[_Peer, dict[str, Any]], None]) -> bool:
         """Handle what has come in; ``False`` when the connection is closed."""
@@ -412,10 +442,15 @@ class Peers:
         """
         if self._done or not self._ending.acquire(blocking=False):
             return
+        if (
+            self.reason is not None and not stuck and refusal is None
+        ):  # this rank's end may follow from that one
+            line, self.fault_code = self.reason
         self.fault = line
         if refusal is not None:
             self.fault_code = refusal[1]
         self._fault_known.set()
+        self._reason_known.set()
         if self.rank == 0:
             code = {} if refusal is None else {"code": refusal[1]}
             for peer in self._peers:
@@ -451,7 +486,12 @@ class Peers:
 
 
 def _ended(peer: _Peer) -> str:
-    return f"{peer.name} is dead" if peer.refusal is None else f"{peer.name} has ended: {peer.refusal[0]}"
+    said = peer.refusal or peer.error
+    return f"{peer.name} is dead" if said is None else f"{peer.name} has ended: {said[0]}"
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= _LINE_CHARACTERS else f"{line[:_LINE_CHARACTERS]}..."
 
 
 def _said(standing: Standing | None) -> str:

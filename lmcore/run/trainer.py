@@ -33,6 +33,7 @@ from lmcore.data.cursor import Cursor, merge_skips
 from lmcore.disk import DISK
 from lmcore.engine.ranks import hashing_together, on_main
 from lmcore.errors import (
+    EXIT_CRASHED,
     EXIT_FAULT,
     EXIT_FINISHED,
     EXIT_SAVED,
@@ -59,7 +60,15 @@ from lmcore.run.ema import MovingAverage
 from lmcore.run.evaluation import Evaluator, prompts_of
 from lmcore.run.finish import write_results
 from lmcore.run.folder import LOCK_WAIT_SECONDS, RunFolder, local_run_dir, place, refuse_separate_disks
-from lmcore.run.guard import FAULT, Guard, Verdict, leaving, report_dead_rank
+from lmcore.run.guard import (
+    FAULT,
+    Guard,
+    Verdict,
+    leaving,
+    let_rank_0_speak,
+    report_dead_rank,
+    report_reason_of_other_rank,
+)
 from lmcore.run.intervals import EPOCH, EVALUATE, LOG, SAVE, Due, Intervals
 from lmcore.run.late_numbers import LateNumbers
 from lmcore.run.planning import auto_micro_batch, plan_here, refuse_early
@@ -83,8 +92,6 @@ if TYPE_CHECKING:
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 """A disk that takes no more. Libraries raise these without the name of a file, too."""
-EXIT_CRASHED = 1
-"""Python's own exit code of an exception."""
 
 
 @final
@@ -848,7 +855,7 @@ class Run:
     ) -> None:
         try:
             if error is not None:
-                leaving(error)
+                leaving(None)
                 if self.saves is not None and self.engine.world_size > 1:
                     self.saves.abandon()
             if error is not None and self._signal_stopped_compiler(error):
@@ -859,6 +866,8 @@ class Run:
                     self._write_end("saved", step=self.state.step, exit_code=EXIT_SAVED, reason=reason)
                 raise SystemExit(EXIT_SAVED) from None
             failure = self._failure_of(error) if error is not None else None
+            if failure is not None:
+                leaving(failure)
             if failure is not None and failure is not error:
                 raise failure from error
             if isinstance(error, SystemExit) and error.code == EXIT_SAVED and self._owns_folder:
@@ -868,14 +877,18 @@ class Run:
             elif isinstance(error, Exception):
                 # Asked of the launcher: the error may come while the processes meet, before there is an engine.
                 several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-                code = report_dead_rank() if several else None  # the error may be that of a lost connection
+                # The error may be that of a lost connection, whose traceback tells nothing once the reason is known.
+                known = report_reason_of_other_rank(error) if several else None
+                code = report_dead_rank() if several and known is None else known
                 if code is None:
                     code = EXIT_CRASHED
                     self._failed(code, f"{type(error).__name__}: {error}")
                 if several:
                     # Leaving the process group may wait for the other ranks: the traceback must not wait for that.
-                    sys.excepthook(type(error), error, trace)
+                    if known is None:
+                        sys.excepthook(type(error), error, trace)
                     self._close.close()
+                    let_rank_0_speak()
                     raise SystemExit(code) from error
             elif error is None:
                 self._succeeded()

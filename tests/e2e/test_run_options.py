@@ -17,7 +17,7 @@ import pytest
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_REQUEST, EXIT_SAVED
 from lmcore.report.metrics import read_metrics
 from lmcore.run.profiler import ProfileWindow
-from tests.support.fork_server import run_ranks
+from tests.support.fork_server import RankFailure, run_ranks
 from tests.support.whole_runs import (
     ROOT,
     assert_same_state,
@@ -116,6 +116,35 @@ def test_own_data_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
     assert train(argv, 2) == [EXIT_REQUEST] * 2
     reason = json.loads((tmp_path / "run" / "status.json").read_text())["reason"]
     assert "the data of rank 0 and rank 1 differ (train: " in reason
+
+
+@pytest.mark.parametrize(("where", "workers"), [("factory", 0), ("item", 1)])
+def test_error_of_one_rank_is_the_reason_that_rank_0_gives(tmp_path: Path, where: str, workers: int) -> None:
+    """It was said only that rank 1 is dead, below a traceback of rank 0 about a lost connection."""
+    options = {
+        "data.factory": "tests.support.own_parts:broken_on_rank_1",
+        "data.config.count": 64,
+        "data.config.where": where,
+        "data.workers": workers,
+        "model.type": "null",
+        "model.factory": "tests.support.own_parts:model",
+        "model.config.width": 8,
+        "loss.factory": "tests.support.own_parts:squares",
+        "train.duration": "2 steps",
+        "train.global_batch_blocks": 8,
+        "run_dir": tmp_path / "run",
+    }
+    argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    with pytest.raises(RankFailure) as failure:
+        train(argv, 2)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert status["reason"].startswith("rank 1 (pid ")
+    assert f"has ended: ValueError: no {where}: the file is gone" in status["reason"]
+    assert status["reason"] in (tmp_path / "run" / "train.log").read_text()
+    printed = str(failure.value).partition("--- last output of rank 0 ---")[2]
+    assert status["reason"] in printed
+    assert "Traceback" not in printed
 
 
 def test_ema_is_kept_evaluated_and_exported(text: Path) -> None:

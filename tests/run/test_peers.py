@@ -52,6 +52,16 @@ if mode == "refusal":
         sys.exit(2)
     time.sleep(float(sys.argv[2]))
     sys.exit(2)
+if mode == "error":
+    if rank == 1:
+        peers.leaving(error="ValueError: a.txt is empty", code=1)
+        wait_for("known-0", "known-2")
+        sys.exit(1)
+    begin = time.monotonic()
+    line = peers.wait_for_reason(10)   # its connections to rank 1 are lost
+    (folder / f"known-{{rank}}").write_text(f"{{time.monotonic() - begin}}")
+    if rank == 2: peers.report(line); sys.exit(peers.fault_code)
+    time.sleep(600)                    # inside a collective that nobody ends
 if mode == "slow-error":
     if rank == 1: sys.exit(2)
     peers.leaving()
@@ -190,6 +200,17 @@ def test_refusal_of_one_rank_ends_the_others_with_its_line_and_code(tmp_path: Pa
         for rank in (0, 2):
             assert f"rank 1 (pid {ranks.processes[1].pid} on" in ranks.output(rank)
             assert "has ended: a.txt is not there" in ranks.output(rank)
+
+
+def test_error_of_one_rank_is_known_to_all_others_at_once(tmp_path: Path) -> None:
+    """While it still lives, on every rank, and named as the reason for the end instead of "is dead"."""
+    with Ranks(tmp_path, "error", world_size=3) as ranks:
+        assert ranks.codes() == [1, 1, 1]
+        said = f"rank 1 (pid {ranks.processes[1].pid} on {socket.gethostname()}) has ended: ValueError: a.txt is empty"
+        assert (tmp_path / "end").read_text() == f"0 {said}"
+        for rank in (0, 2):
+            assert ranks.output(rank) == f"train_lm.py: {said}\n"
+            assert float((tmp_path / f"known-{rank}").read_text()) < 5
 
 
 def test_rank_that_is_already_ending_is_not_killed(tmp_path: Path) -> None:

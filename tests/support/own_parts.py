@@ -32,6 +32,22 @@ def longer_on_rank_1(count: int) -> Any:
     return Line(count + int(os.environ.get("RANK", "0")), 0)
 
 
+def broken_on_rank_1(count: int, where: str) -> Any:
+    """An error on one rank only: in the factory, or in an item."""
+
+    def fail(place: str) -> None:
+        if place == where and os.environ.get("RANK") == "1":
+            raise ValueError(f"no {place}:\nthe file is gone")
+
+    class Broken(Line):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            fail("item")
+            return super().__getitem__(index)
+
+    fail("factory")
+    return Broken(count, 0)
+
+
 def pairs(count: int) -> dict[str, Any]:
     """The same as pairs, of which only the own ``collate`` makes a batch; it doubles the labels."""
 
