@@ -287,6 +287,22 @@ def read_run(path: str | PathLike[str]) -> Run:
     return run
 
 
+def name_apart(runs: Sequence[Run]) -> None:
+    """Give runs whose folders have one name (``/a/x``, ``/b/x``) as many folders above as tell them apart (``a/x``, ``b/x``)."""
+    by_name: dict[str, list[Run]] = {}
+    for run in runs:
+        by_name.setdefault(run.name, []).append(run)
+    for same in by_name.values():
+        parts = [run.path.resolve().parts for run in same]
+        if len(set(parts)) == 1:  # one run, or the same one again
+            continue
+        depth = 1
+        while len({one[-depth:] for one in parts}) < len(set(parts)):
+            depth += 1
+        for run, one in zip(same, parts):
+            run.name = str(Path(*one[-depth:]))
+
+
 # ---- drawing
 
 

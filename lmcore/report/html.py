@@ -29,6 +29,7 @@ from lmcore.report.curves import (
     Run,
     is_number,
     loss_picture,
+    name_apart,
     pictures,
     read_run,
 )
@@ -58,6 +59,7 @@ def page(runs: Sequence[Run]) -> str:
     """The whole page as text."""
     from markupsafe import Markup
 
+    name_apart(runs)
     names = [run.name for run in runs]
     drawn: list[bytes] = []
     if CAN_DRAW:

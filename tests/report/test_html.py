@@ -153,6 +153,21 @@ def test_several_runs_over_one_another_and_what_differs(tmp_path: Path) -> None:
     assert "Same configuration" in page([runs[0], make_run(tmp_path / "c", steps=20)])
 
 
+def test_runs_of_one_folder_name_are_told_apart(tmp_path: Path) -> None:
+    """Both were called x, in the tables and in the legends."""
+    places = [tmp_path / place for place in ("a/x", "b/c/x", "b/d/x", "y")]
+    runs = [make_run(place) for place in places]
+    said = " ".join(parsed(page(runs)).text)
+    for name in ("a/x", "c/x", "d/x", "y"):
+        assert f"{name}: train" in said, name
+    assert [run.name for run in runs] == ["a/x", "c/x", "d/x", "y"]
+    page(runs)
+    assert [run.name for run in runs] == ["a/x", "c/x", "d/x", "y"]
+    again = [make_run(tmp_path / "y"), make_run(tmp_path / "y")]
+    page(again)
+    assert [run.name for run in again] == ["y", "y"]
+
+
 def test_report_of_a_long_run_is_small_and_shows_its_spike(tmp_path: Path) -> None:
     short_run, long_run = (
         make_run(tmp_path / "s", steps=800),
