@@ -408,6 +408,20 @@ def test_csv_of_wide_characters_names_their_encoding(tmp_path: Path, encoding: s
     assert texts_of(source_of(path, encoding=encoding)) == ["hello", "日本語の文章"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(
+    "content", ['[{"text": "日本語"}]', '{"text":\n"hello"}', '{"text": "日本語"}\n{"text": "b"}\n']
+)
+def test_json_of_wide_characters_names_their_encoding(tmp_path: Path, encoding: str, content: str) -> None:
+    """It was only "not JSON": the parser's words about the first character."""
+    path = tmp_path / "a.json"
+    path.write_bytes(content.encode(encoding))
+    documents, bad, _ = read_all(source_of(path))
+    assert documents == []
+    assert f"this looks like {encoding[:6]}; set data.encoding" in bad[0].reason
+    assert texts_of(source_of(path, encoding=encoding))
+
+
 def test_csv_header_that_cannot_be_read_is_not_replaced_by_the_first_row(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes("id,text,größe\n1,text,x\n2,body,y\n".encode("latin-1"))

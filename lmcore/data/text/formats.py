@@ -214,7 +214,7 @@ def json_file(pieces: Iterable[bytes | Damage], encoding: str) -> Values:
     again = itertools.chain(head, iterator)
     if _are_records(visible, encoding):
         return json_lines(lines(again), 2**63, encoding)
-    return _json_values(again, encoding)
+    return _json_values(again, encoding, next((piece for piece in head if isinstance(piece, bytes)), b""))
 
 
 def _are_records(visible: list[bytes], encoding: str) -> bool:
@@ -280,8 +280,11 @@ class _Text:
         return size > 0
 
 
-def _json_values(pieces: Iterable[bytes | Damage], encoding: str) -> Values:
-    """Value after value, with any commas and brackets between them; the memory is that of the largest value."""
+def _json_values(pieces: Iterable[bytes | Damage], encoding: str, head: bytes) -> Values:
+    """Value after value, with any commas and brackets between them; the memory is that of the largest value.
+
+    ``head`` is the beginning of the file: what cannot be read may be of another encoding.
+    """
     source = _Text(pieces, encoding)
     depth = 0
     while True:
@@ -306,7 +309,8 @@ def _json_values(pieces: Iterable[bytes | Damage], encoding: str) -> Values:
             begin, lost = source.offset, source.take(len(source.text))
             while source.more():
                 lost += source.take(len(source.text))
-            yield begin, Damage(f"not JSON: {reason}", n_bytes=lost, at_least=True), 0
+            said = _not_encoded(head, encoding, "").reason if _wide_encoding(head) else f"not JSON: {reason}"
+            yield begin, Damage(said, n_bytes=lost, at_least=True), 0
             return
         if end == len(source.text) and source.more():
             continue  # a number may go on
