@@ -523,15 +523,20 @@ class RankLog:
             errors.write(f"{prefix}error: {one_line(text)}\n")
             errors.flush()
 
-    def _say(self, text: str, *, style: str = "") -> None:
+    def _say(self, text: str, *, style: str = "", names_decide: bool = True) -> None:
+        hide = redact if names_decide else hide_values
         with self._lock:
-            text = redact(text)
+            text = hide(text)
             if self._console is not None:
                 self._console.line(text, style=style)
-            self.log(text)
+            self.log(text, names_decide=names_decide)
 
-    def log(self, text: str) -> None:
-        """One line for the file only."""
+    def log(self, text: str, *, names_decide: bool = True) -> None:
+        """One line for the file only.
+
+        Args:
+            names_decide: hide what follows a name that says secret; not in a sample, whose prompt "--password" is a text.
+        """
         with self._lock:
             if (
                 self._console is not None
@@ -542,16 +547,16 @@ class RankLog:
                 self._write_line(
                     f"standard output is gone ({self._console.failure}): the run goes on, see this file"
                 )
-            self._write_line(text)
+            self._write_line(text, redact if names_decide else hide_values)
 
-    def _write_line(self, text: str) -> None:
+    def _write_line(self, text: str, hide: Callable[[str], str] = redact) -> None:
         try:
             if self._log_file is None:
                 DISK.makedirs(self._path.parent)
                 self._log_file = open(self._path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             if self._lost_lines:
                 self._log_file.write(f"{now()} {self._lost_lines} lines are missing here\n")
-            self._log_file.write(f"{now()} {redact(one_line(text))}\n")
+            self._log_file.write(f"{now()} {hide(one_line(text))}\n")
             self._log_file.flush()
         except OSError as error:
             self._drop_log_file()

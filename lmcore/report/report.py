@@ -517,7 +517,7 @@ class Report(RankLog):
             self._write({"kind": "sample", "step": step, "set": prompt, "prompt": prompt, "text": text})
             self.note(f"sample at step {step}:")
             for line in f"{prompt}{text}".split("\n"):
-                self.note(f"  | {line}")
+                self._say(f"  | {line}", names_decide=False)
         if self._trackers is not None:
             self._trackers.text("samples", "\n\n".join(f"{p}{t}" for p, t in samples), step)
 

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean
-from lmcore.report.redact import redact
+from lmcore.report.redact import hide_values, redact
 
 if TYPE_CHECKING:
     from lmcore.config.schema import ReportConfig
@@ -142,9 +142,9 @@ class Trackers:
             worker.put("log", numbers, step)
 
     def text(self, key: str, text: str, step: int) -> None:
-        """Samples, for trackers that show text."""
+        """Samples, for trackers that show text. Names in them hide nothing: a prompt "--password" is a text."""
         for worker in self._workers:
-            worker.put("text", key, redact(text), step)
+            worker.put("text", key, hide_values(text), step)
 
     def rewind(self, step: int) -> None:
         """Training goes on from an earlier step: TensorBoard hides what was written beyond it."""

@@ -234,6 +234,10 @@ def test_no_output_of_a_report_holds_a_secret(
         if (record := json.loads(line))["kind"] == "sample"
     ]
     assert (sample["prompt"], sample["text"]) == ("--password", " is an option"), "no command line"
+    for name in ("train.log", "printed"):
+        assert "  | --password is an option\n" in (tmp_path / name).read_text(), name
+    [events] = [path for path in outputs if "tfevents" in path.name]
+    assert b"--password is an option" in events.read_bytes()
 
 
 def test_saved_configuration_repeats_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
