@@ -260,9 +260,14 @@ class Children:
         again, self._stopped = self._stopped, True
         if self._child is None and self._at_once and not again:
             raise Stopped
-        if self._child is not None and self._child.pid is not None and number != signal.SIGINT:
-            with contextlib.suppress(ProcessLookupError):  # Ctrl-C reaches the child by itself
-                os.kill(self._child.pid, number)
+        self._tell_child(number)
+
+    def _tell_child(self, number: int) -> None:
+        if self._child is not None and self._child.pid is not None:
+            # Ctrl-C reaches the child by itself, ``kill -INT`` of this process alone does not; another signal than SIGINT,
+            # whose second one would end the child unsaved.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._child.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
     def run(self, program: str, words: list[str], log: Path) -> tuple[int, float]:
         """Run to the end. Returns (exit code, seconds).
@@ -274,6 +279,8 @@ class Children:
         started = time.monotonic()
         self._child = self._context.Process(target=_child, args=(program, words, str(log)))
         self._child.start()
+        if self._stopped:  # by a signal that came before the child could be told
+            self._tell_child(signal.SIGTERM)
         while self._child.is_alive():
             self._child.join(0.2)
             if (self._folder.path / "STOP").exists() and not self._stopped:

@@ -373,14 +373,18 @@ time.sleep(60)
 """
 
 
-def test_signal_goes_to_the_run_and_then_stops_the_search(tmp_path: Path, few_imports: None) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_goes_to_the_run_and_then_stops_the_search(
+    tmp_path: Path, few_imports: None, number: int
+) -> None:
+    """SIGINT, too: ``kill -INT`` reaches this process alone."""
     (tmp_path / "sleep.py").write_text(SLEEPER)
     started = tmp_path / "started"
 
     def send() -> None:
         while not started.exists():
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     before = signal.getsignal(signal.SIGTERM)
     with size.Children(RunFolder(tmp_path)) as children:
@@ -391,6 +395,26 @@ def test_signal_goes_to_the_run_and_then_stops_the_search(tmp_path: Path, few_im
             children.run(str(tmp_path / "sleep.py"), [], tmp_path / "log")
     assert signal.getsignal(signal.SIGTERM) is before
     assert (tmp_path / "log").read_text() == "started\n"
+
+
+def test_signal_while_a_run_is_being_started_reaches_it(
+    tmp_path: Path, few_imports: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child was made and had no pid yet: it ran to its end, hours later."""
+    (tmp_path / "sleep.py").write_text(SLEEPER)
+    with size.Children(RunFolder(tmp_path)) as children:
+        start = children._context.Process.start
+
+        def interrupted(process: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)  # a signal is handled between two instructions of Python
+            start(process)
+
+        monkeypatch.setattr(children._context.Process, "start", interrupted)
+        begin = time.monotonic()
+        with pytest.raises(size.Stopped):
+            children.run(str(tmp_path / "sleep.py"), [str(tmp_path / "started")], tmp_path / "log")
+        assert time.monotonic() - begin < 50
 
 
 @pytest.mark.parametrize("stage", ["open_data", "choose"])
