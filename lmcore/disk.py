@@ -18,6 +18,7 @@ import errno
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,17 @@ def _naming(file: Opened) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, file.path) from error
+
+
+def temporary_folder(prefix: str) -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder, or a refusal (``RequestError``) that says where one is looked for and how to name another place."""
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise RequestError(
+            f"{error.strerror}: free space there, or set the environment variable TMPDIR to a folder that can be written to"
+        ) from None
+    return tempfile.TemporaryDirectory(prefix=prefix)
 
 
 @final

@@ -9,16 +9,25 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from lmcore.checkpoint.manifest import state_bytes
-from lmcore.disk import CHUNK_BYTES, DISK, Call, Disk
-from lmcore.errors import EXIT_REQUEST
+from lmcore.disk import CHUNK_BYTES, DISK, Call, Disk, temporary_folder
+from lmcore.errors import EXIT_REQUEST, RequestError
 from tests.support.disk_faults import Counter, FailAt, KillAt, PowerCut, PoweredDisk, forked
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_no_temporary_folder_is_a_refusal_that_names_tmpdir(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was "No usable temporary directory found in [...]", without a remedy."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    with pytest.raises(RequestError, match=r"/nowhere.*TMPDIR"):
+        temporary_folder("lmcore-")
 
 
 def test_write_json_replaces_as_a_whole(tmp_path: Path) -> None:

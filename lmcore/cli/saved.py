@@ -42,12 +42,12 @@ def quiet_libraries() -> None:
 def tasks() -> Report:
     """A display for progress bars outside of a run; its files go to a temporary folder."""
     import atexit
-    import tempfile
 
+    from lmcore.disk import temporary_folder
     from lmcore.report.report import Report
 
     quiet_libraries()
-    folder = tempfile.TemporaryDirectory(prefix="lmcore-")
+    folder = temporary_folder("lmcore-")
     report = Report(folder.name, stream=sys.stderr)
     atexit.register(folder.cleanup)
     atexit.register(report.close)

@@ -11,7 +11,6 @@ Example::
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, final
@@ -24,6 +23,7 @@ from lmcore.data.batches import EvalBatches
 from lmcore.data.blocks import StoreBlocks
 from lmcore.data.store import build
 from lmcore.data.text import documents
+from lmcore.disk import temporary_folder
 from lmcore.errors import RequestError
 from lmcore.model.config import context_length
 from lmcore.model.evaluate import Evaluation, evaluate
@@ -101,7 +101,7 @@ def score(
         sources = documents.resolve_sources(
             list(entries), text_field=text_field, unit=unit, encoding=encoding
         )
-        with tempfile.TemporaryDirectory(prefix="lmcore-score-") as folder:
+        with temporary_folder("lmcore-score-") as folder:
             stores = [
                 build.build_store(
                     source,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
+from lmcore.disk import temporary_folder
 from lmcore.errors import RequestError
 
 SPACE = "▁"
@@ -387,7 +387,7 @@ def open_files(files: dict[str, bytes]) -> Any:
         config = json_of(files, MODEL_CONFIG)
         named = {key: config[key] for key in ("model_type", "model_name", "tokenizer_class") if key in config}
         files = {**files, MODEL_CONFIG: as_json(named)}
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder("lmcore-tokenizer-") as folder:
         for name, data in files.items():
             path = Path(folder, name)
             path.parent.mkdir(exist_ok=True)
