@@ -281,6 +281,20 @@ def _has_pairs(text: str) -> bool:
     return any(0xD800 <= ord(letter) <= 0xDFFF and not 0xDC80 <= ord(letter) <= 0xDCFF for letter in text)
 
 
+def _store_dir_of(run_dir: Path | None) -> str | None:
+    """Where a run has put its token stores, if its configuration can be read."""
+    from lmcore.report.curves import plain_yaml
+
+    if run_dir is None:
+        return None
+    try:
+        values = plain_yaml((run_dir / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
+        place = values["data"]["store_dir"]
+    except (OSError, ValueError, KeyError, TypeError, RequestError):
+        return None  # which stores are meant is all that hangs on it
+    return place if isinstance(place, str) else None
+
+
 def evaluate(words: list[str]) -> None:
     """`evaluate RUN --data FILE [NAME=FILE ...]`: loss, perplexity and bits per byte of text."""
     parser = Parser(prog="lmcore evaluate")
@@ -307,7 +321,7 @@ def evaluate(words: list[str]) -> None:
     from lmcore.report.metrics import plain
     from lmcore.saved.score import score
 
-    data, left_out = without_run_files(asked.data)
+    data, left_out = without_run_files(asked.data, _store_dir_of(saved.run_dir))
     for line in left_out:
         print(f"--data: {line}", file=sys.stderr)
     sets: dict[str, list[str]] = {}

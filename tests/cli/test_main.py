@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -469,6 +470,23 @@ def test_evaluate_leaves_out_the_run_files_of_an_unquoted_glob(
     said = capsys.readouterr()
     assert list(json.loads(said.out)["sets"]) == ["held.txt"]
     assert f"--data: left out: {tmp_path}, the files of a run" in said.err
+
+
+def test_evaluate_leaves_out_a_store_of_the_run_beside_the_text(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``--data text/*`` scored the text a second time, as a set named like the store."""
+    run, text = tmp_path / "run", tmp_path / "text"
+    shutil.copytree(run_dir, run)
+    (run / "config.yaml").write_text(f"data:\n  store_dir: {text}\n")
+    (text / "held-1").mkdir(parents=True)
+    (text / "held.txt").write_text("def f(x):\n" * 9)
+    for name in ("manifest.json", "part-00000.bin"):
+        (text / "held-1" / name).touch()
+    assert call("evaluate", run, "--data", *sorted(text.glob("*")), "--json", "-") == 0
+    said = capsys.readouterr()
+    assert list(json.loads(said.out)["sets"]) == ["held.txt"]
+    assert f"--data: left out: {text / 'held-1'}, a token store of data.store_dir" in said.err
 
 
 def test_evaluate_keeps_files_of_one_name_apart(
