@@ -46,7 +46,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, final
 
 from lmcore.disk import DISK
-from lmcore.errors import EXIT_CRASHED, EXIT_FAULT, EXIT_SAVED, EXIT_STUCK, FaultError, RequestError
+from lmcore.errors import EXIT_FAULT, EXIT_SAVED, EXIT_STUCK, FaultError, RequestError
 from lmcore.humanize import printable
 from lmcore.run.anomalies import (
     Action,
@@ -474,7 +474,7 @@ def leaving(error: BaseException | None) -> None:
         peers.leaving(str(error), error.exit_code)
     elif isinstance(error, Exception) and not _is_lost_connection(error):
         line = " ".join(printable(f"{type(error).__name__}: {error}").split())
-        peers.leaving(error=line, code=EXIT_CRASHED)
+        peers.leaving(error=line, code=EXIT_STUCK)
     else:
         peers.leaving()
 

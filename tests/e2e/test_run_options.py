@@ -138,7 +138,7 @@ def test_error_of_one_rank_is_the_reason_that_rank_0_gives(tmp_path: Path, where
     with pytest.raises(RankFailure) as failure:
         train(argv, 2)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert (status["state"], status["exit_code"]) == ("failed", 71)
     assert status["reason"].startswith("rank 1 (pid ")
     assert f"has ended: ValueError: no {where}: the file is gone" in status["reason"]
     assert status["reason"] in (tmp_path / "run" / "train.log").read_text()
