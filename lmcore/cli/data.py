@@ -143,7 +143,10 @@ def tokenizer(words: list[str]) -> None:
         raise RequestError("tokenizer needs a subcommand: lmcore tokenizer train --data.train ...")
     words = words[1:]
     out = taken(words, "out")
-    config = configured(words, "tokenizer train [--out FOLDER]", "Validation text is not used.")
+    # A tokenizer is trained here whatever the run would use.
+    config = configured(
+        words, "tokenizer train [--out FOLDER]", "Validation text is not used.", allow_idle=True
+    )
     from lmcore.data.tokenizer import huggingface
     from lmcore.data.tokenizer.tokenizer import load_tokenizer
     from lmcore.run import setup

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from lmcore.config.schema import RunConfig
 
 
-def configured(words: list[str], command: str, summary: str) -> RunConfig:
-    """The configuration of the command line, as ``train_lm.py`` would read it. ``--help`` prints and exits."""
+def configured(words: list[str], command: str, summary: str, *, allow_idle: bool = False) -> RunConfig:
+    """The configuration of the command line, as ``train_lm.py`` would read it. ``--help`` prints and exits.
+
+    Args:
+        allow_idle: as in :func:`lmcore.config.parse.parse`.
+    """
     if words in (["-h"], ["--help"]):
         print(f"usage: lmcore {command} [options of train_lm.py]\n\n{summary}")
         print("\ntrain_lm.py --help lists the options, --help SECTION those of one section.")
@@ -38,6 +42,7 @@ def configured(words: list[str], command: str, summary: str) -> RunConfig:
         note=lambda line: print(line, file=sys.stderr),
         own_text=own_text.defaults,
         own_entries=without_run_files,
+        allow_idle=allow_idle,
     )
 
 

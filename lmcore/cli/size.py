@@ -165,7 +165,8 @@ def requested(words: Sequence[str]) -> RunConfig:
 
     if named.get("data.mode") == "stream":
         raise RequestError("lmcore size counts the tokens of the text first, which data.mode stream does not")
-    config = parse(list(words), note=lambda line: print(line, file=sys.stderr), default_recipe=None)
+    request = [*words, *([] if given("optim.name") else ["--optim.name", "muon"])]
+    config = parse(request, note=lambda line: print(line, file=sys.stderr), default_recipe=None)
     now, defaults = flatten(config), flatten(RunConfig())
     free = {"model.type"} if config.model.preset else set()
     for name in CHOSEN:
@@ -188,13 +189,11 @@ def requested(words: Sequence[str]) -> RunConfig:
         data = replace(data, valid_fraction=0.03)  # 1% of a small text would hardly be a measurement
     if tokenizer.path is None and not given("tokenizer.vocab_size"):
         tokenizer = replace(tokenizer, vocab_size=fits.vocabulary)
-    if not given("optim.name"):
-        optim = replace(optim, name="muon")
     if optim.name not in START_RATES:
         raise RequestError(f"optim.name must be one of {', '.join(START_RATES)} here (got {optim.name})")
     if model.preset is None:
         model = replace(model, preset="modern")
-    return replace(config, data=data, tokenizer=tokenizer, optim=optim, model=model)
+    return replace(config, data=data, tokenizer=tokenizer, model=model)
 
 
 # ---------------------------------------------------------------------------------------------------- the children

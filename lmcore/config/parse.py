@@ -34,6 +34,7 @@ from lmcore.config.aliases import foreign
 from lmcore.config.checks import OPTIMIZERS, check
 from lmcore.config.convert import convert, shown
 from lmcore.config.durations import Durations
+from lmcore.config.idle import say_idle
 from lmcore.config.schema import Key, RunConfig, keys
 from lmcore.conventions import HIDDEN
 from lmcore.errors import RequestError
@@ -73,6 +74,7 @@ def parse(
     own_text: OwnText | None = None,
     own_entries: OwnEntries | None = None,
     allow_hidden: bool = False,
+    allow_idle: bool = False,
 ) -> RunConfig:
     """Read a command line.
 
@@ -87,6 +89,7 @@ def parse(
             (:func:`lmcore.data.text.sources.without_run_files`).
         allow_hidden: a saved configuration may hold ``<hidden>`` in the place of a secret, because the caller starts no
             run with it.
+        allow_idle: nothing is said of options that have no effect on a run, because the caller starts none.
 
     Raises:
         RequestError: one line, for anything that is wrong.
@@ -143,6 +146,9 @@ def parse(
         print(help_.commented_yaml(config), end="")
         raise SystemExit(0)
     check(config)
+    if not allow_idle:
+        set_by = {name: file for file, layer in layers for name in layer}
+        say_idle(config, typed=typed.keys(), files=set_by, note=note)
     return config
 
 
@@ -221,7 +227,7 @@ def _split(argv: Iterable[str]) -> _Request:
             help_section = "".join(values) if name == "help" else help_section
             print_config |= name == "print_config"
             continue
-        if not values and key is not None and key.type in (bool, bool | int):
+        if not values and key is not None and bool in (key.type, *typing.get_args(key.type)):
             values = ["true"]
         if not values:
             raise RequestError(f"--{name} needs a value")

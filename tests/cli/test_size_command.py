@@ -221,6 +221,7 @@ def test_write_only_names_the_runs_that_are_due_and_reads_what_became_of_them(
         (["--model.type", "llama"], "model.type is chosen"),
         (["--model.size", "5M", "--model.preset", "gpt2"], "model.size is chosen"),
         (["--train.duration", "3 steps"], "train.duration is chosen"),
+        (["--optim.decay", "30%"], "optim.decay is chosen"),
         (["--train.global_batch_tokens", "512"], "train.global_batch_tokens is chosen"),
         (["--run_dir", "runs/x"], "run_dir is named by --out"),
         (["--data.mode", "stream"], "data.mode stream"),
@@ -515,6 +516,8 @@ def test_values_of_a_file_are_kept_as_those_of_the_command_line(tmp_path: Path) 
     found = size.requested(["--config", str(tmp_path / "mine.yaml")])
     assert (found.tokenizer.vocab_size, found.optim.name) == (700, "adamw")
     assert (found.data.valid_fraction, found.data.block_size) == (0.1, 64)
+    muon = size.requested(["--data.train", str(tmp_path / "text.txt"), "--optim.momentum", "0.9"])
+    assert (muon.optim.name, muon.optim.momentum) == ("muon", 0.9)
     (tmp_path / "stream.yaml").write_text(f"data:\n  train: [{tmp_path}/text.txt]\n  mode: stream\n")
     with pytest.raises(RequestError, match=r"data\.mode stream"):
         size.requested(["--config", str(tmp_path / "stream.yaml")])

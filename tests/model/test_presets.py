@@ -144,7 +144,10 @@ def test_muon_momentum_warms_up_and_others_stay_constant() -> None:
     muon = momenta(options("--optim.name", "muon"), sizes(100))
     assert [muon(0), muon(5), muon(10), muon(99)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
     assert momenta(options("--optim.name", "sgd"), sizes(100))(0) == 0.95
-    asked = momenta(options("--optim.momentum_start", "0.5", "--optim.momentum_warmup", "50"), sizes(100))
+    asked = momenta(
+        options("--optim.name", "sgd", "--optim.momentum_start", "0.5", "--optim.momentum_warmup", "50"),
+        sizes(100),
+    )
     assert asked(25) == pytest.approx((0.5 + 0.95) / 2)
     assert schedules.momentum(0, start=0.5, end=0.9, warmup_steps=0) == 0.9
 
