@@ -128,7 +128,8 @@ class StoreBlocks:
         sources = ",".join(f"{store.name}:{store.fingerprint[:16]}" for store in self.stores)
         if len(sources) > 400:  # a checkpoint's cursor stays small
             sources = f"{len(self.stores)} sources:{hashlib.sha256(sources.encode()).hexdigest()[:32]}"
-        return f"store block_size={self.block_size} shuffle={self.order.shuffle} {sources}"
+        shuffle = "none" if self._order is None else self._order.shuffle  # of tails alone there is no order
+        return f"store block_size={self.block_size} shuffle={shuffle} {sources}"
 
     @property
     def epoch_blocks(self) -> int:
