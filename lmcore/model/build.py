@@ -141,7 +141,8 @@ def _take_special_ids(model: Any, ids: Mapping[str, int | None]) -> None:
         try:
             setattr(model.config, name, value)
         except Exception:
-            # A strict config wants a number (ModernBERT's for sep and cls), and raises several types.
+            # A strict config (ModernBERT's) takes no null for sep and cls, and raises errors of several types. A number that
+            # it refuses is an error.
             if value is not None:
                 raise
             continue
@@ -279,7 +280,9 @@ def _layer_that_is_not_the_identity(model: Any) -> str | None:
     try:
         model.eval()
         model(input_ids=torch.arange(4)[None])
-    except Exception:  # any family may want any other arguments
+    except Exception:
+        # A family that does not compute with token ids alone is refused before the run (token_mixing.why_it_cannot_run),
+        # with its error; it may raise any.
         return None
     finally:
         for hook in hooks:

@@ -165,7 +165,9 @@ def _tried(model: Any, run: Callable[[], Tensor]) -> Tensor | None:
         with torch.no_grad(), random_weights(list(model.base_model.modules()), zeros=True):
             model.eval()
             return run()
-    except Exception:  # any family may do anything with eight tokens, and take any arguments
+    except Exception:
+        # Any family may take any arguments, and raise anything. One that does not take token ids alone is refused with its
+        # error by why_it_cannot_run; what else it does not take, its first step refuses.
         return None
     finally:
         model.train(training)

@@ -21,6 +21,7 @@ import pytest
 
 from lmcore.cli import size
 from lmcore.cli.main import main
+from lmcore.cli.size import Children
 from lmcore.config.parse import parse
 from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.disk import DISK, Call
@@ -32,7 +33,6 @@ from lmcore.run import setup
 from lmcore.run.folder import RunFolder
 from tests.support.whole_runs import train, words
 
-CHILDREN = size.Children
 TRUE = Law(E=1.2, A=40.0, alpha=0.33, B=150.0, beta=0.40)
 BEST_RATE = 0.014
 VOCABULARY, BLOCK = 400, 32
@@ -429,7 +429,7 @@ def test_signal_where_no_short_run_goes_on_stops_the_search_at_once(
 ) -> None:
     """The text of hours, and the fit, must not be waited for."""
 
-    class WithSignals(CHILDREN):  # type: ignore[misc,valid-type]
+    class WithSignals(Children):
         def run(self, program: str, argv: list[str], log: Path) -> tuple[int, float]:
             return KnownLaw.run(law, program, argv, log)
 

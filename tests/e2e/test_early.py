@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -72,8 +73,8 @@ def _refused_before_preparing(argv: list[str]) -> tuple[int, str]:
     def prepare(*_: object, **__: object) -> None:
         raise AssertionError("prepared")
 
-    Engine.prepare = prepare  # type: ignore[method-assign]
-    return _train_and_say(argv)
+    with unittest.mock.patch.object(Engine, "prepare", prepare):
+        return _train_and_say(argv)
 
 
 def test_key_that_the_model_does_not_take_is_refused_before_anything_is_prepared(tmp_path: Path) -> None:
