@@ -65,20 +65,24 @@ def why_no_context_parallel(model: nn.Module, block_size: int) -> str | None:
     return mixed
 
 
-def why_not_causal(model: nn.Module) -> str | None:
-    """Why a model of transformers is no language model: a token depends on a later one, and so on its label. Else ``None``.
+def why_no_language_model(model: nn.Module) -> str | None:
+    """Why a model of transformers cannot be trained to predict the next token; ``None`` if it can, or cannot be tried.
 
-    Also ``None`` where it cannot be tried on eight tokens.
+    It does not compute with token ids alone, which is all that it gets in training, or a token depends on a later one, and so
+    on its own label. Tried on eight tokens in evaluation mode; kernels of a GPU are not tried on a CPU.
     """
     model = _user_model(model)
-    body = getattr(model, "base_model", None)
-    if body is None:
+    config: Any = getattr(model, "config", None)
+    body: Any = getattr(model, "base_model", None)
+    if body is None or str(getattr(config, "_attn_implementation", None)).startswith(("flash", "flex")):
         return None
     whole = {"input_ids": _OTHER_IDS}
     found = _tried(model, lambda: body(**whole)[0])
-    if found is None or not _differs(found[0, :-1], found[2, :-1]):
-        return None
-    return f"{model.__class__.__name__} sees the tokens that it shall predict: it is not causal"
+    if found is None:
+        return _error_with_token_ids_alone(model)
+    if _differs(found[0, :-1], found[2, :-1]):
+        return f"{model.__class__.__name__} sees the tokens that it shall predict: it is not causal"
+    return None
 
 
 def _counts_otherwise(model: Any) -> bool:
@@ -89,23 +93,15 @@ def _counts_otherwise(model: Any) -> bool:
     return own is not None and given is not None and _differs(own, given)
 
 
-def why_it_cannot_run(model: nn.Module) -> str | None:
-    """The error of a model of transformers that gets nothing but token ids, as in training; ``None`` if there is none.
-
-    Tried on at most eight tokens in evaluation mode, on the device of its weights; kernels of a GPU are not tried on a CPU.
-    """
-    model = _user_model(model)
-    config: Any = getattr(model, "config", None)
-    chosen = str(getattr(config, "_attn_implementation", None))
-    body: Any = getattr(model, "base_model", None)
-    if body is None or chosen.startswith(("flash", "flex")):
-        return None
+def _error_with_token_ids_alone(model: Any) -> str | None:
+    """What a model that could not be tried says to no more tokens than its context and its vocabulary have."""
     training = model.training
-    ids = torch.arange(min(8, context_length(model) or 8, config.get_text_config().vocab_size))[None]
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(min(8, context_length(model) or 8, vocabulary))[None]
     try:
         with torch.no_grad():
             model.eval()
-            body(input_ids=ids)
+            model.base_model(input_ids=ids)
     except Exception as error:  # any family may want any other arguments
         return f"{model.__class__.__name__} does not compute with token ids alone: {error.__class__.__name__}: {one_line(error)}"
     finally:
@@ -167,7 +163,7 @@ def _tried(model: Any, run: Callable[[], Tensor]) -> Tensor | None:
             return run()
     except Exception:
         # Any family may take any arguments, and raise anything. One that does not take token ids alone is refused with its
-        # error by why_it_cannot_run; what else it does not take, its first step refuses.
+        # error by why_no_language_model; what else it does not take, its first step refuses.
         return None
     finally:
         model.train(training)

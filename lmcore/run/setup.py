@@ -39,10 +39,9 @@ from lmcore.model.module import ModelWithLoss, head_parameters, vocabulary_param
 from lmcore.model.token_mixing import (
     attention_dropout,
     how_documents_meet,
-    why_it_cannot_run,
     why_no_context_parallel,
+    why_no_language_model,
     why_no_sequence_lengths,
-    why_not_causal,
 )
 from lmcore.plugins import import_path
 from lmcore.run.folder import RunFolder
@@ -583,7 +582,7 @@ def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = pr
             if (item := custom.first_item(dataset)) is not None:
                 module.check_keys(item)  # not only at the first step, after all preparation
     if config.model.factory is None and config.loss.factory is None and config.data.factory is None:
-        reason = (why_it_cannot_run(module) or why_not_causal(module)) if engine.needs_weights else None
+        reason = why_no_language_model(module) if engine.needs_weights else None
         for word in engine.gather_object(reason):
             if word is not None:
                 raise RequestError(f"{model_name(config)}: {word}; take another family")

@@ -12,10 +12,9 @@ from lmcore.model.module import ModelWithLoss
 from lmcore.model.token_mixing import (
     attention_dropout,
     how_documents_meet,
-    why_it_cannot_run,
     why_no_context_parallel,
+    why_no_language_model,
     why_no_sequence_lengths,
-    why_not_causal,
 )
 
 SMALL = {
@@ -117,24 +116,24 @@ def test_families_in_which_documents_meet_all_the_same_are_found(
     made = module(family, fields, zero_init=family == "lfm2", special_ids=ids)
     by_lengths = why_no_sequence_lengths(made, 16) is None
     assert how_documents_meet(made, sequence_lengths=by_lengths) == meet
-    assert why_not_causal(made) is None
+    assert why_no_language_model(made) is None
     assert made.training
 
 
 def test_models_that_see_the_future_are_found() -> None:
     made = module("xlnet", {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 40})
-    assert "not causal" in str(why_not_causal(made))
-    assert why_not_causal(module("bert", BERT)) is None
-    assert "not causal" in str(why_not_causal(module("bert", BERT | {"is_decoder": False})))
+    assert "not causal" in str(why_no_language_model(made))
+    assert why_no_language_model(module("bert", BERT)) is None
+    assert "not causal" in str(why_no_language_model(module("bert", BERT | {"is_decoder": False})))
 
 
 def test_models_that_want_more_than_token_ids_are_found() -> None:
     # It counts the tokens that are no padding, and this tokenizer defines no padding.
     roberta = module("roberta", BERT)
     assert "RobertaForCausalLM does not compute with token ids alone: TypeError" in str(
-        why_it_cannot_run(roberta)
+        why_no_language_model(roberta)
     )
     assert roberta.training
-    assert why_it_cannot_run(module("roberta", BERT, special_ids={"pad_token_id": 3})) is None
-    assert why_it_cannot_run(module("gpt2", GPT2 | {"n_positions": 4}, block_size=4)) is None
-    assert why_it_cannot_run(ModelWithLoss(torch.nn.Linear(4, 4))) is None
+    assert why_no_language_model(module("roberta", BERT, special_ids={"pad_token_id": 3})) is None
+    assert why_no_language_model(module("gpt2", GPT2 | {"n_positions": 4}, block_size=4)) is None
+    assert why_no_language_model(ModelWithLoss(torch.nn.Linear(4, 4))) is None
