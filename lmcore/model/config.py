@@ -65,11 +65,7 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
             f"unknown model.type {type!r}: not a causal language model of transformers{did_you_mean(type, known_types())}"
         )
     config_class = CONFIG_MAPPING[type]
-    if is_dataclass(config_class):
-        known = {f.name for f in fields(config_class)}
-    else:
-        known = set(inspect.signature(config_class.__init__).parameters) - {"self", "kwargs"}
-    known |= set(config_class.attribute_map)
+    known = _field_names(config_class)
     for name in overrides:
         if name in _OWNED:
             raise RequestError(f"model.config.{name} cannot be set: {_OWNED[name]}")
@@ -90,6 +86,44 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
         if getattr(made, name) < 1:
             raise RequestError(f"model.config.{name} {getattr(made, name)} must be at least 1")
     return made
+
+
+def _field_names(config_class: Any) -> set[str]:
+    """The names by which fields of a config can be set, those that stand for another one among them."""
+    if is_dataclass(config_class):
+        known = {f.name for f in fields(config_class)}
+    else:
+        known = set(inspect.signature(config_class.__init__).parameters) - {"self", "kwargs"}
+    return known | set(config_class.attribute_map)
+
+
+def shape_of_family(type: str, shape: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the fields ``shape`` that a family has and ``overrides`` do not set, by its own names.
+
+    Empty where the family's config refuses them, and for a type that is not known.
+
+    Args:
+        shape: values by the names that transformers uses for all families (``num_hidden_layers``, ``hidden_size``, ...).
+        overrides: what the user sets, by either name.
+
+    Example::
+
+        shape_of_family("bloom", {"num_hidden_layers": 2, "head_dim": 8}, {})  # {"n_layer": 2}
+    """
+    from transformers import CONFIG_MAPPING
+
+    if type not in known_types():
+        return {}
+    names = CONFIG_MAPPING[type].attribute_map
+    known = _field_names(CONFIG_MAPPING[type])
+    given = {names.get(name, name) for name in overrides}
+    found = {names.get(name, name): value for name, value in shape.items() if name in known}
+    found = {name: value for name, value in found.items() if name not in given}
+    try:
+        make_config(type, {**found, **overrides})
+    except RequestError:
+        return {}
+    return found
 
 
 def _refuse_several_models(type: str, config: Any) -> None:

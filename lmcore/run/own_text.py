@@ -163,12 +163,14 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             )
             values |= {"optim.schedule": "linear", "optim.min_lr_ratio": 0.0}
         rate = size.learning_rate * (MUON_RATE_FACTOR if optimizer == "muon" else 1)
-        own_width = _set_width(given)
-        table = f", the table's for this size of text (the model is {own_width} wide)" if own_width else ""
+        fields, own_width, table = _architecture(given, size), _set_width(given), ""
+        if own_width:
+            table = f", the table's for this size of text (the model is {own_width} wide)"
+        elif not fields and given.get("model.type") is not None:
+            table = ", the table's for this size of text (the model has the shape that transformers gives it: set model.config)"
         choose("optim.lr", rate, f"for a model {size.width} wide and {optimizer}{table}")
         if given.get("model.preset") is not None:
             choose("model.size", size.preset_size, "the nearest of the preset's sizes")
-        fields = _architecture(given, size)
         if fields:
             kind = _model_type(given)
             values |= {"model.type": kind, "model.config": fields}
@@ -245,8 +247,13 @@ def _longest(given: dict[str, Any], size: Size) -> int:
 
 def _set_width(given: dict[str, Any]) -> int | None:
     """The width that the user has set; ``None``: that of the table."""
+    return _set_count(given, "hidden_size", "n_embd", "d_model")
+
+
+def _set_count(given: dict[str, Any], *names: str) -> int | None:
+    """The first of these fields of ``model.config`` that the user has set; ``None``: none."""
     fields = given.get("model.config") or {}
-    return _count(fields.get("hidden_size")) or _count(fields.get("n_embd"))
+    return next((count for name in names if (count := _count(fields.get(name)))), None)
 
 
 def _count(value: Any) -> int | None:
@@ -292,7 +299,7 @@ def _law(
 
 
 def _architecture(given: dict[str, Any], size: Size) -> dict[str, Any]:
-    """Fields of ``model.config``; none where the user names a model of which the field names are not known here."""
+    """Fields of ``model.config``; none where the user names a model whose shape is its own, or a family that refuses them."""
     kind = _model_type(given)
     if given.get("model.factory") is not None or given.get("model.preset") is not None:
         return {}
@@ -306,7 +313,7 @@ def _architecture(given: dict[str, Any], size: Size) -> dict[str, Any]:
     # size of its billions of parameters, and a wider model would keep the narrow MLP of the table.
     set_by_user = given.get("model.config") or {}
     width = _set_width(given) or size.width
-    heads = _count(set_by_user.get("num_attention_heads")) or size.heads
+    heads = _set_count(given, "num_attention_heads", "n_head") or size.heads
     shape = {
         "num_hidden_layers": size.layers, "hidden_size": size.width, "num_attention_heads": size.heads,
         "num_key_value_heads": heads, "max_position_embeddings": context,
@@ -317,4 +324,13 @@ def _architecture(given: dict[str, Any], size: Size) -> dict[str, Any]:
         # Rotary embeddings turn pairs of numbers.
         head_dim = max(2, width // heads // 2 * 2)
         return shape | {"head_dim": head_dim, "intermediate_size": 64 * math.ceil(width * 8 / 3 / 64)}
-    return {}
+    from lmcore.model.config import shape_of_family  # lazily: the families of transformers import torch
+
+    own = {
+        "head_dim": max(2, width // heads // 2 * 2),
+        "intermediate_size": 4 * width,
+        "moe_intermediate_size": width,
+    }
+    # OPT and its kin have names of their own for the width of the MLP and of the embedding.
+    own |= {"ffn_dim": 4 * width, "word_embed_proj_dim": width}
+    return shape_of_family(kind, shape | own, set_by_user)

@@ -12,6 +12,7 @@ from lmcore.config.schema import RunConfig
 from lmcore.errors import RequestError
 from lmcore.report.metrics import read_metrics
 from lmcore.run import own_text
+from lmcore.run.setup import build_model
 from tests.support.whole_runs import request, train, words
 
 
@@ -110,6 +111,34 @@ def test_other_model_types_get_sizes_too(text: Path, kind: str) -> None:
     own = ("--model.config.head_dim", "8", "--model.config.num_hidden_layers", "5")
     set_here, _ = configure(text, "--model.type", kind, *own)
     assert set_here.model.config == {**config.model.config, "head_dim": 8, "num_hidden_layers": 5}
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "depth"),
+    [
+        ("gpt_neox", "hidden_size", "num_hidden_layers"),
+        ("codegen", "n_embd", "n_layer"),
+        ("opt", "hidden_size", "num_hidden_layers"),
+    ],
+)
+def test_any_family_gets_the_size_of_the_text_by_its_own_names(
+    text: Path, kind: str, width: str, depth: str
+) -> None:
+    config, notes = configure(text, "--model.type", kind)
+    assert [config.model.config[name] for name in (width, depth)] == [64, 2]
+    model = build_model(config, vocab_size=1_000, special_ids={}, block_size=128, weights=False)
+    assert sum(p.numel() for p in model.parameters()) < 1e6, "20 billion of GPT-NeoX for 10 kB of text"
+    assert any(f"{kind}, 2 layers, 64 wide" in note for note in notes)
+    wider, _ = configure(text, "--model.type", kind, f"--model.config.{width}", "128")
+    build_model(wider, vocab_size=1_000, special_ids={}, block_size=128, weights=False)
+    deeper, _ = configure(text, "--model.type", kind, "--model.config.num_hidden_layers", "3")
+    build_model(deeper, vocab_size=1_000, special_ids={}, block_size=128, weights=False)
+
+
+def test_family_that_refuses_such_a_shape_keeps_its_own_and_that_is_said(text: Path) -> None:
+    config, notes = configure(text, "--model.type", "gpt_neo")
+    assert config.model.config == {}
+    assert any("the shape that transformers gives it" in note for note in notes)
 
 
 def test_pretrained_model_gets_a_fine_tuning_rate_and_keeps_its_sizes(text: Path) -> None:
