@@ -195,6 +195,8 @@ class Engine:
         self._micro_batch = 0
         self._settle_buckets = False
         self._state_known = False
+        self.without_gradient: list[str] | None = None
+        """Trained parameters that took no part in the loss of the first step; ``None`` before it, and under DeepSpeed."""
         self.copies = DeviceCopies()
         self.updating = False
 
@@ -423,6 +425,8 @@ class Engine:
         parameters = [p for p in self._trained if p.grad is not None]
         if self._with_ddp:  # before anything is changed
             refuse_without_gradient(self.module, [p for p in self._trained if p.grad is None])
+        if self.without_gradient is None:
+            self.without_gradient = [self._trained_names[id(p)] for p in self._trained if p.grad is None]
         gradients = [p.grad for p in parameters] if self._sums is None else self._sums.reduced()
         norm = self._total_norm(parameters, gradients)
         applied = torch.isfinite(norm) & (norm <= norm_limit)

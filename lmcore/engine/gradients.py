@@ -122,11 +122,15 @@ def naming_unused_parameters(wrapped: nn.Module) -> Iterator[None]:
         _refuse_names([trained[int(index)] for index in found[1].split()] if found else [], error)
 
 
+def first_names(names: list[str]) -> str:
+    """The first of many names, and how many there are beside them."""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more
+
+
 def _refuse_names(names: list[str], cause: BaseException | None = None) -> None:
     names = [clean_name(name.removeprefix("module.")) for name in names]
-    shown = ", ".join(names[:SHOWN_NAMES]) + (
-        f" and {len(names) - SHOWN_NAMES} more" * (len(names) > SHOWN_NAMES)
-    )
+    shown = first_names(names)
     frozen = " ".join(f"--optim.freeze {name}" for name in names[:1]) or "--optim.freeze NAME"
     raise RequestError(
         "DDP needs a gradient of every trained parameter in every step, and these took no part in the loss of one: "

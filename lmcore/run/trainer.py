@@ -31,6 +31,7 @@ from lmcore.conventions import IGNORED_LABEL
 from lmcore.data.batches import Batches, StepBatch, merge_cursors
 from lmcore.data.cursor import Cursor, merge_skips
 from lmcore.disk import DISK
+from lmcore.engine.gradients import first_names
 from lmcore.engine.ranks import hashing_together, on_main
 from lmcore.errors import (
     EXIT_CRASHED,
@@ -371,6 +372,7 @@ class Run:
         self._recorded = time.monotonic()
         self._stop_early: str | None = None
         self._epoch = 0.0
+        self._gradients_known = False
         # Of a stream, and of the user's own iterable, a rank knows what it has read.
         self._same_epochs = getattr(data.train, "epoch_blocks", None) is not None
         if self._found:
@@ -602,6 +604,13 @@ class Run:
         """
         state, rate, engine = self.state, self.learning_rate(), self.engine
         state.step, state.cursor = state.step + 1, batch.cursor
+        if not self._gradients_known:
+            self._gradients_known = True
+            if names := engine.without_gradient:
+                self.report.note(
+                    f"no gradient in step {state.step}: {first_names(names)}; what takes no part in the loss is not trained, and "
+                    "stays as it was initialized"
+                )
         state.tokens += batch.n_blocks * self.sizes.block_size
         first, last = batch.positions
         ended, self._epoch = int(batch.epoch) > int(self._epoch), batch.epoch

@@ -118,6 +118,29 @@ def test_own_data_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
     assert "the data of rank 0 and rank 1 differ (train: " in reason
 
 
+def test_parameters_that_are_not_trained_are_said(tmp_path: Path) -> None:
+    """They kept the numbers that they were initialized with, in silence: DeepSeek V3.2's choice of keys, for one."""
+    options = {
+        "data.factory": "tests.support.own_parts:data",
+        "data.config.count": 64,
+        "model.type": "null",
+        "model.factory": "tests.support.own_parts:model_with_a_spare_layer",
+        "model.config.width": 8,
+        "loss.factory": "tests.support.own_parts:squares",
+        "train.duration": "2 steps",
+        "train.global_batch_blocks": 8,
+        "checkpoint.every": "never",
+        "run_dir": tmp_path / "run",
+    }
+    argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    assert train(argv) == [EXIT_FINISHED]
+    said = [
+        line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "no gradient" in line
+    ]
+    assert len(said) == 1
+    assert "no gradient in step 1: spare.weight, spare.bias; " in said[0]
+
+
 @pytest.mark.parametrize(("where", "workers"), [("factory", 0), ("item", 1)])
 def test_error_of_one_rank_is_the_reason_that_rank_0_gives(tmp_path: Path, where: str, workers: int) -> None:
     """It was said only that rank 1 is dead, below a traceback of rank 0 about a lost connection."""

@@ -96,6 +96,12 @@ def model(width: int = 8) -> nn.Module:
     return Net(width)
 
 
+def model_with_a_spare_layer(width: int) -> nn.Module:
+    made = model(width)
+    made.spare = nn.Linear(2, 2)
+    return made
+
+
 def squares(outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     error = (outputs - batch["labels"]).float().square()
     return error.sum(), torch.tensor(error.numel())
