@@ -196,7 +196,8 @@ def build_optimizer(
         cautious_weight_decay: of muon's matrices, see :class:`MuonWithAdamW`.
         config: further arguments of the optimizer's class (``amsgrad``, ``beta2_decay``, ...).
 
-    A class by import path is called with ``groups``, ``lr`` and those of the others that it names.
+    A class by import path is called with ``groups``, ``lr``, those of the others that it names, and, if it takes any
+    argument (``**kwargs``), those that are not the default.
 
     Raises:
         RequestError: no such optimizer, or it has no such argument.
@@ -237,15 +238,32 @@ def _by_path(
     path: str, groups: list[dict[str, Any]], offered: Mapping[str, Any], config: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
     factory = import_path(path, "optim.name")
-    try:
-        known: Collection[str] = inspect.signature(factory).parameters
-    except ValueError:  # written in C
-        known = ()
-    arguments = {k: v for k, v in offered.items() if v is not None and (k == "lr" or k in known)}
+    named, takes_any = _arguments(path)
+    defaults = build_optimizer.__kwdefaults__ or {}
+    arguments = {
+        k: v
+        for k, v in offered.items()
+        if k == "lr" or (v is not None and (k in named or (takes_any and v != defaults[k])))
+    }
     optimizer = factory(groups, **(arguments | dict(config)))
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise RequestError(f"optim.name {path!r} made a {type(optimizer).__name__}, not a torch Optimizer")
     return optimizer
+
+
+def _arguments(path: str) -> tuple[Collection[str], bool]:
+    """The names of the arguments of the class at an import path, and whether it takes any other."""
+    try:
+        parameters = inspect.signature(import_path(path, "optim.name")).parameters
+    except ValueError:  # written in C
+        return (), False
+    return parameters, any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+
+
+def takes_option(path: str, option: str) -> bool:
+    """Whether a value of ``option`` that is not the default reaches the class at an import path."""
+    named, takes_any = _arguments(path)
+    return takes_any or option in named
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from lmcore.config.curves import Curve, first_value, values_of
 from lmcore.config.presets import describe_preset, model_type_and_fields, zero_init
-from lmcore.config.schema import RunConfig, global_batches
+from lmcore.config.schema import RunConfig, global_batches, keys, plain
 from lmcore.conventions import LONGEST_DEFAULT_BLOCK_TOKENS
 from lmcore.data import corpus, custom
 from lmcore.data.blocks import StoreBlocks
@@ -659,9 +659,17 @@ def with_loss(
 
 
 def make_optimizer(
-    config: RunConfig, module: ModelWithLoss, named: list[tuple[str, torch.nn.Parameter]]
+    config: RunConfig,
+    module: ModelWithLoss,
+    named: list[tuple[str, torch.nn.Parameter]],
+    *,
+    note: Callable[[str], object] = lambda line: None,
 ) -> torch.optim.Optimizer:
-    """The optimizer over the named parameters that the engine hands out."""
+    """The optimizer over the named parameters that the engine hands out.
+
+    Args:
+        note: told of options that a class of the user's does not take.
+    """
     groups = optim.parameter_groups(
         named,
         weight_decay=max(values_of(config.optim.weight_decay)),
@@ -687,6 +695,15 @@ def make_optimizer(
         **config.optim.config,
     )
     optim.set_weight_decay(optimizer, first_value(config.optim.weight_decay))
+    in_groups = {name for group in optimizer.param_groups for name in group} & {
+        "momentum"
+    }  # set in every step
+    for name in sorted({"betas", "eps", "momentum", "fused"} - in_groups) if ":" in config.optim.name else ():
+        given = getattr(config.optim, name)
+        if given != keys()[f"optim.{name}"].default and not optim.takes_option(config.optim.name, name):
+            note(
+                f"optim.{name} {plain(given)} has no effect: {config.optim.name} has no argument {name}; leave it out"
+            )
     return optimizer
 
 

@@ -277,7 +277,7 @@ class Run:
         self._plan = plan_here(config, engine, self.module, self.sizes, data, note=self.report.note)
         engine.prepare(
             self.module,
-            partial(setup.make_optimizer, config, self.module),
+            partial(setup.make_optimizer, config, self.module, note=self.report.warn_once),
             gradient_accumulation=self.sizes.accumulation,
             micro_batch_blocks=self.sizes.micro_batch_blocks,
             clip_norm=config.optim.clip_norm,

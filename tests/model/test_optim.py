@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from lmcore.config.parse import parse
 from lmcore.errors import RequestError
 from lmcore.model import optim
+from lmcore.run.setup import make_optimizer
 
 
 class Net(nn.Module):
@@ -219,6 +222,33 @@ def test_wrong_names_are_refused() -> None:
         optim.build_optimizer("adafactor", groups, lr=1e-3, beta2_decay=5.0)
     with pytest.raises(RequestError, match=r"torch\.optim:Muon, optim\.config: Muon only supports 2D"):
         optim.build_optimizer("torch.optim:Muon", groups, lr=1e-3)
+
+
+class TakesAnything(torch.optim.AdamW):
+    def __init__(self, params: Any, **arguments: Any) -> None:  # of which AdamW has no momentum
+        super().__init__(params, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("path", "words", "said", "reaches"),
+    [
+        ("torch.optim:RAdam", "--optim.betas 0.8 0.9", "", {"betas": (0.8, 0.9)}),
+        ("torch.optim:RMSprop", "--optim.betas 0.8 0.9", "optim.betas [0.8, 0.9] has no effect", {}),
+        ("torch.optim:RMSprop", "--optim.momentum 0.5", "", {"momentum": 0.5}),
+        ("torch.optim:RAdam", "--optim.momentum 0.5", "optim.momentum 0.5 has no effect", {}),
+        (f"{__name__}:TakesAnything", "--optim.betas 0.8 0.9", "", {"betas": (0.8, 0.9)}),
+        ("torch.optim:RAdam", "", "", {}),
+    ],
+)
+def test_option_that_a_class_of_the_user_does_not_take_is_said(
+    path: str, words: str, said: str, reaches: dict[str, Any]
+) -> None:
+    config = parse(["--optim.name", path, *words.split()], default_recipe=None)
+    model, notes = make(), []
+    module: Any = SimpleNamespace(model=model)
+    optimizer = make_optimizer(config, module, list(model.named_parameters()), note=notes.append)
+    assert [said in note for note in notes] == ([True] if said else [])
+    assert all(optimizer.param_groups[0][name] == value for name, value in reaches.items())
 
 
 def test_optimizer_names_have_no_case() -> None:
