@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from lmcore.checkpoint import reader
 from lmcore.checkpoint.manifest import STATE, Damaged, Hashes, committed, hashes_here, read_json
+from lmcore.config.durations import Durations
 from lmcore.config.schema import Resume, RunConfig, flatten, keys, ranges
 from lmcore.data.cursor import Skips, count_positions
 from lmcore.errors import RequestError
@@ -84,6 +85,21 @@ def other_data_is_allowed(before: dict[str, Any], config: RunConfig) -> bool:
     return "data.train" in allowed or any(
         name.startswith(("data.", "tokenizer.")) for name in allowed & different
     )
+
+
+def kept_before(past: Mapping[str, Any], config: RunConfig) -> int:
+    """The step up to which every checkpoint stays that is there: ``checkpoint.keep_every`` meant other steps up to it.
+
+    Args:
+        past: the state of the checkpoint that is resumed; empty for a new run.
+    """
+    before, now = past.get("config", {}), redact(flatten(config))
+    every = Durations.parse(before.get("checkpoint.keep_every"))
+    names = ["checkpoint.keep_every"] if every else []
+    if any(one.unit in ("percent", "epochs") for one in every):
+        names += ["train.duration", "data.train"]
+    changed = any(before.get(name) != now[name] for name in names)
+    return int(past["step"] if changed else past.get("kept_before", 0))
 
 
 def skips_left_out(before: Any, now: Skips) -> list[str]:

@@ -77,6 +77,7 @@ from lmcore.run.profiler import ProfileWindow
 from lmcore.run.replicas import odd_ranks, parameter_hash
 from lmcore.run.resume import (
     find_checkpoint,
+    kept_before,
     other_data_is_allowed,
     precision_so_far,
     skips_left_out,
@@ -274,6 +275,7 @@ class Run:
         )
         with state_of(self._found[0]) if self._found else nullcontext():
             self._set_sizes(self._past, Cursor.from_json(self._past["cursor"]) if self._past else None)
+            self._kept_before = kept_before(self._past, config)
         self._plan = plan_here(config, engine, self.module, self.sizes, data, note=self.report.note)
         engine.prepare(
             self.module,
@@ -771,6 +773,7 @@ class Run:
                     "optimizer_scalars": engine.optimizer_scalars(),
                     "micro_batch_blocks": self.sizes.micro_batch_blocks,
                     "planned_from": self.sizes.steps.stretches[0][:2],
+                    "kept_before": self._kept_before,
                     "guard": self.guard.state_dict(),
                     "model": self._model,
                     "tokenizer": self.data.encoder.fingerprint if self.data.encoder else None,
@@ -1044,9 +1047,9 @@ class Run:
         return [(n, p) for n, p in self.module.model.named_parameters() if p.requires_grad]
 
     def _is_kept(self, step: int) -> bool:
-        """Whether the checkpoint of a step is kept for ever. What was saved under another plan of the steps cannot be
-        told any more, and stays."""
-        before = step < self.sizes.steps.stretches[0].step
+        """Whether the checkpoint of a step is kept for ever. What was saved under another plan of the steps, or another
+        meaning of ``checkpoint.keep_every``, cannot be told any more, and stays."""
+        before = step < self.sizes.steps.stretches[0].step or step <= self._kept_before
         return before or self._intervals.reached(step, self.config.checkpoint.keep_every)
 
     def _compare_replicas(self) -> None:

@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 
 from lmcore.checkpoint import reader
+from lmcore.config.parse import parse
 from lmcore.config.schema import RunConfig, flatten
+from lmcore.data.steps import StepPlan
 from lmcore.data.store.inventory import USES
 from lmcore.errors import RequestError
 from lmcore.run import setup
 from lmcore.run.folder import RunFolder
-from lmcore.run.resume import changes, find_checkpoint, refuse_changes
+from lmcore.run.resume import changes, find_checkpoint, kept_before, refuse_changes
+from lmcore.run.trainer import Run
 
 
 def asked(run_dir: Path, resume: str) -> str:
@@ -96,3 +99,37 @@ def test_checkpoint_of_a_version_that_hid_less_is_resumed(
     monkeypatch.setattr(reader, "find", lambda *args, **kwargs: opened)
     report: Any = SimpleNamespace(note=pytest.fail, warn_once=pytest.fail)
     assert find_checkpoint(config, RunFolder(tmp_path), report) == (str(saved.path), saved.state)
+
+
+@pytest.mark.parametrize(
+    ("every", "other", "stays"),
+    [
+        ("20%", "--train.duration 15", True),
+        ("1 epochs", "--allow_changes data.train --data.train b", True),
+        ("2", "--checkpoint.keep_every never", True),
+        ("2", "--train.duration 15", False),
+        ("20%", "--checkpoint.keep 1", False),
+        ("never", "--train.duration 15 --checkpoint.keep_every 20%", False),
+    ],
+)
+def test_checkpoints_of_another_keep_every_stay(every: str, other: str, stays: bool) -> None:
+    """They are never to be deleted: a longer run of which 20% are other steps must not delete those of the shorter."""
+    words = f"--data.train a --train.duration 10 --checkpoint.keep_every {every}".replace(
+        "1 epochs", "1epochs"
+    )
+    saved = parse(words.split(), default_recipe=None)
+    resumed = parse([*words.split(), *other.split()], default_recipe=None)
+    assert kept_before({}, saved) == 0
+    past = {"step": 10, "config": flatten(saved)}
+    assert kept_before(past, saved) == 0
+    before = kept_before(past, resumed)
+    assert before == (10 if stays else 0)
+    again = {"step": 12, "config": flatten(resumed), "kept_before": before}
+    assert kept_before(again, resumed) == before
+    run: Any = SimpleNamespace(
+        _kept_before=before,
+        config=resumed,
+        sizes=SimpleNamespace(steps=StepPlan.constant(4)),
+        _intervals=SimpleNamespace(reached=lambda step, every: False),
+    )
+    assert [Run._is_kept(run, step) for step in (4, 10, 12)] == [stays, stays, False]
