@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lmcore.checkpoint import reader
 from lmcore.checkpoint.manifest import STATE, Damaged, Hashes, committed, hashes_here, read_json
 from lmcore.config.durations import Durations
-from lmcore.config.schema import Resume, RunConfig, flatten, keys, ranges
+from lmcore.config.schema import EarlyStoppingConfig, Resume, RunConfig, flatten, keys, ranges
 from lmcore.data.cursor import Skips, count_positions
 from lmcore.errors import RequestError
 from lmcore.report.metrics import iterate_metrics
@@ -100,6 +100,12 @@ def kept_before(past: Mapping[str, Any], config: RunConfig) -> int:
         names += ["train.duration", "data.train"]
     changed = any(before.get(name) != now[name] for name in names)
     return int(past["step"] if changed else past.get("kept_before", 0))
+
+
+def stop_values_of(past: Mapping[str, Any], metric: str) -> list[float]:
+    """What early stopping has seen by the state of a checkpoint: nothing where it watched another metric than now."""
+    watched = past["config"].get("evaluate.early_stopping.metric", EarlyStoppingConfig.metric)
+    return list(past["stop_values"]) if watched == metric else []
 
 
 def skips_left_out(before: Any, now: Skips) -> list[str]:

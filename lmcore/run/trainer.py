@@ -82,6 +82,7 @@ from lmcore.run.resume import (
     precision_so_far,
     skips_left_out,
     state_of,
+    stop_values_of,
     with_sources_of,
 )
 from lmcore.run.state import State, differences, topology
@@ -405,7 +406,8 @@ class Run:
                 .with_phases(self.data.phases)
                 .with_skips(self._skips),
                 metrics_step=kept.get("metrics_step", -1),
-                **{name: kept[name] for name in ("step", "tokens", "metrics", "stop_values")},
+                stop_values=stop_values_of(kept, self._early_stopping.metric),
+                **{name: kept[name] for name in ("step", "tokens", "metrics")},
             )
             self._epoch = self.data.train.epoch_of(self.state.cursor)
             left_out = skips_left_out(kept["config"].get("data.skip_positions"), self._skips)

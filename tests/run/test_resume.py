@@ -19,7 +19,7 @@ from lmcore.data.store.inventory import USES
 from lmcore.errors import RequestError
 from lmcore.run import setup
 from lmcore.run.folder import RunFolder
-from lmcore.run.resume import changes, find_checkpoint, kept_before, refuse_changes
+from lmcore.run.resume import changes, find_checkpoint, kept_before, refuse_changes, stop_values_of
 from lmcore.run.trainer import Run
 
 
@@ -133,3 +133,10 @@ def test_checkpoints_of_another_keep_every_stay(every: str, other: str, stays: b
         _intervals=SimpleNamespace(reached=lambda step, every: False),
     )
     assert [Run._is_kept(run, step) for step in (4, 10, 12)] == [stays, stays, False]
+
+
+@pytest.mark.parametrize(("metric", "counted"), [("loss", [5.2, 4.9]), ("perplexity", [])])
+def test_early_stopping_does_not_compare_two_metrics(metric: str, counted: list[float]) -> None:
+    """A perplexity is never better than a loss: the run would end although it learns."""
+    state = {"config": flatten(RunConfig()), "stop_values": [5.2, 4.9]}
+    assert stop_values_of(state, metric) == counted
