@@ -120,6 +120,12 @@ class Durations(tuple[Duration, ...]):
             return value
         if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
             value = value[1:-1]
+        elif isinstance(value, str) and (thousands := re.search(r"\b[0-9]{1,3}(,[0-9]{3})+(?![0-9])", value)):
+            # The 1 of "1,500" would be an interval of one step
+            number = thousands[0]
+            raise RequestError(
+                f"{_shown(value)}: write {number.replace(',', '')} for one number, or [{number}] for several"
+            )
         if isinstance(value, str):
             value = [part.strip(" '\"") for part in value.split(",")]
         if isinstance(value, Duration) or not isinstance(value, (list, tuple)):

@@ -530,6 +530,8 @@ def test_no_file_ends_in_a_traceback(tmp_path: Path, values: dict[str, Any]) -> 
         ("--checkpoint.keep_every [10,50%]", ["keep_every", "takes one"]),
         ("--checkpoint.keep_every 30min", ["keep_every 30 min", "cannot be a time", "10%"]),
         ("--guard.hash_every [100,2h]", ["hash_every 120 min", "cannot be a time"]),
+        ("--checkpoint.every 1,500", ["checkpoint.every", "'1,500'", "write 1500", "[1,500]"]),
+        ("--evaluate.every 1,000,000tokens", ["write 1000000"]),
         (
             "--evaluate.every 2epochs --data.mode stream --train.duration 9",
             ["evaluate.every 2 epochs", "of a stream", "minutes"],
@@ -714,6 +716,7 @@ def test_interval_is_due_at_the_first_step_of_each_multiple(
 def test_several_intervals_and_time() -> None:
     every = Durations.parse("[4, 10 min]")
     assert every == Durations.parse([4, "10 min"]) == Durations.parse("4, 10 min")
+    assert Durations.parse("[100,200]") == Durations.parse("100, 200") == Durations.parse([100, 200])
     assert str(Durations.parse([])) == str(Durations.parse("never")) == "never"
     assert is_due(4, every)
     assert not is_due(5, every, minutes_since_last=9.9)
