@@ -450,7 +450,8 @@ class Report(RankLog):
         bits_per_byte: float | None,
         **more: Any,
     ) -> None:
-        """The result on one validation or test set; ``set`` is its name, or ``test`` or ``test/NAME``.
+        """The result on one validation or test set; ``set`` is its name, or ``test`` or ``test/NAME``, with ``-ema`` of the
+        averaged weights.
 
         Trackers get it as ``valid/loss``, ``valid/NAME/loss``, ``test/loss`` or ``test/NAME/loss``.
         """
@@ -460,7 +461,7 @@ class Report(RankLog):
         where = {"set": set, "step": step, "epoch": epoch, "tokens": tokens}
         self._write({"kind": "eval", **where, **values, **more})
         if self._trackers is not None:
-            group = set if set.partition("/")[0] in ("valid", "test") else f"valid/{set}"
+            group = set if set.partition("/")[0] in ("valid", "test", "test-ema") else f"valid/{set}"
             self._trackers.log(group, {"epoch": epoch, **values}, step)
         self._evaluations[set] = {"step": step, **{key: _finite(value) for key, value in values.items()}}
         self._held_cells[redact(one_line(set))] = f"{loss:.4f}"

@@ -75,20 +75,28 @@ class Evaluator:
 
     def validate(self, state: State, epoch: float) -> dict[str, float]:
         """The validation metrics: ``SET/METRIC``, and the plain ``METRIC`` of the first set."""
-        blocks = self._options.blocks
-        metrics = self.score(self._data.valid, state, epoch, blocks=blocks)
-        if self._average:
-            self._engine.copies.before_writing()  # of a save just before
-            with self._average.in_place():
-                sets = {f"{name}-ema": dataset for name, dataset in self._data.valid.items()}
-                averaged = self.score(sets, state, epoch, blocks=blocks)
-            metrics |= {key: value for key, value in averaged.items() if "/" in key}
-        return metrics
+        return self.score(self._data.valid, state, epoch, blocks=self._options.blocks)
 
     def score(
         self, sets: Mapping[str, Any], state: State, epoch: float, *, blocks: int | None = None
     ) -> dict[str, float]:
-        """The loss on every set, each reported as it is known. ``blocks``: of each set at most."""
+        """The loss on every set, also of the averaged weights (``SET-ema``); each is reported as it is known.
+
+        Args:
+            blocks: of each set at most.
+        """
+        metrics = self._score(sets, state, epoch, blocks=blocks)
+        if self._average and sets:
+            self._engine.copies.before_writing()  # of a save just before
+            with self._average.in_place():
+                of_average = {f"{name}-ema": dataset for name, dataset in sets.items()}
+                averaged = self._score(of_average, state, epoch, blocks=blocks)
+            metrics |= {key: value for key, value in averaged.items() if "/" in key}
+        return metrics
+
+    def _score(
+        self, sets: Mapping[str, Any], state: State, epoch: float, *, blocks: int | None
+    ) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for name, dataset in sets.items():
             batches = EvalBatches(

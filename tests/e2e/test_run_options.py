@@ -175,13 +175,14 @@ def test_ema_is_kept_evaluated_and_exported(text: Path) -> None:
     from safetensors.torch import load_file
 
     run_dir = text / "average"
-    options = {**SHORT, "optim__ema_decay": 0.5}
+    options = {**SHORT, "optim__ema_decay": 0.5, "data__test": text / "more.txt"}
     train(request(text, run_dir, **options), kill_before_step=3)
     assert train(request(text, run_dir, **options)) == [EXIT_FINISHED]
     straight = text / "average-straight"
     assert train(request(text, straight, **options)) == [EXIT_FINISHED]
-    sets = {r["set"] for r in read_metrics(run_dir / "metrics.jsonl", kind="eval")}
-    assert sets == {"held", "held-ema"}
+    scored = {r["set"]: r["loss"] for r in read_metrics(run_dir / "metrics.jsonl", kind="eval")}
+    assert scored.keys() == {"held", "held-ema", "test", "test-ema"}
+    assert scored["test"] != scored["test-ema"], "the export holds the average"
     exported = load_file(run_dir / "export" / "model.safetensors")
     for name, tensor in load_file(straight / "export" / "model.safetensors").items():
         assert torch.equal(exported[name], tensor), name
