@@ -285,6 +285,11 @@ def find(
                 f"checkpoint {which}: no such folder; --resume auto uses the newest checkpoint"
             )
         path = Path(os.path.abspath(path))
+        inside = committed(path / "checkpoints") or committed(path)
+        if inside and not (path / MANIFEST).exists():
+            raise RequestError(
+                f"{which} is a folder of checkpoints, not one of them: give one, such as {inside[-1]}"
+            )
         try:
             return _open(path, content=True, hashes=hashes)
         except Damaged as damage:

@@ -380,6 +380,14 @@ def test_find_by_path(two: Path) -> None:
         open_checkpoint(two / "step-00000001")
 
 
+@pytest.mark.parametrize("given", ["run", "run/checkpoints"])
+def test_folder_of_checkpoints_is_not_called_a_damaged_one(tmp_path: Path, two: Path, given: str) -> None:
+    (tmp_path / "run").mkdir()
+    two.rename(tmp_path / "run" / "checkpoints")
+    with pytest.raises(RequestError, match=r"folder of checkpoints, .* such as .*/step-00000002$"):
+        find(two, tmp_path / given)
+
+
 def test_other_format_version_raises(two: Path) -> None:
     path = two / "step-00000002" / "manifest.json"
     path.write_bytes(manifest_bytes(json.loads(path.read_text()) | {"version": 3}))
