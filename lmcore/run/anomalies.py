@@ -145,7 +145,7 @@ def decide(history: History, policy: Policy, report: Report) -> tuple[History, A
             return history, Action(kind="skip", reason=f"{reason} ({count})", positions=((first, stop),))
         ranges = tuple((a, b) for _, a, b in recent)
         history, action = _rewind(
-            history, policy, step, f"{reason}, the {len(recent)}th time", ranges, recent[0][0]
+            history, policy, step, f"{reason} ({len(recent)} in {policy.window} steps)", ranges, recent[0][0]
         )
         return history, replace(action, or_before=step) if action.kind == "rewind" else action
 

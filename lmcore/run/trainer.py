@@ -830,11 +830,12 @@ class Run:
                 report.note(LAUNCHERS_TRACEBACK)
             self._ending, self.exit_code = ("saved", reason), self._verdict.exit_code
             return
-        if self._stop_early is not None:
-            report.note(f"stopped early at step {step:,} of {total:,}: {self._stop_early}")
+        stopped = self._stop_early if step < total else None  # at the last step nothing is cut short
+        if stopped is not None:
+            report.note(f"stopped early at step {step:,} of {total:,}: {stopped}")
             if (action := self._check_steps(lag_steps=0)).kind == "stop":
                 raise DivergedError(action.reason)
-        reason = self._stop_early or "reached train.duration"
+        reason = stopped or "reached train.duration"
         self.save("end")
         self.saves.wait(final=True)  # exit code 0 only after the last checkpoint is committed and verified
         self._evaluator.score(self.data.test, self.state, self.epoch)

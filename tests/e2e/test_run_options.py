@@ -194,13 +194,18 @@ def test_ema_is_kept_evaluated_and_exported(text: Path) -> None:
     assert not torch.equal(exported[name], raw), "the export holds the weights, not their average"
 
 
-def test_early_stopping_says_why_and_still_saves(text: Path) -> None:
-    run_dir = text / "early"
-    options = {**SHORT, "train__duration": "30 steps", "evaluate__early_stopping__target": 100.0}
+@pytest.mark.parametrize(
+    ("duration", "reason"), [("30 steps", "target"), ("3 steps", "reached train.duration")]
+)
+def test_early_stopping_says_why_and_still_saves(text: Path, duration: str, reason: str) -> None:
+    """A run that has come to its end was not stopped early."""
+    run_dir = text / f"early-{duration}"
+    options = {**SHORT, "train__duration": duration, "evaluate__early_stopping__target": 100.0}
     assert train(request(text, run_dir, **options)) == [EXIT_FINISHED]
     status = json.loads((run_dir / "status.json").read_text())
     assert status["step"] == 3
-    assert "target" in status["reason"]
+    assert reason in status["reason"]
+    assert ("stopped early" in (run_dir / "train.log").read_text()) == (reason == "target")
     assert (run_dir / "checkpoints" / "step-00000003" / "manifest.json").exists()
     assert (run_dir / "export" / "model.safetensors").exists()
 
