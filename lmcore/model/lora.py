@@ -8,13 +8,14 @@ computes what it computed before; A is drawn from the seed, the same bits on eve
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lmcore.errors import RequestError
+from lmcore.humanize import did_you_mean
 from lmcore.model.module import vocabulary_parameters
 
 INSTALL = "pip install peft==0.21.2"
@@ -76,6 +77,23 @@ def adapt(
     model.lora = {
         "rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": targets, "seed": seed,
     }  # fmt: skip
+
+
+def refuse_unknown_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """Refuse a target that is no layer of the model: peft says nothing of one beside others that it finds.
+
+    Not in :func:`adapt`, so that what was trained with such a name opens.
+
+    Raises:
+        RequestError: with the nearest name.
+    """
+    layers = [name for name, _ in model.named_modules()]
+    for target in () if list(targets) == ["all-linear"] else targets:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            raise RequestError(
+                f"model.lora.target_modules: {target!r} is not the end of the name of a layer"
+                f"{did_you_mean(target, {name.rpartition('.')[2] for name in layers})}; all-linear must stand alone"
+            )
 
 
 def describe(model: Any) -> str:

@@ -634,6 +634,7 @@ def build_model(
 def adapt(config: RunConfig, built: torch.nn.Module, *, weights: bool = True) -> None:
     """Low-rank adapters, if they are asked for."""
     if config.model.lora.rank:
+        lora.refuse_unknown_targets(built, config.model.lora.target_modules)
         lora.adapt(built, seed=config.seed, weights=weights, **vars(config.model.lora))
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from lmcore.config import parse
 from lmcore.errors import EXIT_FINISHED, EXIT_SAVED, RequestError
 from lmcore.model import lora
 from lmcore.model.build import build_model
+from lmcore.run import setup
 from lmcore.saved import load
 from tests.support.whole_runs import assert_same_state, losses, request, train, weights, words
 
@@ -158,13 +160,17 @@ def small(type: str = "gpt2") -> Any:
     ("targets", "expected"),
     [
         (["attn.nothing"], "attn.nothing"),
+        (["c_attn", "c_projj"], r"'c_projj' is not .*did you mean 'c_proj'\?"),
+        (["c_attn", "all-linear"], "'all-linear' is not .* all-linear must stand alone"),
         (["lm_head"], "holds the vocabulary"),
         (["wte"], "holds the vocabulary"),
     ],
 )
 def test_lora_layers_that_cannot_have_adapters_are_refused(targets: list[str], expected: str) -> None:
+    argv = ["--model.lora.rank", "2", "--model.from_pretrained", "x", "--tokenizer.path", "x"]
+    config = parse.parse([*argv, "--model.lora.target_modules", *targets])
     with pytest.raises(RequestError, match=expected):
-        lora.adapt(small(), rank=2, target_modules=targets)
+        setup.adapt(config, small())
 
 
 def test_lora_without_peft_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,9 +180,6 @@ def test_lora_without_peft_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_lora_with_sharding_or_from_scratch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmcore.config import parse
-    from lmcore.run import setup
-
     with pytest.raises(RequestError, match=r"model\.from_pretrained"):
         parse.parse(["--model.lora.rank", "4"])
     config = parse.parse(["--model.lora.rank", "4", "--model.from_pretrained", "x", "--tokenizer.path", "x"])
