@@ -432,15 +432,23 @@ def _pretrained(
         refuse_unsafe_index(path, source, revision=commit or revision)
         chosen = {} if attention is None else {"attn_implementation": attention}
         if weights:
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
                 revision=commit or revision,
                 dtype=torch.float32,
                 trust_remote_code=False,
                 use_safetensors=True,  # no pickle
+                output_loading_info=True,
                 **chosen,
             )
+            model, report = loaded
+            if missing := sorted(map(str, report["missing_keys"])):
+                more = f" and {len(missing) - 1} more are" if missing[1:] else " is"
+                raise RequestError(
+                    f"{source}: the weight {missing[0]}{more} not in its files, and would be random: give all files of a "
+                    "causal language model, and no model.config that adds weights to it"
+                )
         else:
             with without_weights():
                 model = AutoModelForCausalLM.from_config(
@@ -456,7 +464,7 @@ def _pretrained(
     if commit:
         note(f"{path}: commit {commit}" + ("" if revision else " (give model.revision to pin it)"))
     have = known_tokens(config, source, vocab_size)
-    model.real_vocab_size = have  # type: ignore[assignment]  # torch types attributes as tensors
+    model.real_vocab_size = have
     if pad_vocab(have) != have:
         model.resize_token_embeddings(pad_vocab(have), mean_resizing=False)
         with torch.no_grad():

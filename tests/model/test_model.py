@@ -408,6 +408,10 @@ def test_from_pretrained_keeps_the_logits(tmp_path: Path) -> None:
         build("llama", {}, from_pretrained=str(folder), vocab_size=200)
     with pytest.raises(RequestError, match="num_layers"):
         build("llama", {"num_layers": 3}, from_pretrained=str(folder))
+    with pytest.raises(
+        RequestError, match=r"the weight model\.layers\.2\.\S+ and 8 more are not in its files"
+    ):
+        build("llama", {"num_hidden_layers": 3}, from_pretrained=str(folder))
 
 
 def test_hub_revision_is_pinned_for_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
