@@ -568,13 +568,25 @@ def export_state(tensors: Iterable[tuple[str, Tensor]], exported: nn.Module) -> 
 
 
 def export_config(model: nn.Module) -> Any:
-    """The transformers config to save beside the exported weights: the real vocabulary, the cache on."""
+    """The transformers config to save beside the exported weights: the real vocabulary, the cache on where it can be."""
     config: Any = copy.deepcopy(model.config)
     real = getattr(model, "real_vocab_size", None)
     if real is not None:
         config.get_text_config().vocab_size = real
         if getattr(config, "decoder_vocab_size", None) is not None:
             config.decoder_vocab_size = real  # Marian's head is of this size
-    config.use_cache = config.get_text_config().use_cache = True
+    config.use_cache = config.get_text_config().use_cache = _cache_has_length(config)
     config.architectures = [model.__class__.__name__]
     return config
+
+
+def _cache_has_length(config: Any) -> bool:
+    """Whether the cache of transformers counts the tokens in it, as most families ask it to wherever they compute with one:
+    not where no layer attends to tokens (linear attention, convolutions)."""
+    from transformers import DynamicCache
+
+    try:
+        DynamicCache(config=config).get_seq_length()
+    except ValueError:
+        return False
+    return True

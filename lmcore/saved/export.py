@@ -381,6 +381,8 @@ def verify(folder: Path, trained: nn.Module, read: Read, dtype: torch.dtype) -> 
         FaultError: they differ by more than :data:`LOGITS_TOLERANCE`.
     """
     opened: Any = load.open_export(folder)
+    # As in training; not every family takes the cache
+    opened.config.use_cache = opened.config.get_text_config().use_cache = False
     vocabulary = opened.config.get_text_config().vocab_size
     reference: Any = trained.eval()
     length = min(64, context_length(trained) or 64)

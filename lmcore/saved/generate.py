@@ -211,7 +211,14 @@ def _tokens(
             inputs = {"input_ids": torch.tensor([fresh], device=device)}
             if cached:
                 inputs |= {"use_cache": True, "past_key_values": memory}  # type: ignore[dict-item] # not tensors
-            outputs = (forward or model)(**inputs)
+            try:
+                outputs = (forward or model)(**inputs)
+            except ValueError:
+                if not cached or memory is not None:
+                    raise
+                # A family may refuse a cache, one of linear attention alone does; without, it says what else is wrong
+                cached = False
+                outputs = (forward or model)(input_ids=inputs["input_ids"])
         memory = getattr(outputs, "past_key_values", None)
         cached = cached and memory is not None  # a family without a cache: the whole window each time
         logits = _logits(outputs)[0, -1].float().cpu()

@@ -262,6 +262,24 @@ def test_export_cuts_every_tensor_that_has_the_vocabulary(tmp_path: Path) -> Non
     assert exporting.verify(tmp_path, trained, trained.get_parameter, torch.float32) <= 1e-4
 
 
+def test_export_of_a_model_that_takes_no_cache(tmp_path: Path) -> None:
+    """Where no layer attends to tokens, the cache of transformers counts none, and the model refuses it."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    trained: Any = build_model(
+        type="lfm2",
+        config_overrides={**sizes, "intermediate_size": 48, "layer_types": ["conv", "conv"]},
+        vocab_size=50,
+        block_size=16,
+        seed=0,
+    )
+    exporting._write_model(trained, trained.get_parameter, tmp_path, torch.float32, 10**9, DISK)
+    assert exporting.verify(tmp_path, trained, trained.get_parameter, torch.float32) <= 1e-4
+    opened: Any = load.open_export(tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    assert opened(input_ids=ids).logits.shape == (1, 3, 50)  # as a user and lm-eval call it
+    assert opened.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 5)
+
+
 def test_export_reads_back_what_it_wrote(tmp_path: Path) -> None:
     class Flips(Disk):
         def write(self, file: Any, data: memoryview) -> None:

@@ -66,6 +66,25 @@ def test_greedy_equals_transformers_generate(words: Any) -> None:
     assert len(new) > 5
 
 
+def test_model_that_takes_no_cache_generates(words: Any) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = build_model(
+        type="lfm2",
+        config_overrides={**sizes, "intermediate_size": 48, "layer_types": ["conv", "conv"]},
+        vocab_size=words.vocab_size,
+        special_ids=words.special_ids,
+        block_size=8,
+        seed=1,
+    )
+    ids = words.encode("def f(x):")
+    for _ in range(4):
+        with torch.no_grad():
+            logits: Any = model(input_ids=torch.tensor([ids])).logits
+        ids.append(int(logits[0, -1, : words.vocab_size].argmax()))
+    ours = generate(model, words, ["def f(x):"], 4, temperature=0, stop_at_eos=False)[0]
+    assert ours == words.decode(ids)[len("def f(x):") :]
+
+
 def test_seed_decides_and_prompts_are_independent(words: Any) -> None:
     model = build(words)
     both = generate(model, words, ["def ", "吾輩"], 20, seed=3)
