@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from lmcore.disk import require_current_folder
 from lmcore.errors import (
@@ -76,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"lmcore.cli.{COMMANDS[words[0]][0]}")
         # The run is a process of its own, which must be told.
         passed_on = ["--debug"] if debug and words[0] == "train" else []
-        code: int | None = getattr(module, words[0])([*words[1:], *passed_on])
+        with _clearing_up() if COMMANDS[words[0]][0] == "saved" else nullcontext():
+            code: int | None = getattr(module, words[0])([*words[1:], *passed_on])
         return code or EXIT_FINISHED
     except (RequestError, FaultError) as error:
         if debug:
@@ -94,6 +98,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         failure = of_disk(error)
         print(f"lmcore: {failure}", file=sys.stderr)
         return failure.exit_code
+
+
+@contextmanager
+def _clearing_up() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP end this process as Ctrl-C does: half an export and temporary token stores are removed."""
+
+    def leave(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    # Under nohup SIGHUP is ignored, and stays so
+    taken = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def overview() -> str:

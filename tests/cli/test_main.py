@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -487,6 +488,26 @@ def test_evaluate_leaves_out_a_store_of_the_run_beside_the_text(
     said = capsys.readouterr()
     assert list(json.loads(said.out)["sets"]) == ["held.txt"]
     assert f"--data: left out: {text / 'held-1'}, a token store of data.store_dir" in said.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_export_that_is_ended_by_a_signal_leaves_nothing(
+    number: signal.Signals, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*_: Any) -> None:
+        assert signal.getsignal(number) is not signal.SIG_DFL, "this process would end at once"
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("lmcore.saved.export.verify", end)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            call("export", run_dir, "--out", tmp_path / "export")
+        assert ended.value.code == 128 + number
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluate_keeps_files_of_one_name_apart(
