@@ -443,6 +443,11 @@ def _pretrained(
                 **chosen,
             )
             model, report = loaded
+            if getattr(model, "peft_config", None):
+                raise RequestError(
+                    f"{source} holds an adapter (adapter_config.json), which transformers applies and freezes: move it to a "
+                    "folder of its own, or merge it into the weights first"
+                )
             if missing := sorted(map(str, report["missing_keys"])):
                 more = f" and {len(missing) - 1} more are" if missing[1:] else " is"
                 raise RequestError(

@@ -414,6 +414,19 @@ def test_from_pretrained_keeps_the_logits(tmp_path: Path) -> None:
         build("llama", {"num_hidden_layers": 3}, from_pretrained=str(folder))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft about transformers
+def test_from_pretrained_with_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
+    """transformers applies it and freezes everything: the refusal was that of optim.freeze, which nobody had given."""
+    peft = pytest.importorskip("peft")
+    model = build("llama", vocab_size=128)
+    folder = save(model, tmp_path / "model")
+    model.name_or_path = str(folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(model, config).save_pretrained(folder)
+    with pytest.raises(RequestError, match="holds an adapter"):
+        build("llama", {}, from_pretrained=str(folder))
+
+
 def test_hub_revision_is_pinned_for_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache of the Hub, with two commits of one model; ``main`` moves on while it is being loaded."""
     from transformers import AutoModelForCausalLM
