@@ -132,7 +132,7 @@ def stream(
         ) from None
     digest = hashlib.sha256(f"lmcore generate {seed} {prompt}".encode()).digest()
     draw.generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    tokens = functools.partial(_tokens, model, max_tokens, draw, forward, agree)
+    tokens = functools.partial(_tokens, model, tokenizer.vocab_size, max_tokens, draw, forward, agree)
     return _continued(tokens, tokenizer, prompt, stop_at_eos=stop_at_eos)
 
 
@@ -186,6 +186,7 @@ def _continued(
 
 def _tokens(
     model: nn.Module,
+    vocab_size: int,
     max_tokens: int,
     draw: Draw,
     forward: Callable[..., Any] | None,
@@ -222,7 +223,8 @@ def _tokens(
         memory = getattr(outputs, "past_key_values", None)
         cached = cached and memory is not None  # a family without a cache: the whole window each time
         logits = _logits(outputs)[0, -1].float().cpu()
-        logits = logits[: getattr(model, "real_vocab_size", None)]
+        # Pretrained weights may have more ids than their tokenizer
+        logits = logits[: getattr(model, "real_vocab_size", None)][:vocab_size]
         token = agree(functools.partial(choose, logits, draw, window))
         yield token
         fresh = [token]

@@ -300,6 +300,7 @@ def test_nan_loss_step_is_not_applied(mode: str) -> None:
 class Letters:
     """A tokenizer of 67 letters from '0' on; the last one ends a document."""
 
+    vocab_size = engine_runs.VOCAB
     eos_id = engine_runs.VOCAB - 1
 
     def encode(self, text: str) -> list[int]:

@@ -66,6 +66,15 @@ def test_greedy_equals_transformers_generate(words: Any) -> None:
     assert len(new) > 5
 
 
+def test_ids_that_the_tokenizer_does_not_have_are_never_drawn(words: Any) -> None:
+    model = build(words)
+    model.real_vocab_size = model.config.vocab_size  # as of pretrained weights, whose vocabulary is padded
+    assert model.config.vocab_size > words.vocab_size
+    with torch.no_grad():
+        model.transformer.wte.weight[words.vocab_size :] *= 1000
+    assert generate(model, words, ["def "], 20, temperature=0, stop_at_eos=False)[0]
+
+
 def test_model_that_takes_no_cache_generates(words: Any) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = build_model(
