@@ -181,6 +181,11 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 reasons["model.config"] = (
                     f"{kind}, {size.layers} layers, {size.width} wide, context {context:,}"
                 )
+            elif "model.type" not in given:
+                own = sorted(GPT2_FIELDS & set(given["model.config"] or {}))
+                reasons["model.type"] = (
+                    f"{kind}: {f'{own[0]} is one of its fields' if own else 'the default'}"
+                )
     asked = given.get("train.global_batch_blocks") or (FINE_TUNING_BLOCKS if pretrained else size.blocks)
     blocks = max(values_of(asked))
     block_size = given.get("data.block_size") or _context(given, size)

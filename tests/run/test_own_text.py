@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,7 +90,9 @@ def test_muon_and_the_modern_architecture_are_the_default(
     assert adamw.optim.lr * own_text.MUON_RATE_FACTOR == config.optim.lr
     assert adamw.model == replace(config.model, zero_init=None)
     assert configure(text, "--model.type", "gpt2")[0].optim.name == "adamw"
-    assert configure(text, "--model.config.n_layer", "1")[0].model.type == "gpt2"
+    by_name, reasons = configure(text, "--model.config.n_layer", "1")
+    assert by_name.model.type == "gpt2"
+    assert any(re.search(r"model.type +gpt2: n_layer is one of its fields", line) for line in reasons)
     assert configure(text, "--model.preset", "modern_gguf")[0].optim.name == "muon"
     assert configure(text, "--model.preset", "gpt2")[0].optim.name == "adamw"
     assert configure(text, "--engine.deepspeed", "ds_configs/zero1.json")[0].optim.name == "adamw"
