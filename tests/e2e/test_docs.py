@@ -42,15 +42,16 @@ def test_links_between_pages_exist() -> None:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def facts(page: Path) -> tuple[list[str], set[str], set[str]]:
-    """What a translation must not change: the commands, the code in the text, the numbers."""
+def facts(page: Path) -> tuple[list[str], set[str], set[str], list[str]]:
+    """What a translation must not change: the commands, the code in the text, the numbers, the headings and table rows."""
     text_of = page.read_text(encoding="utf-8")
     commands = re.findall(r"^```sh\n(.*?)^```", text_of, re.DOTALL | re.MULTILINE)
     prose = re.sub(r"^```.*?^```", "", text_of, flags=re.DOTALL | re.MULTILINE)
     prose = re.sub(r"\]\([^)]*\)", "]", prose).replace("\n", " ")  # links lead to the translated pages
     code = set(re.findall(r"`([^`]+)`", prose))
     numbers = set(re.findall(r"\d[\d,.]*\d|\d", re.sub(r"`[^`]+`", "", prose)))
-    return commands, code, numbers
+    parts = [line[0] for line in text_of.splitlines() if line.startswith(("#", "|"))]
+    return commands, code, numbers, parts
 
 
 @pytest.mark.parametrize("page", TRANSLATIONS, ids=lambda page: page.name)
@@ -61,6 +62,7 @@ def test_translation_has_the_commands_and_numbers_of_the_page(page: Path) -> Non
     assert here[1] == there[1]
     words = {"1", "2", "3", "5", "10"}  # which English writes out: one, second, three, five, a tenth
     assert here[2] - words == there[2] - words
+    assert here[3] == there[3]
 
 
 @pytest.mark.slow
