@@ -129,9 +129,18 @@ def _check_files(config: RunConfig) -> None:
             f"engine.deepspeed {config.engine.deepspeed!r}: no such file"
             f"{did_you_mean(config.engine.deepspeed, known)}"
         )
-    if config.resume not in RESUME and not Path(config.resume).exists():
+    # By its path, or by its name in this run (as reader.find finds it); what a bucket alone has is looked for later.
+    of_run = local_run_dir(config.run_dir or "", config.local_dir) / "checkpoints" / config.resume
+    fetched = is_url(config.run_dir) and config.resume.startswith("step-")
+    if (
+        config.resume not in RESUME
+        and not Path(config.resume).exists()
+        and not of_run.exists()
+        and not fetched
+    ):
         raise RequestError(
-            f"resume {config.resume!r}: no such checkpoint; give {', '.join(RESUME)} or the path of a checkpoint"
+            f"resume {config.resume!r}: no such checkpoint; give {', '.join(RESUME)}, the name of one of this run "
+            "(lmcore checkpoints RUN lists them), or the path of a checkpoint"
             f"{did_you_mean(config.resume, RESUME)}"
         )
 

@@ -44,6 +44,13 @@ def test_global_batch_is_divided_among_groups_that_share_blocks() -> None:
     preflight(parse([*argv, "3"], default_recipe=None), processes=3 * 2)
 
 
+def test_checkpoint_to_resume_is_named_by_its_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints/step-00000002").mkdir(parents=True)
+    argv = ["--report.trackers", "[]", "--run_dir", str(tmp_path / "run"), "--resume"]
+    preflight(parse([*argv, "step-00000002"], default_recipe=None))
+    assert "lmcore checkpoints RUN" in refused(*argv, "step-00000003")
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
