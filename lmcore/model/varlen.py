@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# torch 2.11 takes fewer heads of keys and values without being told, and does not know the argument.
+_TOLD_OF_GROUPS = torch.__version__ >= "2.12"
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -59,6 +61,7 @@ def varlen_attention(
     if _device_of(query) == "cuda":
         from torch.nn.attention.varlen import varlen_attn  # lazily: it registers kernels
 
+        groups: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _TOLD_OF_GROUPS else {}
         mixed = varlen_attn(
             query,
             key,
@@ -69,7 +72,7 @@ def varlen_attention(
             max_length_k,
             scale=scale,
             window_size=(-1, 0),  # causal, aligned to the last key
-            enable_gqa=query.shape[1] != key.shape[1],
+            **groups,
         )
         assert isinstance(mixed, Tensor)  # the denominators were not asked for
         return mixed

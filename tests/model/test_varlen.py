@@ -76,7 +76,8 @@ def test_compiles_without_a_graph_break() -> None:
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
-def test_gpu_gets_one_call_of_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("told_of_groups", [True, False], ids=["torch 2.12", "torch 2.11"])
+def test_gpu_gets_one_call_of_torchs_kernel(monkeypatch: pytest.MonkeyPatch, told_of_groups: bool) -> None:
     """Its arguments are checked against plain attention on a CPU; the kernel itself has not been run."""
     calls: list[dict[str, Any]] = []
 
@@ -86,6 +87,7 @@ def test_gpu_gets_one_call_of_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     monkeypatch.setattr(varlen, "_device_of", lambda tensor: "cuda")
+    monkeypatch.setattr(varlen, "_TOLD_OF_GROUPS", told_of_groups)
     q, k, v, _ = tensors(2, torch.bfloat16)
     by_lengths(q, k, v, scale=0.3)
     (call,) = calls
@@ -93,4 +95,4 @@ def test_gpu_gets_one_call_of_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     assert (of_q.tolist(), of_k.tolist(), longest_q, longest_k) == (QUERIES, KEYS, 40, 80)
     assert call["window_size"] == (-1, 0)  # causal, aligned to the last key
     assert call["scale"] == 0.3
-    assert call["enable_gqa"]
+    assert call.get("enable_gqa") == (True if told_of_groups else None)
