@@ -286,8 +286,8 @@ class TrainConfig:
     """Use TensorFloat-32 for fp32 matrix products on a GPU."""
     compile: bool | Literal["auto"] = option("auto", "warn")
     """Compile the layers with torch.compile; auto: on GPUs, where a C++ compiler is found."""
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option("default", "free")
-    """Mode of torch.compile."""
+    compile_mode: Literal["default", "max-autotune"] = option("default", "free")
+    """Mode of torch.compile, without CUDA graphs: they overwrite gradients that are summed over micro-batches."""
     activation_checkpointing: bool | int = option(False, "free", at_least=0, at_most=10**6)
     """Recompute the layers in the backward pass: less memory, about a third more arithmetic; 2: every second
     layer."""

@@ -454,6 +454,9 @@ def compile_regions(model: nn.Module, mode: str | None = None, **options: Any) -
     # It cuts graphs at the borders of DDP's buckets, to overlap their reduction with the rest of one large graph. Graphs
     # of single layers overlap anyway, and would be cut into two or three.
     torch._dynamo.config.optimize_ddp = False
+    if mode == "max-autotune":
+        # With CUDA graphs a gradient is kept where the next micro-batch writes its own (pytorch issues 96693, 169545).
+        mode = "max-autotune-no-cudagraphs"
     layers = decoder_layers(model)
     for layer in layers:
         compiled = torch.compile(layer.forward, mode=mode, dynamic=False, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -143,6 +143,17 @@ def test_bf16_residual_stream_reaches_the_last_layer_in_one_graph(family: str) -
     assert types == {torch.float32 if widened else torch.bfloat16}
     assert counters["stats"]["unique_graphs"] == (2 if widened else 1)
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("mode", get_args(get_type_hints(TrainConfig)["compile_mode"]))
+def test_no_mode_of_compilation_records_cuda_graphs(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient made by one lies in memory that the next micro-batch overwrites: sums over micro-batches would be wrong."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "compile", lambda forward, *, mode, dynamic: asked.append(mode) or forward)
+    m.compile_regions(make("gpt2"), mode)
+    graphs = [torch._inductor.list_mode_options(one).get("triton.cudagraphs", False) for one in asked]
+    assert graphs
+    assert not any(graphs)
 
 
 def test_evaluation_waits_once_however_long_it_is(engine: Engine) -> None:
