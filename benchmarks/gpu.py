@@ -18,6 +18,7 @@ backward: 6 N + 12 L d T (lmcore/plan/plan.py); the peak is that of the data she
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -159,9 +161,9 @@ class Workplace:
         self._runs += 1
         return self.folder / f"run-{self._runs}"
 
-    def call(self, command: list[str]) -> str:
+    def call(self, command: list[str], **variables: str) -> str:
         """What a process prints; raises with its last lines, or when the time is up."""
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             cwd=ROOT,
             env={
@@ -169,22 +171,35 @@ class Workplace:
                 "PYTHONPATH": str(ROOT),
                 "HF_HUB_OFFLINE": "1",
                 "TOKENIZERS_PARALLELISM": "false",
+                **variables,
             },
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=max(1.0, self.seconds_left),
-            check=False,
         )
-        if done.returncode:
-            text = done.stdout + done.stderr
+        try:
+            stdout, stderr = process.communicate(timeout=max(1.0, self.seconds_left))
+        except BaseException:
+            # What a launcher has started would go on, on the GPU and in the folder that is removed in the end.
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            process.communicate()
+            raise
+        if process.returncode:
+            text = stdout + stderr
             said = [line for line in text.splitlines() if line.startswith("train_lm.py: ")]
             raise RuntimeError("\n".join([*dict.fromkeys(said), text[-2000:]]))
-        return done.stdout
+        return stdout
 
     def child(self, name: str, argument: Any) -> Any:
-        """One of :data:`CHILDREN` in a process of its own, which gives all of its memory back."""
-        said = self.call([sys.executable, __file__, "--child", name, json.dumps(argument)])
-        return json.loads(said.splitlines()[-1])
+        """One of :data:`CHILDREN` in a process of its own, which gives all of its memory back.
+
+        It sees one GPU: transformers' Trainer takes all that it sees, with a batch for each.
+        """
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        command = [sys.executable, __file__, "--child", name, json.dumps(argument)]
+        return json.loads(self.call(command, CUDA_VISIBLE_DEVICES=first).splitlines()[-1])
 
 
 def launcher(work: Workplace, name: str, processes: int = 1, *more: str) -> list[str]:
@@ -697,12 +712,14 @@ def row_of(found: dict[str, Any], case: Case | None, flops: int | None, device: 
         f"{goal:,}" if goal else "",
         f"{speed / goal:.2f}" if goal else "",
         f"{used / device['peak_flops']:.1%}" if used and device["peak_flops"] else "",
-        f"{used / device['matrix_flops']:.1%}" if used else "",
+        f"{used / device['matrix_flops']:.1%}" if used and device["matrix_flops"] else "",
         f"{peak / 2**30:.1f} GiB" if peak else "",
         f"{planned / peak:.2f}" if peak and planned else "",
     ]
 
 
+DEVICE: dict[str, Any] = {"name": "unknown device", "matrix_flops": 0.0, "peak_flops": None}
+"""What is known of a device that could not be asked."""
 CHILDREN: dict[str, Callable[[Any], Any]] = {
     "nanogpt": child_nanogpt,
     "trainer": child_trainer,
@@ -742,13 +759,17 @@ def main() -> None:
         gpus = torch.cuda.device_count() if cuda else 2
         work = Workplace(Path(folder), options.seconds, cuda=cuda, gpus=gpus)
         begin = time.monotonic()
-        device = work.child("device", {"size": 256 if options.tiny else 8192})
+        size = {"size": 256 if options.tiny else 8192}
+        device = DEVICE | attempt(work, "device", lambda: work.child("device", size))
         speeds: dict[str, Any] = {}
         checks: dict[str, Any] = {}
         rows = []
         planned = speeds_of(work, cases, compiled=not options.no_compile)
         own = [key for key in planned if key[1] == "train_lm.py"]
-        flops = {name: work.child("flops", vars(case)) for name, case in cases.items()}
+        flops: dict[str, int] = {}
+        for name, case in cases.items():
+            counted = attempt(work, f"{name} / FLOPs", lambda case=case: work.child("flops", vars(case)))
+            flops |= {name: counted} if isinstance(counted, int) else {}
         # train_lm.py first, then whether it is right, then the others.
         for key in own:
             speeds[" / ".join(key)] = attempt(work, " / ".join(key), planned[key])

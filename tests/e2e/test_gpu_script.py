@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -49,6 +50,32 @@ def test_row_without_a_result_says_why(gpu: Any, tmp_path: Path) -> None:
     fast = {"tokens_per_second": {"median": 55.0}, "peak_bytes": 2**30, "planned_bytes": 2**29}
     row = gpu.row_of(fast, gpu.Case(**{**vars(gpu.TINY["GPT-2 tiny"]), "goal": 50}), 10**10, device)
     assert row == ["55", "50", "1.10", "55.0%", "110.0%", "1.0 GiB", "0.50"]
+
+
+def test_out_of_time_ends_what_a_launcher_has_started(gpu: Any, tmp_path: Path) -> None:
+    """A run that went on would write into the folder while it is removed, and no result would be kept."""
+    work = gpu.Workplace(tmp_path, 0.0, cuda=False, gpus=2)
+    number = tmp_path / "number"
+    with pytest.raises(subprocess.TimeoutExpired):
+        work.call(["sh", "-c", f"sleep 100 & echo $! > {number}; wait"])
+    started = int(number.read_text())
+    assert not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE
+
+
+def test_device_that_cannot_be_asked_costs_no_other_result(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any) -> None:
+        raise RuntimeError("no such function in this torch")
+
+    monkeypatch.setattr(gpu.Workplace, "child", fails)
+    monkeypatch.setattr(gpu, "speeds_of", lambda *args, **options: {})
+    monkeypatch.setattr(gpu, "checks_of", lambda *args: {"one": lambda: {"passed": True}})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 0
+    assert json.loads((tmp_path / "gpu-tiny.json").read_text())["checks"] == {"one": {"passed": True}}
 
 
 @pytest.mark.parametrize("name", ["GPT-2 tiny", "Llama tiny"])
