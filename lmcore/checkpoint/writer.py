@@ -718,9 +718,12 @@ def _host_buffer(size_bytes: int, pinned: bool) -> Tensor:
     buffer = torch.empty(size_bytes, dtype=torch.uint8)
     if pinned and size_bytes:
         runtime: Any = torch.cuda.cudart()
-        # Otherwise slower, not wrong
         if int(runtime.cudaHostRegister(buffer.data_ptr(), size_bytes, 0)) == 0:
             weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+        else:  # slower, not wrong
+            # CUDA keeps the error until a kernel is launched, which torch then takes for the one that failed: so launch one.
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device="cuda")
     return buffer
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,3 +186,21 @@ def test_engine_orders_its_writes_after_the_copies(
     wait()
     engine.close()
     assert [target.view(torch.float32).tolist() for target in targets] == [[1.0, 1.0]] * 2
+
+
+def test_memory_that_cannot_be_locked_leaves_no_error_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the CUDA runtime does: a call that fails is reported by the next launch of a kernel, once."""
+    kept: list[str] = []
+
+    def register(address: int, size: int, flags: int) -> int:
+        kept.append("out of memory")
+        return 2
+
+    def launch(*shape: int, device: str) -> None:
+        if kept:
+            raise RuntimeError(f"CUDA error: {kept.pop()}")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(torch, "ones", launch)
+    assert len(writer._host_buffer(8, True)) == 8
+    assert not kept
