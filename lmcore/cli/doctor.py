@@ -17,7 +17,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -190,13 +189,12 @@ def _distributed(folder: Path) -> Iterator[Finding]:
 
 def _compilers(folder: Path) -> Iterator[Finding]:
     """What torch.compile and DeepSpeed's native operators are built with at run time."""
-    from lmcore.engine.launch import cpp_compiler
+    from lmcore.engine.launch import cpp_compiler, python_header
 
     compiler = cpp_compiler()
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
     if compiler is None:
         yield Finding("warn", "C++ compiler", "none", "train.compile and DeepSpeed's CPU Adam need g++")
-    elif not header.exists():
+    elif not python_header().exists():
         yield Finding("warn", "Python.h", "missing", "train.compile needs it: apt-get install python3-dev")
     else:
         yield Finding("ok", "C++ compiler", compiler)

@@ -285,7 +285,7 @@ class TrainConfig:
     tf32: bool = option(True, "warn")
     """Use TensorFloat-32 for fp32 matrix products on a GPU."""
     compile: bool | Literal["auto"] = option("auto", "warn")
-    """Compile the layers with torch.compile; auto: on GPUs, where a C++ compiler is found."""
+    """Compile the layers with torch.compile; auto: on GPUs, where a C++ compiler and Python.h are found."""
     compile_mode: Literal["default", "max-autotune"] = option("default", "free")
     """Mode of torch.compile, without CUDA graphs: they overwrite gradients that are summed over micro-batches."""
     activation_checkpointing: bool | int = option(False, "free", at_least=0, at_most=10**6)

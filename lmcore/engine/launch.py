@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -336,11 +337,11 @@ def compiles(asked: bool | str, *, cuda: bool) -> tuple[bool, str]:
     """Whether layers are compiled, and one line that says so or why not.
 
     Args:
-        asked: ``train.compile``: true, false or "auto": on GPUs where there is a compiler. On a CPU compiling takes
-            longer than most runs that are made there.
+        asked: ``train.compile``: true, false or "auto": on GPUs where there are a compiler and Python's header files. On a
+            CPU compiling takes longer than most runs that are made there.
 
     Raises:
-        RequestError: it was asked for, and there is no C++ compiler.
+        RequestError: it was asked for, and the compiler or the header files are missing.
     """
     if asked == "auto" and not cuda:
         return False, "off on a CPU (train.compile auto)"
@@ -350,6 +351,13 @@ def compiles(asked: bool | str, *, cuda: bool) -> tuple[bool, str]:
         raise RequestError(
             "train.compile needs a C++ compiler, and neither CXX nor g++, c++ or clang++ was found: install one (apt install "
             "g++), or use --train.compile false"
+        )
+    if asked and not python_header().exists():  # what starts a kernel is compiled against it
+        if asked == "auto":
+            return False, "off: no Python.h found (apt install python3-dev makes training faster)"
+        raise RequestError(
+            f"train.compile needs Python's header files, and {python_header()} does not exist: install them (apt install "
+            "python3-dev), or use --train.compile false"
         )
     if not asked:
         return False, "off"
@@ -363,6 +371,11 @@ def cpp_compiler() -> str | None:
     """Path of the C++ compiler that torch.compile would use: ``CXX``, g++, c++ or clang++."""
     names = [name for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name]
     return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def python_header() -> Path:
+    """Where Python's main header file must be for what torch.compile makes."""
+    return Path(sysconfig.get_paths()["include"], "Python.h")
 
 
 def check_accumulation(env: Mapping[str, str], asked: int) -> None:

@@ -143,7 +143,9 @@ def test_more_processes_than_gpus_are_refused_with_the_number(monkeypatch: pytes
 # ---- compiling ---------------------------------------------------------------------------------------------
 
 
-def test_compile_auto_is_on_for_gpus_with_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_auto_is_on_for_gpus_with_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert launch.compiles("auto", cuda=False) == (False, "off on a CPU (train.compile auto)")
@@ -158,6 +160,12 @@ def test_compile_auto_is_on_for_gpus_with_a_compiler(tmp_path: Path, monkeypatch
     on, row = launch.compiles("auto", cuda=True)
     assert (on, "the first step compiles" in row) == (True, True)
     assert launch.compiles(True, cuda=False)[0] is True
+    # A system's Python may be installed without its header files.
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    on, row = launch.compiles("auto", cuda=True)
+    assert (on, "no Python.h" in row) == (False, True)
+    with pytest.raises(RequestError, match=r"Python.h does not exist.*python3-dev.*--train.compile false"):
+        launch.compiles(True, cuda=False)
 
 
 # ---- HSDP --------------------------------------------------------------------------------------------------
