@@ -66,12 +66,14 @@ class DeviceCopies:
         for device, stream in begun.items():
             event = torch.cuda.Event(blocking=True)  # it does not spin on a core
             event.record(stream)
-            events.append(event)
-            self._unfinished.append((device, event))
+            events.append((device, event))
+        self._unfinished += events
 
         def wait() -> None:
-            for event in events:
-                event.synchronize()
+            for device, event in events:
+                # The device of a new thread is the first of the machine, where waiting would make a context of 0.5 GB.
+                with torch.cuda.device(device):
+                    event.synchronize()
 
         return wait
 

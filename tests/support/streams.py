@@ -34,6 +34,10 @@ class Event:
         self.done = True
 
     def synchronize(self) -> None:
+        chosen = getattr(gpu.chosen, "device", None)
+        assert chosen or threading.current_thread() is threading.main_thread(), (
+            "a context on the machine's first GPU"
+        )
         with _lock:
             while not self.done:
                 assert self.stream is not None
@@ -78,6 +82,8 @@ class Gpu:
         self.streams: list[Stream] = []
         self.recorded: list[tuple[Tensor, Stream]] = []
         self.side_is_prompt = False
+        self.chosen = threading.local()
+        """The device that each thread has chosen."""
 
     def start(self, *, side_is_prompt: bool) -> None:
         self.streams.clear()
@@ -100,6 +106,14 @@ class Gpu:
             yield
         finally:
             self.current = before
+
+    @contextlib.contextmanager
+    def choosing(self, device: torch.device) -> Iterator[None]:
+        self.chosen.device = device
+        try:
+            yield
+        finally:
+            self.chosen.device = None
 
 
 gpu = Gpu()
@@ -148,6 +162,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, side_is_prompt: bool) -> Gpu:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: gpu.current)
     monkeypatch.setattr(torch.cuda, "stream", gpu.using)
+    monkeypatch.setattr(torch.cuda, "device", gpu.choosing)
     monkeypatch.setattr(
         torch.cuda, "synchronize", lambda device=None: pytest.fail("waits for the whole device")
     )
