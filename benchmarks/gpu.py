@@ -161,8 +161,8 @@ class Workplace:
         self._runs += 1
         return self.folder / f"run-{self._runs}"
 
-    def call(self, command: list[str], **variables: str) -> str:
-        """What a process prints; raises with its last lines, or when the time is up."""
+    def call(self, command: list[str], until: Callable[[], bool] | None = None, **variables: str) -> str:
+        """What a process prints; raises with its last lines, or when the time is up. ``until``: it is killed as soon as this holds."""
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -178,13 +178,18 @@ class Workplace:
             text=True,
         )
         try:
-            stdout, stderr = process.communicate(timeout=max(1.0, self.seconds_left))
+            while True:
+                try:
+                    stdout, stderr = process.communicate(timeout=1)
+                    break
+                except subprocess.TimeoutExpired:
+                    if until is not None and until():
+                        kill_all(process)
+                        return ""
+                    if self.seconds_left < 0:
+                        raise
         except BaseException:
-            # What a launcher has started would go on, on the GPU and in the folder that is removed in the end.
-            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
-            process.communicate()
+            kill_all(process)
             raise
         if process.returncode:
             text = stdout + stderr
@@ -200,6 +205,16 @@ class Workplace:
         first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         command = [sys.executable, __file__, "--child", name, json.dumps(argument)]
         return json.loads(self.call(command, CUDA_VISIBLE_DEVICES=first).splitlines()[-1])
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """A launcher and all that it has started: that would go on, on the GPU and in the folder that is removed in the end."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    for one in [*started, process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.communicate()
+    psutil.wait_procs(started)  # their memory on the GPU is given back
 
 
 def launcher(work: Workplace, name: str, processes: int = 1, *more: str) -> list[str]:
@@ -218,9 +233,10 @@ def train_lm(
     steps: int,
     launch: list[str] | None = None,
     run_dir: Path | None = None,
+    until: Callable[[Path], bool] | None = None,
     **options: Any,
 ) -> Path:
-    """A run of train_lm.py; its folder. ``options`` with ``__`` for the dots."""
+    """A run of train_lm.py; its folder. ``options`` with ``__`` for the dots; ``until`` of its folder as in Workplace.call."""
     import numpy as np
 
     tokenizer = work.folder / f"tokenizer-{case.vocab}"
@@ -254,20 +270,28 @@ def train_lm(
         **{name.replace("__", "."): value for name, value in options.items()},
     }
     command = launch or launcher(work, "gpu")
-    work.call([*command, str(ROOT / "train_lm.py"), *(f"--{name}={value}" for name, value in words.items())])
+    command = [*command, str(ROOT / "train_lm.py"), *(f"--{name}={value}" for name, value in words.items())]
+    work.call(command, until and (lambda: until(run_dir)))
     return run_dir
 
 
 def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    text = (run_dir / "metrics.jsonl").read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()  # without one that is being written
     return [record for line in lines if (record := json.loads(line))["kind"] == kind]
 
 
 def measure_train_lm(work: Workplace, case: Case, **options: Any) -> dict[str, Any]:
     """Tokens/s of the lines after the warm-up, by train_lm.py's own clock, and what its plan and its peak were."""
     start = time.monotonic()
-    run_dir = train_lm(work, case, steps=WARM_UP + INTERVAL * INTERVALS, **options)
-    lines = records(run_dir)
+    steps = WARM_UP + INTERVAL * INTERVALS
+
+    def measured_all(run_dir: Path) -> bool:
+        return (run_dir / "metrics.jsonl").exists() and any(r["step"] >= steps for r in records(run_dir))
+
+    # Stopped before its end: the last checkpoint and the export of the largest model are 25 GB that nobody reads.
+    run_dir = train_lm(work, case, steps=10 * steps, until=measured_all, **options)
+    lines = [line for line in records(run_dir) if line["step"] <= steps]
     (begun,) = (event for event in records(run_dir, "event") if event["event"] == "start")
     measured = [line["tokens_per_second"] for line in lines if line["step"] > WARM_UP]
     assert len(measured) == INTERVALS, [line["step"] for line in lines]
@@ -281,7 +305,7 @@ def measure_train_lm(work: Workplace, case: Case, **options: Any) -> dict[str, A
     tables = sorted((run_dir / "profile").glob("*.txt"))
     if tables:
         found["slowest_kernels"] = tables[0].read_text().splitlines()
-    shutil.rmtree(run_dir)  # checkpoints of the larger models are 18 GB
+    shutil.rmtree(run_dir)
     return found
 
 

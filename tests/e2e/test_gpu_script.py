@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ def test_out_of_time_ends_what_a_launcher_has_started(gpu: Any, tmp_path: Path) 
         work.call(["sh", "-c", f"sleep 100 & echo $! > {number}; wait"])
     started = int(number.read_text())
     assert not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE
+
+
+def test_run_that_has_measured_enough_is_ended(gpu: Any, tmp_path: Path) -> None:
+    """Its last checkpoint and export, 25 GB of the largest model, took time from the rows below it."""
+    work = gpu.Workplace(tmp_path, 60.0, cuda=False, gpus=2)
+    enough = tmp_path / "enough"
+    begin = time.monotonic()
+    assert work.call(["sh", "-c", f"touch {enough}; sleep 100"], enough.exists) == ""
+    assert time.monotonic() - begin < 30
 
 
 def test_device_that_cannot_be_asked_costs_no_other_result(
