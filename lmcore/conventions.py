@@ -6,6 +6,7 @@ A leaf that imports nothing heavy, so that the options, the data and the model c
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:  # reading options must not pay for torch
@@ -34,6 +35,18 @@ def torch_dtype(name: str) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, DTYPE_NAMES[name])
     return dtype
+
+
+DS_CONFIGS: Final = Path(__file__).resolve().parent / "ds_configs"
+"""DeepSpeed's files that are installed with the package; ``ds_configs/`` in the repository is a link to this folder."""
+
+
+def deepspeed_file(path: str) -> Path:
+    """The file that ``path`` names; ``ds_configs/NAME.json`` is the package's where the current folder has no such file."""
+    given = Path(path)
+    shipped = DS_CONFIGS / given.name
+    named = given.parts[:-1] == ("ds_configs",) and not given.exists() and shipped.is_file()
+    return shipped if named else given
 
 
 LONGEST_DEFAULT_BLOCK_TOKENS: Final = 1024

@@ -13,12 +13,12 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lmcore.conventions import deepspeed_file
 from lmcore.errors import RequestError
 
 ELEMENTWISE = ("Adam", "AdamW", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax")
@@ -47,13 +47,13 @@ def read(env: Mapping[str, str], path: str | None) -> dict[str, Any]:
     """
     launched = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     launched = "" if launched.lower() == "none" else launched
-    if path and launched and os.path.realpath(path) != os.path.realpath(launched):
+    if path and launched and deepspeed_file(path).resolve() != deepspeed_file(launched).resolve():
         raise RequestError(f"engine.deepspeed is {path} but the launcher says {launched}: name one of them")
     path = path or launched
     content: dict[str, Any] = {}
     if path:
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(deepspeed_file(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise RequestError(f"engine.deepspeed {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:

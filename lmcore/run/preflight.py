@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmcore.config.schema import global_batches
-from lmcore.conventions import context_in
+from lmcore.conventions import DS_CONFIGS, context_in, deepspeed_file
 from lmcore.data.text import sources
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean, one_line
@@ -123,8 +123,8 @@ def _check_files(config: RunConfig) -> None:
         and (_is_path(path) or path.endswith((".model", ".json")))
     ):
         raise RequestError(f"tokenizer.path {path!r}: no such file or folder{_near(path)}")
-    if config.engine.deepspeed is not None and not Path(config.engine.deepspeed).is_file():
-        known = [str(file) for file in Path("ds_configs").glob("*.json")]
+    if config.engine.deepspeed is not None and not deepspeed_file(config.engine.deepspeed).is_file():
+        known = [f"ds_configs/{file.name}" for file in DS_CONFIGS.glob("*.json")]
         raise RequestError(
             f"engine.deepspeed {config.engine.deepspeed!r}: no such file"
             f"{did_you_mean(config.engine.deepspeed, known)}"

@@ -6,9 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """\
@@ -32,6 +34,21 @@ def run(command: list[str], folder: Path, site: Path) -> str:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_every_file_of_the_package_is_in_the_wheel() -> None:
+    """What is no Python file is installed only if pyproject.toml names it."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "lmcore"
+    ]
+    shipped = {path for pattern in patterns for path in (ROOT / "lmcore").glob(pattern)}
+    data = {
+        path for path in (ROOT / "lmcore").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert data - shipped == set()
+    for config in (ROOT / "lmcore/accelerate_configs").glob("zero*.yaml"):
+        file = yaml.safe_load(config.read_text())["deepspeed_config"]["deepspeed_config_file"]
+        assert ROOT / "lmcore" / file in shipped
 
 
 @pytest.mark.slow

@@ -611,6 +611,23 @@ def test_deepspeed_files_agree_with_their_names() -> None:
         assert "auto" not in str(config)
 
 
+def test_deepspeed_files_of_the_package_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmcore.engine import zero
+
+    monkeypatch.chdir(tmp_path)
+    name = "ds_configs/zero3.json"
+    launched = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": name}
+    assert zero.read(launched, None) == zero.read(launched, name) == zero.read({}, name)
+    assert zero.read({}, name)["zero_optimization"]["stage"] == 3
+    with pytest.raises(RequestError, match="No such file"):
+        zero.read({}, "other/zero3.json")
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / name).write_text('{"zero_optimization": {"stage": 1}}')  # the user's own goes first
+    assert zero.read(launched, None)["zero_optimization"]["stage"] == 1
+
+
 def update_too_early() -> None:
     engine = engine_runs.make_engine(Job())
     engine.prepare(

@@ -59,6 +59,7 @@ def test_checkpoint_to_resume_is_named_by_its_folder_alone(tmp_path: Path) -> No
         (["--tokenizer.path", "./none", "--tokenizer.vocab_size", "null"], "tokenizer.path './none'"),
         (["--model.type", "null", "--model.from_pretrained", "./none"], "no such folder"),
         (["--engine.deepspeed", "zero9.json"], "no such file"),
+        (["--engine.deepspeed", "ds_config/zero3.json"], "did you mean 'ds_configs/zero3.json'"),
         (["--report.trackers", "wandbb"], "did you mean 'wandb'"),
         (["--report.trackers", "clearml"], "pip install clearml"),
         (["--data.train", "no/such/file.txt"], "no such file"),
