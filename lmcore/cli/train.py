@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import signal
 import sys
@@ -24,7 +25,8 @@ Starts accelerate launch: on the CPU where there is no GPU, on one GPU, or with 
 ends with the exit code of the run and adds no traceback to what the run says.
 
   --config_file FILE     another configuration of accelerate: a file, or a name such as fsdp2
-  --processes N          number of processes (default: the GPUs, or one on the CPU)
+  --processes N          number of processes (default: the GPUs, or one on the CPU; with FILE those that it names, on one
+                         machine at most the GPUs that there are)
 
 lmcore train --help all lists the options of train_lm.py.
 """
@@ -50,7 +52,8 @@ def launch_command(
         words: options of ``train_lm.py``, passed on as they are.
         gpus: number of GPUs of this machine.
         config_file: a configuration of accelerate, by path or by its name in ``accelerate_configs/``.
-        processes: default: as many as GPUs, or those of ``config_file``.
+        processes: default: as many as GPUs; with ``config_file`` those that it names, but no more than GPUs where it is for
+            one machine: the files in ``accelerate_configs/`` name 8.
 
     Raises:
         RequestError: no such configuration, or more processes than GPUs.
@@ -65,6 +68,8 @@ def launch_command(
         if not file.is_file():
             known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
             raise RequestError(f"--config_file {config_file}: no such file; by name there are {known}")
+        if processes is None and gpus and _processes_of(file) > gpus:
+            processes = gpus
         count = [] if processes is None else ["--num_processes", str(processes)]
         return ["--config_file", str(file), *count, str(script()), *words]
     if gpus and processes is not None and processes > gpus:
@@ -75,6 +80,14 @@ def launch_command(
     else:
         name, count = "ddp" if gpus else "cpu_2", ["--num_processes", str(wanted)]
     return ["--config_file", str(CONFIGS / f"{name}.yaml"), *count, str(script()), *words]
+
+
+def _processes_of(file: Path) -> int:
+    """The processes that a configuration of accelerate starts on this machine alone; 0 where it is for several, or not plain."""
+    fields = dict(
+        re.findall(r"^(num_machines|num_processes):\s*(\d+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    return int(fields.get("num_processes", 0)) if int(fields.get("num_machines", 1)) == 1 else 0
 
 
 def train(words: list[str]) -> int:

@@ -26,6 +26,10 @@ ROOT = Path(__file__).resolve().parents[2]
         (8, {"processes": 2}, "ddp", "2"),
         (8, {"processes": 1}, "gpu", None),
         (8, {"config_file": "fsdp2"}, "fsdp2", None),
+        (4, {"config_file": "fsdp2"}, "fsdp2", "4"),
+        (16, {"config_file": "fsdp2"}, "fsdp2", None),
+        (0, {"config_file": "fsdp2"}, "fsdp2", None),
+        (4, {"config_file": "ddp_multinode"}, "ddp_multinode", None),
         (8, {"config_file": "accelerate_configs/zero3.yaml", "processes": 4}, "zero3", "4"),
     ],
 )
