@@ -36,6 +36,8 @@ Splits = Mapping[str, tuple[Split, Split]]
 
 STDLIB = "stdlib"
 """The builtin corpus: the Python standard library's own source code, on every machine."""
+_SAMPLED_BYTES = 2**20
+"""Text that a tokenizer's sample takes from one place of a large corpus."""
 _SHOWN_TOKENS = 40
 """Of a document that is named in a message; as many characters."""
 
@@ -180,26 +182,60 @@ def sample_texts(
     bad: Callable[[documents.BadRecord], None],
     splits: Splits | None = None,
 ) -> Iterator[str]:
-    """Texts to train a tokenizer on: all of a small corpus in its order; of a larger one, 1 MiB parts in seeded random
-    order until ``max_bytes`` are reached, of which the training side is given. (A compressed file is one part: of a
-    single huge one this is its head, and so it is of a data set of the Hub.)"""
+    """Texts to train a tokenizer on: all of a small corpus; of a larger one, 1 MiB parts in seeded random order until
+    ``max_bytes`` are reached, of which the training side is given.
+
+    How much text is in a part is not known where it cannot be cut (compressed files, shards of the Hub). So each part first
+    gives its beginning, as much as fits if all parts give as much, and only what is left of ``max_bytes`` then is taken
+    from behind it: otherwise one large file would be all that the tokenizer knows.
+    """
     whole: Split = ("all", 0.0)
     splits = splits or {}
     total = 0
-    work = [(source, part) for source in sources for part in hub.parts_of(source, part_bytes=2**20)]
-    if sum(part.n_bytes for _, part in work) > max_bytes:
+    work = [(source, part) for source in sources for part in hub.parts_of(source, part_bytes=_SAMPLED_BYTES)]
+    if max(sum(part.n_bytes for _, part in work), len(work) * _SAMPLED_BYTES) > max_bytes:
         random.Random(f"{seed} tokenizer").shuffle(work)
-    for source, part in work:
-        for document in hub.documents_of(source, part, bad=bad):
-            text, left = document.text, max_bytes - total
-            if len(text) > left + 2**20:  # one enormous document must not make the sample enormous
-                text = text[:left]
-            total += len(text.encode())
-            kept = part_of(document.text, splits.get(source.name, (whole, whole))[0])
-            if kept is not None:
-                yield kept[: len(text)]
-            if total >= max_bytes:
-                return
+    start, stop = 0, max(max_bytes // max(len(work), 1), _SAMPLED_BYTES)
+    while work:
+        longer = []
+        for source, part in work:
+            for text in _stretch(source, part, start, stop, bad):
+                if text is None:
+                    longer.append((source, part))
+                    break
+                left = max_bytes - total
+                # One enormous document must not make the sample enormous
+                length = left if len(text) > left + 2**20 else len(text)
+                total += len(text[:length].encode())
+                kept = part_of(text, splits.get(source.name, (whole, whole))[0])
+                if kept is not None:
+                    yield kept[:length]
+                if total >= max_bytes:
+                    return
+        work, start, stop = longer, stop, 2 * stop
+
+
+def _stretch(
+    source: documents.Source,
+    part: documents.Part,
+    start: int,
+    stop: int,
+    bad: Callable[[documents.BadRecord], None],
+) -> Iterator[str | None]:
+    """The texts of a part that begin in the bytes ``[start, stop)`` of its text; then ``None`` if more follow."""
+    at = 0
+
+    def on_bad(record: documents.BadRecord) -> None:
+        if at >= start:  # the others are known
+            bad(record)
+
+    for document in hub.documents_of(source, part, bad=on_bad):
+        if at >= stop:
+            yield None
+            return
+        if at >= start:
+            yield document.text
+        at += len(document.text.encode())
 
 
 def _text_sources(entries: Entries, reading: Reading) -> list[documents.Source]:
