@@ -91,6 +91,13 @@ def _not_held_out(config: RunConfig) -> str | None:
     return _any(_with("data.factory"), _with("data.mode", "stream"))(config)
 
 
+def _blocks_of_a_stream(config: RunConfig) -> str | None:
+    stream = config.data.mode == "stream" and config.data.factory is None
+    return (
+        "is the same as full with data.mode 'stream'" if stream and config.data.shuffle == "blocks" else None
+    )
+
+
 def _no_tokenizer_is_trained(config: RunConfig) -> str | None:
     return None if config.tokenizer.train else _with("model.from_pretrained")(config)
 
@@ -132,6 +139,10 @@ RULES = (
         ("data.shuffle_window",),
         _any(_with("data.factory"), _with("data.mode", "store"), _with("data.shuffle", "none")),
         "it is for data.mode stream with data.shuffle full; leave it out",
+    ),
+    Rule(
+        ("data.shuffle",), _blocks_of_a_stream,
+        "its blocks are shuffled in windows of data.shuffle_window; set data.mode store, or leave it out",
     ),
     Rule(
         ("data.stream_lanes",), _any(_with("data.factory"), _with("data.mode", "store")),

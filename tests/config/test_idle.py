@@ -42,6 +42,7 @@ IDLE = [
     ("--data.stream_lanes 4", "", "data.mode 'store'"),
     ("--data.shuffle_window 64", "", "data.mode 'store'"),
     ("--data.shuffle_window 64", "--data.mode stream --data.shuffle none --train.duration 9", "data.shuffle 'none'"),
+    ("--data.shuffle blocks", "--data.mode stream --train.duration 9", "data.mode 'stream'"),
     ("--data.valid_fraction 0.5", "--data.mode stream --train.duration 9", "data.mode 'stream'"),
     ("--data.max_bad_fraction 0.5", "", "data.on_error 'raise'"),
     ("--optim.betas 0.9 0.99", "--optim.name sgd", "optim.name 'sgd'"),
