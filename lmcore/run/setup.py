@@ -281,6 +281,12 @@ def open_data(
         phases = phases_from_options(config.data.phases, [store.name for store in sets.train], sets.weights)
         train = blocks(sets.train, seed=config.seed, shuffle=config.data.shuffle, phases=phases)
         rows += [(f"text ({store.name})", describe_store(store)) for store in sets.train]
+        for store in sets.train:
+            if not store.n_blocks(block_size):
+                note(
+                    f"source {store.name!r} has {store.n_tokens:,} tokens, not one block of {block_size:,} with its labels: nothing "
+                    f"of it is trained on; put it into one source with other text, or give a smaller data.block_size"
+                )
     rows += [(f"validation ({name})", describe_store(store)) for name, store in sets.valid.items()]
     rows += [(name, describe_store(store)) for name, store in sets.test.items()]
     return Data(

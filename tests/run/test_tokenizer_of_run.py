@@ -215,3 +215,14 @@ def test_pretrained_weights_without_a_tokenizer_are_refused(tmp_path: Path, weig
         RequestError, match=r"comes without its tokenizer .*tokenizer\.path.*tokenizer\.train true"
     ):
         opened(tmp_path, model__from_pretrained=weights, **PRETRAINED)
+
+
+def test_source_below_one_block_is_said(tmp_path: Path, text: Path) -> None:
+    """Nothing of it is trained on, and the start table shows its tokens."""
+    (tmp_path / "tiny.txt").write_text("a few words\n")
+    notes: list[str] = []
+    sources = f"[{{path: {text}}}, {{path: {tmp_path / 'tiny.txt'}}}]"
+    config = config_of(tmp_path, data__train=sources, data__valid_fraction=0)
+    data = setup.open_data(config, tmp_path / "run" / "tokenizer", note=notes.append)
+    [said] = [line for line in notes if "not one block of 32" in line]
+    assert said.startswith(f"source 'tiny' has {data.train.stores[1].n_tokens} tokens")
