@@ -192,12 +192,18 @@ class Sizes:
         accumulation = self.accumulation_of(batch)
         return f"{self.world_size} x {accumulation} x {batch // self.world_size // accumulation}"
 
-    def warnings(self, config: RunConfig, *, validated: bool) -> list[str]:
+    def warnings(self, config: RunConfig, *, validated: bool, step: int = 0) -> list[str]:
         """What makes the run useless although nothing is wrong, each with what to change.
 
         Args:
             validated: whether there is a validation set.
+            step: the step that the run has reached.
         """
+        if step >= self.total_steps:
+            return [
+                f"nothing is left to train: the run is at step {step:,}, and train.duration {config.train.duration} ends at "
+                f"step {self.total_steps:,}. It is evaluated and exported once more; to train on give a longer --train.duration"
+            ]
         found = []
         if self.total_steps < FEW_STEPS and not config.fast_dev_run:
             has = "" if self.epoch_blocks is None else f" of {self.epoch_blocks:,} in the text"

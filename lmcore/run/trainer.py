@@ -468,8 +468,8 @@ class Run:
         repeated = advice.repetition_warning(
             config, self._passes, validated=bool(self.data.valid), patience=patience
         )
-        lines = sizes.warnings(config, validated=bool(self.data.valid))
-        for line in lines if repeated is None else [*lines, repeated]:
+        lines = sizes.warnings(config, validated=bool(self.data.valid), step=state.step)
+        for line in lines if repeated is None or state.step >= sizes.total_steps else [*lines, repeated]:
             report.warn_once(line)
         report.begin(
             step=state.step,
