@@ -256,17 +256,29 @@ def fit(points: Sequence[Point], unique_tokens: float, *, draws: int = DRAWS, se
     spread = np.array([FLOOR_SPREAD, EXPONENT_SPREAD, EXPONENT_SPREAD])
     bounds = ([-20, -20, -20, 0.02, 0.02], [math.log(lowest), 10, 10, 1.5, 1.5])
 
-    def model(theta: Any) -> Any:
+    def terms(theta: Any) -> Any:
+        """E, A / N^alpha and B / D^beta of each run: (3, runs)."""
         log_e, log_a, log_b, alpha, beta = theta
-        return np.log(np.exp(log_e) + np.exp(log_a - alpha * x_n) + np.exp(log_b - beta * x_d))
+        return np.exp([np.full_like(x_n, log_e), log_a - alpha * x_n, log_b - beta * x_d])
+
+    def model(theta: Any) -> Any:
+        return np.log(terms(theta).sum(axis=0))
+
+    of_penalty = np.zeros((3, 5))
+    of_penalty[range(3), (0, 3, 4)] = 1 / spread
 
     def solve(values: Any, centres: Any, noise: float, start: Any) -> Any:
         def residuals(theta: Any) -> Any:
             penalty = (np.array([theta[0], theta[3], theta[4]]) - centres) / spread
             return np.concatenate([(model(theta) - values) / noise, penalty])
 
+        def jacobian(theta: Any) -> Any:
+            of_e, of_a, of_b = (parts := terms(theta)) / parts.sum(axis=0)
+            of_runs = np.stack([of_e, of_a, of_b, -x_n * of_a, -x_d * of_b], axis=1)
+            return np.concatenate([of_runs / noise, of_penalty])
+
         return least_squares(residuals, np.clip(start, *(np.array(b) + e for b, e in zip(bounds, (1e-6, -1e-6)))),
-                             bounds=bounds, x_scale="jac", max_nfev=400)  # fmt: skip
+                             jacobian, bounds=bounds, x_scale="jac", max_nfev=400)  # fmt: skip
 
     rest = math.log(max(1e-3, float(np.exp(y.mean())) - FLOOR_SHARE * lowest))
     starts = [
