@@ -4,9 +4,10 @@
     python benchmarks/size.py ladder               # the ladder of the same budgets, and the runs that it chooses
     python benchmarks/size.py report               # regret, error, coverage, transfer of the rate
 
-A budget is a number of FLOPs, not of seconds: the tokens of a run are ``budget / FLOPs a token``, so that neighbours on the machine
-change nothing and a grid can be computed in pieces. Every run is train_lm.py with the recipe that lmcore size would write. Results:
-``results/size.json``, one record a run, with hardware and versions.
+A budget is seconds of training at speeds that are measured once for each size and kept with the results: the tokens of a run are
+``budget x speed``, so that neighbours on the machine change nothing and a grid can be computed in pieces. (FLOPs are no such
+measure: a step of a tiny model costs far more time than its arithmetic.) Every run is train_lm.py with the recipe that lmcore
+size would write. Results: ``results/size.json``, one record a run, with hardware and versions.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from lmcore.plan import scaling
 from lmcore.run import ladder, planning, setup
 
 ROOT = Path(__file__).resolve().parent.parent
+SPEED_STEPS, SPEED_BLOCKS = 60, 8
+"""Of the run that measures the speed of a size."""
 
 
 class Case:
     """A text with its tokenizer, and the models of the family."""
 
-    def __init__(self, asked: argparse.Namespace) -> None:
+    def __init__(self, asked: argparse.Namespace, results: dict[str, Any]) -> None:
         self.asked = asked
         words = ["--data.train", asked.train, "--data.valid_fraction", "0.03", "--data.block_size", str(asked.block_size),
                  "--tokenizer.vocab_size", str(asked.vocab_size), "--optim.name", "muon", "--train.precision", "fp32",
@@ -58,6 +61,30 @@ class Case:
                 vocab_size=data.encoder.vocab_size, block_size=asked.block_size, note=lambda line: None,
             )  # fmt: skip
             self.members[f"w{width}"] = counted(module, width, asked.block_size)
+        self.speeds = {name: self._speed(name, results) for name in self.members}
+
+    def _speed(self, member: str, results: dict[str, Any]) -> float:
+        """Tokens a second of a size: from the results, or measured and kept."""
+        name = f"speed-{self.asked.name}-{member}"
+        if name not in results:
+            with tempfile.TemporaryDirectory() as folder:
+                values = self.base(member, 1) | {
+                    "run_dir": str(Path(folder) / "run"), "optim": {"name": "muon", "lr": START_RATES["muon"]},
+                    "train": {"precision": "fp32", "duration": f"{SPEED_STEPS} steps", "global_batch_blocks": SPEED_BLOCKS},
+                    "report": {"every": f"{SPEED_STEPS // 10} steps", "trackers": []},
+                    "checkpoint": {"every": "never"},
+                }  # fmt: skip
+                values["evaluate"] |= {"every": "never", "prompts": []}
+                speed = train(values, Path(folder)).tokens_per_second
+            assert speed is not None
+            results[name] = {
+                "tokens_per_second": speed,
+                "parameters": self.members[member].parameters,
+                "machine": machine(),
+            }
+            keep(results, self.asked.out)
+            print(f"{name}: {speed:,.0f} tokens/s", flush=True)
+        return float(results[name]["tokens_per_second"])
 
     def base(self, member: str, seed: int) -> dict[str, Any]:
         """The options that all runs of a size share."""
@@ -71,21 +98,25 @@ class Case:
 
     def steps(self, member: str, budget: float, blocks: int) -> int:
         """Of a run that spends the budget."""
-        tokens = budget / self.members[member].flops_per_token
+        tokens = budget * self.speeds[member]
         return max(10, int(tokens / blocks / self.asked.block_size) // 10 * 10)
 
 
-def train(values: dict[str, Any], folder: Path) -> float:
-    """Run it; its last validation loss, infinite where it diverged."""
+def keep(results: dict[str, Any], out: Path) -> None:
+    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def train(values: dict[str, Any], folder: Path) -> ladder.Result:
+    """Run it; its last validation loss, infinite where it diverged, and its speed."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.dump(plain(values)), encoding="utf-8")
     command = [sys.executable, str(ROOT / "train_lm.py"), "--config", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 70):
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    loss = ladder.read_result(Path(values["run_dir"])).loss
-    assert loss is not None
-    return loss
+    result = ladder.read_result(Path(values["run_dir"]))
+    assert result.loss is not None
+    return result
 
 
 def one_run(
@@ -100,14 +131,15 @@ def one_run(
                                    block_size=case.asked.block_size)  # fmt: skip
             values = ladder.rung_values(case.base(member, seed), design, design.rung(member, rate, 1), folder)
             values["checkpoint"]["every"] = "never"
-            loss = train(values, folder)
+            loss = train(values, folder).loss
+        assert loss is not None
         results[name] = {
             "corpus": case.asked.name, "member": member, "parameters": case.members[member].parameters, "rate": rate,
             "blocks": blocks, "steps": steps, "tokens": steps * blocks * case.asked.block_size, "seed": seed,
             "flops": steps * blocks * case.asked.block_size * case.members[member].flops_per_token,
             "loss": loss if math.isfinite(loss) else None, "machine": machine(),
         }  # fmt: skip
-        case.asked.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        keep(results, case.asked.out)
         print(f"{name}: {loss:.4f}", flush=True)
     loss = results[name]["loss"]
     return math.inf if loss is None else float(loss)
@@ -126,9 +158,9 @@ def grid(case: Case, results: dict[str, Any]) -> None:
 def climb(case: Case, results: dict[str, Any]) -> None:
     """For every budget the ladder of a tenth of it, its choice, and the run that was chosen."""
     for budget in sorted(case.asked.budgets):
-        speed = {name: 1 / m.flops_per_token for name, m in case.members.items()}  # a second is a FLOP here
-        ladder.STARTUP_SECONDS = 0.0
-        by_size = {float(m.parameters): budget / m.flops_per_token for m in case.members.values()}
+        speed = case.speeds
+        ladder.STARTUP_SECONDS = 0.0  # it is no part of these budgets
+        by_size = {float(m.parameters): budget * speed[name] for name, m in case.members.items()}
         laws = scaling.published(list(by_size), by_size.__getitem__, case.unique_tokens)
         design = ladder.design(
             [(m, speed[name]) for name, m in case.members.items()], ladder_seconds=SHARE * budget,
@@ -168,9 +200,9 @@ def climb(case: Case, results: dict[str, Any]) -> None:
         ]
         results[f"choice-{case.asked.name}-{budget:g}"] = {
             "corpus": case.asked.name, "budget": budget, "member": chosen.candidate.name, "rate": rate, "blocks": blocks,
-            "steps": steps, "expected": asdict(chosen.expected), "reached": reached, "machine": machine(),
+            "steps": steps, "fit": asdict(fitted.law), "expected": asdict(chosen.expected), "reached": reached, "machine": machine(),
         }  # fmt: skip
-        case.asked.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        keep(results, case.asked.out)
 
 
 def report(results: dict[str, Any]) -> str:
@@ -204,7 +236,15 @@ def report(results: dict[str, Any]) -> str:
         )
     return table(
         rows,
-        ("corpus", "FLOPs", "chosen", "loss", "against the best of the grid", "expected", "in the interval"),
+        (
+            "corpus",
+            "seconds",
+            "chosen",
+            "loss",
+            "against the best of the grid",
+            "expected",
+            "in the interval",
+        ),
     )
 
 
@@ -215,7 +255,7 @@ def main() -> None:
     parser.add_argument("what", choices=("grid", "ladder", "report"))
     parser.add_argument("--train", default="stdlib")
     parser.add_argument("--name", default="python", help="of the corpus, in the results")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[1e12, 4e12])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[600, 1800])
     parser.add_argument("--widest", type=int, default=128, choices=ladder.WIDTHS)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0025, 0.005, 0.01, 0.02, 0.04])
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 8, 16])
@@ -229,7 +269,7 @@ def main() -> None:
     asked.work = asked.work.resolve()
     results: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.exists() else {}
     if asked.what != "report":
-        (grid if asked.what == "grid" else climb)(Case(asked), results)
+        (grid if asked.what == "grid" else climb)(Case(asked, results), results)
     print(report(results))
 
 
