@@ -203,10 +203,11 @@ def sample_texts(
                 if text is None:
                     longer.append((source, part))
                     break
-                left = max_bytes - total
-                # One enormous document must not make the sample enormous
-                length = left if len(text) > left + 2**20 else len(text)
-                total += len(text[:length].encode())
+                left, encoded, length = max_bytes - total, text.encode(), len(text)
+                if len(encoded) > left + 2**20:  # one enormous document must not make the sample enormous
+                    encoded = encoded[:left]
+                    length = len(encoded.decode(errors="ignore"))
+                total += len(encoded)
                 kept = part_of(text, splits.get(source.name, (whole, whole))[0])
                 if kept is not None:
                     yield kept[:length]

@@ -356,6 +356,14 @@ def test_samples_of_a_corpus_are_bounded_and_repeatable(tmp_path: Path) -> None:
     assert bad == []
 
 
+def test_sample_of_one_enormous_document_is_bounded_in_bytes(tmp_path: Path) -> None:
+    """Its limit was counted in characters, of which Japanese has three bytes each."""
+    (tmp_path / "a.txt").write_text("日本語" * 300_000, encoding="utf-8")
+    bad: list[Any] = []
+    [text] = sample_texts(resolve_sources([str(tmp_path)]), max_bytes=1_000_000, bad=bad.append)
+    assert text == "日本語" * 111_111
+
+
 def test_sample_has_text_of_every_compressed_file(tmp_path: Path) -> None:
     """Their size on the disk does not tell how much text is in them: the first one was nearly all of the sample."""
     for name, count in (("en", 2200), ("ja", 500)):
