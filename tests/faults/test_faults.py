@@ -108,7 +108,13 @@ CASES_OF_EACH_LAUNCHER = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", CASES_OF_EACH_LAUNCHER.values(), ids=CASES_OF_EACH_LAUNCHER)
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, id=name, marks=[pytest.mark.long] * name.endswith("torchrun, started again"))
+        for name, number in CASES_OF_EACH_LAUNCHER.items()
+    ],
+)
 def test_signals_through_the_real_launchers(tmp_path: Path, number: int) -> None:
     told = campaign(tmp_path, "--kind", "launcher", "--n", "1", "--first", str(number))
     assert told.count(": held") == 1
