@@ -25,8 +25,8 @@ Starts accelerate launch: on the CPU where there is no GPU, on one GPU, or with 
 ends with the exit code of the run and adds no traceback to what the run says.
 
   --config_file FILE     another configuration of accelerate: a file, or a name such as fsdp2
-  --processes N          number of processes (default: the GPUs, or one on the CPU; with FILE those that it names, on one
-                         machine at most the GPUs that there are)
+  --processes N          number of processes (default: one for each GPU, or one on the CPU; with --config_file the number
+                         in FILE, but on a single machine no more than it has GPUs)
 
 lmcore train --help all lists the options of train_lm.py.
 """

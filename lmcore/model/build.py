@@ -279,7 +279,7 @@ def _layer_that_is_not_the_identity(model: Any) -> str | None:
     hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in repeated_blocks(model)]
     try:
         model.eval()
-        model.base_model(input_ids=torch.arange(4)[None])  # without the head, the dearest part
+        model.base_model(input_ids=torch.arange(4)[None])  # without the costly head
     except Exception:
         # A family that does not compute with token ids alone is refused before the run (token_mixing.why_no_language_model),
         # with its error; it may raise any.

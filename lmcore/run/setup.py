@@ -702,16 +702,23 @@ def make_optimizer(
         **config.optim.config,
     )
     optim.set_weight_decay(optimizer, first_value(config.optim.weight_decay))
-    in_groups = {name for group in optimizer.param_groups for name in group} & {
-        "momentum"
-    }  # set in every step
-    for name in sorted({"betas", "eps", "momentum", "fused"} - in_groups) if ":" in config.optim.name else ():
-        given = getattr(config.optim, name)
-        if given != keys()[f"optim.{name}"].default and not optim.takes_option(config.optim.name, name):
-            note(
-                f"optim.{name} {plain(given)} has no effect: {config.optim.name} has no argument {name}; leave it out"
-            )
+    if ":" in config.optim.name:
+        for line in _without_effect(config, optimizer):
+            note(line)
     return optimizer
+
+
+def _without_effect(config: RunConfig, optimizer: torch.optim.Optimizer) -> list[str]:
+    """A line for each option that was set and does not reach an optimizer by import path."""
+    names = ["betas", "eps", "fused"]
+    if not any("momentum" in group for group in optimizer.param_groups):  # else every step sets it there
+        names.append("momentum")
+    return [
+        f"optim.{name} {plain(given)} has no effect: {config.optim.name} has no argument {name}; leave it out"
+        for name in names
+        if (given := getattr(config.optim, name)) != keys()[f"optim.{name}"].default
+        and not optim.takes_option(config.optim.name, name)
+    ]
 
 
 def lr_multipliers(config: RunConfig) -> dict[str, float]:

@@ -469,7 +469,9 @@ class Run:
             config, self._passes, validated=bool(self.data.valid), patience=patience
         )
         lines = sizes.warnings(config, validated=bool(self.data.valid), step=state.step)
-        for line in lines if repeated is None or state.step >= sizes.total_steps else [*lines, repeated]:
+        if repeated is not None and state.step < sizes.total_steps:
+            lines.append(repeated)
+        for line in lines:
             report.warn_once(line)
         report.begin(
             step=state.step,
@@ -612,8 +614,8 @@ class Run:
             self._gradients_known = True
             if names := engine.without_gradient:
                 self.report.note(
-                    f"no gradient in step {state.step}: {first_names(names)}; what takes no part in the loss is not trained, and "
-                    "stays as it was initialized"
+                    f"no gradient in step {state.step}: {first_names(names)}; parameters that take no part in the loss are not "
+                    "trained"
                 )
         state.tokens += batch.n_blocks * self.sizes.block_size
         first, last = batch.positions

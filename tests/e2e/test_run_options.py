@@ -69,17 +69,26 @@ def test_weights_mix_sources(text: Path) -> None:
     assert state["cursor"]["phases"] == [[0, [3.0, 1.0]]]
 
 
-def test_own_model_data_and_loss(text: Path) -> None:
-    """No tokenizer, no token: a regression, on one process and on two."""
-    options = {
+def own_parts(run_dir: Path, options: dict[str, Any]) -> list[str]:
+    """A command line for the small regression of tests/support/own_parts.py: two steps, if ``options`` do not say otherwise."""
+    whole = {
+        "run_dir": run_dir,
         "data.factory": "tests.support.own_parts:data",
         "data.config.count": 64,
         "model.type": "null",
         "model.factory": "tests.support.own_parts:model",
         "model.config.width": 8,
         "loss.factory": "tests.support.own_parts:squares",
-        "train.duration": "20 epochs",
+        "train.duration": "2 steps",
         "train.global_batch_blocks": 8,
+    } | options
+    return [part for name, value in whole.items() for part in (f"--{name}", str(value))]
+
+
+def test_own_model_data_and_loss(text: Path) -> None:
+    """No tokenizer, no token: a regression, on one process and on two."""
+    options = {
+        "train.duration": "20 epochs",
         "train.micro_batch_blocks": 4,
         "train.precision": "fp32",
         "optim.lr": 0.05,
@@ -90,8 +99,7 @@ def test_own_model_data_and_loss(text: Path) -> None:
     }
     one, two = text / "own-1", text / "own-2"
     for run_dir, world_size in ((one, 1), (two, 2)):
-        argv = [p for k, v in {"run_dir": run_dir, **options}.items() for p in (f"--{k}", str(v))]
-        assert train(argv, world_size) == [EXIT_FINISHED] * world_size
+        assert train(own_parts(run_dir, options), world_size) == [EXIT_FINISHED] * world_size
     assert losses(one)[160] < 0.01 < losses(one)[1]
     assert math.isclose(losses(one)[160], losses(two)[160], rel_tol=1e-4)
     evaluations = read_metrics(one / "metrics.jsonl", kind="eval")
@@ -101,19 +109,8 @@ def test_own_model_data_and_loss(text: Path) -> None:
 
 def test_own_data_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
     """They were trained on: some items twice in an epoch and others never."""
-    options = {
-        "data.factory": "tests.support.own_parts:longer_on_rank_1",
-        "data.config.count": 64,
-        "model.type": "null",
-        "model.factory": "tests.support.own_parts:model",
-        "model.config.width": 8,
-        "loss.factory": "tests.support.own_parts:squares",
-        "train.duration": "2 steps",
-        "train.global_batch_blocks": 8,
-        "run_dir": tmp_path / "run",
-    }
-    argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    assert train(argv, 2) == [EXIT_REQUEST] * 2
+    options = {"data.factory": "tests.support.own_parts:longer_on_rank_1"}
+    assert train(own_parts(tmp_path / "run", options), 2) == [EXIT_REQUEST] * 2
     reason = json.loads((tmp_path / "run" / "status.json").read_text())["reason"]
     assert "the data of rank 0 and rank 1 differ (train: " in reason
 
@@ -121,19 +118,10 @@ def test_own_data_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
 def test_parameters_that_are_not_trained_are_said(tmp_path: Path) -> None:
     """They kept the numbers that they were initialized with, in silence: DeepSeek V3.2's choice of keys, for one."""
     options = {
-        "data.factory": "tests.support.own_parts:data",
-        "data.config.count": 64,
-        "model.type": "null",
         "model.factory": "tests.support.own_parts:model_with_a_spare_layer",
-        "model.config.width": 8,
-        "loss.factory": "tests.support.own_parts:squares",
-        "train.duration": "2 steps",
-        "train.global_batch_blocks": 8,
         "checkpoint.every": "never",
-        "run_dir": tmp_path / "run",
     }
-    argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    assert train(argv) == [EXIT_FINISHED]
+    assert train(own_parts(tmp_path / "run", options)) == [EXIT_FINISHED]
     said = [
         line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "no gradient" in line
     ]
@@ -146,20 +134,11 @@ def test_error_of_one_rank_is_the_reason_that_rank_0_gives(tmp_path: Path, where
     """It was said only that rank 1 is dead, below a traceback of rank 0 about a lost connection."""
     options = {
         "data.factory": "tests.support.own_parts:broken_on_rank_1",
-        "data.config.count": 64,
         "data.config.where": where,
         "data.workers": workers,
-        "model.type": "null",
-        "model.factory": "tests.support.own_parts:model",
-        "model.config.width": 8,
-        "loss.factory": "tests.support.own_parts:squares",
-        "train.duration": "2 steps",
-        "train.global_batch_blocks": 8,
-        "run_dir": tmp_path / "run",
     }
-    argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     with pytest.raises(RankFailure) as failure:
-        train(argv, 2)
+        train(own_parts(tmp_path / "run", options), 2)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 71)
     assert status["reason"].startswith("rank 1 (pid ")

@@ -68,7 +68,9 @@ def test_tiny_budget_and_missing_validation_are_warned_about() -> None:
     assert "10 blocks of 103 in the text" in few
     assert "--train.global_batch_blocks" in few
     (done,) = sizes("--train.duration", "2 steps").warnings(config, validated=False, step=5)
-    assert "nothing is left to train: the run is at step 5, and train.duration" in done
+    assert (
+        "nothing is left to train: the run is at step 5, and train.duration 1 epochs ends at step 2" in done
+    )
     (none,) = sizes("--train.duration", "500 steps").warnings(config, validated=False)
     assert "no validation text" in none
     assert "--data.valid FILE" in none
