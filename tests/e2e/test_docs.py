@@ -28,6 +28,12 @@ PAGES = [
 TRANSLATIONS = sorted((ROOT / "docs").glob("*.ja.md"))
 """Pages in Japanese; their commands are those of the English page (a test), and run once."""
 
+IN_A_FIRST_HOUR = [
+    ROOT / name
+    for name in ("README.ja.md", "docs/from_nanogpt.md", "docs/from_trainer.md", "docs/from_lightning.md")
+]
+"""Pages whose blocks are run, in the same folder, by :mod:`tests.e2e.test_first_hours`."""
+
 
 def test_docs_blocks_that_are_not_run_give_a_reason() -> None:
     for page in PAGES:
@@ -69,7 +75,7 @@ def test_translation_has_the_commands_and_numbers_of_the_page(page: Path) -> Non
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if blocks(page) and page not in TRANSLATIONS],
+    [page for page in PAGES if blocks(page) and page not in [*TRANSLATIONS, *IN_A_FIRST_HOUR]],
     ids=lambda page: page.stem.replace(".", "-"),
 )
 def test_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:

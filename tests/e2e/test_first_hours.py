@@ -37,15 +37,17 @@ class Reader:
 def student() -> Reader:
     """Knows the Japanese tutorial, then takes a text of their own."""
     tutorial = indented_commands(ROOT / "examples/tutorial/README.ja.md")
-    own_text = next(block for block in blocks(ROOT / "README.ja.md") if "lmcore inspect" in block)
-    return Reader(commands=[*tutorial, own_text], trains=("runs/neko", "runs/mine"), text="japanese")
+    return Reader(
+        commands=[*tutorial, *blocks(ROOT / "README.ja.md")],
+        trains=("runs/neko", "runs/mine"),
+        text="japanese",
+    )
 
 
 def trainer_user() -> Reader:
     """Comes from Trainer and run_clm; opens the model with transformers."""
-    first = blocks(ROOT / "docs/from_trainer.md")[:1]
     return Reader(
-        commands=[*first, *blocks(ROOT / "docs/where_is_my_model.md")[:1]],
+        commands=[*blocks(ROOT / "docs/from_trainer.md"), *blocks(ROOT / "docs/where_is_my_model.md")[:1]],
         trains=("runs/from_trainer", "runs/model"),
     )
 
@@ -75,7 +77,7 @@ def test_first_hour(reader, tmp_path: Path) -> None:
     place, environment = lay_out(tmp_path, text=asked.text)
     environment.pop("ACCELERATE_USE_CPU")  # which a reader has not set
     refused = tmp_path / "refused"
-    script = f"trap 'echo \"$BASH_COMMAND\" >> {refused}' ERR\n" + "\n".join(asked.commands)
+    script = f"set -o pipefail; trap 'echo \"$BASH_COMMAND\" >> {refused}' ERR\n" + "\n".join(asked.commands)
     begun = time.monotonic()
     with Terminal(["bash", "-c", script], cwd=place, env=environment, columns=110, lines=40) as terminal:
         terminal.wait(seconds=SECONDS)
