@@ -209,3 +209,20 @@ def test_no_graph_breaks_and_no_recompilation_after_the_warm_up(family: str) -> 
     kinds = 2 if family == "gemma2" else 1
     assert warm <= 2 * kinds + 2, warm
     assert not counters["recompile_limit"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_every_micro_batch_of_a_batch_that_grows_is_compiled() -> None:
+    """By default dynamo gives up after eight graphs of one function: the rest of the run would not be compiled."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    module = make("gpt2")
+    m.compile_regions(module, backend="eager")
+    sizes = range(2, 13)
+    for blocks in sizes:
+        module(**batch(0, rows=blocks))[0].backward()
+    assert counters["stats"]["unique_graphs"] == len(sizes)
+    assert not counters["recompile_limit"]
