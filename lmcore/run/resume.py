@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lmcore.checkpoint import reader
 from lmcore.checkpoint.manifest import STATE, Damaged, Hashes, committed, hashes_here, read_json
 from lmcore.config.durations import Durations
-from lmcore.config.schema import EarlyStoppingConfig, Resume, RunConfig, flatten, keys, ranges
+from lmcore.config.schema import Resume, RunConfig, flatten, keys, ranges
 from lmcore.data.cursor import Skips, count_positions
 from lmcore.errors import RequestError
 from lmcore.report.metrics import iterate_metrics
@@ -102,10 +102,18 @@ def kept_before(past: Mapping[str, Any], config: RunConfig) -> int:
     return int(past["step"] if changed else past.get("kept_before", 0))
 
 
-def stop_values_of(past: Mapping[str, Any], metric: str) -> list[float]:
-    """What early stopping has seen by the state of a checkpoint: nothing where it watched another metric than now."""
-    watched = past["config"].get("evaluate.early_stopping.metric", EarlyStoppingConfig.metric)
-    return list(past["stop_values"]) if watched == metric else []
+MEASURED = (
+    *("evaluate.early_stopping.metric", "evaluate.blocks", "data.train", "data.valid", "data.valid_fraction"),
+    *("data.block_size", "data.document_mask"),
+)
+"""Options that decide what early stopping watches, or on which text."""
+
+
+def stop_values_of(past: Mapping[str, Any], config: RunConfig) -> list[float]:
+    """What early stopping has seen by the state of a checkpoint: nothing where it watched another metric or other text than
+    now."""
+    found = changes(redact(past["config"]), redact(flatten(config)))
+    return [] if any(change.key in MEASURED for change in found) else list(past["stop_values"])
 
 
 def skips_left_out(before: Any, now: Skips) -> list[str]:

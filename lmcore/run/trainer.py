@@ -406,7 +406,7 @@ class Run:
                 .with_phases(self.data.phases)
                 .with_skips(self._skips),
                 metrics_step=kept.get("metrics_step", -1),
-                stop_values=stop_values_of(kept, self._early_stopping.metric),
+                stop_values=stop_values_of(kept, self.config),
                 **{name: kept[name] for name in ("step", "tokens", "metrics")},
             )
             self._epoch = self.data.train.epoch_of(self.state.cursor)

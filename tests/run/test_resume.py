@@ -133,8 +133,18 @@ def test_checkpoints_of_another_keep_every_stay(every: str, other: str, stays: b
     assert [Run._is_kept(run, step) for step in (4, 10, 12)] == [stays, stays, False]
 
 
-@pytest.mark.parametrize(("metric", "counted"), [("loss", [5.2, 4.9]), ("perplexity", [])])
-def test_early_stopping_does_not_compare_two_metrics(metric: str, counted: list[float]) -> None:
-    """A perplexity is never better than a loss: the run would end although it learns."""
-    state = {"config": flatten(RunConfig()), "stop_values": [5.2, 4.9]}
-    assert stop_values_of(state, metric) == counted
+@pytest.mark.parametrize(
+    ("other", "counted"),
+    [
+        ("--optim.lr 0.001 --evaluate.every 5", [5.2, 4.9]),
+        ("--evaluate.early_stopping.metric perplexity", []),
+        ("--data.valid other.txt", []),
+        ("--evaluate.blocks 7", []),
+        ("--data.block_size 32", []),
+    ],
+)
+def test_early_stopping_does_not_compare_two_metrics(other: str, counted: list[float]) -> None:
+    """A perplexity is never better than a loss, nor may another text's loss be: the run would end although it learns."""
+    words = ["--data.train", "a", "--data.valid", "b"]
+    state = {"config": flatten(parse(words, default_recipe=None)), "stop_values": [5.2, 4.9]}
+    assert stop_values_of(state, parse([*words, *other.split()], default_recipe=None)) == counted
