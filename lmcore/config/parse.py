@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import os
 import re
 import shlex
 import sys
@@ -64,6 +65,11 @@ OwnText = Callable[[Layer], tuple[Layer, list[str]]]
 """The options that are set -> defaults for this text and the lines that explain them."""
 OwnEntries = Callable[[list[Any], str | None], tuple[list[Any], list[str]]]
 """A list of texts as it was given, and ``data.store_dir`` -> the list as it is meant, and what was left out of it."""
+
+
+PATHS = ("run_dir", "local_dir", "resume", "model.from_pretrained", "engine.deepspeed")
+"""Options in which ``~`` is the home folder: no shell replaces it in a file, nor behind ``--run_dir=``. Those of data and
+tokenizer know it where they are read."""
 
 
 def parse(
@@ -141,6 +147,9 @@ def parse(
         name = Path(files[-1]).stem if files else _name_of_text(typed.get("data.train"))
         # A test run must not leave its checkpoints where the real run will look for them.
         merged["run_dir"] = f"runs/{name}" + ("-fast_dev_run" if merged["fast_dev_run"] else "")
+    for name in PATHS:
+        if isinstance(merged[name], str):
+            merged[name] = os.path.expanduser(merged[name])
     config: RunConfig = schema.build(_nested(merged))
     if request.print_config:
         print(help_.commented_yaml(config), end="")

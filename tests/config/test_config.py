@@ -273,6 +273,20 @@ def test_run_dir_of_a_saved_configuration_follows_its_folder(tmp_path: Path) -> 
     assert read("--config", str(tmp_path / "new" / "config.yaml"), "--run_dir", "other").run_dir == "other"
 
 
+@pytest.mark.parametrize(
+    "name", ["run_dir", "local_dir", "resume", "model.from_pretrained", "engine.deepspeed"]
+)
+def test_home_folder_in_a_file_is_that_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """No shell has replaced it: the run would write into a folder named ~, or find nothing there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text(yaml.dump({name: "~/x", "data.train": ["a"], "model.type": None}))
+    more = ["--model.type", "gpt2"] if name != "model.from_pretrained" else []
+    config = flatten(parse(["--config", str(tmp_path / "mine.yaml"), *more], default_recipe=None))
+    assert config[name] == str(tmp_path / "x")
+
+
 def test_recipe_of_the_package_is_found_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
