@@ -44,7 +44,7 @@ def write_results(
     """Export the model and write ``report.html``; rank 0 calls it once the last checkpoint is committed.
 
     Args:
-        averaged: export the moving average instead of the last weights.
+        averaged: export the moving average, where the checkpoint has one, instead of the weights.
         hashes: computes the hashes of files; the ranks share that.
         prompts: those of the samples; the first one stands in the command that generates.
 
@@ -58,6 +58,12 @@ def write_results(
         raise FaultError(f"no checkpoint in {folder.checkpoints} to export")
     with chosen:
         place = chosen.path
+        if averaged and not chosen.keys("ema"):
+            report.note(
+                f"the checkpoint of step {chosen.step} is from before optim.ema_decay was set and has no moving average: its weights "
+                "are exported"
+            )
+            averaged = False
         if config.model.factory is None:
             weights = ["--weights", "ema"] if averaged else []
             dtype = (
