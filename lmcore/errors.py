@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -88,6 +88,26 @@ def require_docstrings(optimize: int | None = None) -> None:
             "python -OO (or PYTHONOPTIMIZE=2) strips docstrings, and transformers cannot be imported without its own: use -O or "
             "neither"
         )
+
+
+def require_readable_arguments(argv: Sequence[str] | None = None, encoding: str | None = None) -> None:
+    """Refuse arguments that this Python cannot read because it takes the text of the system for something else than UTF-8.
+
+    Args:
+        argv: default: those of the process.
+        encoding: default: that of the system, as the locale and ``PYTHONUTF8`` have it.
+
+    Raises:
+        RequestError: with the remedy.
+    """
+    encoding = encoding or sys.getfilesystemencoding()
+    for word in sys.argv[1:] if argv is None else argv:
+        if encoding != "utf-8" and any("\udc80" <= character <= "\udcff" for character in word):
+            text = os.fsencode(word).decode(errors="replace")
+            raise RequestError(
+                f"{text[:60]!r} cannot be read: Python takes arguments for {encoding} here (by PYTHONUTF8 and the locale); "
+                "export PYTHONUTF8=1"
+            )
 
 
 @contextmanager

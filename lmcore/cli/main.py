@@ -25,6 +25,7 @@ from lmcore.errors import (
     RequestError,
     of_disk,
     require_docstrings,
+    require_readable_arguments,
 )
 from lmcore.humanize import did_you_mean
 from lmcore.report.console import protect_output
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_current_folder()
         require_docstrings()
+        require_readable_arguments(words)
         if words[0] not in COMMANDS:
             raise RequestError(
                 f"unknown command {words[0]!r}: choose from {', '.join(COMMANDS)}{did_you_mean(words[0], COMMANDS)}"

@@ -13,6 +13,7 @@ from lmcore.errors import (
     end_at_interrupt,
     one_line_errors,
     require_docstrings,
+    require_readable_arguments,
 )
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def parse_or_exit(argv: Sequence[str] | None = None) -> RunConfig:
     with one_line_errors(), refusals_reach_other_ranks():
         require_current_folder()
         require_docstrings()
+        require_readable_arguments(argv)
         check_launcher(os.environ)
         config = parse(
             None if argv is None else list(argv),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lmcore.errors import RequestError, one_line_errors, require_docstrings
+from lmcore.errors import RequestError, one_line_errors, require_docstrings, require_readable_arguments
 from lmcore.run.start import check_launcher, let_segments_grow
 
 
@@ -119,3 +119,16 @@ def test_printed_configuration_can_be_read_again(tmp_path: Path) -> None:
     assert [
         line for line in again.stdout.splitlines() if line and not line.lstrip().startswith("#")
     ] == options
+
+
+def test_arguments_that_the_locale_cannot_read_are_refused() -> None:
+    """Else the prompt would be no YAML, and the run folder "not UTF-8"."""
+    read_as_ascii = "日本語".encode().decode("ascii", "surrogateescape")
+    with pytest.raises(
+        RequestError, match=r"'日本語' cannot be read: .* for ascii here .*; export PYTHONUTF8=1$"
+    ):
+        require_readable_arguments(["--run_dir", read_as_ascii], "ascii")
+    require_readable_arguments(["--run_dir", "日本語"], "euc_jp")
+    require_readable_arguments(
+        ["--run_dir", read_as_ascii], "utf-8"
+    )  # refused with its option, if it must be text
