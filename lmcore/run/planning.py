@@ -262,7 +262,7 @@ def plan_of(
         blocks = 1 if batch is None else setting.micro_batch_blocks
         counted_flops = trace.count_flops(module, micro_batch_blocks=blocks, **step_of(setting))
         flops = counted_flops // (blocks * sizes.block_size)
-    except Exception as error:  # code that reads values of fake tensors (own models, routed experts)
+    except Exception as error:  # code that reads values of fake tensors (own models)
         uncounted = _one_line(error)
         grown = (0, 0, 0, 4 * counted_part.trained, 0)
         least = trace.StepTrace(moments=((0,) * 5, grown))

@@ -52,6 +52,9 @@ SLOW = {
     "gpt2 fp32, longer": GPT2_CASE,
     "llama bf16, recomputed, accumulated, longer": replace(LLAMA_CASE, checkpointing=True, accumulation=2),
     "llama bf16, accumulated": replace(LLAMA_CASE, accumulation=2),
+    "mixtral bf16, recomputed": replace(
+        LLAMA_CASE, type="mixtral", fields=LLAMA | {"num_local_experts": 4}, checkpointing=True
+    ),
     "gpt2 large fp32": LARGE_CASE,
     "gpt2 large bf16 weights": replace(LARGE_CASE, precision="bf16", param_dtype="bf16"),
     "gpt2 sgd, plain head": replace(GPT2_CASE, optimizer="sgd", chunk=0),
@@ -220,6 +223,30 @@ def test_flops_are_those_of_the_formula() -> None:
     formula = plan.flops_per_token(counted, positions=128 * 128, block_size=128, tied=True)
     assert formula == 6 * (counted.total - 128 * 128) + 12 * 4 * 128 * 128
     assert found / (2 * 128) == pytest.approx(formula, rel=0.05)  # biases and norms are no products
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_routed_experts_are_traced_and_their_flops_counted(
+    autocast: torch.dtype | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    few, many = (
+        build_on_meta(
+            type="mixtral",
+            config_overrides=fields | {"intermediate_size": 128, "num_experts_per_tok": each},
+            vocab_size=640,
+        )[0]
+        for each in (1, 2)
+    )
+    flops = [
+        count_flops(ModelWithLoss(model), micro_batch_blocks=2, block_size=64, autocast=autocast)
+        for model in (few, many)
+    ]
+    assert flops[1] - flops[0] == 2 * 6 * 2 * 64 * (3 * 64 * 128)
+    held = held_bytes(ModelWithLoss(many), autocast=autocast)
+    assert held > held_bytes(ModelWithLoss(few), autocast=autocast)
+    assert held > held_bytes(ModelWithLoss(many), autocast=autocast, activation_checkpointing=True)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "per_parameter"), [("adamw", 8), ("sgd", 4)])
