@@ -12,7 +12,7 @@ parameter, Hoffmann et al. 2022, arXiv 2203.15556.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -49,6 +49,8 @@ USABLE = 0.92
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 ZERO_BUCKET = 500_000_000
 """DeepSpeed's own default of reduce_bucket_size, in numbers; ds_configs/ take a tenth."""
+WITHOUT_ATTENTION = "linear|conv|mamba|recurrent"
+"""In the names that ``config.layer_types`` has for layers that mix tokens in another way."""
 
 
 # ------------------------------------------------------------------------------------------------------- parameters
@@ -64,9 +66,12 @@ class Parameters:
     outside_layers: int
     largest_layer: int
     layers: int
-    width: int
+    attention_width: int
+    """``L d`` of the attention: heads times their dimensions, summed over the layers that have any."""
     buffer_bytes: int
     largest_tensor: int = 0
+    idle: int = 0
+    """Of routed experts: those that a token is not sent to."""
 
 
 def parameters(module: nn.Module) -> Parameters:
@@ -98,7 +103,8 @@ def parameters(module: nn.Module) -> Parameters:
         else:
             groups["other"] += p.numel()
     total = sum(p.numel() for p in model.parameters())
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return Parameters(
         total=total,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -106,22 +112,46 @@ def parameters(module: nn.Module) -> Parameters:
         outside_layers=total - sum(sizes),
         largest_layer=max(sizes),
         layers=len(layers),
-        width=getattr(config, "hidden_size", 0) or 0,
+        attention_width=_attention_width(config, len(layers)),
         buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
         largest_tensor=max((p.numel() for p in model.parameters() if p.requires_grad), default=0),
+        idle=sum(p.numel() - p.numel() * each // p.shape[0] for p, each in _routed_experts(model, config)),
     )
 
 
+def _attention_width(config: Any, layers: int) -> int:
+    """See :class:`Parameters`. The dimensions of keys and of values may differ: their mean counts."""
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(width, int) or not heads:
+        return 0
+    each = getattr(config, "head_dim", None) or width / heads
+    if keys := getattr(config, "qk_head_dim", None):
+        each = (keys + (getattr(config, "v_head_dim", None) or keys)) / 2
+    kinds = getattr(config, "layer_types", None)
+    attending = layers if kinds is None else sum(not re.search(WITHOUT_ATTENTION, kind) for kind in kinds)
+    return int(attending * heads * each)
+
+
+def _routed_experts(model: nn.Module, config: Any) -> Iterator[tuple[nn.Parameter, int]]:
+    """The weights that hold all experts of a layer, (experts, out, in), with the number of experts of a token."""
+    each = getattr(config, "num_experts_per_tok", None)
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(config, name, None))), None)
+    if each and experts:
+        yield from ((p, each) for p in model.parameters() if p.ndim == 3 and p.shape[0] == experts)
+
+
 def flops_per_token(counted: Parameters, *, positions: int, block_size: int, tied: bool) -> int:
-    """``6 N + 12 L d T``: N without what is only looked up (positions; the embedding, unless it is the head too).
+    """``6 N + 12 L d T``: N without what is only looked up (positions; the embedding, unless it is the head too) and without
+    the experts that a token is not sent to.
 
     ``positions`` are the parameters of learned position embeddings. The attention is counted in full, not by half
     for being causal, as in PaLM's and nanoGPT's MFU. A frozen weight costs 4: its own gradient is not computed.
     """
     looked_up = positions if tied else counted.groups.get("embeddings", 0)
-    used = counted.total - looked_up
+    used = counted.total - looked_up - counted.idle
     updated = used if counted.trained == counted.total else min(counted.trained, used)
-    return 4 * used + 2 * updated + 12 * counted.layers * counted.width * block_size
+    return 4 * used + 2 * updated + 12 * counted.attention_width * block_size
 
 
 def model_flops_per_token(module: nn.Module, block_size: int) -> int | None:
@@ -131,11 +161,13 @@ def model_flops_per_token(module: nn.Module, block_size: int) -> int | None:
         return None
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    counted = parameters(model)
     return flops_per_token(
-        parameters(model),
-        positions=sum(p.numel() for name, p in model.named_parameters() if name.endswith("wpe.weight")),
+        counted,
+        positions=counted.groups.get("embeddings", 0) - embedding.weight.numel() if tied else 0,
         block_size=block_size,
-        tied=head is not None and embedding is not None and head.weight is embedding.weight,
+        tied=tied,
     )
 
 
@@ -596,6 +628,7 @@ class Plan:
             return f"not counted ({self.uncounted})"
         all_trained = self.parameters.trained == self.parameters.total
         formula = "6 N + 12 L d T" if all_trained else "4 N + 2 N trained + 12 L d T"
+        formula += ", N with the experts of one token" if self.parameters.idle else ""
         known = [] if self.flops_per_token is None else [f"{short(self.flops_per_token)} ({formula})"]
         known += [] if self.flops_counted is None else [f"{short(self.flops_counted)} counted"]
         return f"{', '.join(known)}; {short(self.tokens * each)} in all"

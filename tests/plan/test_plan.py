@@ -225,6 +225,26 @@ def test_flops_are_those_of_the_formula() -> None:
     assert found / (2 * 128) == pytest.approx(formula, rel=0.05)  # biases and norms are no products
 
 
+SHAPE = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2}
+EXPERTS = {"intermediate_size": 128, "num_key_value_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 256, "word_embed_proj_dim": 64, "max_position_embeddings": 512},
+    "qwen3": {"head_dim": 128, "num_key_value_heads": 1, "intermediate_size": 128},
+    "lfm2": {"num_key_value_heads": 2, "intermediate_size": 192, "layer_types": ["conv", "full_attention"]},
+    "mixtral": EXPERTS | {"num_local_experts": 4},
+    "olmoe": EXPERTS | {"num_experts": 8, "num_experts_per_tok": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_of_the_formula_are_those_that_are_counted(family: str) -> None:
+    fields = SHAPE | FAMILIES[family]
+    model, probe = build_on_meta(type=family, config_overrides=fields, vocab_size=2_000)
+    module = ModelWithLoss(model, probe=probe)
+    found = count_flops(module, micro_batch_blocks=2, block_size=128) / (2 * 128)
+    assert plan.model_flops_per_token(module, 128) == pytest.approx(found, rel=0.05)
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_routed_experts_are_traced_and_their_flops_counted(
     autocast: torch.dtype | None, capfd: pytest.CaptureFixture[str]
@@ -263,7 +283,7 @@ def test_optimizer_state_is_counted(name: str, per_parameter: int) -> None:
 
 COUNTED = plan.Parameters(
     total=1_000, trained=1_000, groups={"embeddings": 200, "attention": 800}, outside_layers=200,
-    largest_layer=200, layers=4, width=10, buffer_bytes=0,
+    largest_layer=200, layers=4, attention_width=40, buffer_bytes=0,
 )  # fmt: skip
 HELD = StepTrace(moments=((0, 0, 0, 0, 0), (50, 30, 0, 0, 0), (40, 0, 0, 1_600, 0), (0, 0, 0, 3_200, 800)))
 
