@@ -97,7 +97,9 @@ def size(words: list[str]) -> int:
     folder = RunFolder(Path("runs") / f"{out.stem}-size")
     display = tasks()
     folder.lock(note=display.note)
-    with Children(folder) as children:
+    with contextlib.ExitStack() as held:
+        held.callback(folder.unlock)
+        children = held.enter_context(Children(folder))
         search = Search(config, seconds=seconds, out=out, folder=folder, display=display, children=children)
         code = EXIT_FINISHED
         try:
@@ -136,8 +138,6 @@ def size(words: list[str]) -> int:
                 folder.write_status("failed", exit_code=failure.exit_code, reason=str(failure))
             display.close()
             raise
-        finally:
-            folder.unlock()
     return code
 
 

@@ -330,8 +330,12 @@ def test_other_options_for_the_same_recipe_are_refused(
 ) -> None:
     here.stop_after = 1
     assert main(ASKED) == EXIT_SAVED
-    assert main([*ASKED, "--seed", "9"]) == EXIT_REQUEST
-    assert "another budget or other options" in capsys.readouterr().err
+    for other in ([*ASKED, "--seed", "9"], [*ASKED[:2], "3 h", *ASKED[3:]]):
+        assert main(other) == EXIT_REQUEST
+        assert "another budget or other options" in capsys.readouterr().err
+    folder = RunFolder(Path("runs/mine-size"))
+    folder.lock(note=pytest.fail)  # a lock that was left is taken over with a note
+    folder.unlock()
 
 
 @pytest.mark.parametrize("content", ["", '{"asked": ', "[]", "{}", '{"asked": {}, "speeds": 1}', "\udcff"])
