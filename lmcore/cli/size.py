@@ -318,11 +318,13 @@ class Search:
         self.known: dict[str, Any] = {"asked": asked, "speeds": {}, "rungs": {}, "spent_seconds": 0.0}
         if (self.path / LADDER).exists():
             before = self._before()
-            if before["asked"] != asked:
+            # Speeds hold for any budget: after "the budget is too small to measure" a larger one goes on from them.
+            same = asked if "design" in before else asked | {"seconds": before["asked"].get("seconds")}
+            if before["asked"] != same:
                 raise RequestError(
                     f"{self.path} is of another budget or other options: remove it, or choose another --out"
                 )
-            self.known = before
+            self.known = before | {"asked": asked}
 
     def _before(self) -> dict[str, Any]:
         """What an earlier start has kept. Raises :class:`RequestError` where it is damaged."""

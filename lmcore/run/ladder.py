@@ -271,9 +271,10 @@ def design(
             )
             needed = len(chosen) * each + STARTUP_SECONDS * rungs_of(len(chosen))
             raise RequestError(
-                f"the budget is too small to measure: three sizes need about {needed / 60:.1f} min of short runs here, "
-                f"and may take {ladder_seconds / 60:.1f} min. Give a --budget of at least {math.ceil(budget_of(needed) / 60)} "
-                "min, or train without measuring: train_lm.py --data.train ... chooses by the size of the text"
+                f"the budget is too small to measure: three sizes need about {needed / 60:.1f} min of short runs here, and may "
+                f"take {max(0.0, ladder_seconds) / 60:.1f} min. Give a --budget of at least "
+                f"{math.ceil(budget_of(needed) / 60)} min, or train without measuring: train_lm.py --data.train ... chooses by "
+                "the size of the text"
             )
     return Design(
         members=tuple(family[i][0].name for i in chosen), steps=tuple(steps), rate=rate,

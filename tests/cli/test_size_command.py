@@ -253,12 +253,13 @@ def test_budget_must_be_a_time(budget: list[str], said: str, capsys: pytest.Capt
 def test_budget_that_is_too_small_to_measure_is_said_with_one_that_is_not(
     here: type[KnownLaw], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = [*ASKED[:2], "3 min", *ASKED[3:]]
-    assert main(short) == EXIT_REQUEST
-    needed = re.search(r"too small to measure: .* at least ([0-9]+) min", capsys.readouterr().err)
-    assert needed is not None
-    enough = [*ASKED[:2], f"{int(needed[1])} min", *ASKED[3:], "--out", "recipes/enough.yaml"]
-    assert main(enough) == EXIT_FINISHED
+    said = r"too small to measure: .* may take ([-0-9.]+) min.* at least ([0-9]+) min"
+    for budget in ("1 s", "3 min"):
+        assert main([*ASKED[:2], budget, *ASKED[3:]]) == EXIT_REQUEST
+        needed = re.search(said, capsys.readouterr().err)
+        assert needed is not None
+        assert float(needed[1]) >= 0
+    assert main([*ASKED[:2], f"{int(needed[2])} min", *ASKED[3:]]) == EXIT_FINISHED
 
 
 def test_too_little_text_is_said(here: type[KnownLaw], capsys: pytest.CaptureFixture[str]) -> None:
