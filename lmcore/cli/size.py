@@ -40,7 +40,8 @@ Measures which model, learning rate and batch fit this text, this machine and th
 most a tenth of it, and writes a recipe. The same command again goes on after an interruption.
 
   --budget DURATION      the time that this and the training may take together: '8 h', '30 min'
-  --out FILE             the recipe to write [recipes/mine.yaml]; the short runs stay in runs/<name of FILE>-size
+  --out FILE             the recipe to write [recipes/mine.yaml], over one of lmcore size only; the short runs stay in
+                         runs/<name of FILE>-size
   --write_only           write the recipes of the short runs that are due, print their commands and stop: for a cluster
 
 Model, learning rate, schedule, batch and duration are chosen and cannot be given; --model.preset (default: modern) says of which
@@ -71,6 +72,8 @@ UNSTEADY = 0.25
 REACH = 16
 """The largest model that is chosen has so many times the parameters of the largest that was measured, at most."""
 LADDER = "ladder.json"
+WRITTEN = "Written by lmcore size"
+"""How a recipe begins that may be written anew."""
 PRELOADED = ["lmcore.run.trainer", "lmcore.engine.engine", "transformers", "accelerate"]
 """What every child needs: imported once, in the process that they are forks of."""
 
@@ -92,6 +95,8 @@ def size(words: list[str]) -> int:
         )
     if out.suffix not in (".yaml", ".yml"):
         raise RequestError(f"--out {out}: a recipe ends with .yaml")
+    if out.exists() and not (out.is_file() and out.read_bytes().startswith(f"# {WRITTEN}".encode())):
+        raise RequestError(f"--out {out} exists and is not of lmcore size: choose another name, or remove it")
     config = requested(words)
     preflight(config)
     folder = RunFolder(Path("runs") / f"{out.stem}-size")
@@ -839,7 +844,7 @@ class Recipe:
             "checkpoint.export": "the text is repeated: the last checkpoint need not be the best",
         }  # fmt: skip
         header = [
-            f"Written by lmcore size for {duration(search.seconds)} on this machine, of which measuring took {search.spent()}.",
+            f"{WRITTEN} for {duration(search.seconds)} on this machine, of which measuring took {search.spent()}.",
             f"Text: {short(search.unique_tokens)} tokens. Fit: {law_words(self.fitted)}.",
             f"Expected validation loss: {self.expected_words()}.",
             *self.warnings,

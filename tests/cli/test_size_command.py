@@ -250,6 +250,17 @@ def test_budget_must_be_a_time(budget: list[str], said: str, capsys: pytest.Capt
     assert said in capsys.readouterr().err
 
 
+def test_recipe_of_another_hand_is_not_overwritten(
+    here: type[KnownLaw], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Path("own.yaml")
+    own.write_text("optim: {lr: 0.001}\n")
+    assert main([*ASKED, "--out", str(own)]) == EXIT_REQUEST
+    assert "own.yaml exists and is not of lmcore size" in capsys.readouterr().err
+    assert own.read_text() == "optim: {lr: 0.001}\n"
+    assert not Path("runs").exists()
+
+
 def test_budget_that_is_too_small_to_measure_is_said_with_one_that_is_not(
     here: type[KnownLaw], capsys: pytest.CaptureFixture[str]
 ) -> None:
