@@ -170,10 +170,13 @@ class _PlannedRun:
         from lmcore.run.budget import horizon
         from lmcore.run.setup import schedules_of
 
-        processes = int(_number(given, "processes", engine.world_size if engine else 1))
+        number = _number(given, "processes", engine.world_size if engine else 1)
+        processes = int(number)
         strategy = given.get("strategy")
-        if processes < 1:
-            raise RequestError(f"--processes must be at least 1 (got {processes})")
+        if processes < 1 or processes != number:
+            raise RequestError(
+                f"--processes must be a whole number of at least 1 (got {given.get('processes')})"
+            )
         if strategy not in (None, *STRATEGIES):
             raise RequestError(
                 f"--strategy must be one of {', '.join(STRATEGIES)} (got {strategy}){did_you_mean(strategy, STRATEGIES)}"

@@ -286,9 +286,10 @@ def test_report_compares_plan_and_measurement(tmp_path: Path) -> None:
     assert float(rows["memory of a device"][2]) > 0
 
 
-def test_invalid_number_of_processes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--processes", "0"]) == EXIT_REQUEST
-    assert "--processes must be at least 1" in capsys.readouterr().err
+@pytest.mark.parametrize("processes", ["0", "1.5"])
+def test_invalid_number_of_processes_is_refused(processes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--processes", processes]) == EXIT_REQUEST
+    assert f"--processes must be a whole number of at least 1 (got {processes})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "x", "1e400", ""])
