@@ -271,7 +271,10 @@ def _disk(folder: Path) -> Iterator[Finding]:
 def _limits(folder: Path) -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 1024:
-        yield Finding("warn", "open files", f"at most {soft}", f"ulimit -n {min(hard, 65536)}")
+        remedy = f"ulimit -n {min(hard, 65536)}"
+        if hard <= soft:
+            remedy = "the hard limit is no higher: root can raise it; docker run --ulimit nofile=65536"
+        yield Finding("warn", "open files", f"at most {soft}", remedy)
     else:
         yield Finding("ok", "open files", f"at most {soft:,}")
     core, _ = resource.getrlimit(resource.RLIMIT_AS)

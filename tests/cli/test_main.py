@@ -641,6 +641,17 @@ def test_doctor_names_an_accelerate_configuration_that_cannot_be_read(
     assert f"remove {answers}" in found.remedy
 
 
+@pytest.mark.parametrize(
+    ("limits", "remedy"), [((256, 4096), "ulimit -n 4096"), ((256, 256), "the hard limit is no higher")]
+)
+def test_doctor_says_how_more_files_can_be_open(
+    limits: tuple[int, int], remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: limits)
+    (found,) = (one for one in doctor._limits(Path()) if one.name == "open files")
+    assert found.remedy.startswith(remedy)
+
+
 def test_doctor_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("doctor", "--json") in (0, 1)
     found = json.loads(capsys.readouterr().out)
