@@ -378,6 +378,32 @@ def test_json_array_needs_the_memory_of_one_record(tmp_path: Path) -> None:
     assert peak < 12 * 2**20, f"{peak:,} bytes for a file of {path.stat().st_size:,}"
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize("unit", ["line", "paragraph", "file"])
+def test_iso_2022_jp_is_not_read_as_ascii(name: str, unit: str, tmp_path: Path) -> None:
+    """Its bytes are ASCII with escape sequences, which would be trained on without a word."""
+    text = "これは\n日本語"
+    content = {
+        "a.txt": text,
+        "a.jsonl": json.dumps({"text": text}, ensure_ascii=False),
+        "a.json": json.dumps([{"text": text}], ensure_ascii=False),
+        "a.csv": f'text,n\n"{text}",1\n',
+    }[name]
+    path = tmp_path / name
+    path.write_bytes(content.encode("iso2022_jp"))
+    documents, bad, _ = read_all(source_of(path, unit=unit))
+    assert not documents
+    assert all("looks like iso2022_jp; set data.encoding" in one.reason for one in bad)
+    documents, bad, _ = read_all(source_of(path, unit=unit, encoding="iso2022_jp"))
+    assert ("\n".join(d.text for d in documents), bad) == (text, [])
+
+
+def test_escape_sequences_of_terminals_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\x1b[1mbold\x1b[0m $B\n漢字 \x1b$B\n".encode())
+    assert len(read_all(source_of(path, unit="line"))[0]) == 2
+
+
 def test_wrong_encoding_names_data_encoding(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"good\n" + "漢字カナ".encode("cp932") + b"\ngood")

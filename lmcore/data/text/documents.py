@@ -20,9 +20,9 @@ else line. Validation text has the unit of the training text.
 The documents and their order depend only on the files and the options: not on ``part_bytes``, the number of processes,
 or the order in which a folder is listed. A byte order mark is removed and CRLF becomes LF; nothing else is done to the
 text. A document without any visible character is dropped and counted as empty. A bad record (bytes that the encoding
-does not know, NUL, a lone surrogate, a missing field, more than 256 MiB, broken compression, a file that vanished or
-changed, an archive or a picture) is reported with its place and the number of documents that are lost with it; the
-documents beside it are kept.
+does not know, ISO-2022-JP that is read as ASCII, NUL, a lone surrogate, a missing field, more than 256 MiB, broken
+compression, a file that vanished or changed, an archive or a picture) is reported with its place and the number of
+documents that are lost with it; the documents beside it are kept.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ Texts = Iterator[tuple[int, str | Damage]]
 Values = Iterator[tuple[int, Any, int]]
 """(offset, value or damage, bytes of the record) of JSON."""
 
+_TO_KANJI = re.compile(r"\x1b\$(?:[@B]|\(D)")
 _PARQUET_ROWS = 1024
 _MOST_DIGITS = 4000  # Python refuses to convert longer integers; they are in other fields than the text
 
@@ -59,13 +60,31 @@ def _decoded(raw: bytes, encoding: str) -> str | Damage:
     return checked(text, len(raw))
 
 
+def _read_as(raw: bytes, encoding: str) -> str | Damage:
+    """:func:`_decoded`, where ``data.encoding`` says how: ISO-2022-JP is ASCII by its bytes, and no text."""
+    text = _decoded(raw, encoding)
+    if isinstance(text, str) and _is_iso_2022_jp(text):
+        return _not_encoded(raw, encoding, "")
+    return text
+
+
+def _is_iso_2022_jp(text: str) -> bool:
+    """Is this ISO-2022-JP (JIS) that was read as another encoding? It switches to kanji by an escape sequence."""
+    return "\x1b$" in text and text.isascii() and _TO_KANJI.search(text) is not None
+
+
 def _not_encoded(raw: bytes, encoding: str, where: str) -> Damage:
-    wide = _wide_encoding(raw)
-    hint = f"this looks like {wide}; " if wide else ""
+    real = _other_encoding(raw)
+    hint = f"this looks like {real}; " if real else ""
     return Damage(
         f"not {encoding}{where}: {hint}set data.encoding (cp932 for Shift-JIS, euc_jp, utf-16, ...)",
         n_bytes=len(raw),
     )
+
+
+def _other_encoding(raw: bytes) -> str:
+    """The encoding that these bytes are in by all signs, as ``data.encoding`` takes it, or empty."""
+    return _wide_encoding(raw) or ("iso2022_jp" if _is_iso_2022_jp(raw.decode("latin-1")) else "")
 
 
 def _wide_encoding(raw: bytes) -> str:
@@ -90,7 +109,7 @@ def plain_lines(numbered: Numbered, stop: int, encoding: str) -> Texts:
     for offset, line in numbered:
         if offset >= stop:
             return
-        yield offset, line if isinstance(line, Damage) else _decoded(line.removesuffix(b"\r"), encoding)
+        yield offset, line if isinstance(line, Damage) else _read_as(line.removesuffix(b"\r"), encoding)
 
 
 def paragraphs(numbered: Numbered, stop: int, encoding: str, inside: bool) -> Texts:
@@ -110,7 +129,7 @@ def paragraphs(numbered: Numbered, stop: int, encoding: str, inside: bool) -> Te
             held, skip = [], False
         elif is_blank(line):
             if held:
-                yield begin, _decoded(b"\n".join(held).removesuffix(b"\r"), encoding)
+                yield begin, _read_as(b"\n".join(held).removesuffix(b"\r"), encoding)
             held, skip = [], False
         elif not skip:
             if not held:
@@ -122,7 +141,7 @@ def paragraphs(numbered: Numbered, stop: int, encoding: str, inside: bool) -> Te
                 yield begin, Damage(reason, n_bytes=held_bytes)
                 held, skip = [], True
     if held:
-        yield begin, _decoded(b"\n".join(held).removesuffix(b"\r"), encoding)
+        yield begin, _read_as(b"\n".join(held).removesuffix(b"\r"), encoding)
 
 
 def whole(pieces: Iterable[bytes | Damage], encoding: str) -> Texts:
@@ -139,7 +158,7 @@ def whole(pieces: Iterable[bytes | Damage], encoding: str) -> Texts:
             yield 0, Damage(reason, n_bytes=held_bytes)
             return
         held.append(piece)
-    yield 0, _decoded(b"".join(held), encoding)
+    yield 0, _read_as(b"".join(held), encoding)
 
 
 # ---- JSON ----
@@ -172,7 +191,7 @@ def _field(record: Any, field: str, n_bytes: int) -> str | Damage:
 
 
 def _json(line: bytes, encoding: str) -> Any:
-    text = _decoded(line, encoding)
+    text = _read_as(line, encoding)
     if isinstance(text, Damage):
         return text
     try:
@@ -309,7 +328,7 @@ def _json_values(pieces: Iterable[bytes | Damage], encoding: str, head: bytes) -
             begin, lost = source.offset, source.take(len(source.text))
             while source.more():
                 lost += source.take(len(source.text))
-            said = _not_encoded(head, encoding, "").reason if _wide_encoding(head) else f"not JSON: {reason}"
+            said = _not_encoded(head, encoding, "").reason if _other_encoding(head) else f"not JSON: {reason}"
             yield begin, Damage(said, n_bytes=lost, at_least=True), 0
             return
         if end == len(source.text) and source.more():
@@ -386,7 +405,8 @@ def csv_records(
             if len(row) < 2 and not "".join(row).strip():
                 continue  # a blank line
             content = "".join(row)
-            if "\udc80" in content or ("\0" in content and _wide_encoding(source.first_line)):
+            zeros = "\0" in content and _wide_encoding(source.first_line)
+            if "\udc80" in content or zeros or _is_iso_2022_jp(content):
                 row = replace(_not_encoded(source.first_line, encoding, ""), n_bytes=source.n_bytes)
         yield source.begin or 0, row, source.n_bytes
     if source.damage is not None:
