@@ -8,16 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from lmcore.checkpoint import reader
+from lmcore.checkpoint.manifest import STATE
 from lmcore.config.parse import parse
 from lmcore.config.schema import RunConfig, flatten
+from lmcore.data.cursor import Cursor, Phase
 from lmcore.data.steps import StepPlan
 from lmcore.data.store.inventory import USES
 from lmcore.errors import RequestError
 from lmcore.run import setup
+from lmcore.run.early_stopping import EarlyStopping
 from lmcore.run.folder import RunFolder
 from lmcore.run.resume import changes, find_checkpoint, kept_before, refuse_changes, stop_values_of
 from lmcore.run.trainer import Run
@@ -148,3 +152,20 @@ def test_early_stopping_does_not_compare_two_metrics(other: str, counted: list[f
     words = ["--data.train", "a", "--data.valid", "b"]
     state = {"config": flatten(parse(words, default_recipe=None)), "stop_values": [5.2, 4.9]}
     assert stop_values_of(state, parse([*words, *other.split()], default_recipe=None)) == counted
+
+
+@pytest.mark.parametrize(("metric", "counted"), [("loss", 2), ("perplexity", 0)])
+def test_values_of_another_metric_are_left_where_a_checkpoint_is_loaded(metric: str, counted: int) -> None:
+    path = Path(__file__).parents[1] / "data" / "stored_run" / "checkpoints" / "step-00000003"
+    state = json.loads((path / STATE).read_text())
+    words = ["--data.train", "corpus.txt", "--data.block_size", "32", "--seed", str(state["cursor"]["seed"])]
+    run = MagicMock(
+        config=parse([*words, "--evaluate.early_stopping.metric", metric], default_recipe=None),
+        _early_stopping=EarlyStopping(metric=metric),
+        _skips=(),
+        _topology={},
+    )
+    run.data.train.fingerprint = Cursor.from_json(state["cursor"]).fingerprint
+    run.data.phases = (Phase(),)
+    Run._load(run, str(path))
+    assert run.state.stop_values == state["stop_values"][:counted]
