@@ -363,6 +363,7 @@ def test_not_finite_is_skipped_then_rewound(loss: float, norm: float) -> None:
     assert "step 20, positions 160..167" in actions[20].reason
     assert "1 of at most 2" in actions[20].reason
     assert actions[-1].positions == ((160, 168), (176, 184), (200, 208))
+    assert "(3 in 16 steps)" in actions[-1].reason
     assert actions[-1].before_step == 20
 
 
