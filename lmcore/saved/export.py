@@ -19,6 +19,7 @@ Example::
 
 from __future__ import annotations
 
+import glob
 import itertools
 import json
 import os
@@ -198,7 +199,7 @@ def _remove_leftovers(target: Path, disk: Disk) -> None:
     """Remove what exports that were killed have left beside the target; each is as large as the model."""
     if not target.parent.is_dir():
         return
-    for path in target.parent.glob(f".{target.name}.*"):
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*"):
         process, _, kind = path.name.removeprefix(f".{target.name}.").partition(".")
         if (
             process.isdecimal()

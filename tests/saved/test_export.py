@@ -584,18 +584,20 @@ def test_export_bf16_of_a_trained_rotary_model(tmp_path: Path) -> None:
     assert json.loads((folder / "lmcore_export.json").read_text())["largest_logit_difference"] < 1e-3
 
 
-def test_killed_exports_are_cleared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["export", "mine[1]"])
+def test_killed_exports_are_cleared(name: str, tmp_path: Path) -> None:
     make_run(tmp_path)
     dead = subprocess.Popen(["true"])
     dead.wait()
-    for name in (f".export.{dead.pid}.tmp", f".export.{dead.pid}.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"x")
-    others = tmp_path / f".export.{os.getppid()}.tmp"  # of a process that lives
+    for kind in ("tmp", "old"):
+        left = tmp_path / f".{name}.{dead.pid}.{kind}"
+        left.mkdir()
+        (left / "model.safetensors").write_bytes(b"x")
+    others = tmp_path / f".{name}.{os.getppid()}.tmp"  # of a process that lives
     others.mkdir()
     with newest(tmp_path) as opened:
-        export(opened, tmp_path / "export", run_dir=tmp_path)
-    assert [path.name for path in tmp_path.glob(".export*")] == [others.name]
+        export(opened, tmp_path / name, run_dir=tmp_path)
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(f".{name}")] == [others]
 
 
 def test_foreign_folder_is_refused(tmp_path: Path) -> None:
