@@ -54,6 +54,15 @@ def short(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def amount(number: float, noun: str) -> str:
+    """A number of things.
+
+    >>> amount(1, "step"), amount(1_200, "step"), amount(2, "process")
+    ('1 step', '1,200 steps', '2 processes')
+    """
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds, with days in front where there are any.
 

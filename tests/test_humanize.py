@@ -8,7 +8,7 @@ import pytest
 import lmcore.humanize
 import lmcore.plugins
 from lmcore.errors import RequestError
-from lmcore.humanize import did_you_mean, duration, short, size, table
+from lmcore.humanize import amount, did_you_mean, duration, short, size, table
 from lmcore.plugins import import_path
 
 
@@ -34,6 +34,8 @@ def test_docstring_examples() -> None:
         (short(0), "0"),
         (short(12_345), "12.3k"),
         (short(7_000_000_000), "7G"),
+        (amount(0, "file"), "0 files"),
+        (amount(1, "process"), "1 process"),
         (duration(0.2), "0:00:00"),
         (duration(3600), "1:00:00"),
         (table([]), ""),

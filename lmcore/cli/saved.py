@@ -317,7 +317,7 @@ def evaluate(words: list[str]) -> None:
     if asked.blocks is not None and asked.blocks < 1:
         raise RequestError(f"--blocks must be 1 or more (got {asked.blocks})")
     from lmcore.data.text.sources import without_run_files
-    from lmcore.humanize import printable
+    from lmcore.humanize import amount, printable
     from lmcore.report.metrics import plain
     from lmcore.saved.score import score
 
@@ -373,7 +373,7 @@ def evaluate(words: list[str]) -> None:
     for name, one in results.items():
         bits = "" if one.bits_per_byte is None else f"  bits/byte {one.bits_per_byte:.4f}"
         print(
-            f"{printable(name)}: loss {one.loss:.4f}  perplexity {one.perplexity:.4f}{bits}  ({one.tokens:,} tokens)"
+            f"{printable(name)}: loss {one.loss:.4f}  perplexity {one.perplexity:.4f}{bits}  ({amount(one.tokens, 'token')})"
         )
 
 
@@ -454,6 +454,7 @@ def report(words: list[str]) -> None:
     )
     asked = parser.parse_args(words)
     from lmcore.cli.remote import local_copy
+    from lmcore.humanize import amount
     from lmcore.report import html
 
     asked.runs = [local_copy(path, note=to_stderr) for path in asked.runs]
@@ -467,9 +468,7 @@ def report(words: list[str]) -> None:
             if same
         ]
     if not runs:
-        raise RequestError(
-            f"--where {' '.join(asked.where)}: none of the {len(asked.runs)} runs is like that"
-        )
+        raise RequestError(f"--where {' '.join(asked.where)}: not so in {amount(len(asked.runs), 'run')}")
     name = "report.html" if len(runs) == 1 else "comparison.html"
     outs = [Path(asked.out)] if asked.out else [run.path / name for run in runs]
     html.write_report(runs, *outs)

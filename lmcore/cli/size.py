@@ -27,7 +27,7 @@ from lmcore.config.parse import named_options, parse
 from lmcore.config.schema import RunConfig, flatten, plain
 from lmcore.disk import DISK
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED, FaultError, RequestError, of_disk
-from lmcore.humanize import duration, short, table
+from lmcore.humanize import amount, duration, short, table
 from lmcore.plan import scaling
 from lmcore.run import ladder, own_text
 from lmcore.run.folder import RunFolder
@@ -369,12 +369,12 @@ class Search:
         self.valid_blocks = next(iter(data.valid.values())).n_in_order if data.valid else 0
         if data.train.epoch_blocks < LEAST_TEXT_BLOCKS:
             raise RequestError(
-                f"too little text to measure: {data.train.epoch_blocks} blocks of {data.block_size} tokens, at least "
+                f"too little text to measure: {amount(data.train.epoch_blocks, 'block')} of {data.block_size} tokens, at least "
                 f"{LEAST_TEXT_BLOCKS} are needed; give more text, or a smaller --data.block_size"
             )
         if self.valid_blocks < LEAST_VALID_BLOCKS:
             raise RequestError(
-                f"too little validation text to tell two models apart: {self.valid_blocks} blocks of {data.block_size} "
+                f"too little validation text to tell two models apart: {amount(self.valid_blocks, 'block')} of {data.block_size} "
                 f"tokens, at least {LEAST_VALID_BLOCKS} are needed; give --data.valid, or a larger --data.valid_fraction"
             )
         self.say(
@@ -572,7 +572,7 @@ class Search:
                 self.cut_short = True
                 self.say(
                     "time",
-                    f"{duration(limit)}, a tenth of the budget, are spent; {len(waiting)} rungs are left out",
+                    f"{duration(limit)}, a tenth of the budget, are spent; {amount(len(waiting), 'rung')} left out",
                 )
                 return []
             recipe = self.recipe(rung)
@@ -598,7 +598,8 @@ class Search:
             loss = f"{result.loss:.4f}" if math.isfinite(result.loss) else "diverged"
             self.say(
                 "rung",
-                f"{rung.member} rate {rung.rate:.3g}, {rung.batch_blocks} blocks, {rung.steps:,} steps: {loss}{speed_words}",
+                f"{rung.member} rate {rung.rate:.3g}, {amount(rung.batch_blocks, 'block')}, {amount(rung.steps, 'step')}: "
+                f"{loss}{speed_words}",
             )
 
     # ---- 3: the choice
@@ -790,7 +791,7 @@ class Recipe:
             f"{short(one.candidate.parameters)} parameters {one.expected.middle:.3f}" for one in self.others
         )
         return [
-            ("measured", f"{len(self.fitted.points)} runs fitted, {search.spent()} of {duration(search.seconds)}"),
+            ("measured", f"{amount(len(self.fitted.points), 'run')} fitted, {search.spent()} of {duration(search.seconds)}"),
             ("fit", law_words(self.fitted)),
             ("model", f"{self.member.words()}, {short(self.member.parameters)} parameters (next best: {other})"),
             ("learning rate", f"{self.rate:g}"),

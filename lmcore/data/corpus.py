@@ -28,7 +28,7 @@ from lmcore.data.tokenizer.tokenizer import Tokenizer
 from lmcore.data.tokenizer.training import RECIPE_VERSIONS
 from lmcore.disk import DISK
 from lmcore.errors import RequestError
-from lmcore.humanize import one_line
+from lmcore.humanize import amount, one_line
 
 Entries = Sequence[str | dict[str, Any]]
 Splits = Mapping[str, tuple[Split, Split]]
@@ -279,8 +279,9 @@ def training_texts(
     if empty:
         named = ", ".join(repr(source.name) for source in sources)
         raise RequestError(
-            f"there is no text to train a tokenizer on: source {named} ({sum(len(s.paths) for s in sources):,} "
-            f"files) holds none; {f'the first bad record: {first}' if first else 'give data.train more text'}"
+            f"there is no text to train a tokenizer on: source {named} "
+            f"({amount(sum(len(s.paths) for s in sources), 'file')}) holds none; "
+            f"{f'the first bad record: {first}' if first else 'give data.train more text'}"
         )
 
 

@@ -20,7 +20,7 @@ from lmcore.data.custom import MapData
 from lmcore.data.store.store import TokenStore
 from lmcore.data.stream import StreamDataset
 from lmcore.errors import RequestError
-from lmcore.humanize import one_line
+from lmcore.humanize import amount, one_line
 
 
 def locate(
@@ -65,7 +65,7 @@ def _stored(data: StoreBlocks, positions: Sequence[int]) -> Iterator[tuple[str, 
         documents = len(store.document_ends(first, last)) + 1
         place = (
             f"position {position}: source {store.name}, epoch {epoch}, block {block}, tokens {first}-{last}, "
-            f"{documents} documents, {_files(store, first)}"
+            f"{amount(documents, 'document')}, {_files(store, first)}"
         )
         yield one_line(place), rows.ids[row, :-1].tolist()
 

@@ -24,6 +24,7 @@ from lmcore.conventions import torch_dtype
 from lmcore.engine.tensor import why_not
 from lmcore.errors import RequestError
 from lmcore.humanize import (
+    amount,
     duration,
     short,
     size,  # named here, beside the rows that it shows
@@ -559,7 +560,7 @@ class Plan:
             ("parameters", f"{p.total:,} ({groups}){frozen}"),
             (
                 "global batch",
-                f"{self.tokens_per_step // self.block_size} blocks of {self.block_size:,} tokens at first"
+                f"{amount(self.tokens_per_step // self.block_size, 'block')} of {self.block_size:,} tokens at first"
                 if self.batch_changes
                 else f"{s.data_world_size} x {s.accumulation} x {s.micro_batch_blocks} x {self.block_size:,} "
                 f"({'processes' if s.sharing == 1 else f'groups of {s.sharing} processes'} x "
@@ -568,7 +569,7 @@ class Plan:
             *([("batch changes", self.batch_changes)] if self.batch_changes else []),
             (
                 "budget",
-                f"{self.steps:,} steps = {short(self.tokens)} tokens"
+                f"{amount(self.steps, 'step')} = {short(self.tokens)} tokens"
                 + (f" = {self.tokens / self.epoch_tokens:.3g} epochs" if self.epoch_tokens else ""),
             ),
             (

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lmcore.disk import DISK
-from lmcore.humanize import CONTROL, duration, one_line, printable, short
+from lmcore.humanize import CONTROL, amount, duration, one_line, printable, short
 from lmcore.report.redact import hide_values, redact
 
 REFRESHES_PER_SECOND = 2
@@ -555,7 +555,7 @@ class RankLog:
                 DISK.makedirs(self._path.parent)
                 self._log_file = open(self._path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             if self._lost_lines:
-                self._log_file.write(f"{now()} {self._lost_lines} lines are missing here\n")
+                self._log_file.write(f"{now()} {amount(self._lost_lines, 'line')} missing here\n")
             self._log_file.write(f"{now()} {hide(one_line(text))}\n")
             self._log_file.flush()
         except OSError as error:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from lmcore.disk import DISK
 from lmcore.errors import RequestError
-from lmcore.humanize import duration, short
+from lmcore.humanize import amount, duration, short
 from lmcore.report.console import RankLog, now, one_line, silence_other_bars
 from lmcore.report.meters import PeakMemory, Sums, Timer, Totals
 from lmcore.report.metrics import RECORD_KEYS, MetricsFile, read_metrics, versions
@@ -183,7 +183,7 @@ class Report(RankLog):
                 f"warning: {self._file.path} cannot be written ({self._file.problem}): {then}", style="yellow"
             )
         elif before and not self._unwritten:
-            lost = f"{self._file.lost} records are missing" if self._file.lost else "no record is missing"
+            lost = f"{amount(self._file.lost, 'record') if self._file.lost else 'no record'} missing"
             self.note(f"{self._file.path} is written again; {lost}")
 
     # ---- time
@@ -584,7 +584,7 @@ class Report(RankLog):
             if self._file.unwritten:
                 lost = self._file.unwritten + self._file.lost
                 self._say(
-                    f"warning: {lost} records of {self._file.path} could not be written ({self._file.problem})"
+                    f"warning: {amount(lost, 'record')} of {self._file.path} could not be written ({self._file.problem})"
                 )
             self._file = None
         super().close()

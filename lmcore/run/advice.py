@@ -6,7 +6,7 @@ Nothing here changes a run. A number of a paper is shown with its source and ran
 from __future__ import annotations
 
 from lmcore.config.schema import RunConfig
-from lmcore.humanize import short
+from lmcore.humanize import amount, short
 from lmcore.plan.scaling import published, worth_of_epoch
 
 GOOD_PASSES = 4
@@ -36,7 +36,7 @@ def early_stopping_row(asked: int | None, patience: int, repeats: float | None) 
     """The row of the start table, where early stopping is on."""
     if not patience:
         return []
-    words = f"after {patience} evaluations without improvement"
+    words = f"after {amount(patience, 'evaluation')} without improvement"
     if asked is None:
         words += f", because the text is seen {repeats:.3g} times (--evaluate.early_stopping.patience 0: off)"
     return [("early stopping", words)]

@@ -19,6 +19,7 @@ from lmcore.config.schema import RunConfig, batch_points, ranges
 from lmcore.data.cursor import Skips, count_positions, merge_skips
 from lmcore.data.steps import Point, StepPlan, largest_divisor, plan_steps
 from lmcore.errors import RequestError
+from lmcore.humanize import amount
 from lmcore.model.schedules import on_curve
 
 FEW_STEPS = 10
@@ -154,10 +155,10 @@ class Sizes:
         epoch = (
             f"blocks of {self.block_size:,} tokens; their number is not known beforehand"
             if known is None
-            else f"{known:,} blocks of {self.block_size:,} tokens"
+            else f"{amount(known, 'block')} of {self.block_size:,} tokens"
         )
         if config.data.factory is not None:
-            items = "items" if known is None else f"{known:,} items"
+            items = "items" if known is None else amount(known, "item")
             epoch = f"{items} of data.factory, each counted as a block of {self.block_size:,} tokens (data.block_size)"
         tokens = self.run_tokens
         epochs = "" if known is None else f" = {tokens / self.block_size / known:.2f} epochs"
@@ -168,11 +169,11 @@ class Sizes:
             (
                 "global batch",
                 f"{self._cut(first.batch)} (processes x accumulation x "
-                f"micro-batch) = {self.global_batch_blocks} blocks = {self.tokens_per_step:,} tokens",
+                f"micro-batch) = {amount(self.global_batch_blocks, 'block')} = {self.tokens_per_step:,} tokens",
             ),
             (
                 "budget",
-                f"{given}{self.total_steps:,} steps = {tokens:,} tokens{epochs}",
+                f"{given}{amount(self.total_steps, 'step')} = {tokens:,} tokens{epochs}",
             ),
         ]
         if later:
@@ -182,7 +183,7 @@ class Sizes:
     def changes(self) -> str:
         """The changes of the global batch in words; empty where it is constant."""
         return "; ".join(
-            f"from step {stretch.step + 1:,} (position {stretch.block:,}) {stretch.batch} blocks = "
+            f"from step {stretch.step + 1:,} (position {stretch.block:,}) {amount(stretch.batch, 'block')} = "
             f"{self._cut(stretch.batch)}"
             for stretch in self.steps.stretches[1:]
             if stretch.step < self.total_steps
@@ -208,12 +209,12 @@ class Sizes:
         if self.total_steps < FEW_STEPS and not config.fast_dev_run:
             has = "" if self.epoch_blocks is None else f" of {self.epoch_blocks:,} in the text"
             smaller = max(1, self.global_batch_blocks * self.total_steps // 100)
-            count = "1 step" if self.total_steps == 1 else f"{self.total_steps} steps"
             remedy = "train longer with --train.duration"
             if config.train.duration.unit != "steps" and smaller < self.global_batch_blocks:
                 remedy = f"reduce --train.global_batch_blocks (to {smaller}, for example), or {remedy}"
             found.append(
-                f"only {count}: hardly anything is learnt. A step takes {self.global_batch_blocks} blocks{has}: {remedy}"
+                f"only {amount(self.total_steps, 'step')}: hardly anything is learnt. A step takes "
+                f"{amount(self.global_batch_blocks, 'block')}{has}: {remedy}"
             )
         if not validated and not config.fast_dev_run:
             remedy = "Name some with --data.valid FILE, or hold out a part of the training text with --data.valid_fraction"
@@ -400,8 +401,8 @@ def _check_exact(share: int, micro: int, world_size: int) -> None:
     if share % micro:
         divisors = [d for d in range(1, share + 1) if share % d == 0]
         raise RequestError(
-            f"train.global_batch_blocks {share * world_size} over {world_size} processes is {share} blocks each, which "
-            f"must be a multiple of train.micro_batch_blocks (got {micro}): try one of "
+            f"train.global_batch_blocks {share * world_size} over {amount(world_size, 'process')} is {amount(share, 'block')} each, "
+            f"which must be a multiple of train.micro_batch_blocks (got {micro}): try one of "
             f"{', '.join(map(str, divisors))}, or leave out train.micro_batch_exact"
         )
 

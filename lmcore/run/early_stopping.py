@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lmcore.humanize import amount
+
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStopping:
@@ -44,7 +46,7 @@ class EarlyStopping:
                 best, waited = (cost, 0) if improved else (best, waited + 1)
             if waited >= self.patience:
                 return (
-                    f"{self.metric} has not improved by more than {self.threshold} in {waited} evaluations "
+                    f"{self.metric} has not improved by more than {self.threshold} in {amount(waited, 'evaluation')} "
                     f"(best {sign * best:.4f}, last {last:.4f})"
                 )
         return None

@@ -16,7 +16,7 @@ from lmcore.config.schema import global_batches
 from lmcore.conventions import DS_CONFIGS, context_in, deepspeed_file
 from lmcore.data.text import sources
 from lmcore.errors import RequestError
-from lmcore.humanize import did_you_mean, one_line
+from lmcore.humanize import amount, did_you_mean, one_line
 from lmcore.run.folder import local_run_dir
 from lmcore.storage import Store, is_url
 
@@ -74,7 +74,7 @@ def _check_batch(config: RunConfig, processes: int) -> None:
     micro, shared = config.train.micro_batch_blocks, config.train.context_parallel
     if processes % shared == 0:  # otherwise the engine refuses it
         processes //= shared
-    unit = f"{processes} processes" if shared == 1 else f"{processes} groups of {shared} processes"
+    unit = amount(processes, "process") if shared == 1 else f"{processes} groups of {shared} processes"
     for blocks in global_batches(config, config.data.block_size or 1):
         if blocks % processes:
             raise RequestError(
@@ -83,7 +83,7 @@ def _check_batch(config: RunConfig, processes: int) -> None:
             )
         if config.train.micro_batch_exact and isinstance(micro, int) and blocks // processes % micro:
             raise RequestError(
-                f"train.global_batch_blocks {blocks} over {unit} is {blocks // processes} blocks each, "
+                f"train.global_batch_blocks {blocks} over {unit} is {amount(blocks // processes, 'block')} each, "
                 f"which must be a multiple of train.micro_batch_blocks (got {micro})"
             )
 

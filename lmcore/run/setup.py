@@ -32,6 +32,7 @@ from lmcore.data.text import listing
 from lmcore.data.tokenizer.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from lmcore.data.tokenizer.training import train_tokenizer as train_on_texts
 from lmcore.errors import RequestError
+from lmcore.humanize import amount
 from lmcore.model import build, lora, optim, schedules
 from lmcore.model.config import configured_context_length
 from lmcore.model.cpu_kernels import ATTENTION
@@ -276,7 +277,9 @@ def open_data(
             max_bad_fraction=config.data.max_bad_fraction,
             note=note,
         )
-        rows += [(f"text ({source.name})", f"{len(source.paths):,} files, streamed") for source in sources]
+        rows += [
+            (f"text ({source.name})", f"{amount(len(source.paths), 'file')}, streamed") for source in sources
+        ]
     else:
         phases = phases_from_options(config.data.phases, [store.name for store in sets.train], sets.weights)
         train = blocks(sets.train, seed=config.seed, shuffle=config.data.shuffle, phases=phases)
@@ -534,9 +537,9 @@ def refuse_context_parallel(size: int, reason: str | None) -> None:
 
 def describe_store(store: Any) -> str:
     """Documents, bytes and tokens of a store, as far as its format says."""
-    words = [f"{store.n_tokens:,} tokens"]
+    words = [amount(store.n_tokens, "token")]
     if store.n_documents is not None:
-        words.insert(0, f"{store.n_documents:,} documents")
+        words.insert(0, amount(store.n_documents, "document"))
     if store.n_bytes is not None:
         mega = store.n_bytes / 1e6
         words.insert(-1, f"{mega:,.1f} MB" if mega >= 0.1 else f"{store.n_bytes / 1e3:,.1f} kB")
@@ -797,7 +800,7 @@ def describe_optimizer(config: RunConfig, sizes: Sizes) -> list[tuple[str, str]]
         if isinstance(asked.momentum, Curve):
             words = str(asked.momentum)
         elif momentum(0) != asked.momentum:
-            words = f"{momentum(0):g} to {words} over {sizes.steps_of(asked.momentum_warmup):,} steps"
+            words = f"{momentum(0):g} to {words} over {amount(sizes.steps_of(asked.momentum_warmup), 'step')}"
         rows.append(("momentum", words))
     if isinstance(asked.weight_decay, Curve):
         rows.append(("weight decay", str(asked.weight_decay)))

@@ -45,6 +45,7 @@ from lmcore.errors import (
     launcher_adds_traceback,
     of_disk,
 )
+from lmcore.humanize import amount
 from lmcore.model.module import multiplied_parameters, parameter_counts
 from lmcore.plan import plan
 from lmcore.process import resident_bytes
@@ -989,7 +990,7 @@ class Run:
         if unallocated or isinstance(error, torch.OutOfMemoryError | MemoryError):
             blocks = self.sizes.micro_batch_blocks
             failure = FaultError(
-                f"out of memory in step {step + 1} with {blocks} blocks of {self.sizes.block_size} tokens at a time: "
+                f"out of memory in step {step + 1} with {amount(blocks, 'block')} of {self.sizes.block_size} tokens at a time: "
                 f"try --train.micro_batch_blocks {max(1, blocks // 2)}, --train.activation_checkpointing true, or "
                 f"--config_file accelerate_configs/fsdp2.yaml on several devices"
             )

@@ -159,7 +159,7 @@ def test_appended_files_only_add_parts_and_the_change_is_said(tmp_path: Path) ->
     tokenizer, notes = Counting(), []
     second = build_store(grown, tokenizer, store_dir=tmp_path / "stores", note=notes.append)
     assert tokenizer.texts == 1
-    assert "1 files added (zzz.txt)" in notes[0]
+    assert "1 file added (zzz.txt)" in notes[0]
     assert second.folder != first.folder
     assert second.fingerprint != first.fingerprint
     assert second.n_tokens == first.n_tokens + 2400 + 1
@@ -189,7 +189,7 @@ def test_every_change_gives_another_fingerprint(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("5.3", "5.4"))  # the same size
     changed = build_store(source, Bytes(), store_dir=tmp_path / "stores", note=notes.append)
     fingerprints.add(changed.fingerprint)
-    assert "1 files changed (005.txt)" in notes[-1]
+    assert "1 file changed (005.txt)" in notes[-1]
     moved = tmp_path / "moved"
     (tmp_path / "text").rename(moved)
     [again] = text.resolve_sources([{"path": str(moved), "unit": "file", "name": "small"}])
@@ -638,7 +638,7 @@ def test_edit_is_found_where_two_folders_have_files_of_one_name(tmp_path: Path, 
             tokens()
     paths[0].write_bytes(b"another " + whole)
     assert tokens() == b"".join(path.read_bytes() for path in paths)
-    assert notes == ["token store both: 1 files changed (x.txt)"]
+    assert notes == ["token store both: 1 file changed (x.txt)"]
 
 
 @pytest.mark.usefixtures("cache")
@@ -870,7 +870,7 @@ def test_unusual_names_of_sources_are_names_of_stores(tmp_path: Path, name: str)
     build_store(
         dataclasses.replace(grown, name=name), Bytes(), store_dir=tmp_path / "stores", note=notes.append
     )
-    assert "1 files added" in notes[0]
+    assert "1 file added" in notes[0]
 
 
 def test_file_system_without_hard_links_gives_the_same_store(

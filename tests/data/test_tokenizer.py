@@ -265,9 +265,7 @@ def test_long_line_is_kept_in_training() -> None:
     line = filler + "深山幽谷" * 300 + filler
     trained = train_tokenizer([line, "short\n" * 50], vocab_size=1500)
     assert trained.encode("深山幽谷") == [trained.processor.piece_to_id("深山幽谷")]
-    assert any(
-        "1 lines of more than 16,384 bytes were cut, none was left out" in note for note in trained.notes
-    )
+    assert any("cut 1 line of more than 16,384 bytes, none was left out" in note for note in trained.notes)
     record = json.loads(trained.files[tokenizer.RECORD_FILE])
     assert (record["documents"], record["lines"], record["cut_lines"]) == (2, 51, 1)
     assert record["bytes"] == len(line.encode()) + 250

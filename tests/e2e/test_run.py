@@ -194,7 +194,7 @@ BAD = {
         },
         "block",
     ),
-    "empty corpus": ({"data__train": "{text}/empty.txt"}, "source 'empty' (1 files) holds none"),
+    "empty corpus": ({"data__train": "{text}/empty.txt"}, "source 'empty' (1 file) holds none"),
     "no such metric": ({"checkpoint__keep_best__metric": "help/loss"}, "held/loss"),
     "no such text field": ({"data__train": "{text}/records.jsonl", "data__text_field": "txt"}, "text"),
 }

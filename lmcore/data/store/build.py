@@ -62,6 +62,7 @@ from lmcore.data.store.workers import (
 from lmcore.data.text import documents, hub, listing
 from lmcore.disk import DISK
 from lmcore.errors import FaultError, RequestError
+from lmcore.humanize import amount
 from lmcore.storage import check_url, is_url
 
 __all__ = ["Progress", "TokenStore", "build_store"]
@@ -173,7 +174,7 @@ def build_store(
     if store.n_tokens == 0:
         first = next(iter(_bad_records(store.manifest)), None)
         raise NoText(
-            f"source {source.name!r} holds no text at all ({len(source.paths):,} files)"
+            f"source {source.name!r} holds no text at all ({amount(len(source.paths), 'file')})"
             f"{f'; the first bad record: {first}' if first else ''}"
         )
     return store
@@ -289,7 +290,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     for change, names in groups.items():
         if names:
             words.append(
-                f"{len(names)} files {change} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                f"{amount(len(names), 'file')} {change} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             )
     return "; ".join(words)
 

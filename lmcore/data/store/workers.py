@@ -30,6 +30,7 @@ from lmcore.data.text import documents as text
 from lmcore.data.text import hub, split
 from lmcore.disk import DISK
 from lmcore.errors import FaultError, RequestError
+from lmcore.humanize import amount
 
 BATCH_CHARACTERS = 1 << 20
 """Text that is encoded in one call: enough for the tokenizer's own threads, little enough to stay flat in
@@ -70,8 +71,8 @@ class Progress:
 
     def words(self) -> str:
         """What the bytes have become, for a person."""
-        bad = f", {self.bad:,} bad records" if self.bad else ""
-        return f"{self.documents:,} documents, {self.tokens:,} tokens{bad}"
+        bad = f", {amount(self.bad, 'bad record')}" if self.bad else ""
+        return f"{amount(self.documents, 'document')}, {amount(self.tokens, 'token')}{bad}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from lmcore.data.text.compression import (
     lines,
 )
 from lmcore.data.text.remote import open_file
+from lmcore.humanize import amount
 
 Numbered = Iterable[tuple[int, bytes | Damage]]
 Texts = Iterator[tuple[int, str | Damage]]
@@ -425,7 +426,7 @@ def csv_rows(numbered: Numbered, encoding: str, field: str, kind: str) -> Texts:
         elif not header:
             yield offset, Damage("the header of the file cannot be read", n_bytes=n_bytes)
         elif len(row) != len(header):
-            reason = f"{len(row)} columns where the header has {len(header)}"
+            reason = f"{amount(len(row), 'column')} where the header has {len(header)}"
             yield offset, Damage(reason, n_bytes=n_bytes)
         elif field not in header:
             names = ", ".join(map(repr, header[:8]))

@@ -26,7 +26,7 @@ from lmcore.data.text import formats, listing, remote
 from lmcore.data.text.compression import CODECS, SURROGATE, Damage, chunks, compression_of, encoding_is_wide
 from lmcore.data.text.signatures import HEAD_BYTES, signature
 from lmcore.errors import RequestError
-from lmcore.humanize import did_you_mean
+from lmcore.humanize import amount, did_you_mean
 from lmcore.storage import is_url
 
 HUB = "hf://"
@@ -490,7 +490,7 @@ def _folder(path: str, pattern: str) -> _Found:
     found = [path for path in everything if _is_known(path)]
     if not found:
         example = (
-            f"; it has {len(everything)} files like {os.path.relpath(everything[0], path)}"
+            f"; it has {amount(len(everything), 'file')} like {os.path.relpath(everything[0], path)}"
             if everything
             else ""
         )

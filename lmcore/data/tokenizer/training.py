@@ -19,6 +19,7 @@ import sentencepiece
 from lmcore.data.tokenizer import huggingface
 from lmcore.data.tokenizer.tokenizer import MODEL_FILE, RECORD_FILE, SentencePieceTokenizer, Tokenizer
 from lmcore.errors import FaultError, RequestError
+from lmcore.humanize import amount
 
 RECIPE_VERSIONS = {"bpe": 1, "char": 1, "unigram": 2}
 """By ``model_type``: rises when the same texts and options would give another tokenizer."""
@@ -72,12 +73,16 @@ class TrainingLines:
         return {"documents": self.documents, "lines": self.lines, "bytes": self.bytes, "cut_lines": self.cut}
 
     def notes(self) -> list[str]:
-        notes = [f"trained on {self.documents:,} documents, {self.lines:,} lines, {self.bytes:,} bytes"]
+        notes = [
+            f"trained on {amount(self.documents, 'document')}, {amount(self.lines, 'line')}, {self.bytes:,} bytes"
+        ]
         if self.cut:
-            notes.append(f"{self.cut:,} lines of more than {_LINE_BYTES:,} bytes were cut, none was left out")
+            notes.append(
+                f"cut {amount(self.cut, 'line')} of more than {_LINE_BYTES:,} bytes, none was left out"
+            )
         if self.reserved:
             notes.append(
-                f"{self.reserved:,} lines hold ▅ (U+2585), which SentencePiece reserves: spelt in bytes"
+                f"spelt ▅ (U+2585), which SentencePiece reserves, in bytes in {amount(self.reserved, 'line')}"
             )
         return notes
 
