@@ -45,6 +45,8 @@ from lmcore.plan.trace import (
 Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 TOKENS_PER_PARAMETER = 20
 """About where compute is best spent, Hoffmann et al. 2022 (Chinchilla), table 3: 400 M with 8.0 B, 67 B with 1.5 T."""
+LEAST_PARAMETERS = 70_000_000
+"""Of their smallest models."""
 USABLE = 0.92
 """Share of a device's memory that tensors can have: the context, the kernels' workspace and fragments take the rest."""
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
@@ -556,6 +558,12 @@ class Plan:
         groups = ", ".join(f"{name} {short(count)}" for name, count in p.groups.items())
         frozen = f"; {short(p.trained)} trained" if p.trained != p.total else ""
         ratio = self.tokens / p.total
+        best = f"about {TOKENS_PER_PARAMETER} make the best model for a given compute (Hoffmann et al. 2022)"
+        if p.total < LEAST_PARAMETERS:
+            best = (
+                f"the rule of {TOKENS_PER_PARAMETER} was found above {short(LEAST_PARAMETERS)} parameters (Hoffmann et al. 2022); "
+                "for a smaller model lmcore size measures how much is best"
+            )
         rows = [
             ("parameters", f"{p.total:,} ({groups}){frozen}"),
             (
@@ -574,8 +582,7 @@ class Plan:
             ),
             (
                 "tokens per parameter",
-                f"{ratio:.3g}; about {TOKENS_PER_PARAMETER} make the best model for a given compute "
-                f"(Hoffmann et al. 2022)",
+                f"{ratio:.3g}; {best}",
             ),
             ("FLOPs per token", self._flops()),
             (

@@ -368,13 +368,15 @@ def test_plan_shows_its_arithmetic() -> None:
         "240 tokens",
         "100 steps",
         "2 epochs",
-        "24; about 20",
+        "24; the rule of 20 was found above 70M parameters",
         "does not fit",
         "would fit with",
     ):
         assert word in text, text
     assert (made.tokens, made.seconds, made.fits) == (24_000, 2_400, False)
     assert made.numbers()["steps"] == 100
+    large = replace(made, parameters=replace(COUNTED, total=100_000_000))
+    assert dict(large.rows())["tokens per parameter"].startswith("0.00024; about 20 make the best model")
 
 
 def test_advice_that_is_not_enough_does_not_say_that_it_is() -> None:
