@@ -24,6 +24,7 @@ import os
 import queue
 import secrets
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -127,7 +128,7 @@ class Trackers:
                     "config": settings,
                 }
             opener = partial(
-                TrackerAdapter, tracker, options.project, folder, settings, own, resume_step or 0
+                TrackerAdapter, tracker, redact(options.project), folder, settings, own, resume_step or 0
             )
             self._workers.append(_Worker(tracker, opener, note))
 
@@ -278,7 +279,13 @@ class TrackerAdapter:
         elif name == "wandb":
             import wandb  # lazily: optional
 
-            quiet = wandb.Settings(silent=True, console="off", finish_timeout=CLOSE_SECONDS)
+            quiet = wandb.Settings(
+                silent=True,
+                console="off",
+                finish_timeout=CLOSE_SECONDS,
+                # What it finds out by itself about machine and code comes with the command line, secrets included.
+                x_disable_meta=redact(sys.argv) != sys.argv,
+            )
             self._tracker = make(project, settings=quiet, **options)
             self._tracker.start()
             # The step is a value, not wandb's own counter: that one refuses to go back after a rewind.

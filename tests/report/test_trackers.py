@@ -8,6 +8,7 @@ import math
 import os
 import re
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -183,6 +184,10 @@ def test_wandb_offline_is_read_back_with_the_same_id_after_a_resume(
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("MY_TOKEN", "canary-of-the-environment")
+    monkeypatch.setattr(
+        sys, "argv", ["train_lm.py", "--report.webhook", "https://x.org/canary-of-the-command-line"]
+    )
     notes: list[str] = []
     first = Trackers(
         options("wandb", project="mine", name="try", tags=["a", "b"]),
@@ -193,7 +198,8 @@ def test_wandb_offline_is_read_back_with_the_same_id_after_a_resume(
     first.log("train", {"loss": 9.0, "epoch": 0.5}, 1)
     first.log("valid", {"loss": 3.5}, 10)
     first.close(120)
-    second = Trackers(options("wandb"), tmp_path, run_ids=first.state(), note=notes.append)
+    named = options("wandb", project="canary-of-the-environment")
+    second = Trackers(named, tmp_path, run_ids=first.state(), note=notes.append)
     second.log("train", {"loss": 8.0}, 5)  # an earlier step: a rewind
     second.close(120)
     assert notes == []
@@ -223,6 +229,8 @@ def test_wandb_offline_is_read_back_with_the_same_id_after_a_resume(
     ]
     assert json.loads(configs["betas"]) == "(0.9, 0.95)"
     assert "code_version" in configs
+    for path in filter(Path.is_file, tmp_path.rglob("*")):
+        assert b"canary" not in path.read_bytes(), path
 
 
 def test_failing_tracker_is_noted_once_and_others_go_on(tmp_path: Path, other_trackers: None) -> None:
