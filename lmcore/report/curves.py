@@ -24,7 +24,7 @@ from typing import Any, final
 
 from lmcore.errors import RequestError
 from lmcore.humanize import one_line, short
-from lmcore.report.metrics import RECORD_KEYS, iterate_metrics
+from lmcore.report.metrics import ABANDONING_EVENTS, RECORD_KEYS, iterate_metrics
 from lmcore.report.redact import redact
 
 Points = list[tuple[float, float]]
@@ -175,7 +175,7 @@ class Run:
     train: Curves = field(default_factory=Curves)
     evaluations: dict[str, Evaluations] = field(default_factory=dict)
     start: dict[str, Any] | None = None
-    """The first ``start`` or ``resume`` event with a table of rows."""
+    """The newest ``start`` or ``resume`` event with a table of rows: what the run was asked for in the end."""
     events: list[dict[str, Any]] = field(default_factory=list)
     """The first events but for checkpoints, and the last one."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -214,15 +214,19 @@ class Run:
         self.samples[step] = [*again, record][:SHOWN_EVENTS]
 
     def _add_event(self, record: dict[str, Any]) -> None:
-        name = str(record.get("event"))
+        name, step = str(record.get("event")), record.get("step")
+        if name == "start":  # over again: what happened before is not of this run
+            self.counts.clear()
+        if name in ABANDONING_EVENTS and type(step) is int:
+            self.saved_steps = [saved for saved in self.saved_steps if saved <= step]
         self.counts[name] += 1
         if name == "checkpoint":
-            if type(record.get("step")) is int and self.counts[name] % self._save_every == 0:
-                self.saved_steps.append(record["step"])
+            if type(step) is int and self.counts[name] % self._save_every == 0:
+                self.saved_steps.append(step)
             if len(self.saved_steps) >= 2 * STRETCHES:
                 self.saved_steps, self._save_every = self.saved_steps[1::2], 2 * self._save_every
             return
-        if self.start is None and name in ("start", "resume") and isinstance(record.get("rows"), dict):
+        if name in ("start", "resume") and isinstance(record.get("rows"), dict):
             self.start = record
         if len(self.events) > SHOWN_EVENTS:
             self.events.pop()
@@ -457,11 +461,11 @@ def _mark_events(axes: Any, run: Run) -> None:
         bottom = axes.get_xaxis_transform()
         places = [0.015] * len(run.saved_steps)
         axes.plot(run.saved_steps, places, "^", color="#2da44e", ms=4, transform=bottom, label="checkpoint")
+    starts = [index for index, event in enumerate(run.events) if event.get("event") == "start"]
+    events = run.events[max(starts, default=0) :]
     for name, colour in MARKS.items():
         steps = [
-            event["step"]
-            for event in run.events
-            if event.get("event") == name and is_number(event.get("step"))
+            event["step"] for event in events if event.get("event") == name and is_number(event.get("step"))
         ]
         for index, step in enumerate(steps):
             axes.axvline(step, color=colour, linewidth=0.9, linestyle=":", label=None if index else name)

@@ -190,6 +190,12 @@ def read_results(metrics: Path, step: int) -> Results:
     if not metrics.is_file():
         return results
     for record in iterate_metrics(metrics):
+        if (
+            record.get("event") == "resume"
+            and curves.is_number(record.get("step"))
+            and record["step"] >= step
+        ):
+            continue  # with what it went on then, this step has not seen
         results.run.add(record)
         if record["kind"] not in ("train", "eval") or record.get("step", 0) > step:
             continue

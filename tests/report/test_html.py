@@ -18,8 +18,8 @@ import pytest
 
 from lmcore.cli import saved
 from lmcore.errors import RequestError
-from lmcore.report.curves import Curves, Run, loss_png, read_run, smoothed
-from lmcore.report.html import facts, page, write_report
+from lmcore.report.curves import Curves, Run, loss_picture, loss_png, read_run, smoothed
+from lmcore.report.html import facts, page, plan_rows, write_report
 from lmcore.report.metrics import MetricsFile, iterate_metrics, plain, read_metrics
 from lmcore.saved import card
 
@@ -313,6 +313,36 @@ def test_sets_and_runs_have_colours_of_their_own(tmp_path: Path) -> None:
     text = page(runs)
     drawn = text[text.index("<svg") : text.index("</svg>")]
     assert {f"var(--c{index})" for index in range(6)} <= set(re.findall(r"var\(--c\d\)", drawn))
+
+
+@pytest.mark.parametrize(("again", "at", "kept"), [("resume", 3, [2, 7]), ("start", 0, [7])])
+def test_run_is_what_its_newest_start_says(again: str, at: int, kept: list[int], tmp_path: Path) -> None:
+    old, new = {"text (old)": "9 documents, 8 tokens"}, {"text (new)": "3 documents, 2 tokens"}
+    write = MetricsFile(tmp_path / "metrics.jsonl")
+    happened = [
+        ("start", 0),
+        ("checkpoint", 2),
+        ("resume", 2),
+        ("checkpoint", 4),
+        (again, at),
+        ("checkpoint", 7),
+    ]
+    for index, (name, step) in enumerate(happened):
+        rows = new if index == 4 else old
+        write({"kind": "event", "event": name, "step": step, "rows": rows, "plan": {"steps": index}})
+    write({"kind": "train", "step": 9, "tokens": 9, "loss": 2.0})
+    write.close()
+    run = read_run(tmp_path)
+    assert plan_rows(run)[-1] == ("steps", ["4", "9", "2.25"])
+    assert run.saved_steps == kept
+    assert facts(run).get("resumes") == ("2" if again == "resume" else None)
+    assert (b">resume<" in loss_picture([run], "step")) == (again == "resume")
+    assert run.start is not None
+    assert run.start["rows"] == new
+    of_card = {step: card.read_results(tmp_path / "metrics.jsonl", step).run.start for step in (2, 9)}
+    assert of_card[9] == run.start
+    assert of_card[2] is not None
+    assert of_card[2]["rows"] == (old if again == "resume" else new)
 
 
 def test_numbers_in_words(tmp_path: Path) -> None:
