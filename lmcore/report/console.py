@@ -310,7 +310,10 @@ class Console:
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Names and values in two columns; the values are never cut."""
         if self._rich is not None:
-            self._rich.print(self._grid(rows, title=printable(title), title_justify="left"))
+            from rich.text import Text
+
+            words = Text(printable(title), style="table.title")  # a string would be read as markup
+            self._rich.print(self._grid(rows, title=words, title_justify="left"))
             return
         width = max((columns(name) for name, _ in rows), default=0)
         self.line(title)
@@ -351,7 +354,7 @@ class Console:
     def add(self, description: str, total: float | None, unit: str = "") -> int:
         """A new bar; ``total`` None: without an end. Returns its key."""
         key, self._next = self._next, self._next + 1
-        self._tasks[key] = _Task(description, total, unit)
+        self._tasks[key] = _Task(one_line(description), total, unit)
         if self._rich is not None and self._live is None:
             self._live = _make_live(self._rich, self._display_lines)
             self._live.start()

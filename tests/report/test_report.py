@@ -348,13 +348,13 @@ def test_reading_metrics_needs_no_torch() -> None:
 
 def run_through(report: Report, shown: Callable[..., None] = lambda *words: None) -> None:
     """Everything that a run shows; ``shown`` waits until the screen holds all these words at once."""
-    report.start([("model", "gpt2 " * 40), ("data", "標準ライブラリ")], title="a run")
+    report.start([("model", "gpt2 " * 40), ("data", "標準ライブラリ")], title="a run [/]")
     with report.task("tokenizing", 4, "files") as advance:
         advance(4)
     report.begin(total_steps=6)
     for step in range(1, 7):
         feed(report, step, step)
-    with report.task("evaluate valid", 10, "blocks") as advance:
+    with report.task("evaluate valid\x1b[31mx", 10, "blocks") as advance:
         advance(5)
         shown("evaluate valid", "5/10")
     report.evaluation(
