@@ -567,13 +567,13 @@ class Report(RankLog):
         self._total_steps = total_steps or self._total_steps
         spent = self.train_seconds
         self.load_state({**state, "train_seconds": spent})
-        self._latest = None
+        self._latest, self._logged_step = None, step
         self.event("rewound", step=step)
         if self._trackers is not None:
             self._trackers.rewind(step)
+        self._timer.start()  # reading the checkpoint was no step
         self._timer.interval()  # the time of what was thrown away is in no speed
         self._tokens_logged = tokens
-        self._timer.start()
 
     def close(self) -> None:
         """Take the display down and close the files; the trackers of a run that fails get what they were told."""

@@ -188,6 +188,25 @@ def test_rewind_removes_later_records(tmp_path: Path) -> None:
     assert 99.0 in [json.loads(line).get("loss") for line in lines], "the file itself forgets nothing"
 
 
+def test_rewind_is_no_step_time_and_leaves_the_newest_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: clock[0])
+    with make(tmp_path) as report:
+        report.begin(total_steps=90)
+        feed(report, 1, 3)
+        state = report.state()
+        feed(report, 4, 8)
+        clock[0] += 1000  # the checkpoint is read
+        report.rewind(step=3, tokens=3_000, state=state)
+        clock[0] += 1
+        feed(report, 4, 5, every=90)
+        report.latest(step=5, loss=0.125)
+        assert report.train_seconds == 1
+        assert report.results()[0] == ("training loss", "0.1250  (step 5)")
+
+
 def test_nonfinite_loss_is_shown_in_the_report(tmp_path: Path) -> None:
     with make(tmp_path) as report:
         report.begin(total_steps=4)
