@@ -10,7 +10,6 @@ that cannot be read or written; 70 for a fault of data or disk. Errors are one l
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -83,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         passed_on = ["--debug"] if debug and words[0] == "train" else []
         with _clearing_up() if COMMANDS[words[0]][0] == "saved" else nullcontext():
             code: int | None = getattr(module, words[0])([*words[1:], *passed_on])
+        if words[0] not in ("train", "size"):  # these go on without; what they find is in files
+            _require_output()
         return code or EXIT_FINISHED
     except (RequestError, FaultError) as error:
         if debug:
@@ -91,9 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at exit
-        return EXIT_FINISHED
     except OSError as error:  # a folder of somebody else, a file system that is full or read-only
         if debug:
             raise
@@ -118,6 +116,14 @@ def _clearing_up() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _require_output() -> None:
+    """Raises ``FaultError`` if standard output took only a part, as on a full disk; what a reader left (`... | head`) is no loss."""
+    sys.stdout.flush()
+    lost = getattr(sys.stdout, "failure", None)
+    if lost and not lost.startswith("BrokenPipeError"):
+        raise FaultError(f"standard output is not complete ({lost})")
 
 
 def overview() -> str:

@@ -127,6 +127,17 @@ def test_wrong_command_is_refused_in_one_line_with_code_2(
         call(*words, "--debug")
 
 
+@pytest.mark.parametrize(("place", "code"), [("/dev/full", 70), (os.devnull, 0)])
+def test_output_that_is_lost_is_a_fault(
+    place: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with open(place, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert call("schema") == code
+        monkeypatch.undo()
+    assert ("standard output is not complete" in capsys.readouterr().err) == (code == 70)
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 70), (errno.EIO, 70)]
 )
