@@ -432,7 +432,7 @@ def open_corpus(
     return Corpus(
         train=training,
         weights=mixture_weights(sources),
-        valid=held_out,
+        valid=as_held_out(held_out),
         test=as_tests(tests, held_out),
     )
 
@@ -470,6 +470,11 @@ def _training_documents_in(
         f"so that the loss says less about unseen text; remove them from one of the two, or use data.valid_fraction "
         f"instead"
     )
+
+
+def as_held_out(sets: dict[str, Any]) -> dict[str, Any]:
+    """Validation sets under names that the training does not have: of one called ``train``, ``train/loss`` would be two numbers."""
+    return {"valid/train" if name == "train" else name: one for name, one in sets.items()}
 
 
 def as_tests(sets: dict[str, Any], held_out: Collection[str]) -> dict[str, Any]:

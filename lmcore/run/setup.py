@@ -432,7 +432,7 @@ def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int)
         custom.refuse_wrong_items(dataset)
     return Data(
         train=train,
-        valid=valid,
+        valid=corpus.as_held_out(valid),
         test=corpus.as_tests(test, valid),
         encoder=encoder,
         block_size=block_size,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lmcore.config.schema import RunConfig
 from lmcore.data import corpus
 from lmcore.data.blocks import StoreBlocks
-from lmcore.data.corpus import Reading, as_tests, splits_of, training_texts
+from lmcore.data.corpus import Reading, as_held_out, as_tests, splits_of, training_texts
 from lmcore.data.store.inventory import record_use, stores_of
 from lmcore.data.text.split import FEW_DOCUMENTS, LARGEST_SHARE, choose, cut_of, part_of, side
 from lmcore.errors import RequestError
@@ -134,13 +134,13 @@ def test_fifty_documents_give_one_whole_one(tmp_path: Path) -> None:
 
 
 def test_each_of_several_sources_has_a_set(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.txt").write_text(book("train" if name == "a" else "valid"))
+    for name in ("train", "b"):
+        (tmp_path / f"{name}.txt").write_text(book("train" if name == "train" else "valid"))
     reading = Reading(unit="file")
-    train: list[corpus.Entries] = [{"path": f"{tmp_path}/{name}.txt"} for name in ("a", "b")]
+    train: list[corpus.Entries] = [{"path": f"{tmp_path}/{name}.txt"} for name in ("train", "b")]
     splits = splits_of(reading.sources(train), 0.3)
     made, _ = opened(tmp_path, train, 0.3, splits)
-    assert made.valid.keys() == {"a", "b"}
+    assert made.valid.keys() == {"valid/train", "b"}, "train/loss is that of the training"
 
 
 def test_choice_is_kept_beside_the_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,3 +251,6 @@ def test_test_sets_never_share_a_name_with_a_held_out_set() -> None:
     assert as_tests({"a": 1}, ["test", "other"]) == {"test/a": 1}
     assert as_tests({"a": 1, "b": 2}, ["a"]) == {"test/a": 1, "test/b": 2}
     assert as_tests({}, ["test"]) == {}
+    assert as_held_out({"train": 1, "a": 2}) == {"valid/train": 1, "a": 2}, (
+        "train/loss is that of the training"
+    )
