@@ -169,12 +169,10 @@ def climb(case: Case, results: dict[str, Any]) -> None:
         )  # fmt: skip
         losses: dict[str, float] = {}
         while waiting := ladder.due(design, losses):
-            for (
-                rung
-            ) in waiting:  # each from its start: the same digits as going on, and results that stand alone
-                losses[rung.name] = one_run(
-                    case, results, rung.member, rung.rate, rung.batch_blocks, rung.steps, 1
-                )
+            # Each from its start: the same digits as resuming its parent, and a result that stands alone.
+            for rung in waiting:
+                blocks, steps = rung.batch_blocks, rung.steps
+                losses[rung.name] = one_run(case, results, rung.member, rung.rate, blocks, steps, 1)
         fitted = scaling.fit(ladder.points(design, case.members, losses), case.unique_tokens)
         candidates = [
             scaling.Candidate(name=name, parameters=m.parameters, tokens_per_second=speed[name])
@@ -184,12 +182,8 @@ def climb(case: Case, results: dict[str, Any]) -> None:
         best = []
         for name in design.members:
             tried = design.rates(name, losses)
-            best.append(
-                (
-                    float(case.members[name].parameters),
-                    scaling.lowest_of_parabola(list(tried), list(tried.values())),
-                )
-            )
+            lowest = scaling.lowest_of_parabola(list(tried), list(tried.values()))
+            best.append((float(case.members[name].parameters), lowest))
         blocks = ladder.best_batch(design, losses)
         rate, _ = scaling.transferred_rate(best, chosen.candidate.parameters)
         rate = float(f"{rate * math.sqrt(blocks / design.batch_blocks):.2g}")
@@ -207,18 +201,16 @@ def climb(case: Case, results: dict[str, Any]) -> None:
 
 def report(results: dict[str, Any]) -> str:
     """Of every choice: regret against the best of its grid (mean over seeds), error of the expectation, coverage."""
+    header = "corpus", "seconds", "chosen", "loss", "against the grid's best", "expected", "in the interval"
     rows = []
     for name, choice in results.items():
         if not name.startswith("choice-"):
             continue
-        at = [
-            r
-            for r in results.values()
-            if "member" in r and "loss" in r and r["corpus"] == choice["corpus"] and r["loss"]
-        ]
         by_setting: dict[tuple[Any, ...], list[float]] = {}
-        for r in at:
-            by_setting.setdefault((r["member"], r["rate"], r["blocks"], r["steps"]), []).append(r["loss"])
+        for run in results.values():
+            if run.get("loss") and run["corpus"] == choice["corpus"]:  # of one that diverged it is null
+                setting = (run["member"], run["rate"], run["blocks"], run["steps"])
+                by_setting.setdefault(setting, []).append(run["loss"])
         reached = statistics.mean(choice["reached"])
         full = [statistics.mean(v) for v in by_setting.values() if len(v) >= len(choice["reached"])]
         expected = choice["expected"]
@@ -234,18 +226,7 @@ def report(results: dict[str, Any]) -> str:
                 f"{inside} of {len(choice['reached'])}",
             )
         )
-    return table(
-        rows,
-        (
-            "corpus",
-            "seconds",
-            "chosen",
-            "loss",
-            "against the best of the grid",
-            "expected",
-            "in the interval",
-        ),
-    )
+    return table(rows, header)
 
 
 def main() -> None:

@@ -176,9 +176,8 @@ class HashedFile:
             self._hash.update(piece)  # like the write, it releases the interpreter lock: training goes on
             self._disk.write(self._file, piece)
             self.size_bytes += len(piece)
-            if (
-                self.size_bytes - self._begun >= SEGMENT_BYTES
-            ):  # the disk works while the next bytes are hashed
+            # The disk works while the next bytes are hashed.
+            if self.size_bytes - self._begun >= SEGMENT_BYTES:
                 self._disk.start_writing(self._file, self._begun, self.size_bytes - self._begun)
                 self._begun = self.size_bytes
 

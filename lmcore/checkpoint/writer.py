@@ -435,10 +435,7 @@ class Checkpoints:
                 # Kept from save to save: fresh pages cost more than the copy.
                 pinned = any(piece.tensor.is_cuda for piece in save.pieces)
                 self._buffers.update({name: _host_buffer(size, pinned) for name, size in sizes.items()})
-            except (
-                MemoryError,
-                RuntimeError,
-            ) as error:  # torch raises RuntimeError if the system gives no memory
+            except (MemoryError, RuntimeError) as error:  # RuntimeError: torch, if the system gives no memory
                 self._buffers.clear()
                 cause = " ".join(str(error).split())
                 self._note(f"checkpoint of {needed / 1e9:.3g} GB is written in the foreground: {cause}")
@@ -489,10 +486,8 @@ class Checkpoints:
 
     def _write_part(self, save: _Save, progress: Callable[[], None]) -> dict[str, Any]:
         """Write, sync and read back this rank's files; what the manifest will say of them."""
-        disk, files = (
-            self._disk,
-            write_planned(self._disk, save.folder, save.plan, save.tensors, progress=progress),
-        )
+        disk = self._disk
+        files = write_planned(disk, save.folder, save.plan, save.tensors, progress=progress)
         if self.is_main:
             disk.write_file(save.folder / STATE, save.state)
             files[STATE] = {"bytes": len(save.state), "sha256": hashlib.sha256(save.state).hexdigest()}

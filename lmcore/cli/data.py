@@ -87,13 +87,12 @@ def inspect(words: list[str]) -> None:
     home = run_dir_of(config) / "tokenizer"
     display = tasks()
     encoder, reason = setup.given_tokenizer(config), ""
-    if (
-        encoder is None
-        and setup.unfit_reason(config, home, setup.splits_of(config, home.parent, keep=False)) is None
-    ):
-        encoder = load_tokenizer(home)
-    elif encoder is None:
-        encoder, reason = _trial_tokenizer(config)
+    if encoder is None:
+        splits = setup.splits_of(config, home.parent, keep=False)
+        if setup.unfit_reason(config, home, splits) is None:
+            encoder = load_tokenizer(home)
+        else:
+            encoder, reason = _trial_tokenizer(config)
     with display.task("reading", unit="bytes") as advance:
         found = inspect_sources(
             config.data.train or ["stdlib"],

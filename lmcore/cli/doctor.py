@@ -81,9 +81,8 @@ def examine(folder: str | os.PathLike[str] = ".") -> list[Finding]:
     for check in checks:
         try:
             found += check(Path(folder))
-        except (
-            Exception
-        ) as error:  # a broken installation breaks in its own way; the other checks still count
+        # A broken installation breaks in its own way; the other checks still count.
+        except Exception as error:
             name = check.__name__.removeprefix("_")
             found.append(Finding("warn", name, f"could not be checked: {type(error).__name__}: {error}"))
     return found

@@ -140,18 +140,13 @@ def _hint(value: Any, alternatives: tuple[Any, ...]) -> str:
 def shown(value: Any) -> str:
     """``value`` in an error message: one line, at most 60 characters, ``null`` for ``None``."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**18:
-        return (
-            f"an integer of {len(hex(value)) - 2} hexadecimal digits"  # str() refuses more than 4,300 digits
-        )
-    text = (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else ascii_or_repr(value)
-    )
+        # str() refuses more than 4,300 digits.
+        return f"an integer of {len(hex(value)) - 2} hexadecimal digits"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    # repr escapes line breaks and control characters, and leaves other scripts readable.
+    text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def ascii_or_repr(value: Any) -> str:
-    """``repr`` with line breaks and control characters escaped; other scripts stay readable."""
-    return " ".join(repr(value).split())
 
 
 def describe(kind: Any) -> str:

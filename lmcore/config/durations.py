@@ -52,11 +52,8 @@ class Duration(NamedTuple):
         """Read a number or text; a bare number means steps. Raises :class:`RequestError`."""
         if isinstance(text, Duration):
             return text
-        if (
-            text is None
-            or text is False
-            or (isinstance(text, str) and text.strip().lower() in ("never", "off", "none", "null"))
-        ):
+        word = text.strip().lower() if isinstance(text, str) else ""
+        if text is None or text is False or word in ("never", "off", "none", "null"):
             return NEVER
         plain = isinstance(text, (str, int, float)) and not isinstance(text, bool)
         if isinstance(text, int) and abs(text) > LARGEST:

@@ -77,7 +77,7 @@ def _is_local(path: str | None) -> bool:
 
 def _no_rate_floor(config: RunConfig) -> str | None:
     if config.optim.schedule == "linear_to_zero" and not config.optim.min_lr_ratio:
-        return None  # which is so
+        return None  # this schedule does end at zero
     return _any(_with("optim.schedule", "constant", "linear_to_zero"), _curve("optim.schedule"))(config)
 
 
@@ -87,15 +87,15 @@ def _no_momentum(config: RunConfig) -> str | None:
 
 def _not_held_out(config: RunConfig) -> str | None:
     if not config.data.valid_fraction:
-        return None  # which is so
+        return None  # nothing is held out, as asked
     return _any(_with("data.factory"), _with("data.mode", "stream"))(config)
 
 
 def _blocks_of_a_stream(config: RunConfig) -> str | None:
-    stream = config.data.mode == "stream" and config.data.factory is None
-    return (
-        "is the same as full with data.mode 'stream'" if stream and config.data.shuffle == "blocks" else None
-    )
+    data = config.data
+    if data.mode == "stream" and data.factory is None and data.shuffle == "blocks":
+        return "is the same as full with data.mode 'stream'"
+    return None
 
 
 def _no_tokenizer_is_trained(config: RunConfig) -> str | None:

@@ -176,13 +176,10 @@ def _name_of_text(entries: Any) -> str:
     first = entries[0]
     if isinstance(first, dict):
         paths = first.get("paths")
-        first = (
-            first.get("name") or first.get("path") or (paths[0] if isinstance(paths, list) and paths else "")
-        )
+        listed = paths[0] if isinstance(paths, list) and paths else ""
+        first = first.get("name") or first.get("path") or listed
     parts = [
-        part
-        for part in str(first).split("/")
-        if part and not set(part) & set("*?[") and part not in (".", "..")
+        part for part in str(first).split("/") if part not in ("", ".", "..") and not set(part) & set("*?[")
     ]
     name = re.sub(r"\.[a-z0-9]{1,8}(\.(gz|zst|xz|bz2))?$", "", parts[-1]) if parts else ""
     return re.sub(r"[^\w.-]+", "_", name).strip("._-")[:60] or "own_text"
@@ -298,11 +295,8 @@ def _read(file: str, note: Callable[[str], object]) -> Layer:
     """A YAML file as a layer. Raises :class:`RequestError` with the name of the file."""
     path = Path(file)
     try:
-        if (
-            not path.exists()
-            and (shipped := RECIPES / f"{path.stem}.yaml").is_file()
-            and path.name != ".yaml"
-        ):
+        shipped = RECIPES / f"{path.stem}.yaml"
+        if not path.exists() and shipped.is_file() and path.name != ".yaml":
             if path.parts[:-1] not in ((), ("recipes",)):
                 raise FileNotFoundError(2, "no such file")
             note(f"--config {file}: using the recipe {shipped.name} of the package")

@@ -62,9 +62,8 @@ class WideGradients:
                 self._had_gradient.copy_(torch.tensor(seen))
             for part in self._flat.split(REDUCED_AT_ONCE):
                 dist.all_reduce(part.div_(dist.get_world_size()))
-            if (
-                not everything
-            ):  # another rank may have the gradients that are missing here; else no host waits
+            # Another rank may have the gradients that are missing here. If none are, the host does not wait.
+            if not everything:
                 self._seen = set(self._had_gradient.nonzero().flatten().tolist())
             for buffer in self._buffers:
                 dist.broadcast(buffer, src=0)

@@ -27,15 +27,9 @@ SEVERAL_ON_CPU = "accelerate launch --config_file accelerate_configs/cpu_2.yaml 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 _DEEPSPEED_FIELDS = (
-    *("gradient_accumulation_steps", "gradient_clipping", "zero_stage", "mixed_precision"),
-    *(
-        "offload_optimizer_device",
-        "offload_param_device",
-        "offload_optimizer_nvme_path",
-        "offload_param_nvme_path",
-    ),
-    "zero3_save_16bit_model",
-)
+    "gradient_accumulation_steps", "gradient_clipping", "zero_stage", "mixed_precision", "offload_optimizer_device",
+    "offload_param_device", "offload_optimizer_nvme_path", "offload_param_nvme_path", "zero3_save_16bit_model",
+)  # fmt: skip
 """Of an accelerate configuration: accelerate refuses them beside a DeepSpeed configuration that the program gives."""
 
 
@@ -179,7 +173,7 @@ def residual_dtype(asked: str, *, strategy: str, precision: str, param_dtype: st
             then moves 4 bytes: "auto" casts them on GPUs. On a CPU it does not, so that losses stay what they were.
 
     Raises:
-        RequestError: it cannot be had at this precision or under this strategy.
+        RequestError: not available at this precision or under this strategy.
 
     Example::
 
@@ -361,10 +355,8 @@ def compiles(asked: bool | str, *, cuda: bool) -> tuple[bool, str]:
         )
     if not asked:
         return False, "off"
-    return (
-        True,
-        "layer by layer; the first step compiles, which takes up to minutes; later starts find it cached",
-    )
+    row = "layer by layer; the first step compiles, which takes up to minutes; later starts find it cached"
+    return True, row
 
 
 def cpp_compiler() -> str | None:

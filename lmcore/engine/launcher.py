@@ -72,9 +72,8 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
         end_interrupted(f"lmcore train: {BEFORE_THE_FIRST_STEP}")
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if (
-                os.getpgid(child.pid) != os.getpgrp()
-            ):  # of several, each is in a session without this terminal
+            # One process gets Ctrl-C from the terminal; of several, each is in a session without it.
+            if os.getpgid(child.pid) != os.getpgrp():
                 child.send_signal(number)
 
 

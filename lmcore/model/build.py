@@ -150,6 +150,12 @@ def _take_special_ids(model: Any, ids: Mapping[str, int | None]) -> None:
             setattr(model.generation_config, name, value)
 
 
+_REFUSALS = (
+    ValueError, TypeError, AssertionError, ImportError, RuntimeError, AttributeError, KeyError,
+)  # fmt: skip
+"""What the constructors of transformers' models raise for a configuration that they do not take."""
+
+
 def _from_scratch(
     config: Any, ids: Mapping[str, int | None], attention: str | None, seed: int, weights: bool
 ) -> Any:
@@ -164,15 +170,7 @@ def _from_scratch(
         # The class itself, not from_config: that one would obey a DeepSpeed or meta-device context around us.
         try:
             return model_class(config)
-        except (
-            ValueError,
-            TypeError,
-            AssertionError,
-            ImportError,
-            RuntimeError,
-            AttributeError,
-            KeyError,
-        ) as error:
+        except _REFUSALS as error:
             raise RequestError(
                 f"{model_class.__name__} refuses this configuration: {one_line(error)}"
             ) from error
@@ -194,20 +192,9 @@ def _from_scratch(
     return model
 
 
-_OUTPUT_PROJECTIONS = frozenset(
-    (
-        "o_proj",
-        "out_proj",
-        "c_proj",
-        "down_proj",
-        "fc2",
-        "fc_out",
-        "dense_4h_to_h",
-        "output_linear",
-        "wo",
-        "w2",
-    )
-)
+_OUTPUT_PROJECTIONS = frozenset((
+    "o_proj", "out_proj", "c_proj", "down_proj", "fc2", "fc_out", "dense_4h_to_h", "output_linear", "wo", "w2",
+))  # fmt: skip
 """Names of the layers, or of the weights of all experts together, that write into the residual stream, in the families of
 transformers."""
 _ATTENTION = frozenset(("attention", "self_attention", "self_attn", "attn"))

@@ -225,10 +225,7 @@ def build_optimizer(
         raise RequestError(f"optim.cautious_weight_decay is for optim.name muon, not for {name}")
     try:
         optimizer = make()
-    except (
-        TypeError,
-        ValueError,
-    ) as error:  # an argument that the class does not have, or that is out of its range
+    except (TypeError, ValueError) as error:  # the class has no such argument, or it is out of its range
         raise RequestError(f"optim.name {name}, optim.config: {' '.join(str(error).split())}") from error
     set_learning_rate(optimizer, lr)
     return optimizer

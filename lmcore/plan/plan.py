@@ -23,12 +23,7 @@ from torch import nn
 from lmcore.conventions import torch_dtype
 from lmcore.engine.tensor import why_not
 from lmcore.errors import RequestError
-from lmcore.humanize import (
-    amount,
-    duration,
-    short,
-    size,  # named here, beside the rows that it shows
-)
+from lmcore.humanize import amount, duration, short, size
 from lmcore.model.module import ModelWithLoss, decoder_layers
 from lmcore.plan.trace import (
     ACTIVATIONS,

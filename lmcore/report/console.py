@@ -490,7 +490,7 @@ class RankLog:
     """Messages of one rank: rank 0 prints them and writes ``train.log``, others write ``logs/rank-*.log`` only.
 
     Secrets are hidden (:mod:`lmcore.report.redact`). Neither a stream nor a log file that cannot be written raises;
-    what is lost is said where it still can be.
+    a lost line is reported where that is still possible.
     """
 
     def __init__(self, run_dir: Path, rank: int, stream: TextIO | None = None) -> None:
@@ -541,15 +541,10 @@ class RankLog:
             names_decide: hide what follows a name that says secret; not in a sample, whose prompt "--password" is a text.
         """
         with self._lock:
-            if (
-                self._console is not None
-                and self._console.failure
-                and self._console.failure not in self._warned
-            ):
-                self._warned.add(self._console.failure)
-                self._write_line(
-                    f"standard output is gone ({self._console.failure}): the run goes on, see this file"
-                )
+            failure = None if self._console is None else self._console.failure
+            if failure and failure not in self._warned:
+                self._warned.add(failure)
+                self._write_line(f"standard output is gone ({failure}): the run goes on, see this file")
             self._write_line(text, redact if names_decide else hide_values)
 
     def _write_line(self, text: str, hide: Callable[[str], str] = redact) -> None:

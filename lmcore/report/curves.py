@@ -76,10 +76,8 @@ class _Stretch:
     def joined(self, other: _Stretch) -> _Stretch:
         numbers = {**self.numbers, **other.numbers}
         for key in self.numbers.keys() & other.numbers.keys():
-            (low, high, total, count), (low_2, high_2, total_2, count_2) = (
-                self.numbers[key],
-                other.numbers[key],
-            )
+            low, high, total, count = self.numbers[key]
+            low_2, high_2, total_2, count_2 = other.numbers[key]
             numbers[key] = min(low, low_2), max(high, high_2), total + total_2, count + count_2
         return _Stretch((self.step + other.step) / 2, (self.tokens + other.tokens) / 2, numbers)
 

@@ -442,9 +442,8 @@ class Peers:
         """
         if self._done or not self._ending.acquire(blocking=False):
             return
-        if (
-            self.reason is not None and not stuck and refusal is None
-        ):  # this rank's end may follow from that one
+        # The end of this rank may follow from that one.
+        if self.reason is not None and not stuck and refusal is None:
             line, self.fault_code = self.reason
         self.fault = line
         if refusal is not None:

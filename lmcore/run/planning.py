@@ -120,9 +120,7 @@ def model_without_weights(
     )
     try:
         return with_loss(config, trace.build_own_on_meta(make), note=note)
-    except (
-        Exception
-    ) as error:  # the user's code may read values, which tensors on the meta device do not have
+    except Exception as error:  # the user's code may read values, which fake tensors do not have
         note(
             f"model.factory {named.factory} was built with its weights: on the meta device it fails with {_one_line(error)}"
         )

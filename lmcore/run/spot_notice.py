@@ -116,9 +116,8 @@ class SpotWatch:
             # All machines of a scale set see the events of each.
             mine = name.decode().strip() in event["Resources"]
             if mine and event["EventType"] in ("Preempt", "Terminate"):
-                with contextlib.suppress(
-                    ValueError, KeyError, TypeError
-                ):  # there is no time once it has begun
+                # There is no time once it has begun.
+                with contextlib.suppress(ValueError, KeyError, TypeError):
                     return self._until(email.utils.parsedate_to_datetime(event["NotBefore"]), now)
                 return 0.0
         return None

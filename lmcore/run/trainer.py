@@ -425,13 +425,8 @@ class Run:
 
     def announce(self) -> None:
         """Write config.yaml, open the trackers, print the start table, and start the clocks."""
-        config, engine, report, sizes, state = (
-            self.config,
-            self.engine,
-            self.report,
-            self.sizes,
-            self.state,
-        )
+        config, engine, report = self.config, self.engine, self.report
+        sizes, state = self.sizes, self.state
         patience = self._early_stopping.patience or 0
         if engine.is_main:
             self.folder.write_status("running", step=state.step)

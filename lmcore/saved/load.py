@@ -298,9 +298,8 @@ def model_of(
     where = str(opened.path)
     model = empty_model(dict(description), shapes=opened.shapes("model"), factory=factory, where=where)
     if description.get("kind") == "factory":
-        load_weights(
-            model, tensors_of(opened, weights=weights), where
-        )  # it may hold its tensors elsewhere, too
+        # Copied: the model may hold its tensors elsewhere, too.
+        load_weights(model, tensors_of(opened, weights=weights), where)
     else:
         tensors = ((name, tensor.to(device)) for name, tensor in tensors_of(opened, weights=weights))
         give_weights(model, tensors, where)

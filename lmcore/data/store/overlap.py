@@ -73,9 +73,8 @@ def find_overlap(held_out: TokenStore, training: Sequence[TokenStore]) -> Overla
 
 
 def _compare(held_out: TokenStore, training: Sequence[TokenStore]) -> Overlap | None:
-    wanted: dict[
-        bytes, list[tuple[int, int]]
-    ] = {}  # hash: the places of such documents in the validation store
+    # Hash -> the places of documents with it in the validation store
+    wanted: dict[bytes, list[tuple[int, int]]] = {}
     numbers: list[np.ndarray] = []
     count = 0
     for first, tokens, ends in _stretches(held_out):

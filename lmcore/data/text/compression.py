@@ -115,9 +115,8 @@ def _decompressed(file: IO[bytes], name: str) -> Iterator[bytes | Damage]:
             held, held_bytes = [], 0
     if held_bytes:
         yield b"".join(held)
-    if (
-        decoder is not None or not frames
-    ):  # an empty file holds no compressed data, not even that of an empty text
+    # Without a frame: an empty file holds no compressed data, not even that of an empty text.
+    if decoder is not None or not frames:
         left = file.seek(0, 2) - offset
         ratio = max(n_bytes / max(offset, 1), 1.0)
         yield Damage(

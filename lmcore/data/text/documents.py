@@ -177,6 +177,7 @@ def _pieces(source: Source, path: str, relative_path: str, part_bytes: int) -> I
         raise RequestError(f"{path} is not a file: only training and prepare read datasets of the Hub")
     stat = listing.stat(path)  # None: vanished since it was resolved; read() reports it
     n_bytes, mtime = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
+    packed = compression_of(path) is not None
 
     def piece(start: int, stop: int, cost: int) -> Piece:
         return Piece(
@@ -193,18 +194,14 @@ def _pieces(source: Source, path: str, relative_path: str, part_bytes: int) -> I
     if kind == "parquet":
         for start, stop, cost in formats.parquet_ranges(path, part_bytes) or [(0, -1, n_bytes)]:
             yield piece(start, stop, cost)
-    elif (
-        kind in ("line", "paragraph", "jsonl")
-        and compression_of(path) is None
-        and not encoding_is_wide(source.encoding)
-    ):
+    elif kind in ("line", "paragraph", "jsonl") and not packed and not encoding_is_wide(source.encoding):
         for start in range(0, n_bytes, part_bytes):
             stop = min(start + part_bytes, n_bytes)
             yield piece(start, stop, stop - start)
         if not stat:
             yield piece(0, sys.maxsize, 0)
     # An empty file is an empty document, but an empty compressed one is cut off, which reading it says.
-    elif n_bytes or kind == "file" or not stat or compression_of(path) is not None:
+    elif n_bytes or kind == "file" or not stat or packed:
         yield piece(0, sys.maxsize, n_bytes)
 
 

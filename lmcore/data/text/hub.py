@@ -41,19 +41,16 @@ def _open(path: str) -> tuple[Any, str]:
     unknown = sorted(set(options) - {"config", "split"})
     if unknown:
         raise RequestError(f"{path}: unknown option {', '.join(unknown)}; choose from config, split")
+    split = options.get("split", "train")
     try:
         builder = datasets.load_dataset_builder(name, options.get("config"), revision=revision or None)
-        data = builder.as_streaming_dataset(split=options.get("split", "train"))
-    except (
-        Exception
-    ) as error:  # no network, no such dataset, config or split: of many libraries, without a common type
+        data = builder.as_streaming_dataset(split=split)
+    # No network, no such dataset, config or split: errors of many libraries, without a common type
+    except Exception as error:
         raise RequestError(
             f"{path} cannot be opened: {one_line(str(error) or type(error).__name__)}"
         ) from error
-    return (
-        data,
-        f"{builder.dataset_name} {builder.config.name} {builder.hash} {options.get('split', 'train')}",
-    )
+    return data, f"{builder.dataset_name} {builder.config.name} {builder.hash} {split}"
 
 
 def fingerprint(path: str) -> str:

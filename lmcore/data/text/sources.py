@@ -62,22 +62,11 @@ _MOST_NAME_BYTES = 200
 """A source's name is part of a folder name, which may have 255 bytes."""
 _SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
 """Folders without files of text, and partly without an end."""
-_RUN_FILES = frozenset(
-    [
-        *(
-            "status.json",
-            "metrics.jsonl",
-            "config.yaml",
-            "train.log",
-            "report.html",
-            "comparison.html",
-            "plan.json",
-            "stores.json",
-        ),
-        *("checkpoints", "tokenizer", "export", "logs", "profile", "sample"),
-        *("tensorboard", "wandb", "mlruns", "dvclive", "swanlog", "swanlab", "aim", "trackio"),
-    ]
-)
+_RUN_FILES = frozenset([
+    "status.json", "metrics.jsonl", "config.yaml", "train.log", "report.html", "comparison.html", "plan.json", "stores.json",
+    "checkpoints", "tokenizer", "export", "logs", "profile", "sample",
+    "tensorboard", "wandb", "mlruns", "dvclive", "swanlog", "swanlab", "aim", "trackio",
+])  # fmt: skip
 """What a training and its trackers write into its run folder (hidden files are never read)."""
 _A_RUN = "the files of a run"
 _SPLITS = "the splits of data.valid_fraction"

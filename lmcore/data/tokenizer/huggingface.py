@@ -274,23 +274,9 @@ _HUB_PATTERNS = (
     f"{_TEMPLATES}/*.jinja",
 )
 _NEVER = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".npy"),
-    *(
-        ".py",
-        ".pyc",
-        ".so",
-        ".md",
-        ".png",
-        ".jpg",
-        ".pdf",
-        ".html",
-        ".log",
-        ".jsonl",
-        ".yaml",
-        ".tmp",
-        ".lock",
-    ),
-)
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".npy",
+    ".py", ".pyc", ".so", ".md", ".png", ".jpg", ".pdf", ".html", ".log", ".jsonl", ".yaml", ".tmp", ".lock",
+)  # fmt: skip
 """Endings of files that no tokenizer is made of: weights, code, pages."""
 _LARGEST_FILE_BYTES = 2**28
 _OTHER_VOCABULARIES = re.compile(r"tokenizer(\..*)?\.json|tekken\.json|\.model|\.tiktoken")
@@ -398,9 +384,7 @@ def open_files(files: dict[str, bytes]) -> Any:
             )
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except (
-            BaseException
-        ) as error:  # tokenizers raises plain Exception, and PanicException for some damages
+        except BaseException as error:  # tokenizers: plain Exception, and PanicException for some damages
             lines = str(error).replace(f"{folder}/", "").replace(folder, "the folder").strip().splitlines()
             reason = lines[0] if lines else type(error).__name__
             raise RequestError(f"transformers cannot open this tokenizer: {reason[:300]}") from error
