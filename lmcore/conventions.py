@@ -21,8 +21,8 @@ OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "muon")
 SCHEDULES = ("constant", "linear", "linear_to_zero", "cosine", "wsd", "inverse_sqrt")
 """Values of ``optim.schedule``."""
 
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
-"""The short names that options use, and torch's; what fp8 does not cover is computed in bfloat16."""
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""The short names that options use, and torch's."""
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -142,22 +142,17 @@ Spans = Mapping[str, tuple[int | Fraction, int | Fraction]]
 """Unit -> how much of it was behind before a step and after it; a unit that is not there is not known."""
 
 
-def is_reached(every: Iterable[Duration], spans: Spans, *, minutes_since_last: float | None = None) -> bool:
-    """Whether a step reaches a multiple of one of the intervals.
+def is_reached(every: Iterable[Duration], spans: Spans) -> bool:
+    """Whether a step reaches a multiple of one of the intervals; an interval in minutes is not reached by steps.
 
     An interval that is not a whole number of steps is due at the first step that reaches each multiple, so that none
-    is lost and none comes twice. ``minutes_since_last`` is the clock of one process: the ranks must agree on the
-    answer.
+    is lost and none comes twice.
 
     Raises:
         RequestError: a unit that is not known here.
     """
     for duration in every:
-        if duration.unit == "never":
-            continue
-        if duration.unit == "minutes":
-            if minutes_since_last is not None and minutes_since_last >= duration.value:
-                return True
+        if duration.unit in ("never", "minutes"):
             continue
         if duration.unit not in spans:
             raise RequestError(f"every {duration} cannot be converted to steps here: give it in steps")

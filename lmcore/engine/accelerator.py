@@ -28,6 +28,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from lmcore.conventions import torch_dtype
 from lmcore.engine import launch, zero
 from lmcore.engine.ranks import use_job_interface
+from lmcore.engine.state import persistent_buffers
 from lmcore.errors import RequestError
 
 
@@ -223,7 +224,7 @@ def replicate(accelerator: Accelerator, module: nn.Module, group: Any) -> Any:
         process_group=group,
         gradient_as_bucket_view=True,
         # Only buffers that training changes must be kept equal.
-        broadcast_buffers=bool(set(dict(module.named_buffers())) & set(module.state_dict(keep_vars=True))),
+        broadcast_buffers=bool(persistent_buffers(module)),
     )
 
 

@@ -25,6 +25,7 @@ from lmcore.engine.tensor import why_not
 from lmcore.errors import RequestError
 from lmcore.humanize import amount, duration, short, size
 from lmcore.model.module import ModelWithLoss, decoder_layers
+from lmcore.plan.scaling import TOKENS_PER_PARAMETER
 from lmcore.plan.trace import (
     ACTIVATIONS,
     COPIES,
@@ -38,13 +39,10 @@ from lmcore.plan.trace import (
 )
 
 Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-TOKENS_PER_PARAMETER = 20
-"""About where compute is best spent, Hoffmann et al. 2022 (Chinchilla), table 3: 400 M with 8.0 B, 67 B with 1.5 T."""
 LEAST_PARAMETERS = 70_000_000
-"""Of their smallest models."""
+"""Of the smallest models of Hoffmann et al. 2022, on which :data:`~lmcore.plan.scaling.TOKENS_PER_PARAMETER` rests."""
 USABLE = 0.92
 """Share of a device's memory that tensors can have: the context, the kernels' workspace and fragments take the rest."""
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 ZERO_BUCKET = 500_000_000
 """DeepSpeed's own default of reduce_bucket_size, in numbers; ds_configs/ take a tenth."""
 WITHOUT_ATTENTION = "linear|conv|mamba|recurrent"
@@ -301,8 +299,8 @@ def memory(counted: Parameters, traced: StepTrace, setting: Setting, *, optimize
     """
     ranks, several = setting.world_size, setting.accumulation > 1
     total, trained = counted.total, counted.trained
-    kept = BYTES[setting.param_dtype] if setting.strategy in ("single", "ddp", "fsdp2") else 4
-    compute = BYTES[setting.precision] if setting.strategy not in ("single", "ddp") else kept
+    kept = torch_dtype(setting.param_dtype).itemsize if setting.strategy in ("single", "ddp", "fsdp2") else 4
+    compute = torch_dtype(setting.precision).itemsize if setting.strategy not in ("single", "ddp") else kept
     if setting.strategy in ("single", "ddp"):
         resident = kept * trained * ({"single": 0, "ddp": 1}[setting.strategy] + several)
         if wide := kept < 4 and setting.reduce_dtype == "fp32":
@@ -382,7 +380,7 @@ def _memory_fsdp2(
 ) -> Memory:
     """Layers are gathered one after the other; what is outside of them stays gathered from forward to backward."""
     ranks, layer = setting.world_size, counted.largest_layer
-    reduce = BYTES[setting.reduce_dtype]
+    reduce = torch_dtype(setting.reduce_dtype).itemsize
     outside = compute * counted.outside_layers
     all_gradients = 4 * counted.trained // ranks
     of_layers = max(1, traced.moments[-1][LAYER_GRADIENTS])
@@ -553,10 +551,10 @@ class Plan:
         groups = ", ".join(f"{name} {short(count)}" for name, count in p.groups.items())
         frozen = f"; {short(p.trained)} trained" if p.trained != p.total else ""
         ratio = self.tokens / p.total
-        best = f"about {TOKENS_PER_PARAMETER} make the best model for a given compute (Hoffmann et al. 2022)"
+        best = f"about {TOKENS_PER_PARAMETER:g} make the best model for a given compute (Hoffmann et al. 2022)"
         if p.total < LEAST_PARAMETERS:
             best = (
-                f"the rule of {TOKENS_PER_PARAMETER} was found above {short(LEAST_PARAMETERS)} parameters (Hoffmann et al. 2022); "
+                f"the rule of {TOKENS_PER_PARAMETER:g} was found above {short(LEAST_PARAMETERS)} parameters (Hoffmann et al. 2022); "
                 "for a smaller model lmcore size measures how much is best"
             )
         rows = [

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lmcore.conventions import IGNORED_LABEL
 from lmcore.data.context import Context
 from lmcore.process import forget_peak, resident_bytes
 
@@ -78,7 +79,9 @@ def probe(
     else:
         forget_peak()
     labels = (
-        engine.world_size * run * max(1, int((batch["labels"] != -100).sum()) if "labels" in batch else 1)
+        engine.world_size
+        * run
+        * max(1, int((batch["labels"] != IGNORED_LABEL).sum()) if "labels" in batch else 1)
     )
     seconds: list[tuple[float, float]] = []
     for _ in range(STEPS):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ from lmcore.errors import RequestError
 REPEATS = 15.387756
 """``R*`` of Muennighoff et al. 2023, appendix A: so many repetitions after the first epoch until a token is worth 1/e of a new one."""
 STOPS_HELPING = 0.1
-"""An epoch whose tokens are worth less than this share of new ones is said not to help any more."""
+"""An epoch whose tokens are worth less than this share of new ones counts as one that does not help any more."""
 TOKENS_PER_PARAMETER = 20.0
+"""About where compute is best spent, Hoffmann et al. 2022 (Chinchilla), table 3: 400 M with 8.0 B, 67 B with 1.5 T."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +220,7 @@ class Fit:
         # Noise by its quantiles, in a fixed shuffle
         steps = (np.arange(len(self.draws)) + 0.5) / len(self.draws)
         order = np.random.default_rng(0).permutation(len(steps))
-        noise = self.noise * np.array([_normal_quantile(float(steps[i])) for i in order])
+        noise = self.noise * np.array([NormalDist().inv_cdf(float(steps[i])) for i in order])
         values = np.array([law.loss(parameters, worth) for law in self.draws]) * np.exp(noise)
         low, high = np.quantile(values, (0.05, 0.95))
         middle = self.law.loss(parameters, worth)
@@ -318,12 +320,6 @@ def _law(theta: Any, n0: float, d0: float) -> Law:
         B=math.exp(log_b + beta * math.log(d0)),
         beta=beta,
     )
-
-
-def _normal_quantile(share: float) -> float:
-    from statistics import NormalDist
-
-    return NormalDist().inv_cdf(share)
 
 
 # ---------------------------------------------------------------------------------------- learning rate and batch

@@ -229,8 +229,7 @@ def build_on_meta(
     if attention in ("eager", "sdpa"):  # the others have kernels for a GPU only, and hold what sdpa holds
         config._attn_implementation = attention
     small = copy.deepcopy(config)
-    for name in ("num_hidden_layers", "vocab_size"):
-        setattr(small, name, {"num_hidden_layers": 1, "vocab_size": 64}[name])
+    small.num_hidden_layers, small.vocab_size = 1, 64
     try:
         try:
             probe = model_class_of(small)(small)
@@ -307,8 +306,8 @@ def _of_experts(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
 def _as_on(device_type: str, device_bytes: int | None = None) -> Iterator[None]:
     """Let the traced code take the paths that it takes on the planned device, with plain blocks."""
     with contextlib.ExitStack() as stack:
-        # Whether positions restart inside a block depends on values, which fake tensors do not have.
-        # They do not, and then the real run passes no mask; fake tensors would be given one.
+        # Whether positions restart inside a block depends on values, which fake tensors do not have: they would be given a
+        # mask. In a plain block positions do not restart, and the real run passes no mask.
         stack.enter_context(
             unittest.mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
         )

@@ -149,7 +149,7 @@ class Sizes:
 
     # ---- what is shown
 
-    def rows(self, config: RunConfig, world_size: int) -> list[tuple[str, str]]:
+    def rows(self, config: RunConfig) -> list[tuple[str, str]]:
         """The arithmetic, for the start table."""
         known = self.epoch_blocks
         epoch = (

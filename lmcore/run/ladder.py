@@ -13,10 +13,11 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lmcore.config import presets
 from lmcore.config.schema import RunConfig, to_dict
 from lmcore.errors import RequestError
 from lmcore.plan import scaling
@@ -287,14 +288,11 @@ def design(
 
 def with_member(config: RunConfig, width: int, *, block_size: int) -> dict[str, Any]:
     """The values of ``model.*`` of a member of the family: the preset's class and fields, by their own names."""
-    from lmcore.config import presets
-
     preset = config.model.preset or "modern"
     shape = presets.Shape(layers=layers_of(width), width=width, heads=heads_of(width), context=block_size)
     type, fields = presets.fields_of(preset, shape, block_size)
     values: dict[str, Any] = {"type": type, "config": fields}
-    modern_with_muon = preset != "gpt2" and config.optim.name == "muon"  # as in presets.zero_init
-    if modern_with_muon if config.model.zero_init is None else config.model.zero_init:
+    if presets.zero_init(replace(config, model=replace(config.model, preset=preset))):
         values["zero_init"] = True
     if config.model.attention is not None:
         values["attention"] = config.model.attention

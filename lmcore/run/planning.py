@@ -27,7 +27,6 @@ from lmcore.data.context import check_divides
 from lmcore.data.cursor import Cursor
 from lmcore.engine import context, launch, tensor, zero
 from lmcore.engine.accelerator import check_fsdp_optimizer
-from lmcore.engine.zero import memory_settings
 from lmcore.model.build import build_model
 from lmcore.model.cpu_kernels import use_faster_kernels
 from lmcore.model.module import ModelWithLoss
@@ -61,9 +60,9 @@ def setting_of(
     """How the run trains, as far as its memory depends on it. ``strategy`` overrides that of the launcher; ``cuda``: on GPUs."""
     asked = launch.request(os.environ, config.engine.deepspeed)
     launched = "ddp" if asked.strategy == "single" and world_size > 1 else asked.strategy
-    zero: dict[str, Any] = {"zero_bucket": plan.ZERO_BUCKET // 10}  # what ds_configs/ say
+    of_zero: dict[str, Any] = {"zero_bucket": plan.ZERO_BUCKET // 10}  # what ds_configs/ say
     if asked.deepspeed is not None:
-        zero = memory_settings(asked.deepspeed)
+        of_zero = zero.memory_settings(asked.deepspeed)
     chosen: Any = strategy or launched
     context.check(config.train.context_parallel, world_size)
     tensor.check(config.train.tensor_parallel, world_size, chosen)
@@ -83,7 +82,7 @@ def setting_of(
         ),
         reduce_dtype=config.engine.reduce_dtype,
         activation_checkpointing=config.train.activation_checkpointing,
-        **zero,
+        **of_zero,
     )
 
 

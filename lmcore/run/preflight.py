@@ -98,8 +98,8 @@ def _check_model(config: RunConfig) -> None:
             raise RequestError(f"model.from_pretrained {source!r}: no such folder{_near(source)}")
         return
     if not (folder / "config.json").is_file():
-        inside = next((name for name in ("export",) if (folder / name / "config.json").is_file()), None)
-        hint = f"; did you mean {folder / inside}?" if inside else ""
+        export = folder / "export"
+        hint = f"; did you mean {export}?" if (export / "config.json").is_file() else ""
         raise RequestError(f"model.from_pretrained {source!r}: no config.json in it{hint}")
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -396,7 +396,7 @@ def _note_origin(config: RunConfig, given: Tokenizer, note: Note) -> None:
                 )
 
 
-def keep_tokenizer(config: RunConfig, home: Path, data: Data, *, note: Note) -> None:
+def keep_tokenizer(home: Path, data: Data, *, note: Note) -> None:
     """A tokenizer that was given goes to ``home``, once no checkpoint there refuses it."""
     if data.encoder is None:
         return

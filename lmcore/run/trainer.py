@@ -384,7 +384,7 @@ class Run:
             with state_of(self._found[0]):
                 self.guard.load_state_dict(past["guard"])
         home = self.folder.path / "tokenizer"
-        on_main(engine, partial(setup.keep_tokenizer, config, home, data, note=self.report.note))
+        on_main(engine, partial(setup.keep_tokenizer, home, data, note=self.report.note))
 
     def _load(self, path: str) -> dict[str, Any]:
         """Weights, optimizer and training state of a verified checkpoint. Returns all of its state."""
@@ -447,7 +447,7 @@ class Run:
                 ("job", ", ".join(f"{name} {value}" for name, value in place().items())),
                 ("model", setup.describe_model(config, self.module.model, self._counts)),
                 *self.data.rows,
-                *sizes.rows(config, engine.data_world_size),
+                *sizes.rows(config),
                 *setup.describe_optimizer(config, sizes),
                 *advice.law_row(
                     config,

@@ -87,7 +87,7 @@ def test_epoch_of_a_dataset_of_ones_own_is_counted_in_items() -> None:
     config = parse.parse(
         ["--data.factory", "a:b", "--run_dir", "x", "--train.duration", "5 steps"], default_recipe=None
     )
-    rows = dict(sizes("--train.duration", "5 steps", epoch_blocks=100).rows(config, 1))
+    rows = dict(sizes("--train.duration", "5 steps", epoch_blocks=100).rows(config))
     assert rows["epoch"].startswith("100 items of data.factory, each counted as a block of ")
 
 
@@ -107,7 +107,7 @@ def test_padding_of_the_last_step_is_not_counted_in_the_budget() -> None:
     config = parse.parse(
         ["--data.train", "x", "--run_dir", "x", "--train.duration", "3 epochs"], default_recipe=None
     )
-    rows = dict(one.rows(config, 1))
+    rows = dict(one.rows(config))
     # 312 blocks of 16; 32 whole steps are 320
     assert "32 steps = 4,992 tokens = 3.00 epochs" in rows["budget"]
 
@@ -228,7 +228,7 @@ def test_every_batch_of_a_run_must_divide_among_the_processes() -> None:
 def test_growing_batch_is_in_the_start_table() -> None:
     here = sizes(*GROWING, "1000 steps", world_size=2)
     config = parse.parse(["--data.train", "x"], default_recipe=None)
-    rows = dict(here.rows(config, 2))
+    rows = dict(here.rows(config))
     assert "from step 601" in rows["batch changes"]
     assert rows["batch changes"].endswith("16 blocks = 2 x 1 x 8")
 

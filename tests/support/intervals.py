@@ -16,7 +16,6 @@ def is_due(
     tokens_per_step: int | None = None,
     steps_per_epoch: float | Fraction | None = None,
     total_steps: int | None = None,
-    minutes_since_last: float | None = None,
 ) -> bool:
     """Whether something with the interval ``every`` is due after ``step`` updates (1 = after the first).
 
@@ -31,4 +30,4 @@ def is_due(
         spans["epochs"] = tuple(one / Fraction(str(steps_per_epoch)) for one in steps)
     if total_steps:
         spans["percent"] = tuple(Fraction(100 * one, total_steps) for one in steps)
-    return is_reached(every, spans, minutes_since_last=minutes_since_last)
+    return is_reached(every, spans)
