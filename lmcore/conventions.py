@@ -1,4 +1,4 @@
-"""What several packages must agree on: the ignored label, names of optimizers, schedules and context lengths, dtypes.
+"""What several packages must agree on: the ignored label, names of optimizers, schedules and context lengths, dtypes, ...
 
 A leaf that imports nothing heavy, so that the options, the data and the model can all use it.
 """
@@ -17,6 +17,9 @@ IGNORED_LABEL = -100
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "muon")
 """Values of ``optim.name`` beside ``package.module:Class``."""
+
+SOURCE_KEYS = ("path", "paths", "weight", "name", "text_field", "unit", "encoding")
+"""Keys of an entry of ``data.train``, ``data.valid`` or ``data.test`` that is a mapping."""
 
 SCHEDULES = ("constant", "linear", "linear_to_zero", "cosine", "wsd", "inverse_sqrt")
 """Values of ``optim.schedule``."""

@@ -89,6 +89,16 @@ def did_you_mean(word: str, choices: Iterable[object], *, at_most: int = 1, cuto
     return f"; did you mean {near}?" if near else ""
 
 
+def multiples_near(number: int, unit: int) -> str:
+    """The multiples of ``unit`` below and above a number that is none, for an error message; never 0.
+
+    >>> multiples_near(1000, 256), multiples_near(100, 256)
+    ('768 or 1024', '256')
+    """
+    below = number // unit * unit
+    return f"{below} or {below + unit}" if below else f"{unit}"
+
+
 def table(rows: Iterable[tuple[str, str]]) -> str:
     """Plain lines, the labels in one column."""
     rows = list(rows)

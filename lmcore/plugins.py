@@ -12,6 +12,15 @@ from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean
 
 
+def check_import_path(path: str, option: str) -> None:
+    """Raises :class:`RequestError` if ``path`` does not have the form ``package.module:name``. Nothing is imported."""
+    module, colon, name = path.partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):
+        raise RequestError(
+            f"{option} {path!r} is not an import path: write package.module:function, such as my_model:build"
+        )
+
+
 def import_path(path: str, option: str) -> Callable[..., Any]:
     """The callable that ``path`` names. Modules in the working directory are found too.
 
@@ -25,11 +34,8 @@ def import_path(path: str, option: str) -> Callable[..., Any]:
     >>> import_path("collections:OrderedDict", "data.factory")
     <class 'collections.OrderedDict'>
     """
-    module_name, colon, name = path.partition(":")
-    if not colon or not all(part.isidentifier() for part in [*module_name.split("."), *name.split(".")]):
-        raise RequestError(
-            f"{option} {path!r} is not an import path: write package.module:function, such as my_model:build"
-        )
+    check_import_path(path, option)
+    module_name, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # `accelerate launch` puts the script's folder there, not this one
     try:

@@ -10,6 +10,7 @@ import codecs
 import math
 import typing
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, TypeGuard
 
 from lmcore.config.convert import shown
@@ -22,18 +23,18 @@ from lmcore.config.schema import (
     RunConfig,
     global_batches,
     keys,
+    plain,
     ranges,
-    to_dict,
 )
-from lmcore.conventions import OPTIMIZERS, context_in
+from lmcore.conventions import OPTIMIZERS, SOURCE_KEYS, context_in
 from lmcore.errors import RequestError
-from lmcore.humanize import did_you_mean
+from lmcore.humanize import did_you_mean, multiples_near
+from lmcore.plugins import check_import_path
 
 METRICS = ("loss", "perplexity", "bits_per_byte")
 """Metrics of every evaluation, for every validation set."""
 TRAIN_METRICS = ("train/loss", "train/grad_norm")
 """Training metrics that can choose the best checkpoint: those of the last logged step before a save."""
-SOURCE_KEYS = ("path", "paths", "weight", "name", "text_field", "unit", "encoding")
 MAY_BE_EMPTY = ("evaluate.prompts",)
 """Text options for which the empty string has a meaning."""
 MAY_BE_SPACE = (*MAY_BE_EMPTY, "tokenizer.user_symbols")
@@ -42,14 +43,9 @@ MAY_BE_SPACE = (*MAY_BE_EMPTY, "tokenizer.user_symbols")
 
 def check(config: RunConfig) -> None:
     """Every check that needs no data, no model and no device. Raises :class:`RequestError`."""
-    flat = to_dict(config)
     for key in keys().values():
-        value: Any = flat
-        for part in key.name.split("."):
-            value = value[part]
-        if Curve in typing.get_args(key.type):
-            value = _option(config, key.name)
-            value = list(values_of(value))
+        given = attrgetter(key.name)(config)
+        value = list(values_of(given)) if Curve in typing.get_args(key.type) else plain(given)
         for item in value if isinstance(value, list) else [value]:
             _check_limits(key, item)
     _check_data(config)
@@ -88,15 +84,9 @@ def _check_tensor_parallel(config: RunConfig) -> None:
     ):
         if refused:
             raise RequestError(
-                f"{name} {shown(_option(config, name))} with train.tensor_parallel {config.train.tensor_parallel}: "
+                f"{name} {shown(attrgetter(name)(config))} with train.tensor_parallel {config.train.tensor_parallel}: "
                 f"{reason}; leave one of the two out"
             )
-
-
-def _option(config: RunConfig, name: str) -> Any:
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
 
 
 def _check_limits(key: Key, value: Any) -> None:
@@ -218,10 +208,9 @@ def _check_batch_and_duration(config: RunConfig) -> None:
     known = tokens is None or data.block_size is not None
     for batch in global_batches(config, data.block_size or 1) if known else []:
         if train.micro_batch_exact and isinstance(micro, int) and batch % micro:
-            near = dict.fromkeys((max(1, batch // micro) * micro, (batch // micro + 1) * micro))
             raise RequestError(
                 f"train.global_batch_blocks must be a multiple of train.micro_batch_blocks {micro} (got {batch}); try "
-                f"{' or '.join(map(str, near))}, or leave out train.micro_batch_exact"
+                f"{multiples_near(batch, micro)}, or leave out train.micro_batch_exact"
             )
     if train.duration.unit not in ("steps", "tokens", "epochs"):
         raise RequestError(
@@ -239,7 +228,7 @@ def _check_intervals(config: RunConfig) -> None:
     in_minutes = {"checkpoint.every": True, "evaluate.every": True, "report.every": True}
     streamed = config.data.mode == "stream" and config.data.factory is None
     for name, minutes in (in_minutes | {"checkpoint.keep_every": False, "guard.hash_every": False}).items():
-        for interval in _option(config, name):
+        for interval in attrgetter(name)(config):
             others = f"{'' if streamed else ', epochs'}{', minutes' if minutes else ''}"
             units = f"give steps, tokens{others} or a share such as 10%"
             if interval.unit == "minutes" and not minutes:
@@ -263,7 +252,7 @@ def _check_optimizer(config: RunConfig) -> None:
             f"package.module:Class{did_you_mean(optim.name, OPTIMIZERS)}"
         )
     if ":" in optim.name:
-        _check_import_path("optim.name", optim.name)
+        check_import_path(optim.name, "optim.name")
     if optim.state_dtype != "fp32":
         raise RequestError(
             f"optim.state_dtype {optim.state_dtype} was removed: use an optimizer with small state, such as "
@@ -297,12 +286,6 @@ def _check_optimizer(config: RunConfig) -> None:
         raise RequestError("optim.train_only and optim.freeze exclude each other: remove one")
 
 
-def _check_import_path(option: str, path: str) -> None:
-    module, colon, name = path.partition(":")
-    if not colon or not all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):
-        raise RequestError(f"{option} {shown(path)} is not an import path: write package.module:function")
-
-
 def _check_model(config: RunConfig) -> None:
     model = config.model
     starts = {
@@ -334,7 +317,7 @@ def _check_model(config: RunConfig) -> None:
             )
         factory = getattr(config, name).factory
         if factory is not None:
-            _check_import_path(f"{name}.factory", factory)
+            check_import_path(factory, f"{name}.factory")
         elif name != "model" and getattr(config, name).config:
             raise RequestError(f"{name}.config needs {name}.factory, which is not given")
     _check_architecture(config)
@@ -361,9 +344,9 @@ def _check_architecture(config: RunConfig) -> None:
                 if number < 1:
                     raise RequestError(f"model.config.{name} {number} must be at least 1")
             if width % count:
-                near = f"{width // count * count or count} or {(width // count + 1) * count}"
                 raise RequestError(
-                    f"model.config.{wide} must be a multiple of model.config.{heads} {count} (got {width}); try {near}"
+                    f"model.config.{wide} must be a multiple of model.config.{heads} {count} (got {width}); try "
+                    f"{multiples_near(width, count)}"
                 )
 
 

@@ -18,7 +18,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-from lmcore.config.durations import Duration, unit_of
+from lmcore.config.durations import SUFFIXES, Duration, unit_of
 from lmcore.errors import RequestError
 
 SHAPES = ("linear", "cosine")
@@ -27,7 +27,6 @@ START = Duration(0, "steps")
 END = Duration(100, "percent")
 EXAMPLES = "'0: 1, 20%: 1, 100%: 0' (place: value, ...) or 'linear 1 0'"
 _VALUE = re.compile(r"([+-]?[0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,2})?)\s*([KkMBGT]?)")
-_SUFFIX = {"": 1, "K": 10**3, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _value(text: str, whole: Any) -> float:
     match = _VALUE.fullmatch(text.strip().strip("'\""))
     if match is None:
         raise RequestError(f"{str(whole)[:60]!r}: {text.strip()[:20]!r} is not a number; write {EXAMPLES}")
-    exact = Fraction(match[1].replace("_", "")) * _SUFFIX[match[2]]
+    exact = Fraction(match[1].replace("_", "")) * SUFFIXES[match[2]]
     if abs(exact) > 10**18:
         raise RequestError(f"{str(whole)[:60]!r}: {text.strip()[:20]} is larger than 1e18")
     return float(exact)

@@ -32,7 +32,8 @@ _IN_MINUTES: dict[str, int | Fraction] = {
     "h": 60, "hour": 60, "hours": 60,
     "s": _SECOND, "sec": _SECOND, "second": _SECOND, "seconds": _SECOND,
 }  # fmt: skip
-_SUFFIX = {"": 1, "K": 10**3, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+SUFFIXES = {"": 1, "K": 10**3, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+"""What a letter behind a number multiplies it by: ``1.5B tokens``."""
 _PATTERN = re.compile(
     r"([0-9][0-9_]{0,30}(?:\.[0-9]{0,30})?(?:[eE][+-]?[0-9]{1,2})?)\s*([KkMBGT]?)(?:\s*([a-z]+|%))?"
 )
@@ -62,7 +63,7 @@ class Duration(NamedTuple):
         if match is None:
             raise RequestError(f"{_shown(text)} is not a duration: write {EXAMPLES}")
         number, suffix, unit = match.groups()
-        value = Fraction(number.replace("_", "")) * _SUFFIX[suffix]
+        value = Fraction(number.replace("_", "")) * SUFFIXES[suffix]
         value *= _IN_MINUTES.get(unit, 1)
         unit = unit_of(unit or "steps", text)
         if value <= 0:

@@ -8,6 +8,7 @@ every option. A value that is the default, ``null`` or ``never`` is not said.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,19 +30,11 @@ class Rule(NamedTuple):
     remedy: str
 
 
-def option(config: RunConfig, name: str) -> Any:
-    """The value of a dotted name."""
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _with(name: str, *values: Any) -> When:
     """Beside the option ``name``: with one of ``values``, or, without them, with any value but its default."""
 
     def when(config: RunConfig) -> str | None:
-        value = option(config, name)
+        value = attrgetter(name)(config)
         there = value in values if values else value != keys()[name].default
         return f"has no effect with {name} {_shown(value)}" if there else None
 
@@ -65,8 +58,8 @@ def _shown(value: Any) -> str:
 def _curve(name: str) -> When:
     """Beside a curve as the option ``name``."""
     return lambda config: (
-        f"has no effect with {name} {_shown(option(config, name))}"
-        if isinstance(option(config, name), Curve)
+        f"has no effect with {name} {_shown(attrgetter(name)(config))}"
+        if isinstance(attrgetter(name)(config), Curve)
         else None
     )
 
@@ -109,9 +102,9 @@ def _stops_never(config: RunConfig) -> bool:
 
 def _largest(section: str) -> When:
     return lambda config: (
-        f"takes the largest {option(config, f'{section}.metric')} for the best, which is the worst: all metrics are better "
+        f"takes the largest {attrgetter(f'{section}.metric')(config)} for the best, which is the worst: all metrics are better "
         "when they are smaller"
-        if option(config, f"{section}.mode") == "max"
+        if attrgetter(f"{section}.mode")(config) == "max"
         else None
     )
 
@@ -271,7 +264,7 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Name and sentence of every option that does nothing."""
     for rule in RULES:
         for name in rule.options:
-            value = option(config, name)
+            value = attrgetter(name)(config)
             is_off = value is None or (isinstance(value, Duration) and not value.value)
             if is_off or value == keys()[name].default:
                 continue

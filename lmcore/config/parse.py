@@ -46,11 +46,13 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 DEMO = RECIPES / "demo.yaml"
 MAX_FILE_BYTES = 10_000_000
 
+MODELS = ("model.type", "model.from_pretrained", "model.factory", "model.preset")
+"""The ways to name a model."""
 EXCLUSIVE = (
     ("train.global_batch_blocks", "train.global_batch_tokens"),
     ("tokenizer.path", "tokenizer.vocab_size"),
     ("data.valid", "data.valid_fraction"),
-    ("model.type", "model.from_pretrained", "model.factory", "model.preset"),
+    MODELS,
 )
 """Of each group one option has a value: the one that the latest layer sets."""
 
@@ -95,7 +97,7 @@ def parse(
             (:func:`lmcore.data.text.sources.without_run_files`).
         allow_hidden: a saved configuration may hold ``<hidden>`` in the place of a secret, because the caller starts no
             run with it.
-        allow_idle: nothing is said of options that have no effect on a run, because the caller starts none.
+        allow_idle: no warnings about options that have no effect on a run, because the caller starts none.
 
     Raises:
         RequestError: one line, for anything that is wrong.
@@ -390,7 +392,7 @@ def _merge(merged: Layer, layer: Layer, source: str, note: Callable[[str], objec
                 if merged[other] != keys()[other].default:
                     note(f"{name} of {source} replaces {other} {merged[other]}")
                 merged[other] = [] if keys()[other].is_list else None
-    kind = [(name, layer[name]) for name in EXCLUSIVE[3] if layer.get(name)]
+    kind = [(name, layer[name]) for name in MODELS if layer.get(name)]
     if kind and merged["model.config"] and any(merged[name] != value for name, value in kind):
         note(f"{kind[0][0]} of {source} is another model: model.config of the earlier file is not used")
         merged["model.config"] = {}

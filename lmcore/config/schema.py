@@ -27,6 +27,7 @@ from lmcore.config import yaml
 from lmcore.config.curves import END, START, Curve, is_curve, values_of
 from lmcore.config.durations import Duration, Durations
 from lmcore.errors import RequestError
+from lmcore.humanize import multiples_near
 
 Resume = Literal["free", "warn", "refuse"]
 Attention = Literal[
@@ -616,9 +617,8 @@ def _whole_blocks(name: str, value: float, block_size: int) -> int:
         raise RequestError(f"{name} must be a whole number (got {value:g})")
     tokens = int(value)
     if tokens % block_size:
-        below = tokens // block_size * block_size
-        near = f"{below} or {below + block_size}" if below else f"{block_size}"
         raise RequestError(
-            f"{name} must be a multiple of the block size {block_size} (got {tokens}); try {near}"
+            f"{name} must be a multiple of the block size {block_size} (got {tokens}); try "
+            f"{multiples_near(tokens, block_size)}"
         )
     return tokens // block_size

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmcore.errors import RequestError
+from lmcore.humanize import multiples_near
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +72,9 @@ def check_divides(block_size: int, size: int) -> None:
     """Raises ``RequestError`` if a block cannot be cut into pieces of one length."""
     if block_size % (2 * size):
         unit = 2 * size
-        near = f"{block_size // unit * unit or unit} or {(block_size // unit + 1) * unit}"
         raise RequestError(
             f"data.block_size must be a multiple of 2 x train.context_parallel {size} = {unit} (got {block_size}); "
-            f"try {near}"
+            f"try {multiples_near(block_size, unit)}"
         )
 
 

@@ -63,14 +63,13 @@ from lmcore.data.text import documents, hub, listing
 from lmcore.disk import DISK
 from lmcore.errors import FaultError, RequestError
 from lmcore.humanize import amount
+from lmcore.names import MAX_NAME_BYTES
 from lmcore.storage import check_url, is_url
 
 __all__ = ["Progress", "TokenStore", "build_store"]
 
 
 _PLAN = "plan.json"
-_NAME_BYTES = 200
-"""Of a source's name in the name of a folder, which most file systems limit to 255."""
 _PLAN_SECONDS = 5.0
 """A plan without content for so long is of a process that died while writing it."""
 _LISTED_RECORDS = 100
@@ -233,7 +232,7 @@ def _folder_name(name: str) -> str:
             f"--data.train '{{path: ..., name: my_text}}'"
         )
     raw = name.encode("utf-8", "surrogateescape")
-    return name if len(raw) <= _NAME_BYTES else raw[:_NAME_BYTES].decode("utf-8", "ignore")
+    return name if len(raw) <= MAX_NAME_BYTES else raw[:MAX_NAME_BYTES].decode("utf-8", "ignore")
 
 
 # ---- what a store is made of ----

@@ -70,7 +70,9 @@ def expand(pattern: str) -> list[tuple[str, str]]:
             raise RequestError(f"{pattern}: the bucket must be named without wildcards")
         else:
             root, rest = _store("/".join(parts[:fixed])), parts[fixed:]
-            found = [(root.url_of(name), name) for name in root.names() if _match(name.split("/"), rest)]
+            found = [
+                (root.url_of(name), name) for name in root.names() if matches_glob(name.split("/"), rest)
+            ]
     except StoreError as error:
         raise RequestError(str(error)) from error
     if not found:
@@ -78,12 +80,13 @@ def expand(pattern: str) -> list[tuple[str, str]]:
     return sorted(found, key=lambda item: item[1])
 
 
-def _match(names: list[str], parts: list[str]) -> bool:
+def matches_glob(names: list[str], parts: list[str]) -> bool:
+    """Whether a path matches a glob, both split at the slashes; ``**`` stands for folders of any depth."""
     if not parts:
         return not names
     if parts[0] == "**":
-        return any(_match(names[skip:], parts[1:] or ["*"]) for skip in range(len(names)))
-    return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _match(names[1:], parts[1:])
+        return any(matches_glob(names[skip:], parts[1:] or ["*"]) for skip in range(len(names)))
+    return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and matches_glob(names[1:], parts[1:])
 
 
 def stat(url: str) -> os.stat_result | None:

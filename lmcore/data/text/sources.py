@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import fnmatch
 import functools
 import glob
 import itertools
@@ -22,11 +21,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from lmcore.conventions import SOURCE_KEYS
 from lmcore.data.text import formats, listing, remote
 from lmcore.data.text.compression import CODECS, SURROGATE, Damage, chunks, compression_of, encoding_is_wide
 from lmcore.data.text.signatures import HEAD_BYTES, signature
 from lmcore.errors import RequestError
 from lmcore.humanize import amount, did_you_mean
+from lmcore.names import MAX_NAME_BYTES
 from lmcore.storage import is_url
 
 HUB = "hf://"
@@ -58,8 +59,6 @@ _SMALL_FILE_BYTES = 2**20
 _STDLIB_WITHOUT = frozenset(
     ["test", "tests", "site-packages", "dist-packages", "lib2to3", "idlelib", "turtledemo", "__pycache__"]
 )
-_MOST_NAME_BYTES = 200
-"""A source's name is part of a folder name, which may have 255 bytes."""
 _SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
 """Folders without files of text, and partly without an end."""
 _RUN_FILES = frozenset([
@@ -107,7 +106,7 @@ def file_kind(path: str) -> str | None:
 
 
 def is_plain_text(source: Source) -> bool:
-    """Does the unit of the source matter: is any of its files plain text?"""
+    """Whether any file of the source is plain text, to which its unit applies."""
     return bool(_plain(source.paths))
 
 
@@ -268,13 +267,13 @@ def _is_text_file(entry: str) -> bool:
 
 
 def _common_folder(files: Sequence[str]) -> str:
-    return os.path.commonpath([os.path.dirname(os.path.abspath(os.path.expanduser(file))) for file in files])
+    return os.path.commonpath([os.path.dirname(_absolute(file)) for file in files])
 
 
 def _pattern_of(files: Sequence[str]) -> str | None:
     """The glob whose expansion by a shell the files are, if there is one."""
     folder = _common_folder(files)
-    relative = [os.path.relpath(os.path.abspath(os.path.expanduser(file)), folder) for file in files]
+    relative = [os.path.relpath(_absolute(file), folder) for file in files]
     names = [os.path.basename(path) for path in relative]
     before = _common_start(names)
     after = _common_start([name[len(before) :][::-1] for name in names])[::-1]
@@ -304,11 +303,11 @@ def _source(entry: Entry, text_field: str, unit: str, encoding: str) -> Source:
         options = dict(entry)
     else:
         raise RequestError(f"a source is a path, a glob, a folder or a mapping with 'path', not {entry!r}")
-    known = ("path", "paths", "weight", "name", "text_field", "unit", "encoding")
     for key in options:
-        if key not in known:
+        if key not in SOURCE_KEYS:
             raise RequestError(
-                f"unknown option {key!r} of a source; choose from {', '.join(known)}{did_you_mean(str(key), known)}"
+                f"unknown option {key!r} of a source; choose from {', '.join(SOURCE_KEYS)}"
+                f"{did_you_mean(str(key), SOURCE_KEYS)}"
             )
     patterns = [p for key in ("path", "paths") for p in _as_list(options.get(key))]
     if not patterns:
@@ -364,7 +363,7 @@ def _as_list(value: Any) -> Sequence[Any]:
 
 
 def _utf8_name(name: str) -> str:
-    """A file name that is not UTF-8 with its bytes spelt out, so that JSON and UTF-8 files can hold it."""
+    """A file name that is not UTF-8 with its bytes as escapes, so that JSON and UTF-8 files can hold it."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -380,9 +379,9 @@ def _checked_name(name: Any) -> str:
             f"the name of a source becomes a folder name: {given!r} must be without / and \\, without control "
             "characters, and must not begin with a dot"
         )
-    if len(given.encode("utf-8", "surrogateescape")) > _MOST_NAME_BYTES:
+    if len(given.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
         raise RequestError(
-            f"the name of a source may have {_MOST_NAME_BYTES} bytes, {given[:40]!r}... has more"
+            f"the name of a source may have {MAX_NAME_BYTES} bytes, {given[:40]!r}... has more: shorten it"
         )
     return given
 
@@ -432,7 +431,7 @@ def _expand(pattern: str) -> _Found:
         return _objects(pattern)
     if "\0" in pattern:
         raise RequestError(f"{pattern!r} is not a path: it has a NUL character")
-    path = os.path.abspath(os.path.expanduser(pattern))
+    path = _absolute(pattern)
     try:
         if os.path.isdir(path):
             return _folder(path, pattern)
@@ -506,7 +505,7 @@ def _matches(pattern: str) -> _Found:
 
 def _glob(pattern: str) -> tuple[list[str], list[str], str]:
     """(absolute paths, notes, the folder above the first wildcard). With ``**`` each folder is entered once."""
-    parts = os.path.abspath(os.path.expanduser(pattern)).split(os.sep)
+    parts = _absolute(pattern).split(os.sep)
     root, first = os.sep, 1
     while first < len(parts) - 1:
         below = os.path.join(root, parts[first])
@@ -519,7 +518,7 @@ def _glob(pattern: str) -> tuple[list[str], list[str], str]:
         matches = [os.path.join(root, path) for path in glob.glob(os.path.join(*rest), root_dir=root)]
         return *_without_run_files(matches), root
     walk = _Walk(root)
-    found = [path for path in walk.files() if _match(_below(path, root).split(os.sep), rest)]
+    found = [path for path in walk.files() if remote.matches_glob(_below(path, root).split(os.sep), rest)]
     return found, walk.notes, root
 
 
@@ -543,15 +542,6 @@ def _without_run_files(paths: list[str]) -> tuple[list[str], list[str]]:
 def _below(path: str, folder: str) -> str:
     """The path relative to a folder above it, both absolute (os.path.relpath takes ten times as long)."""
     return path[len(folder.rstrip(os.sep)) + 1 :]
-
-
-def _match(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Does a path match a glob, both split at the slashes?"""
-    if not parts:
-        return not names
-    if parts[0] == "**":
-        return any(_match(names[skip:], parts[1:] or ["*"]) for skip in range(len(names)))
-    return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _match(names[1:], parts[1:])
 
 
 def _readable(path: str) -> str:
@@ -674,7 +664,7 @@ def _name(pattern: str) -> str:
         fixed = os.path.join(os.path.dirname(fixed), stem) if stem else os.path.dirname(fixed)
     base = os.path.basename(os.path.abspath(fixed) if fixed in ("", ".", "..") else fixed)
     name = re.sub(r"[^\w.-]+", "-", base.split(".")[0] or base).strip("-") or "source"
-    return name.encode()[:_MOST_NAME_BYTES].decode("utf-8", "ignore")
+    return name.encode()[:MAX_NAME_BYTES].decode("utf-8", "ignore")
 
 
 # ---- checks of the first file ----
