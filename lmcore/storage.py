@@ -400,3 +400,33 @@ def cache_dir() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmcore"
+
+
+def local_name(url: str) -> str:
+    """The name of the folder for a local copy of a checked URL: its last part, and a hash of all of it.
+
+    >>> local_name("s3://bucket/runs/demo")
+    'demo-18e7410278f5'
+    """
+    return f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+
+
+def read_cached(path: Path) -> dict[str, Any] | None:
+    """The mapping that :func:`write_cached` has left in a file of the cache; ``None`` where there is none, or a damaged one."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_cached(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a file of the cache as a whole; several processes may do so at once.
+
+    Nothing is raised where it cannot be written: what is in a cache can be computed again.
+    """
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        aside.write_text(json.dumps(value))
+        os.replace(aside, path)

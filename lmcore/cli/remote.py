@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lmcore.disk import DISK
 from lmcore.errors import RequestError
-from lmcore.storage import Store, StoreError, cache_dir, is_url
+from lmcore.storage import Store, StoreError, cache_dir, is_url, local_name
 
 
 def local_copy(path: str, checkpoint: str | None = None, *, note: Callable[[str], None]) -> str:
@@ -29,8 +28,7 @@ def local_copy(path: str, checkpoint: str | None = None, *, note: Callable[[str]
     from lmcore.run.bucket import bring_files  # imports torch, which a run on the disk may not need
 
     store = Store(path)
-    name = f"{store.url.rpartition('/')[2]}-{hashlib.sha256(store.url.encode()).hexdigest()[:12]}"
-    folder = cache_dir() / "copies" / name
+    folder = cache_dir() / "copies" / local_name(store.url)
     try:
         if not bring_files(store, folder):
             raise RequestError(f"{path}: there is no run")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import socket
@@ -31,7 +30,7 @@ from lmcore.disk import DISK, Disk
 from lmcore.errors import FaultError, RequestError, of_disk
 from lmcore.process import pid_namespace
 from lmcore.report.redact import redact
-from lmcore.storage import cache_dir, check_url, is_url
+from lmcore.storage import cache_dir, check_url, is_url, local_name
 
 BEAT_SECONDS: Final = 5.0
 """A holder writes a new number into the lock this often; a process that watches for twice as long sees whether it
@@ -110,8 +109,7 @@ def local_run_dir(run_dir: str | None, local_dir: str | None = None) -> Path:
     if local_dir:
         return Path(local_dir)
     url = check_url(str(run_dir), "run_dir")
-    name = f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
-    return cache_dir() / "runs" / name
+    return cache_dir() / "runs" / local_name(url)
 
 
 class _Ranks(Protocol):

@@ -3,7 +3,7 @@
 Two documents are the same if their tokens are. The training tokens are read once, in stretches; for each document a
 number is made of its length and three of its tokens, and only where a validation document has that number the tokens
 themselves are hashed. Memory grows with the validation set and the longest document, not with the training text. The
-answer for large stores is remembered in the user's cache (:func:`lmcore.data.store.verification.cache_dir`).
+answer for large stores is remembered in the user's cache (:func:`lmcore.storage.cache_dir`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from lmcore.data.store.store import TokenStore
-from lmcore.data.store.verification import cache_dir
+from lmcore.storage import cache_dir, read_cached, write_cached
 
 REMEMBERED_FROM_TOKENS = 10**8
 _STRETCH_TOKENS = 2**22
@@ -56,19 +55,15 @@ def find_overlap(held_out: TokenStore, training: Sequence[TokenStore]) -> Overla
     memory = None
     if sum(store.n_tokens for store in training) >= REMEMBERED_FROM_TOKENS:
         memory = _memory_file(held_out, training)
-        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-            known = json.loads(memory.read_bytes()) if memory else None
-            if known == {}:
-                return None
+        known = read_cached(memory) if memory else None
+        if known == {}:
+            return None
+        with contextlib.suppress(TypeError):  # of another version
             if known:
                 return Overlap(**known)
     found = _compare(held_out, training)
     if memory is not None:
-        with contextlib.suppress(OSError):  # a cache: without it the next start compares again
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            aside = memory.with_name(f".{memory.name}.{os.getpid()}.tmp")
-            aside.write_text(json.dumps(asdict(found) if found else {}))
-            os.replace(aside, memory)
+        write_cached(memory, asdict(found) if found else {})
     return found
 
 

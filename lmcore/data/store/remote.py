@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import socket
@@ -36,7 +35,7 @@ from lmcore.disk import DISK
 from lmcore.errors import FaultError, RequestError
 from lmcore.humanize import size
 from lmcore.process import is_alive
-from lmcore.storage import READS, Store, StoreError, cache_dir, check_url, is_url
+from lmcore.storage import READS, Store, StoreError, cache_dir, check_url, is_url, local_name
 
 DOWNLOADS: Final = 4
 """Files that one process reads or puts at the same time."""
@@ -59,8 +58,7 @@ def local_store_dir(store_dir: str | Path) -> Path:
     if not is_url(store_dir):
         return Path(store_dir)
     url = check_url(str(store_dir), "data.store_dir")
-    name = f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
-    return cache_dir() / "token_stores" / name
+    return cache_dir() / "token_stores" / local_name(url)
 
 
 def read_small(store_dir: str | Path, name: str) -> bytes:

@@ -1,25 +1,23 @@
 """Whether a text is still the same: the size and a hash of samples of each of its files.
 
 Up to :data:`REMEMBERED_FROM` files are read at each start. The hashes of more files are remembered in the user's cache
-(:func:`lmcore.data.store.verification.cache_dir`), and a file is read again if its size, inode, time of writing or time
+(:func:`lmcore.storage.cache_dir`), and a file is read again if its size, inode, time of writing or time
 of change differ; the last one is set by the kernel whatever a program says. So a start costs one ``stat`` for a file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lmcore.data.store.verification import cache_dir
 from lmcore.data.text import listing, remote
 from lmcore.errors import RequestError
+from lmcore.storage import cache_dir, read_cached, write_cached
 
 REMEMBERED_FROM = 1000
 WHOLE_BYTES = 2**20
@@ -46,7 +44,7 @@ def samples_of(paths: Sequence[str]) -> list[tuple[int, str]]:
     if len(paths) < REMEMBERED_FROM:
         return [sample_of(path) for path in paths]
     memory = _memory_file(paths)
-    known = _read(memory) if memory else {}
+    known = (read_cached(memory) if memory else None) or {}
     kept: dict[str, list[Any]] = {}
     found: list[tuple[int, str]] = []
     now = time.time_ns()
@@ -62,7 +60,7 @@ def samples_of(paths: Sequence[str]) -> list[tuple[int, str]]:
         if sample[0] == state[0] and max(state[1:3]) < now - _SETTLED_NS:
             kept[name] = [*state, sample[1]]
     if memory and kept != known:
-        _write(memory, kept)
+        write_cached(memory, kept)
     return found
 
 
@@ -109,19 +107,3 @@ def _memory_file(paths: Sequence[str]) -> Path | None:
         return cache_dir() / "files" / f"{hashlib.sha256(key).hexdigest()[:32]}.json"
     except (RuntimeError, ValueError):  # a user without a home; files and URLs, which have no common folder
         return None
-
-
-def _read(memory: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(memory.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _write(memory: Path, kept: dict[str, list[Any]]) -> None:
-    with contextlib.suppress(OSError):  # a cache: without it the next start reads the files again
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        aside = memory.with_name(f".{memory.name}.{os.getpid()}.tmp")
-        aside.write_text(json.dumps(kept))
-        os.replace(aside, memory)

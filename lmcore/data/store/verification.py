@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ import numpy as np
 from lmcore.disk import DISK
 from lmcore.errors import FaultError
 from lmcore.humanize import size
-from lmcore.storage import cache_dir
+from lmcore.storage import cache_dir, read_cached, write_cached
 
 BACKGROUND_BYTES = 8 * 2**30
 """A store with more to compare than this does not keep training waiting (10 to 60 s, by the disk)."""
@@ -34,6 +35,7 @@ THREAD = "token store verification"
 _NOTED_BYTES = 2**30
 _CHUNK_BYTES = 2**22
 _THREADS = 8
+_new_hash = functools.partial(hashlib.blake2b, digest_size=16)
 
 Part = Mapping[str, Any]
 
@@ -133,7 +135,6 @@ def _read(folder: Path, part: Part, dtype: str) -> dict[str, Any] | str:
     """What is remembered of one part, or what is wrong with it."""
     bins, ends = folder / f"{part['file']}.bin", folder / f"{part['file']}.ends"
     largest = -1
-    digests = []
     try:
         stats = [file_state(bins), file_state(ends)]
         sizes = [
@@ -143,14 +144,12 @@ def _read(folder: Path, part: Part, dtype: str) -> dict[str, Any] | str:
         for path, stat, expected in zip((bins, ends), stats, sizes):
             if stat[0] != expected:
                 return f"{path.name} has {stat[0]} bytes instead of {expected}"
-        for path in (bins, ends):
-            digest = hashlib.blake2b(digest_size=16)
-            with open(path, "rb") as file:
-                while chunk := file.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    if path is bins:
-                        largest = max(largest, int(np.frombuffer(chunk, dtype=dtype).max()))
-            digests.append(digest.hexdigest())
+        digest = _new_hash()
+        with open(bins, "rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                largest = max(largest, int(np.frombuffer(chunk, dtype=dtype).max()))
+        digests = [digest.hexdigest(), file_hash(ends)]
     except OSError as error:
         return str(error.strerror or error)
     except ValueError:  # not whole tokens: it changed while it was read
@@ -182,11 +181,8 @@ def file_state(path: Path) -> list[int]:
 
 def file_hash(path: Path | str) -> str:
     """Hash of a file as the manifest of a store has it."""
-    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, _new_hash).hexdigest()
 
 
 def _bytes_of(folder: Path, part: Part) -> int:
@@ -219,15 +215,8 @@ def remembered(folder: Path, *, write: bool = True) -> Iterator[dict[str, Any]]:
             with contextlib.suppress(OSError):
                 lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
                 fcntl.lockf(lock, fcntl.LOCK_EX)
-        try:
-            memory = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            memory = {}
-        memory = memory if isinstance(memory, dict) else {}
+        memory = read_cached(path) or {}
         before = json.dumps(memory, sort_keys=True)
         yield memory
         if write and json.dumps(memory, sort_keys=True) != before:
-            with contextlib.suppress(OSError):  # a cache: without it the next start compares again
-                aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-                aside.write_text(json.dumps(memory))
-                os.replace(aside, path)
+            write_cached(path, memory)
