@@ -16,7 +16,7 @@ def keyed_seed(seed: int, purpose: str, key: int) -> int:
 
 
 def drops(model: Any) -> bool:
-    """Whether a transformers model drops anything in training."""
+    """Whether a transformers model has dropout of any kind in training."""
     if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
         return True
     fields = model.config.get_text_config().to_dict()

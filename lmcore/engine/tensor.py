@@ -183,8 +183,10 @@ def refuse(size: int, reason: str | None) -> None:
 
 def why_not_compiled(model: Any) -> str | None:
     """Why layers that are cut cannot be compiled; ``None`` if they can."""
+    if not drops(model):
+        return None
     # No graph holds a change of the generator's state.
-    return "the model drops, and train.tensor_parallel draws in every layer" if drops(model) else None
+    return "the model has dropout, for which train.tensor_parallel changes the random state in every layer"
 
 
 def refuse_to_compile(asked: bool | str, reason: str | None) -> None:

@@ -129,6 +129,7 @@ def build_model(
 
 
 def model_class_of(config: Any) -> Any:
+    """The class of transformers' causal language model for a config. Raises ``KeyError`` for a family that has none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return MODEL_FOR_CAUSAL_LM_MAPPING[config.__class__]

@@ -152,8 +152,8 @@ def attention(
         )
     blocks, heads, tokens, width = query.shape
     flat = (blocks * heads, tokens, width)
-    # Under autocast softmax would widen the scores, and each product would make them narrow again. It computes in
-    # Computed in float32, whatever the dtype of the input.
+    # Autocast would widen the scores for softmax, and make them narrow again for the next product. Softmax computes in
+    # float32 inside, whatever the dtype of its input.
     with torch.autocast("cpu", enabled=False):
         future = torch.full((tokens, tokens), float("-inf"), dtype=query.dtype, device=query.device).triu_(1)
         scores = torch.baddbmm(
@@ -167,9 +167,13 @@ def attention(
     return mixed.view(query.shape).transpose(1, 2).contiguous(), None
 
 
+_NOT_PLAIN = ("softcap", "position_bias", "cache", "s_aux")
+"""Arguments with which attention is more than a causal softmax."""
+
+
 def _check_plain(mask: Tensor | None, more: dict[str, Any]) -> None:
     """Sequence lengths say all of what a query sees: a mask, a window or a bias beside them would be ignored."""
-    ignored = [name for name in ("softcap", "position_bias", "cache", "s_aux") if more.get(name) is not None]
+    ignored = [name for name in _NOT_PLAIN if more.get(name) is not None]
     if mask is not None or ignored or more.get("is_causal") is False:
         raise RequestError(
             f"attention by sequence lengths is plain causal attention: this model gives it "
@@ -196,5 +200,5 @@ def _plain_is_faster(
         and query.shape == key.shape == value.shape
         and query.shape[2] > 1
         and (query.shape[2] <= MATMUL_BLOCK or dropout > 0)
-        and not any(more.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux"))
+        and not any(more.get(name) is not None for name in _NOT_PLAIN)
     )

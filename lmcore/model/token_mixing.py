@@ -35,9 +35,7 @@ def why_no_sequence_lengths(model: nn.Module, block_size: int) -> str | None:
     for name in ("sliding_window", "attention_chunk_size"):
         window = getattr(config, name, None)
         if isinstance(window, int) and 0 < window <= block_size:  # 0: Qwen2 MoE has none
-            return (
-                f"its attention has a window ({name} {window}) that is not longer than a block ({block_size})"
-            )
+            return f"its attention has a window of {window} ({name}), no longer than a block ({block_size})"
     seen, _ = _run(model)
     if isinstance(seen, str):
         return seen
@@ -81,7 +79,7 @@ def why_no_language_model(model: nn.Module) -> str | None:
     if found is None:
         return _error_with_token_ids_alone(model)
     if _differs(found[0, :-1], found[2, :-1]):
-        return f"{model.__class__.__name__} sees the tokens that it shall predict: it is not causal"
+        return f"{model.__class__.__name__} sees the tokens that it must predict: it is not causal"
     return None
 
 

@@ -31,7 +31,7 @@ from lmcore.data.store.manifest import read_manifest
 from lmcore.data.tokenizer.tokenizer import check_tokenizer, load_tokenizer
 from lmcore.errors import RequestError
 from lmcore.model import lora
-from lmcore.model.build import without_weights
+from lmcore.model.build import model_class_of, without_weights
 from lmcore.model.config import refuse_unsafe_config, refuse_unsafe_index
 from lmcore.plugins import import_path
 from lmcore.process import available_bytes
@@ -402,14 +402,12 @@ def _cannot_build(where: str, why: str) -> NoReturn:
 def _transformers_model(description: dict[str, Any]) -> nn.Module:
     """Called where nothing has weights."""
     from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     values = dict(description["config"])
     refuse_unsafe_config(values, manifest.STATE)
     config = CONFIG_MAPPING[values.pop("model_type")].from_dict(values)
     config.dtype = torch.float32
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config.__class__]
-    model = model_class(config)
+    model = model_class_of(config)(config)
     model.real_vocab_size = description["real_vocab_size"]
     if "lora" in description:
         lora.adapt(model, **description["lora"], weights=False)
@@ -431,12 +429,9 @@ def _refuse_deep(config: Any, tensors: int, where: str) -> None:
 
 
 def _refuse_misfit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    own = own_tensors(model)
     for name, shape in shapes.items():
-        expected = tuple(own[name].shape) if name in own else None
-        if expected != tuple(shape):
-            have = "no such weight" if expected is None else f"shape {expected}"
-            raise RequestError(f"{where}: weight {name} {tuple(shape)} does not fit: the model has {have}")
+        fitting(own, name, shape, where)
 
 
 def tensors_of(opened: Checkpoint, *, weights: str = "model") -> Iterator[tuple[str, Tensor]]:
@@ -463,7 +458,7 @@ def load_weights(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], where:
     missing = {id(p): name for name, p in model.named_parameters()}
     with torch.no_grad():
         for name, tensor in tensors:
-            target = fitting(own, name, tensor, where)
+            target = fitting(own, name, tensor.shape, where)
             target.copy_(tensor)
             missing.pop(id(target), None)
     if missing:
@@ -609,16 +604,14 @@ def _refuse_too_large(folder: Path, config: Mapping[str, Any]) -> None:
     """Compare the size of the model with that of its files before memory is allocated for it."""
     from transformers import CONFIG_MAPPING
     from transformers.initialization import no_init_weights
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     files = [TensorFile(path) for path in folder.glob("*.safetensors")]
     shapes = [file.shape(name) for file in files for name in file.names()]
     _refuse_deep(config, len(shapes), str(folder))
     values = dict(config)
     parsed = CONFIG_MAPPING[str(values.pop("model_type", None))].from_dict(values)
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[parsed.__class__]
     with torch.device("meta"), no_init_weights():
-        skeleton = model_class(parsed)
+        skeleton = model_class_of(parsed)(parsed)
         skeleton.tie_weights()
     wanted = sum(parameter.numel() for parameter in skeleton.parameters())
     stored = sum(math.prod(shape) for shape in shapes)

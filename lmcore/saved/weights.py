@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def give_weights(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], where:
     missing = {id(p): name for name, p in model.named_parameters()}
     with torch.no_grad():
         for name, tensor in tensors:
-            target = fitting(own, name, tensor, where)
+            target = fitting(own, name, tensor.shape, where)
             if id(target) not in places:
                 target.copy_(tensor)
                 continue
@@ -67,12 +67,16 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
 
-def fitting(own: dict[str, Tensor], name: str, tensor: Tensor, where: str) -> Tensor:
-    """The tensor of a model that ``tensor`` belongs to. Raises ``RequestError``: there is none of this shape."""
+def fitting(own: dict[str, Tensor], name: str, shape: Sequence[int], where: str) -> Tensor:
+    """The tensor of a model that a stored one of this name and shape belongs to.
+
+    Raises:
+        RequestError: there is none of this name, or it has another shape.
+    """
     target = own.get(name)
-    if target is None or target.shape != tensor.shape:
+    if target is None or tuple(target.shape) != tuple(shape):
         have = "no such weight" if target is None else f"shape {tuple(target.shape)}"
-        raise RequestError(f"{where}: weight {name} {tuple(tensor.shape)} does not fit: the model has {have}")
+        raise RequestError(f"{where}: weight {name} {tuple(shape)} does not fit: the model has {have}")
     return target
 
 

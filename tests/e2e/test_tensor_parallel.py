@@ -236,7 +236,12 @@ HEADS = BLOCKS.replace("num_attention_heads: 4", "num_attention_heads: 3").repla
         ),
         (2, "llama", {"optim__ema_decay": 0.9}, "no rank holds the weights that it averages"),
         (2, "llama", {"train__context_parallel": 2}, "has not been tested"),
-        (2, "starcoder2", {"train__compile": "true"}, "the model drops, and train.tensor_parallel draws"),
+        (
+            2,
+            "starcoder2",
+            {"train__compile": "true"},
+            "the model has dropout, for which train.tensor_parallel",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_any_work(

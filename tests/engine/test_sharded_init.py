@@ -217,7 +217,7 @@ def test_model_that_sees_the_future_is_refused() -> None:
     engine: Any = SimpleNamespace(
         needs_weights=True, sharded=False, tensor_parallel=1, gather_object=lambda word: [word]
     )
-    with pytest.raises(RequestError, match="xlnet: XLNetLMHeadModel sees the tokens that it shall predict"):
+    with pytest.raises(RequestError, match="xlnet: XLNetLMHeadModel sees the tokens that it must predict"):
         setup.open_model(parse.parse(argv, default_recipe=None), data, engine, note=lambda line: None)
 
 
