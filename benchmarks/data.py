@@ -8,7 +8,7 @@ without a memory of words in each round. Rates are those of one process from the
 processor time (of the process, its threads and its children) and of the clock; every case is run in turn (A B B A ...).
 On a shared machine only the first mean anything.
 
-Optional: ``datasets`` and ``litdata``; without one there is a row less, and it is said.
+Optional: ``datasets`` and ``litdata``; where one is missing its row is left out, with a line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is learnt from so many tokens and seconds: models and optimizers on one text, several seeds.
+"""What is learned from so many tokens and seconds: models and optimizers on one text, several seeds.
 
     python benchmarks/learning.py                                     # all variants, the demo's size and budget, 3 seeds
     python benchmarks/learning.py --variants gpt2-adamw modern-muon --tokens 204800 --seeds 1

@@ -137,7 +137,7 @@ ends all others, and rank 0, should it be slower, without a word."""
 
 
 def _rank_0_stays_silent(code: int) -> bool:
-    """Whether rank 0, of this machine, has not ended in time; if it has, the launcher ends this process meanwhile."""
+    """Wait; then whether rank 0 of this machine has not ended in time. If it has, the launcher ends this process meanwhile."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     if threading.current_thread() is threading.main_thread():

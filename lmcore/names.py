@@ -15,11 +15,12 @@ MAX_NAME_BYTES: Final = 200
 
 
 def safe_name(name: str) -> str:
-    """``name`` if it can be one part of a path: letters and digits of any script, ``.``, ``_``, ``-``,
-    ``+``, ``=``.
+    """``name`` if it can be one part of a path: letters and digits of any script, ``.``, ``_``, ``-``, ``+``, ``=``.
 
-    It may begin with a letter, a digit or ``_`` only: no hidden files, no options, no ``..``. Raises
-    ``RequestError``.
+    It begins with a letter, a digit or ``_``: no hidden files, no options, no ``..``.
+
+    Raises:
+        RequestError: it cannot.
     """
     fine = (
         isinstance(name, str)
@@ -39,8 +40,10 @@ def safe_name(name: str) -> str:
 
 
 def confined(root: Path | str, relative: str) -> Path:
-    """``root/relative``, if every part is a :func:`safe_name` and links do not lead outside. Raises
-    ``RequestError``.
+    """``root/relative``, if every part is a :func:`safe_name` and links do not lead outside.
+
+    Raises:
+        RequestError: otherwise.
     """
     parts = relative.split("/") if isinstance(relative, str) else [relative]
     path = Path(root).joinpath(*(safe_name(part) for part in parts))

@@ -112,7 +112,7 @@ def loss_without_padding(outputs: Tensor, batch: Mapping[str, Any]) -> tuple[Ten
 
 def loss_per_run(outputs: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """``loss.factory``: as above, but the sum of the runs' means and the number of runs: a short run counts as much as
-    a long one. Where to stop is learnt once in each run, and it is short runs of unseen pairs that fail."""
+    a long one. Where to stop is learned once in each run, and it is short runs of unseen pairs that fail."""
     labels = batch["labels"].masked_fill(batch["labels"] == PADDING, IGNORED_LABEL)
     losses = cross_entropy(
         outputs.float().transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"

@@ -68,7 +68,7 @@ LEAST_TEXT_BLOCKS, LEAST_VALID_BLOCKS = 64, 8
 WIDE = 0.1
 """An interval wider than this share of the loss, or a fit that misses its own runs by more than a quarter of it, does not hold."""
 UNSTEADY = 0.25
-"""Deviation of the speed of one size between rungs from which on the machine is said to vary."""
+"""Difference between the fastest and the slowest rung of one size, as a share, above which a warning is printed."""
 REACH = 16
 """The largest model that is chosen has so many times the parameters of the largest that was measured, at most."""
 LADDER = "ladder.json"
@@ -161,8 +161,7 @@ def budget_seconds(text: str | None) -> float:
 
 
 def requested(words: Sequence[str]) -> RunConfig:
-    """The options of the command line, with what ``size`` adds where the user says nothing: preset, optimizer, vocabulary, block."""
-
+    """The options of the command line, with the defaults of ``size``: preset, optimizer, vocabulary, block."""
     named = named_options(words)
 
     def given(name: str) -> bool:

@@ -186,8 +186,8 @@ def sample_texts(
     ``max_bytes`` are reached, of which the training side is given.
 
     How much text is in a part is not known where it cannot be cut (compressed files, shards of the Hub). So each part first
-    gives its beginning, as much as fits if all parts give as much, and only what is left of ``max_bytes`` then is taken
-    from behind it: otherwise one large file would be all that the tokenizer knows.
+    contributes its beginning, an equal share of ``max_bytes``; if the parts together have less, the following text of the
+    longer ones is added. Otherwise the sample could be a single large file.
     """
     whole: Split = ("all", 0.0)
     splits = splits or {}

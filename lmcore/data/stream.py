@@ -57,10 +57,10 @@ class StreamDataset:
     """Blocks by position, tokenized on the fly; satisfies :class:`lmcore.data.batches.Readable`.
 
     Args:
-        sources: files or ``hf://`` data sets.
+        sources: files or ``hf://`` datasets.
         block_size: T.
-        lanes: V; the global batch must be a multiple of it, and it of the world size. A resumed cursor's
-        own V wins.
+        lanes: V; the global batch must be a multiple of it, and it of the world size. The V of a resumed cursor takes
+            precedence.
         window_blocks: blocks that are shuffled among one another, over all lanes together.
         shuffle: ``none`` keeps the order of the files; anything else shuffles parts and windows.
         phases: mixtures; without weights all sources are one corpus.
@@ -69,8 +69,7 @@ class StreamDataset:
             process so far.
 
     Raises:
-        RequestError: weights for some sources only, sizes that do not divide (with the
-        numbers).
+        RequestError: weights for some sources only, sizes that do not divide (with the numbers).
     """
 
     can_pad = False
@@ -317,8 +316,8 @@ class StreamDataset:
 
 
 def _cut(source: text.Source, lanes: int) -> list[tuple[text.Part, int, int]]:
-    """[(part, stride, strides)]: the parts of a source. What cannot be cut (compressed files, few Hub
-    shards) is read by several lanes, each of which takes every strides-th document."""
+    """[(part, stride, strides)]: the parts of a source. What cannot be cut (compressed files, few shards of the Hub) is read
+    by several lanes, each of which takes every strides-th document."""
     total = sum(part.n_bytes for part in hub.parts_of(source, part_bytes=2**40))
     part_bytes = min(max(total // (PARTS_PER_LANE * lanes), _MIN_PART_BYTES), _MAX_PART_BYTES)
     pieces = hub.parts_of(source, part_bytes=part_bytes)
@@ -328,8 +327,8 @@ def _cut(source: text.Source, lanes: int) -> list[tuple[text.Part, int, int]]:
 
 @final
 class _Lane:
-    """One of V independent readers. Its block k comes from one feed: the only one, or that of the source
-    which the mixture names."""
+    """One of V independent readers. Its block k comes from one feed: the only one, or that of the source that the mixture
+    draws."""
 
     def __init__(
         self,
@@ -387,8 +386,8 @@ class _Lane:
 class _Feed:
     """A lane's run of tokens from one group of parts, and the window of it that is being given out.
 
-    Tokens are numbered from where this reader began. ``state`` is [part ordinal, document, token] at the
-    start of the window of the next block: what a resume needs.
+    Tokens are numbered from where this reader began. ``state`` is [part ordinal, document, token] at the start of the window
+    of the next block: what a resume needs.
     """
 
     def __init__(
@@ -404,8 +403,7 @@ class _Feed:
         self.state = list(state) if state else [0, 0, 0]
         self._size = stream.block_size
         self._window = max(stream.window_blocks // stream.lanes, 1)
-        # The first window of a lane is shorter by a share of its own, so that lanes do not all refill in
-        # one step.
+        # The first window of each lane has another length, so that lanes do not all refill in one step.
         self._first_window = 1 + lane * self._window // stream.lanes
         self._origin = self._window_of(first)[0]
         self._tokens = np.zeros(0, dtype=stream._dtype)
@@ -467,8 +465,7 @@ class _Feed:
         return start, self._tokens[start - self._base : start - self._base + self._size + 1]
 
     def ends_after(self, start: int) -> np.ndarray:
-        """Where the documents end that end in the block from ``start`` on: each ends where the next
-        begins."""
+        """(E,) int64: the ends of documents in the block from ``start`` on; each ends where the next begins."""
         return np.array(
             [mark[0] for mark in self._marks if start < mark[0] < start + self._size], dtype=np.int64
         )
@@ -486,8 +483,7 @@ class _Feed:
         self.state = [ordinal, document, first - start]
 
     def _read(self, ordinal: int, skip: int) -> Iterator[tuple[int, int, str]]:
-        """(part ordinal, document, text) without end, from document ``skip`` of the ``ordinal``-th part
-        on."""
+        """(part ordinal, document, text) without end, from document ``skip`` of part number ``ordinal`` on."""
         lanes, total = self._stream.lanes, len(self._group)
         cycle = total // math.gcd(lanes, total)
         barren = 0

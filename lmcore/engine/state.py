@@ -358,8 +358,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def gates_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer skips a step by ``found_inf``, a number on the device: torch's fused kernels
-    do."""
+    """Whether the optimizer skips a step by ``found_inf``, a number on the device: torch's fused kernels do."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return fused and type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 

@@ -291,7 +291,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for the ``hidden`` groups and torch's AdamW for the others, as one optimizer.
 
     Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one: all directions are
-    learnt at one speed. The update has the root mean square of an AdamW update (0.2; Liu et al. 2025, arXiv
+    learned at one speed. The update has the root mean square of an AdamW update (0.2; Liu et al. 2025, arXiv
     2502.16982), so that one learning rate serves both halves. It is the update of ``torch.optim.Muon`` with
     ``adjust_lr_fn="match_rms_adamw"``; matrices of one shape are orthogonalized together, in one batch.
 

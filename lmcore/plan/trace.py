@@ -125,7 +125,7 @@ def count_flops(
 ) -> int:
     """FLOPs of forward and backward of a micro-batch, without what recomputation adds. Arguments as of :func:`trace_step`.
 
-    A pass of its own: the counter's hooks hold tensors that would have been let go of.
+    A pass of its own: the counter's hooks hold tensors that would have been freed.
     """
     with _fakes(module), _as_on(device_type, device_bytes):
         module = _fake_copy(module, weights)

@@ -78,9 +78,10 @@ class Action:
 @final
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What the decisions depend on. ``losses`` and ``norms`` are (step, value) of applied, finite steps;
-    ``skipped`` (step, first, stop) of updates that were not applied; ``rewinds`` the steps at which a rewind
-    was decided.
+    """What the decisions depend on.
+
+    ``losses`` and ``norms`` are (step, value) of applied, finite steps; ``skipped`` (step, first, stop) of updates that were
+    not applied; ``rewinds`` the steps at which a rewind was decided.
     """
 
     losses: tuple[tuple[int, float], ...] = ()

@@ -213,7 +213,7 @@ class Sizes:
             if config.train.duration.unit != "steps" and smaller < self.global_batch_blocks:
                 remedy = f"reduce --train.global_batch_blocks (to {smaller}, for example), or {remedy}"
             found.append(
-                f"only {amount(self.total_steps, 'step')}: hardly anything is learnt. A step takes "
+                f"only {amount(self.total_steps, 'step')}: hardly anything is learned. A step takes "
                 f"{amount(self.global_batch_blocks, 'block')}{has}: {remedy}"
             )
         if not validated and not config.fast_dev_run:

@@ -33,9 +33,7 @@ from lmcore.report.redact import redact
 from lmcore.storage import cache_dir, check_url, is_url, local_name
 
 BEAT_SECONDS: Final = 5.0
-"""A holder writes a new number into the lock this often; a process that watches for twice as long sees whether it
-lives.
-"""
+"""A holder writes a new number into the lock this often; a process that watches for twice as long sees whether it lives."""
 LOCK_WAIT_SECONDS: Final = 30.0
 """How long a start waits for the holder of the lock: an automatic restart overlaps the last seconds of the process that
 it replaces, which may be writing its checkpoint."""
@@ -72,9 +70,7 @@ STATES: Final = ("preparing", "running", "saved", "finished", "failed")
 _JOB_VARIABLES: Final = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 
 _held: dict[str, int] = {}
-"""Folders that this very process holds; the kernel's record locks do not tell two holders of one process
-apart.
-"""
+"""Folders that this very process holds: the kernel's record locks do not tell two holders of one process apart."""
 
 
 def job_id() -> str | None:
@@ -126,7 +122,7 @@ class _Ranks(Protocol):
 def refuse_separate_disks(
     path: Path, ranks: _Ranks, *, wait_seconds: float = VISIBLE_SECONDS, disk: Disk = DISK
 ) -> None:
-    """Whether every rank sees rank 0's run folder: each writes its part of a checkpoint there. Collective.
+    """Refuse a run folder that not every rank sees: each writes its part of a checkpoint there. Collective.
 
     Rank 0 makes a file of a new name, and the others look for it: a network file system has no old answer for such a name.
 
@@ -382,8 +378,7 @@ class RunFolder:
         reason: str = "",
         **more: Any,
     ) -> None:
-        """Replace ``status.json`` as a whole. It is what scripts read: launchers turn every failure into
-        exit 1.
+        """Replace ``status.json`` as a whole. It is what scripts read: launchers turn every failure into exit code 1.
 
         ``step`` and ``more`` are kept from the last call where they are not given.
         """
@@ -480,9 +475,7 @@ def _record_unlock(fd: int) -> None:
 
 
 def _read_holder(fd: int) -> dict[str, Any] | None:
-    """What the lock file says, read through the descriptor that we hold: closing another one would drop the
-    lock.
-    """
+    """What the lock file says, read through the descriptor that we hold: closing another one would drop the lock."""
     text = os.pread(fd, 65536, 0)
     try:
         value = json.loads(text) if text.strip() else None

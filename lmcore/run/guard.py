@@ -118,9 +118,7 @@ _SIGNALS: Final = {
     signal.SIGHUP: SIGHUP,
 }
 _SECOND_SIGINT_SECONDS: Final = 2.0
-"""Ctrl-C reaches a rank twice within moments: from the terminal, and once more from the launcher that
-forwards it.
-"""
+"""Ctrl-C reaches a rank twice within moments: from the terminal, and again from the launcher, which forwards it."""
 _FILE_SECONDS: Final = 1.0
 """How often the run folder is asked for STOP and SAVE."""
 
@@ -128,9 +126,7 @@ _FILE_SECONDS: Final = 1.0
 @final
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What all ranks do at this boundary. ``checkpoint_reason`` is the ``reason`` for
-    ``Checkpoints.save``.
-    """
+    """What all ranks do at this boundary. ``checkpoint_reason`` is the ``reason`` for ``Checkpoints.save``."""
 
     save: bool = False
     stop: bool = False
@@ -239,8 +235,8 @@ class Guard:
     def install(self, *, training: bool = True, on_end: Callable[[str, int], None] | None = None) -> None:
         """Take the signals, and ask to be told when the launcher dies. Main thread only.
 
-        With ``training=False`` (before the loop, while the corpus is prepared and nothing can be saved) a
-        signal leaves at once with code 75 instead of setting a flag; :meth:`begin` ends that.
+        With ``training=False`` (before the loop, while the corpus is prepared and nothing can be saved) a signal ends the
+        process at once with code 75 instead of setting a flag; :meth:`begin` ends that.
 
         Args:
             on_end: called on one rank, with a line that names the rank that ends the run and the exit code, before the process ends.
@@ -248,7 +244,7 @@ class Guard:
         self._training = training
         for number in _SIGNALS:
             if signal.getsignal(number) is signal.SIG_IGN and number in (signal.SIGHUP, signal.SIGINT):
-                continue  # started under nohup, or in the background of a script: stay deaf as asked
+                continue  # started under nohup, or in the background of a script: the signal stays ignored
             self._before[number] = signal.signal(number, self._on_signal)
         if self._spot is not None:
             self._spot.start()
@@ -344,9 +340,7 @@ class Guard:
         return verdict(flags)
 
     def done(self, flags: int) -> None:
-        """The checkpoint that these flags asked for is committed: take the file that asked for it away (rank
-        0).
-        """
+        """The checkpoint that these flags asked for is committed: remove the file that asked for it (rank 0)."""
         names = [name for bit, name in ((STOP_FILE, "STOP"), (SAVE_FILE, "SAVE")) if flags & bit]
         for name in names if self._rank == 0 else []:
             # Somebody else may have taken it away, or the disk is read-only now
@@ -368,9 +362,7 @@ class Guard:
         return action
 
     def norm_limit(self, step: int) -> float:
-        """Gradient norm above which the update of ``step`` is not to be applied (policy skip); else
-        infinity.
-        """
+        """Gradient norm above which the update of ``step`` is not applied (policy skip); infinity for other policies."""
         return norm_limit(self.history, self.policy, step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -378,6 +370,7 @@ class Guard:
         return self.history.to_json()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
         self.history = History.from_json(state)
 
     def rewound(self, state: Mapping[str, Any]) -> None:

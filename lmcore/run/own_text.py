@@ -28,7 +28,7 @@ BYTES_PER_TOKEN = 4
 PACKED = {".gz": 4, ".zst": 4, ".xz": 4, ".bz2": 4, ".parquet": 3}
 """Bytes of text per byte of file, roughly."""
 UNKNOWN_BYTES = 1_000_000_000
-"""Assumed for a data set of the Hub, whose size is not known before it is read."""
+"""Assumed for a dataset of the Hub, whose size is not known before it is read."""
 
 
 @dataclass(frozen=True)

@@ -289,7 +289,7 @@ def plan_of(
 
 
 def refuse_strategy(config: RunConfig, optimizer: torch.optim.Optimizer, strategy: str) -> None:
-    """Refuse what the engine would refuse of this strategy (``RequestError``): it is said before memory is counted."""
+    """Refuse what the engine would refuse of this strategy (``RequestError``), before memory is counted."""
     if strategy.startswith("zero"):
         zero.check_optimizer(optimizer)
     elif strategy == "fsdp2":

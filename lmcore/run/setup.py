@@ -514,7 +514,7 @@ def context_of(config: RunConfig, engine: Engine, module: ModelWithLoss, *, note
     if meet == "by position":
         raise RequestError(
             f"data.document_mask gives positions that begin at 0 in each document, and {name} counts its own from another "
-            "number: trained with it, the model would be used at positions that it has not learnt. Leave it out, or take "
+            "number: trained with it, the model would be used at positions that it has not learned. Leave it out, or take "
             "another family"
         )
     if meet is not None:

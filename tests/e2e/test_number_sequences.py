@@ -137,6 +137,6 @@ def train(recipe: str, folder: Path, *options: str) -> tuple[Transformer, Sequen
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("recipe", ["random_draws", "unseen_pairs"])
-def test_number_sequences_are_learnt(recipe: str, tmp_path: Path) -> None:
+def test_number_sequences_are_learned(recipe: str, tmp_path: Path) -> None:
     result = score(*decode(*train(recipe, tmp_path / "run")))
     assert result.exact >= 0.99

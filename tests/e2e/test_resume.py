@@ -131,7 +131,7 @@ def test_model_with_a_buffer_resumes_bit_for_bit(tmp_path: Path, optimizer: str)
 
 
 def test_own_collate_makes_the_batches_of_the_validation_too(tmp_path: Path) -> None:
-    """Doubled labels: a net that has learnt them has a small loss on the validation set as well."""
+    """Doubled labels: a net that has learned them has a small loss on the validation set as well."""
     options = {"train__duration": "200 steps", "optim__lr": 0.03, "data": "pairs"}
     assert train(own_run(tmp_path / "run", **options)) == [EXIT_FINISHED]
     [record] = read_metrics(tmp_path / "run" / "metrics.jsonl", kind="eval")

@@ -173,7 +173,7 @@ def test_tanh_gelu_under_a_compiler_is_the_same_function(dtype: torch.dtype) -> 
 
 
 def trained(*, fast: bool, bf16: bool, steps: int, monkeypatch: Any) -> list[float]:
-    """The losses of a small GPT-2 with dropout in nothing, on tokens that can be learnt."""
+    """The losses of a small GPT-2 with dropout in nothing, on tokens that can be learned."""
     with monkeypatch.context() as patch:
         if not fast:
             patch.setattr(model, "use_faster_kernels", lambda built: None)

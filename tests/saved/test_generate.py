@@ -108,7 +108,7 @@ def test_seed_decides_and_prompts_are_independent(words: Any) -> None:
 def test_stream_yields_whole_characters(words: Any) -> None:
     text = "猫と𠮷野家で😀を見た。"
     ids = words.encode(text)
-    assert len(ids) > len(text), "some characters are spelt in bytes here"
+    assert len(ids) > len(text), "some characters are encoded as bytes here"
     prompt = "名前は"
     model = Script([*ids, words.eos_id], len(words.encode(prompt)), words.vocab_size)
     pieces = list(stream(model, words, prompt, 100, temperature=0))

@@ -4,7 +4,7 @@ The fingerprint holds the size of each file and a hash of samples (:mod:`lmcore.
 not read terabytes. A word that is replaced by one of the same length between two samples changes neither. Therefore each
 machine remembers beside what it compared of the store (:mod:`lmcore.data.store.verification`) the size, times and inode
 of each file of more than 1 MiB and a hash of all of it; when one of the former differs, it is hashed again. A file that
-was only touched, copied or moved has the same hash, and nothing is said.
+was only touched, copied or moved has the same hash, and gives no note.
 """
 
 from __future__ import annotations

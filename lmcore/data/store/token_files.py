@@ -65,7 +65,7 @@ def open_files(
     """One store over all the files, in order.
 
     Args:
-        vocab_size: of the tokenizer that is said to have made them.
+        vocab_size: of the run's tokenizer, which must be the one that made them: larger ids are an error when they are read.
         eos_id: ends a document where the format does not say.
         tokenizer_fingerprints: of the same tokenizer, the present one first; a store of lmcore knows which one made it.
         note: gets one line if comparing a store of lmcore with its hashes takes long.

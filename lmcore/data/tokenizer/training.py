@@ -82,7 +82,7 @@ class TrainingLines:
             )
         if self.reserved:
             notes.append(
-                f"spelt ▅ (U+2585), which SentencePiece reserves, in bytes in {amount(self.reserved, 'line')}"
+                f"encoded ▅ (U+2585), which SentencePiece reserves, as bytes in {amount(self.reserved, 'line')}"
             )
         return notes
 
@@ -192,7 +192,7 @@ def train_tokenizer(
         raise RequestError(
             f"tokenizer.vocab_size must be a whole number from 1 to {_MOST_PIECES:,}, not {vocab_size!r}"
         )
-    if not 0.98 <= character_coverage <= 1:  # also not a number
+    if not 0.98 <= character_coverage <= 1:  # NaN too
         raise RequestError(
             f"tokenizer.character_coverage must be from 0.98 to 1, not {character_coverage!r}: a share of the characters"
         )
