@@ -40,6 +40,15 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def flag(environment: Mapping[str, str], name: str) -> bool:
+    """Whether a variable of the environment is switched on, by the words that accelerate takes for that.
+
+    >>> flag({"ACCELERATE_USE_FSDP": "True"}, "ACCELERATE_USE_FSDP")
+    True
+    """
+    return environment.get(name, "").strip().lower() in ("1", "true", "yes", "y", "on", "t")
+
+
 DS_CONFIGS: Final = Path(__file__).resolve().parent / "ds_configs"
 """DeepSpeed's files that are installed with the package; ``ds_configs/`` in the repository is a link to this folder."""
 

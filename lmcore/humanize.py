@@ -24,6 +24,15 @@ def one_line(text: str) -> str:
     return CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
+def message_of(error: BaseException) -> str:
+    r"""The message of an error on one line.
+
+    >>> message_of(ValueError("no such\n    layer"))
+    'no such layer'
+    """
+    return " ".join(str(error).split())
+
+
 def printable(text: str) -> str:
     """``text`` with its line breaks, control characters replaced by U+FFFD: nothing can move a cursor or ring a bell."""
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lmcore.errors import RequestError
-from lmcore.humanize import did_you_mean
+from lmcore.humanize import did_you_mean, message_of
 
 
 def check_import_path(path: str, option: str) -> None:
@@ -41,7 +41,7 @@ def import_path(path: str, option: str) -> Callable[..., Any]:
     try:
         target: Any = importlib.import_module(module_name)
     except Exception as error:  # the user's module may raise anything while it is imported
-        reason = " ".join(str(error).split())
+        reason = message_of(error)
         raise RequestError(
             f"{option} {path!r}: cannot import {module_name}: {type(error).__name__}: {reason}"
         ) from error

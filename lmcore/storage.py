@@ -28,7 +28,7 @@ from typing import Any, Final, NamedTuple, TypeVar, final
 
 from lmcore.disk import DISK
 from lmcore.errors import RequestError
-from lmcore.humanize import did_you_mean, one_line
+from lmcore.humanize import did_you_mean, message_of, one_line
 
 DRIVERS: Final = {
     "s3": "s3fs",
@@ -389,7 +389,7 @@ def persistently(
 
 def cause_of(error: BaseException) -> str:
     """The error in one short line."""
-    words = one_line(" ".join(str(error).split()))[:300]
+    words = one_line(message_of(error))[:300]
     name = type(error).__name__
     return f"{name}: {words}" if words else name
 

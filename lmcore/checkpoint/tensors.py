@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lmcore.disk import CHUNK_BYTES, Disk
+from lmcore.humanize import message_of
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -236,7 +237,7 @@ class TensorFile:
             self._file: Any = safe_open(path, framework="pt")
             self._found = {name: self._checked(name) for name in self._file.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, OverflowError) as error:
-            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+            raise ValueError(message_of(error) or type(error).__name__) from None
 
     def _checked(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         part = self._file.get_slice(name)

@@ -73,6 +73,7 @@ from lmcore.checkpoint.retention import kept_steps
 from lmcore.checkpoint.tensors import DTYPE_NAMES, Plan, plan, write_planned
 from lmcore.disk import DISK, Disk
 from lmcore.errors import FaultError, RequestError
+from lmcore.humanize import message_of
 from lmcore.process import available_bytes
 
 if TYPE_CHECKING:
@@ -437,7 +438,7 @@ class Checkpoints:
                 self._buffers.update({name: _host_buffer(size, pinned) for name, size in sizes.items()})
             except (MemoryError, RuntimeError) as error:  # RuntimeError: torch, if the system gives no memory
                 self._buffers.clear()
-                cause = " ".join(str(error).split())
+                cause = message_of(error)
                 self._note(f"checkpoint of {needed / 1e9:.3g} GB is written in the foreground: {cause}")
                 return False
         targets = [self._buffers[entry.file][entry.start : entry.stop] for entry in save.plan.entries]

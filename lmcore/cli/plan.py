@@ -7,6 +7,7 @@ two steps that leave nothing but their numbers.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -314,8 +315,6 @@ def _number(given: dict[str, str], name: str, default: float) -> float:
 
 def disk(folder: str | os.PathLike[str]) -> tuple[str, str]:
     """Free space where the checkpoints will go."""
-    import shutil
-
     place = Path(folder).resolve()
     while not place.exists():
         place = place.parent

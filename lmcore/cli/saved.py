@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments have been parsed.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import os
@@ -41,8 +42,6 @@ def quiet_libraries() -> None:
 
 def tasks() -> Report:
     """A display for progress bars outside of a run; its files go to a temporary folder."""
-    import atexit
-
     from lmcore.disk import temporary_folder
     from lmcore.report.report import Report
 

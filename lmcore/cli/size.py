@@ -27,7 +27,7 @@ from lmcore.config.parse import named_options, parse
 from lmcore.config.schema import RunConfig, flatten, plain
 from lmcore.disk import DISK
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_SAVED, FaultError, RequestError, of_disk
-from lmcore.humanize import amount, duration, short, table
+from lmcore.humanize import amount, duration, message_of, short, table
 from lmcore.plan import scaling
 from lmcore.run import ladder, own_text
 from lmcore.run.folder import RunFolder
@@ -339,7 +339,7 @@ class Search:
             if not (whole and isinstance(found["spent_seconds"], int | float)):
                 raise ValueError("something is missing")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            what = " ".join(str(error).split())
+            what = message_of(error)
             raise RequestError(
                 f"{path} is damaged ({what}): remove {self.path} to measure anew, or choose another --out"
             ) from error

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 
+from lmcore.conventions import flag
 from lmcore.engine import zero
 from lmcore.errors import RequestError
 
@@ -49,11 +50,6 @@ class Request:
 def world_size(env: Mapping[str, str]) -> int:
     """``WORLD_SIZE``; 1 without a launcher."""
     return int(env.get("WORLD_SIZE", "1"))
-
-
-def flag(env: Mapping[str, str], name: str) -> bool:
-    """Whether a variable says yes (accelerate writes true, True and 1)."""
-    return env.get(name, "").strip().lower() in ("1", "true", "yes", "on")
 
 
 def forced_to_cpu(env: Mapping[str, str]) -> bool:

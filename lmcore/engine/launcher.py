@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from lmcore.errors import BEFORE_THE_FIRST_STEP, EXIT_STUCK, QUIET_LAUNCHER, end_at_interrupt, end_interrupted
+from lmcore.humanize import message_of
 
 
 def exit_code_of(codes: Sequence[int]) -> int:
@@ -47,7 +48,7 @@ def why_unreadable(config_file: Path) -> str | None:
     try:
         load_config_from_file(str(config_file))
     except Exception as error:  # a ValueError, a TypeError or one of the YAML reader
-        return " ".join(str(error).split())
+        return message_of(error)
     return None
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import shutil
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -186,8 +188,6 @@ def _agree(section: dict[str, Any], key: str, value: Any, name: str, option: str
 
 def quiet_deepspeed(device_is_cpu: bool) -> None:
     """Import DeepSpeed without its noise, and on a CPU without its compiler."""
-    import logging
-
     if device_is_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # seconds, and only these strategies need it
@@ -201,8 +201,6 @@ def quiet_deepspeed(device_is_cpu: bool) -> None:
 def single_process_environment(env: Any) -> None:
     """DeepSpeed wants a process group even for one process without a launcher."""
     if "RANK" not in env:
-        import socket
-
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

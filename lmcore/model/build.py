@@ -28,13 +28,12 @@ import torch
 from torch import nn
 
 from lmcore.errors import RequestError
-from lmcore.humanize import did_you_mean
+from lmcore.humanize import did_you_mean, message_of
 from lmcore.model.config import (
     SPECIAL_IDS,
     context_length,
     known_tokens,
     make_config,
-    one_line,
     pad_vocab,
     pretrained_config,
     refuse_unsafe_index,
@@ -173,7 +172,7 @@ def _from_scratch(
             return model_class(config)
         except _REFUSALS as error:
             raise RequestError(
-                f"{model_class.__name__} refuses this configuration: {one_line(error)}"
+                f"{model_class.__name__} refuses this configuration: {message_of(error)}"
             ) from error
 
     # What the constructors would draw is drawn again below, or comes from rank 0.
@@ -449,7 +448,7 @@ def _pretrained(
                 )
             model.tie_weights()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise RequestError(f"{source}: {one_line(error)}") from error
+        raise RequestError(f"{source}: {message_of(error)}") from error
     if getattr(config, "auto_map", None):
         note(
             f"{path} brings code of its own (auto_map), which is not run: {type(config).__name__} is transformers' own"

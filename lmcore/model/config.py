@@ -15,7 +15,7 @@ from typing import Any
 
 from lmcore.conventions import CONTEXT_FIELDS
 from lmcore.errors import RequestError
-from lmcore.humanize import did_you_mean
+from lmcore.humanize import did_you_mean, message_of
 
 VOCAB_MULTIPLE = 64
 """Matrix units want such columns: 50,304 instead of 50,257 gave +13.7 % (LLMs-from-scratch, A100)."""
@@ -79,7 +79,7 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
     try:
         made = config_class(**{**owned, **overrides})
     except Exception as error:  # strict dataclasses and __post_init__ raise many types
-        raise RequestError(f"model.config: {one_line(error)}") from error
+        raise RequestError(f"model.config: {message_of(error)}") from error
     _refuse_several_models(type, made)
     sizes = {*_SIZES, *(config_class.attribute_map.get(name, name) for name in _SIZES)}
     for name in sizes & set(overrides):  # transformers builds some such models, which fail at the first token
@@ -202,10 +202,6 @@ def refuse_absurd_sizes(config: Mapping[str, Any], where: str) -> None:
             raise RequestError(f"{where}: {key} {value:,} is too large (at most {most:,})")
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
 def refuse_unsafe_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse a config.json with keys through which a loader could be made to fetch or run code.
 
@@ -269,7 +265,7 @@ def pretrained_config(
         commit = extract_commit_hash(cached_file(path, CONFIG_NAME, revision=revision), None)
         config = AutoConfig.from_pretrained(path, revision=commit or revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise RequestError(f"{source}: {one_line(error)}") from error
+        raise RequestError(f"{source}: {message_of(error)}") from error
     refuse_absurd_sizes(overrides, "model.config")
     for name, value in overrides.items():
         if name in _OWNED or not hasattr(config, name):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lmcore.errors import RequestError
-from lmcore.humanize import did_you_mean
+from lmcore.humanize import did_you_mean, message_of
 from lmcore.model.module import vocabulary_parameters
 
 INSTALL = "pip install peft==0.21.2"
@@ -64,7 +64,7 @@ def adapt(
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model, low_cpu_mem_usage=not weights)
     except ValueError as error:
-        words = " ".join(str(error).split())
+        words = message_of(error)
         raise RequestError(
             f"model.lora.target_modules {' '.join(targets) or '(none given)'}: {words}"
         ) from error

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from lmcore.conventions import OPTIMIZERS
 from lmcore.errors import RequestError
-from lmcore.humanize import did_you_mean
+from lmcore.humanize import did_you_mean, message_of
 from lmcore.plugins import import_path
 
 KINDS = ("matrices", "embedding", "head", "vectors")
@@ -226,7 +226,7 @@ def build_optimizer(
     try:
         optimizer = make()
     except (TypeError, ValueError) as error:  # the class has no such argument, or it is out of its range
-        raise RequestError(f"optim.name {name}, optim.config: {' '.join(str(error).split())}") from error
+        raise RequestError(f"optim.name {name}, optim.config: {message_of(error)}") from error
     set_learning_rate(optimizer, lr)
     return optimizer
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmcore.humanize import message_of
 from lmcore.model.build import random_weights
-from lmcore.model.config import context_length, one_line
+from lmcore.model.config import context_length
 from lmcore.model.cpu_kernels import ATTENTION, attention
 
 _TOKENS = 4
@@ -101,7 +102,8 @@ def _error_with_token_ids_alone(model: Any) -> str | None:
             model.eval()
             model.base_model(input_ids=ids)
     except Exception as error:  # any family may want any other arguments
-        return f"{model.__class__.__name__} does not compute with token ids alone: {error.__class__.__name__}: {one_line(error)}"
+        kind, name = error.__class__.__name__, model.__class__.__name__
+        return f"{name} does not compute with token ids alone: {kind}: {message_of(error)}"
     finally:
         model.train(training)
     return None

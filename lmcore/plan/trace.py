@@ -31,8 +31,9 @@ from transformers.initialization import no_init_weights
 from lmcore.engine import context
 from lmcore.engine.tensor import part_for_plan
 from lmcore.errors import RequestError
+from lmcore.humanize import message_of
 from lmcore.model.build import model_class_of
-from lmcore.model.config import SPECIAL_IDS, known_tokens, make_config, one_line, pad_vocab, pretrained_config
+from lmcore.model.config import SPECIAL_IDS, known_tokens, make_config, pad_vocab, pretrained_config
 from lmcore.model.module import (
     ModelWithLoss,
     decoder_layers,
@@ -240,7 +241,7 @@ def build_on_meta(
             model.tie_weights()
     except Exception as error:  # constructors raise what they like
         named = from_pretrained or model_class_of(config).__name__
-        raise RequestError(f"{named} refuses this configuration: {one_line(error)}") from error
+        raise RequestError(f"{named} refuses this configuration: {message_of(error)}") from error
     adapt(model)
     model.real_vocab_size = real
     return model, probe

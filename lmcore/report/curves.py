@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lmcore.errors import RequestError
-from lmcore.humanize import one_line, short
+from lmcore.humanize import message_of, one_line, short
 from lmcore.report.metrics import ABANDONING_EVENTS, RECORD_KEYS, iterate_metrics
 from lmcore.report.redact import redact
 
@@ -253,9 +253,7 @@ def plain_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RequestError(
-            f"{where}: not a configuration of lmcore: {' '.join(str(error).split())}"
-        ) from None
+        raise RequestError(f"{where}: not a configuration of lmcore: {message_of(error)}") from None
 
 
 def read_run(path: str | PathLike[str]) -> Run:
@@ -343,7 +341,7 @@ def _fonts() -> list[str]:
     return ["DejaVu Sans", *[name for name in families if name in installed][:2]]
 
 
-def _drawn(draw: Callable[..., bytes]) -> Callable[..., bytes]:
+def drawing(draw: Callable[..., bytes]) -> Callable[..., bytes]:
     """Run a drawing function with the fonts and colours of a report; names are text, never formulas."""
 
     @functools.wraps(draw)
@@ -361,7 +359,10 @@ def _drawn(draw: Callable[..., bytes]) -> Callable[..., bytes]:
     return wrapper
 
 
-def _axes(title: str, x_label: str, y_label: str, size: tuple[float, float] = (4.4, 2.9)) -> tuple[Any, Any]:
+def new_axes(
+    title: str, x_label: str, y_label: str, size: tuple[float, float] = (4.4, 2.9)
+) -> tuple[Any, Any]:
+    """An empty figure of ``size`` inches and its axes, in the style of a report."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -391,7 +392,8 @@ def _label(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def _finish(figure: Any, axes: Any, *, format: str = "svg") -> bytes:
+def finished(figure: Any, axes: Any, *, format: str = "svg") -> bytes:
+    """A figure with its legend, as ``svg`` (for a page, whose background shows) or in another ``format`` of matplotlib."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         axes.legend(handles, labels, fontsize=8, frameon=False)
@@ -426,11 +428,11 @@ def loss_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
     return low - margin, high + margin
 
 
-@_drawn
+@drawing
 def loss_picture(runs: Sequence[Run], by: str, *, format: str = "svg", wide: bool = False) -> bytes:
     """Training loss (as logged, and its mean) and validation losses of one or several runs, by ``step`` or ``tokens``."""
     label = "steps" if by == "step" else by
-    figure, axes = _axes(f"Loss by {label}", label, "nats per token", (11.0, 3.7) if wide else (4.4, 2.9))
+    figure, axes = new_axes(f"Loss by {label}", label, "nats per token", (11.0, 3.7) if wide else (4.4, 2.9))
     colours = itertools.cycle(COLOURS)
     for run in runs:
         prefix = f"{run.name}: " if len(runs) > 1 else ""
@@ -451,7 +453,7 @@ def loss_picture(runs: Sequence[Run], by: str, *, format: str = "svg", wide: boo
     limits = loss_limits(runs)
     if limits:
         axes.set_ylim(*limits)
-    return _finish(figure, axes, format=format)
+    return finished(figure, axes, format=format)
 
 
 def _mark_events(axes: Any, run: Run) -> None:
@@ -469,12 +471,12 @@ def _mark_events(axes: Any, run: Run) -> None:
             axes.axvline(step, color=colour, linewidth=0.9, linestyle=":", label=None if index else name)
 
 
-@_drawn
+@drawing
 def number_picture(
     runs: Sequence[Run], key: str, title: str, label: str, *, scale: float = 1.0, log: bool = False
 ) -> bytes:
     """One number of the train records over the steps of one or several runs."""
-    figure, axes = _axes(title, "steps", label)
+    figure, axes = new_axes(title, "steps", label)
     lowest = 0.0
     for run, colour in zip(runs, itertools.cycle(COLOURS)):
         points = [(x, scale * y) for x, y in run.train.points(key)]
@@ -489,7 +491,7 @@ def number_picture(
         axes.tick_params(axis="y", which="minor", labelsize=8)
     elif lowest == 0:
         axes.set_ylim(0, 1.12 * axes.get_ylim()[1] or 1.0)
-    return _finish(figure, axes)
+    return finished(figure, axes)
 
 
 PICTURES: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lmcore.report.curves import COLOURS, MARKERS, Points, _axes, _drawn, _finish
+from lmcore.report.curves import COLOURS, MARKERS, Points, drawing, finished, new_axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Size:
     fitted: Points
 
 
-@_drawn
+@drawing
 def ladder_picture(
     sizes: Sequence[Size], *, chosen: str, tokens: float, expected: tuple[float, float, float]
 ) -> bytes:
@@ -29,7 +29,7 @@ def ladder_picture(
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, axes = _axes("Validation loss over tokens", "tokens", "loss", (7.0, 4.4))
+    figure, axes = new_axes("Validation loss over tokens", "tokens", "loss", (7.0, 4.4))
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
@@ -49,4 +49,4 @@ def ladder_picture(
         fmt="*", color="#cf222e", markersize=11, capsize=3, label=f"{chosen}: {middle:.3f} expected",
     )  # fmt: skip
     axes.set_xmargin(0.05)
-    return _finish(figure, axes, format="png")
+    return finished(figure, axes, format="png")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lmcore.checkpoint import reader
 from lmcore.checkpoint.manifest import Hashes, hashes_here
 from lmcore.errors import FaultError
+from lmcore.humanize import message_of
 from lmcore.report.console import shell_command, training_command
 from lmcore.report.html import expected_loss, read_run, write_report
 from lmcore.saved.export import export
@@ -25,7 +26,7 @@ def _trained_all_the_same(step: int, what: str, command: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # any library that draws, converts or writes
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = message_of(error) or type(error).__name__
         raise FaultError(
             f"the training is finished and its checkpoint of step {step} is saved, but {what} failed: {why}; when "
             f"that is fixed, this does the rest: {command}"

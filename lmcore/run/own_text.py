@@ -17,7 +17,7 @@ from typing import Any
 
 from lmcore.config.curves import values_of
 from lmcore.config.presets import MODERN_PRESETS, SHAPES
-from lmcore.conventions import LONGEST_DEFAULT_BLOCK_TOKENS, context_in
+from lmcore.conventions import LONGEST_DEFAULT_BLOCK_TOKENS, context_in, flag
 from lmcore.data.text import listing, sources
 from lmcore.humanize import short
 from lmcore.humanize import size as human_size
@@ -281,8 +281,7 @@ def _is_modern(given: dict[str, Any]) -> bool:
 
 
 def _under_deepspeed(given: dict[str, Any]) -> bool:
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes", "y", "on", "t")
-    return launched or given.get("engine.deepspeed") is not None
+    return flag(os.environ, "ACCELERATE_USE_DEEPSPEED") or given.get("engine.deepspeed") is not None
 
 
 def _law(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmcore.config.schema import global_batches
-from lmcore.conventions import DS_CONFIGS, context_in, deepspeed_file
+from lmcore.conventions import DS_CONFIGS, context_in, deepspeed_file, flag
 from lmcore.data.text import sources
 from lmcore.errors import RequestError
 from lmcore.humanize import amount, did_you_mean, one_line
@@ -146,7 +146,7 @@ def _check_files(config: RunConfig) -> None:
 
 
 def _check_deepspeed(config: RunConfig) -> None:
-    asked = config.engine.deepspeed is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    asked = config.engine.deepspeed is not None or flag(os.environ, "ACCELERATE_USE_DEEPSPEED")
     if asked and importlib.util.find_spec("deepspeed") is None:
         raise RequestError(
             "ZeRO needs deepspeed, which is not installed: pip install deepspeed ninja, or choose another strategy "

@@ -16,6 +16,7 @@ from lmcore.config.durations import Durations
 from lmcore.config.schema import Resume, RunConfig, flatten, keys, ranges
 from lmcore.data.cursor import Skips, count_positions
 from lmcore.errors import RequestError
+from lmcore.humanize import message_of
 from lmcore.report.metrics import iterate_metrics
 from lmcore.report.redact import redact
 from lmcore.report.report import Report
@@ -137,7 +138,7 @@ def state_of(path: Any) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        what = f"{type(error).__name__}: {message_of(error)}"
         raise RequestError(
             f"{path}: its state.json is not one that this lmcore writes ({what}); resume from another checkpoint"
         ) from error

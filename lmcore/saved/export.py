@@ -36,7 +36,7 @@ from lmcore.checkpoint.tensors import plan, write_planned
 from lmcore.conventions import torch_dtype
 from lmcore.disk import DISK, Disk
 from lmcore.errors import FaultError, RequestError
-from lmcore.humanize import size
+from lmcore.humanize import message_of, size
 from lmcore.model import lora, module
 from lmcore.model.build import without_weights
 from lmcore.model.config import SPECIAL_IDS, context_length
@@ -414,6 +414,6 @@ def push(folder: str | os.PathLike[str], repository: str, *, private: bool = Tru
         address = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=os.fspath(folder))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        why = " ".join(str(error).split())
+        why = message_of(error)
         raise RequestError(f"--push {repository}: {why}; is there a token (hf auth login)?") from error
     return str(address)
