@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ from contestants import DEFAULTS, Contestant, alternate, prepare_corpus
 ROOT = Path(__file__).resolve().parent.parent
 SAVE_STEPS = 50
 FILES = 12
-"""Of the text."""
+"""Files that the text is divided into."""
 Case = tuple[str, str, dict[str, Any], dict[str, str]]
 
 
@@ -218,7 +219,7 @@ def reading(server: Bucket, settings: dict[str, Any], sizes: dict[str, int], fol
 
 
 def tokens_of(settings: dict[str, Any]) -> int:
-    """Of one step."""
+    """Tokens of one step."""
     return int(settings["blocks"] * settings["tokens"])
 
 
@@ -228,12 +229,9 @@ def pair(turns: dict[str, list[dict[str, float]]], handled: int) -> dict[str, An
     found: dict[str, Any] = {"turns": turns}
     for key, name in (("seconds", "ratio"), ("cpu_seconds", "cpu_ratio")):
         found[name] = common.ratios([turn[key] for turn in second], [turn[key] for turn in first])
-    found["rates"] = [
-        handled / common.spread([turn["seconds"] for turn in side])["median"] for side in (first, second)
-    ]
-    found["cpu_seconds"] = [
-        common.spread([turn["cpu_seconds"] for turn in side])["median"] for side in (first, second)
-    ]
+    sides = (first, second)
+    found["rates"] = [handled / statistics.median(turn["seconds"] for turn in side) for side in sides]
+    found["cpu_seconds"] = [statistics.median(turn["cpu_seconds"] for turn in side) for side in sides]
     return found
 
 
@@ -292,15 +290,8 @@ def write(
             )
             ratio = one["ratio"]
             cpu = " / ".join(f"{value:.2f}" for value in one["cpu_seconds"])
-            rows.append(
-                (
-                    what,
-                    f"{rates} {unit}",
-                    f"{ratio['median']:.3f} ({ratio['p10']:.3f}-{ratio['p90']:.3f})",
-                    f"{one['cpu_ratio']['median']:.3f}",
-                    cpu,
-                )
-            )
+            by_the_clock = f"{ratio['median']:.3f} ({ratio['p10']:.3f}-{ratio['p90']:.3f})"
+            rows.append((what, f"{rates} {unit}", by_the_clock, f"{one['cpu_ratio']['median']:.3f}", cpu))
     setting = (
         f"{options.comparison}: GPT-2 {settings['model']}, {settings['blocks']} x {settings['tokens']} tokens, "
         f"{settings['precision']}, one thread on one core; {sizes}; {seconds:.0f} s"

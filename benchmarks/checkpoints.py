@@ -143,7 +143,7 @@ def held(strategy: str, millions: float, rank: int, count: int) -> dict[tuple[st
 
 
 def parts(state: dict[tuple[str, str, str], Any], strategy: str, ranks: Gloo) -> list[Any]:
-    """As the engine gives it to ``Checkpoints.save``."""
+    """The state as the engine gives it to ``Checkpoints.save``."""
     from lmcore.checkpoint.pieces import Held, Range, held_whole
     from lmcore.engine.state import place_of
 
@@ -200,11 +200,8 @@ def lmcore(folder: Path, strategy: str, millions: float, ranks: Gloo) -> Iterato
     load(folder, state, strategy, ranks)
     yield {"load": time.perf_counter() - begin}
     saves._buffers.clear()
-    yield {
-        "copy": one_plain_copy(
-            [part.tensor for part in to_write(parts(state, strategy, ranks), rank=ranks.rank)]
-        )
-    }
+    written_here = to_write(parts(state, strategy, ranks), rank=ranks.rank)
+    yield {"copy": one_plain_copy([part.tensor for part in written_here])}
 
 
 def one_plain_copy(tensors: list[Any]) -> float:

@@ -17,17 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 RESULTS = Path(__file__).parent / "results"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lmcore, also where it is not installed
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics, ``q`` from 0 to 100."""
-    ordered = sorted(values)
-    at = (len(ordered) - 1) * q / 100
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+    """``q`` from 0 to 100; linear interpolation between order statistics."""
+    return float(np.percentile(values, q))
 
 
 def interleave(
@@ -47,8 +45,7 @@ def interleave(
 
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
     """Median and spread of the pairwise ratios."""
-    pairs = [a / b for a, b in zip(numerator, denominator, strict=True)]
-    return {"median": statistics.median(pairs), "p10": percentile(pairs, 10), "p90": percentile(pairs, 90)}
+    return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

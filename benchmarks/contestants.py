@@ -38,8 +38,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "demo": {"n_layer": 8, "n_head": 6, "n_embd": 192},
     "small": {"n_layer": 12, "n_head": 12, "n_embd": 768},
 }
-LEAST_OF_BPE = 300
-"""Pieces: a byte-level vocabulary is larger than 256; a smaller one is of characters."""
+LEAST_BPE_VOCAB = 300
+"""Below this the vocabulary is of characters: a byte-level one has 256 pieces for the bytes alone."""
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 DEFAULTS: dict[str, Any] = {
     "model": "demo",
@@ -65,14 +65,8 @@ class Contestant:
         self._folder = tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True)
         self._log = Path(self._folder.name) / f"{name}.log"
         self.name = name
-        command = [
-            sys.executable,
-            __file__,
-            name,
-            json.dumps(DEFAULTS | settings),
-            str(theirs),
-            str(theirs_out),
-        ]
+        own_settings = json.dumps(DEFAULTS | settings)
+        command = [sys.executable, __file__, name, own_settings, str(theirs), str(theirs_out)]
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
                 command,
@@ -218,11 +212,8 @@ def train_lm(s: dict[str, Any], gate: Gate) -> None:
         **{f"model.config.{key}": value for key, value in config.items()},
         **{key: str(value).format(**s) for key, value in s["options"].items()},
     }
-    sys.argv = [
-        str(ROOT / "train_lm.py"),
-        *(f"--{key}={value}" for key, value in options.items()),
-        *extra,
-    ]
+    words = [f"--{key}={value}" for key, value in options.items()]
+    sys.argv = [str(ROOT / "train_lm.py"), *words, *extra]
     if s.get("resume"):  # another process makes a checkpoint, and this one goes on from it
         first = [*sys.argv, "--train.duration=5 steps", "--evaluate.at_end=false"]
         subprocess.run([sys.executable, *first], check=True)
@@ -268,7 +259,7 @@ def prepare_corpus(vocab: int) -> None:
         f"--data.store_dir={corpus(vocab)}",
         "--data.block_size=256",
     ]
-    if vocab < LEAST_OF_BPE:
+    if vocab < LEAST_BPE_VOCAB:
         options += ["--tokenizer.model_type=char", "--tokenizer.byte_fallback=false"]
     subprocess.run(
         [*command, *options], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -276,23 +267,24 @@ def prepare_corpus(vocab: int) -> None:
 
 
 def corpus(vocab: int) -> Path:
-    """Where it lies."""
+    """The folder of the tokenizer and the token stores that :func:`prepare_corpus` makes."""
     return Path(tempfile.gettempdir()) / f"benchmark-corpus-{vocab}"
 
 
 def train_tokens(s: dict[str, Any]) -> Any:
     """The text that all programs train on, (N,) uint16."""
-    import numpy as np
-
-    parts = sorted(corpus(s["vocab"]).glob("*train*/part-*.bin"))
-    return np.concatenate([np.fromfile(part, dtype=np.uint16) for part in parts])
+    return _stored_tokens(s["vocab"], "train")
 
 
 def held_out_tokens(vocab: int) -> Any:
     """The demo's held-out text, (N,) uint16."""
+    return _stored_tokens(vocab, "valid")
+
+
+def _stored_tokens(vocab: int, split: str) -> Any:
     import numpy as np
 
-    parts = sorted(corpus(vocab).glob("*valid*/part-*.bin"))
+    parts = sorted(corpus(vocab).glob(f"*{split}*/part-*.bin"))
     return np.concatenate([np.fromfile(part, dtype=np.uint16) for part in parts])
 
 

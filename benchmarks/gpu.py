@@ -320,14 +320,19 @@ def without_masks(kind: str) -> None:
     modeling.create_causal_mask = lambda **_: None
 
 
+def config_fields(case: Case) -> dict[str, Any]:
+    """Fields of the model's config, with room for the case's blocks."""
+    positions = "n_positions" if case.type == "gpt2" else "max_position_embeddings"
+    return {positions: case.tokens, **case.fields}
+
+
 def plain_model(case: Case) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     without_masks(case.type)
     padded = -(-case.vocab // 64) * 64
-    positions = {"n_positions" if case.type == "gpt2" else "max_position_embeddings": case.tokens}
     special = {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
-    config = AutoConfig.for_model(case.type, vocab_size=padded, **positions, **special, **case.fields)
+    config = AutoConfig.for_model(case.type, vocab_size=padded, **special, **config_fields(case))
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
@@ -409,7 +414,7 @@ def child_trainer(argument: dict[str, Any]) -> dict[str, Any]:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     case, device = Case(**argument["case"]), device_here()
-    data, turns = blocks_of(case), Turns(case, device_here())
+    data, turns = blocks_of(case), Turns(case, device)
 
     class Blocks(torch.utils.data.Dataset[dict[str, Any]]):
         def __len__(self) -> int:
@@ -481,9 +486,8 @@ def child_flops(argument: dict[str, Any]) -> int:
     from lmcore.plan import plan, trace
 
     case = Case(**argument)
-    positions = {"n_positions" if case.type == "gpt2" else "max_position_embeddings": case.tokens}
     bare, probe = trace.build_on_meta(
-        type=case.type, config_overrides={**positions, **case.fields}, vocab_size=case.vocab
+        type=case.type, config_overrides=config_fields(case), vocab_size=case.vocab
     )
     found = plan.model_flops_per_token(ModelWithLoss(bare, probe=probe), case.tokens)
     assert found is not None

@@ -77,16 +77,8 @@ def run(command: Sequence[str], **environment: str) -> tuple[float, float]:
 
 def processes(rounds: int) -> None:
     """Two processes of one thread, and one process of two threads."""
-    launch = [
-        "accelerate",
-        "launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "train_lm.py",
-    ]
+    processes_and_machines = ["--num_processes=2", "--num_machines=1"]
+    launch = ["accelerate", "launch", "--multi_gpu", *processes_and_machines, "train_lm.py"]
     sides = {
         "2 processes x 1 thread (DDP, gloo)": (launch, "1", str(BLOCKS // 2)),
         "1 process x 2 threads": ([sys.executable, "train_lm.py"], "2", str(BLOCKS)),
@@ -108,10 +100,8 @@ def processes(rounds: int) -> None:
                     },
                 )
                 run([*command, *given], OMP_NUM_THREADS=threads)
-                logged = [
-                    line["tokens_per_second"]
-                    for line in read_metrics(Path(folder) / "run/metrics.jsonl", kind="train")
-                ]
+                lines = read_metrics(Path(folder) / "run/metrics.jsonl", kind="train")
+                logged = [line["tokens_per_second"] for line in lines]
             rates[name].append(statistics.median(logged[5:]))
     first, second = rates.values()
     ratio = common.ratios(first, second)

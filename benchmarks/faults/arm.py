@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import json
 import os
 import signal
@@ -64,7 +65,7 @@ IMPORTS = (
 """``import NAME`` is a place too, for ranks of a real launcher."""
 
 
-def fire(mark: Path, alone: bool, action: Callable[[], None] | None = None) -> None:
+def fire(mark: Path, alone: bool) -> None:
     """Say that the place is reached, and die; if others are to die too, wait for whoever kills all."""
     aside = mark.with_name(f"{mark.name}.{os.getpid()}")
     aside.write_text(

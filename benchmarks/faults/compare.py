@@ -52,9 +52,8 @@ def trainer(folder: Path, *, nan_at: int | None = None, jit: bool = False, step_
 
     calls = 0
 
-    def poison(
-        _module: Any, _inputs: Any, output: Any
-    ) -> None:  # a hook: the Trainer reads forward's signature
+    # A hook and not another forward: the Trainer reads forward's signature.
+    def poison(_module: Any, _inputs: Any, output: Any) -> None:
         nonlocal calls
         time.sleep(step_seconds)
         if calls == nan_at:
@@ -86,8 +85,15 @@ def trainer(folder: Path, *, nan_at: int | None = None, jit: bool = False, step_
     (folder / "losses.json").write_text(json.dumps({"losses": losses, "weights_finite": finite}))
 
 
+def run_ours(place: Path, folder: Path, inject: Callable[[int], None] = kinds.lighten) -> runs.Run:
+    """One start of ``train_lm.py``, to its end."""
+    run = runs.start(kinds.arguments(place, folder), logs=folder / "logs", inject=inject)
+    run.wait(120)
+    return run
+
+
 def start_trainer(folder: Path, **options: Any) -> runs.Run:
-    """Fork one start of the Trainer."""
+    """Fork one start of the Trainer; it is still running."""
     folder.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
     if pid == 0:
@@ -121,16 +127,9 @@ def newest(folder: Path) -> Path | None:
 def kill_in_save(place: Path, folder: Path, draw: random.Random) -> dict[str, Any]:
     """SIGKILL while a save is on its way; then the same command again."""
     folder.mkdir(parents=True)
-    run = runs.start(
-        kinds.arguments(place, folder / "ours"),
-        logs=folder / "ours" / "logs",
-        inject=kinds.in_save(draw.randrange(60), lambda: os.kill(os.getpid(), signal.SIGKILL)),
-    )
-    run.wait(120)
-    again = runs.start(
-        kinds.arguments(place, folder / "ours"), logs=folder / "ours" / "logs", inject=kinds.lighten
-    )
-    again.wait(120)
+    kill = kinds.in_save(draw.randrange(60), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run = run_ours(place, folder / "ours", kill)
+    again = run_ours(place, folder / "ours")
     ours = run.codes == {0: -9} and again.codes == {0: 0}
 
     theirs_folder = folder / "theirs"
@@ -154,12 +153,10 @@ def kill_in_save(place: Path, folder: Path, draw: random.Random) -> dict[str, An
 def flip_a_bit(place: Path, folder: Path, draw: random.Random) -> dict[str, Any]:
     """One bit of the weights in the newest of two checkpoints is flipped, and the same command given again."""
     ours_folder = folder / "ours"
-    run = runs.start(kinds.arguments(place, ours_folder), logs=ours_folder / "logs", inject=kinds.lighten)
-    run.wait(120)
+    run_ours(place, ours_folder)
     older, step = runs.committed_steps(ours_folder / "run")
     _flip(ours_folder / "run" / "checkpoints" / f"step-{step:08d}" / "model.safetensors", draw)
-    again = runs.start(kinds.arguments(place, ours_folder), logs=ours_folder / "logs", inject=kinds.lighten)
-    again.wait(120)
+    again = run_ours(place, ours_folder)
     log = (ours_folder / "run" / "train.log").read_text()
     resumed_from = [event["step"] for event in runs.events(ours_folder / "run", "resume")]
 
@@ -170,12 +167,11 @@ def flip_a_bit(place: Path, folder: Path, draw: random.Random) -> dict[str, Any]
     _flip(last / "model.safetensors", draw)
     resumed = start_trainer(folder / "theirs")
     resumed.wait(120)
+    refused = resumed.codes != {0: 0}
     return {
         "ours": again.codes == {0: 0} and "is damaged" in log and resumed_from == [older],
-        "trainer": resumed.codes != {0: 0},
-        "trainer_said": last_error(folder / "theirs")
-        if resumed.codes != {0: 0}
-        else "nothing: resumed from it",
+        "trainer": refused,
+        "trainer_said": last_error(folder / "theirs") if refused else "nothing: resumed from it",
     }
 
 
@@ -190,12 +186,7 @@ def one_nan(place: Path, folder: Path, draw: random.Random) -> dict[str, Any]:
     """One loss is NaN: is the update kept from the weights, and is the NaN shown?"""
     (folder / "evidence").mkdir(parents=True)
     at = draw.randrange(8, 60)
-    run = runs.start(
-        kinds.arguments(place, folder / "ours"),
-        logs=folder / "ours" / "logs",
-        inject=kinds.poison({at: 0}, folder / "evidence"),
-    )
-    run.wait(120)
+    run = run_ours(place, folder / "ours", kinds.poison({at: 0}, folder / "evidence"))
     skipped = runs.events(folder / "ours" / "run", "skip")
     theirs = start_trainer(folder / "theirs", nan_at=at // 2)
     theirs.wait(120)
@@ -211,12 +202,7 @@ def one_nan(place: Path, folder: Path, draw: random.Random) -> dict[str, Any]:
 def sigterm(place: Path, folder: Path, draw: random.Random) -> dict[str, Any]:
     """SIGTERM in the middle: is there a checkpoint of the step at which it came?"""
     at = draw.randrange(10, 60)
-    run = runs.start(
-        kinds.arguments(place, folder / "ours"),
-        logs=folder / "ours" / "logs",
-        inject=kinds.at_forward(at, lambda: signal.raise_signal(signal.SIGTERM)),
-    )
-    run.wait(120)
+    run = run_ours(place, folder / "ours", kinds.at_forward(at, lambda: signal.raise_signal(signal.SIGTERM)))
     steps = runs.committed_steps(folder / "ours" / "run")
     theirs = start_trainer(folder / "theirs")
     wanted = draw.randrange(1, 6) * SAVE_EVERY
@@ -242,12 +228,8 @@ def sigterm_jit(place: Path, folder: Path, draw: random.Random) -> dict[str, Any
     The Trainer has ``enable_jit_checkpoint``, which waits 3 s before it asks for a save; its steps take 0.15 s here.
     """
     at = draw.randrange(10, 60)
-    begin = time.monotonic()
-    for inject in (kinds.at_forward(at, lambda: signal.raise_signal(signal.SIGTERM)), kinds.lighten):
-        run = runs.start(
-            kinds.arguments(place, folder / "ours"), logs=folder / "ours" / "logs", inject=inject
-        )
-        run.wait(120)
+    run_ours(place, folder / "ours", kinds.at_forward(at, lambda: signal.raise_signal(signal.SIGTERM)))
+    run_ours(place, folder / "ours")
     ours = runs.outcome(folder / "ours" / "run")
     expected = kinds.undisturbed(place)
 
@@ -267,19 +249,17 @@ def sigterm_jit(place: Path, folder: Path, draw: random.Random) -> dict[str, Any
     found = json.loads((folder / "theirs" / "losses.json").read_text())["losses"]
     undisturbed = json.loads((place / "undisturbed" / "losses.json").read_text())["losses"]
     unequal = [number for number, pair in enumerate(zip(found, undisturbed), 1) if pair[0] != pair[1]]
-    said = f"exit {theirs.codes[0]} {seconds:.0f} s after the signal; the continued run"
+    if unequal[:1] == [step + 1]:
+        difference = "has other losses from its first step on"
+    elif unequal:
+        difference = f"has other losses from step {unequal[0]} on, saved was {step}"
+    else:
+        difference = f"has {len(found)} losses, all equal"
     return {
         "ours": all(ours[name] == expected[name] for name in ours),
         "trainer": again.codes == {0: 0} and found == undisturbed,
         "trainer_saved": step < STEPS,
-        "trainer_said": f"{said} "
-        + (
-            "has other losses from its first step on"
-            if unequal[:1] == [step + 1]
-            else f"has other losses from step {unequal[0]} on, saved was {step}"
-            if unequal
-            else f"has {len(found)} losses, all equal"
-        ),
+        "trainer_said": f"exit {theirs.codes[0]} {seconds:.0f} s after the signal; the continued run {difference}",
     }
 
 
