@@ -60,6 +60,7 @@ from lmcore.data.store.workers import (
     part_file,
 )
 from lmcore.data.text import documents, hub, listing
+from lmcore.data.text.sources import HUB
 from lmcore.disk import DISK
 from lmcore.errors import FaultError, RequestError
 from lmcore.humanize import amount
@@ -263,9 +264,9 @@ def files_of(source: documents.Source) -> list[list[Any]]:
 
 
 def _files_of(source: documents.Source) -> list[list[Any]]:
-    samples = iter(samples_of([path for path in source.paths if not path.startswith(hub.PREFIX)]))
+    samples = iter(samples_of([path for path in source.paths if not path.startswith(HUB)]))
     return [
-        [name, 0, hub.fingerprint(path)] if path.startswith(hub.PREFIX) else [name, *next(samples)]
+        [name, 0, hub.fingerprint(path)] if path.startswith(HUB) else [name, *next(samples)]
         for name, path in zip(source.relative_paths or source.paths, source.paths)
     ]
 

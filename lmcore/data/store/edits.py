@@ -19,8 +19,9 @@ from typing import Any
 from lmcore.data.store.manifest import MANIFEST
 from lmcore.data.store.samples import WHOLE_BYTES, state_of
 from lmcore.data.store.verification import BACKGROUND_BYTES, file_hash, file_state, remembered
-from lmcore.data.text import hub, remote
+from lmcore.data.text import remote
 from lmcore.data.text.documents import Source
+from lmcore.data.text.sources import HUB
 from lmcore.errors import RequestError
 
 _KEY = "text"
@@ -96,7 +97,7 @@ def _large_files(source: Source) -> dict[str, tuple[str, list[int]]]:
     states = {
         name: (path, state_of(path)[:4])  # not the device, whose number changes with each mount of some
         for name, path in zip(unique_names(source.relative_paths or source.paths), source.paths)
-        if not path.startswith(hub.PREFIX) and not remote.is_remote(path)
+        if not path.startswith(HUB) and not remote.is_remote(path)
     }
     return {name: found for name, found in states.items() if found[1][0] > WHOLE_BYTES}
 

@@ -39,7 +39,7 @@ _NUMPY_MAGIC = b"\x93NUMPY"
 
 
 def are_tokens(paths: Sequence[str]) -> bool:
-    """Are these files of tokens?
+    """Whether these are files of tokens.
 
     Raises:
         RequestError: some are and some are not.

@@ -132,7 +132,7 @@ def is_blank(line: bytes) -> bool:
 
 
 def encoding_is_wide(encoding: str) -> bool:
-    """Is a line end something else than the byte 0x0A (UTF-16, UTF-32, EBCDIC)? Such files are not cut into parts."""
+    """Whether a line ends in anything but the byte 0x0A (UTF-16, UTF-32, EBCDIC). Such files are not cut into parts."""
     return "\n".encode(encoding) != b"\n"
 
 

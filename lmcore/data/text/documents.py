@@ -327,7 +327,7 @@ def _not_text(head: bytes, damage: Damage) -> Damage | None:
 
 
 def _blank_line_before(piece: Piece) -> bool:
-    """Is the last line that begins before ``piece.start`` blank?"""
+    """Whether the last line that begins before ``piece.start`` is blank."""
     with open_file(piece.path) as file:
         # From the beginning of that line, which is found backwards, to its end, which may lie behind start.
         begin = end = piece.start - 1

@@ -238,7 +238,7 @@ def json_file(pieces: Iterable[bytes | Damage], encoding: str) -> Values:
 
 
 def _are_records(visible: list[bytes], encoding: str) -> bool:
-    """Are these, the first lines of a file, one record each, of which the first may be broken?"""
+    """Whether these first lines of a file are one record each (JSON Lines); the first may be broken."""
     if not visible or not visible[0].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
         return False
     whole = [isinstance(_json(line, encoding), dict) for line in visible]

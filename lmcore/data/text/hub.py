@@ -21,8 +21,6 @@ from lmcore.data.text.sources import HUB
 from lmcore.errors import FaultError, RequestError
 from lmcore.humanize import one_line
 
-PREFIX = HUB
-
 
 @lru_cache(maxsize=8)
 def _open(path: str) -> tuple[Any, str]:
@@ -35,7 +33,7 @@ def _open(path: str) -> tuple[Any, str]:
         import datasets  # optional, and slow to import
     except ImportError:
         raise RequestError(f"{path} needs the package datasets: pip install datasets") from None
-    name, _, query = path.removeprefix(PREFIX).partition("?")
+    name, _, query = path.removeprefix(HUB).partition("?")
     name, _, revision = name.partition("@")
     options = {key: values[-1] for key, values in parse_qs(query).items()}
     unknown = sorted(set(options) - {"config", "split"})
@@ -59,12 +57,12 @@ def fingerprint(path: str) -> str:
 
 
 def is_hub(source: documents.Source) -> bool:
-    """Is the source a dataset of the Hub?
+    """Whether the source is a dataset of the Hub.
 
     Raises:
         RequestError: it is one of several paths of the source.
     """
-    found = [path.startswith(PREFIX) for path in source.paths]
+    found = [path.startswith(HUB) for path in source.paths]
     if any(found) and len(found) > 1:
         raise RequestError(f"{source.paths[found.index(True)]} must be a source of its own")
     return any(found)
@@ -97,7 +95,7 @@ def documents_of(
     empty: Callable[[str], None] | None = None,
 ) -> Iterator[documents.Document]:
     """The documents of a part of any source; see :func:`lmcore.data.text.documents.read`."""
-    if not part.path.startswith(PREFIX):  # not of the source: it may have a million files
+    if not part.path.startswith(HUB):  # not of the source: it may have a million files
         return documents.read(source, part, bad=bad, empty=empty)
     return _rows(source, part, bad, empty)
 

@@ -701,7 +701,7 @@ def _size(path: str) -> int:
 
 
 def _has_paragraphs(lines: Sequence[str]) -> bool:
-    """Is a blank line between two others?"""
+    """Whether there is a blank line between two others."""
     last = next((index for index in range(len(lines) - 1, 0, -1) if lines[index].strip()), 0)
     return any(not lines[i].strip(" \t\r") and lines[i - 1].strip() for i in range(1, last))
 
