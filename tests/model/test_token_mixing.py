@@ -64,7 +64,7 @@ def test_families_with_plain_causal_attention_can_share_blocks(family: str, fiel
     ("family", "fields", "options", "reason"),
     [
         ("gpt2", GPT2, {"attention": "eager"}, "its attention is eager"),
-        ("mistral", SMALL | {"sliding_window": 16}, {}, "a window (sliding_window 16)"),
+        ("mistral", SMALL | {"sliding_window": 16}, {}, "a window of 16 (sliding_window)"),
         ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, {}, "not sdpa"),
         (
             "falcon",
