@@ -24,6 +24,13 @@ def one_line(text: str) -> str:
     return CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
+def short_repr(value: object) -> str:
+    """``value`` in an error message: its ``repr`` on one line, cut to at most 60 characters."""
+    # repr escapes line breaks and control characters, and leaves other scripts readable.
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def message_of(error: BaseException) -> str:
     r"""The message of an error on one line.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lmcore.errors import RequestError
-from lmcore.humanize import did_you_mean, message_of
+from lmcore.humanize import did_you_mean, message_of, short_repr
 
 
 def check_import_path(path: str, option: str) -> None:
@@ -17,7 +17,7 @@ def check_import_path(path: str, option: str) -> None:
     module, colon, name = path.partition(":")
     if not colon or not all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):
         raise RequestError(
-            f"{option} {path!r} is not an import path: write package.module:function, such as my_model:build"
+            f"{option} {short_repr(path)} is not an import path: write package.module:function, such as my_model:build"
         )
 
 

@@ -21,7 +21,7 @@ from lmcore.config import yaml
 from lmcore.config.curves import Curve, is_curve
 from lmcore.config.durations import Duration, Durations
 from lmcore.errors import RequestError
-from lmcore.humanize import did_you_mean
+from lmcore.humanize import did_you_mean, short_repr
 
 LARGEST_INTEGER = 2**63 - 1
 
@@ -144,9 +144,7 @@ def shown(value: Any) -> str:
         return f"an integer of {len(hex(value)) - 2} hexadecimal digits"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    # repr escapes line breaks and control characters, and leaves other scripts readable.
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return short_repr(value)
 
 
 def describe(kind: Any) -> str:
