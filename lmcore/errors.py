@@ -223,6 +223,10 @@ def _tell_launcher(message: str) -> None:
     if not path:
         return
     details = {"py_callstack": message, "timestamp": str(int(time.time()))}
-    # It is on the screen already
-    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
-        json.dump({"message": {"message": message, "extraInfo": details}}, file)
+    # As a whole: the launcher ends the other ranks while they write theirs, and fails on a file that is not JSON.
+    # A write that fails is no matter: the message is on the screen already.
+    aside = f"{path}.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        with open(aside, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": message, "extraInfo": details}}, file)
+        os.replace(aside, path)
