@@ -551,7 +551,9 @@ class Plan:
         groups = ", ".join(f"{name} {short(count)}" for name, count in p.groups.items())
         frozen = f"; {short(p.trained)} trained" if p.trained != p.total else ""
         ratio = self.tokens / p.total
-        best = f"about {TOKENS_PER_PARAMETER:g} make the best model for a given compute (Hoffmann et al. 2022)"
+        best = (
+            f"about {TOKENS_PER_PARAMETER:g} make the best model for a given compute (Hoffmann et al. 2022)"
+        )
         if p.total < LEAST_PARAMETERS:
             best = (
                 f"the rule of {TOKENS_PER_PARAMETER:g} was found above {short(LEAST_PARAMETERS)} parameters (Hoffmann et al. 2022); "
