@@ -120,16 +120,28 @@ def train(values: dict[str, Any], folder: Path) -> ladder.Result:
 
 
 def one_run(
-    case: Case, results: dict[str, Any], member: str, rate: float, blocks: int, steps: int, seed: int
+    case: Case,
+    results: dict[str, Any],
+    member: str,
+    rate: float,
+    blocks: int,
+    steps: int,
+    seed: int,
+    first: int = 0,
 ) -> float:
-    """The loss of a whole WSD run: from the results, or trained and kept."""
-    name = f"{case.asked.name}-{member}-b{blocks}-lr{rate:.4g}-{steps}-s{seed}"
+    """The loss of a WSD run from its start: from the results, or trained and kept.
+
+    Args:
+        first: steps of the run whose warm-ups it has, as a ladder's longer runs have those of the shortest; 0: its own.
+    """
+    name = f"{case.asked.name}-{member}-b{blocks}-lr{rate:.4g}-{steps}{f'-of{first}' * bool(first)}-s{seed}"
     if name not in results:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
-            design = ladder.Design(members=(member,), steps=(steps,), rate=rate, batch_blocks=blocks,
+            design = ladder.Design(members=(member,), steps=(first or steps,), rate=rate, batch_blocks=blocks,
                                    block_size=case.asked.block_size)  # fmt: skip
-            values = ladder.rung_values(case.base(member, seed), design, design.rung(member, rate, 1), folder)
+            rung = ladder.Rung(member=member, rate=rate, batch_blocks=blocks, steps=steps)
+            values = ladder.rung_values(case.base(member, seed), design, rung, folder)
             values["checkpoint"]["every"] = "never"
             loss = train(values, folder).loss
         assert loss is not None
@@ -171,8 +183,10 @@ def climb(case: Case, results: dict[str, Any]) -> None:
         while waiting := ladder.due(design, losses):
             # Each from its start: the same digits as resuming its parent, and a result that stands alone.
             for rung in waiting:
-                blocks, steps = rung.batch_blocks, rung.steps
-                losses[rung.name] = one_run(case, results, rung.member, rung.rate, blocks, steps, 1)
+                blocks, steps, first = rung.batch_blocks, rung.steps, design.first_steps(rung)
+                losses[rung.name] = one_run(
+                    case, results, rung.member, rung.rate, blocks, steps, 1, first if first < steps else 0
+                )
         fitted = scaling.fit(ladder.points(design, case.members, losses), case.unique_tokens)
         candidates = [
             scaling.Candidate(name=name, parameters=m.parameters, tokens_per_second=speed[name])

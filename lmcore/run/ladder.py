@@ -102,6 +102,10 @@ class Design:
     batch_blocks: int
     block_size: int
 
+    def first_steps(self, rung: Rung) -> int:
+        """Steps of the shortest run of its size with its batch."""
+        return self.steps[self.members.index(rung.member)] * self.batch_blocks // rung.batch_blocks
+
     def rung(self, member: str, rate: float, horizon: int, *, batch: float = 1.0) -> Rung:
         """The rung of a size at a rate; ``batch`` multiplies the batch and divides the steps: the tokens stay."""
         first = round(self.steps[self.members.index(member)] / batch)
@@ -306,8 +310,9 @@ def rung_values(base: dict[str, Any], design: Design, rung: Rung, folder: Path) 
         base: options of all rungs (text, tokenizer, optimizer, precision), nested.
         folder: of the ladder; the rung's run folder is ``folder/runs/NAME``.
     """
-    shortest = rung.steps if rung.parent is None else None
-    first = shortest or design.steps[design.members.index(rung.member)]
+    first = design.first_steps(
+        rung
+    )  # it decides the warm-ups of all lengths, so that a longer run can go on from a shorter one
     resume = "auto" if rung.parent is None else str(
         folder / "runs" / rung.parent / "checkpoints" / f"step-{rung.parent_step:08d}"
     )  # fmt: skip

@@ -33,7 +33,7 @@ from lmcore.run import setup
 from lmcore.run.folder import RunFolder
 from tests.support.whole_runs import train, words
 
-TRUE = Law(E=1.2, A=40.0, alpha=0.33, B=150.0, beta=0.40)
+TRUE = Law(E=0.3, A=15.0, alpha=0.14, B=15.7, beta=0.12, joint=0.12)
 BEST_RATE = 0.014
 VOCABULARY, BLOCK = 400, 32
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -18,6 +19,17 @@ PLENTY = 1e15
 
 
 def known_law(seed: int) -> Law:
+    """As Kaplan et al. have it, over a floor of up to a third of the loss."""
+    draw = np.random.default_rng(seed)
+    alpha, beta = draw.uniform(0.07, 0.2), draw.uniform(0.08, 0.2)
+    a, b = draw.uniform(2.0, 3.0), draw.uniform(2.2, 3.5)  # the two parts at 1M parameters and 3M tokens
+    return Law(
+        E=draw.uniform(0.0, 1.0), A=a * 1e6**alpha, alpha=alpha, B=b * 3e6**beta, beta=beta, joint=beta
+    )
+
+
+def known_sum(seed: int) -> Law:
+    """As Hoffmann et al. have it: another form than the one that is fitted."""
     draw = np.random.default_rng(seed)
     alpha, beta = draw.uniform(0.25, 0.45), draw.uniform(0.28, 0.45)
     a, b = draw.uniform(0.3, 1.0), draw.uniform(0.8, 1.8)  # the two parts at 1M parameters and 3M tokens
@@ -78,18 +90,39 @@ def test_fit_without_noise_predicts_an_unseen_run_nearby() -> None:
         assert fitted.residual < 0.002
 
 
-def test_interval_holds_an_unseen_run_about_as_often_as_it_says() -> None:
+@pytest.mark.parametrize(("law_of", "error"), [(known_law, 0.015), (known_sum, 0.035)])
+def test_interval_holds_an_unseen_run_about_as_often_as_it_says(
+    law_of: Callable[[int], Law], error: float
+) -> None:
     inside, errors = [], []
-    for seed in range(24):
-        law, draw = known_law(seed), np.random.default_rng(1000 + seed)
-        fitted = scaling.fit(ladder_of(law, 0.005, seed), PLENTY, draws=60)
+    for seed in range(16):
+        law, draw = law_of(seed), np.random.default_rng(1000 + seed)
+        fitted = scaling.fit(ladder_of(law, 0.005, seed), PLENTY, draws=40)
         reached = law.loss(8e6, 4e7) * math.exp(0.005 * draw.standard_normal())
         interval = fitted.predict(8e6, 4e7)
         inside.append(interval.low <= reached <= interval.high)
         errors.append(abs(interval.middle / reached - 1))
-    # 24 draws at 90%: 18 or fewer have a probability of 3%; the seeds are fixed, so that this never flakes.
-    assert sum(inside) >= 19
-    assert np.mean(errors) < 0.025
+    # 16 draws at 90%: 12 or fewer have a probability of 7%; the seeds are fixed, so that this never flakes.
+    assert sum(inside) >= 13
+    assert np.mean(errors) < error
+
+
+def test_fit_of_a_real_ladder_expects_what_a_run_twelve_times_as_long_reached() -> None:
+    """Measured on Python source, 2026-11-30 (docs/log.md): the sum of Hoffmann et al. expected 3.206, at least 2.878."""
+    ladder = {
+        45_056: {128_000: 4.187776, 256_000: 3.994827, 512_000: 3.858002},
+        163_840: {81_920: 4.222855, 163_840: 3.918722, 327_680: 3.685425},
+        430_080: {46_080: 4.434929, 92_160: 4.131803, 184_320: 3.871328},
+    }
+    points = [
+        Point(parameters=parameters, tokens=tokens, loss=loss)
+        for parameters, runs in ladder.items()
+        for tokens, loss in runs.items()
+    ]
+    expected = scaling.fit(points, 4_507_392, draws=100).predict(917_504, 6_087_680)
+    assert expected.low <= 2.7331 <= expected.high
+    assert expected.middle == pytest.approx(2.7331, rel=0.015)
+    assert expected.width < 0.1
 
 
 def test_interval_grows_with_noise_and_with_distance() -> None:
