@@ -223,6 +223,9 @@ def report(results: dict[str, Any]) -> str:
         by_setting: dict[tuple[Any, ...], list[float]] = {}
         for run in results.values():
             if run.get("loss") and run["corpus"] == choice["corpus"]:  # of one that diverged it is null
+                speed = results[f"speed-{run['corpus']}-{run['member']}"]["tokens_per_second"]
+                if not 0.85 <= run["tokens"] / speed / choice["budget"] <= 1.05:  # the chosen run has 0.9 of it
+                    continue
                 setting = (run["member"], run["rate"], run["blocks"], run["steps"])
                 by_setting.setdefault(setting, []).append(run["loss"])
         reached = statistics.mean(choice["reached"])
@@ -235,7 +238,7 @@ def report(results: dict[str, Any]) -> str:
                 f"{choice['budget']:g}",
                 f"{choice['member']}, rate {choice['rate']:g}, {choice['blocks']} blocks",
                 f"{reached:.4f}",
-                f"{reached / min(full) - 1:+.2%} of {len(full)}" if full else "-",
+                f"{reached / min(full) - 1:+.2%} of {len(full)}" if len(full) > 1 else "-",
                 f"{expected['middle'] / reached - 1:+.2%}",
                 f"{inside} of {len(choice['reached'])}",
             )
