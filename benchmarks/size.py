@@ -224,7 +224,8 @@ def report(results: dict[str, Any]) -> str:
         for run in results.values():
             if run.get("loss") and run["corpus"] == choice["corpus"]:  # of one that diverged it is null
                 speed = results[f"speed-{run['corpus']}-{run['member']}"]["tokens_per_second"]
-                if not 0.85 <= run["tokens"] / speed / choice["budget"] <= 1.05:  # the chosen run has 0.9 of it
+                # The chosen run has nine tenths of the budget.
+                if not 0.85 <= run["tokens"] / speed / choice["budget"] <= 1.05:
                     continue
                 setting = (run["member"], run["rate"], run["blocks"], run["steps"])
                 by_setting.setdefault(setting, []).append(run["loss"])
