@@ -27,8 +27,9 @@ demo: $(BIN)/.installed  ## install, train the demo recipe end to end, sample, r
 test: $(BIN)/.installed-dev  ## install, the core tests: every law, one pairing of every mode
 	$(BIN)/python -m pytest -q -n 2
 
+# Three workers for two cores: these tests often wait, for signals and clusters.
 test-all: $(BIN)/.installed-dev  ## the rest: whole matrices, Slurm, faults, the commands of the docs
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m '$(MARKS)'
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m '$(MARKS)'
 
 faults: $(BIN)/.installed-dev  ## the large fault campaign: hours; resumable; FAULTS=folder of its results
 	$(BIN)/python -m benchmarks.faults.campaign --all --out $(FAULTS)

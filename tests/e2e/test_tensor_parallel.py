@@ -160,7 +160,9 @@ def test_shared_layers_in_bf16(text: Path, tmp_path: Path, strategy: str, proces
     "legs",
     [
         [("ddp", 2, 2), ("fsdp2", 2, 1)],
-        pytest.param([("ddp", 2, 2), ("single", 1, 1), ("fsdp2", 4, 2)], marks=pytest.mark.slow),
+        pytest.param(
+            [("ddp", 2, 2), ("single", 1, 1), ("fsdp2", 4, 2)], marks=[pytest.mark.slow, pytest.mark.long]
+        ),
         pytest.param(
             [("single", 1, 1), ("ddp", 4, 2), ("fsdp2", 2, 1), ("ddp", 2, 2)], marks=pytest.mark.slow
         ),
