@@ -467,7 +467,9 @@ def report(words: list[str]) -> None:
             if same
         ]
     if not runs:
-        raise RequestError(f"--where {' '.join(asked.where)}: not so in {amount(len(asked.runs), 'run')}")
+        raise RequestError(
+            f"--where {' '.join(asked.where)}: no such run among {amount(len(asked.runs), 'run')}"
+        )
     name = "report.html" if len(runs) == 1 else "comparison.html"
     outs = [Path(asked.out)] if asked.out else [run.path / name for run in runs]
     html.write_report(runs, *outs)

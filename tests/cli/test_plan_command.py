@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +50,8 @@ def test_pretrained_model_is_planned_from_its_config_without_weights(
     monkeypatch.chdir(tmp_path)
     # What is free here changes all the time
     monkeypatch.setattr("lmcore.process.available_bytes", lambda: 2**34)
+    free = SimpleNamespace(total=2**40, used=0, free=2**39)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
     Path("base.yaml").write_text("run_dir: runs/x\n")  # so that the demo's sizes do not stand in
     made = train_tokenizer([words(200, 0)], vocab_size=300, folder="weights")
     base = ["--config", "base.yaml", *SIZES]

@@ -508,7 +508,7 @@ def test_past_runs_are_picked_by_their_configuration(
     assert "a: steps" not in capsys.readouterr().out, "an older run has no such option: it is not that run"
     with pytest.raises(RequestError, match="no lrr"):
         saved.report([*both, "--where", "lrr=1"])
-    with pytest.raises(RequestError, match="none of the 2"):
+    with pytest.raises(RequestError, match="no such run among 2 runs"):
         saved.report([*both, "--where", "lr=7"])
 
 

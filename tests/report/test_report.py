@@ -650,7 +650,7 @@ def test_metrics_wait_for_a_full_disk(tmp_path: Path) -> None:
             assert not report.failed
         assert [r["step"] for r in read_metrics(folder, "train")] == [1, *range(2, 31, 2)]
         assert stream.getvalue().count("cannot be written (No space left on device)") == 1
-        assert "is written again; no record is missing" in stream.getvalue()
+        assert "is written again; no record missing" in stream.getvalue()
 
 
 def test_metrics_lost_to_a_full_disk_are_counted(tmp_path: Path) -> None:
