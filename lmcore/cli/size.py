@@ -65,8 +65,8 @@ PROBES = (64, 128, 256, 512, 1024)
 START_RATES = {"muon": 0.01, "adamw": 0.003}
 """Where the search begins: the demo's rate, and that of its version with AdamW."""
 LEAST_TEXT_BLOCKS, LEAST_VALID_BLOCKS = 64, 8
-WIDE = 0.1
-"""An interval wider than this share of the loss, or a fit that misses its own runs by more than a quarter of it, does not hold."""
+WIDE, MISSED = 0.2, 0.025
+"""An interval wider than this share of the loss, or a fit that misses its own runs by more than this share, does not hold."""
 UNSTEADY = 0.25
 """Difference between the fastest and the slowest rung of one size, as a share, above which a warning is printed."""
 REACH = 16
@@ -737,7 +737,7 @@ class Recipe:
         """What the user must know before trusting the numbers."""
         found = []
         search, interval, choice = self.search, self.chosen.expected, self.chosen
-        if interval.width > WIDE or self.fitted.residual > WIDE / 4:
+        if interval.width > WIDE or self.fitted.residual > MISSED:
             found.append(
                 f"the fit does not hold: the interval is {interval.width:.0%} of the loss (up to {WIDE:.0%} is usable), the "
                 f"fit misses its own runs by {self.fitted.residual:.1%}. Take the numbers as a guess; a longer --budget is surer"
