@@ -134,7 +134,8 @@ def one_run(
     Args:
         first: steps of the run whose warm-ups it has, as a ladder's longer runs have those of the shortest; 0: its own.
     """
-    name = f"{case.asked.name}-{member}-b{blocks}-lr{rate:.4g}-{steps}{f'-of{first}' * bool(first)}-s{seed}"
+    length = f"{steps}-of{first}" if first else f"{steps}"
+    name = f"{case.asked.name}-{member}-b{blocks}-lr{rate:.4g}-{length}-s{seed}"
     if name not in results:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)

@@ -458,8 +458,8 @@ def compile_regions(model: nn.Module, mode: str | None = None, **options: Any) -
     # It cuts graphs at the borders of DDP's buckets, to overlap their reduction with the rest of one large graph. Graphs
     # of single layers overlap anyway, and would be cut into two or three.
     torch._dynamo.config.optimize_ddp = False
-    # Graphs of one function, after which dynamo runs a new shape uncompiled for the rest of the process, with a warning among
-    # others. Its 8 are training and evaluation, times the kinds of layers, times the micro-batches of a batch that grows.
+    # Beyond this many graphs of one function dynamo runs new shapes uncompiled for the rest of the process. Its default of 8 is
+    # soon used up: training and evaluation, times the kinds of layers, times the micro-batch sizes of a batch that grows.
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     if mode == "max-autotune":
         # With CUDA graphs a gradient is kept where the next micro-batch writes its own (pytorch issues 96693, 169545).

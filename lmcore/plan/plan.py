@@ -556,8 +556,8 @@ class Plan:
         )
         if p.total < LEAST_PARAMETERS:
             best = (
-                f"the rule of {TOKENS_PER_PARAMETER:g} was found above {short(LEAST_PARAMETERS)} parameters (Hoffmann et al. 2022); "
-                "for a smaller model lmcore size measures how much is best"
+                f"about {TOKENS_PER_PARAMETER:g} are best above {short(LEAST_PARAMETERS)} parameters (Hoffmann et al. 2022); "
+                "for a smaller model, lmcore size measures it"
             )
         rows = [
             ("parameters", f"{p.total:,} ({groups}){frozen}"),

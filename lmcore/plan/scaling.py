@@ -203,7 +203,7 @@ SEED_NOISE = 0.005
 SEED_RUNS = 4
 EXPONENT, EXPONENT_SPREAD = 0.12, 0.5
 """Where alpha and beta are expected, by a factor of exp(0.5): 0.076 and 0.095 where E is 0 (Kaplan et al.), 0.125 and 0.112 for small
-models of Python source (docs/log.md); the larger E is, the larger are they."""
+models of Python source (docs/log.md); both grow with E."""
 FLOOR_SHARE, FLOOR_SPREAD = 0.1, 1.0
 """``E`` is expected at this share of the lowest loss, by a factor of e: from nothing (Kaplan et al., and small models of Python
 source, docs/log.md) to more than half of it (Hoffmann et al.)."""
@@ -247,9 +247,9 @@ class Fit:
 def fit(points: Sequence[Point], unique_tokens: float, *, draws: int = DRAWS, seed: int = 0) -> Fit:
     """Fit :class:`Law` with ``s = beta`` to runs by penalized least squares of the logarithm of the loss.
 
-    Not the sum of Hoffmann et al., in which tokens gain a small model as much as a large one: small models stop improving long
-    before. Fitted to three sizes on Python source, the sum expected 3.21 of a run twelve times as long as the longest of them, which
-    reached 2.73; this form expected 2.75 (docs/log.md).
+    Not the sum of Hoffmann et al., in which more tokens help a small model as much as a large one: small models stop improving long
+    before large ones. Fitted to three sizes on Python source, the sum expected 3.21 of a run twelve times as long as the longest of
+    them, which reached 2.73; this form expected 2.75 (docs/log.md).
 
     Five numbers from about nine runs: the exponents and ``E`` are held near published values by a penalty with the spread written
     above, so that what the runs do not say is as wide as it is in the literature. Each bootstrap sample draws the losses anew with

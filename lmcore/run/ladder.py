@@ -310,9 +310,8 @@ def rung_values(base: dict[str, Any], design: Design, rung: Rung, folder: Path) 
         base: options of all rungs (text, tokenizer, optimizer, precision), nested.
         folder: of the ladder; the rung's run folder is ``folder/runs/NAME``.
     """
-    first = design.first_steps(
-        rung
-    )  # it decides the warm-ups of all lengths, so that a longer run can go on from a shorter one
+    # The warm-ups of the shortest run, for all lengths: so a longer run can go on from a shorter one.
+    first = design.first_steps(rung)
     resume = "auto" if rung.parent is None else str(
         folder / "runs" / rung.parent / "checkpoints" / f"step-{rung.parent_step:08d}"
     )  # fmt: skip

@@ -104,9 +104,9 @@ def kept_before(past: Mapping[str, Any], config: RunConfig) -> int:
 
 
 MEASURED = (
-    *("evaluate.early_stopping.metric", "evaluate.blocks", "data.train", "data.valid", "data.valid_fraction"),
-    *("data.block_size", "data.document_mask"),
-)
+    "evaluate.early_stopping.metric", "evaluate.blocks",
+    "data.train", "data.valid", "data.valid_fraction", "data.block_size", "data.document_mask",
+)  # fmt: skip
 """Options that decide what early stopping watches, or on which text."""
 
 

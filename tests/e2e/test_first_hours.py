@@ -66,11 +66,12 @@ def lightning_user() -> Reader:
     )
 
 
+READERS = (student, trainer_user, nanogpt_user, lightning_user)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    "reader", [student, trainer_user, nanogpt_user, lightning_user], ids=lambda reader: reader.__name__
-)
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
 def test_first_hour(reader, tmp_path: Path) -> None:
     asked = reader()
     assert asked.commands

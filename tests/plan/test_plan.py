@@ -368,7 +368,7 @@ def test_plan_shows_its_arithmetic() -> None:
         "240 tokens",
         "100 steps",
         "2 epochs",
-        "24; the rule of 20 was found above 70M parameters",
+        "24; about 20 are best above 70M parameters",
         "does not fit",
         "would fit with",
     ):

@@ -70,7 +70,7 @@ def _read_as(raw: bytes, encoding: str) -> str | Damage:
 
 
 def _is_iso_2022_jp(text: str) -> bool:
-    """Is this ISO-2022-JP (JIS) that was read as another encoding? It switches to kanji by an escape sequence."""
+    """Whether this is ISO-2022-JP (JIS) read as another encoding: it switches to kanji by an escape sequence."""
     return "\x1b$" in text and text.isascii() and _TO_KANJI.search(text) is not None
 
 
