@@ -375,13 +375,14 @@ def new_axes(
     axes.grid(alpha=0.18, linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(_tick)
+        axis.set_major_formatter(tick)
         axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xmargin(0.01)
     return figure, axes
 
 
-def _tick(value: float, _: float = 0) -> str:
+def tick(value: float, _: float = 0) -> str:
+    """The label of a tick, as matplotlib asks for it."""
     return short(value) if abs(value) >= 10_000 else f"{value:.6g}"
 
 
@@ -486,7 +487,7 @@ def number_picture(
             lowest = min(lowest, *[y for _, y in points])
     if log and any(y > 0 for run in runs for _, y in run.train.points(key)):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(_tick)
+        axes.yaxis.set_major_formatter(tick)
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}" if f"{value:e}"[0] in "25" else "")
         axes.tick_params(axis="y", which="minor", labelsize=8)
     elif lowest == 0:

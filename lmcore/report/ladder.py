@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lmcore.report.curves import COLOURS, MARKERS, Points, drawing, finished, new_axes
+from lmcore.report.curves import COLOURS, MARKERS, Points, drawing, finished, new_axes, tick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,9 @@ def ladder_picture(
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(
+            tick
+        )  # a logarithmic axis has formulas for labels, which are not drawn as such here
         axis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8), numticks=12))
