@@ -8,7 +8,6 @@ every checkpoint. A save comes before the evaluation of its step, and after ever
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import sys
@@ -43,15 +42,13 @@ from lmcore.errors import (
     FaultError,
     RequestError,
     launcher_adds_traceback,
-    of_disk,
 )
-from lmcore.humanize import amount
 from lmcore.model.module import multiplied_parameters, parameter_counts
 from lmcore.plan import plan
 from lmcore.process import resident_bytes
 from lmcore.report.redact import redact, redact_settings
 from lmcore.report.report import Report, silence_other_bars
-from lmcore.report.trackers import Trackers, tell
+from lmcore.report.trackers import Trackers
 from lmcore.run import advice, dev_run, setup
 from lmcore.run.agreement import Agreement, numbers_of
 from lmcore.run.anomalies import Action
@@ -59,6 +56,7 @@ from lmcore.run.bucket import END_SECONDS, RECORD, Bucket
 from lmcore.run.budget import horizon
 from lmcore.run.early_stopping import EarlyStopping
 from lmcore.run.ema import MovingAverage
+from lmcore.run.ending import Status, full_disk, of_compiler, out_of_memory, unusable_place
 from lmcore.run.evaluation import Evaluator, prompts_of
 from lmcore.run.finish import write_results
 from lmcore.run.folder import LOCK_WAIT_SECONDS, RunFolder, local_run_dir, place, refuse_separate_disks
@@ -93,9 +91,6 @@ from lmcore.storage import is_url
 
 if TYPE_CHECKING:
     from lmcore.report.meters import Metrics
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-"""A disk that takes no more. Libraries raise these without the name of a file, too."""
 
 
 @final
@@ -141,7 +136,7 @@ class Run:
         self.exit_code = EXIT_CRASHED
         self._close = ExitStack()
         self._ending: tuple[str, str] | None = None
-        self._owns_folder = False  # until the lock is held, status.json may be another job's
+        self._status = Status(config.report.webhook)
         self._training = False
         self.trackers: Trackers | None = None
         self.saves: Any = None
@@ -168,7 +163,8 @@ class Run:
         self._close.callback(self.folder.unlock)
         on_main(self.engine, partial(self.folder.lock, wait_seconds=LOCK_WAIT_SECONDS))
         refuse_separate_disks(self.folder.path, self.engine)
-        self._owns_folder = self.engine.is_main
+        if self.engine.is_main:
+            self._status.take(self.folder)
         self._open_bucket()
         self.report = self._close.enter_context(
             Report(
@@ -196,8 +192,7 @@ class Run:
             on_main(self.engine, partial(refuse_foreign_folder, self.folder.path / "export"))
         self._found = hashing_together(self.engine, self._find_checkpoint)
         on_main(self.engine, partial(refuse_early, config))
-        if self._owns_folder:
-            self.folder.write_status("preparing", step=self._past.get("step", 0))
+        self._status.going_on("preparing", step=self._past.get("step", 0))
 
     def _open_bucket(self) -> None:
         """For a ``run_dir`` that is a URL: lease, and the files of the run. They come before anything opens them."""
@@ -428,8 +423,8 @@ class Run:
         config, engine, report = self.config, self.engine, self.report
         sizes, state = self.sizes, self.state
         patience = self._early_stopping.patience or 0
+        self._status.going_on("running", step=state.step)
         if engine.is_main:
-            self.folder.write_status("running", step=state.step)
             DISK.write_text(
                 self.folder.path / "config.yaml", yaml.dump(redact_settings(to_dict(config, secrets=False)))
             )
@@ -788,9 +783,8 @@ class Run:
             )
         if begun:  # the last step is saved when it is recorded, and asked for once more in the end
             self.report.event("checkpoint", step=state.step, reason=reason)
-        if engine.is_main:
-            self._remember_checkpoint()
-            self.folder.write_status("running", step=state.step)
+        self._status.remember(checkpoint_step=self.saves.last_step)
+        self._status.going_on("running", step=state.step)
         self.guard.done(self._flags)  # takes away the file that asked for this save
 
     def evaluate(self) -> None:
@@ -871,19 +865,19 @@ class Run:
                 leaving(None)
                 if self.saves is not None and self.engine.world_size > 1:
                     self.saves.abandon()
-            if error is not None and self._signal_stopped_compiler(error):
-                self._failure_of(error)  # which saves what there is to save
+            if error is not None and self._training and self.guard.signalled and of_compiler(error):
+                self._save_at_failure(error)
                 self.exit_code = EXIT_SAVED
-                if self._owns_folder:
-                    reason = "a signal while compiling"
-                    self._write_end("saved", step=self.state.step, exit_code=EXIT_SAVED, reason=reason)
+                self._status.ended(
+                    "saved", step=self.state.step, exit_code=EXIT_SAVED, reason="a signal while compiling"
+                )
                 raise SystemExit(EXIT_SAVED) from None
             failure = self._failure_of(error) if error is not None else None
             if failure is not None:
                 leaving(failure)
             if failure is not None and failure is not error:
                 raise failure from error
-            if isinstance(error, SystemExit) and error.code == EXIT_SAVED and self._owns_folder:
+            if isinstance(error, SystemExit) and error.code == EXIT_SAVED and self._status.taken:
                 self._interrupted_early()
             elif isinstance(error, RequestError | FaultError):
                 self._failed(error.exit_code, str(error), diverged=isinstance(error, DivergedError))
@@ -912,7 +906,7 @@ class Run:
         """A signal before the first step of this start: status.json, and a line that says what is kept."""
         self.exit_code = EXIT_SAVED
         signals = self.guard.signals if hasattr(self, "guard") else ""
-        self._write_end("saved", exit_code=EXIT_SAVED, reason="a signal before the first step")
+        self._status.ended("saved", exit_code=EXIT_SAVED, reason="a signal before the first step")
         if not signals:  # the launcher has died, and nobody reads this
             return
         step = self._past.get("step", 0) if hasattr(self, "_found") else 0
@@ -926,107 +920,67 @@ class Run:
         if "SIGINT" in signals and launcher_adds_traceback():
             self.report.note(LAUNCHERS_TRACEBACK)
 
-    def _signal_stopped_compiler(self, error: BaseException) -> bool:
-        """A signal to the process group ends the compilers that torch has started, and torch reports their failure."""
-        if not self._training or not self.guard.signalled:
-            return False
-        kinds = [kind.__module__ for kind in type(error).__mro__]
-        return any(name.startswith(("torch._inductor", "torch._dynamo")) for name in kinds)
-
     def _succeeded(self) -> None:
         state, reason = self._ending or ("failed", "left before the training was finished")
         self.guard.close()  # signals first: a tracker that hangs must not look like a dead rank
         if self.trackers:
             self.trackers.close()
         self.report.close()
-        if self._owns_folder:
-            self._remember_checkpoint()
-            self._write_end(state, step=self.state.step, exit_code=self.exit_code, reason=reason)
+        self._status.remember(checkpoint_step=self.saves.last_step)
+        self._status.ended(state, step=self.state.step, exit_code=self.exit_code, reason=reason)
 
     def _failure_of(self, error: BaseException) -> BaseException:
-        """What to end with: a running training of one process is saved first, and running out of memory gets advice.
-
-        Only for one process: of several, the others wait inside a collective that this one will never join.
-        """
-        of_a_file = isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL)
-        if not self._training and isinstance(error, OSError) and of_a_file:
-            failure = of_disk(error)
-            self._failed(failure.exit_code, str(failure))
+        """What to end with: a running training of one process is saved first, and running out of memory gets advice."""
+        failure: RequestError | FaultError | None
+        if not self._training:
+            if (failure := unusable_place(error)) is None:
+                return error
             engine = getattr(self, "engine", None)
             if engine is not None and not engine.is_main:  # rank 0 does not know of it and cannot say it
                 print(f"rank {engine.rank}: {failure}", file=sys.stderr)
-            return failure
-        if (
-            not self._training
-            or not isinstance(error, Exception)
-            or isinstance(error, RequestError | FaultError)
-        ):
+        elif not isinstance(error, Exception) or isinstance(error, RequestError | FaultError):
             return error
+        elif (failure := full_disk(error, step=self.state.step + 1)) is None:
+            self._save_at_failure(error)
+            sizes = self.sizes
+            failure = out_of_memory(
+                error,
+                step=self.state.step + 1,
+                micro_batch_blocks=sizes.micro_batch_blocks,
+                block_size=sizes.block_size,
+            )
+            if failure is None:
+                return error
+        self._failed(failure.exit_code, str(failure))
+        return failure
+
+    def _save_at_failure(self, error: BaseException) -> None:
+        """Save the steps that were whole before the error.
+
+        Only for one process: of several, the others wait inside a collective that this one will never join.
+        """
         step = self.state.step
-        if isinstance(error, OSError) and error.errno in _FULL:
-            failure = FaultError(
-                f"{error.strerror} in step {step + 1}{f': {error.filename}' if error.filename else ''}; the last "
-                f"checkpoint is whole: free space and run the same command to resume"
+        if self.engine.world_size > 1 or self.engine.updating or step == 0:
+            return
+        try:
+            self._check_steps(lag_steps=0)
+            self.save("exception")
+            self.saves.wait()
+            self.report.note(f"saved step {step} after {type(error).__name__}")
+        except Exception as second:
+            # A device that has failed fails again: the first error is the one to see.
+            self.report.note(
+                f"step {step} could not be saved after {type(error).__name__}: {type(second).__name__}: {second}"
             )
-            self._failed(failure.exit_code, str(failure))
-            return failure
-        if self.engine.world_size == 1 and not self.engine.updating and step > 0:
-            try:
-                self._check_steps(lag_steps=0)
-                self.save("exception")
-                self.saves.wait()
-                self.report.note(f"saved step {step} after {type(error).__name__}")
-            except Exception as second:
-                # A device that has failed fails again: the first error is the one to see.
-                self.report.note(
-                    f"step {step} could not be saved after {type(error).__name__}: {type(second).__name__}: {second}"
-                )
-        unallocated = "can't allocate memory" in str(error)
-        if unallocated or isinstance(error, torch.OutOfMemoryError | MemoryError):
-            blocks = self.sizes.micro_batch_blocks
-            failure = FaultError(
-                f"out of memory in step {step + 1} with {amount(blocks, 'block')} of {self.sizes.block_size} tokens at a time: "
-                f"try --train.micro_batch_blocks {max(1, blocks // 2)}, --train.activation_checkpointing true, or "
-                f"--config_file accelerate_configs/fsdp2.yaml on several devices"
-            )
-            self._failed(failure.exit_code, str(failure))
-            return failure
-        return error
 
     def _end_by_rank(self, line: str, code: int) -> None:
         """Another rank is dead or stuck, or has refused; called on rank 0, or on rank 1 if rank 0 is the one."""
-        self._owns_folder = True
+        self._status.take(self.folder)
         self._failed(code, line)
 
     def _failed(self, exit_code: int, reason: str, *, diverged: bool = False) -> None:
-        """Write a failure to status.json and the webhook, if this process holds the lock of the folder.
-
-        Args:
-            diverged: of the training itself, not of the disk or the machine.
-        """
         self.exit_code = exit_code
-        if not self._owns_folder or not (self.folder.path / "status.json").exists():
-            return
-        try:
-            self.folder.check_owner()
-        except FaultError:  # whatever lies there now is not this run
-            return
-        self._write_end(
-            "failed", exit_code=exit_code, reason=reason, **({"diverged": True} if diverged else {})
-        )
-        tell(self.config.report.webhook, redact(f"{self.folder.path.name}: failed: {reason}"))
-
-    def _write_end(self, state: str, **more: Any) -> None:
-        """How the run ended, into ``status.json``. Where that cannot be written, the exit code alone says it."""
-        try:
-            self.folder.write_status(state, **more)
-        except OSError as error:
-            print(f"the run is {state}, which status.json does not say: {of_disk(error)}", file=sys.stderr)
-
-    def _remember_checkpoint(self) -> None:
-        """The newest committed checkpoint goes into status.json: a run that had one never starts at step 0 again."""
-        if self.saves.last_step is not None:
-            self.folder.remember(checkpoint_step=self.saves.last_step)
+        self._status.failed(exit_code=exit_code, reason=reason, diverged=diverged)
 
     def _notify(self, text: str) -> None:
         if self.trackers:
