@@ -29,7 +29,7 @@ test: $(BIN)/.installed-dev  ## install, the core tests: every law, one pairing 
 
 # Three workers for two cores: these tests often wait, for signals and clusters.
 test-all: $(BIN)/.installed-dev  ## the rest: whole matrices, Slurm, faults, the commands of the docs
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m '$(MARKS)'
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m '$(MARKS)'
 
 faults: $(BIN)/.installed-dev  ## the large fault campaign: hours; resumable; FAULTS=folder of its results
 	$(BIN)/python -m benchmarks.faults.campaign --all --out $(FAULTS)

@@ -9,6 +9,7 @@ import signal
 import tempfile
 
 import hypothesis
+import pytest
 
 # Before torch is imported anywhere: two cores, several processes; more threads only fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,6 +31,14 @@ def pytest_configure() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{outside}/torchinductor_{getpass.getuser()}")
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="lmcore-tests-")
     os.environ["LMCORE_CACHE"] = f"{tempfile.tempdir}/cache"
+
+
+# Each of these takes minutes. Where workers take whole files, the longest must not be the last to begin.
+LONGEST_FILES = ("test_faults.py", "test_engine_matrix.py", "test_docs.py", "test_cluster.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)  # stable: else as it was
 
 
 def pytest_unconfigure() -> None:

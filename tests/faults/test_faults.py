@@ -97,10 +97,12 @@ def test_soak_time_is_accounted_for() -> None:
 
 CASES_OF_EACH_LAUNCHER = {
     "SIGTERM to one rank of torchrun": 5,
-    "SIGUSR1 to an accelerate launch of two": 10,
     "SIGINT to all, one process": 24,
     "SIGKILL to torchrun": 29,
     "a rank killed under accelerate, started again": 30,
+}
+MORE_CASES = {
+    "SIGUSR1 to an accelerate launch of two": 10,
     "a rank killed under torchrun, started again": 31,
     "a rank asked to stop under torchrun, not started again": 33,
 }
@@ -110,8 +112,8 @@ CASES_OF_EACH_LAUNCHER = {
 @pytest.mark.parametrize(
     "number",
     [
-        pytest.param(number, id=name, marks=[pytest.mark.long] * name.endswith("torchrun, started again"))
-        for name, number in CASES_OF_EACH_LAUNCHER.items()
+        *(pytest.param(number, id=name) for name, number in CASES_OF_EACH_LAUNCHER.items()),
+        *(pytest.param(number, id=name, marks=pytest.mark.long) for name, number in MORE_CASES.items()),
     ],
 )
 def test_signals_through_the_real_launchers(tmp_path: Path, number: int) -> None:
@@ -123,8 +125,8 @@ def test_signals_through_the_real_launchers(tmp_path: Path, number: int) -> None
 @pytest.mark.parametrize(
     "number",
     [
-        # One process and DDP go the same ways in the tests above, ZeRO-2 those of ZeRO-1.
-        pytest.param(number, id=name, marks=[pytest.mark.long] * (name in {"single", "ddp", "zero2"}))
+        # One process and DDP go the same ways in the tests above, ZeRO-1 and 2 those of ZeRO-3.
+        pytest.param(number, id=name, marks=[pytest.mark.long] * (name not in {"fsdp2", "zero3"}))
         for number, name in enumerate(STRATEGIES)
     ],
 )
