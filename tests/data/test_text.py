@@ -398,6 +398,65 @@ def test_iso_2022_jp_is_not_read_as_ascii(name: str, unit: str, tmp_path: Path) 
     assert ("\n".join(d.text for d in documents), bad) == (text, [])
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.txt.gz"])
+@pytest.mark.parametrize("unit", ["line", "paragraph", "file"])
+def test_iso_2022_kr_is_read_from_its_beginning(name: str, unit: str, tmp_path: Path) -> None:
+    """It names its characters once, at the beginning of the file: the second line alone is ASCII, which was trained on."""
+    lines = ["첫째 줄", "둘째 줄", "셋째 줄"]
+    content = {
+        "a.jsonl": "\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines),
+        "a.json": json.dumps([{"text": line} for line in lines], ensure_ascii=False, indent=1),
+        "a.csv": "\n".join(["text", *lines]),
+    }.get(name, "\n".join(lines))
+    path = tmp_path / name
+    data = content.encode("iso2022_kr")
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    for part_bytes in (5, 2**20):
+        documents, bad, _ = read_all(source_of(path, unit=unit, encoding="iso2022_kr"), part_bytes=part_bytes)
+        assert ("\n".join(d.text for d in documents).split("\n"), bad) == (lines, [])
+    assert "looks like iso2022_kr; set data.encoding" in read_all(source_of(path, unit=unit))[1][0].reason
+
+
+def test_iso_2022_jp_with_hangul_alone_is_not_read_as_ascii(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("한국어".encode("iso2022_jp_2"))
+    documents, bad, _ = read_all(source_of(path))
+    assert not documents
+    assert "looks like iso2022_jp_2;" in bad[0].reason
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be"])
+def test_broken_wide_characters_are_not_called_utf_8(name: str, encoding: str, tmp_path: Path) -> None:
+    """The file is converted first; "not utf-8 at its byte 10" was about the copy, and told to set what was set."""
+    good = {"a.txt": "good\n", "a.jsonl": '{"text": "good"}\n', "a.csv": "text\ngood\n"}[name]
+    path = tmp_path / name
+    path.write_bytes(good.encode(encoding) + b"x")
+    documents, bad, _ = read_all(source_of(path, encoding=encoding, unit="line"))
+    assert [d.text for d in documents] == ["good"]
+    assert len(bad) == 1
+    assert "bytes that are not in data.encoding" in bad[0].reason
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_text_of_one_byte_a_character_is_not_utf_16(name: str, encoding: str, tmp_path: Path) -> None:
+    """Two letters of ASCII are one Chinese character of UTF-16, and were trained on. All of the file counts as lost."""
+    path = tmp_path / name
+    path.write_text("text,hello world\n" * 100_000)
+    documents, bad, _ = read_all(source_of(path, encoding=encoding))
+    assert not documents
+    assert f"not {encoding} (" in bad[0].reason
+    assert bad[0].n_bytes == path.stat().st_size
+
+
+def test_few_characters_of_utf_16_may_be_bytes_of_ascii(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("慢慢".encode("utf-16-le"))
+    assert path.read_bytes().isascii()
+    assert texts_of(source_of(path, encoding="utf-16-le")) == ["慢慢"]
+
+
 def test_escape_sequences_of_terminals_are_text(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\x1b[1mbold\x1b[0m $B\n漢字 \x1b$B\n".encode())

@@ -26,11 +26,16 @@ SURROGATE = "lmcore.surrogate"
 """Error handler for decoders: undecodable bytes become one lone surrogate, which marks only the document around it
 as bad."""
 codecs.register_error(SURROGATE, lambda error: ("\udc80", error.end))  # type: ignore[attr-defined]  # a UnicodeError
+UNDECODABLE = "\udc80".encode("utf-8", "surrogatepass")
+"""What stands for undecodable bytes where text was converted (:func:`as_lines_of_bytes`)."""
 
 _READ_BYTES = 2**20
 # A decompressor discards what it has decoded in a call that fails, and 512 bytes can become 16 MB (zstandard).
 _FEED_BYTES = 512
 _GIVEN_BYTES = 2**16
+_JUDGED_BYTES = 1000
+_FEWEST_BYTES = 32
+"""Fewer bytes of ASCII may be a few Chinese characters in UTF-16."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +137,15 @@ def is_blank(line: bytes) -> bool:
 
 
 def encoding_is_wide(encoding: str) -> bool:
-    """Whether a line ends in anything but the byte 0x0A (UTF-16, UTF-32, EBCDIC). Such files are not cut into parts."""
-    return "\n".encode(encoding) != b"\n"
+    """Whether a line ends in anything but the byte 0x0A (UTF-16, UTF-32, EBCDIC), or cannot be decoded without the
+    beginning of the file (ISO-2022-KR, which names its characters there, once). Such files are not cut into parts."""
+    return "\n".encode(encoding) != b"\n" or codecs.lookup(encoding).name == "iso2022_kr"
 
 
 def as_lines_of_bytes(
     pieces: Iterable[bytes | Damage], encoding: str
 ) -> tuple[Iterable[bytes | Damage], str]:
-    """The content in an encoding whose line end is the byte 0x0A; and that encoding."""
+    """The content in an encoding whose line end is the byte 0x0A, and whose lines are independent; and that encoding."""
     if not encoding_is_wide(encoding):
         return pieces, encoding
     return _to_utf8(pieces, encoding), "utf-8"
@@ -147,16 +153,28 @@ def as_lines_of_bytes(
 
 def _to_utf8(pieces: Iterable[bytes | Damage], encoding: str) -> Iterator[bytes | Damage]:
     decoder = codecs.getincrementaldecoder(encoding)(SURROGATE)
-    for piece in itertools.chain(pieces, [None]):
+    zeros = b"\0" in "\n".encode(encoding)
+    rest = itertools.chain(pieces, [None])
+    for number, piece in enumerate(rest):
         if isinstance(piece, Damage):
             yield piece
             return
         try:
+            if number == 0 and zeros and _is_ascii(piece or b""):
+                # UTF-16 would read two letters as one Chinese character.
+                raise UnicodeError("this looks like utf-8")
             yield decoder.decode(piece or b"", piece is None).encode("utf-8", "surrogatepass")
-        except UnicodeError as error:  # no byte order mark
+        except UnicodeError as error:  # or no byte order mark
             reason = f"not {encoding} ({error}): set data.encoding (without a byte order mark: {encoding}-le, {encoding}-be)"
-            yield Damage(reason, n_bytes=len(piece or b""), at_least=True)
+            lost = sum(len(one) for one in (piece, *rest) if isinstance(one, bytes))
+            yield Damage(reason, n_bytes=lost, at_least=True)
             return
+
+
+def _is_ascii(piece: bytes) -> bool:
+    """Whether a file that begins so is text of one byte a character."""
+    head = piece[:_JUDGED_BYTES]
+    return len(head) >= _FEWEST_BYTES and head.isascii() and b"\0" not in head
 
 
 def lines(

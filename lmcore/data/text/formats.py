@@ -18,6 +18,7 @@ from typing import IO, Any
 from lmcore.data.text.compression import (
     MAX_DOCUMENT_BYTES,
     SURROGATE,
+    UNDECODABLE,
     Damage,
     as_lines_of_bytes,
     chunks,
@@ -33,7 +34,12 @@ Texts = Iterator[tuple[int, str | Damage]]
 Values = Iterator[tuple[int, Any, int]]
 """(offset, value or damage, bytes of the record) of JSON."""
 
-_TO_KANJI = re.compile(r"\x1b\$(?:[@B]|\(D)")
+_ISO_2022 = (
+    (re.compile(r"\x1b\$(?:[@B]|\(D)"), "iso2022_jp"),
+    (re.compile(r"\x1b\$(?:A|\(C)"), "iso2022_jp_2"),
+    (re.compile(r"\x1b\$\)C"), "iso2022_kr"),
+)
+"""Escape sequences that switch to characters of two bytes, and the encoding that has them."""
 _PARQUET_ROWS = 1024
 _MOST_DIGITS = 4000  # Python refuses to convert longer integers; they are in other fields than the text
 
@@ -62,19 +68,25 @@ def _decoded(raw: bytes, encoding: str) -> str | Damage:
 
 
 def _read_as(raw: bytes, encoding: str) -> str | Damage:
-    """:func:`_decoded`, where ``data.encoding`` says how: ISO-2022-JP is ASCII by its bytes, and no text."""
+    """:func:`_decoded`, where ``data.encoding`` says how: ISO-2022 (JP, KR) is ASCII by its bytes, and no text."""
     text = _decoded(raw, encoding)
-    if isinstance(text, str) and _is_iso_2022_jp(text):
+    if isinstance(text, str) and _iso_2022(text):
         return _not_encoded(raw, encoding, "")
     return text
 
 
-def _is_iso_2022_jp(text: str) -> bool:
-    """Whether this is ISO-2022-JP (JIS) read as another encoding: it switches to kanji by an escape sequence."""
-    return "\x1b$" in text and text.isascii() and _TO_KANJI.search(text) is not None
+def _iso_2022(text: str) -> str:
+    """The encoding if this is ISO-2022-JP (JIS) or ISO-2022-KR read as another one, else empty: they switch to kanji or
+    hangul by an escape sequence."""
+    if "\x1b$" not in text or not text.isascii():
+        return ""
+    return next((name for pattern, name in _ISO_2022 if pattern.search(text)), "")
 
 
 def _not_encoded(raw: bytes, encoding: str, where: str) -> Damage:
+    if encoding == "utf-8" and UNDECODABLE in raw:  # converted: what is in raw is not what is in the file
+        reason = "bytes that are not in data.encoding: the file is damaged or cut off here, or has another encoding"
+        return Damage(reason, n_bytes=len(raw))
     real = _other_encoding(raw)
     hint = f"this looks like {real}; " if real else ""
     return Damage(
@@ -85,7 +97,7 @@ def _not_encoded(raw: bytes, encoding: str, where: str) -> Damage:
 
 def _other_encoding(raw: bytes) -> str:
     """The encoding that these bytes are in by all signs, as ``data.encoding`` takes it, or empty."""
-    return _wide_encoding(raw) or ("iso2022_jp" if _is_iso_2022_jp(raw.decode("latin-1")) else "")
+    return _wide_encoding(raw) or _iso_2022(raw.decode("latin-1"))
 
 
 def _wide_encoding(raw: bytes) -> str:
@@ -407,7 +419,7 @@ def csv_records(
                 continue  # a blank line
             content = "".join(row)
             zeros = "\0" in content and _wide_encoding(source.first_line)
-            if "\udc80" in content or zeros or _is_iso_2022_jp(content):
+            if "\udc80" in content or zeros or _iso_2022(content):
                 row = replace(_not_encoded(source.first_line, encoding, ""), n_bytes=source.n_bytes)
         yield source.begin or 0, row, source.n_bytes
     if source.damage is not None:
