@@ -369,6 +369,13 @@ def test_wrong_requests(tmp_path: Path, entry: Any, message: str, monkeypatch: p
         ("a", b"PAR1\0\0", "a parquet file: give it a name that ends in .parquet"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer.*git lfs pull"),
         ("a.jsonl", b"BZh91AY&SY\0\0", "bzip2 data: give it a name that ends in .bz2"),
+        # Not to be told to have the ending that it has
+        ("a.txt.gz", gzip.compress(gzip.compress(b"text")), "gzip data: decompress it"),
+        ("a.tgz", gzip.compress(b"\0" * 600), "a compressed tar archive: unpack it"),
+        ("a.txt", b"\x04\x22\x4d\x18\x64\x40", "lz4 data: decompress it"),
+        ("data-00000-of-00001.arrow", b"\xff\xff\xff\xff\xa0\1\0\0", "an Arrow file.*write it as parquet"),
+        ("a.orc", b"ORC\n\x16\0\0", "an ORC file: write it as parquet"),
+        ("a.avro", b"Obj\x01\x04\x14avro.codec", "an Avro file: write its text as JSON lines"),
     ],
 )
 def test_archive_named_as_text_is_refused_at_once(
@@ -377,6 +384,23 @@ def test_archive_named_as_text_is_refused_at_once(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RequestError, match=rf"{re.escape(name)} is not text but {message}"):
         resolve_sources([str(tmp_path / name)])
+
+
+def test_text_may_begin_like_an_orc_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("ORC is a file format.")
+    assert resolve_sources([str(tmp_path / "a.txt")])
+
+
+@pytest.mark.parametrize("folder", ["", "train"])
+def test_folder_of_save_to_disk_is_named_as_one(tmp_path: Path, folder: str) -> None:
+    """Its descriptions are JSON: "the records have no field 'text', but 'citation', ..." was about them."""
+    make(tmp_path, *(f"{folder or '.'}/{name}" for name in ("dataset_info.json", "state.json", "data-0.arrow")))
+    with pytest.raises(RequestError, match=r"save_to_disk, whose Arrow files \(data-0.arrow\).*to_parquet"):
+        resolve_sources([str(tmp_path)])
+    make(tmp_path, "a.txt")
+    (tmp_path / folder / "dataset_info.json").write_text('{"citation": ""}')
+    with pytest.raises(RequestError, match="no field 'text'"):  # a folder of several things is read as before
+        resolve_sources([str(tmp_path)])
 
 
 def test_field_missing_in_some_records_is_allowed(tmp_path: Path) -> None:

@@ -481,6 +481,37 @@ def test_wrong_encoding_names_data_encoding(tmp_path: Path) -> None:
     assert ([d.text for d in documents], len(bad)) == (["一行目", "三行目"], 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b"id,text\r1,a\r2,b\r"),
+        ("a.tsv", b"id\ttext\r1\ta\r2\tb\r"),
+        ("a.jsonl", b'{"text": "a"}\r{"text": "b"}\r'),
+    ],
+)
+def test_records_that_end_in_a_carriage_return_say_so(tmp_path: Path, name: str, content: bytes) -> None:
+    """It was "Extra data", and a hint for programmers ("open the file in universal-newline mode")."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    documents, bad, _ = read_all(source_of(path))
+    assert not documents
+    assert re.search(r"a carriage return alone .* tr '\\r' '\\n' makes it one", bad[0].reason)
+    path.write_bytes(content.replace(b"\r", b"\r\n"))
+    assert texts_of(source_of(path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
+def test_compressed_parquet_is_not_told_to_have_the_name_that_it_has(tmp_path: Path, suffix: str) -> None:
+    write_parquet(tmp_path / "a.parquet", ["a"])
+    path = tmp_path / f"a.parquet{suffix}"
+    path.write_bytes(COMPRESS[suffix]((tmp_path / "a.parquet").read_bytes()))
+    documents, bad, _ = read_all(source_of(path))
+    assert not documents
+    assert "data: decompress it (text is decompressed once, a parquet file not at all)" in bad[0].reason
+    path.write_bytes((tmp_path / "a.parquet").read_bytes())  # as some programs name their own compression
+    assert texts_of(source_of(path)) == ["a"]
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_csv_of_wide_characters_names_their_encoding(tmp_path: Path, encoding: str, end: str) -> None:

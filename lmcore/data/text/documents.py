@@ -11,7 +11,7 @@
 anything else             plain text, by ``unit``: ``line``, ``paragraph`` (between blank lines) or ``file``
 ========================  ====================================================================================
 
-All of them may be compressed (``.gz .zst .bz2 .xz``).
+All of them but parquet may be compressed (``.gz .zst .bz2 .xz``).
 
 ``unit: auto`` is decided once per source, by this rule, and shown: mostly source code or markup -> file; several files
 of at most 1 MiB (median) -> file; a blank line between two others in the first MiB of the first file -> paragraph;
@@ -276,7 +276,7 @@ def _texts(source: Source, piece: Piece, file: IO[bytes]) -> Iterator[tuple[int,
         for at, value in formats.parquet(file, field, piece.start, piece.stop, piece.size_bytes):
             if isinstance(value, Damage) and value.at_least:  # no parquet file at all
                 head = _head(piece.path)
-                yield at, value if head.startswith(b"PAR1") else _not_text(head, value) or value
+                yield at, value if head.startswith(b"PAR1") else _not_text(head, piece.path, value) or value
             else:
                 yield at, value
         return
@@ -288,7 +288,7 @@ def _texts(source: Source, piece: Piece, file: IO[bytes]) -> Iterator[tuple[int,
     else:
         head = file.read(HEAD_BYTES)
         file.seek(piece.start - 1)
-    if damage := _not_text(head, Damage("", n_bytes=piece.n_bytes, at_least=kind != "file")):
+    if damage := _not_text(head, piece.path, Damage("", n_bytes=piece.n_bytes, at_least=kind != "file")):
         yield piece.start, damage
         return
     content, encoding = as_lines_of_bytes(pieces, source.encoding)
@@ -318,9 +318,9 @@ def _head(path: str) -> bytes:
         return file.read(HEAD_BYTES)
 
 
-def _not_text(head: bytes, damage: Damage) -> Damage | None:
+def _not_text(head: bytes, path: str, damage: Damage) -> Damage | None:
     """The damage with the name of what the file is, if it is an archive, a picture or the like."""
-    what = signature(head)
+    what = signature(head, path)
     if what is None:
         return None
     return Damage(f"this is not text but {what}", n_bytes=damage.n_bytes, at_least=damage.at_least)

@@ -41,6 +41,7 @@ _ISO_2022 = (
 )
 """Escape sequences that switch to characters of two bytes, and the encoding that has them."""
 _PARQUET_ROWS = 1024
+_ONLY_CR = "; a carriage return alone (old Macs) is no line end, tr '\\r' '\\n' makes it one"
 _MOST_DIGITS = 4000  # Python refuses to convert longer integers; they are in other fields than the text
 
 
@@ -211,6 +212,8 @@ def _json(line: bytes, encoding: str) -> Any:
         return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         hint = "; name a file of records over several lines .json" if line.strip() in (b"{", b"[") else ""
+        if re.search(rb"}\s*\r\s*{", line):
+            hint = _ONLY_CR
         return Damage(f"not JSON: {error}{hint}", n_bytes=len(line))
 
 
@@ -411,7 +414,10 @@ def csv_records(
         except csv.Error as error:
             if source.damage is not None:
                 break  # the damage of the file is the reason
-            row = Damage(f"not CSV: {error}", n_bytes=source.n_bytes, at_least=source.n_lines > 1)
+            # csv's own words tell how to open the file in Python
+            is_cr = str(error).startswith("new-line character")
+            reason = f"not CSV: a carriage return outside quotes{_ONLY_CR}" if is_cr else f"not CSV: {error}"
+            row = Damage(reason, n_bytes=source.n_bytes, at_least=is_cr or source.n_lines > 1)
             if _wide_encoding(source.first_line):  # its bytes are no CSV in this encoding
                 row = replace(row, reason=_not_encoded(source.first_line, encoding, "").reason)
         else:

@@ -10,12 +10,15 @@ _SIGNATURES = (
     (b"PK\x05\x06", "an empty zip archive"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it"),
     (b"Rar!\x1a\x07", "a rar archive: unpack it"),
-    (b"\x1f\x8b\x08", "gzip data: give it a name that ends in .gz, or decompress it"),
-    (b"\x28\xb5\x2f\xfd", "zstandard data: give it a name that ends in .zst, or decompress it"),
-    (b"\xfd7zXZ\x00", "xz data: give it a name that ends in .xz, or decompress it"),
+    (b"\x04\x22\x4d\x18", "lz4 data: decompress it"),
+    (b"\x1f\x9d", "compress data (.Z): decompress it"),
+    (b"]\x00\x00", "lzma data: decompress it"),
+    (b"LZIP\x01", "lzip data: decompress it"),
     (b"SQLite format 3\x00", "an SQLite database: export its text as JSON lines"),
     (b"PAR1", "a parquet file: give it a name that ends in .parquet"),
     (b"ARROW1\x00\x00", "an Arrow file: write it as parquet"),
+    (b"Obj\x01", "an Avro file: write its text as JSON lines"),
+    (b"\x80\x04\x95", "a Python pickle: write its text as JSON lines"),
     (b"%PDF-", "a PDF: extract its text"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document: save it as text"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
@@ -30,13 +33,20 @@ _SIGNATURES = (
         "a git-lfs pointer, not the file itself: run `git lfs pull`",
     ),
 )
+_COMPRESSED = (
+    (b"\x1f\x8b\x08", "gzip", ".gz"),
+    (b"\x28\xb5\x2f\xfd", "zstandard", ".zst"),
+    (b"\xfd7zXZ\x00", "xz", ".xz"),
+)
+_TAR_SUFFIXES = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 
 
-def signature(head: bytes) -> str | None:
+def signature(head: bytes, name: str = "") -> str | None:
     """What the file is and what to do with it, or ``None`` where nothing speaks against text.
 
     Args:
         head: the first :data:`HEAD_BYTES` bytes of the (decompressed) file.
+        name: of the file, so that it is not told to have the ending that it has.
 
     Example:
         >>> signature(b"%PDF-1.7 ...")
@@ -45,8 +55,24 @@ def signature(head: bytes) -> str | None:
     for magic, words in _SIGNATURES:
         if head.startswith(magic):
             return words
+    for magic, compression, suffix in _COMPRESSED:
+        if head.startswith(magic):
+            return _compressed(compression, suffix, name.lower())
     if head[:3] == b"BZh" and head[4:10] == b"1AY&SY":
-        return "bzip2 data: give it a name that ends in .bz2, or decompress it"
+        return _compressed("bzip2", ".bz2", name.lower())
+    # These beginnings are text, too; binary data have zero bytes.
+    if head.startswith(b"\xff\xff\xff\xff") and b"\0" in head:
+        return "an Arrow file, as datasets.save_to_disk writes it: write it as parquet"
+    if head.startswith(b"ORC") and b"\0" in head:
+        return "an ORC file: write it as parquet"
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it"
     return None
+
+
+def _compressed(compression: str, suffix: str, name: str) -> str:
+    if name.endswith(_TAR_SUFFIXES):
+        return "a compressed tar archive: unpack it"
+    if name.endswith(suffix):
+        return f"{compression} data: decompress it (text is decompressed once, a parquet file not at all)"
+    return f"{compression} data: give it a name that ends in {suffix}, or decompress it"

@@ -67,6 +67,8 @@ _RUN_FILES = frozenset([
     "tensorboard", "wandb", "mlruns", "dvclive", "swanlog", "swanlab", "aim", "trackio",
 ])  # fmt: skip
 """What a training and its trackers write into its run folder (hidden files are never read)."""
+_DATASET_FILES = frozenset(["dataset_info.json", "state.json", "dataset_dict.json"])
+"""What ``datasets.save_to_disk`` writes beside its Arrow files; they would be read as records."""
 _A_RUN = "the files of a run"
 _SPLITS = "the splits of data.valid_fraction"
 
@@ -476,6 +478,12 @@ def _folder(path: str, pattern: str) -> _Found:
     walk = _Walk(path)
     everything = list(walk.files())
     found = [path for path in everything if _is_known(path)]
+    if {os.path.basename(file) for file in found} <= _DATASET_FILES:
+        if arrow := next((file for file in everything if file.endswith(".arrow")), None):
+            raise RequestError(
+                f"{pattern} is a dataset of datasets.save_to_disk, whose Arrow files ({os.path.basename(arrow)}) are not read: "
+                "write it as parquet, load_from_disk(FOLDER).to_parquet(FILE), each split by itself"
+            )
     if not found:
         example = (
             f"; it has {amount(len(everything), 'file')} like {os.path.relpath(everything[0], path)}"
@@ -558,7 +566,7 @@ def _checked_content(path: str) -> str:
         head = next(chunks(file, compression_of(path)), b"")
     if isinstance(head, Damage) or (head.startswith(b"PAR1") and file_kind(path) == "parquet"):
         return path  # reading says more
-    if what := signature(head[:HEAD_BYTES]):
+    if what := signature(head[:HEAD_BYTES], path):
         raise RequestError(f"{path} is not text but {what}")
     return path
 
