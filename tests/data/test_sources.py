@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import re
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lmcore.config.parse import parse
+from lmcore.data.text import listing
 from lmcore.data.text.documents import parts, resolve_sources
 from lmcore.data.text.sources import without_run_files
 from lmcore.errors import RequestError
@@ -49,7 +52,9 @@ def test_files_of_folders_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert resolve_sources("b.txt")[0].paths == (str(tmp_path / "b.txt"),)
 
 
-def test_duplicate_file_raises(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [contextlib.nullcontext, listing.remembered])
+def test_duplicate_file_raises(tmp_path: Path, start: Callable[[], Any]) -> None:
+    """Also in a start, which walks a folder once: the same words twice gave the same answer, and were two sources."""
     make(tmp_path, "a.txt", "sub/b.txt")
     (tmp_path / "sub/link.txt").symlink_to(tmp_path / "a.txt")
     (tmp_path / "folder").symlink_to(tmp_path / "sub")
@@ -58,9 +63,11 @@ def test_duplicate_file_raises(tmp_path: Path) -> None:
         ["a.txt", "./*.txt"],
         ["a.txt", "sub/link.txt"],
         ["sub/b.txt", "folder/b.txt"],
+        ["sub/b*.txt", "sub/b*.txt"],
+        ["sub", "sub"],
         ["."],
     ):
-        with pytest.raises(RequestError, match="twice"):
+        with start(), pytest.raises(RequestError, match="twice"):
             resolve_sources([str(tmp_path / entry) for entry in entries])
 
 

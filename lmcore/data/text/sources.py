@@ -172,10 +172,12 @@ def _resolve(
         source = _source(entry, text_field, unit, encoding)
         for path in source.paths:
             identity = file_identity(path)
-            if identity is not None and owners.setdefault(identity, path) is not path:
+            if identity in owners:
                 raise RequestError(
                     f"{path} is in the corpus twice (also as {owners[identity]}): give it once"
                 )
+            if identity is not None:
+                owners[identity] = path
         if source.name in taken:
             if isinstance(entry, Mapping) and entry.get("name"):
                 raise RequestError(f"two sources are called {source.name!r}: give each its own name")
