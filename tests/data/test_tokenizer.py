@@ -534,6 +534,7 @@ def test_remote_code_is_never_run(byte_level: Path, tmp_path: Path) -> None:
 
 def test_wrong_requests_for_loading(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.model").write_bytes(b"no model at all")
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     (tmp_path / "empty").mkdir()
     (tmp_path / "changed").mkdir()
     for name in (tokenizer.MODEL_FILE, tokenizer.RECORD_FILE):
@@ -542,6 +543,7 @@ def test_wrong_requests_for_loading(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "no_eos.model").write_bytes(foreign_model(model_type="bpe", eos_id=-1))
     for path, message in {
         "broken.model": "not a SentencePiece model",
+        "tokenizer.json": "give a .model file, or the folder of a tokenizer of transformers",
         "missing.model": "no such tokenizer",
         "a/b/c": "no such tokenizer",
         "empty": "holds no tokenizer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -201,6 +202,23 @@ def test_equal_tokenizers_have_equal_fingerprints(tmp_path: Path) -> None:
     fewer = gpt2_like(tmp_path / "e")
     (fewer / "tokenizer.json").write_text(json.dumps(description))
     assert load_tokenizer(fewer).fingerprint != first.fingerprint
+
+
+def test_options_of_a_python_tokenizer_are_part_of_its_fingerprint(tmp_path: Path) -> None:
+    """They decide the ids, and no file of the vocabulary holds them: the token store of the other one was opened."""
+    words = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcABC日本"]) + "\n"
+    made = {}
+    for name, options in {"plain": {}, "same": {"do_lower_case": False}, "lower": {"do_lower_case": True}}.items():
+        config = {"tokenizer_class": "BertJapaneseTokenizer", "subword_tokenizer_type": "character", **options}
+        config["word_tokenizer_type"] = "basic"
+        made[name] = load_tokenizer(write(tmp_path / name, {"vocab.txt": words.encode()}, config, None))
+    assert made["plain"].encode("A 日本") != made["lower"].encode("A 日本")
+    assert made["plain"].fingerprint == made["same"].fingerprint != made["lower"].fingerprint
+    # Stores and checkpoints that carry what it was called before still open.
+    assert set(made["plain"].former_fingerprints) & set(made["lower"].former_fingerprints)
+    made["lower"].save(tmp_path / "saved")
+    again = pickle.loads(pickle.dumps(load_tokenizer(tmp_path / "saved")))
+    assert again.fingerprint == made["lower"].fingerprint
 
 
 def test_former_fingerprints_are_those_of_version_0_1_0(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ reproduce what ``AutoTokenizer`` makes of it (:func:`read_folder`): whichever fi
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -422,9 +423,13 @@ def plain_backend(tokenizer: Any) -> Tokenizer | None:
     return copy
 
 
-def fingerprint_of(tokenizer: Any, files: dict[str, bytes]) -> str:
+def fingerprint_of(tokenizer: Any, files: dict[str, bytes], *, with_options: bool = True) -> str:
     """SHA-256 over what decides the ids of a tokenizer of transformers, and nothing else: not the model's
-    config.json, lengths, templates, or the formatting of its files."""
+    config.json, lengths, templates, or the formatting of its files.
+
+    Args:
+        with_options: false for what it was called before the options of Python tokenizers belonged to it.
+    """
     roles = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
     backend = plain_backend(tokenizer)
     if backend is not None:
@@ -440,7 +445,22 @@ def fingerprint_of(tokenizer: Any, files: dict[str, bytes]) -> str:
             "added": {str(i): str(t) for i, t in sorted(tokenizer.added_tokens_decoder.items())},
             "size": len(tokenizer),
         }
+        if with_options and (options := _options(tokenizer)):
+            parts["options"] = options
     return hashlib.sha256(json.dumps(["ids", roles, parts], sort_keys=True).encode()).hexdigest()
+
+
+def _options(tokenizer: Any) -> dict[str, str]:
+    """What a Python tokenizer was made with, where it is not the default of its class (``do_lower_case``, the kind of
+    words): its files do not hold it. A tokenizer in Rust describes itself."""
+    parameters = inspect.signature(type(tokenizer).__init__).parameters.values()
+    return {
+        one.name: repr(given)
+        for one in parameters
+        if one.default is not one.empty
+        and not one.name.endswith(("_file", "_token", "_tokens", "max_length"))
+        and (given := tokenizer.init_kwargs.get(one.name, one.default)) != one.default
+    }
 
 
 def _without_defaults(value: Any) -> Any:

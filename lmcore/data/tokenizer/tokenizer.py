@@ -334,6 +334,9 @@ class TransformersTokenizer(Tokenizer):
             tokens, {role: getattr(self._tokenizer, f"{role}_token_id") for role in tokens}
         )
         self.fingerprint = huggingface.fingerprint_of(self._tokenizer, files)
+        before = huggingface.fingerprint_of(self._tokenizer, files, with_options=False)
+        if before != self.fingerprint:
+            self.former_fingerprints = tuple(dict.fromkeys([*self.former_fingerprints, before]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_transformers, (self.files, self.notes, self.former_fingerprints)
@@ -468,7 +471,10 @@ def _load_model(
 ) -> Tokenizer:
     try:
         return SentencePieceTokenizer({MODEL_FILE: model, **(record or {})}, notes=notes)
-    except (ValueError, RuntimeError, RequestError) as error:
+    except (ValueError, RuntimeError) as error:
+        folder = "" if shown.endswith(".model") else "; give a .model file, or the folder of a tokenizer of transformers"
+        raise RequestError(f"{shown}: {error}{folder}") from error
+    except RequestError as error:
         raise RequestError(f"{shown}: {error}") from error
 
 
