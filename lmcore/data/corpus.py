@@ -403,11 +403,17 @@ def open_corpus(
                 )
             return opened
 
+    def given_sets(option: str, given: Sequence[documents.Source]) -> dict[str, TokenStore]:
+        try:
+            return {source.name: store(source, ("all", 0.0)) for source in given}
+        except build.NoText as error:
+            raise build.NoText(f"{option}: {error}") from None
+
+    # First the small sets that were given: what is wrong with them is said before the training text is tokenized.
+    held_out = given_sets("data.valid", valid_sources)
+    tests = given_sets("data.test", test_sources)
     training = tuple(training_store(source) for source in sources)
-    if valid:
-        held_out = {source.name: store(source, ("all", 0.0)) for source in valid_sources}
-    else:
-        held_out = {}
+    if not valid:
         for source in sources:
             if source.name in whole or source.name not in splits:
                 continue
@@ -422,7 +428,6 @@ def open_corpus(
                         f"data.valid_fraction {valid_fraction:g} selects no text of {source.name!r}: it has too little; "
                         f"give validation text with --data.valid"
                     )
-    tests = {source.name: store(source, ("all", 0.0)) for source in test_sources}
     if note is not None and worker == 0:
         for option, given in (("data.valid", held_out if valid else {}), ("data.test", tests)):
             for name, opened in given.items():

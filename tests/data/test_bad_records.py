@@ -194,6 +194,25 @@ def test_validation_text_has_the_unit_of_the_training_text(tmp_path: Path) -> No
     assert (made.train[0].n_documents, made.valid["held"].n_documents) == (6, 3)
 
 
+@pytest.mark.parametrize("option", ["valid", "test"])
+def test_what_is_wrong_with_validation_text_is_said_before_the_training_text_is_tokenized(
+    option: str, tmp_path: Path
+) -> None:
+    """That may take hours."""
+    train, held = tmp_path / "a.txt", tmp_path / "held.txt"
+    train.write_text("training text")
+    given: dict[str, Any] = {"train": [str(train)], option: [str(held)], "reading": corpus.Reading()}
+    held.write_text("\n\n")
+    with pytest.raises(RequestError, match=f"data.{option}: source 'held' holds no text at all"):
+        open_bytes_corpus(tmp_path, **given)
+    held.write_bytes(b"\xff\n\n")
+    with pytest.raises(FaultError, match=r"held.txt, byte 0"):
+        open_bytes_corpus(tmp_path, **given)
+    assert not list(tmp_path.glob("stores/a-*"))
+    held.write_text("held out")
+    assert open_bytes_corpus(tmp_path, **given)[0].train[0].n_documents == 1
+
+
 def test_validation_file_inside_the_training_glob_is_said(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(f"text of {name}")
