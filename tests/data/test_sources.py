@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import os
 import re
@@ -69,6 +70,26 @@ def test_duplicate_file_raises(tmp_path: Path, start: Callable[[], Any]) -> None
     ):
         with start(), pytest.raises(RequestError, match="twice"):
             resolve_sources([str(tmp_path / entry) for entry in entries])
+
+
+@pytest.mark.parametrize("pattern", ["*", "*.txt", "**/*.txt", "**"])
+def test_glob_of_a_folder_that_may_not_be_listed_says_so(
+    tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was "no file matches": glob takes it for an empty folder."""
+    make(tmp_path, "closed/a.txt")
+    scandir = os.scandir
+
+    def refuse(path: Any = ".") -> Any:
+        if os.fspath(path) == str(tmp_path / "closed"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(RequestError, match=r"closed.* cannot be read[: (]+Permission denied"):
+        resolve_sources([f"{tmp_path}/closed/{pattern}"])
+    with pytest.raises(RequestError, match="no file matches"):
+        resolve_sources([f"{tmp_path}/none/{pattern}"])
 
 
 def test_symlink_loops_end_and_each_folder_is_walked_once(tmp_path: Path) -> None:

@@ -412,6 +412,26 @@ def test_unwritable_store_dir_raises(tmp_path: Path) -> None:
 # ---- bad input ----
 
 
+def test_store_of_another_user_who_keeps_it_to_himself_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared data.store_dir and an umask of 077: a traceback, also of the list of stores."""
+    source = corpus(tmp_path / "text", 2)
+    build_store(source, Bytes(), store_dir=tmp_path / "stores")
+    [folder] = (tmp_path / "stores").iterdir()
+    stat = os.stat
+
+    def refuse(path: Any, *rest: Any, **options: Any) -> Any:
+        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(f"{folder}/"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, *rest, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(RequestError, match=f"{folder.name} cannot be (read|written) .Permission denied"):
+        build_store(source, Bytes(), store_dir=tmp_path / "stores")
+    assert list_stores(tmp_path / "stores", runs=[]) == []
+
+
 def test_bad_records_are_counted_and_located_and_cost_no_good_one(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = [json.dumps({"text": f"good {number}"}) for number in range(50)]

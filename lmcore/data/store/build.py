@@ -136,7 +136,7 @@ def build_store(
     identity = identity_of(source, tokenizer, split, eos)
     candidates = [{**identity, "tokenizer": one} for one in known]
     folders = [local_store_dir(store_dir) / f"{prefix}{fingerprint_of(one)[:16]}" for one in candidates]
-    folder = next((one for one in folders if (one / MANIFEST).exists()), folders[0])
+    folder = next((one for one in folders if _is_finished(one)), folders[0])
     built = False
     if (folder / MANIFEST).exists():
         if worker == 0:
@@ -178,6 +178,16 @@ def build_store(
             f"{f'; the first bad record: {first}' if first else ''}"
         )
     return store
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        return (folder / MANIFEST).exists()
+    except OSError as error:  # a folder that another user made, for himself
+        raise RequestError(
+            f"the token store {folder} cannot be read ({error.strerror or error}): give this user access to it, or set "
+            f"data.store_dir to another place"
+        ) from error
 
 
 def _remote(store_dir: str | Path, folder: Path) -> RemoteFolder | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -90,7 +91,8 @@ def list_stores(store_dir: str | Path, *, runs: Iterable[str | Path] = ("runs",)
     users = list(_runs(runs))
     found = []
     for folder in sorted(path for path in store_dir.iterdir() if path.is_dir()):
-        if not (folder / MANIFEST).exists() and not (folder / "plan.json").exists():
+        # Unlike Path.exists, false where this user may not look
+        if not any(os.path.exists(folder / name) for name in (MANIFEST, "plan.json")):
             continue  # it is something else
         n_tokens, reason = None, "not finished"
         mark = ""

@@ -505,6 +505,8 @@ def _matches(pattern: str) -> _Found:
     matches, notes, root = _glob(pattern)
     found = [path for path in matches if os.path.isfile(path)]
     if not found:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.scandir(root).close()  # glob takes a folder that may not be listed for an empty one
         only = f" (only folders: {os.path.basename(matches[0])}, ...; '**' goes into them)" if matches else ""
         left_out = f" ({notes[0]})" if notes else ""
         raise RequestError(
