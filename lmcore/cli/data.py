@@ -142,6 +142,8 @@ def tokenizer(words: list[str]) -> None:
         raise RequestError("tokenizer needs a subcommand: lmcore tokenizer train --data.train ...")
     words = words[1:]
     out = taken(words, "out")
+    if out == "":  # a variable of the shell that is not set
+        raise RequestError("--out must not be empty: give a folder, or leave it out")
     # A tokenizer is trained here whatever the run would use.
     config = configured(
         words, "tokenizer train [--out FOLDER]", "Validation text is not used.", allow_idle=True
@@ -150,7 +152,13 @@ def tokenizer(words: list[str]) -> None:
     from lmcore.data.tokenizer.tokenizer import load_tokenizer
     from lmcore.run import setup
 
+    if config.tokenizer.vocab_size is None:
+        raise RequestError(
+            "give --tokenizer.vocab_size: it is chosen by the size of the text only where a run trains its tokenizer (without "
+            "tokenizer.path and model.from_pretrained)"
+        )
     folder = Path(out) if out else run_dir_of(config) / "tokenizer"
+    _refuse_unwritable(folder)
     # Saving removes the files of another tokenizer, and --out may be any folder of the user's.
     there = next(huggingface.stale_files(folder, ()), None)
     if there is not None:
@@ -165,6 +173,19 @@ def tokenizer(words: list[str]) -> None:
     print(
         f"{folder}: {made.vocab_size:,} pieces, {made.fingerprint[:12]}; use it with --tokenizer.path {shlex.quote(str(folder))}"
     )
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Training takes minutes, and only then the folder is made.
+
+    Raises:
+        RequestError: it cannot be made, or nothing can be written into it.
+    """
+    there = next((one for one in (folder, *folder.absolute().parents) if os.path.lexists(one)), folder)
+    if not there.is_dir():
+        raise RequestError(f"--out {folder}: {there} is not a folder; choose another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RequestError(f"--out {folder}: this user may not write into {there}; choose another --out")
 
 
 def order(words: list[str]) -> None:

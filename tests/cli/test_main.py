@@ -589,6 +589,26 @@ def test_data_commands_read_the_text_of_the_run(
     assert "runs/x/tokenizer: 300 pieces" in capsys.readouterr().out
     assert call("tokenizer", "train", "--out", "runs/x/tokenizer", *common) == 2
     assert "already contains a tokenizer" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    trained: list[Any] = []
+    with monkeypatch.context() as patched:
+        patched.setattr("lmcore.run.setup.train_tokenizer", lambda *words, **options: trained.append(words))
+        for words, refusal in {
+            ("--out", "file"): "file is not a folder",
+            ("--out", "file/new"): "file is not a folder",
+            ("--out", "link"): "link is not a folder",
+            ("--out", ""): "--out must not be empty",
+            ("--out=",): "--out must not be empty",
+            ("--out", "new", "--tokenizer.path", "runs/x/tokenizer"): "give --tokenizer.vocab_size",
+        }.items():
+            assert call("tokenizer", "train", *words, *common) == 2, words
+            assert refusal in capsys.readouterr().err, "before the training, which takes minutes"
+        patched.setattr("os.access", lambda path, mode: mode == os.R_OK)
+        assert call("tokenizer", "train", "--out", "new/folder", *common) == 2
+        assert "this user may not write into" in capsys.readouterr().err
+    assert not trained
+    assert not (tmp_path / "new").exists()
     assert call("inspect", *common) == 0
     said = capsys.readouterr().out
     assert "600" in said
