@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,36 @@ def test_validation_text_has_the_unit_of_the_training_text(tmp_path: Path) -> No
     assert made.valid["held"].n_documents == 3
     made, _ = opened(tmp_path, train, valid, unit="paragraph")
     assert (made.train[0].n_documents, made.valid["held"].n_documents) == (6, 3)
+
+
+@pytest.mark.parametrize("change", ["grow", "touch", "vanish"])
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_file_that_changes_while_it_is_tokenized_leaves_no_store_without_it(
+    change: str, on_error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With skip the store was finished under the name of the whole text: the file was missing, or refused, for ever."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("".join(f"line {n} of {name}\n" for n in range(500)))
+    path, content = tmp_path / "b.txt", (tmp_path / "b.txt").read_text()
+    found = documents.resolve_sources([f"{tmp_path}/*.txt"], unit="line")[0]
+    read = documents.read
+
+    def meddle(*words: Any, **options: Any) -> Any:
+        if change == "vanish":
+            path.unlink(missing_ok=True)
+        else:
+            os.utime(path, (1, 1))
+            path.write_text(content + "more\n" * (change == "grow"))
+        yield from read(*words, **options)
+
+    options: dict[str, Any] = {"store_dir": tmp_path / "stores", "on_error": on_error, "max_bad_fraction": 1.0}
+    with monkeypatch.context() as patched:
+        patched.setattr(documents, "read", meddle)
+        with pytest.raises(FaultError, match=r"b.txt.* after it was listed.*: start again"):
+            build.build_store(found, Bytes(), **options)
+    path.write_text(content)
+    store = build.build_store(found, Bytes(), **options)
+    assert (store.n_documents, store.manifest["bad"]) == (1000, 0)
 
 
 @pytest.mark.parametrize("option", ["valid", "test"])

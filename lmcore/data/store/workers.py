@@ -280,6 +280,9 @@ def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
     counts = dict.fromkeys(COUNTS, 0)
 
     def on_bad(record: text.BadRecord) -> None:
+        if record.is_of_the_moment:
+            # Left out, it would be missing in every run: the store has the name of the files as they were.
+            raise FaultError(f"{record}: start again when nothing writes there; the finished parts are kept")
         if job.on_error == "raise":
             raise FaultError(f"{record}: fix the record, or skip bad records with --data.on_error skip")
         counts["bad"] += record.documents

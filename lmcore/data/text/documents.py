@@ -72,6 +72,10 @@ __all__ = [
 ]
 
 
+_CHANGED = "the file was changed after it was listed"
+_VANISHED = "the file vanished after it was listed"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Piece:
     """A range of one file: bytes ``[start, stop)``, or row groups of a parquet file.
@@ -134,6 +138,11 @@ class BadRecord:
     documents: int = 1
     n_bytes: int = 0
     at_least: bool = False
+
+    @property
+    def is_of_the_moment(self) -> bool:
+        """Whether the same file may be good at another time: another program wrote or removed it while it was read."""
+        return self.reason in (_CHANGED, _VANISHED)
 
     def __str__(self) -> str:
         lost = ""
@@ -261,9 +270,9 @@ def _watched(source: Source, piece: Piece) -> Iterator[tuple[int, str | Damage]]
                 yield at, value
             state = state_of(file, piece.path)
         if state != (piece.size_bytes, piece.mtime_ns):
-            yield at, Damage("the file was changed after it was listed", at_least=True)
+            yield at, Damage(_CHANGED, at_least=True)
     except FileNotFoundError:
-        yield at, lost("the file vanished after it was listed")
+        yield at, lost(_VANISHED)
     except OSError as error:
         yield at, lost(f"cannot be read: {error.strerror or error}")
 
