@@ -541,6 +541,7 @@ def test_wrong_requests_for_loading(folder: Path, tmp_path: Path) -> None:
         (tmp_path / "changed" / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "changed" / tokenizer.MODEL_FILE).write_bytes(foreign_model(model_type="bpe"))
     (tmp_path / "no_eos.model").write_bytes(foreign_model(model_type="bpe", eos_id=-1))
+    (tmp_path / "words.model").write_bytes(foreign_model(model_type="word", hard_vocab_limit=False))
     for path, message in {
         "broken.model": "not a SentencePiece model",
         "tokenizer.json": "give a .model file, or the folder of a tokenizer of transformers",
@@ -549,6 +550,7 @@ def test_wrong_requests_for_loading(folder: Path, tmp_path: Path) -> None:
         "empty": "holds no tokenizer",
         "changed": "is not the model that",
         "no_eos.model": "no end-of-text token",
+        "words.model": "word models have no equivalent in transformers",
     }.items():
         with pytest.raises(RequestError, match=message) as caught:
             load_tokenizer(tmp_path / path)

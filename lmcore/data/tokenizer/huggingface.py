@@ -26,7 +26,7 @@ from lmcore.errors import RequestError
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 """Piece types of sentencepiece_model.proto."""
-UNIGRAM, _BPE, _CHAR = 1, 2, 4
+UNIGRAM, _BPE, WORD, _CHAR = 1, 2, 3, 4
 """Model types of sentencepiece_model.proto."""
 
 TEST_TEXTS = (

@@ -149,13 +149,17 @@ class SentencePieceTokenizer(Tokenizer):
 
     Raises:
         ValueError: it is no SentencePiece model.
-        RequestError: it has no end-of-text token.
+        RequestError: it has no end-of-text token, or is a model of words.
     """
 
     def __init__(self, files: dict[str, bytes], *, notes: Sequence[str] = ()) -> None:
         self.files, self.notes = files, tuple(notes)
         model = files[MODEL_FILE]
         self.proto = huggingface.parse_model(model)
+        if self.proto.trainer_spec.model_type == huggingface.WORD:
+            raise RequestError(
+                "SentencePiece word models have no equivalent in transformers; give one of bpe, unigram or char"
+            )
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.is_exact = huggingface.is_exact(self.proto)
         self.is_unigram = self.proto.trainer_spec.model_type == huggingface.UNIGRAM
