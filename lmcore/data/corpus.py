@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import json
 import random
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +25,7 @@ from lmcore.data.store.overlap import find_overlap
 from lmcore.data.store.remote import local_store_dir, read_small, share_small
 from lmcore.data.store.store import TokenStore
 from lmcore.data.text import documents, hub
+from lmcore.data.text.sources import HUB
 from lmcore.data.text.split import Split, choose, part_of
 from lmcore.data.tokenizer.tokenizer import Tokenizer
 from lmcore.data.tokenizer.training import RECIPE_VERSIONS
@@ -38,6 +41,9 @@ STDLIB = "stdlib"
 """The builtin corpus: the Python standard library's own source code, on every machine."""
 _SAMPLED_BYTES = 2**20
 """Text that a tokenizer's sample takes from one place of a large corpus."""
+_COMPARED_CHARACTERS = 2**15
+"""Text of one place of a source that is encoded and decoded to see what a tokenizer loses of it."""
+_LOST_SHARE = 0.01
 _SHOWN_TOKENS = 40
 """Of a document that is named in a message; as many characters."""
 
@@ -237,6 +243,42 @@ def _stretch(
         if at >= start:
             yield document.text
         at += len(document.text.encode())
+
+
+def lost_in_tokens(sources: Sequence[documents.Source], encoder: Tokenizer) -> Iterator[str]:
+    """A line for each source of which a tokenizer (one that was given) does not know more than 1% of the characters, in the
+    text at its beginning and in its middle. It would replace or drop them, and the model would never see them.
+
+    White space, case, accents and forms of one character, which tokenizers normalize on purpose, are not compared.
+    """
+    if encoder.byte_lengths() is not None:  # every text comes back
+        return
+    for source in sources:
+        if token_files.are_tokens(source.paths) or source.paths[0].startswith(HUB):
+            continue
+        parts = hub.parts_of(source, part_bytes=_SAMPLED_BYTES)
+        before: Counter[str] = Counter()
+        after: Counter[str] = Counter()
+        for part in (parts[index] for index in sorted({0, len(parts) // 2}) if parts):
+            left = _COMPARED_CHARACTERS
+            for document in hub.documents_of(source, part, bad=lambda record: None):
+                text = document.text[:left]
+                before.update(_plain_characters(text))
+                after.update(_plain_characters(encoder.decode(encoder.encode(text))))
+                left -= len(text)
+                if left <= 0:
+                    break
+        lost = (before - after).total() / max(before.total(), 1)
+        if lost > _LOST_SHARE:
+            yield (
+                f"warning: the tokenizer does not know {lost:.1%} of the characters of {source.name!r} (in a sample), which are "
+                f"lost: give another one with --tokenizer.path, or none, so that one is trained on the text"
+            )
+
+
+def _plain_characters(text: str) -> list[str]:
+    plain = unicodedata.normalize("NFKD", text.casefold())
+    return [one for one in plain if not (one.isspace() or unicodedata.combining(one))]
 
 
 def _text_sources(entries: Entries, reading: Reading) -> list[documents.Source]:

@@ -227,7 +227,10 @@ def open_data(
         return open_own_data(config, encoder, block_size)
     assert encoder is not None
     streamed = config.data.mode == "stream"
-    sources = reading_of(config).sources(config.data.train or [corpus.STDLIB]) if streamed else []
+    sources = reading_of(config).sources(config.data.train or [corpus.STDLIB])
+    if rank == 0:
+        for line in corpus.lost_in_tokens(sources, encoder):
+            note(line)
     with task("tokenizing", unit="bytes") as advance:
         sets = corpus.open_corpus(
             encoder,
@@ -247,7 +250,7 @@ def open_data(
                 done=progress.read_bytes, total=progress.total_bytes, also=progress.words()
             ),
             note=note,
-            streamed=sources,
+            streamed=sources if streamed else (),
         )
     on_main(partial(_record_stores, home.parent, sets))  # and wait until every rank has all stores
     pad_id = encoder.eos_id if encoder.pad_id is None else encoder.pad_id

@@ -48,6 +48,26 @@ def opened(tmp_path: Path, **options: Any) -> tuple[Any, list[str]]:
     return data, [line for line in notes if line.startswith("tokenizer: ")]
 
 
+@pytest.mark.parametrize("mode", ["store", "stream"])
+def test_text_that_the_tokenizer_does_not_know_is_said(mode: str, tmp_path: Path, text: Path) -> None:
+    """It was lost without a word: every Japanese character became <unk>, and the run trained on that."""
+    options = {"byte_fallback": False, "add_dummy_prefix": True, "normalization_rule_name": "nmt_nfkc_cf"}
+    train_tokenizer([TEXT], vocab_size=100, folder=tmp_path / "english", character_coverage=1.0, **options)
+    notes: list[str] = []
+    given: dict[str, Any] = {"tokenizer__path": tmp_path / "english", "data__mode": mode}
+    given |= {"train__duration": "4 steps", "tokenizer__vocab_size": "null"}
+    for content in (TEXT.upper().replace(" ", "  "), "the text 吾輩は猫である。\n" * 400):  # normalized is not lost
+        text.write_text(content)
+        (tmp_path / "held.txt").write_text(TEXT)
+        config = config_of(tmp_path, data__valid=tmp_path / "held.txt", **given)
+        notes.append("")
+        setup.open_data(config, tmp_path / "run" / "tokenizer", note=notes.append)
+    [line] = [line for line in notes if "does not know" in line]
+    assert notes.index(line) > notes.index("", 1)
+    assert "53.3% of the characters of 'text'" in line
+    assert "give another one with --tokenizer.path, or none" in line
+
+
 def a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
 
