@@ -512,3 +512,19 @@ def test_standard_library_corpus() -> None:
     assert bad == []
     assert 8e6 < sum(len(d.text.encode()) for d in documents) < 20e6
     assert read_all(source)[0] == documents
+
+
+@pytest.mark.parametrize("entry", ["", "/*", "/*.txt", "/**/*.txt"])
+def test_links_without_their_target_are_said(tmp_path: Path, entry: str) -> None:
+    """A disk that is not mounted, or files of git-annex that were not fetched, looked like a smaller corpus."""
+    make(tmp_path, "text/a.txt", "text/b.txt", "empty/.keep")
+    (tmp_path / "text" / "link.txt").symlink_to(tmp_path / "text" / "a.txt")
+    (tmp_path / "text" / "a.txt").unlink()
+    (tmp_path / "text" / "circle.txt").symlink_to("circle.txt")
+    (tmp_path / "empty" / "x.txt").symlink_to("/not/mounted/x.txt")
+    [source] = resolve_sources([f"{tmp_path}/text{entry}"])
+    assert source.relative_paths == ("b.txt",)
+    [note] = source.notes
+    assert re.search(r"left out: .*\.txt, a link to .*, which is not there, and 1 other link without a target", note)
+    with pytest.raises(RequestError, match=r"x.txt, a link to /not/mounted/x.txt, which is not there"):
+        resolve_sources([f"{tmp_path}/empty{entry}"])

@@ -479,6 +479,7 @@ def _folder(path: str, pattern: str) -> _Found:
         return _Found([(_readable(os.path.join(path, name)), name) for name in parts])
     walk = _Walk(path)
     everything = list(walk.files())
+    notes = walk.notes + _note_of_missing(walk.missing)
     found = [path for path in everything if _is_known(path)]
     if {os.path.basename(file) for file in found} <= _DATASET_FILES:
         if arrow := next((file for file in everything if file.endswith(".arrow")), None):
@@ -492,18 +493,28 @@ def _folder(path: str, pattern: str) -> _Found:
             if everything
             else ""
         )
-        left_out = f" ({walk.notes[0]})" if walk.notes else ""
+        left_out = f" ({notes[0]})" if notes else ""
         raise RequestError(
             f"folder {pattern} has no file of a known kind (.txt, .jsonl, .parquet, ...){example}{left_out}: a glob"
             f" such as '{pattern.rstrip('/')}/**' takes every file"
         )
     files = [(_readable(p), _below(p, path)) for p in found]
-    return _Found(files, len(everything) - len(found), tuple(walk.notes))
+    return _Found(files, len(everything) - len(found), tuple(notes))
+
+
+def _note_of_missing(links: Sequence[str]) -> list[str]:
+    """A line for links without their target: a disk that is not mounted, or files that were not fetched, must not look like
+    a smaller corpus."""
+    if not links:
+        return []
+    more = f", and {amount(len(links) - 1, 'other link')} without a target" if links[1:] else ""
+    return [f"left out: {links[0]}, a link to {os.readlink(links[0])}, which is not there{more}"]
 
 
 def _matches(pattern: str) -> _Found:
     matches, notes, root = _glob(pattern)
     found = [path for path in matches if os.path.isfile(path)]
+    notes += _note_of_missing([path for path in matches if os.path.islink(path) and not os.path.exists(path)])
     if not found:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.scandir(root).close()  # glob takes a folder that may not be listed for an empty one
@@ -531,7 +542,7 @@ def _glob(pattern: str) -> tuple[list[str], list[str], str]:
         return *_without_run_files(matches), root
     walk = _Walk(root)
     found = [path for path in walk.files() if remote.matches_glob(_below(path, root).split(os.sep), rest)]
-    return found, walk.notes, root
+    return found, walk.notes + _note_of_missing(walk.missing), root
 
 
 def _without_run_files(paths: list[str]) -> tuple[list[str], list[str]]:
@@ -579,12 +590,14 @@ class _Walk:
     """The regular files below a folder, hidden ones and Python's caches aside.
 
     Links are followed, but each folder is entered once: first all folders under their own names, then those that only
-    links lead to. Folders of the system, and what a training has written, are left out and said in ``notes``.
+    links lead to. Folders of the system, and what a training has written, are left out and said in ``notes``; links that
+    lead nowhere, or in a circle, are in ``missing``.
     """
 
     def __init__(self, root: str) -> None:
         self.root = root
         self.notes: list[str] = []
+        self.missing: list[str] = []
         self._seen: set[tuple[int, int]] = set()
         # Somebody may keep text in /dev/shm: what is named may be read, but no walk leads into these folders.
         real = os.path.realpath(root)
@@ -602,8 +615,10 @@ class _Walk:
                         yield entry.path
                     elif entry.is_dir():
                         (links if entry.is_symlink() else below).append(entry.path)
+                    elif entry.is_symlink() and not os.path.exists(entry.path):
+                        self.missing.append(entry.path)
                 except OSError:  # a link that leads in a circle
-                    continue
+                    self.missing.append(entry.path)
             folders += [(path, os.path.join(real, os.path.basename(path))) for path in reversed(below)]
 
     def _entries(self, folder: str, real: str) -> list[os.DirEntry[str]]:
