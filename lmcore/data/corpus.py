@@ -429,6 +429,11 @@ def open_corpus(
 
     def training_store(source: documents.Source) -> TokenStore:
         if source.name not in splits:
+            if valid_fraction and note is not None and token_files.are_tokens(source.paths):
+                note(
+                    f"source {source.name!r} is tokens, of which data.valid_fraction {valid_fraction:g} holds nothing out: give "
+                    f"validation text with --data.valid, or set data.valid_fraction 0"
+                )
             return store(source, ("all", 0.0))
         line = _describe_split(source.name, splits[source.name], valid_fraction)
         if line is not None and note is not None:

@@ -68,6 +68,20 @@ def test_text_that_the_tokenizer_does_not_know_is_said(mode: str, tmp_path: Path
     assert "give another one with --tokenizer.path, or none" in line
 
 
+def test_tokens_of_which_nothing_is_held_out_are_said(tmp_path: Path, text: Path) -> None:
+    """data.valid_fraction did nothing, and the run had no validation set."""
+    train_tokenizer([TEXT], vocab_size=320, folder=tmp_path / "given")
+    (np.arange(3000, dtype="<u2") % 300).astype("<u2").tofile(tmp_path / "a.bin")
+    options = {"tokenizer__path": tmp_path / "given", "tokenizer__vocab_size": "null"}
+    for fraction, words in ((0.1, 1), (0, 0)):
+        notes: list[str] = []
+        config = config_of(
+            tmp_path, **options, data__train=tmp_path / "a.bin", data__valid_fraction=fraction
+        )
+        setup.open_data(config, tmp_path / "run" / "tokenizer", note=notes.append)
+        assert sum("source 'a' is tokens, of which data.valid_fraction" in line for line in notes) == words
+
+
 def a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
 
