@@ -114,6 +114,9 @@ class StreamDataset:
         self._cursor: Cursor | None = None
         self._lanes: dict[int, _Lane] = {}
         self._parts = [_cut(source, lanes) for source in sources]
+        empty = [source.name for source, parts in zip(sources, self._parts) if not parts]
+        if empty and (phases[0].weights is not None or len(empty) == len(sources)):
+            raise RequestError(f"source {empty[0]!r} holds no text at all: its files are empty")
         few = min(len(parts) for parts in self._parts)
         if few < lanes and note is not None:
             note(

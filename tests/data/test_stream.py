@@ -289,6 +289,25 @@ def test_stream_without_text_raises(tmp_path: Path) -> None:
         run(dataset, size=1, count=1)
 
 
+@pytest.mark.parametrize("shuffle", ["full", "none"])
+@pytest.mark.parametrize("weights", [None, (1.0, 2.0)])
+def test_stream_of_empty_files_is_refused_at_the_start(
+    shuffle: str, weights: tuple[float, ...] | None, tmp_path: Path
+) -> None:
+    """It ended in a ZeroDivisionError at the first batch. One source of several may be empty if they are one corpus."""
+    (tmp_path / "a.txt").write_text("words of a line\n" * 40)
+    (tmp_path / "e.txt").write_text("")
+    paths = [tmp_path / name for name in ("a.txt", "e.txt")]
+    with pytest.raises(RequestError, match="source 'e' holds no text at all"):
+        stream(paths[1], tokenizer=Bytes(), lanes=1, shuffle=shuffle)
+    given: dict[str, Any] = {"tokenizer": Bytes(), "lanes": 1, "shuffle": shuffle}
+    if weights is None:
+        assert run(stream(*paths, **given), size=1, count=1)
+    else:
+        with pytest.raises(RequestError, match="source 'e' holds no text at all"):
+            stream(*paths, phases=(Phase(weights=weights),), **given)
+
+
 def test_validation_split_of_a_stream(tmp_path: Path) -> None:
     folder = tagged_text(tmp_path, n=200)
     seen = []
