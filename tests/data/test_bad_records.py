@@ -215,7 +215,11 @@ def test_file_that_changes_while_it_is_tokenized_leaves_no_store_without_it(
             path.write_text(content + "more\n" * (change == "grow"))
         yield from read(*words, **options)
 
-    options: dict[str, Any] = {"store_dir": tmp_path / "stores", "on_error": on_error, "max_bad_fraction": 1.0}
+    options: dict[str, Any] = {
+        "store_dir": tmp_path / "stores",
+        "on_error": on_error,
+        "max_bad_fraction": 1.0,
+    }
     with monkeypatch.context() as patched:
         patched.setattr(documents, "read", meddle)
         with pytest.raises(FaultError, match=r"b.txt.* after it was listed.*: start again"):

@@ -422,7 +422,9 @@ def test_text_may_begin_like_an_orc_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["", "train"])
 def test_folder_of_save_to_disk_is_named_as_one(tmp_path: Path, folder: str) -> None:
     """Its descriptions are JSON: "the records have no field 'text', but 'citation', ..." was about them."""
-    make(tmp_path, *(f"{folder or '.'}/{name}" for name in ("dataset_info.json", "state.json", "data-0.arrow")))
+    make(
+        tmp_path, *(f"{folder or '.'}/{name}" for name in ("dataset_info.json", "state.json", "data-0.arrow"))
+    )
     with pytest.raises(RequestError, match=r"save_to_disk, whose Arrow files \(data-0.arrow\).*to_parquet"):
         resolve_sources([str(tmp_path)])
     make(tmp_path, "a.txt")
@@ -525,6 +527,8 @@ def test_links_without_their_target_are_said(tmp_path: Path, entry: str) -> None
     [source] = resolve_sources([f"{tmp_path}/text{entry}"])
     assert source.relative_paths == ("b.txt",)
     [note] = source.notes
-    assert re.search(r"left out: .*\.txt, a link to .*, which is not there, and 1 other link without a target", note)
+    assert re.search(
+        r"left out: .*\.txt, a link to .*, which is not there, and 1 other link without a target", note
+    )
     with pytest.raises(RequestError, match=r"x.txt, a link to /not/mounted/x.txt, which is not there"):
         resolve_sources([f"{tmp_path}/empty{entry}"])

@@ -208,8 +208,16 @@ def test_options_of_a_python_tokenizer_are_part_of_its_fingerprint(tmp_path: Pat
     """They decide the ids, and no file of the vocabulary holds them: the token store of the other one was opened."""
     words = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcABC日本"]) + "\n"
     made = {}
-    for name, options in {"plain": {}, "same": {"do_lower_case": False}, "lower": {"do_lower_case": True}}.items():
-        config = {"tokenizer_class": "BertJapaneseTokenizer", "subword_tokenizer_type": "character", **options}
+    for name, options in {
+        "plain": {},
+        "same": {"do_lower_case": False},
+        "lower": {"do_lower_case": True},
+    }.items():
+        config = {
+            "tokenizer_class": "BertJapaneseTokenizer",
+            "subword_tokenizer_type": "character",
+            **options,
+        }
         config["word_tokenizer_type"] = "basic"
         made[name] = load_tokenizer(write(tmp_path / name, {"vocab.txt": words.encode()}, config, None))
     assert made["plain"].encode("A 日本") != made["lower"].encode("A 日本")

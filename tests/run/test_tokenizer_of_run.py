@@ -56,7 +56,10 @@ def test_text_that_the_tokenizer_does_not_know_is_said(mode: str, tmp_path: Path
     notes: list[str] = []
     given: dict[str, Any] = {"tokenizer__path": tmp_path / "english", "data__mode": mode}
     given |= {"train__duration": "4 steps", "tokenizer__vocab_size": "null"}
-    for content in (TEXT.upper().replace(" ", "  "), "the text 吾輩は猫である。\n" * 400):  # normalized is not lost
+    for content in (
+        TEXT.upper().replace(" ", "  "),
+        "the text 吾輩は猫である。\n" * 400,
+    ):  # normalized is not lost
         text.write_text(content)
         (tmp_path / "held.txt").write_text(TEXT)
         config = config_of(tmp_path, data__valid=tmp_path / "held.txt", **given)
@@ -75,9 +78,7 @@ def test_tokens_of_which_nothing_is_held_out_are_said(tmp_path: Path, text: Path
     options = {"tokenizer__path": tmp_path / "given", "tokenizer__vocab_size": "null"}
     for fraction, words in ((0.1, 1), (0, 0)):
         notes: list[str] = []
-        config = config_of(
-            tmp_path, **options, data__train=tmp_path / "a.bin", data__valid_fraction=fraction
-        )
+        config = config_of(tmp_path, **options, data__train=tmp_path / "a.bin", data__valid_fraction=fraction)
         setup.open_data(config, tmp_path / "run" / "tokenizer", note=notes.append)
         assert sum("source 'a' is tokens, of which data.valid_fraction" in line for line in notes) == words
 

@@ -481,12 +481,12 @@ def _folder(path: str, pattern: str) -> _Found:
     everything = list(walk.files())
     notes = walk.notes + _note_of_missing(walk.missing)
     found = [path for path in everything if _is_known(path)]
-    if {os.path.basename(file) for file in found} <= _DATASET_FILES:
-        if arrow := next((file for file in everything if file.endswith(".arrow")), None):
-            raise RequestError(
-                f"{pattern} is a dataset of datasets.save_to_disk, whose Arrow files ({os.path.basename(arrow)}) are not read: "
-                "write it as parquet, load_from_disk(FOLDER).to_parquet(FILE), each split by itself"
-            )
+    arrow = next((file for file in everything if file.endswith(".arrow")), None)
+    if arrow is not None and {os.path.basename(file) for file in found} <= _DATASET_FILES:
+        raise RequestError(
+            f"{pattern} is a dataset of datasets.save_to_disk, whose Arrow files ({os.path.basename(arrow)}) are not read: "
+            "write it as parquet, load_from_disk(FOLDER).to_parquet(FILE), each split by itself"
+        )
     if not found:
         example = (
             f"; it has {amount(len(everything), 'file')} like {os.path.relpath(everything[0], path)}"

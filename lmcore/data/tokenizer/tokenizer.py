@@ -476,7 +476,11 @@ def _load_model(
     try:
         return SentencePieceTokenizer({MODEL_FILE: model, **(record or {})}, notes=notes)
     except (ValueError, RuntimeError) as error:
-        folder = "" if shown.endswith(".model") else "; give a .model file, or the folder of a tokenizer of transformers"
+        folder = (
+            ""
+            if shown.endswith(".model")
+            else "; give a .model file, or the folder of a tokenizer of transformers"
+        )
         raise RequestError(f"{shown}: {error}{folder}") from error
     except RequestError as error:
         raise RequestError(f"{shown}: {error}") from error
