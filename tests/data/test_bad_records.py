@@ -132,8 +132,8 @@ def test_rest_of_a_damaged_file_counts_by_its_bytes(tmp_path: Path) -> None:
     [
         ("sjis.txt", "吾輩は猫である。\n".encode("cp932") * 9, "not utf-8.*set data.encoding"),
         ("u16.txt", "吾輩は猫である。\n".encode("utf-16") * 9, "looks like utf-16"),
-        ("list.jsonl", b'{"text": ["a"]}\n' * 9, "must be a string, not list"),
-        ("a.json", b'["a", "b"]', "a record must be an object, not str"),
+        ("list.jsonl", b'{"text": ["a"]}\n' * 9, "must be a string, not an array"),
+        ("a.json", b'["a", "b"]', "a record must be an object, not a string"),
         ("a.zip", b"PK\x03\x04rest", "a zip archive.*unpack it"),
         ("a.tar", b"\0" * 257 + b"ustar" + b"\0" * 600, "a tar archive: unpack it"),
         ("a.db", b"SQLite format 3\0rest", "an SQLite database"),

@@ -45,7 +45,7 @@ def test_corpus_statistics(tmp_path: Path, encoder: Tokenizer) -> None:
     )
     assert [b.reason.split(":")[0] for b in report.bad_records] == [
         "not JSON",
-        "field 'text' must be a string, not int",
+        "field 'text' must be a string, not a number",
     ]
     assert sum(read) == (tmp_path / "a.jsonl").stat().st_size
     shown = "\n".join(report_lines([report]))

@@ -259,10 +259,10 @@ def test_bad_json_records_are_located(tmp_path: Path) -> None:
     cases = {
         b"{": "not JSON",
         b'{"text": "a" "b"}': "not JSON",
-        b'{"text": 3}': "must be a string, not int",
-        b'{"text": null}': "must be a string, not NoneType",
+        b'{"text": 3}': "must be a string, not a number",
+        b'{"text": null}': "must be a string, not null",
         b'{"txt": "a"}': "no field 'text' (it has 'txt')",
-        b'["a"]': "must be an object, not list",
+        b'["a"]': "must be an object, not an array",
         b'{"text": "\xff"}': "not utf-8",
         b'{"text": "\\u0000"}': "NUL",
         b'{"text": "\\ud83d"}': "lone surrogate",

@@ -42,6 +42,10 @@ _ISO_2022 = (
 """Escape sequences that switch to characters of two bytes, and the encoding that has them."""
 _PARQUET_ROWS = 1024
 _ONLY_CR = "; a carriage return alone (old Macs) is no line end, tr '\\r' '\\n' makes it one"
+_JSON_TYPES: dict[type, str] = {
+    **{type(None): "null", bool: "true or false", int: "a number", float: "a number"},
+    **{str: "a string", list: "an array", dict: "an object"},
+}
 _MOST_DIGITS = 4000  # Python refuses to convert longer integers; they are in other fields than the text
 
 
@@ -194,14 +198,18 @@ def fields(values: Values, field: str) -> Texts:
 def _field(record: Any, field: str, n_bytes: int) -> str | Damage:
     if not isinstance(record, dict):
         hint = "; name a file that is one array .json" if isinstance(record, list) else ""
-        return Damage(f"a record must be an object, not {type(record).__name__}{hint}", n_bytes=n_bytes)
+        return Damage(f"a record must be an object, not {_json_type(record)}{hint}", n_bytes=n_bytes)
     if field not in record:
         names = ", ".join(map(repr, list(record)[:8])) or "none"
         return Damage(f"no field {field!r} (it has {names})", n_bytes=n_bytes)
     text = record[field]
     if not isinstance(text, str):
-        return Damage(f"field {field!r} must be a string, not {type(text).__name__}", n_bytes=n_bytes)
+        return Damage(f"field {field!r} must be a string, not {_json_type(text)}", n_bytes=n_bytes)
     return checked(text, n_bytes)
+
+
+def _json_type(value: Any) -> str:
+    return _JSON_TYPES.get(type(value), type(value).__name__)
 
 
 def _json(line: bytes, encoding: str) -> Any:
