@@ -105,7 +105,8 @@ def build_store(
         eos: end each document with ``tokenizer.eos_id``.
         processes: tokenizing processes of this rank; 1 works in this process.
         worker: number of this rank, so that ranks begin at different parts.
-        on_error: ``raise`` ends at the first bad record with its place; ``skip`` leaves bad records out.
+        on_error: ``raise`` ends at the first bad record with its place; ``skip`` leaves bad records out, but a file that was
+            written or removed while it was read, which may be good a moment later, ends the build.
         max_bad_fraction: with ``skip``, more than this share of bad records is an error all the same.
         progress: called about twice a second.
         note: takes one line of text: what differs from the store that was built before, and the bad records.
