@@ -25,12 +25,12 @@ from typing import Any
 
 from common import RESULTS, machine, table
 
-from lmcore.cli.size import SHARE, START_RATES, counted
 from lmcore.config import yaml
 from lmcore.config.parse import parse
-from lmcore.config.schema import RunConfig, plain
+from lmcore.config.schema import plain
 from lmcore.plan import scaling
-from lmcore.run import ladder, planning, setup
+from lmcore.run import ladder, setup
+from lmcore.run.size_search import SHARE, START_RATES, family
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEED_STEPS, SPEED_BLOCKS = 60, 8
@@ -51,16 +51,10 @@ class Case:
         data = setup.open_data(self.config, home)
         self.home, self.unique_tokens = home, data.train.epoch_blocks * data.block_size
         assert data.encoder is not None
-        self.members = {}
-        for width in ladder.WIDTHS[: ladder.WIDTHS.index(asked.widest) + 1]:
-            model = replace(
-                RunConfig().model, **ladder.with_member(self.config, width, block_size=asked.block_size)
-            )
-            module = planning.model_without_weights(
-                replace(self.config, model=model),
-                vocab_size=data.encoder.vocab_size, block_size=asked.block_size, note=lambda line: None,
-            )  # fmt: skip
-            self.members[f"w{width}"] = counted(module, width, asked.block_size)
+        self.members = family(
+            self.config, vocab_size=data.encoder.vocab_size, block_size=asked.block_size,
+            widths=ladder.WIDTHS[: ladder.WIDTHS.index(asked.widest) + 1],
+        )  # fmt: skip
         self.speeds = {name: self._speed(name, results) for name in self.members}
 
     def _speed(self, member: str, results: dict[str, Any]) -> float:

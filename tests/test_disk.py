@@ -188,7 +188,8 @@ NOT_THROUGH_DISK = {
     "data/store/remote": "a lock file without content, and parts that were not downloaded to their end",
     "data/tokenizer/huggingface": "a temporary folder for transformers to read",
     "storage": "a cache: without it the next start compares, or reads, again",
-    "cli/size": "output of its short runs, the file STOP that it has obeyed, and a picture",
+    "run/children": "output of short runs, and the file STOP that was obeyed",
+    "run/size_search": "a picture",
     "run/bucket": "a scratch copy of a file that is being uploaded",
     "errors": "the launcher's own file for the error of a process",
 }

@@ -19,17 +19,19 @@ from typing import Any
 
 import pytest
 
+import lmcore
 from lmcore.cli import size
 from lmcore.cli.main import main
-from lmcore.cli.size import Children
 from lmcore.config.parse import parse
 from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.disk import DISK, Call
 from lmcore.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_REQUEST, EXIT_SAVED, RequestError
+from lmcore.plan import scaling
 from lmcore.plan.scaling import Law, effective_tokens
 from lmcore.report.curves import read_run
 from lmcore.report.html import facts
-from lmcore.run import setup
+from lmcore.run import children, ladder, setup, size_search
+from lmcore.run.children import Children
 from lmcore.run.folder import RunFolder
 from tests.support.whole_runs import train, words
 
@@ -78,7 +80,7 @@ class KnownLaw:
             (run / "plan.json").write_text(json.dumps({"tokens_per_second": self.flops / 6 / n}))
             return 0, 0.1
         if self.left == 0:
-            raise size.Stopped
+            raise children.Stopped
         self.left = self.left and self.left - 1
         self.ran.append(run.name)
         log.write_text("something\nthe last line\n")
@@ -128,15 +130,15 @@ def here(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> typ
     Path("tokenizer").symlink_to(prepared / "tokenizer")
     law = type("Law", (KnownLaw,), {"ran": []})
     monkeypatch.setattr(size, "Children", law)
-    monkeypatch.setattr(size.scaling, "DRAWS", 30)
-    monkeypatch.setattr(size.ladder, "WIDTHS", (32, 64, 96, 128, 192, 256))
-    measure = size.Search.measure
+    monkeypatch.setattr(scaling, "DRAWS", 30)
+    monkeypatch.setattr(ladder, "WIDTHS", (32, 64, 96, 128, 192, 256))
+    open_text = size_search.Search.open_text
 
-    def and_tell(search: size.Search) -> None:
-        measure(search)
+    def and_tell(search: size_search.Search, note: setup.Note) -> None:
+        open_text(search, note)
         law.unique = search.unique_tokens
 
-    monkeypatch.setattr(size.Search, "measure", and_tell)
+    monkeypatch.setattr(size_search.Search, "open_text", and_tell)
     return law
 
 
@@ -292,7 +294,7 @@ def test_repeated_text_is_said_and_training_ends_where_epochs_stop_to_help(
     assert main([*ASKED, *stops]) == EXIT_FINISHED  # two hours for a text of 100 KB
     said = capsys.readouterr().out
     assert "too little text: it is repeated" in said
-    assert known()["choice"]["epochs"] <= size.scaling.last_useful_epoch()
+    assert known()["choice"]["epochs"] <= scaling.last_useful_epoch()
     config = parse(["--config", "recipes/mine.yaml"])
     assert config.checkpoint.export == "best"
     assert (config.checkpoint.keep_best.k, config.evaluate.early_stopping.patience) == (3, 5), "as asked for"
@@ -377,7 +379,7 @@ def test_folder_that_another_search_holds_is_refused(
 @pytest.fixture
 def few_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children that import nothing beforehand; their server outlives the temporary folder of the tests."""
-    monkeypatch.setattr(size, "PRELOADED", [])
+    monkeypatch.setattr(children, "PRELOADED", [])
     monkeypatch.setattr(tempfile, "tempdir", "/tmp")
 
 
@@ -404,12 +406,12 @@ def test_signal_goes_to_the_run_and_then_stops_the_search(
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(signal.SIGTERM)
-    with size.Children(RunFolder(tmp_path)) as children:
+    with Children(RunFolder(tmp_path)) as started_by:
         threading.Thread(target=send, daemon=True).start()
-        with pytest.raises(size.Stopped):
-            children.run(str(tmp_path / "sleep.py"), [str(started)], tmp_path / "log")
-        with pytest.raises(size.Stopped):
-            children.run(str(tmp_path / "sleep.py"), [], tmp_path / "log")
+        with pytest.raises(children.Stopped):
+            started_by.run(str(tmp_path / "sleep.py"), [str(started)], tmp_path / "log")
+        with pytest.raises(children.Stopped):
+            started_by.run(str(tmp_path / "sleep.py"), [], tmp_path / "log")
     assert signal.getsignal(signal.SIGTERM) is before
     assert (tmp_path / "log").read_text() == "started\n"
 
@@ -419,18 +421,18 @@ def test_signal_while_a_run_is_being_started_reaches_it(
 ) -> None:
     """The child was made and had no pid yet: it ran to its end, hours later."""
     (tmp_path / "sleep.py").write_text(SLEEPER)
-    with size.Children(RunFolder(tmp_path)) as children:
-        start = children._context.Process.start
+    with Children(RunFolder(tmp_path)) as started_by:
+        start = started_by._context.Process.start
 
         def interrupted(process: Any) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)  # a signal is handled between two instructions of Python
             start(process)
 
-        monkeypatch.setattr(children._context.Process, "start", interrupted)
+        monkeypatch.setattr(started_by._context.Process, "start", interrupted)
         begin = time.monotonic()
-        with pytest.raises(size.Stopped):
-            children.run(str(tmp_path / "sleep.py"), [str(tmp_path / "started")], tmp_path / "log")
+        with pytest.raises(children.Stopped):
+            started_by.run(str(tmp_path / "sleep.py"), [str(tmp_path / "started")], tmp_path / "log")
         assert time.monotonic() - begin < 50
 
 
@@ -457,7 +459,7 @@ def test_signal_where_no_short_run_goes_on_stops_the_search_at_once(
         time.sleep(0.01)
         raise AssertionError("went on")
 
-    monkeypatch.setattr(*((size.Search, stage) if stage == "choose" else (setup, stage)), interrupted)
+    monkeypatch.setattr(*((size_search.Search, stage) if stage == "choose" else (setup, stage)), interrupted)
     assert main(ASKED) == EXIT_SAVED
     assert capsys.readouterr().err.splitlines()[-1] == "saved: run the same command to go on"
     assert json.loads(Path("runs/mine-size/status.json").read_text())["state"] == "saved"
@@ -480,14 +482,16 @@ def test_full_disk_of_the_search_itself_is_in_its_status(
 
 def test_child_gives_its_exit_code_and_output(tmp_path: Path, few_imports: None) -> None:
     (tmp_path / "leave.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(int(sys.argv[1]))\n")
-    with size.Children(RunFolder(tmp_path)) as children:
+    with Children(RunFolder(tmp_path)) as started_by:
         for code in (0, 70):
-            found, seconds = children.run(
+            found, seconds = started_by.run(
                 str(tmp_path / "leave.py"), [str(code), "b c"], tmp_path / f"{code}.log"
             )
             assert found == code
             assert seconds > 0
             assert (tmp_path / f"{code}.log").read_text() == f"['{code}', 'b c']\n"
+        assert started_by.run("lmcore", ["--version"], tmp_path / "command.log")[0] == 0
+        assert (tmp_path / "command.log").read_text() == f"lmcore {lmcore.__version__}\n"
 
 
 @pytest.mark.long
@@ -500,16 +504,16 @@ def test_whole_search_with_real_runs_gives_a_recipe_that_trains(
     monkeypatch.setattr(tempfile, "tempdir", "/tmp")  # the server of the forks outlives the tests' own
     Path("text.txt").write_text(words(6_000, 0))
     Path("held.txt").write_text(words(300, 1))
-    monkeypatch.setattr(size, "PROBES", (32, 64))
-    monkeypatch.setattr(size.ladder, "WIDTHS", (32, 64, 96))
+    monkeypatch.setattr(size_search, "PROBES", (32, 64))
+    monkeypatch.setattr(ladder, "WIDTHS", (32, 64, 96))
     # The size of a rung, and not the speed of a machine that other tests use too, decides how long this takes.
-    monkeypatch.setattr(size.ladder, "LEAST_STEPS", 10)
+    monkeypatch.setattr(ladder, "LEAST_STEPS", 10)
     monkeypatch.setattr(
-        size.ladder, "design",
-        lambda family, **given: size.ladder.Design(members=("w32", "w64", "w96"), steps=(20, 20, 20), rate=given["rate"],
+        ladder, "design",
+        lambda family, **given: ladder.Design(members=("w32", "w64", "w96"), steps=(20, 20, 20), rate=given["rate"],
                                                    batch_blocks=4, block_size=given["block_size"]),
     )  # fmt: skip
-    monkeypatch.setattr(size, "KEPT", 0.002)
+    monkeypatch.setattr(size_search, "KEPT", 0.002)
     own = [*ASKED[:2], "8 h", *ASKED[3:-4], "--tokenizer.vocab_size", str(VOCABULARY), *ASKED[-2:]]
     assert main(own) == EXIT_FINISHED, capsys.readouterr().err
     out = capsys.readouterr().out
