@@ -282,14 +282,13 @@ def _has_pairs(text: str) -> bool:
 
 def _store_dir_of(run_dir: Path | None) -> str | None:
     """Where a run has put its token stores, if its configuration can be read."""
-    from lmcore.report.curves import plain_yaml
+    from lmcore.report.curves import read_settings
 
     if run_dir is None:
         return None
     try:
-        values = plain_yaml((run_dir / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
-        place = values["data"]["store_dir"]
-    except (OSError, ValueError, KeyError, TypeError, RequestError):
+        place = read_settings(run_dir)["data"]["store_dir"]
+    except (KeyError, TypeError, RequestError):
         return None  # which stores are meant is all that hangs on it
     return place if isinstance(place, str) else None
 

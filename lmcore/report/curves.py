@@ -256,6 +256,20 @@ def plain_yaml(text: str, where: str) -> Any:
         raise RequestError(f"{where}: not a configuration of lmcore: {message_of(error)}") from None
 
 
+def read_settings(run_dir: Path) -> Any:
+    """The values of a run's ``config.yaml``, as they are.
+
+    Raises:
+        RequestError: it cannot be read, or is no YAML as lmcore writes it.
+    """
+    path = run_dir / "config.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: {error}") from None
+    return plain_yaml(text, str(path))
+
+
 def read_run(path: str | PathLike[str]) -> Run:
     """Read a run folder, in time and memory that grow with the number of records and not at all, respectively.
 

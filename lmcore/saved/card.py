@@ -151,11 +151,8 @@ def write(
         adapter: ``method`` and number of ``parameters`` of a low-rank adapter.
     """
     results = read_results(run_dir / "metrics.jsonl", record["step"])
-    configuration = run_dir / "config.yaml"
-    if configuration.is_file():
-        disk.write_text(
-            folder / "training_config.yaml", _without_paths(configuration.read_text(encoding="utf-8"))
-        )
+    if (run_dir / "config.yaml").is_file():
+        disk.write_text(folder / "training_config.yaml", _without_paths(curves.read_settings(run_dir)))
     disk.mkdir(folder / "lm_eval")
     disk.write_text(folder / "lm_eval" / "own_text.yaml", LM_EVAL_TASK)
     curve = curves.loss_png(results.run)
@@ -328,9 +325,9 @@ def _procedure(opened: Checkpoint, adapter: Mapping[str, Any] | None) -> list[tu
     return rows
 
 
-def _without_paths(text: str) -> str:
-    """A configuration without secrets, in which paths of this machine are cut to their last part."""
-    values = redact_settings(curves.plain_yaml(text, "config.yaml"))  # an older run hid less
+def _without_paths(settings: Any) -> str:
+    """A configuration as YAML without secrets, in which paths of this machine are cut to their last part."""
+    values = redact_settings(settings)  # an older run hid less
     return yaml.safe_dump(_cut(values), sort_keys=False, allow_unicode=True, width=110)
 
 

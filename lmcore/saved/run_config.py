@@ -8,7 +8,7 @@ from pathlib import Path
 from lmcore.config import parse
 from lmcore.config.schema import RunConfig, flatten
 from lmcore.errors import RequestError
-from lmcore.report.curves import plain_yaml
+from lmcore.report.curves import read_settings
 
 CODE = ("data.factory", "model.factory", "loss.factory", "optim.name")
 """Options that can name code (``package.module:function``)."""
@@ -32,10 +32,7 @@ def read_run_config(
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise RequestError(f"{run_dir}: no config.yaml there; give the folder of a run")
-    try:
-        plain_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: {error}") from None
+    read_settings(run_dir)
     config = parse.parse(["--config", str(path)], allow_hidden=True)
     values = flatten(config)
     for option in uses:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -503,6 +504,17 @@ def test_model_card(tmp_path: Path) -> None:
     assert "loglikelihood_rolling" in (folder / "lm_eval" / "own_text.yaml").read_text()
 
 
+@pytest.mark.parametrize("content", [b"a: \xff\n", b"a: *b\n"])
+def test_damaged_configuration_is_named_with_its_path(content: bytes, tmp_path: Path) -> None:
+    make_run(tmp_path)
+    (tmp_path / "config.yaml").write_bytes(content)
+    with (
+        newest(tmp_path) as opened,
+        pytest.raises(RequestError, match=re.escape(str(tmp_path / "config.yaml"))),
+    ):
+        export(opened, tmp_path / "export", run_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("value", "kept"),
     [
@@ -522,12 +534,12 @@ def test_model_card(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_configuration_beside_the_card_names_no_path_of_the_machine(value: Any, kept: Any) -> None:
-    written = yaml.safe_load(card._without_paths(yaml.safe_dump({"data": {"train": [value]}})))
+    written = yaml.safe_load(card._without_paths({"data": {"train": [value]}}))
     assert written == {"data": {"train": [kept]}}
 
 
 def test_configuration_beside_the_card_of_an_older_run_holds_no_secret() -> None:
-    assert "cAnArY" not in card._without_paths("a: https://h/x?sig=cAnArY\ndata:\n  api_key: cAnArY\n")
+    assert "cAnArY" not in card._without_paths({"a": "https://h/x?sig=cAnArY", "data": {"api_key": "cAnArY"}})
 
 
 @pytest.mark.parametrize("data", [{}, {"eos": False, "document_mask": True}])
