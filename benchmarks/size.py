@@ -30,7 +30,7 @@ from lmcore.config.parse import parse
 from lmcore.config.schema import plain
 from lmcore.plan import scaling
 from lmcore.run import ladder, setup
-from lmcore.run.size_search import SHARE, START_RATES, family
+from lmcore.run.size_search import SHARE, START_RATES, choose, design_for, family
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEED_STEPS, SPEED_BLOCKS = 60, 8
@@ -165,14 +165,10 @@ def grid(case: Case, results: dict[str, Any]) -> None:
 def climb(case: Case, results: dict[str, Any]) -> None:
     """For every budget the ladder of a tenth of it, its choice, and the run that was chosen."""
     for budget in sorted(case.asked.budgets):
-        speed = case.speeds
         ladder.STARTUP_SECONDS = 0.0  # it is no part of these budgets
-        by_size = {float(m.parameters): budget * speed[name] for name, m in case.members.items()}
-        laws = scaling.published(list(by_size), by_size.__getitem__, case.unique_tokens)
-        design = ladder.design(
-            [(m, speed[name]) for name, m in case.members.items()], ladder_seconds=SHARE * budget,
-            budget_of=lambda needed: needed / SHARE, wanted_parameters=laws[1].parameters or min(by_size),
-            rate=START_RATES["muon"], block_size=case.asked.block_size, largest_batch_blocks=case.asked.batches[-1],
+        design = design_for(
+            case.members, case.speeds, seconds=budget, spent_seconds=0.0, unique_tokens=case.unique_tokens,
+            rate=START_RATES["muon"], block_size=case.asked.block_size,
         )  # fmt: skip
         losses: dict[str, float] = {}
         while waiting := ladder.due(design, losses):
@@ -183,27 +179,17 @@ def climb(case: Case, results: dict[str, Any]) -> None:
                     case, results, rung.member, rung.rate, blocks, steps, 1, first if first < steps else 0
                 )
         fitted = scaling.fit(ladder.points(design, case.members, losses), case.unique_tokens)
-        candidates = [
-            scaling.Candidate(name=name, parameters=m.parameters, tokens_per_second=speed[name])
-            for name, m in case.members.items()
-        ]
-        chosen = scaling.choices(candidates, fitted, budget * (1 - SHARE))[0]
-        best = []
-        for name in design.members:
-            tried = design.rates(name, losses)
-            lowest = scaling.lowest_of_parabola(list(tried), list(tried.values()))
-            best.append((float(case.members[name].parameters), lowest))
-        blocks = ladder.best_batch(design, losses)
-        rate, _ = scaling.transferred_rate(best, chosen.candidate.parameters)
-        rate = float(f"{rate * math.sqrt(blocks / design.batch_blocks):.2g}")
-        steps = case.steps(chosen.candidate.name, budget * (1 - SHARE), blocks)
+        seconds = budget * (1 - SHARE)
+        chosen = choose(design, case.members, losses, fitted, speed=case.speeds, seconds=seconds)
+        member, rate, blocks, steps = chosen.member.name, chosen.rate, chosen.batch_blocks, chosen.steps
         reached = [
-            one_run(case, results, chosen.candidate.name, rate, blocks, steps, seed)
+            one_run(case, results, member, rate, blocks, steps, seed)
             for seed in range(1, case.asked.seeds + 1)
         ]
         results[f"choice-{case.asked.name}-{budget:g}"] = {
-            "corpus": case.asked.name, "budget": budget, "member": chosen.candidate.name, "rate": rate, "blocks": blocks,
-            "steps": steps, "fit": asdict(fitted.law), "expected": asdict(chosen.expected), "reached": reached, "machine": machine(),
+            "corpus": case.asked.name, "budget": budget, "member": member, "rate": rate, "blocks": blocks,
+            "steps": steps, "fit": asdict(fitted.law), "expected": asdict(chosen.choice.expected), "reached": reached,
+            "machine": machine(),
         }  # fmt: skip
         keep(results, case.asked.out)
 
