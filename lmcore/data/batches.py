@@ -43,7 +43,7 @@ from lmcore.data.context import Context
 from lmcore.data.cursor import Cursor, count_positions, next_positions
 from lmcore.data.custom import Items, IterableData, MapData, can_ignore, ignored
 from lmcore.data.order import permute
-from lmcore.data.steps import StepPlan, largest_divisor
+from lmcore.data.steps import StepPlan, largest_divisor, share_of
 from lmcore.errors import FaultError, RequestError
 
 WHOLE_BLOCKS = Context()
@@ -186,10 +186,7 @@ class Batches:
         plan = global_batch_blocks
         self._plan, self._step = StepPlan.constant(plan) if isinstance(plan, int) else plan, step
         for stretch in self._plan.stretches:
-            if stretch.batch % world_size:
-                raise RequestError(
-                    f"train.global_batch_blocks {stretch.batch} is not a multiple of {world_size} processes"
-                )
+            share_of(stretch.batch, world_size)
         self._micro_batch_blocks = micro_batch_blocks
         self._rank, self._world_size = rank, world_size
         self._end = end_position

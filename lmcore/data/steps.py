@@ -22,6 +22,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from lmcore.errors import RequestError
+from lmcore.humanize import amount, multiples_near
 
 
 class Point(NamedTuple):
@@ -132,3 +133,30 @@ def _steps_until(point: Point, step: int, block: int, batch: int) -> int:
 def largest_divisor(number: int, at_most: int) -> int:
     """The largest divisor of ``number`` that is at most ``at_most``, which is at least 1."""
     return max(divisor for divisor in range(1, min(number, at_most) + 1) if number % divisor == 0)
+
+
+def share_of(batch: int, ranks: int, *, micro: int | None = None, whom: str = "") -> int:
+    """The blocks of a global batch that each of ``ranks`` processes computes.
+
+    Args:
+        micro: blocks that divide the share, where the micro-batch is to be exact.
+        whom: what divides the batch, in messages, if not processes.
+
+    Raises:
+        RequestError: the batch does not divide among them.
+    """
+    whom = whom or amount(ranks, "process")
+    if batch % ranks:
+        raise RequestError(
+            f"train.global_batch_blocks must be a multiple of the {whom} (got {batch}); try {multiples_near(batch, ranks)}, "
+            "or another number of processes"
+        )
+    share = batch // ranks
+    if micro is not None and share % micro:
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        raise RequestError(
+            f"train.global_batch_blocks {batch} over {whom} is {amount(share, 'block')} each, which must be a multiple of "
+            f"train.micro_batch_blocks (got {micro}): try one of {', '.join(map(str, divisors))}, or leave out "
+            "train.micro_batch_exact"
+        )
+    return share

@@ -20,20 +20,10 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
-from lmcore.errors import RequestError
 from lmcore.model.cpu_kernels import ATTENTION, attention
 
 CONTEXT_ATTENTION = f"{ATTENTION}_context"
 """The name of the attention that gathers, in transformers' registries."""
-
-
-def check(size: int, world_size: int) -> None:
-    """Raises ``RequestError`` if the processes cannot form groups of ``size``."""
-    if world_size % size:
-        raise RequestError(
-            f"train.context_parallel {size} does not divide the number of processes ({world_size}): start a multiple "
-            f"of {size} processes with --num_processes, or use --train.context_parallel 1"
-        )
 
 
 def group_of(rank: int, size: int, world_size: int, timeout: timedelta) -> Any:

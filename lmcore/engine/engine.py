@@ -122,8 +122,7 @@ class Engine:
         train, options = train or TrainConfig(), options or EngineConfig()
         request = launch.request(os.environ, options.deepspeed)
         launch.check_compile(os.environ)
-        context.check(train.context_parallel, request.world_size)
-        tensor.check(train.tensor_parallel, request.world_size, request.strategy)
+        launch.check_groups(train, request.world_size, request.strategy)
         if train.tensor_parallel > 1 and launch.fill_in_mesh(os.environ) is not None:
             raise RequestError(
                 f"train.tensor_parallel {train.tensor_parallel} has not been tested with HSDP{launch.launch_file(os.environ)}: "

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 
+from lmcore.config.schema import TrainConfig
 from lmcore.conventions import flag
 from lmcore.engine import zero
 from lmcore.errors import RequestError
@@ -374,6 +375,24 @@ def check_accumulation(env: Mapping[str, str], asked: int) -> None:
             f"the launcher says gradient_accumulation_steps {launched}{launch_file(env)} but the run's batch sizes give "
             f"{asked}: remove it there; accumulation follows from train.global_batch_blocks"
         )
+
+
+def check_groups(train: TrainConfig, world_size: int, strategy: str) -> None:
+    """Raises ``RequestError`` if the processes cannot form the groups of context and tensor parallelism."""
+    if train.tensor_parallel > 1 and strategy.startswith("zero"):
+        raise RequestError(
+            f"train.tensor_parallel {train.tensor_parallel} under {strategy}: DeepSpeed does not know of the groups; use "
+            "accelerate_configs/fsdp2.yaml or ddp.yaml instead"
+        )
+    for name, size in (
+        ("context_parallel", train.context_parallel),
+        ("tensor_parallel", train.tensor_parallel),
+    ):
+        if world_size % size:
+            raise RequestError(
+                f"train.{name} {size} does not divide the number of processes ({world_size}): start a multiple of {size} "
+                f"processes with --num_processes, or use --train.{name} 1"
+            )
 
 
 def launch_file(env: Mapping[str, str]) -> str:

@@ -65,22 +65,6 @@ class Cut(NamedTuple):
 # ---- what can be cut ---------------------------------------------------------------------------------------
 
 
-def check(size: int, world_size: int, strategy: str) -> None:
-    """Raises ``RequestError`` if the processes cannot form groups of ``size`` under this strategy."""
-    if size == 1:
-        return
-    if strategy.startswith("zero"):
-        raise RequestError(
-            f"train.tensor_parallel {size} under {strategy}: DeepSpeed does not know of the groups; use "
-            "accelerate_configs/fsdp2.yaml or ddp.yaml instead"
-        )
-    if world_size % size:
-        raise RequestError(
-            f"train.tensor_parallel {size} does not divide the number of processes ({world_size}): start a multiple of "
-            f"{size} processes with --num_processes, or use --train.tensor_parallel 1"
-        )
-
-
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that needs whole matrices (``RequestError``)."""
     if not is_elementwise(optimizer):

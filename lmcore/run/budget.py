@@ -17,7 +17,7 @@ from lmcore.config.curves import START, Curve
 from lmcore.config.durations import Duration, Spans
 from lmcore.config.schema import RunConfig, batch_points, ranges
 from lmcore.data.cursor import Skips, count_positions, merge_skips
-from lmcore.data.steps import Point, StepPlan, largest_divisor, plan_steps
+from lmcore.data.steps import Point, StepPlan, largest_divisor, plan_steps, share_of
 from lmcore.errors import RequestError
 from lmcore.humanize import amount
 from lmcore.model.schedules import on_curve
@@ -255,10 +255,8 @@ def horizon(
     points = batch_points(config, block_size)
     asked = config.train.micro_batch_blocks
     limit = asked if isinstance(asked, int) else micro_batch_blocks
-    shares = [_share(batch, world_size) for _, batch in points]
-    if config.train.micro_batch_exact and limit is not None:
-        for share in shares:
-            _check_exact(share, limit, world_size)
+    exact = limit if config.train.micro_batch_exact else None
+    shares = [share_of(batch, world_size, micro=exact) for _, batch in points]
     # The micro-batch is an upper bound: a matter of memory, not of the result.
     micro = max(largest_share(share, block_size, at_most=limit) for share in shares)
     duration = config.train.duration
@@ -386,25 +384,6 @@ def _blocks_of(
     if duration.unit == "epochs" and epoch_blocks is not None:
         return value * epoch_blocks
     raise RequestError(f"{duration} cannot be converted to steps here: give it in steps")
-
-
-def _share(batch: int, world_size: int) -> int:
-    if batch % world_size:
-        raise RequestError(
-            f"train.global_batch_blocks {batch} is not a multiple of the {world_size} processes: make it "
-            f"{batch // world_size * world_size or world_size}, or start another number of processes"
-        )
-    return batch // world_size
-
-
-def _check_exact(share: int, micro: int, world_size: int) -> None:
-    if share % micro:
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
-        raise RequestError(
-            f"train.global_batch_blocks {share * world_size} over {amount(world_size, 'process')} is {amount(share, 'block')} each, "
-            f"which must be a multiple of train.micro_batch_blocks (got {micro}): try one of "
-            f"{', '.join(map(str, divisors))}, or leave out train.micro_batch_exact"
-        )
 
 
 AUTO_MICRO_BATCH_TOKENS = 8192

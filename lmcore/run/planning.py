@@ -25,7 +25,7 @@ from lmcore.conventions import torch_dtype
 from lmcore.data.batches import Batches
 from lmcore.data.context import check_divides
 from lmcore.data.cursor import Cursor
-from lmcore.engine import context, launch, tensor, zero
+from lmcore.engine import launch, tensor, zero
 from lmcore.engine.accelerator import check_fsdp_optimizer
 from lmcore.model.build import build_model
 from lmcore.model.cpu_kernels import use_faster_kernels
@@ -64,8 +64,7 @@ def setting_of(
     if asked.deepspeed is not None:
         of_zero = zero.memory_settings(asked.deepspeed)
     chosen: Any = strategy or launched
-    context.check(config.train.context_parallel, world_size)
-    tensor.check(config.train.tensor_parallel, world_size, chosen)
+    launch.check_groups(config.train, world_size, chosen)
     return plan.Setting(
         strategy=chosen,
         world_size=world_size,

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from lmcore.config.schema import global_batches
 from lmcore.conventions import DS_CONFIGS, context_in, deepspeed_file, flag
+from lmcore.data.steps import share_of
 from lmcore.data.text import sources
 from lmcore.errors import RequestError
-from lmcore.humanize import amount, did_you_mean, one_line
+from lmcore.humanize import did_you_mean, one_line
 from lmcore.run.folder import local_run_dir
 from lmcore.storage import Store, is_url
 
@@ -74,18 +75,10 @@ def _check_batch(config: RunConfig, processes: int) -> None:
     micro, shared = config.train.micro_batch_blocks, config.train.context_parallel
     if processes % shared == 0:  # otherwise the engine refuses it
         processes //= shared
-    unit = amount(processes, "process") if shared == 1 else f"{processes} groups of {shared} processes"
+    unit = "" if shared == 1 else f"{processes} groups of {shared} processes"
+    exact = micro if config.train.micro_batch_exact and isinstance(micro, int) else None
     for blocks in global_batches(config, config.data.block_size or 1):
-        if blocks % processes:
-            raise RequestError(
-                f"train.global_batch_blocks must be a multiple of the {unit} (got {blocks}); try "
-                f"{blocks // processes * processes or processes}, or another number of processes"
-            )
-        if config.train.micro_batch_exact and isinstance(micro, int) and blocks // processes % micro:
-            raise RequestError(
-                f"train.global_batch_blocks {blocks} over {unit} is {amount(blocks // processes, 'block')} each, "
-                f"which must be a multiple of train.micro_batch_blocks (got {micro})"
-            )
+        share_of(blocks, processes, micro=exact, whom=unit)
 
 
 def _check_model(config: RunConfig) -> None:

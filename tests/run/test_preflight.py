@@ -31,7 +31,7 @@ def test_run_dir_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 
 def test_global_batch_must_divide_among_the_processes() -> None:
-    assert "try 6, or" in refused("--train.global_batch_blocks", "8", processes=3)
+    assert "try 6 or 9, or" in refused("--train.global_batch_blocks", "8", processes=3)
     argv = ["--train.global_batch_blocks", "8", "--train.micro_batch_blocks", "8", "--report.trackers", "[]"]
     preflight(parse(argv, default_recipe=None), processes=2)  # the micro-batch is an upper bound
     assert "4 blocks each" in refused(*argv, "--train.micro_batch_exact", processes=2)
