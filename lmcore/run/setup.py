@@ -708,6 +708,8 @@ def make_optimizer(
         **config.optim.config,
     )
     optim.set_weight_decay(optimizer, first_value(config.optim.weight_decay))
+    # Each step sets its own. By one of 0 a resume would make no buffers to load those of the checkpoint into.
+    optim.set_momentum(optimizer, max(*values_of(config.optim.momentum), config.optim.momentum_start or 0.0))
     if ":" in config.optim.name:
         for line in _without_effect(config, optimizer):
             note(line)

@@ -117,10 +117,16 @@ def own_run(folder: Path, data: str = "data", **options: Any) -> list[str]:
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "torch.optim:RAdam"])
-def test_model_with_a_buffer_resumes_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
-    """A buffer belongs to the checkpoint, and the optimizer counts no steps for it."""
-    argv = own_run(tmp_path / "run", optim__name=optimizer)
+@pytest.mark.parametrize(
+    ("optimizer", "momentum"),
+    [("adamw", None), ("sgd", None), ("sgd", "linear 0 0.9"), ("torch.optim:RAdam", None)],
+)
+def test_model_with_a_buffer_resumes_bit_for_bit(
+    tmp_path: Path, optimizer: str, momentum: str | None
+) -> None:
+    """A buffer belongs to the checkpoint, and the optimizer counts no steps for it. A momentum that begins at 0 is resumed."""
+    options = {} if momentum is None else {"optim__momentum": momentum}
+    argv = own_run(tmp_path / "run", optim__name=optimizer, **options)
     assert train(argv) == [EXIT_FINISHED]
     whole = weights(tmp_path / "run")
     assert any("scale" in name for name in whole)
