@@ -434,6 +434,7 @@ class Engine:
         elif self._clip_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
         if self._gate_on_device:
+            by_name.fill_in_momenta(self.optimizer)
             self.optimizer.found_inf = (~applied).float()  # fused kernels obey it
             self.optimizer.grad_scale = None
             self.optimizer.step()

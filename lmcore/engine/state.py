@@ -360,7 +360,24 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 def gates_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer skips a step by ``found_inf``, a number on the device: torch's fused kernels do."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
-    return fused and type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+    # A first momentum is not dampened, so that it cannot begin at zero: see fill_in_momenta.
+    begins_at_zero = not any(group.get("dampening") for group in optimizer.param_groups)
+    kinds = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+    return fused and begins_at_zero and type(optimizer) in kinds
+
+
+def fill_in_momenta(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros where torch's SGD would make a momentum in its next step.
+
+    Its fused step takes memory as it is for them, which a step that ``found_inf`` skips leaves so; and it fails where some
+    parameters have a momentum and others, whose first gradient comes later, have none.
+    """
+    if type(optimizer) is not torch.optim.SGD:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else []:
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
 
 
 def compress(values: dict[str, float]) -> float | dict[str, float]:

@@ -11,6 +11,7 @@ of a weight's bf16 copy (4e-3 relative), so that the first step is held tightly 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -687,6 +688,62 @@ def test_parameter_whose_first_gradient_comes_after_the_checkpoint(name: str) ->
     rest, _ = trained(4, stored)
     for key, value in whole.state_dict().items():
         assert torch.equal(rest.state_dict()[key], value), key
+
+
+def sgd_engine(net: nn.Module, **arguments: Any) -> Any:
+    engine = engine_runs.make_engine(Job())
+    engine.prepare(
+        net,
+        lambda named: torch.optim.SGD([p for _, p in named], lr=0.1, momentum=0.9, fused=True, **arguments),
+        gradient_accumulation=1,
+        micro_batch_blocks=1,
+    )
+    return engine
+
+
+class TwoLayers(nn.Module):
+    """The sum of one layer's outputs, and, where ``both``, of another's; ``model`` is itself, as the engine has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.ModuleDict({"early": nn.Linear(64, 64), "late": nn.Linear(64, 64)})
+
+    def forward(self, x: Tensor, both: bool, scale: float) -> tuple[Tensor, Tensor]:
+        total = self.model["early"](x).sum() + (self.model["late"](x).sum() if both else 0.0)
+        return total * scale, torch.tensor(1)
+
+
+def sgd_steps(steps: list[tuple[bool, float]], dampening: float) -> list[Tensor]:
+    """The weights after steps with fused SGD: (whether both layers take part, what the loss is multiplied by)."""
+    empty_like = torch.empty_like
+    torch.empty_like = lambda *a, **k: empty_like(*a, **k).fill_(torch.nan)  # memory as it may be found
+    try:
+        net = TwoLayers()
+        engine = sgd_engine(net, dampening=dampening)
+        for both, scale in steps:
+            loss_sum, _ = engine.forward({"x": torch.ones(1, 64), "both": both, "scale": scale})
+            engine.backward(loss_sum, 1)
+            engine.update()
+        return [parameter.detach().clone() for parameter in net.parameters()]
+    finally:
+        torch.empty_like = empty_like
+        engine.close()
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+def test_sgd_whose_first_update_is_skipped_begins_with_the_second(dampening: float) -> None:
+    """torch's fused kernel leaves the momenta of such a step as the memory was."""
+    skipped = run_ranks(sgd_steps, 1, [(True, math.nan), (True, 1.0), (True, 1.0)], dampening)[0]
+    plain = run_ranks(sgd_steps, 1, [(True, 1.0), (True, 1.0)], dampening)[0]
+    assert all(torch.equal(one, other) for one, other in zip(skipped, plain, strict=True))
+
+
+def test_sgd_takes_a_parameter_whose_first_gradient_comes_later() -> None:
+    early, _, late, _ = run_ranks(sgd_steps, 1, [(False, 1.0), (True, 1.0)], 0.0)[0]
+    begun = TwoLayers().model
+    assert torch.allclose(begun["late"].weight - late, torch.tensor(0.1))
+    assert torch.allclose(begun["early"].weight - early, torch.tensor(0.1 + 0.19))
 
 
 class Growing(torch.optim.SGD):
