@@ -19,6 +19,7 @@ processes (docs/log.md); ``workers`` are there for streams and for data that is 
 from __future__ import annotations
 
 import atexit
+import copy
 import multiprocessing
 import os
 import queue
@@ -320,7 +321,9 @@ class _WorkerShare(IterableDataset):
 
     def __init__(self, batches: Batches) -> None:
         super().__init__()
-        self._batches = batches
+        # Where workers are not forked this is pickled: without a CUDA stream, and a collate that may be a local function.
+        self._batches = copy.copy(batches)
+        del self._batches._to_device
 
     def __iter__(self) -> Iterator[Blocks | list[Any] | RequestError | FaultError]:
         info = get_worker_info()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, final
 
 import numpy as np
@@ -23,9 +25,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lmcore.conventions import IGNORED_LABEL
-from lmcore.data.batches import Batches, EvalBatches, Readable, StepBatch, merge_cursors
+from lmcore.data.batches import Batches, EvalBatches, Readable, StepBatch, _WorkerShare, merge_cursors
 from lmcore.data.block_dataset import BlockDataset
-from lmcore.data.blocks import StoreBlocks
+from lmcore.data.blocks import Blocks, StoreBlocks
 from lmcore.data.cursor import Cursor
 from lmcore.data.custom import refuse_wrong_items, wrap
 from lmcore.data.order import Phase
@@ -321,12 +323,36 @@ def test_workers_ignore_signals_until_their_loader_is_closed(dataset: StoreBlock
     assert not left_behind()
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_get_nothing_of_the_device(
+    dataset: StoreBlocks, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Spawned workers get what they read pickled, which a CUDA stream and a function of a function cannot be."""
+    batches = Batches(
+        dataset,
+        cursor=beginning(dataset),
+        global_batch_blocks=6,
+        micro_batch_blocks=6,
+        workers=1,
+        collate=lambda items: {},
+    )
+    batches._to_device._stream = threading.Lock()  # a stand-in: it refuses to be pickled
+    share = _WorkerShare(batches)
+    if method == "spawn":
+        share = pickle.loads(pickle.dumps(share))
+    monkeypatch.setattr("lmcore.data.batches.get_worker_info", lambda: SimpleNamespace(id=0))
+    read = next(iter(share))
+    assert isinstance(read, Blocks)
+    [step] = take(Batches(dataset, cursor=beginning(dataset), global_batch_blocks=6, micro_batch_blocks=6), 1)
+    assert read.ids[:, :-1].tolist() == step.micro_batches[0]["input_ids"].tolist()
+
+
 CRASH = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from lmcore.data.batches import Batches
-from lmcore.data.blocks import StoreBlocks
+from lmcore.data.blocks import Blocks, StoreBlocks
 from lmcore.data.cursor import Cursor
 from tests.support.data import counting_store
 
@@ -575,7 +601,7 @@ import sys
 from pathlib import Path
 import numpy as np, torch
 from lmcore.data.batches import Batches
-from lmcore.data.blocks import StoreBlocks
+from lmcore.data.blocks import Blocks, StoreBlocks
 from lmcore.data.cursor import Cursor
 from lmcore.data.store.store import Piece, TokenStore
 
