@@ -245,7 +245,12 @@ class PeakMemory:
     def __init__(self, device: Any = None, bytes_before: int = 0) -> None:
         self._device, self._before = device, bytes_before
         self._on_gpu = getattr(device, "type", "") == "cuda"
-        forget_peak()  # that of reading text and of building the model is not training's
+        # That of reading text, of building the model and of a run before in this process is not this training's.
+        forget_peak()
+        if self._on_gpu:
+            import torch  # lazily, as above
+
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     @property
     def peak_bytes(self) -> int:

@@ -27,7 +27,7 @@ from lmcore.errors import RequestError
 from lmcore.humanize import duration, short
 from lmcore.report import console, meters
 from lmcore.report.console import Console, is_interactive, one_line
-from lmcore.report.meters import Sums, Timer
+from lmcore.report.meters import PeakMemory, Sums, Timer
 from lmcore.report.metrics import MetricsFile, read_metrics
 from lmcore.report.report import Report, silence_other_bars
 
@@ -762,3 +762,14 @@ def test_printed_training_command_has_the_launcher_and_its_options(
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert console.training_command("--seed", "1") == "python train_lm.py --seed 1"
+
+
+def test_peak_memory_of_a_gpu_is_that_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the allocator: what a run before in this process took, or a resume, is not this loop's."""
+    peaks = {"allocated": 900, "reserved": 1000}  # of before
+    now = {"allocated": 70, "reserved": 100}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.update(now))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: peaks["reserved"])
+    memory = PeakMemory(torch.device("cuda", 0))
+    assert (memory.tensor_bytes, memory.peak_bytes) == (70, 100)
