@@ -746,6 +746,76 @@ def test_sgd_takes_a_parameter_whose_first_gradient_comes_later() -> None:
     assert torch.allclose(begun["early"].weight - early, torch.tensor(0.1 + 0.19))
 
 
+def scaled_steps(optimizer: str) -> dict[str, Any]:
+    """Steps with the gradients scaled as in fp16, resumed in another engine and gone back to in the same one."""
+
+    def begun() -> Any:
+        engine = engine_runs.make_engine(Job())
+        engine.prepare(
+            TwoLayers(),
+            lambda named: engine_runs.make_optimizer(optimizer)(named),
+            gradient_accumulation=1,
+            micro_batch_blocks=1,
+            clip_norm=1.0,
+        )
+        engine._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, growth_interval=2)
+        return engine
+
+    def steps(engine: Any, first: int, last: int) -> list[tuple[float, float, bool]]:
+        seen = []
+        for step in range(first, last):
+            engine.set_learning_rate(0.01)
+            # With the scale close to fp32's largest number, 2**128: it is halved, and doubled after two updates.
+            inputs = {"x": torch.ones(1, 64) * (step + 1), "both": True, "scale": 2.0**24}
+            loss_sum, _ = engine.forward(inputs)
+            engine.backward(loss_sum, 1)
+            norm, applied = engine.update()
+            seen.append((engine._scaler.get_scale(), float(norm), bool(applied)))
+        return seen
+
+    def stored(engine: Any) -> tuple[Any, Any]:
+        tensors = {(kind, name, slot): tensor for kind, name, slot, tensor in engine.state()}
+        return tensors, json.loads(json.dumps(engine.optimizer_scalars()))
+
+    def resume(engine: Any, tensors: Any, scalars: Any) -> None:
+        engine.load_state(
+            lambda *key: (
+                WholeTensor(tensors[key]) if key in tensors else None
+            )  # no moments before the first update
+        )
+        engine.load_optimizer_scalars(scalars)
+
+    found: dict[str, Any] = {}
+    whole = begun()
+    found["before"] = steps(whole, 0, 7)
+    kept = stored(whole)
+    found["whole"] = steps(whole, 7, 16)
+    found["end"] = stored(whole)
+    resume(whole, *kept)
+    found["rewound"], found["end rewound"] = steps(whole, 7, 16), stored(whole)
+    whole.close()
+    other = begun()
+    resume(other, *kept)
+    found["resumed"], found["end resumed"] = steps(other, 7, 16), stored(other)
+    other.close()
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gradient_scale_of_fp16_goes_on_after_a_resume_and_a_rewind(optimizer: str) -> None:
+    [found] = run_ranks(scaled_steps, 1, optimizer)
+    applied = [good for _, _, good in found["before"] + found["whole"]]
+    assert False in applied
+    assert True in applied
+    assert len({scale for scale, _, _ in found["whole"]}) > 1  # it moves after the checkpoint
+    for way in ("rewound", "resumed"):
+        assert str(found[way]) == str(found["whole"])  # NaN equals itself here
+        (tensors, scalars), (as_told, numbers) = found[f"end {way}"], found["end"]
+        assert scalars == numbers
+        assert tensors.keys() == as_told.keys()
+        assert all(torch.equal(tensors[key], value) for key, value in as_told.items())
+
+
 class Growing(torch.optim.SGD):
     """SGD whose rate grows by what it counts for its group, as the step size of Prodigy does."""
 
