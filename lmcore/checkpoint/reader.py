@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -346,17 +346,28 @@ def ranked(paths: Iterable[Path], *, metric: str | None = None, mode: str | None
     for path in reversed(manifests):
         kept = manifests[path].get("keep_best") or {}
         metric, mode = metric or kept.get("metric"), mode or kept.get("mode")
-    return best_last(((path, m["metrics"].get(metric)) for path, m in manifests.items()), mode)
+    values = ((path, m["metrics"].get(metric)) for path, m in manifests.items())
+    return best_last(values, mode, after=measured_after(manifests.values()))
 
 
-def best_last(values: Iterable[tuple[Path, Any]], mode: str | None) -> list[Path]:
-    """The paths whose value is a finite number, sorted so that the best is the last (``mode``: ``min`` or ``max``)."""
+def measured_after(manifests: Iterable[Mapping[str, Any]]) -> int:
+    """The step up to which metrics are of other data than those that came later; -1 where all can be compared."""
+    known = [manifest.get("measured_after") for manifest in manifests]
+    return max((step for step in known if type(step) is int), default=-1)
+
+
+def best_last(values: Iterable[tuple[Path, Any]], mode: str | None, *, after: int = -1) -> list[Path]:
+    """The paths whose value is a finite number, sorted so that the best is the last (``mode``: ``min`` or ``max``).
+
+    Where any is of a step ``after`` this one, only those: the values of the others are of other data.
+    """
     scored = [
         (value if mode == "max" else -value, step_of(path), path)
         for path, value in values
         if isinstance(value, int | float) and math.isfinite(value)
     ]
-    return [path for _, _, path in sorted(scored)]
+    comparable = [one for one in scored if one[1] > after]
+    return [path for _, _, path in sorted(comparable or scored)]
 
 
 def abandon_after(

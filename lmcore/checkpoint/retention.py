@@ -19,6 +19,7 @@ def kept_steps(
     keep: int,
     keep_best: Mapping[str, Any] | None = None,
     keeps: Callable[[int], bool] = lambda step: False,
+    measured_after: int = -1,
 ) -> tuple[set[int], int | None]:
     """The steps whose checkpoints stay, and the step of the best one (``None`` without ``keep_best``).
 
@@ -27,6 +28,7 @@ def kept_steps(
         keep: number of the newest to keep, those for :data:`PREEMPTION_REASONS` aside.
         keep_best: ``{"k": int, "metric": str, "mode": "min"|"max"}``: also the k best.
         keeps: whether the checkpoint of a step is kept for ever.
+        measured_after: metrics up to this step are of other data than those that came later.
 
     Example:
         >>> kept_steps({5: ("interval", {}), 10: ("interval", {}), 15: ("signal", {})}, keep=1)
@@ -38,7 +40,7 @@ def kept_steps(
     best: list[int] = []
     if keep_best:
         values = ((Path(step_name(step)), known[step][1].get(keep_best["metric"])) for step in steps)
-        best = [step_of(path) for path in best_last(values, keep_best.get("mode"))]
+        best = [step_of(path) for path in best_last(values, keep_best.get("mode"), after=measured_after)]
         stay |= set(best[-int(keep_best["k"]) :])
     stay |= {step for step in steps if keeps(step)}
     return stay, best[-1] if best else None

@@ -201,6 +201,8 @@ class Checkpoints:
         self.keep = max(1, options.keep)
         self.keep_best = asdict(options.keep_best) if options.keep_best.k else None
         self.keeps = keeps or (lambda step: False)
+        self.measured_after = -1
+        """Metrics up to this step are of other data than those that came later."""
         self.background = options.background
         self.last_step: int | None = None
         """The step of the newest checkpoint that this object has committed or was resumed from; rank 0 knows it."""
@@ -414,6 +416,7 @@ class Checkpoints:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "metrics": _plain(metrics),
             "keep_best": self.keep_best,
+            "measured_after": self.measured_after,
         }
         token = uuid.uuid4().hex
         # Named after the token: a rank of an earlier job that still writes cannot reach into this save.
@@ -602,6 +605,7 @@ class Checkpoints:
             keep=self.keep,
             keep_best=self.keep_best,
             keeps=self.keeps,
+            measured_after=self.measured_after,
         )
         stay.add(step)
         if best is not None:

@@ -41,7 +41,7 @@ def local_copy(path: str, checkpoint: str | None = None, *, note: Callable[[str]
 
 def _bring_checkpoint(store: Store, folder: Path, which: str, note: Callable[[str], None]) -> None:
     from lmcore.checkpoint.manifest import Damaged, step_name, step_of
-    from lmcore.checkpoint.reader import best_last
+    from lmcore.checkpoint.reader import best_last, measured_after
     from lmcore.checkpoint.remote import RemoteCheckpoints
 
     remote = RemoteCheckpoints(store, scratch=folder / ".bucket", note=note, read_only=True)
@@ -53,7 +53,7 @@ def _bring_checkpoint(store: Store, folder: Path, which: str, note: Callable[[st
         kept = next((one["keep_best"] for one in reversed(there.values()) if one.get("keep_best")), None)
         metric, mode = (kept["metric"], kept["mode"]) if kept else ("loss", "min")
         values = ((Path(step_name(step)), one["metrics"].get(metric)) for step, one in there.items())
-        steps = [step_of(path) for path in best_last(values, mode)]
+        steps = [step_of(path) for path in best_last(values, mode, after=measured_after(there.values()))]
     for step in reversed(steps):
         here = folder / "checkpoints" / step_name(step)
         try:

@@ -208,6 +208,7 @@ class Bucket:
                 best = reader.best_last(
                     ((Path(step_name(step)), self._metric(one)) for step, one in self._there.items()),
                     self._mode(),
+                    after=reader.measured_after(self._there.values()),
                 )
                 for path in reversed(best):
                     if self._bring(step_of(path)):
@@ -374,7 +375,10 @@ class Bucket:
     def _kept(self, known: Mapping[int, dict[str, Any]]) -> set[int]:
         values = {step: (one["reason"], one["metrics"]) for step, one in known.items()}
         keeps = self.keeps or (lambda step: False)
-        return kept_steps(values, keep=self.keep, keep_best=self.keep_best, keeps=keeps)[0]
+        after = reader.measured_after(known.values())
+        return kept_steps(
+            values, keep=self.keep, keep_best=self.keep_best, keeps=keeps, measured_after=after
+        )[0]
 
     def _put_checkpoint(self, step: int) -> dict[str, Any]:
         """Upload hard links of its files, which retention on the disk cannot take away."""

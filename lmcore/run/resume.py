@@ -103,18 +103,39 @@ def kept_before(past: Mapping[str, Any], config: RunConfig) -> int:
     return int(past["step"] if changed else past.get("kept_before", 0))
 
 
-MEASURED = (
-    "evaluate.early_stopping.metric", "evaluate.blocks",
-    "data.train", "data.valid", "data.valid_fraction", "data.block_size", "data.document_mask",
+MEASURED_ON = (
+    "evaluate.blocks", "data.train", "data.valid", "data.valid_fraction", "data.block_size", "data.document_mask",
 )  # fmt: skip
-"""Options that decide what early stopping watches, or on which text."""
+"""Options that decide on which text a run is evaluated, beside those that no run may change without being told to."""
 
 
-def stop_values_of(past: Mapping[str, Any], config: RunConfig) -> list[float]:
-    """What early stopping has seen by the state of a checkpoint: nothing where it watched another metric or other text than
-    now."""
+def measured_otherwise(
+    past: Mapping[str, Any], config: RunConfig, valid: Mapping[str, str] | None = None
+) -> bool:
+    """Whether evaluations up to a checkpoint are of other data, or by another loss, than those from now on.
+
+    Args:
+        past: the state of the checkpoint.
+        valid: fingerprints of the validation sets by name; a file may hold other text than before.
+    """
     found = changes(redact(past["config"]), redact(flatten(config)))
-    return [] if any(change.key in MEASURED for change in found) else list(past["stop_values"])
+    of_data = ("data.", "tokenizer.", "loss.")
+    other = any(
+        change.key in MEASURED_ON or (change.key in config.allow_changes and change.key.startswith(of_data))
+        for change in found
+    )
+    return other or (valid is not None and past.get("valid", valid) != valid)
+
+
+def stop_values_of(
+    past: Mapping[str, Any], config: RunConfig, valid: Mapping[str, str] | None = None
+) -> list[float]:
+    """What early stopping has seen by the state of a checkpoint: nothing where it watched another metric or other data than
+    now (see :func:`measured_otherwise`)."""
+    metric = "evaluate.early_stopping.metric"
+    found = changes(redact(past["config"]), redact(flatten(config)))
+    watched_other = any(change.key == metric for change in found)
+    return [] if watched_other or measured_otherwise(past, config, valid) else list(past["stop_values"])
 
 
 def skips_left_out(before: Any, now: Skips) -> list[str]:

@@ -77,6 +77,7 @@ from lmcore.run.replicas import odd_ranks, parameter_hash
 from lmcore.run.resume import (
     find_checkpoint,
     kept_before,
+    measured_otherwise,
     other_data_is_allowed,
     precision_so_far,
     skips_left_out,
@@ -339,6 +340,7 @@ class Run:
         )
         if self.bucket is not None:
             self.bucket.keeps = self._is_kept
+        self._measured_after = -1
         self._skips = merge_skips(ranges(config.data.skip_positions, "data.skip_positions"))
         self._model = describe(self.module.model, factory=config.model.factory, arguments=config.model.config)
         self._topology = topology(
@@ -389,6 +391,15 @@ class Run:
             self.saves.resumed(saved)
             kept = saved.state
         with state_of(path):
+            valid = self._fingerprints_of_valid()
+            other_data = measured_otherwise(kept, self.config, valid)
+            self._measured_after = kept["step"] if other_data else kept.get("measured_after", -1)
+            self.saves.measured_after = self._measured_after
+            if other_data and kept["stop_values"]:
+                self.report.warn_once(
+                    f"evaluations up to step {kept['step']} were of other data than those from now on: they are not compared, "
+                    "neither for early stopping nor for the best checkpoint"
+                )
             self.engine.load_optimizer_scalars(kept["optimizer_scalars"])
             self.state = State(
                 cursor=Cursor.from_json(kept["cursor"])
@@ -401,9 +412,10 @@ class Run:
                 )
                 .with_phases(self.data.phases)
                 .with_skips(self._skips),
-                metrics_step=kept.get("metrics_step", -1),
-                stop_values=stop_values_of(kept, self.config),
-                **{name: kept[name] for name in ("step", "tokens", "metrics")},
+                metrics={} if other_data else kept["metrics"],
+                metrics_step=-1 if other_data else kept.get("metrics_step", -1),
+                stop_values=stop_values_of(kept, self.config, valid),
+                **{name: kept[name] for name in ("step", "tokens")},
             )
             self._epoch = self.data.train.epoch_of(self.state.cursor)
             left_out = skips_left_out(kept["config"].get("data.skip_positions"), self._skips)
@@ -769,6 +781,8 @@ class Run:
                     "micro_batch_blocks": self.sizes.micro_batch_blocks,
                     "planned_from": self.sizes.steps.stretches[0][:2],
                     "kept_before": self._kept_before,
+                    "measured_after": self._measured_after,
+                    "valid": self._fingerprints_of_valid(),
                     "guard": self.guard.state_dict(),
                     "model": self._model,
                     "tokenizer": self.data.encoder.fingerprint if self.data.encoder else None,
@@ -1000,6 +1014,9 @@ class Run:
     def _weights(self) -> list[tuple[str, Tensor]]:
         """Names and whole weights of the trained model (strategies that do not shard)."""
         return [(n, p) for n, p in self.module.model.named_parameters() if p.requires_grad]
+
+    def _fingerprints_of_valid(self) -> dict[str, str]:
+        return {name: dataset.fingerprint for name, dataset in self.data.valid.items()}
 
     def _is_kept(self, step: int) -> bool:
         """Whether the checkpoint of a step is kept for ever. What was saved under another plan of the steps, or another

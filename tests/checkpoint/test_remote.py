@@ -220,6 +220,9 @@ def test_retention_keeps_the_newest_the_best_and_the_regular() -> None:
     assert kept_steps(known, keep=2) == ({10, 20}, None)
     best = {"k": 1, "metric": "loss", "mode": "min"}
     assert kept_steps(known, keep=1, keep_best=best) == ({5, 20}, 5)
+    # The loss of step 5 is of another text; where none is of this one yet, what was best stays.
+    assert kept_steps(known, keep=1, keep_best=best, measured_after=5) == ({15, 20}, 15)
+    assert kept_steps(known, keep=1, keep_best=best, measured_after=15) == ({5, 20}, 5)
     assert kept_steps(known, keep=1, keeps=lambda step: step % 5 == 0) == ({5, 10, 15, 20}, None)
     assert kept_steps({5: ("interval", {}), 7: ("signal", {})}, keep=1) == ({5, 7}, None)
     assert kept_steps({}, keep=1) == (set(), None)

@@ -146,6 +146,27 @@ def test_own_collate_makes_the_batches_of_the_validation_too(tmp_path: Path) -> 
     )  # the labels are between -2 and 4; without doubling they would be 1 away on average
 
 
+def test_losses_of_another_validation_text_are_not_compared(text: Path) -> None:
+    """An easy text gave way to a hard one under the same name: the best of the easy one must not be exported."""
+    run_dir, held = text / "other-valid", text / "other.txt"
+    options = {
+        "data__valid": held, "evaluate__every": "4 steps", "checkpoint__keep_best__k": 1, "checkpoint__keep": 1,
+        "checkpoint__export": "best", "evaluate__early_stopping__patience": 1,
+    }  # fmt: skip
+    held.write_text("alpha beta\n" * 40, encoding="utf-8")
+    assert train(request(text, run_dir, **options, train__duration="8 steps")) == [EXIT_FINISHED]
+    held.write_text("Quite another text, in WORDS.\n" * 40, encoding="utf-8")
+    assert train(request(text, run_dir, **options, train__duration="16 steps")) == [EXIT_FINISHED]
+    scored = read_metrics(run_dir / "metrics.jsonl", kind="eval")
+    losses = {record["step"]: record["loss"] for record in scored}
+    later = {step: loss for step, loss in losses.items() if step > 8}
+    best = min(later, key=lambda step: later[step])
+    assert losses[4] < later[best]
+    assert max(losses) == 16  # nor was it stopped by the losses of before
+    assert (run_dir / "checkpoints" / "best").readlink() == Path(f"step-{best:08d}")
+    assert "evaluations up to step 8 were of other data" in (run_dir / "train.log").read_text()
+
+
 def test_allowed_changes_of_data_and_seed_are_enough(tmp_path: Path, text: Path) -> None:
     argv = request(text, tmp_path / "run", train__duration="4 steps")
     assert train(argv) == [EXIT_FINISHED]

@@ -23,7 +23,14 @@ from lmcore.errors import RequestError
 from lmcore.run import setup
 from lmcore.run.early_stopping import EarlyStopping
 from lmcore.run.folder import RunFolder
-from lmcore.run.resume import changes, find_checkpoint, kept_before, refuse_changes, stop_values_of
+from lmcore.run.resume import (
+    changes,
+    find_checkpoint,
+    kept_before,
+    measured_otherwise,
+    refuse_changes,
+    stop_values_of,
+)
 from lmcore.run.trainer import Run
 
 
@@ -152,6 +159,24 @@ def test_early_stopping_does_not_compare_two_metrics(other: str, counted: list[f
     words = ["--data.train", "a", "--data.valid", "b"]
     state = {"config": flatten(parse(words, default_recipe=None)), "stop_values": [5.2, 4.9]}
     assert stop_values_of(state, parse([*words, *other.split()], default_recipe=None)) == counted
+
+
+@pytest.mark.parametrize(
+    ("other", "valid", "differs"),
+    [
+        ("", {"b": "store 1"}, False),
+        ("--evaluate.early_stopping.metric perplexity", {"b": "store 1"}, False),
+        ("", {"b": "store 2"}, True),
+        ("--evaluate.blocks 7", {"b": "store 1"}, True),
+        ("--loss.factory os:getcwd --allow_changes loss.factory", {"b": "store 1"}, True),
+    ],
+)
+def test_evaluations_of_other_data_are_known(other: str, valid: dict[str, str], differs: bool) -> None:
+    words = ["--data.train", "a", "--data.valid", "b"]
+    state = {"config": flatten(parse(words, default_recipe=None)), "stop_values": [5.2]}
+    config = parse([*words, *other.split()], default_recipe=None)
+    assert measured_otherwise(state | {"valid": {"b": "store 1"}}, config, valid) == differs
+    assert measured_otherwise(state, config, valid) == (differs and other != "")  # of an earlier version
 
 
 @pytest.mark.parametrize(("metric", "counted"), [("loss", 2), ("perplexity", 0)])
