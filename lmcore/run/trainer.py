@@ -679,21 +679,21 @@ class Run:
     def due(self) -> Due:
         """What to do now that a step is recorded; the same on every rank.
 
-        Steps are checked one step late, so that the host does not wait for the device; but before a save, every step
-        up to it.
+        Steps are checked one step late, so that the host does not wait for the device; but before a save or an evaluation,
+        after which the run may end, every step up to it.
 
         Raises:
             FaultError: too many steps were not finite (``guard.*``).
         """
         last = self.state.step == self.sizes.total_steps
         saving = self._verdict.save or bool(self._flags & SAVE) or last
-        action = self._check_steps(lag_steps=0 if saving else 1)
+        evaluating = self.config.evaluate.at_end if last else bool(self._flags & EVALUATE)
+        action = self._check_steps(lag_steps=0 if saving or evaluating else 1)
         if action.kind == "stop":
             raise DivergedError(action.reason)
         if action.kind == "rewind":
             return Due(rewind=action)
         reason = self._verdict.checkpoint_reason or ("end" if last else "interval")
-        evaluating = self.config.evaluate.at_end if last else bool(self._flags & EVALUATE)
         return Due(
             save=reason if saving else None,
             evaluate=evaluating and not self._verdict.stop,  # the time that is left belongs to the save
@@ -839,8 +839,6 @@ class Run:
         stopped = self._stop_early if step < total else None  # at the last step nothing is cut short
         if stopped is not None:
             report.note(f"stopped early at step {step:,} of {total:,}: {stopped}")
-            if (action := self._check_steps(lag_steps=0)).kind == "stop":
-                raise DivergedError(action.reason)
         reason = stopped or "reached train.duration"
         self.save("end")
         self.saves.wait(final=True)  # exit code 0 only after the last checkpoint is committed and verified

@@ -337,6 +337,19 @@ def test_early_stopping_does_not_hide_a_step_that_was_not_finite(text: Path) -> 
     assert "target" in records[-1]["reason"]
 
 
+def test_step_is_checked_before_its_evaluation_ends_the_run(text: Path) -> None:
+    """A rewind that was announced and not made would leave the report with one more than there were."""
+    run_dir = text / "early-rewind"
+    options = {
+        "train__duration": "12 steps", "checkpoint__every": "3 steps", "evaluate__every": "4 steps",
+        "evaluate__early_stopping__target": 100.0, "guard__max_skips": 0,
+    }  # fmt: skip
+    assert run_ranks(_train_with_nan, 1, request(text, run_dir, **options), [40]) == [EXIT_FINISHED]
+    events = [r["event"] for r in read_metrics(run_dir / "metrics.jsonl", kind="event")]
+    assert [events.count(one) for one in ("rewind", "rewound")] == [1, 1]
+    assert sorted(losses(run_dir)) == [1, 2, 3, 4]
+
+
 def _train_and_fail(argv: list[str], step: int, twice: bool) -> int:
     """As ``train_in_rank``, with an exception in a step, and another in the save that it brings about."""
     from lmcore.engine.engine import Engine
