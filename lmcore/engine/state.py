@@ -169,6 +169,7 @@ class TensorState:
             group["lr"] = group["lr"] * 0.0
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
+        fill_in_momenta(self._optimizer)  # at a rewind some may be there
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         for group, rate, kept in zip(self._optimizer.param_groups, rates, numbers):

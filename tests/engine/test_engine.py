@@ -714,17 +714,24 @@ class TwoLayers(nn.Module):
         return total * scale, torch.tensor(1)
 
 
-def sgd_steps(steps: list[tuple[bool, float]], dampening: float) -> list[Tensor]:
-    """The weights after steps with fused SGD: (whether both layers take part, what the loss is multiplied by)."""
+def sgd_steps(steps: list[tuple[bool, float]], dampening: float, rewind: bool = False) -> list[Tensor]:
+    """The weights after steps with fused SGD: (whether both layers take part, what the loss is multiplied by).
+
+    With ``rewind`` the state after the first step is loaded after it.
+    """
     empty_like = torch.empty_like
     torch.empty_like = lambda *a, **k: empty_like(*a, **k).fill_(torch.nan)  # memory as it may be found
     try:
         net = TwoLayers()
         engine = sgd_engine(net, dampening=dampening)
-        for both, scale in steps:
+        for step, (both, scale) in enumerate(steps):
             loss_sum, _ = engine.forward({"x": torch.ones(1, 64), "both": both, "scale": scale})
             engine.backward(loss_sum, 1)
             engine.update()
+            if rewind and step == 0:
+                state = {(kind, name, slot): tensor for kind, name, slot, tensor in engine.state()}
+                stored = {key: WholeTensor(tensor) for key, tensor in state.items() if tensor is not None}
+                engine.load_state(lambda *key, stored=stored: stored.get(key))
         return [parameter.detach().clone() for parameter in net.parameters()]
     finally:
         torch.empty_like = empty_like
@@ -739,8 +746,9 @@ def test_sgd_whose_first_update_is_skipped_begins_with_the_second(dampening: flo
     assert all(torch.equal(one, other) for one, other in zip(skipped, plain, strict=True))
 
 
-def test_sgd_takes_a_parameter_whose_first_gradient_comes_later() -> None:
-    early, _, late, _ = run_ranks(sgd_steps, 1, [(False, 1.0), (True, 1.0)], 0.0)[0]
+@pytest.mark.parametrize("rewind", [False, True])
+def test_sgd_takes_a_parameter_whose_first_gradient_comes_later(rewind: bool) -> None:
+    early, _, late, _ = run_ranks(sgd_steps, 1, [(False, 1.0), (True, 1.0)], 0.0, rewind)[0]
     begun = TwoLayers().model
     assert torch.allclose(begun["late"].weight - late, torch.tensor(0.1))
     assert torch.allclose(begun["early"].weight - early, torch.tensor(0.1 + 0.19))
