@@ -655,6 +655,7 @@ class Checkpoints:
         except Damaged:
             return  # this step was not saved, or was removed meanwhile
         manifest["metrics"] |= metrics
+        manifest["measured_after"] = self.measured_after
         # Beside the folder, not in it: a file that a kill leaves inside would make the checkpoint a damaged one.
         aside = self.folder / f".manifest-{step}.tmp"
         self._disk.write_file(aside, manifest_bytes(manifest))

@@ -807,6 +807,8 @@ class Run:
         if self.data.valid:
             state.metrics = self._evaluator.validate(state, self.epoch)
             state.metrics_step = state.step
+            if state.step == self._measured_after:  # the checkpoint's own evaluation is made again
+                self._measured_after = self.saves.measured_after = state.step - 1
             self.saves.record(state.step, state.metrics)
             state.stop_values.append(state.metrics[self._early_stopping.metric])
         self._evaluator.samples(state.step)

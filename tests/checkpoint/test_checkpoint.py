@@ -726,6 +726,25 @@ def test_keep_best(tmp_path: Path) -> None:
         find(tmp_path, "best", metric="accuracy")
 
 
+def test_best_of_other_data_stays_until_there_is_one_of_these(tmp_path: Path) -> None:
+    """Step 3 is resumed with another validation text, and its evaluation made again."""
+    best = {"k": 1, "metric": "valid/loss", "mode": "min"}
+    saves = checkpoints(tmp_path, keep=1, keep_best=best, note=lambda _: None)
+    for step, loss in enumerate([5.0, 3.0, 4.0], 1):
+        save(saves, step, metrics={"valid/loss": loss})
+    saves.wait(final=True)
+    saves.measured_after = 3
+    save(saves, 4)
+    saves.wait(final=True)
+    check(find(tmp_path, "best"), 2)
+    saves.measured_after = 2
+    saves.record(4, {"valid/loss": 9.0})
+    saves.wait(final=True)
+    check(find(tmp_path, "best"), 4)
+    assert os.readlink(tmp_path / "best") == "step-00000004"
+    assert names(tmp_path) == [4]
+
+
 def test_keep_best_mode_max(tmp_path: Path) -> None:
     best = {"k": 1, "metric": "accuracy", "mode": "max"}
     saves = checkpoints(tmp_path, keep=1, keep_best=best, note=lambda _: None)
