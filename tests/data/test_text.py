@@ -473,6 +473,12 @@ def test_wrong_encoding_names_data_encoding(tmp_path: Path) -> None:
     assert "looks like utf-16" in read_all(source_of(path, unit="line"))[1][0].reason
     path.write_bytes("日本\n語".encode("utf-32"))
     assert "looks like utf-32" in read_all(source_of(path, unit="line"))[1][0].reason
+    # A folder of both: the option is set and right for the other files.
+    path.write_bytes("題名\n吾輩は猫である。".encode())
+    for unit in ("line", "file"):
+        [record, *_] = read_all(source_of(path, unit=unit, encoding="cp932"))[1]
+        assert "this looks like utf-8; set data.encoding" in record.reason
+        assert "'{path: FILE, encoding: utf-8}'" in record.reason
     # One broken character in UTF-16 costs its line.
     data = bytearray("一行目\n二行目\n三行目\n".encode("utf-16-le"))
     data[8:10] = b"\x00\xd8"

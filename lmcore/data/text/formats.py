@@ -92,12 +92,20 @@ def _not_encoded(raw: bytes, encoding: str, where: str) -> Damage:
     if encoding == "utf-8" and UNDECODABLE in raw:  # converted: what is in raw is not what is in the file
         reason = "bytes that are not in data.encoding: the file is damaged or cut off here, or has another encoding"
         return Damage(reason, n_bytes=len(raw))
-    real = _other_encoding(raw)
+    real = _other_encoding(raw) or ("utf-8" if _is_utf_8(raw) else "")
     hint = f"this looks like {real}; " if real else ""
-    return Damage(
-        f"not {encoding}{where}: {hint}set data.encoding (cp932 for Shift-JIS, euc_jp, utf-16, ...)",
-        n_bytes=len(raw),
-    )
+    remedy = "set data.encoding (cp932 for Shift-JIS, euc_jp, utf-16, ...)"
+    if codecs.lookup(encoding).name != "utf-8":  # it was set, and may be right for the other files
+        remedy += f", or give this file its own: '{{path: FILE, encoding: {real or 'utf-8'}}}'"
+    return Damage(f"not {encoding}{where}: {hint}{remedy}", n_bytes=len(raw))
+
+
+def _is_utf_8(raw: bytes) -> bool:
+    """Whether these bytes are UTF-8 beyond doubt: other encodings of such text are not valid UTF-8."""
+    try:
+        return not raw.decode("utf-8").isascii()
+    except UnicodeDecodeError:
+        return False
 
 
 def _other_encoding(raw: bytes) -> str:
