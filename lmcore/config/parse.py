@@ -31,7 +31,7 @@ from typing import Any
 
 from lmcore.config import help as help_
 from lmcore.config import schema, yaml
-from lmcore.config.aliases import foreign
+from lmcore.config.aliases import NAMES, foreign
 from lmcore.config.checks import OPTIMIZERS, check
 from lmcore.config.convert import convert, shown
 from lmcore.config.durations import Durations
@@ -278,10 +278,13 @@ def _find(name: str, dashes: str = "", where: str = "") -> Key:
         raise RequestError(
             f"{where}{dashes}{name} is a section; set its options: {', '.join(dashes + key for key in inside)}"
         )
+    last = name.rpartition(".")[2]
+    near = difflib.get_close_matches(name.replace("-", "_"), [*known, *_WITHOUT_KEY], 3, 0.6)
     hint = foreign(name, dashes)
+    if hint is None and last in NAMES and not difflib.get_close_matches(name, near, 1, 0.85):
+        hint = foreign(last, dashes)  # --optim.learning_rate: a section of ours, an option of another program
     if hint is None:
-        last = name.rpartition(".")[2]
-        near = difflib.get_close_matches(name.replace("-", "_"), [*known, *_WITHOUT_KEY], 3, 0.6)
+        near = [key for key in known if key.rpartition(".")[2] == last] + near  # --train.seed: the wrong section
         by_last = {key.rpartition(".")[2]: key for key in reversed(list(known))}
         near += [by_last[match] for match in difflib.get_close_matches(last, by_last, 2, 0.6)]
         near = list(dict.fromkeys(near))[:3]

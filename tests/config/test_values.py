@@ -220,6 +220,12 @@ def test_usual_spellings_are_accepted(argv: list[str], values: dict[str, Any]) -
         ("--gradient-clip-val", "--optim.clip_norm"),
         ("--devices", "launcher"),
         ("--dropout", "--model.config.attn_pdrop"),
+        ("--optim.learning_rate", "here it is --optim.lr"),  # in a section of ours
+        ("--model.n_layer", "here it is --model.config.n_layer"),
+        ("--checkpoint.save_total_limit", "here it is --checkpoint.keep"),
+        ("--tokeniser.model_type", "did you mean --tokenizer.model_type"),  # not --model.type
+        ("--train.lr", "--optim.lr"),  # in the wrong section
+        ("--train.seed", "did you mean --seed"),
     ],
 )
 def test_options_of_other_programs_get_a_hint(word: str, option: str) -> None:
@@ -252,7 +258,12 @@ def test_hint_for_an_option_of_another_program_is_what_its_page_says() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_size_is_not_guessed_by_its_spelling() -> None:
+    assert str(outcome(["--model.size", "3M"])).endswith("350M, 1B or null (got '3M')")
+
+
 def test_option_that_is_elsewhere_is_no_guess() -> None:
+    assert "checkpoint is named" not in str(outcome(["--data.filename", "a.txt"]))
     assert "lmcore evaluate" in str(outcome(["--eval_only", "1"]))
     assert "launcher" in str(outcome(["--fsdp", "full_shard"]))
     assert "not finite" in str(outcome(["--detect_anomaly"]))
