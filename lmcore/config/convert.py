@@ -134,7 +134,8 @@ def _hint(value: Any, alternatives: tuple[Any, ...]) -> str:
         if typing.get_origin(kind) is Literal
         for choice in typing.get_args(kind)
     ]
-    return did_you_mean(value, choices) if isinstance(value, str) else ""
+    # By its spelling, 3M would be next to 350M
+    return did_you_mean(value, choices) if isinstance(value, str) and not value[:1].isdigit() else ""
 
 
 def shown(value: Any) -> str:
