@@ -284,7 +284,9 @@ def _find(name: str, dashes: str = "", where: str = "") -> Key:
     if hint is None and last in NAMES and not difflib.get_close_matches(name, near, 1, 0.85):
         hint = foreign(last, dashes)  # --optim.learning_rate: a section of ours, an option of another program
     if hint is None:
-        near = [key for key in known if key.rpartition(".")[2] == last] + near  # --train.seed: the wrong section
+        near = [
+            key for key in known if key.rpartition(".")[2] == last
+        ] + near  # --train.seed: the wrong section
         by_last = {key.rpartition(".")[2]: key for key in reversed(list(known))}
         near += [by_last[match] for match in difflib.get_close_matches(last, by_last, 2, 0.6)]
         near = list(dict.fromkeys(near))[:3]

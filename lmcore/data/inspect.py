@@ -206,7 +206,9 @@ def _lines(report: SourceReport, width: int) -> list[str]:
     if report.ignored_files:
         files += f", {report.ignored_files:,} of no known kind left out"
     rows = [("files", files), ("unit of text", report.unit), ("encoding", report.encoding)]
-    rows += [("left out", note.removeprefix("left out: ")) for note in report.notes]
+    for note in report.notes:
+        _, left_out, what = note.rpartition("left out: ")
+        rows.append(("left out" if left_out else "note", what))
     if report.read_share is None:
         rows.append(("sampled", f"reading ended after {size(report.bytes)} of text; the counts are of these"))
     elif report.read_share < 1:

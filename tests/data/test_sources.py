@@ -202,6 +202,35 @@ def test_files_of_a_run_in_the_folder_of_its_text_are_not_read(tmp_path: Path) -
     assert (alone.name, alone.relative_paths) == ("a", ("a.txt",))
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ("data/train-00000-of-00002.parquet", "data/validation-00000-of-00001.parquet"),
+            "data/validation-00000",
+        ),
+        (("train/a.jsonl", "train/b.jsonl", "test/a.jsonl"), "test/a.jsonl like train/a.jsonl"),
+        (("Stories-train.txt", "Stories-valid.txt"), "Stories-valid.txt"),
+        (("wiki.Train.txt.gz", "wiki.dev.txt.gz"), "wiki.dev.txt.gz"),
+        (("train-00000.jsonl", "train-00001.jsonl"), None),
+        (("train.py", "test.py", "trains.txt", "tests.txt"), None),
+        (("train.txt", "test_of_time.txt"), None),
+    ],
+)
+def test_splits_of_a_dataset_in_one_source_are_said(
+    tmp_path: Path, names: tuple[str, ...], said: str | None
+) -> None:
+    """The folder of a dataset of the Hub: its validation and test text was trained on without a word."""
+    make(tmp_path, *names)
+    for entry in (str(tmp_path), f"{tmp_path}/**"):
+        [source] = resolve_sources([entry])
+        assert len(source.paths) == len(names)  # said, and read all the same
+        assert len(source.notes) == (said is not None)
+        assert (said or "") in "".join(source.notes)
+    if said and "train/" not in names[0]:
+        assert resolve_sources([f"{tmp_path}/**/*[Tt]rain*"])[0].notes == ()
+
+
 @pytest.mark.parametrize("names", [("a.txt",), ("a.txt", "b.txt")])
 def test_folders_of_a_run_in_the_folder_of_its_text_are_not_read(
     tmp_path: Path, names: tuple[str, ...]

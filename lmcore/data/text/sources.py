@@ -71,6 +71,10 @@ _DATASET_FILES = frozenset(["dataset_info.json", "state.json", "dataset_dict.jso
 """What ``datasets.save_to_disk`` writes beside its Arrow files; they would be read as records."""
 _A_RUN = "the files of a run"
 _SPLITS = "the splits of data.valid_fraction"
+_SPLIT_NAME = re.compile(
+    r"(?<![a-z])(?:(train)(?:ing)?|val|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE
+)
+"""The split in the name of a file or folder of a dataset: data/train-00000-of-00002.parquet, Stories-valid.txt."""
 
 
 Entry = str | Mapping[str, Any] | tuple[str, ...]
@@ -87,7 +91,7 @@ class Source:
         relative_paths: the same files below the folder that was named: they do not change when the corpus is moved.
         unit: ``line``, ``paragraph`` or ``file``; ``unit_reason`` says how it was decided.
         ignored: number of files of named folders that are of no known kind.
-        notes: what the walk left out, as lines for the user.
+        notes: what the walk left out, and what it did not although that is likely to be meant, as lines for the user.
     """
 
     name: str
@@ -343,6 +347,7 @@ def _source(entry: Entry, text_field: str, unit: str, encoding: str) -> Source:
             files.setdefault(path, relative if folder is None else _below(path, folder))
     ordered = sorted(files.items(), key=lambda item: (item[1], item[0]))
     paths = tuple(path for path, _ in ordered)
+    notes += _splits_note(relative for _, relative in ordered)
     chosen, reason = (unit, "as asked") if unit != "auto" else _auto_unit(paths, encoding)
     source = Source(
         name=name,
@@ -358,6 +363,24 @@ def _source(entry: Entry, text_field: str, unit: str, encoding: str) -> Source:
     )
     _check_field(source)
     return source
+
+
+def _splits_note(relative_paths: Iterable[str]) -> list[str]:
+    """A line if files of a training split stand beside files of equal names for validation or test, as in a copy of a
+    dataset of the Hub. (Not of source code: there train.py and test.py are one program.)"""
+    training: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for path in relative_paths:
+        split = _SPLIT_NAME.search(path)
+        if split and (file_kind(path) or _suffix(path) in _PROSE):
+            rest = re.sub(r"\d+", "", path[: split.start()] + "*" + path[split.end() :])
+            (training if split[1] else others).setdefault(rest, path)
+    for rest in sorted(training.keys() & others.keys()):
+        return [
+            f"several splits are read as one text, {others[rest]} like {training[rest]}: to keep them apart, give each "
+            "its own glob (such as --data.train 'FOLDER/**/*train*' --data.valid 'FOLDER/**/*valid*')"
+        ]
+    return []
 
 
 def _as_list(value: Any) -> Sequence[Any]:
