@@ -356,6 +356,8 @@ def open_tokenizer(
             return given
 
     def make() -> None:
+        if config.model.from_pretrained is not None and not config.tokenizer.train:
+            return  # the copy of what came with the weights: it was made of no text of this run
         reason = unfit_reason(config, home, splits)
         if reason and resumes and (home / "tokenizer.json").exists():
             note(

@@ -234,6 +234,20 @@ def test_pretrained_weights_bring_their_own_tokenizer(tmp_path: Path, weights: P
 
 
 @pytest.mark.usefixtures("text")
+def test_resumed_run_of_pretrained_weights_uses_its_copy_without_a_warning(
+    tmp_path: Path, weights: Path
+) -> None:
+    options = {"model__from_pretrained": weights, "tokenizer__vocab_size": "null", **PRETRAINED}
+    first, _ = opened(tmp_path, **options)
+    setup.keep_tokenizer(tmp_path / "run" / "tokenizer", first, note=print)
+    a_checkpoint(tmp_path)
+    for file in weights.glob("*tokenizer*"):  # a resume does not read them
+        file.unlink()
+    again, notes = opened(tmp_path, **options)
+    assert (again.encoder.fingerprint, notes) == (first.encoder.fingerprint, [])
+
+
+@pytest.mark.usefixtures("text")
 def test_another_tokenizer_for_pretrained_weights_is_said(tmp_path: Path, weights: Path) -> None:
     train_tokenizer([TEXT], vocab_size=290, folder=tmp_path / "other")
     options = {"model__from_pretrained": weights, "tokenizer__vocab_size": "null", **PRETRAINED}
