@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import logging
 import pickle
 import re
 import subprocess
@@ -493,6 +494,21 @@ def test_load_transformers_folder(byte_level: Path, tmp_path: Path) -> None:
     saved = AutoTokenizer.from_pretrained(tmp_path)
     assert (saved.model_max_length, saved.encode(NEKO)) == (512, loaded.encode(NEKO))
     assert not (tmp_path / "config.json").exists()
+
+
+def test_text_beyond_the_context_gives_no_warning_of_transformers(
+    byte_level: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer of a run says its context, so that each resume of a small model printed "indexing errors"."""
+    load_tokenizer(byte_level).save(tmp_path, model_max_length=8)
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        loaded = load_tokenizer(tmp_path)
+        monkeypatch.setattr(loaded, "_backend", None)  # as for a tokenizer of Python code
+        assert len(loaded.encode(NEKO)) > 8
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "longer than the specified maximum" not in caplog.text
 
 
 def test_hub_is_queried_with_the_revision(byte_level: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -354,7 +354,10 @@ class TransformersTokenizer(Tokenizer):
         texts = [*huggingface.TEST_TEXTS, *(f"a {token} b" for token in self.special_tokens.values())]
         try:
             ours = [ids.tolist() for ids in self.encode_batch(texts)]
-            theirs = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            # Not verbose: transformers would warn about a text beyond the context, which is cut into blocks here.
+            theirs = [
+                self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts
+            ]
         except Exception as error:  # tokenizers raises plain Exception; Python tokenizers whatever they like
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise RequestError(f"this tokenizer cannot encode text: {reason[0][:300]}") from error
@@ -374,7 +377,9 @@ class TransformersTokenizer(Tokenizer):
             return [np.array(one.ids, dtype=np.int32) for one in encoded]
         return [
             np.array(
-                self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True),
+                self._tokenizer.encode(
+                    text, add_special_tokens=False, split_special_tokens=True, verbose=False
+                ),
                 dtype=np.int32,
             )
             for text in texts
