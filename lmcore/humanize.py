@@ -5,9 +5,12 @@ Every message, log line, plan and report uses these functions, so that one numbe
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that act instead of being shown: C0 (escape sequences begin with them), DEL, C1, line separators, changes
@@ -103,6 +106,20 @@ def did_you_mean(word: str, choices: Iterable[object], *, at_most: int = 1, cuto
     found = difflib.get_close_matches(str(word).lower(), by_lower, n=at_most, cutoff=cutoff)
     near = " or ".join(repr(by_lower[match]) for match in found)
     return f"; did you mean {near}?" if near else ""
+
+
+def runs_near(path: str | os.PathLike[str]) -> str:
+    """The end of an error message about a ``path`` that is no run: the runs in this folder, or the one whose name looks
+    most like it, or nothing."""
+    given = Path(path)
+    with contextlib.suppress(OSError, ValueError):
+        if not given.is_dir():
+            return did_you_mean(str(given), [file.parent for file in given.parent.glob("*/status.json")])
+        found = sorted(str(file.parent) for file in given.glob("*/status.json"))
+        if found:
+            more = f" and {len(found) - 5:,} more" if len(found) > 5 else ""
+            return f"; its runs are {', '.join(found[:5])}{more}"
+    return ""
 
 
 def multiples_near(number: int, unit: int) -> str:

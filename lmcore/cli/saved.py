@@ -504,12 +504,12 @@ def checkpoints(words: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON array with all that is known")
     asked = parser.parse_args(words)
     from lmcore.checkpoint.reader import listing
-    from lmcore.humanize import printable, short, size
+    from lmcore.humanize import printable, runs_near, short, size
     from lmcore.report.metrics import plain
 
     folder = Path(asked.run) / "checkpoints"
     if not folder.is_dir():
-        raise RequestError(f"{asked.run}: no checkpoints there")
+        raise RequestError(f"{asked.run}: no checkpoints there{runs_near(asked.run)}")
     rows = listing(folder, verify_bytes=asked.verify)
     if asked.json:
         print(json.dumps(plain(rows), indent=2, default=str, allow_nan=False))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lmcore.errors import RequestError
-from lmcore.humanize import message_of, one_line, short
+from lmcore.humanize import message_of, one_line, runs_near, short
 from lmcore.report.metrics import ABANDONING_EVENTS, RECORD_KEYS, iterate_metrics
 from lmcore.report.redact import redact
 
@@ -280,7 +280,7 @@ def read_run(path: str | PathLike[str]) -> Run:
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise RequestError(
-            f"{folder}: no metrics.jsonl there; give the folder of a run that has logged a step"
+            f"{folder}: no metrics.jsonl there; give the folder of a run that has logged a step{runs_near(folder)}"
         )
     config, status = folder / "config.yaml", folder / "status.json"
     try:

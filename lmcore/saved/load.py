@@ -30,6 +30,7 @@ from lmcore.checkpoint.tensors import TensorFile
 from lmcore.data.store.manifest import read_manifest
 from lmcore.data.tokenizer.tokenizer import check_tokenizer, load_tokenizer
 from lmcore.errors import RequestError
+from lmcore.humanize import runs_near
 from lmcore.model import lora
 from lmcore.model.build import model_class_of, without_weights
 from lmcore.model.config import refuse_unsafe_config, refuse_unsafe_index
@@ -187,7 +188,9 @@ def resolve(
     """
     folder = Path(os.path.abspath(path))  # links stay: what is beside a linked checkpoint is beside the link
     if not folder.is_dir():
-        raise RequestError(f"{path}: no such folder; give a run folder, a checkpoint or an export")
+        raise RequestError(
+            f"{path}: no such folder; give a run folder, a checkpoint or an export{runs_near(path)}"
+        )
     kind = None
     if (folder / manifest.MANIFEST).exists() and (folder / manifest.STATE).exists():
         kind = "checkpoint"
@@ -214,7 +217,8 @@ def resolve(
         return "checkpoint", Path(os.path.abspath(found.path))
     if (folder / "export" / "config.json").is_file():
         return "export", folder / "export"
-    raise RequestError(f"{path}: neither a checkpoint nor an export is in it; has the run saved yet?")
+    near = runs_near(path) or "; has the run saved yet?"
+    raise RequestError(f"{path}: neither a checkpoint nor an export is in it{near}")
 
 
 # ---- describing and building a model ------------------------------------------------------------------------

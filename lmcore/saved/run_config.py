@@ -8,6 +8,7 @@ from pathlib import Path
 from lmcore.config import parse
 from lmcore.config.schema import RunConfig, flatten
 from lmcore.errors import RequestError
+from lmcore.humanize import runs_near
 from lmcore.report.curves import read_settings
 
 CODE = ("data.factory", "model.factory", "loss.factory", "optim.name")
@@ -31,7 +32,7 @@ def read_run_config(
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
-        raise RequestError(f"{run_dir}: no config.yaml there; give the folder of a run")
+        raise RequestError(f"{run_dir}: no config.yaml there; give the folder of a run{runs_near(run_dir)}")
     read_settings(run_dir)
     config = parse.parse(["--config", str(path)], allow_hidden=True)
     values = flatten(config)

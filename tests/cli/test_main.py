@@ -123,6 +123,30 @@ def test_wrong_command_is_refused_in_one_line_with_code_2(
     assert expected in said[-1]
     assert said[-1].startswith("lmcore: ")
     assert "Traceback" not in "\n".join(said)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate"],
+        ["evaluate", "--data", "x"],
+        ["export"],
+        ["report"],
+        ["checkpoints"],
+        ["order", "--step", "1"],
+    ],
+)
+def test_folder_of_runs_and_mistyped_run_name_the_runs(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "other"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "status.json").write_text("{}")
+    assert call(words[0], "runs", *words[1:]) == 2
+    assert capsys.readouterr().err.endswith("; its runs are runs/mine, runs/other\n")
+    assert call(words[0], "runs/mien", *words[1:]) == 2
+    assert capsys.readouterr().err.endswith("; did you mean 'runs/mine'?\n")
     with pytest.raises(RequestError):
         call(*words, "--debug")
 
