@@ -23,10 +23,17 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, like all errors of lmcore."""
+    """argparse whose errors are one line, like all errors of lmcore, and whose options are never abbreviated."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message}; {self.prog} --help shows the options")
+        from lmcore.humanize import did_you_mean
+
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        near = did_you_mean(words.split("=")[0].split()[0], self._option_string_actions) if unknown else ""
+        raise RequestError(f"{message}{near}; {self.prog} --help shows the options")
 
 
 def quiet_libraries() -> None:

@@ -104,7 +104,8 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["genrate"], "did you mean 'generate'?"),
         (["generate", "nowhere"], "no such folder"),
         (["generate"], "arguments are required: path"),
-        (["generate", "x", "--tempratur", "1"], "--tempratur"),
+        (["generate", "x", "--tempratur", "1"], "--tempratur 1; did you mean '--temperature'?"),
+        (["generate", "x", "--max_token=3"], "did you mean '--max_tokens'?"),  # no abbreviations
         (["export", "."], "neither a checkpoint nor an export"),
         (["report", "."], "no metrics.jsonl"),
         (["checkpoints", "."], "no checkpoints there"),
