@@ -1,23 +1,33 @@
-"""An English text that is on every machine where lmcore is installed: the docstrings of its libraries.
+"""English and Japanese text for the benchmarks, from packages.
 
-    python benchmarks/texts.py docstrings.jsonl
+    python benchmarks/texts.py docstrings docstrings.jsonl
+    python benchmarks/texts.py manual manual.jsonl /usr/share/man/ja
 
-One document for each module of torch, transformers, sympy, scipy, numpy, matplotlib, accelerate and deepspeed: its docstrings,
-in their order, without indentation. A docstring that an earlier module has already is left out: libraries repeat themselves.
+``docstrings`` is on every machine where lmcore is installed: one document for each module of torch, transformers, sympy, scipy,
+numpy, matplotlib, accelerate and deepspeed: its docstrings, in their order, without indentation. A docstring that an earlier
+module has already is left out: libraries repeat themselves.
+
+``manual`` is one document for each manual page of a folder, without its markup; of Debian's package ``manpages-ja`` for
+Japanese. A paragraph that an earlier page has already is left out: licences and authors repeat themselves.
 """
 
 from __future__ import annotations
 
 import ast
+import gzip
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 LIBRARIES = ("torch", "transformers", "sympy", "scipy", "numpy", "matplotlib", "accelerate", "deepspeed")
 SHORTEST = 80
-"""Characters: what is shorter is mostly a signature or a name."""
+"""Characters of a docstring: what is shorter is mostly a signature or a name."""
+
+SHOWN = {"SH", "SS", "B", "I", "BR", "BI", "IR", "IB", "RB", "RI", "Sh", "Ss", "Nm", "Nd"}
+"""Macros of manual pages whose arguments are text."""
 
 
 def docstrings(source: str) -> list[str]:
@@ -31,7 +41,7 @@ def docstrings(source: str) -> list[str]:
     return [text for node in nodes if (text := ast.get_docstring(node)) is not None]
 
 
-def documents() -> Iterator[str]:
+def docstrings_of_libraries() -> Iterator[str]:
     """One text for each module that has new docstrings, in the order of libraries and paths."""
     seen: set[str] = set()
     for library in LIBRARIES:
@@ -49,9 +59,40 @@ def documents() -> Iterator[str]:
                 yield "\n\n".join(new)
 
 
+def plain(page: str) -> str:
+    """The text of a manual page: comments, macros and changes of font removed.
+
+    >>> print(plain('.SH 名前' + chr(10) + r'tar \\- \\fBアーカイブ\\fP' + chr(10) + '.TP 4'))
+    名前
+    tar - アーカイブ
+    """
+    lines = []
+    for line in page.splitlines():
+        macro = re.match(r"[.'] *(\S*) *", line)
+        if macro is not None:
+            if macro[1] not in SHOWN:
+                continue
+            line = line[macro.end() :].replace('"', "")
+        line = re.sub(r"\\(f(\(..|\[.*?\]|.)|s[+-]?\d|\(..|[&/,|^%:]|\".*)", "", line)
+        lines.append(re.sub(r"\\(.)", r"\1", line))
+    return "\n".join(lines)
+
+
+def manual(folder: Path) -> Iterator[str]:
+    """One text for each page that has new paragraphs, in the order of the paths."""
+    seen: set[str] = set()
+    for path in sorted(folder.rglob("*.gz")):
+        paragraphs = plain(gzip.decompress(path.read_bytes()).decode("utf-8")).split("\n\n")
+        new = [text for text in paragraphs if text.strip() and text not in seen]
+        seen.update(new)
+        if new:
+            yield "\n\n".join(new)
+
+
 def main() -> None:
-    with open(sys.argv[1], "w", encoding="utf-8") as file:
-        for text in documents():
+    kind, out, *folder = sys.argv[1:]
+    with open(out, "w", encoding="utf-8") as file:
+        for text in manual(Path(*folder)) if kind == "manual" else docstrings_of_libraries():
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
