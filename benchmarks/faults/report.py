@@ -12,24 +12,34 @@ from pathlib import Path
 from typing import Any
 
 PROMISES = {
-    "kills": "SIGKILL of one rank or all at a place of the run, under every strategy: survivors out within 10 s with code "
-    "71, the dead one named, nothing left behind, old checkpoints whole, the continued run bit-equal",
-    "launched": "the same under `accelerate launch` with the files of `accelerate_configs/`: imports and the launcher too",
-    "launcher-in-save": "SIGKILL of the launcher at every disk call of a rank's save, for every rank and strategy: that save is "
-    "committed, the ranks save at the next boundary and leave with code 75, nothing left behind, the continued run bit-equal",
-    "damages": "25 a trial, to any file of a checkpoint, token store or tokenizer: found, or without effect on what is read",
-    "hostile": "data files, names, links, archives, configurations, a stranger's folders: a result or one line; no code "
-    "runs, nothing outside changes, no control characters",
-    "environments": "variables, limits, rights, full disks, closed output, terminals: bit-equal, or a documented exit code",
-    "signals": "SIGTERM, SIGUSR1, SIGINT on any rank at any phase: saved at the boundary, code 75, bit-equal after",
-    "launcher-signals": "signals to accelerate launch, torchrun, a rank, all: saved, nothing orphaned, bit-equal after",
-    "full-disk": "disk full at byte b of a save: the last good checkpoint whole; stop (70) or train on",
-    "not-finite": "NaN in rank r, micro-batch m: applied on no rank, said with step and positions",
-    "rank-stopped": "SIGSTOP of one rank: out within timeout + 10 s (code 71), stacks of all, bit-equal after",
-    "worker-killed": "SIGKILL of a data worker: no hang, the cause named, bit-equal after",
-    "world-size": "2, 1, 2 processes with kills: the same samples in every step, losses within 1e-4",
-    "prepare-killed": "SIGKILL of the token store's builders at a random moment or disk call: byte-identical",
-    "secrets": "secrets of the environment, and one in a name: in no file of the run (canaries)",
+    "kills": "SIGKILL of one rank or of all at a place of the run, under every strategy: survivors exit within 10 s "
+    "with code 71, the dead rank is named, no process is left, old checkpoints are whole, the continued run is "
+    "bit-equal",
+    "launched": "the same under `accelerate launch` with the files of `accelerate_configs/`; also during imports, "
+    "and of the launcher",
+    "launcher-in-save": "SIGKILL of the launcher at every disk call of a rank's save, for every rank and strategy: "
+    "that save is committed, the ranks save at the next boundary and exit with code 75, no process is left, the "
+    "continued run is bit-equal",
+    "damages": "25 per trial, in any file of a checkpoint, token store or tokenizer: found, or without effect on "
+    "what is read",
+    "hostile": "data files, names, links, archives, configurations, folders from strangers: a result or a one-line "
+    "error; no code runs, no file outside changes, no control characters are printed",
+    "environments": "environment variables, limits, permissions, full disks, closed output, terminals: bit-equal, "
+    "or a documented exit code",
+    "signals": "SIGTERM, SIGUSR1, SIGINT to any rank in any phase: saved at the boundary, code 75, the continued "
+    "run is bit-equal",
+    "launcher-signals": "signals to accelerate launch, torchrun, a rank, all: saved, no orphans, the continued run "
+    "is bit-equal",
+    "full-disk": "disk full at byte b of a save: the last good checkpoint is whole; the run stops (70) or "
+    "continues, as configured",
+    "not-finite": "NaN on rank r in micro-batch m: applied on no rank, reported with step and positions",
+    "rank-stopped": "SIGSTOP of one rank: all exit within timeout + 10 s (code 71) with the stacks of all ranks, "
+    "the continued run is bit-equal",
+    "worker-killed": "SIGKILL of a data worker: no hang, the cause is named, the continued run is bit-equal",
+    "world-size": "2, then 1, then 2 processes, with kills: the same samples in every step, losses within 1e-4",
+    "prepare-killed": "SIGKILL of the processes that build a token store, at a random moment or disk call: the "
+    "store is byte-identical",
+    "secrets": "secrets in the environment, and one in a name: in no file of the run (canaries)",
 }
 KILLS = ("kills", "launched", "launcher-in-save")
 Row = Mapping[str, Any]
@@ -129,11 +139,11 @@ def write_page(rows: Sequence[Row], docs: Path, planned: Mapping[str, int]) -> N
         "",
         "<!-- written by `python -m benchmarks.faults.campaign --report DIR` from the trials of a campaign -->",
         "",
-        "`make faults` runs it: real runs are killed, their files damaged, their inputs and environments hostile. It is",
-        "resumable, trial number i always makes the same choices, and each trial adds one line to `trials.jsonl`. A trial",
-        '"held" if everything in the second column came out. Bit-equal: the hashes of weights and optimizer and every digit',
-        "of every loss and evaluation are those of the run that nobody hurt (CPU, same topology). What the campaigns found,",
-        "and what was repaired: [faults_found.md](faults_found.md).",
+        "`make faults` runs it: real runs are killed, their files are damaged, and their inputs and environments are hostile. It is",
+        'resumable, trial number i always makes the same choices, and each trial adds one line to `trials.jsonl`. A trial "held" if',
+        "everything in the second column was true. Bit-equal: the hashes of weights and optimizer state and every digit of every",
+        "loss and evaluation are those of an undisturbed run (CPU, same topology). What the campaigns found, and what was repaired:",
+        "[faults_found.md](faults_found.md).",
         "",
         f"In all: {kills.get('kills', 0):,} kills, {damages.get('damages', 0):,} damages, "
         f"{hostile.get('hostile inputs', 0):,} hostile inputs and "
@@ -148,7 +158,7 @@ def write_page(rows: Sequence[Row], docs: Path, planned: Mapping[str, int]) -> N
         "By strategy: " + ", ".join(f"{name} {value}" for name, value in strategies.items()) + ". "
         "By what was killed: " + ", ".join(f"{name} {value}" for name, value in victims.items()) + ". "
         f"{kills.get('survivors that ended with 71', 0)} surviving ranks ended by themselves with code 71. FSDP2 runs on a "
-        "CPU that is shown to accelerate as an XPU (tests/support); under Slurm, on several machines and on GPUs: not run.",
+        "CPU that accelerate is made to take for an XPU (tests/support). Not run: Slurm, several machines, GPUs.",
         "",
         "| place | kills |",
         "|---|---:|",
