@@ -32,7 +32,8 @@ class Parser(argparse.ArgumentParser):
         from lmcore.humanize import did_you_mean
 
         _, unknown, words = message.partition("unrecognized arguments: ")
-        near = did_you_mean(words.split("=")[0].split()[0], self._option_string_actions) if unknown else ""
+        word = words.split("=")[0].partition(" ")[0]  # may be empty: a variable of the shell that is not set
+        near = did_you_mean(word, self._option_string_actions) if unknown else ""
         raise RequestError(f"{message}{near}; {self.prog} --help shows the options")
 
 

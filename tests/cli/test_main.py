@@ -152,6 +152,14 @@ def test_folder_of_runs_and_mistyped_run_name_the_runs(
         call(*words, "--debug")
 
 
+@pytest.mark.parametrize("word", ["", " ", "=x", "= --json"])
+def test_argument_without_a_name_is_refused_in_one_line(word: str, capsys: Any) -> None:
+    """As ``"$options"`` gives it where the variable is empty."""
+    assert call("checkpoints", "runs/mine", word) == 2
+    expected = f"lmcore: unrecognized arguments: {word}; lmcore checkpoints --help shows the options\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize(("place", "code"), [("/dev/full", 70), (os.devnull, 0)])
 def test_output_that_is_lost_is_a_fault(
     place: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
