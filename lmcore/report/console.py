@@ -579,7 +579,11 @@ class RankLog:
 
         class Handler(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
-                log.warn_once(f"{record.name}: {record.getMessage().strip()}")
+                try:
+                    text = record.getMessage()
+                except Exception:  # the library gives other arguments than its text has places for
+                    text = f"{record.msg} {record.args}"
+                log.warn_once(f"{record.name}: {text.strip()}")
 
         self._handler = Handler(level)
         logging.getLogger().addHandler(self._handler)

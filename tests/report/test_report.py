@@ -341,9 +341,16 @@ def test_messages_of_libraries_become_one_note(tmp_path: Path) -> None:
         for _ in range(3):
             logging.getLogger("some.library").warning("your %s is old", "driver")
         logging.getLogger("some.library").info("chatter")
+        own = logging.getLogger().handlers[-1]  # pytest's raises where arguments do not fit a text
+        own.handle(
+            logging.LogRecord(
+                "some.library", logging.WARNING, "x.py", 1, "has no place for it", (FutureWarning,), None
+            )
+        )
         warnings.warn("this will go away", FutureWarning, stacklevel=1)
     assert stream.getvalue().count("your driver is old") == 1
     assert "this will go away" in stream.getvalue()
+    assert "has no place for it (<class 'FutureWarning'>,)" in stream.getvalue(), "and nothing is raised"
     assert "chatter" not in stream.getvalue()
 
 
