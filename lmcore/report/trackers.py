@@ -31,6 +31,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -366,12 +367,14 @@ def _is_web(address: str) -> bool:
 
 
 def _post(url: str, text: str, note: Callable[[str], None]) -> None:
-    request = urllib.request.Request(
-        url, data=json.dumps({"text": text}).encode(), headers={"Content-Type": "application/json"}
-    )
+    data, headers = json.dumps({"text": text}).encode(), {"Content-Type": "application/json"}
     try:
+        request = urllib.request.Request(url, data=data, headers=headers)
         with urllib.request.urlopen(request, timeout=WEBHOOK_SECONDS) as answer:
             answer.read(1024)
     except OSError as error:  # URLError and timeouts are OSErrors
         # The address holds a secret (Slack's carries the token): it is not repeated here.
         note(f"warning: the webhook was not reached ({type(error).__name__}: {error})")
+    except (HTTPException, ValueError) as error:
+        # An answer that is no HTTP, or an address that cannot be one, which these errors quote
+        note(f"warning: the webhook was not reached ({type(error).__name__}); check its URL")

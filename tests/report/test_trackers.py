@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import socket
 import struct
 import sys
 import threading
@@ -314,6 +315,34 @@ def test_webhook_gets_the_text_and_a_hanging_one_is_left(
         trackers.close(seconds=120)
     assert "was not reached" in notes[-1]
     assert all("secret-token" not in note for note in notes), "the address is a secret"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://localhost:secret/x", "http://localhost/secret x", "http://例え.jp/secret", "http://[secret/x"],
+)
+def test_webhook_whose_address_cannot_be_one_is_a_line(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes: list[str] = []
+    trackers_module.tell(address, "failed", note=notes.append)
+    [note] = notes
+    assert re.fullmatch(r"warning: the webhook was not reached \(\w+\); check its URL", note)
+    assert capsys.readouterr().err == "", "no traceback of a thread"
+
+
+def test_webhook_that_answers_no_http_is_a_line() -> None:
+    notes: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(b"220 mail.example.org ESMTP\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        trackers_module.tell(f"http://127.0.0.1:{server.getsockname()[1]}/", "failed", note=notes.append)
+    assert notes == ["warning: the webhook was not reached (BadStatusLine); check its URL"]
 
 
 def test_unknown_trackers_and_webhooks_are_refused(tmp_path: Path) -> None:
