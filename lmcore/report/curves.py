@@ -63,7 +63,7 @@ class _Stretch:
     def of(records: Sequence[dict[str, Any]]) -> _Stretch:
         middle = records[len(records) // 2]
         numbers = {}
-        for key in records[0].keys() | records[-1].keys():
+        for key in set().union(*records):  # a number of the user's own need not be in every record
             found = [
                 (record[key], record.get("step", 0), record.get("tokens", 0))
                 for record in records

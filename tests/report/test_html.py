@@ -185,6 +185,17 @@ def test_report_of_a_long_run_is_small_and_shows_its_spike(tmp_path: Path) -> No
     assert few.means("loss") == [(step, step % 7) for step in range(100)]
 
 
+def test_number_that_few_records_have_is_not_lost() -> None:
+    """A metric that the user computes every tenth log line, in a run whose lines are joined by eight."""
+    curves = Curves(
+        {"step": step, "loss": 1.0} | ({"accuracy": step / 4000} if step % 10 == 7 else {})
+        for step in range(1, 4001)
+    )
+    joined = {step for step, _ in curves.points("accuracy")}
+    assert len(joined) == 400, "no stretch has more than two of them, its lowest and its highest"
+    assert len(curves.points("loss")) < 2400
+
+
 def test_smoothing_has_no_bias() -> None:
     """Neither at the start, where an exponential mean hangs on to its first value, nor on a falling line."""
     falling = [(float(x), 10.0 - 0.05 * x) for x in range(150)]
