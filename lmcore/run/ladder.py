@@ -400,5 +400,8 @@ def read_result(run_dir: Path) -> Result:
     for before, record in itertools.pairwise(train):
         tokens += record["tokens"] - before["tokens"]
         seconds += (record["tokens"] - before["tokens"]) / record["tokens_per_second"]
-    loss = float(scored[0]["loss"]) if state == "finished" and scored else None
+    loss: float | None = None
+    if state == "finished" and scored:
+        found = scored[0].get("loss")  # JSON has no NaN and no infinity: null
+        loss = math.inf if found is None else float(found)
     return Result(loss=loss, tokens_per_second=tokens / seconds if seconds else None)

@@ -215,6 +215,13 @@ def test_result_of_a_rung_is_read_from_its_folder(
         assert result.tokens_per_second == pytest.approx(1900 / (900 / 90 + 1000 / 60))
 
 
+def test_rung_whose_last_validation_loss_is_not_finite_has_diverged(tmp_path: Path) -> None:
+    """The training losses were finite, the validation loss after the last update is not: ``null`` in metrics.jsonl."""
+    (tmp_path / "status.json").write_text(json.dumps({"state": "finished", "step": 20}))
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "eval", "set": "valid", "step": 20, "loss": null}\n')
+    assert ladder.read_result(tmp_path).loss == math.inf
+
+
 def test_no_run_is_no_result(tmp_path: Path) -> None:
     assert ladder.read_result(tmp_path / "nothing") == ladder.Result(loss=None, tokens_per_second=None)
 
