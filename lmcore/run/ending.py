@@ -54,10 +54,11 @@ def out_of_memory(
     of_torch_on_cpu = "can't allocate memory" in str(error)  # a plain RuntimeError
     if not of_torch_on_cpu and not isinstance(error, torch.OutOfMemoryError | MemoryError):
         return None
+    smaller = f"--train.micro_batch_blocks {micro_batch_blocks // 2}, " if micro_batch_blocks > 1 else ""
     return FaultError(
         f"out of memory in step {step} with {amount(micro_batch_blocks, 'block')} of {block_size} tokens at a time: "
-        f"try --train.micro_batch_blocks {max(1, micro_batch_blocks // 2)}, --train.activation_checkpointing true, or "
-        f"--config_file accelerate_configs/fsdp2.yaml on several devices"
+        f"try {smaller}--train.activation_checkpointing true, or --config_file accelerate_configs/fsdp2.yaml on several "
+        "devices"
     )
 
 

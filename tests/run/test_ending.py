@@ -58,8 +58,13 @@ def test_in_training_a_full_disk_is_told_from_a_file_that_is_not_there() -> None
     ],
 )
 def test_memory_that_ran_out_gets_advice_and_no_other_error(error: Exception, found: bool) -> None:
-    failure = out_of_memory(error, step=1, micro_batch_blocks=1, block_size=8)
+    failure = out_of_memory(error, step=1, micro_batch_blocks=3, block_size=8)
     assert (failure is not None and "--train.micro_batch_blocks 1" in str(failure)) == found
+
+
+def test_block_alone_is_not_told_to_be_cut() -> None:
+    failure = str(out_of_memory(MemoryError(), step=1, micro_batch_blocks=1, block_size=8))
+    assert "with 1 block of 8 tokens at a time: try --train.activation_checkpointing true" in failure
 
 
 def test_status_is_written_by_the_one_that_holds_the_folder_alone(tmp_path: Path) -> None:
