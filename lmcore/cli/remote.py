@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ def local_copy(path: str, checkpoint: str | None = None, *, note: Callable[[str]
     from lmcore.run.bucket import bring_files  # imports torch, which a run on the disk may not need
 
     store = Store(path)
-    folder = cache_dir() / "copies" / local_name(store.url)
+    folder = _own_copy(cache_dir() / "copies" / local_name(store.url))
     try:
         if not bring_files(store, folder):
             raise RequestError(f"{path}: there is no run")
@@ -37,6 +40,31 @@ def local_copy(path: str, checkpoint: str | None = None, *, note: Callable[[str]
     except StoreError as error:
         raise RequestError(str(error)) from error
     return str(folder)
+
+
+_copies: dict[Path, tuple[Path, int]] = {}
+"""Folder of a run in the cache -> the copy that this process has, and its lock, which is held until the process ends."""
+
+
+def _own_copy(folder: Path) -> Path:
+    """``folder``, or ``folder-2``, ... while another process reads it: each copy has the one checkpoint that was asked for."""
+    if folder in _copies:
+        return _copies[folder][0]
+    for copy in itertools.chain(
+        [folder], (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
+    ):
+        DISK.makedirs(copy)
+        lock = os.open(copy / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            continue
+        except OSError:
+            pass  # no locks on this file system: two at once may disturb each other
+        _copies[folder] = copy, lock
+        return copy
+    raise AssertionError("not reached")
 
 
 def _bring_checkpoint(store: Store, folder: Path, which: str, note: Callable[[str], None]) -> None:

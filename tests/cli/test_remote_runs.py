@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +36,30 @@ def run_in_bucket(local: Path, losses: dict[int, float]) -> Bucket:
         (local / "metrics.jsonl").write_text(f'{{"kind": "train", "step": {step}}}\n')
         bucket._pass(False)
     return bucket
+
+
+READER = """
+import sys
+from lmcore.cli.remote import local_copy
+print(local_copy("s3://bucket/run", "10", note=print), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_commands_at_once_have_copies_of_their_own(server: Server, tmp_path: Path) -> None:
+    """One of step 10 and one of step 20: the second removed the checkpoint that the first was reading."""
+    bucket = run_in_bucket(tmp_path / "one", {10: 1.0, 20: 2.0})
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", READER], stdin=pipe, stdout=pipe, text=True) as reader:
+        assert reader.stdout is not None
+        theirs = Path(reader.stdout.readline().strip())
+        mine = Path(local_copy(URL, "20", note=print))
+        assert [path.name for path in committed(theirs / "checkpoints")] == [step_name(10)]
+        assert [path.name for path in committed(mine / "checkpoints")] == [step_name(20)]
+        assert mine == theirs.with_name(f"{theirs.name}-2")
+        assert local_copy(URL, "auto", note=print) == str(mine), "of one process it is one copy"
+        reader.communicate()
+    bucket.close(limit_seconds=5)
 
 
 def test_copy_has_the_files_and_the_checkpoint_that_is_asked_for(server: Server, tmp_path: Path) -> None:
