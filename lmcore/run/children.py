@@ -101,7 +101,7 @@ class Children:
             self._child.join(0.2)
             if (self._folder.path / "STOP").exists() and not self._stopped:
                 self._stopped = True
-                os.kill(self._child.pid, signal.SIGTERM)
+                self._tell_child(signal.SIGTERM)
         code, self._child = self._child.exitcode, None
         self.check()
         return code, time.monotonic() - started

@@ -416,6 +416,15 @@ def test_signal_goes_to_the_run_and_then_stops_the_search(
     assert (tmp_path / "log").read_text() == "started\n"
 
 
+def test_stop_file_beside_a_run_that_has_just_ended_stops_the_search(
+    tmp_path: Path, few_imports: None
+) -> None:
+    (tmp_path / "write.py").write_text("import sys\nopen(sys.argv[1], 'w').close()\n")
+    with Children(RunFolder(tmp_path)) as started_by, pytest.raises(children.Stopped):
+        started_by.run(str(tmp_path / "write.py"), [str(tmp_path / "STOP")], tmp_path / "log")
+    assert not (tmp_path / "STOP").exists()
+
+
 def test_signal_while_a_run_is_being_started_reaches_it(
     tmp_path: Path, few_imports: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
