@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -132,8 +133,23 @@ def multiples_near(number: int, unit: int) -> str:
     return f"{below} or {below + unit}" if below else f"{unit}"
 
 
+def columns(text: str) -> int:
+    r"""How many columns of a terminal ``text`` takes: two for each wide character (Chinese, Japanese, Korean), none for a
+    mark on the character before it, as macOS keeps accents and voicing marks in the names of files.
+
+    >>> columns("caf\N{LATIN SMALL LETTER E WITH ACUTE}"), columns("cafe\N{COMBINING ACUTE ACCENT}")
+    (4, 4)
+    """
+    marks = ("Mn", "Me", "Cf")
+    return sum(
+        1 + (unicodedata.east_asian_width(character) in "WF")
+        for character in text
+        if unicodedata.category(character) not in marks
+    )
+
+
 def table(rows: Iterable[tuple[str, str]]) -> str:
     """Plain lines, the labels in one column."""
     rows = list(rows)
-    width = max((len(label) for label, _ in rows), default=0)
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+    width = max((columns(label) for label, _ in rows), default=0)
+    return "\n".join(f"{label}{' ' * (width - columns(label))}  {value}" for label, value in rows)

@@ -8,7 +8,7 @@ import pytest
 import lmcore.humanize
 import lmcore.plugins
 from lmcore.errors import RequestError
-from lmcore.humanize import amount, did_you_mean, duration, short, size, table
+from lmcore.humanize import amount, columns, did_you_mean, duration, short, size, table
 from lmcore.plugins import import_path
 
 
@@ -40,9 +40,14 @@ def test_docstring_examples() -> None:
         (duration(3600), "1:00:00"),
         (table([]), ""),
         (table([("a", "1"), ("long", "2")]), "a     1\nlong  2"),
+        (
+            table([("日本", "1"), ("e\N{COMBINING ACUTE ACCENT}te", "2")]),
+            "日本  1\ne\N{COMBINING ACUTE ACCENT}te   2",
+        ),
+        (columns("か\N{COMBINING KATAKANA-HIRAGANA VOICED SOUND MARK}"), columns("が")),
     ],
 )
-def test_formats(text: str, wanted: str) -> None:
+def test_formats(text: object, wanted: object) -> None:
     assert text == wanted
 
 

@@ -19,24 +19,18 @@ import shutil
 import sys
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from lmcore.disk import DISK
-from lmcore.humanize import CONTROL, amount, duration, one_line, printable, short
+from lmcore.humanize import CONTROL, amount, columns, duration, one_line, printable, short
 from lmcore.report.redact import hide_values, redact
 
 REFRESHES_PER_SECOND = 2
 PLAIN_TASK_SECONDS = 30.0
 """Without a terminal a long task (tokenizing, evaluating) prints its progress this often."""
-
-
-def columns(text: str) -> int:
-    """How many columns of a terminal ``text`` takes: two for each wide character (Chinese, Japanese, Korean)."""
-    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
 # ---- commands that can be pasted
