@@ -95,7 +95,7 @@ def _opened(parser: Parser, words: list[str]) -> tuple[argparse.Namespace, Any]:
 
 
 _OPTIONS_OF_A_TRAINING = re.compile(
-    r"--resume(?= auto)|(?<![\w/.-])(?:--)?data\.(on_error|encoding|text_field|unit)\b"
+    r"--resume(?= auto)|(?<![\w/.-])(?:--)?data\.(on_error|encoding|text_field|unit|block_size)\b"
 )
 
 

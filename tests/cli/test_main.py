@@ -247,6 +247,8 @@ def test_evaluate_names_its_own_options(
     line = capsys.readouterr().err.splitlines()[-1]
     assert remedy in line
     assert "data.on_error" not in line
+    assert call("evaluate", run_dir, "--data", __file__, "--block_size", 0) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "lmcore: --block_size 0 must be at least 1"
 
 
 def test_prepare_of_a_stream_says_what_is_not_known(
