@@ -37,6 +37,14 @@ class Parser(argparse.ArgumentParser):
         raise RequestError(f"{message}{near}; {self.prog} --help shows the options")
 
 
+def given_path(text: str) -> str:
+    """The value of an option that names a file or folder. An empty one, of a variable of the shell that is not set, is refused:
+    the default would be written, or nothing."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty: give a path, or leave it out")
+    return text
+
+
 def quiet_libraries() -> None:
     """No progress bars and no advice of other libraries between the lines of lmcore; their errors still show."""
     from lmcore.report.console import silence_other_bars
@@ -317,7 +325,11 @@ def evaluate(words: list[str]) -> None:
     parser.add_argument("--encoding", default="utf-8")
     parser.add_argument("--on_error", default="raise", choices=("raise", "skip"))
     parser.add_argument(
-        "--json", default=None, metavar="FILE", help="write the results there too; -: only them"
+        "--json",
+        type=given_path,
+        default=None,
+        metavar="FILE",
+        help="write the results there too; -: only them",
     )
     asked, saved = _opened(parser, words)
     if asked.blocks is not None and asked.blocks < 1:
@@ -390,7 +402,7 @@ def export(words: list[str]) -> None:
     parser.add_argument(
         "--checkpoint", default="auto", help="of a run: best, or a step (default: the newest)"
     )
-    parser.add_argument("--out", default=None, help="default: RUN/export")
+    parser.add_argument("--out", type=given_path, default=None, help="default: RUN/export")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument(
         "--weights", choices=("model", "ema"), default="model", help="ema: the moving average"
@@ -449,7 +461,10 @@ def report(words: list[str]) -> None:
     parser = Parser(prog="lmcore report")
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument(
-        "--out", default=None, help="default: RUN/report.html, or RUN/comparison.html in each of several runs"
+        "--out",
+        type=given_path,
+        default=None,
+        help="default: RUN/report.html, or RUN/comparison.html in each of several runs",
     )
     parser.add_argument(
         "--where",

@@ -65,7 +65,7 @@ def size(words: list[str]) -> int:
         return EXIT_FINISHED
     words = list(words)
     budget = taken(words, "budget")
-    out = Path(taken(words, "out") or "recipes/mine.yaml")
+    out = Path(taken(words, "out", "recipes/mine.yaml") or "")  # an empty one is refused below
     write_only = "--write_only" in words
     words = [word for word in words if word != "--write_only"]
     seconds = budget_seconds(budget)

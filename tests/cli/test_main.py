@@ -152,6 +152,13 @@ def test_folder_of_runs_and_mistyped_run_name_the_runs(
         call(*words, "--debug")
 
 
+@pytest.mark.parametrize("words", ["evaluate RUN --data x --json", "export RUN --out", "report RUN --out"])
+def test_empty_name_of_a_file_is_not_the_default(words: str, capsys: Any) -> None:
+    """A variable of the shell that is not set: ``--out "$folder"`` replaced the export of the run."""
+    assert call(*words.split(), "") == 2
+    assert "must not be empty: give a path, or leave it out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("word", ["", " ", "=x", "= --json"])
 def test_argument_without_a_name_is_refused_in_one_line(word: str, capsys: Any) -> None:
     """As ``"$options"`` gives it where the variable is empty."""

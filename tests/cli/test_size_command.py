@@ -229,6 +229,7 @@ def test_write_only_names_the_runs_that_are_due_and_reads_what_became_of_them(
         (["--data.mode", "stream"], "data.mode stream"),
         (["--optim.name", "sgd"], "optim.name must be one of muon, adamw"),
         (["--out", "mine.json"], "a recipe ends with .yaml"),
+        (["--out", ""], "a recipe ends with .yaml"),
     ],
 )
 def test_what_size_chooses_cannot_be_given(
