@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -214,14 +214,18 @@ def order(words: list[str]) -> None:
     states = _states(run)
     begun = with_sources_of(config, states[-1][1] if states else {})
     data = setup.open_data(begun, run / "tokenizer", note=display.note, task=display.task)
-    display.close()
     former = getattr(data.train, "former_fingerprints", ())
     same = {"fingerprint": data.train.fingerprint, "former": former, "override": "the text as it was"}
     states = [(cursor.check(seed=config.seed, **same), state) for cursor, state in states]
     cursors = [cursor for cursor, _ in states]
     newest = states[-1] if states else (None, {})
-    sizes = _sizes_of(config, data, *newest) if asked.step is not None else None
-    positions = _positions(asked, run, sizes, cursors[-1].skips if cursors else ())
+    sizes, skips = _sizes_of(config, data, *newest), cursors[-1].skips if cursors else ()
+    positions = _positions(asked, run, sizes, skips)
+    for line in _beyond(asked, sizes, positions, skips):
+        display.note(
+            f"{line} (train.duration {config.train.duration}): the model sees it only if the run is made longer"
+        )
+    display.close()
     from lmcore.data.locate import locate
 
     decode = data.encoder.decode if data.encoder else str
@@ -308,13 +312,30 @@ def _positions(asked: argparse.Namespace, run: Path, sizes: Any, skips: Any) -> 
         start, stop = _logged_positions(run, asked.step)
         found = next_positions(start, stop - start, skips)[0]
         return found[found < stop]
-    position = steps.blocks_before(asked.step - 1)
-    for start, stop in skips:  # sorted; positions skipped before this step move it
-        position += stop - start if start <= position else 0
+    position = _position_after(steps.blocks_before(asked.step - 1), skips)
     found = next_positions(position, steps.batch_of(asked.step - 1), skips)[0]
     end = sizes.end_position
     read = found if end is None else found[found < end]  # what fills up the last step has no labels
     return read if len(read) else found
+
+
+def _position_after(blocks: int, skips: Any) -> int:
+    """The position after so many blocks from the start of the run."""
+    position = blocks
+    for start, stop in skips:  # sorted; positions skipped before this place move it
+        position += stop - start if start <= position else 0
+    return position
+
+
+def _beyond(asked: argparse.Namespace, sizes: Any, positions: Any, skips: Any) -> Iterator[str]:
+    """What of the answer the run does not reach: it shows text that the model never sees."""
+    end = sizes.end_position
+    if end is None:
+        end = _position_after(sizes.run_blocks, skips)
+    if asked.step is not None and asked.step > sizes.total_steps:
+        yield f"step {asked.step} is beyond the run, which ends at step {sizes.total_steps}"
+    elif asked.position is not None and positions[-1] >= end:
+        yield f"position {positions[-1]} is beyond the run, which ends before position {end}"
 
 
 def stores(words: list[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from lmcore.cli.main import main
 from lmcore.errors import EXIT_FINISHED, EXIT_REQUEST
+from lmcore.report.metrics import read_metrics
 from lmcore.saved.load import load_model
 from tests.support.fork_server import run_ranks
 from tests.support.whole_runs import request, train_in_rank, words
@@ -62,6 +63,14 @@ def test_order_shows_the_blocks_of_a_step_decoded(
         assert main(["order", str(tmp_path / "run"), "--step", str(step), "--text", "10000"]) == EXIT_FINISHED
         shown = [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()]
         assert sorted(shown) == sorted(repr(decode(ids)) for ids in seen[step])
+    end = read_metrics(tmp_path / "run" / "metrics.jsonl", kind="train")[-1]["position"]
+    beyond = {"--step": ("20", "21"), "--position": (str(end - 1), str(end))}
+    for option, (last, next_one) in beyond.items():
+        assert main(["order", str(tmp_path / "run"), option, last]) == EXIT_FINISHED
+        assert "beyond the run" not in capsys.readouterr().err
+        assert main(["order", str(tmp_path / "run"), option, next_one]) == EXIT_FINISHED
+        message = " ".join(capsys.readouterr().err.split())
+        assert f"{option[2:]} {next_one} is beyond the run, which ends" in message
 
 
 def test_order_of_a_finished_epoch_is_that_of_its_steps(
@@ -90,6 +99,9 @@ def test_order_of_a_finished_epoch_is_that_of_its_steps(
 
     for step in (1, 2, last - 1, last):
         check(step)
+    assert "beyond the run" not in capsys.readouterr().err
+    assert main(["order", str(tmp_path / "run"), "--step", str(last + 1)]) == EXIT_FINISHED
+    assert f"ends at step {last}" in " ".join(capsys.readouterr().err.split())
     argv = [*request(text, tmp_path / "run", **options), "--allow_changes", "train.global_batch_blocks"]
     assert run_ranks(_train_and_tell, 1, argv, str(tmp_path / "seen")) == [EXIT_FINISHED]
     seen = dict(json.loads(line) for line in (tmp_path / "seen").read_text().splitlines())
