@@ -204,6 +204,8 @@ def order(words: list[str]) -> None:
     asked = parser.parse_args(words)
     if asked.text < 0:
         raise RequestError(f"--text must be 0 or more (got {asked.text})")
+    from lmcore.config.schema import ranges
+    from lmcore.data.cursor import merge_skips
     from lmcore.run import setup
     from lmcore.run.resume import with_sources_of
     from lmcore.saved.run_config import read_run_config
@@ -219,7 +221,10 @@ def order(words: list[str]) -> None:
     states = [(cursor.check(seed=config.seed, **same), state) for cursor, state in states]
     cursors = [cursor for cursor, _ in states]
     newest = states[-1] if states else (None, {})
-    sizes, skips = _sizes_of(config, data, *newest), cursors[-1].skips if cursors else ()
+    skips = merge_skips(
+        cursors[-1].skips if cursors else (), ranges(config.data.skip_positions, "data.skip_positions")
+    )
+    sizes = _sizes_of(config, data, *newest)
     positions = _positions(asked, run, sizes, skips)
     for line in _beyond(asked, sizes, positions, skips):
         display.note(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,14 @@ def test_order_shows_the_blocks_of_a_step_decoded(
     assert run_ranks(_train_and_tell, 1, argv, str(tmp_path / "seen")) == [EXIT_FINISHED]
     seen = dict(json.loads(line) for line in (tmp_path / "seen").read_text().splitlines())
     decode = load_model(tmp_path / "run").tokenizer.decode
-    for step in (1, 3, 13, 20):
+
+    def check(step: int) -> None:
         assert main(["order", str(tmp_path / "run"), "--step", str(step), "--text", "10000"]) == EXIT_FINISHED
         shown = [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()]
         assert sorted(shown) == sorted(repr(decode(ids)) for ids in seen[step])
+
+    for step in (1, 3, 13, 20):
+        check(step)
     end = read_metrics(tmp_path / "run" / "metrics.jsonl", kind="train")[-1]["position"]
     beyond = {"--step": ("20", "21"), "--position": (str(end - 1), str(end))}
     for option, (last, next_one) in beyond.items():
@@ -71,6 +76,8 @@ def test_order_shows_the_blocks_of_a_step_decoded(
         assert main(["order", str(tmp_path / "run"), option, next_one]) == EXIT_FINISHED
         message = " ".join(capsys.readouterr().err.split())
         assert f"{option[2:]} {next_one} is beyond the run, which ends" in message
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as before the first one
+    check(13)
 
 
 def test_order_of_a_finished_epoch_is_that_of_its_steps(
