@@ -148,6 +148,26 @@ _GENERAL = {
     "wandb": "report.trackers wandb",
     "weight_decay": "optim.weight_decay",
 }
+_FIELDS = {  # of a model's config in transformers, and the usual words for them
+    **{
+        name: f"model.config.{name}"
+        for name in (
+            "activation_function", "attention_bias", "attention_dropout", "attn_pdrop", "embd_pdrop", "head_dim",
+            "hidden_act", "hidden_size", "initializer_range", "intermediate_size", "layer_norm_epsilon", "layer_types",
+            "max_position_embeddings", "mlp_bias", "n_inner", "n_positions", "num_attention_heads", "num_experts",
+            "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads", "num_local_experts", "resid_pdrop",
+            "rms_norm_eps", "rope_parameters", "sliding_window", "tie_word_embeddings",
+        )
+    },
+    **dict.fromkeys(("depth", "layers", "n_layers", "num_layers"), "model.config.num_hidden_layers"),
+    **dict.fromkeys(("d_model", "dim", "embed_dim", "hidden_dim", "n_embed", "width"), "model.config.hidden_size"),
+    **dict.fromkeys(("heads", "n_heads", "num_heads"), "model.config.num_attention_heads"),
+    **dict.fromkeys(("kv_heads", "n_kv_head", "n_kv_heads", "num_kv_heads"), "model.config.num_key_value_heads"),
+    **dict.fromkeys(("d_ff", "ffn_dim", "mlp_dim"), "model.config.intermediate_size"),
+    **dict.fromkeys(("context", "context_length", "context_size", "max_seq_len", "n_ctx", "seq_len", "seq_length",
+                     "sequence_length"), "data.block_size (the model's limit is model.config.max_position_embeddings)"),
+    "rope_theta": "model.config.rope_parameters.rope_theta",
+}  # fmt: skip
 _LAUNCHER = {
     "accelerator",
     "backend",
@@ -198,7 +218,7 @@ _ELSEWHERE = {  # without these the nearest name would be suggested, which means
     "trust_remote_code": "code that comes with a model is never run",
     "verbose": "every save and the reason of a stop are always printed",
 }
-NAMES = {**_GENERAL, **_LIGHTNING, **_NANOGPT, **_TRAINER}
+NAMES = {**_FIELDS, **_GENERAL, **_LIGHTNING, **_NANOGPT, **_TRAINER}
 """Name in another program -> option here and, where it differs, its value; empty: nothing is needed in its place."""
 
 

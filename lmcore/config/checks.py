@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 from lmcore.config.convert import shown
 from lmcore.config.curves import Curve, values_of
 from lmcore.config.durations import NEVER
+from lmcore.config.presets import MODERN_PRESETS
 from lmcore.config.schema import (
     DataConfig,
     Entries,
@@ -296,6 +297,10 @@ def _check_model(config: RunConfig) -> None:
         raise RequestError(
             "give one of model.type, model.preset, model.from_pretrained and model.factory "
             f"(got {' and '.join(given) or 'none'})"
+        )
+    if model.type in MODERN_PRESETS:
+        raise RequestError(
+            f"model.type {model.type} is not a model of transformers but a preset: give model.preset {model.type}"
         )
     if model.size is not None and model.preset is None:
         raise RequestError(

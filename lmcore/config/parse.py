@@ -384,6 +384,8 @@ def _converted(layer: Layer, source: str | None) -> Layer:
             converted[name] = value if key.is_free_form else convert(value, key.type, typed=source is None)
         except ValueError as error:
             where = f"{source}: {name}" if source else f"--{name}"
+            if name == "model.preset" and isinstance(value, str) and "did you mean" not in str(error):
+                error = ValueError(f"{error}; a model family of transformers is given as model.type")
             reason = "is not valid (its value is secret)" if key.secret else str(error)
             raise RequestError(f"{where}{'' if reason.startswith('must') else ':'} {reason}") from error
     return converted

@@ -222,6 +222,13 @@ def test_usual_spellings_are_accepted(argv: list[str], values: dict[str, Any]) -
         ("--dropout", "--model.config.attn_pdrop"),
         ("--optim.learning_rate", "here it is --optim.lr"),  # in a section of ours
         ("--model.n_layer", "here it is --model.config.n_layer"),
+        ("--model.hidden_size", "here it is --model.config.hidden_size"),
+        ("--n_positions", "here it is --model.config.n_positions"),  # not --data.skip_positions
+        ("--model.layers", "here it is --model.config.num_hidden_layers"),
+        ("--model.context", "here it is --data.block_size"),
+        ("--model.preset=llama", "given as model.type"),
+        ("--model.type=modern", "give model.preset modern"),
+        ("--model.preset=modrn", "did you mean 'modern'"),
         ("--checkpoint.save_total_limit", "here it is --checkpoint.keep"),
         ("--tokeniser.model_type", "did you mean --tokenizer.model_type"),  # not --model.type
         ("--train.lr", "--optim.lr"),  # in the wrong section
@@ -229,7 +236,7 @@ def test_usual_spellings_are_accepted(argv: list[str], values: dict[str, Any]) -
     ],
 )
 def test_options_of_other_programs_get_a_hint(word: str, option: str) -> None:
-    got = outcome([word, "1"])
+    got = outcome([word] if "=" in word else [word, "1"])
     assert isinstance(got, str)
     assert option in got
 
