@@ -832,6 +832,39 @@ def test_ids_beyond_the_vocabulary_are_refused_also_where_the_hashes_agree(tmp_p
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("state", ["finished", "unfinished", "large"])
+def test_part_that_this_user_may_not_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    source = corpus(tmp_path / "text")
+    folder = build_store(source, Bytes(), store_dir=tmp_path / "stores").folder
+    assert folder is not None
+    if state == "unfinished":
+        (folder / MANIFEST).unlink()
+    before = contents(folder)
+    (folder / "part-000000.bin").touch()
+
+    def refused(path: Any, *rest: Any) -> Any:  # root may read whatever its mode is
+        if str(path).endswith("part-000000.bin"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open(path, *rest)
+
+    monkeypatch.setattr(verification, "open", refused, raising=False)
+    if state == "large":
+        monkeypatch.setattr(verification, "BACKGROUND_BYTES", 10)
+        store = build_store(source, Bytes(), store_dir=tmp_path / "stores")
+        for thread in threading.enumerate():
+            if thread.name == verification.THREAD:
+                thread.join()
+        with pytest.raises(FaultError, match=r"part-000000\.bin cannot be read: Permission denied"):
+            store.read(0, 5)
+    else:
+        with pytest.raises(RequestError, match=r"part-000000\.bin cannot be read: Permission denied"):
+            build_store(source, Bytes(), store_dir=tmp_path / "stores")
+    assert contents(folder) == before
+
+
+@pytest.mark.usefixtures("cache")
 def test_damage_found_in_the_background_ends_the_next_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from lmcore.disk import DISK
-from lmcore.errors import FaultError
+from lmcore.errors import FaultError, RequestError
 from lmcore.humanize import size
 from lmcore.storage import cache_dir, read_cached, write_cached
 
@@ -71,6 +71,7 @@ def verify(
 
     Raises:
         FaultError: a part is damaged, or has ids beyond the vocabulary.
+        RequestError: this user may not read a file of it.
     """
     with remembered(folder, write=False) as memory:
         rest = [part for part in parts if not _is_known(folder, part, memory)]
@@ -95,7 +96,10 @@ def verify(
 def _in_background(
     folder: Path, parts: Sequence[Part], dtype: str, vocab_size: int | None, alarm: Path
 ) -> None:
-    message = _verdict(folder, parts, dtype, vocab_size)
+    try:
+        message = _verdict(folder, parts, dtype, vocab_size)
+    except RequestError as error:
+        message = str(error)
     if message is not None:
         DISK.write_text(alarm, message, durable=False)
 
@@ -150,6 +154,11 @@ def _read(folder: Path, part: Part, dtype: str) -> dict[str, Any] | str:
                 digest.update(chunk)
                 largest = max(largest, int(np.frombuffer(chunk, dtype=dtype).max()))
         digests = [digest.hexdigest(), file_hash(ends)]
+    except PermissionError as error:  # the part may be good: nothing is to be removed or built again
+        raise RequestError(
+            f"{error.filename} cannot be read: {error.strerror}; give this user the right to read it, or set data.store_dir "
+            "to another folder"
+        ) from error
     except OSError as error:
         return str(error.strerror or error)
     except ValueError:  # not whole tokens: it changed while it was read
