@@ -226,6 +226,31 @@ def test_parquet_bad_values(tmp_path: Path) -> None:
     assert [b.where for b in bad] == ["row 1"]
 
 
+def test_parquet_column_of_bytes_is_in_the_encoding_of_the_source(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = ["猫", "日本語のテキスト", "plain"]
+    for encoding in ("cp932", "euc_jp", "utf-16", "iso2022_jp"):
+        encoded = [text.encode(encoding) for text in texts]
+        for kind in (arrow.binary(), arrow.large_binary(), arrow.dictionary(arrow.int32(), arrow.binary())):
+            arrow.parquet.write_table(arrow.table({"text": arrow.array(encoded).cast(kind)}), path)
+            assert texts_of(source_of(path, encoding=encoding)) == texts
+        documents, bad, _ = read_all(source_of(path))
+        assert "日本語のテキスト" not in [d.text for d in documents]
+        assert all("set data.encoding" in b.reason for b in bad)
+        assert bad
+    write_parquet(path, texts)  # strings are UTF-8, whatever is said of the other files
+    assert texts_of(source_of(path, encoding="cp932")) == texts
+    broken = arrow.StringArray.from_buffers(
+        2, arrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), arrow.py_buffer(b"a\xff")
+    )
+    arrow.parquet.write_table(arrow.table({"text": broken}), path)
+    documents, bad, _ = read_all(source_of(path, encoding="cp932"))
+    assert [d.text for d in documents] == ["a"]
+    assert [b.reason.partition(":")[0] for b in bad] == [
+        "not utf-8 at its byte 0, as a column of strings must be"
+    ]
+
+
 def test_concatenated_compressed_frames(tmp_path: Path) -> None:
     for suffix, compress in COMPRESS.items():
         path = tmp_path / f"a.txt{suffix}"

@@ -282,7 +282,9 @@ def _texts(source: Source, piece: Piece, file: IO[bytes]) -> Iterator[tuple[int,
     kind, field = piece.kind, source.text_field
     compression = compression_of(piece.path)
     if kind == "parquet":
-        for at, value in formats.parquet(file, field, piece.start, piece.stop, piece.size_bytes):
+        for at, value in formats.parquet(
+            file, field, source.encoding, piece.start, piece.stop, piece.size_bytes
+        ):
             if isinstance(value, Damage) and value.at_least:  # no parquet file at all
                 head = _head(piece.path)
                 yield at, value if head.startswith(b"PAR1") else _not_text(head, piece.path, value) or value

@@ -500,10 +500,11 @@ def parquet_ranges(path: str, part_bytes: int) -> list[tuple[int, int, int]] | N
     return result
 
 
-def parquet(file: IO[bytes], field: str, start: int, stop: int, size: int) -> Texts:
+def parquet(file: IO[bytes], field: str, encoding: str, start: int, stop: int, size: int) -> Texts:
     """The rows of row groups ``[start, stop)``; a damaged row group costs its rows from the damage on.
 
     Args:
+        encoding: of a column of bytes; that of strings is UTF-8 by the format.
         size: bytes of the file, which are lost where its footer cannot be read.
     """
     import pyarrow as arrow
@@ -529,10 +530,11 @@ def parquet(file: IO[bytes], field: str, start: int, stop: int, size: int) -> Te
         wrong = f"no column {field!r} (it has {', '.join(map(repr, names[:8]))})"
     elif names.count(field) > 1:
         wrong = several_columns(names, field)
-    elif (kind := _bytes_type(opened.schema_arrow.field(names.index(field)).type)) is None:
-        wrong = (
-            f"column {field!r} must hold strings, not {opened.schema_arrow.field(names.index(field)).type}"
-        )
+    else:
+        stored = opened.schema_arrow.field(names.index(field)).type
+        kind, is_bytes = _bytes_type(stored)
+        if kind is None:
+            wrong = f"column {field!r} must hold strings, not {stored}"
     if wrong is not None:
         for rows, n_bytes in zip(counts, sizes):  # by row group: the same however the file is cut into parts
             if rows:
@@ -552,8 +554,10 @@ def parquet(file: IO[bytes], field: str, start: int, stop: int, size: int) -> Te
                 for value in column.cast(kind).to_pylist():
                     if value is None:
                         yield row + done, Damage(f"column {field!r} is null")
+                    elif is_bytes:
+                        yield row + done, _read_as(value, encoding)
                     else:
-                        yield row + done, _decoded(value, "utf-8")
+                        yield row + done, _string(value)
                     done += 1
         except errors as error:
             lost = rows - done
@@ -568,8 +572,20 @@ def parquet(file: IO[bytes], field: str, start: int, stop: int, size: int) -> Te
         row += rows
 
 
-def _bytes_type(kind: Any) -> Any:
-    """The binary type that a column of texts is read as; ``None`` for a column of something else."""
+def _string(value: bytes) -> str | Damage:
+    try:
+        return checked(value.decode("utf-8"), len(value))
+    except UnicodeDecodeError as error:
+        reason = (
+            f"not utf-8 at its byte {error.start}, as a column of strings must be: write it as a column of bytes "
+            "(binary), which is read as data.encoding says"
+        )
+        return Damage(reason, n_bytes=len(value))
+
+
+def _bytes_type(kind: Any) -> tuple[Any, bool]:
+    """The binary type that a column of texts is read as (``None`` for a column of something else), and whether it is one of
+    bytes by its own type."""
     import pyarrow as arrow
 
     types = arrow.types
@@ -578,11 +594,11 @@ def _bytes_type(kind: Any) -> Any:
     if types.is_dictionary(kind):
         kind = kind.value_type
     if types.is_large_string(kind) or types.is_large_binary(kind):
-        return arrow.large_binary()
-    views = (arrow.string_view(), arrow.binary_view())
-    if types.is_string(kind) or types.is_binary(kind) or types.is_null(kind) or kind in views:
-        return arrow.binary()
-    return arrow.binary() if types.is_fixed_size_binary(kind) else None
+        return arrow.large_binary(), types.is_large_binary(kind)
+    if types.is_string(kind) or types.is_null(kind) or kind == arrow.string_view():
+        return arrow.binary(), False
+    is_bytes = types.is_binary(kind) or types.is_fixed_size_binary(kind) or kind == arrow.binary_view()
+    return (arrow.binary() if is_bytes else None), is_bytes
 
 
 # ---- field names ----
