@@ -188,6 +188,23 @@ def test_json_offsets_are_those_of_the_file(tmp_path: Path) -> None:
     assert [b.where for b in bad] == [f"byte {at[1]}"]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_json_text_sequences_are_read(tmp_path: Path, name: str) -> None:
+    """RFC 7464: a record separator before each record; several in a row are one."""
+    records = [
+        b'\x1e{"text": "a"}',
+        b'\x1e\x1e{"text": "\xe7\x8c\xab"}',
+        b"\x1e{broken",
+        b"\x1e\x1e",
+        b'\x1e{"text": "c"}',
+    ]
+    (tmp_path / name).write_bytes(b"".join(record + b"\n" for record in records))
+    for part_bytes in (2**26, 1):
+        documents, bad, _ = read_all(source_of(tmp_path / name), part_bytes=part_bytes)
+        assert [d.text for d in documents] == ["a", "猫", "c"]
+        assert [b.where for b in bad] == [f"byte {len(records[0] + records[1]) + 2}"]
+
+
 def test_parquet_row_groups_are_parts(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     documents = [f"{number} {JAPANESE[number % 6]}" for number in range(23)]

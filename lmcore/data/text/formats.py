@@ -40,6 +40,8 @@ _ISO_2022 = (
     (re.compile(r"\x1b\$\)C"), "iso2022_kr"),
 )
 """Escape sequences that switch to characters of two bytes, and the encoding that has them."""
+_RECORD_SEPARATOR = b"\x1e"
+"""Before each record of a JSON text sequence (RFC 7464)."""
 _PARQUET_ROWS = 1024
 _ONLY_CR = "; a carriage return alone (old Macs) is no line end, tr '\\r' '\\n' makes it one"
 _JSON_TYPES: dict[type, str] = {
@@ -221,7 +223,7 @@ def _json_type(value: Any) -> str:
 
 
 def _json(line: bytes, encoding: str) -> Any:
-    text = _read_as(line, encoding)
+    text = _read_as(line.lstrip(_RECORD_SEPARATOR), encoding)
     if isinstance(text, Damage):
         return text
     try:
@@ -244,7 +246,7 @@ def json_lines(numbered: Numbered, stop: int, encoding: str) -> Values:
             if isinstance(rest, dict):
                 yield offset, rest, len(line.rest)
             yield offset, line, 0
-        elif not is_blank(line):
+        elif not is_blank(line.lstrip(_RECORD_SEPARATOR)):
             yield offset, _json(line, encoding), len(line)
 
 
@@ -270,7 +272,8 @@ def json_file(pieces: Iterable[bytes | Damage], encoding: str) -> Values:
 
 def _are_records(visible: list[bytes], encoding: str) -> bool:
     """Whether these first lines of a file are one record each (JSON Lines); the first may be broken."""
-    if not visible or not visible[0].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+    first = visible[0].removeprefix(codecs.BOM_UTF8).lstrip(_RECORD_SEPARATOR) if visible else b""
+    if not first.lstrip().startswith(b"{"):
         return False
     whole = [isinstance(_json(line, encoding), dict) for line in visible]
     if whole[0] or not any(whole[1:2]):
