@@ -439,7 +439,7 @@ class Engine:
             self.optimizer.grad_scale = None
             self.optimizer.step()
         elif bool(applied):
-            self.optimizer.step()
+            by_name.step_with_first_momenta(self.optimizer)
         if self._scaler is not None:
             self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -182,6 +182,11 @@ class TensorState:
         """Drop the optimizer's state: as before its first step."""
         self._optimizer.state.clear()
 
+    def without(self, name: str) -> None:
+        """The checkpoint has no state of this parameter: zeros are as good, but for a momentum whose first is not dampened."""
+        if type(self._optimizer) is torch.optim.SGD and _is_dampened(self._optimizer):
+            self._optimizer.state.pop(self._named[name], None)
+
     def _find(self, name: str, slot: str) -> Tensor:
         return self._optimizer.state[self._named[name]][slot] if slot else self._tensors[name]
 
@@ -290,6 +295,8 @@ def load(
                 found += entry.kind == "optim"
             elif entry.kind == "model":
                 raise RequestError(f"the checkpoint has no tensor {entry.name}: it is of a different model")
+            elif isinstance(state, TensorState):
+                state.without(entry.name)
         if not found:
             state.forget()
 
@@ -362,9 +369,13 @@ def gates_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer skips a step by ``found_inf``, a number on the device: torch's fused kernels do."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
     # A first momentum is not dampened, so that it cannot begin at zero: see fill_in_momenta.
-    begins_at_zero = not any(group.get("dampening") for group in optimizer.param_groups)
+    begins_at_zero = not _is_dampened(optimizer)
     kinds = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
     return fused and begins_at_zero and type(optimizer) in kinds
+
+
+def _is_dampened(optimizer: torch.optim.Optimizer) -> bool:
+    return any(group.get("dampening") for group in optimizer.param_groups)
 
 
 def fill_in_momenta(optimizer: torch.optim.Optimizer) -> None:
@@ -379,6 +390,32 @@ def fill_in_momenta(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"] if group["momentum"] else []:
             if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+
+
+def step_with_first_momenta(optimizer: torch.optim.Optimizer) -> None:
+    """``optimizer.step()``, also of torch's SGD with dampening where some parameters have no momentum yet.
+
+    A first momentum is not dampened, and the fused kernel knows no first one beside later ones: the plain kernel takes the
+    steps in which both meet.
+    """
+    groups = optimizer.param_groups if type(optimizer) is torch.optim.SGD else []
+    mixed = [
+        group for group in groups if group["fused"] and group["dampening"] and _some_begin(optimizer, group)
+    ]
+    for group in mixed:
+        group["fused"] = False
+    try:
+        optimizer.step()
+    finally:
+        for group in mixed:
+            group["fused"] = True
+
+
+def _some_begin(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether the next step would make the momenta of some of the parameters, and not of all."""
+    trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+    have = [optimizer.state[parameter].get("momentum_buffer") is not None for parameter in trained]
+    return bool(group["momentum"]) and any(have) and not all(have)
 
 
 def compress(values: dict[str, float]) -> float | dict[str, float]:
