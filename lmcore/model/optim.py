@@ -225,7 +225,11 @@ def build_optimizer(
         raise RequestError(f"optim.cautious_weight_decay is for optim.name muon, not for {name}")
     try:
         optimizer = make()
-    except (TypeError, ValueError) as error:  # the class has no such argument, or it is out of its range
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # no such argument, out of its range, or not with fused
         raise RequestError(f"optim.name {name}, optim.config: {message_of(error)}") from error
     set_learning_rate(optimizer, lr)
     return optimizer

@@ -698,20 +698,22 @@ def make_optimizer(
     for name in own:
         if name in config.optim.config:
             raise RequestError(f"optim.config.{name} is an option of its own: use --optim.{name}")
+    # Each step sets its own. By one of 0 a resume would make no buffers to load those of the checkpoint into, and torch refuses
+    # Nesterov's.
+    peak = max(*values_of(config.optim.momentum), config.optim.momentum_start or 0.0)
     optimizer = optim.build_optimizer(
         config.optim.name,
         groups,
         lr=config.optim.lr,
         betas=config.optim.betas,
         eps=config.optim.eps,
-        momentum=first_value(config.optim.momentum),
+        momentum=first_value(config.optim.momentum) if ":" in config.optim.name else peak,
         fused=config.optim.fused,
         cautious_weight_decay=config.optim.cautious_weight_decay,
         **config.optim.config,
     )
     optim.set_weight_decay(optimizer, first_value(config.optim.weight_decay))
-    # Each step sets its own. By one of 0 a resume would make no buffers to load those of the checkpoint into.
-    optim.set_momentum(optimizer, max(*values_of(config.optim.momentum), config.optim.momentum_start or 0.0))
+    optim.set_momentum(optimizer, peak)
     if ":" in config.optim.name:
         for line in _without_effect(config, optimizer):
             note(line)

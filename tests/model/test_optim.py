@@ -379,3 +379,13 @@ def test_cautious_weight_decay_only_where_the_update_shrinks_a_weight() -> None:
     update = start - moved(0.0)
     expected = torch.where(update * start > 0, 0.1 * 0.5 * start, 0.0)
     torch.testing.assert_close(extra, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_argument_that_does_not_go_with_fused_is_refused_with_the_reason() -> None:
+    with pytest.raises(RequestError, match=r"optim\.name sgd, optim\.config: `fused` and `foreach`"):
+        optim.build_optimizer(
+            "sgd",
+            optim.parameter_groups(nn.Linear(2, 2).named_parameters(), weight_decay=0.0),
+            lr=1.0,
+            foreach=True,
+        )

@@ -17,7 +17,7 @@ from lmcore.model.build import build_model
 from lmcore.model.module import ModelWithLoss, decoder_layers, head_parameters, parameter_counts
 from lmcore.run.budget import Sizes
 from lmcore.run.setup import build_model as build_from_options
-from lmcore.run.setup import describe_optimizer, momenta
+from lmcore.run.setup import describe_optimizer, make_optimizer, momenta
 
 
 def options(*words: str) -> Any:
@@ -138,6 +138,14 @@ def sizes(steps: int) -> Sizes:
         run_blocks=4 * steps,
         end_position=None,
     )
+
+
+def test_momentum_may_begin_at_zero_also_with_nesterov() -> None:
+    sgd = ("--optim.name", "sgd", "--optim.config.nesterov", "true", "--model.preset", "gpt2")
+    config = options(*sgd, "--optim.momentum", "linear 0 0.9")
+    module = built("--model.preset", "gpt2")
+    optimizer = make_optimizer(config, module, list(module.named_parameters()))
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.9}
 
 
 def test_muon_momentum_warms_up_and_others_stay_constant() -> None:
