@@ -41,6 +41,24 @@ def require_current_folder() -> None:
         ) from error
 
 
+def refuse_unwritable(folder: Path, option: str) -> None:
+    """Refuse a folder before the work whose result is to lie in it.
+
+    Args:
+        option: that names the folder, for the message.
+
+    Raises:
+        RequestError: it cannot be made, or nothing can be written into it.
+    """
+    there = next((one for one in (folder, *folder.absolute().parents) if os.path.lexists(one)), folder)
+    if not there.is_dir():
+        raise RequestError(f"{option} {folder}: {there} is not a folder; choose another {option}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RequestError(
+            f"{option} {folder}: this user may not write into {there}; choose another {option}"
+        )
+
+
 CHUNK_BYTES: Final = 4 << 20
 """The largest single write: long enough to be fast, short enough that other threads get their turn."""
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcore.cli.options import configured, run_dir_of, taken
 from lmcore.cli.saved import Parser, tasks
+from lmcore.disk import refuse_unwritable
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean
 
@@ -158,7 +159,7 @@ def tokenizer(words: list[str]) -> None:
             "tokenizer.path and model.from_pretrained)"
         )
     folder = Path(out) if out else run_dir_of(config) / "tokenizer"
-    _refuse_unwritable(folder)
+    refuse_unwritable(folder, "--out")  # training takes minutes, and only then the folder is made
     # Saving removes the files of another tokenizer, and --out may be any folder of the user's.
     there = next(huggingface.stale_files(folder, ()), None)
     if there is not None:
@@ -173,19 +174,6 @@ def tokenizer(words: list[str]) -> None:
     print(
         f"{folder}: {made.vocab_size:,} pieces, {made.fingerprint[:12]}; use it with --tokenizer.path {shlex.quote(str(folder))}"
     )
-
-
-def _refuse_unwritable(folder: Path) -> None:
-    """Training takes minutes, and only then the folder is made.
-
-    Raises:
-        RequestError: it cannot be made, or nothing can be written into it.
-    """
-    there = next((one for one in (folder, *folder.absolute().parents) if os.path.lexists(one)), folder)
-    if not there.is_dir():
-        raise RequestError(f"--out {folder}: {there} is not a folder; choose another --out")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RequestError(f"--out {folder}: this user may not write into {there}; choose another --out")
 
 
 def order(words: list[str]) -> None:

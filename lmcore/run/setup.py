@@ -27,10 +27,13 @@ from lmcore.data.blocks import StoreBlocks
 from lmcore.data.context import Context, check_divides
 from lmcore.data.order import Phase, phases_from_options
 from lmcore.data.store.inventory import record_use, stores_of, stores_trained_on
+from lmcore.data.store.manifest import MANIFEST
+from lmcore.data.store.remote import local_store_dir
 from lmcore.data.stream import StreamDataset
 from lmcore.data.text import listing
 from lmcore.data.tokenizer.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from lmcore.data.tokenizer.training import train_tokenizer as train_on_texts
+from lmcore.disk import refuse_unwritable
 from lmcore.errors import RequestError
 from lmcore.humanize import amount
 from lmcore.model import build, lora, optim, schedules
@@ -46,6 +49,7 @@ from lmcore.model.token_mixing import (
 )
 from lmcore.plugins import import_path
 from lmcore.run.folder import RunFolder
+from lmcore.storage import is_url
 
 if TYPE_CHECKING:  # commands that need no engine must not pay for importing accelerate
     from lmcore.engine.engine import Engine
@@ -366,10 +370,21 @@ def open_tokenizer(
         elif reason is not None:
             if reason:
                 note(f"tokenizer: the one in {home} is replaced: {reason}")
+            _refuse_store_dir(config)
             train_tokenizer(config, home, note=note, task=task, splits=splits)
 
     on_main(make)
     return load_tokenizer(home)
+
+
+def _refuse_store_dir(config: RunConfig) -> None:
+    """Before minutes of training a tokenizer. Stores that are there already may be all that the run needs."""
+    place = config.data.store_dir
+    stored = config.data.mode != "stream" or config.data.valid or config.data.test
+    if config.data.factory is None and stored and not is_url(place):
+        folder = local_store_dir(place)
+        if not any(folder.glob(f"*/{MANIFEST}")):
+            refuse_unwritable(folder, "--data.store_dir")
 
 
 def unfit_reason(config: RunConfig, home: Path, splits: corpus.Splits) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +276,23 @@ def test_source_below_one_block_is_said(tmp_path: Path, text: Path) -> None:
     data = setup.open_data(config, tmp_path / "run" / "tokenizer", note=notes.append)
     [said] = [line for line in notes if "not one block of 32" in line]
     assert said.startswith(f"source 'tiny' has {data.train.stores[1].n_tokens} tokens")
+
+
+@pytest.mark.usefixtures("text")
+def test_folder_of_stores_that_cannot_be_written_is_refused_before_the_tokenizer_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for one with stores in it: those of this text may be there."""
+    with pytest.raises(RequestError, match=r"--data\.store_dir .*text\.txt is not a folder"):
+        opened(tmp_path, data__store_dir=tmp_path / "text.txt" / "stores")
+    stores = tmp_path / "stores"
+    with monkeypatch.context() as patched:  # root may write everywhere
+        patched.setattr("os.access", lambda path, mode: not Path(path).is_relative_to(stores))
+        with pytest.raises(RequestError, match=r"--data\.store_dir .* may not write"):
+            opened(tmp_path)
+    assert not (tmp_path / "run" / "tokenizer").exists()
+    blocks = opened(tmp_path)[0].train.epoch_blocks
+    shutil.rmtree(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr("os.access", lambda path, mode: not Path(path).is_relative_to(stores))
+        assert opened(tmp_path)[0].train.epoch_blocks == blocks
