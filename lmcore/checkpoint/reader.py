@@ -235,6 +235,7 @@ def open_checkpoint(path: Path | str, *, verify_bytes: bool = True) -> Checkpoin
 
 
 def _open(path: Path, *, content: bool, hashes: Hashes = hashes_here) -> Checkpoint:
+    _refuse_forbidden(path)
     manifest = verify(path, content=content, hashes=hashes)
     state = read_json(path / STATE)
     if state.get("step") != manifest["step"]:
@@ -330,6 +331,20 @@ def _refuse_broken_links(paths: Iterable[Path]) -> None:
             raise RequestError(
                 f"{path} is a link to {os.readlink(path)}, which is not there: mount or restore it, or remove the link"
             )
+
+
+def _refuse_forbidden(path: Path) -> None:
+    """A checkpoint that this user may not read (a run that was started as root) must not be taken for a damaged one."""
+    if not path.is_dir():
+        return
+    forbidden = [path]
+    if os.access(path, os.R_OK | os.X_OK):
+        forbidden = [file for file in path.iterdir() if file.exists() and not os.access(file, os.R_OK)]
+    if forbidden:
+        raise RequestError(
+            f"checkpoint {path}: this user may not read {forbidden[0].name}: change its owner or permissions (chown, chmod), or run "
+            "as the user who trained it"
+        )
 
 
 def ranked(paths: Iterable[Path], *, metric: str | None = None, mode: str | None = None) -> list[Path]:

@@ -483,6 +483,23 @@ def test_damaged_linked_checkpoint_is_detected_and_its_target_left(tmp_path: Pat
     assert (tmp_path / "disk2" / "step-00000002").is_dir()
 
 
+@pytest.mark.parametrize("name", ["step-00000002", "manifest.json", "state.json"])
+def test_checkpoint_of_another_user_is_not_taken_for_a_damaged_one(
+    two: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is the older one resumed from without a word, which would lose what was trained since."""
+    newest = two / "step-00000002"
+    allowed = os.access  # root may read everywhere
+    own = newest if name == newest.name else newest / name
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != own and allowed(path, mode))
+    for repair in (True, False):
+        with pytest.raises(RequestError, match=f"this user may not read {name}: change its owner"):
+            find(two, repair=repair)
+    with pytest.raises(RequestError, match="this user may not read"):
+        open_checkpoint(newest)
+    assert sorted(os.listdir(two)) == ["step-00000001", "step-00000002"]
+
+
 @pytest.mark.parametrize("what", ["one checkpoint", "the folder of all"])
 def test_link_to_a_missing_disk_is_refused(tmp_path: Path, two: Path, what: str) -> None:
     """An unmounted disk must not look like a run that has not saved yet."""
