@@ -181,6 +181,7 @@ NOT_THROUGH_DISK = {
     "run/folder": "the lock file is written in place, under the lock that it holds",
     "run/watchdog": "signs of life between processes, worth nothing after a restart",
     "cli/data": "a lock file without content",
+    "cli/remote": "a lock file without content",
     "process": "a file of the kernel, under /proc",
     "data/store/build": "copies and leftovers of parts; a store is committed by its manifest, through Disk",
     "data/store/verification": "a cache of which parts were verified, not the state of a run",

@@ -176,6 +176,8 @@ def test_yaml_and_print_config_round_trip(tmp_path: Path, wanted: dict[str, Any]
         inside[last] = value
     config = schema.build(values)
     assume(config.run_dir is not None)  # a parsed one always has its folder
+    # Nor is the home folder written as ~ in it.
+    assume(not any(isinstance(value, str) and value.startswith("~") for value in wanted.values()))
     try:
         check(config)
     except RequestError:

@@ -103,7 +103,7 @@ def test_log_that_a_launcher_has_opened_is_not_replaced(url: str, tmp_path: Path
 
 def test_a_checkpoint_costs_the_requests_that_the_docs_say(tmp_path: Path) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "buckets.md").read_text()
-    said = re.search(r"makes (\d+) PUT, (\d+) GET, (\d+) HEAD, (\d+) LIST and (\d+) DELETE", page)
+    said = re.search(r"takes (\d+) PUT, (\d+) GET, (\d+) HEAD, (\d+) LIST and (\d+) DELETE", page)
     assert said is not None
     with serving() as server:
         bucket = opened("s3://bucket/run", tmp_path)
