@@ -16,16 +16,16 @@ IGNORED_LABEL = -100
 """torch's default ``ignore_index``; set by position, so that a pad id equal to EOS never hides a real EOS."""
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "muon")
-"""Values of ``optim.name`` beside ``package.module:Class``."""
+"""Values of ``optim.name``, besides ``package.module:Class``."""
 
 SOURCE_KEYS = ("path", "paths", "weight", "name", "text_field", "unit", "encoding")
-"""Keys of an entry of ``data.train``, ``data.valid`` or ``data.test`` that is a mapping."""
+"""Allowed keys where an entry of ``data.train``, ``data.valid`` or ``data.test`` is a mapping."""
 
 SCHEDULES = ("constant", "linear", "linear_to_zero", "cosine", "wsd", "inverse_sqrt")
 """Values of ``optim.schedule``."""
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""The short names that options use, and torch's."""
+"""Short dtype names used in options -> torch's names."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -41,7 +41,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def flag(environment: Mapping[str, str], name: str) -> bool:
-    """Whether a variable of the environment is switched on, by the words that accelerate takes for that.
+    """Whether an environment variable is switched on, by the values that accelerate accepts as true.
 
     >>> flag({"ACCELERATE_USE_FSDP": "True"}, "ACCELERATE_USE_FSDP")
     True
@@ -50,11 +50,11 @@ def flag(environment: Mapping[str, str], name: str) -> bool:
 
 
 DS_CONFIGS: Final = Path(__file__).resolve().parent / "ds_configs"
-"""DeepSpeed's files that are installed with the package; ``ds_configs/`` in the repository is a link to this folder."""
+"""DeepSpeed config files installed with the package; ``ds_configs/`` in the repository is a link to this folder."""
 
 
 def deepspeed_file(path: str) -> Path:
-    """The file that ``path`` names; ``ds_configs/NAME.json`` is the package's where the current folder has no such file."""
+    """The file at ``path``. If ``ds_configs/NAME.json`` does not exist here, the package's file of that name is used."""
     given = Path(path)
     shipped = DS_CONFIGS / given.name
     named = given.parts[:-1] == ("ds_configs",) and not given.exists() and shipped.is_file()
@@ -62,10 +62,10 @@ def deepspeed_file(path: str) -> Path:
 
 
 LONGEST_DEFAULT_BLOCK_TOKENS: Final = 1024
-"""A block is the model's context by default, but no longer than this: attention grows with the square."""
+"""By default a block is as long as the model's context, but at most this: the cost of attention is quadratic."""
 
 HIDDEN: Final = "<hidden>"
-"""Stands for a secret in everything that is written or shown."""
+"""Replaces a secret in everything that is written or shown."""
 
 CONTEXT_FIELDS = (
     "max_position_embeddings",
@@ -75,11 +75,11 @@ CONTEXT_FIELDS = (
     "max_sequence_length",
     "max_target_positions",
 )
-"""How model families call the number of tokens that they see at once."""
+"""Config fields in which model families keep their context length."""
 
 
 def context_in(fields: Mapping[str, Any]) -> int | None:
-    """The context length that fields of a model's config name; ``None`` if they name none.
+    """The context length in the fields of a model's config, or ``None`` if it is not there.
 
     >>> context_in({"n_layer": 2, "n_positions": 64})
     64

@@ -1,8 +1,8 @@
-"""Durable, atomic changes of the disk. Everything that keeps the state of a run is written through :class:`Disk`.
+"""Durable, atomic changes on disk. Everything that keeps the state of a run is written through :class:`Disk`.
 
 Each change (create, write, fsync, rename, unlink, link, mkdir, rmdir) is one method, which calls ``before`` first.
-Tests pass a ``before`` that kills the process, raises an error, or records what a power cut would leave, at every
-single call. A file is never created through a symbolic link.
+Tests pass a ``before`` that, at every single call, kills the process, raises an error, or records what a power cut
+would leave. A file is never created through a symbolic link.
 
 Example::
 
@@ -28,10 +28,10 @@ from lmcore.errors import RequestError
 
 
 def require_current_folder() -> None:
-    """Refuse to start in a folder that has been removed: no relative path means anything there.
+    """Refuse to start in a current folder that has been removed: relative paths cannot be resolved there.
 
     Raises:
-        RequestError: it is gone.
+        RequestError: the folder is gone.
     """
     try:
         os.getcwd()
@@ -60,16 +60,16 @@ def refuse_unwritable(folder: Path, option: str) -> None:
 
 
 CHUNK_BYTES: Final = 4 << 20
-"""The largest single write: long enough to be fast, short enough that other threads get their turn."""
+"""The largest single write: large enough to be fast, small enough to let other threads run in between."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One change of the disk that is about to happen.
+    """One change on disk that is about to happen.
 
     ``operation`` is one of create, write, fsync, fsync_dir, rename, unlink, link, mkdir, rmdir; ``target``
-    is the new path of a rename or the value of a link; ``fd`` and ``data`` are there for a write.
+    is the new path of a rename or the value of a link; ``fd`` and ``data`` are set for a write.
     """
 
     operation: str
@@ -80,7 +80,7 @@ class Call:
 
 
 def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    """The call of Linux, which Python does not have; ``None`` elsewhere."""
+    """Linux's ``sync_file_range``, which Python does not offer; ``None`` on other systems."""
     call = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform.startswith("linux") else None
     if call is not None:
         call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
@@ -99,7 +99,7 @@ class Opened(NamedTuple):
 
 @contextlib.contextmanager
 def _naming(file: Opened) -> Iterator[None]:
-    """The errors of calls by descriptor name no file; the line that a user reads must."""
+    """Add the path to errors of calls that take a file descriptor: the user must see which file failed."""
     try:
         yield
     except OSError as error:
@@ -107,7 +107,7 @@ def _naming(file: Opened) -> Iterator[None]:
 
 
 def temporary_folder(prefix: str) -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder, or a refusal (``RequestError``) that says where one is looked for and how to name another place."""
+    """A temporary folder. If none can be made, a ``RequestError`` says where it was tried and how to choose another place."""
     try:
         tempfile.gettempdir()
     except OSError as error:
@@ -119,10 +119,10 @@ def temporary_folder(prefix: str) -> tempfile.TemporaryDirectory[str]:
 
 @final
 class Disk:
-    """Every change of the disk, one method each. ``before`` is called ahead of each and may raise."""
+    """Every change on disk, one method each. ``before`` is called ahead of each change and may raise."""
 
     large_writes = 0
-    """Pieces of large files that were written so far, by all disks together: a sign that a long save is making progress."""
+    """Pieces of large files written so far by all instances: it shows that a long save is making progress."""
 
     def __init__(self, before: Callable[[Call], None] | None = None) -> None:
         self.before = before
@@ -134,7 +134,7 @@ class Disk:
     # ---- one system call each ------------------------------------------------------------------------------
 
     def create(self, path: Path | str, *, exclusive: bool = False) -> Opened:
-        """A new, empty file. An existing file is truncated; with ``exclusive`` it is an error.
+        """Create a new, empty file. An existing file is truncated; with ``exclusive`` it is an error.
 
         Raises:
             OSError: among others ``ELOOP`` if ``path`` is a symbolic link.
@@ -144,7 +144,7 @@ class Disk:
         return Opened(str(path), os.open(path, flags | os.O_NOFOLLOW, 0o666))
 
     def write(self, file: Opened, data: bytes | memoryview) -> None:
-        """All of ``data``, in pieces of at most :data:`CHUNK_BYTES`; a short write is continued."""
+        """Write all of ``data`` in pieces of at most :data:`CHUNK_BYTES`; a short write is continued."""
         view = memoryview(data).cast("B")
         while len(view):
             piece = view[:CHUNK_BYTES]
@@ -161,13 +161,14 @@ class Disk:
             os.fsync(file.fd)
 
     def close(self, file: Opened) -> None:
-        """Close it; on a network file system this is where a full disk may first be reported."""
+        """Close a file. A network file system may report a full disk only here."""
         with _naming(file):
             os.close(file.fd)
 
     def start_writing(self, file: Opened, start: int, size: int) -> None:
-        """Ask the kernel to begin now with these bytes, which it may otherwise keep until :meth:`fsync`. Nothing is waited
-        for, nothing becomes durable; only Linux can."""
+        """Ask the kernel to start writing these bytes now instead of keeping them until :meth:`fsync`.
+
+        Does not wait and makes nothing durable. A no-op except on Linux."""
         if _SYNC_FILE_RANGE is not None:
             _SYNC_FILE_RANGE(file.fd, start, size, 2)  # SYNC_FILE_RANGE_WRITE
 
@@ -178,7 +179,7 @@ class Disk:
         try:
             os.fsync(fd)
         except OSError as error:
-            # Some network and user-space file systems know no fsync of a folder; they order renames
+            # Some network and user-space file systems have no fsync for folders; they order renames
             # themselves.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
                 raise
@@ -186,7 +187,7 @@ class Disk:
             os.close(fd)
 
     def rename(self, path: Path | str, target: Path | str) -> None:
-        """Atomic; a file at ``target`` is replaced."""
+        """Rename atomically; a file at ``target`` is replaced."""
         self._announce(Call(operation="rename", path=str(path), target=str(target)))
         os.replace(path, target)
 
@@ -195,7 +196,7 @@ class Disk:
         os.unlink(path)
 
     def link(self, path: Path | str, value: str) -> None:
-        """A symbolic link at ``path`` that says ``value``."""
+        """Create a symbolic link at ``path`` that points to ``value``."""
         self._announce(Call(operation="link", path=str(path), target=value))
         os.symlink(value, path)
 
@@ -210,7 +211,7 @@ class Disk:
     # ---- built from the calls above ------------------------------------------------------------------------
 
     def makedirs(self, path: Path, *, mode: int = 0o777) -> None:
-        """``path`` and its missing parents, each durable in its parent; fine if it is there already."""
+        """Create ``path`` and its missing parents, each durable in its parent. A no-op if it exists."""
         if path.is_dir():
             return
         if path.parent != path:
@@ -223,7 +224,7 @@ class Disk:
         self.fsync_dir(path.parent)
 
     def write_file(self, path: Path | str, data: bytes | memoryview, *, durable: bool = True) -> None:
-        """A new file with this content, in place (not atomic), and durable on request."""
+        """Write a file with this content in place (not atomically); durable by default."""
         file = self.create(path)
         try:
             self.write(file, data)
@@ -235,7 +236,7 @@ class Disk:
     def write_bytes(self, path: Path, data: bytes, *, durable: bool = True) -> None:
         """Replace ``path`` as a whole: a reader sees the old content or the new one, never a mixture.
 
-        Without ``durable`` a power cut may bring back the old content; a killed process never does.
+        Without ``durable`` a power cut may bring back the old content; killing the process never does.
         """
         aside = path.with_name(f".{path.name}.tmp")
         try:
@@ -248,11 +249,11 @@ class Disk:
             self.fsync_dir(path.parent)
 
     def write_text(self, path: Path, text: str, *, durable: bool = True) -> None:
-        """:meth:`write_bytes` of UTF-8 text."""
+        """Replace ``path`` by UTF-8 text, see :meth:`write_bytes`."""
         self.write_bytes(path, text.encode(), durable=durable)
 
     def write_json(self, path: Path, value: Any, *, durable: bool = True) -> None:
-        """Indented JSON with a final newline, replaced as a whole."""
+        """Replace ``path`` by indented JSON with a final newline, see :meth:`write_bytes`."""
         try:
             data = json.dumps(value, indent=2, ensure_ascii=False).encode()
         except UnicodeEncodeError:  # a file name that is not UTF-8: JSON has an escape for it
@@ -260,7 +261,7 @@ class Disk:
         self.write_bytes(path, data + b"\n", durable=durable)
 
     def fsync_tree(self, path: Path) -> None:
-        """Make all files and folders below ``path`` durable that a library has written there."""
+        """Make all files and folders below ``path`` durable, for files that a library has written."""
         for entry in sorted(path.iterdir()):
             if entry.is_symlink():
                 continue
@@ -275,7 +276,7 @@ class Disk:
         self.fsync_dir(path)
 
     def remove_tree(self, path: Path) -> None:
-        """Remove a folder and all below it, or a file. Links are removed, never followed."""
+        """Remove a folder and everything below it, or a file. Links are removed, never followed."""
         if path.is_symlink() or not path.is_dir():
             self.unlink(path)
             return
@@ -284,10 +285,10 @@ class Disk:
         self.rmdir(path)
 
     def remove_quietly(self, path: Path) -> bool:
-        """Remove what a failed write left behind, without raising; whether it is gone.
+        """Remove what a failed write left behind. Never raises; returns whether it is gone.
 
-        On a disk that has become read-only nothing can be removed: leftovers are recognized by their name and
-        removed by the next save.
+        On a disk that has become read-only nothing can be removed; the next save recognizes leftovers by their name
+        and removes them.
         """
         try:
             if path.is_symlink() or path.exists():

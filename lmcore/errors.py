@@ -1,7 +1,7 @@
 """The two kinds of errors that end a run with one line, and the exit codes for scripts.
 
-A person reads these messages: each says the value, the reason and the remedy, in one line. ``train_lm.py`` and
-``python -m lmcore`` print the line without a traceback (``--debug`` shows it) and leave with the code below.
+Each message gives the value, the reason and the remedy in one line. ``train_lm.py`` and ``python -m lmcore`` print
+the line without a traceback (``--debug`` shows it) and exit with one of the codes below.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from typing import NoReturn
 from lmcore.humanize import printable
 
 EXIT_FINISHED = 0
-"""The run has reached its end and the last checkpoint is verified."""
+"""The run reached its end and the last checkpoint is verified."""
 EXIT_CRASHED = 1
-"""Python's own exit code of an exception."""
+"""Python's own exit code for an uncaught exception."""
 EXIT_REQUEST = 2
-"""A wrong request; nothing was changed (2 is what argparse uses for a wrong command line)."""
+"""A wrong request; nothing was changed (argparse also uses 2 for a wrong command line)."""
 EXIT_FAULT = 70
-"""A numerical or data fault that policy ends (EX_SOFTWARE of sysexits.h)."""
+"""A numerical, data or disk fault ended the run (EX_SOFTWARE of sysexits.h)."""
 EXIT_STUCK = 71
-"""Another rank is dead or stuck; this one ended itself so that the launcher can start all of them again."""
+"""Another rank is dead or stuck; this rank ended itself so that the launcher can restart all ranks."""
 EXIT_SAVED = 75
-"""Saved at a signal or deadline: start me again (EX_TEMPFAIL of sysexits.h)."""
+"""The run saved a checkpoint at a signal or deadline and can be started again (EX_TEMPFAIL of sysexits.h)."""
 
 EXIT_INTERRUPTED = 128 + int(signal.SIGINT)
-"""Ctrl-C where there was nothing to save, as shells number the end by this signal."""
+"""Ctrl-C when there was nothing to save: the number that shells give to an end by this signal."""
 
 QUIET_LAUNCHER = "LMCORE_QUIET_LAUNCHER"
-"""Environment variable: the launcher adds nothing to what a run says (:mod:`lmcore.engine.launcher`)."""
+"""Environment variable, set where the launcher adds no output of its own (:mod:`lmcore.engine.launcher`)."""
 
 LAUNCHERS_TRACEBACK = (
     "the traceback beside this line is the launcher's own; `lmcore train` starts the same run without it"
@@ -52,21 +52,21 @@ class RequestError(Exception):
 
 
 class FaultError(Exception):
-    """A numerical or data fault that policy ends; the evidence is kept. Exit code 70."""
+    """A numerical, data or disk fault that ends the run; the evidence is kept. Exit code 70."""
 
     exit_code = EXIT_FAULT
 
 
 class DivergedError(FaultError):
-    """The loss or the gradients are not finite any more, or too far from what they were, and ``guard.*`` ends the run."""
+    """``guard.*`` ends the run: loss or gradients are no longer finite, or have moved too far from their past values."""
 
 
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
-"""The request was right, the disk was not."""
+"""Errors whose cause is the disk, not the request."""
 
 
 def of_disk(error: OSError) -> RequestError | FaultError:
-    """The one line for a place that could not be read or written: code 70 where its disk is full or broken, else 2.
+    """The error for a path that could not be read or written: code 70 if its disk is full or broken, else 2.
 
     >>> print(of_disk(OSError(errno.ENOSPC, "No space left on device", "runs/a")))
     runs/a: No space left on device
@@ -78,10 +78,10 @@ def of_disk(error: OSError) -> RequestError | FaultError:
 
 
 def require_docstrings(optimize: int | None = None) -> None:
-    """Refuse an interpreter that strips docstrings (``python -OO``): transformers reads its own when it is imported.
+    """Refuse an interpreter that strips docstrings (``python -OO``): transformers reads its own docstrings on import.
 
     Raises:
-        RequestError: they are stripped.
+        RequestError: docstrings are stripped.
     """
     if (sys.flags.optimize if optimize is None else optimize) > 1:
         raise RequestError(
@@ -91,14 +91,14 @@ def require_docstrings(optimize: int | None = None) -> None:
 
 
 def require_readable_arguments(argv: Sequence[str] | None = None, encoding: str | None = None) -> None:
-    """Refuse arguments that this Python cannot read because it takes the text of the system for something else than UTF-8.
+    """Refuse arguments that Python could not decode because the system encoding is not UTF-8.
 
     Args:
-        argv: default: those of the process.
-        encoding: default: that of the system, as the locale and ``PYTHONUTF8`` have it.
+        argv: default: the arguments of the process.
+        encoding: default: the system encoding, as set by the locale and ``PYTHONUTF8``.
 
     Raises:
-        RequestError: with the remedy.
+        RequestError: an argument could not be decoded; the message gives the remedy.
     """
     encoding = encoding or sys.getfilesystemencoding()
     for word in sys.argv[1:] if argv is None else argv:
@@ -112,10 +112,10 @@ def require_readable_arguments(argv: Sequence[str] | None = None, encoding: str 
 
 @contextmanager
 def one_line_errors(program: str = "train_lm.py", *, show_traceback: bool = False) -> Iterator[None]:
-    """Inside, a :class:`RequestError` or :class:`FaultError` becomes one line on standard error and its exit code.
+    """Context manager that turns a :class:`RequestError` or :class:`FaultError` into one line on stderr and its exit code.
 
-    Of several ranks only rank 0 prints; if it has not come to an end within :data:`RANK_0_SECONDS`, this one does.
-    ``show_traceback``: raise it instead, for debugging.
+    With several ranks only rank 0 prints. Another rank prints if rank 0 has not ended within :data:`RANK_0_SECONDS`.
+    With ``show_traceback`` the error is raised instead, for debugging.
     """
     try:
         yield
@@ -132,12 +132,12 @@ def one_line_errors(program: str = "train_lm.py", *, show_traceback: bool = Fals
 
 
 RANK_0_SECONDS = 5.0
-"""How long the other ranks wait for rank 0 to come to the same error: with the first rank that ends torch's launcher
-ends all others, and rank 0, should it be slower, without a word."""
+"""How long other ranks wait for rank 0 to reach the same error. When the first rank ends, torch's launcher ends all
+others, and a slower rank 0 would be ended before it could print."""
 
 
 def _rank_0_stays_silent(code: int) -> bool:
-    """Wait; then whether rank 0 of this machine has not ended in time. If it has, the launcher ends this process meanwhile."""
+    """Wait for rank 0, whose end makes the launcher end this process; then return whether this rank must print instead."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     if threading.current_thread() is threading.main_thread():
@@ -146,19 +146,20 @@ def _rank_0_stays_silent(code: int) -> bool:
     rank, here, all_ranks = (
         os.environ.get(name, "0") for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
     )
-    time.sleep(RANK_0_SECONDS + 0.3 * int(rank))  # one after the other: the first to speak ends them all
-    return here == all_ranks  # on other machines nobody knows whether rank 0 has spoken
+    # Staggered: the first rank that prints and exits ends all others.
+    time.sleep(RANK_0_SECONDS + 0.3 * int(rank))
+    return here == all_ranks  # with several machines it is not known whether rank 0 has printed
 
 
 def _speaks() -> bool:
-    """Rank 0 speaks for all; so does a rank that no launcher can have numbered, for which nobody else would."""
+    """Whether this process prints the error: rank 0, or a process whose RANK and WORLD_SIZE are not valid."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     known = all(text.isdecimal() and len(text) < 10 for text in (rank, size))
     return not (known and 0 < int(rank) < int(size))
 
 
 def launcher_adds_traceback() -> bool:
-    """Whether this process was started by ``accelerate launch`` or ``torchrun``, which show where they themselves raise."""
+    """Whether the launcher of this process (``accelerate launch`` or ``torchrun``) adds a traceback of its own."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     return launched and QUIET_LAUNCHER not in os.environ
 
@@ -167,16 +168,17 @@ BEFORE_THE_FIRST_STEP = "interrupted before the first step: nothing to save"
 
 
 def end_at_interrupt(line: str, *, only_in_imports: bool = False) -> None:
-    """From here on Ctrl-C ends this process with ``line``, until something else takes SIGINT. Main thread only.
+    """Make Ctrl-C end this process with ``line``, until another handler for SIGINT is set. Main thread only.
 
-    Python's own handler raises ``KeyboardInterrupt`` wherever the program is. Inside an import that is a traceback through
-    files that the user has never seen, or is printed as "Exception ignored" and lost. Importing torch takes seconds.
+    Python's own handler raises ``KeyboardInterrupt`` wherever the program is. Inside an import this prints a traceback
+    through files that the user has never seen, or "Exception ignored", and the interrupt is lost. Importing torch takes
+    seconds.
 
     Args:
-        only_in_imports: elsewhere ``KeyboardInterrupt`` is raised as usual, for a program that cleans up after itself.
+        only_in_imports: raise ``KeyboardInterrupt`` as usual outside of imports, for a program that cleans up after itself.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return  # started in the background of a script (ignored), or taken already
+        return  # ignored (started in the background of a script), or another handler is set already
     process = os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -200,7 +202,7 @@ def end_interrupted(line: str) -> NoReturn:
 
 
 def _end_by_interrupt() -> NoReturn:
-    """By the signal itself, so that a shell script with this command in it ends too."""
+    """End by the signal itself, so that a shell script that runs this command ends too."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
     os._exit(EXIT_INTERRUPTED)  # the signal is blocked
@@ -215,7 +217,7 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _tell_launcher(message: str) -> None:
-    """The reason, for the table that torch's launcher prints in the end.
+    """Write the reason to the file from which torch's launcher fills the table that it prints at the end.
 
     Format of the file: https://docs.pytorch.org/docs/stable/elastic/errors.html
     """
@@ -223,8 +225,8 @@ def _tell_launcher(message: str) -> None:
     if not path:
         return
     details = {"py_callstack": message, "timestamp": str(int(time.time()))}
-    # As a whole: the launcher ends the other ranks while they write theirs, and fails on a file that is not JSON.
-    # A write that fails is no matter: the message is on the screen already.
+    # Written atomically: the launcher may end a rank during its write, and fails on a file that is not valid JSON.
+    # A failed write does no harm: the message is printed as well.
     aside = f"{path}.{os.getpid()}"
     with contextlib.suppress(OSError):
         with open(aside, "w", encoding="utf-8") as file:

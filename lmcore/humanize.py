@@ -1,6 +1,6 @@
-"""Text for people: sizes, counts, durations, a table of two columns, and the suggestion for a mistyped word.
+"""Text for people: sizes, counts, durations, a table of two columns, and suggestions for mistyped words.
 
-Every message, log line, plan and report uses these functions, so that one number has one format everywhere.
+Every message, log line, plan and report uses these functions, so that a number has the same format everywhere.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that act instead of being shown: C0 (escape sequences begin with them), DEL, C1, line separators, changes
-of the direction of writing; and lone surrogates (file names that are not UTF-8), which no encoding can write."""
+"""Control characters: C0 (escape sequences start with one), DEL, C1, line separators and changes of text direction; and
+lone surrogates (from file names that are not UTF-8), which UTF-8 cannot encode."""
 
 
 def one_line(text: str) -> str:
@@ -45,7 +45,7 @@ def message_of(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with its line breaks, control characters replaced by U+FFFD: nothing can move a cursor or ring a bell."""
+    """``text`` with control characters replaced by U+FFFD, so that it cannot control the terminal. Line breaks are kept."""
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
@@ -56,7 +56,7 @@ def size(number: float) -> str:
     '3.4 GiB'
     """
     for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        # What would be four digits of the unit below, rounded to three, is already in this one; bytes are not rounded.
+        # A number that would round to four digits in the next smaller unit uses this unit; bytes are not rounded.
         if abs(number) >= (scale if unit == "KiB" else 999.5 * scale / 2**10):
             return f"{number / scale:.3g} {unit}"
     return f"{number:.0f} B"
@@ -75,7 +75,7 @@ def short(number: float) -> str:
 
 
 def amount(number: float, noun: str) -> str:
-    """A number of things.
+    """A number with its noun, in the singular or plural.
 
     >>> amount(1, "step"), amount(1_200, "step"), amount(2, "process")
     ('1 step', '1,200 steps', '2 processes')
@@ -96,7 +96,7 @@ def duration(seconds: float) -> str:
 
 
 def did_you_mean(word: str, choices: Iterable[object], *, at_most: int = 1, cutoff: float = 0.5) -> str:
-    """The end of an error message about an unknown ``word``: the choices that look most like it, or nothing.
+    """The end of an error message about an unknown ``word``: the most similar choices, or an empty string.
 
     >>> did_you_mean("AdamV", ["adamw", "sgd"])
     "; did you mean 'adamw'?"
@@ -110,8 +110,8 @@ def did_you_mean(word: str, choices: Iterable[object], *, at_most: int = 1, cuto
 
 
 def runs_near(path: str | os.PathLike[str]) -> str:
-    """The end of an error message about a ``path`` that is no run: the runs in this folder, or the one whose name looks
-    most like it, or nothing."""
+    """The end of an error message about a ``path`` that is not a run: the runs inside that folder, else the run with the
+    most similar name, or an empty string."""
     given = Path(path)
     with contextlib.suppress(OSError, ValueError):
         if not given.is_dir():
@@ -124,7 +124,7 @@ def runs_near(path: str | os.PathLike[str]) -> str:
 
 
 def multiples_near(number: int, unit: int) -> str:
-    """The multiples of ``unit`` below and above a number that is none, for an error message; never 0.
+    """The multiples of ``unit`` just below and above a number that is not one, for an error message; never 0.
 
     >>> multiples_near(1000, 256), multiples_near(100, 256)
     ('768 or 1024', '256')
@@ -149,7 +149,7 @@ def columns(text: str) -> int:
 
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
-    """Plain lines, the labels in one column."""
+    """One plain line for each (label, value), with the labels in one column."""
     rows = list(rows)
     width = max((columns(label) for label, _ in rows), default=0)
     return "\n".join(f"{label}{' ' * (width - columns(label))}  {value}" for label, value in rows)

@@ -1,4 +1,4 @@
-"""Names that come from options or files and become parts of a path: they may not lead out of their folder."""
+"""Checks of names from options or files that become parts of a path: a path must not lead out of its folder."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ MAX_NAME_BYTES: Final = 200
 
 
 def safe_name(name: str) -> str:
-    """``name`` if it can be one part of a path: letters and digits of any script, ``.``, ``_``, ``-``, ``+``, ``=``.
+    """Return ``name`` if it is safe as one part of a path: letters and digits of any script, ``.``, ``_``, ``-``, ``+``, ``=``.
 
-    It begins with a letter, a digit or ``_``: no hidden files, no options, no ``..``.
+    It must begin with a letter, a digit or ``_``, which excludes hidden files, options and ``..``.
 
     Raises:
-        RequestError: it cannot.
+        RequestError: the name is not safe.
     """
     fine = (
         isinstance(name, str)
         and re.fullmatch(r"\w[\w.+=\-]*", name) is not None
-        and unicodedata.normalize("NFC", name) == name  # two spellings of one name would be two files or one
+        # Else two spellings of a name would be one file on some file systems and two on others
+        and unicodedata.normalize("NFC", name) == name
         and name.isprintable()
         and not name.endswith(".")
         and len(name.encode(errors="replace")) <= MAX_NAME_BYTES
@@ -40,7 +41,7 @@ def safe_name(name: str) -> str:
 
 
 def confined(root: Path | str, relative: str) -> Path:
-    """``root/relative``, if every part is a :func:`safe_name` and links do not lead outside.
+    """Return ``root/relative`` if every part is a :func:`safe_name` and no symbolic link leads out of ``root``.
 
     Raises:
         RequestError: otherwise.

@@ -22,7 +22,7 @@ def check_import_path(path: str, option: str) -> None:
 
 
 def import_path(path: str, option: str) -> Callable[..., Any]:
-    """The callable that ``path`` names. Modules in the working directory are found too.
+    """Import the callable that ``path`` names. Modules in the working directory are found too.
 
     Args:
         path: ``package.module:name``; ``name`` may be dotted (``module:Class.method``).
@@ -37,7 +37,7 @@ def import_path(path: str, option: str) -> Callable[..., Any]:
     check_import_path(path, option)
     module_name, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # `accelerate launch` puts the script's folder there, not this one
+        sys.path.insert(0, os.getcwd())  # `accelerate launch` adds the script's folder, not this one
     try:
         target: Any = importlib.import_module(module_name)
     except Exception as error:  # the user's module may raise anything while it is imported

@@ -2,7 +2,7 @@
 
 Example::
 
-    free = available_bytes()        # what this process may still take, in bytes; None where nobody knows
+    free = available_bytes()        # what this process may still take, in bytes; None if unknown
     if free is not None and needed > 0.8 * free: ...
 """
 
@@ -18,7 +18,7 @@ import psutil
 
 
 def resident_bytes(*, peak: bool = False) -> int:
-    """Memory of this process that is in RAM now; with ``peak`` the most since :func:`forget_peak` (or its start)."""
+    """Resident memory of this process; with ``peak``, its maximum since :func:`forget_peak` (or since the start)."""
     if not peak:
         return int(psutil.Process().memory_info().rss)
     if sys.platform.startswith("linux"):  # psutil has no peak there, and getrusage's cannot be reset
@@ -28,7 +28,7 @@ def resident_bytes(*, peak: bool = False) -> int:
 
 
 def forget_peak() -> bool:
-    """Reset the peak of :func:`resident_bytes`; ``False`` where the kernel does not allow that."""
+    """Reset the peak of :func:`resident_bytes`. Returns ``False`` if the kernel does not allow that."""
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
@@ -38,7 +38,7 @@ def forget_peak() -> bool:
 
 
 def pid_namespace() -> str:
-    """Where the pids of this process count (``pid:[4026531836]``): each container has its own. Empty where nobody knows."""
+    """The pid namespace of this process (``pid:[4026531836]``); each container has its own. Empty if unknown."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -46,13 +46,13 @@ def pid_namespace() -> str:
 
 
 def available_bytes(proc: Path = Path("/proc/self")) -> int | None:
-    """Bytes that this process can still take without swapping, or ``None`` where the system does not say.
+    """Bytes that this process can still allocate without swapping, or ``None`` if the system does not say.
 
-    The least of: what the machine has free, what ``ulimit -v`` leaves of the address space, and what each control
-    group around this process (Slurm's job, a container; version 1 and 2) has left. Never below zero.
+    The minimum of the free memory of the machine, the address space left by ``ulimit -v``, and what is left in each
+    control group (cgroup v1 or v2; a Slurm job, a container) that contains this process. Never below zero.
     """
     found = []
-    # A sandbox without /proc; the limits below may still be known
+    # Fails in a sandbox without /proc; the limits below may still be known
     with contextlib.suppress(OSError, RuntimeError):
         found.append(int(psutil.virtual_memory().available))
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -63,7 +63,7 @@ def available_bytes(proc: Path = Path("/proc/self")) -> int | None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs. One that has ended and was not waited for yet (a zombie) does not."""
+    """Whether a process of this machine is running. A zombie, which has ended but was not waited for, is not."""
     if pid <= 0:
         return False
     try:
@@ -75,14 +75,14 @@ def is_alive(pid: int) -> bool:
 
 
 def command_line_above(script: str) -> list[str]:
-    """The command line of the nearest process above this one that was given ``script`` as a word, up to that word.
+    """The command line of the nearest ancestor process that has ``script`` as an argument, up to that argument.
 
-    Empty where there is none, or where the system does not show it.
+    Empty if there is none, or if the system does not show it.
     """
     with contextlib.suppress(psutil.Error, OSError):
         for parent in psutil.Process().parents():
             words: list[str] = []
-            with contextlib.suppress(psutil.Error):  # another user's
+            with contextlib.suppress(psutil.Error):  # the process belongs to another user
                 words = parent.cmdline()
             if script in words[1:]:
                 return words[: words.index(script, 1)]
@@ -90,7 +90,7 @@ def command_line_above(script: str) -> list[str]:
 
 
 def _memory_groups(proc: Path) -> list[Path]:
-    """Folders of the control groups that limit the memory of this process: its own and all above it."""
+    """Folders of the control groups that limit the memory of this process: its own group and all parents."""
     try:
         mounts = (proc / "mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         lines = (proc / "cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -115,7 +115,7 @@ def _memory_groups(proc: Path) -> list[Path]:
 
 
 def _left_in_group(folder: Path) -> int | None:
-    """Bytes that a control group has left; the page cache that it can drop counts as free. ``None``: no limit."""
+    """Bytes that a control group has left; reclaimable page cache counts as free. ``None`` if there is no limit."""
     for limit, usage, reclaimable in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

@@ -1,8 +1,8 @@
-"""Objects in a bucket, or in any other place that fsspec opens, below one URL.
+"""Objects below one URL, in a bucket or any other place that fsspec can open.
 
-Every access to remote storage goes through :class:`Store`, which adds to fsspec what a run needs of it: one kind of
-error after a few tries with growing waits, the name of the package that is missing, and no credentials in URLs.
-Credentials and endpoints are what the driver of fsspec finds in the environment (``AWS_ACCESS_KEY_ID``,
+Every access to remote storage goes through :class:`Store`, which adds what a run needs to fsspec: retries with growing
+waits and one kind of error after them, the name of a missing package, and refusal of credentials in URLs.
+The fsspec driver takes credentials and endpoints from the environment (``AWS_ACCESS_KEY_ID``,
 ``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS``, ``AZURE_STORAGE_CONNECTION_STRING``, ``HF_TOKEN``, ...).
 
 Example::
@@ -42,31 +42,31 @@ DRIVERS: Final = {
 }
 """Scheme of a URL -> the package that fsspec needs for it."""
 OLDEST: Final = (2024, 12)
-"""Year and month of the first s3fs, gcsfs and adlfs of which all put an object only if it is not there. Older ones of s3fs
-drop that condition without a word."""
+"""Year and month of the first release at which s3fs, gcsfs and adlfs can all create an object only if it does not exist.
+Older versions of s3fs silently drop that condition."""
 ATTEMPTS: Final = 6
 READS: Final = 4
-"""How often an object that does not match its hash is read before it counts as damaged: bytes may flip on the way."""
+"""How often an object that does not match its hash is read before it counts as damaged: bits may flip in transfer."""
 FIRST_WAIT_SECONDS: Final = 0.5
-"""Waits double from here: 0.5, 1, 2, 4 and 8 s between the six tries."""
+"""The first wait; each further wait is twice as long: 0.5, 1, 2, 4 and 8 s between the six tries."""
 _EXCLUSIVE: Final = frozenset({"s3", "gs", "gcs", "az", "abfs", "memory", "file"})
-"""Where an object can be created only if it is not there, by the store itself, not by looking first."""
+"""Schemes whose store itself can create an object only if it does not exist, without a separate check beforehand."""
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(.*)", re.DOTALL)
 _FINAL: Final = (
     FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError,
     ImportError, NotImplementedError, TypeError, AttributeError,
 )  # fmt: skip
-"""Errors that another try does not change."""
+"""Errors for which a retry does not help."""
 
 T = TypeVar("T")
 
 
 class StoreError(OSError):
-    """The store does not answer, or refuses, after all tries."""
+    """The store does not answer or refuses the call, after all tries."""
 
 
 class Info(NamedTuple):
-    """Size and version of an object. ``version`` changes whenever the object does: its etag, else size and time."""
+    """Size and version of an object. ``version`` changes with the object: its etag, else its time, else its size."""
 
     n_bytes: int
     version: str
@@ -82,10 +82,10 @@ def is_url(text: object) -> bool:
 
 
 def check_url(url: str, option: str = "") -> str:
-    """The URL without a slash at its end.
+    """Check a URL and return it without a trailing slash.
 
     Raises:
-        RequestError: an unknown scheme, no bucket, or credentials in the URL. They would be written to config.yaml and
+        RequestError: an unknown scheme, no bucket, or credentials in the URL. Those would be written to config.yaml and
             logs, so they are taken from the environment only; the message does not repeat them.
     """
     before = f"{option}: " if option else ""
@@ -112,12 +112,12 @@ def check_url(url: str, option: str = "") -> str:
 
 
 def open_filesystem(scheme: str) -> Any:
-    """The fsspec file system of a scheme, without a cache of listings.
+    """The fsspec file system of a scheme, with the cache of listings switched off.
 
     Raises:
         RequestError: its driver is not installed, or too old.
     """
-    import fsspec  # lazily: runs on a disk do without it
+    import fsspec  # lazily: runs on local disk do not need it
 
     package = DRIVERS[scheme]
     try:
@@ -143,13 +143,13 @@ def _refuse_old(scheme: str, package: str) -> None:
 
 @final
 class Store:
-    """The objects below one URL. Names are relative to it, with slashes. Safe to use from several threads and after a
-    fork.
+    """The objects below one URL. Names are relative to it, separated by slashes. Safe to use from several threads and
+    after a fork.
 
     Args:
         url: such as ``s3://bucket/runs/demo``.
-        attempts: how often a failing call is tried in all.
-        sleep: what waits between two tries.
+        attempts: total number of tries of a failing call.
+        sleep: called with the seconds to wait between two tries.
 
     Raises:
         RequestError: see :func:`check_url`; or the driver is not installed.
@@ -161,7 +161,7 @@ class Store:
         self.url = check_url(url)
         self.scheme, _, self._root = self.url.partition("://")
         self.exclusive = self.scheme in _EXCLUSIVE
-        """Whether :meth:`create` is decided by the store itself."""
+        """Whether :meth:`create` is atomic in the store itself."""
         self._attempts, self._sleep = attempts, sleep
         open_filesystem(self.scheme)
 
@@ -170,10 +170,10 @@ class Store:
 
     @property
     def _fs(self) -> Any:
-        return open_filesystem(self.scheme)  # fsspec keeps one for each process
+        return open_filesystem(self.scheme)  # fsspec caches one instance for each process
 
     def path(self, name: str = "") -> str:
-        """The object of this name as fsspec has it."""
+        """The path by which fsspec knows the object of this name."""
         root = ("/" if self.scheme in ("memory", "file") else "") + self._root.lstrip("/")
         return f"{root}/{name}" if name else root
 
@@ -183,7 +183,7 @@ class Store:
     # ---- one object
 
     def read(self, name: str) -> bytes:
-        """Raises ``FileNotFoundError``, or :class:`StoreError`."""
+        """The content of an object. Raises ``FileNotFoundError``, or :class:`StoreError`."""
         data: bytes = self._try(f"read {name}", lambda: self._fs.cat_file(self.path(name)))
         return data
 
@@ -199,11 +199,11 @@ class Store:
         return self._try(f"read {name}", attempt)
 
     def read_sealed(self, name: str) -> dict[str, Any]:
-        """The JSON object that :func:`sealed` has made; one without a hash, of an earlier version, is taken as it is.
+        """Read a JSON object written with :func:`sealed`. One without a hash, from an earlier version, is accepted.
 
         Raises:
-            ValueError: it is damaged, also when it is read again.
-            FileNotFoundError, StoreError: as of :meth:`read`.
+            ValueError: it is damaged, also after it was read again.
+            FileNotFoundError, StoreError: as for :meth:`read`.
         """
         for _ in range(READS):
             with contextlib.suppress(ValueError):
@@ -217,7 +217,7 @@ class Store:
         self._try(f"write {name}", lambda: self._write(name, data), absent="there is no such bucket")
 
     def _write(self, name: str, data: bytes) -> None:
-        if self.scheme == "file":  # where a write is no atomic put
+        if self.scheme == "file":  # fsspec's write is not atomic there
             DISK.makedirs(Path(self.path(name)).parent)
             DISK.write_bytes(Path(self.path(name)), data)
         else:
@@ -225,9 +225,9 @@ class Store:
             self._check_size(name, len(data))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write the object if there is none; whether it is now this one.
+        """Create the object if it does not exist. Returns whether its content is now ``data``.
 
-        Where :attr:`exclusive` is false the store is asked first, and two callers at the same moment may both succeed.
+        If :attr:`exclusive` is false, existence is checked first, and two simultaneous callers may both succeed.
         """
 
         def attempt() -> bool:
@@ -241,14 +241,14 @@ class Store:
                         DISK.close(file)
                 else:
                     self._fs.pipe_file(self.path(name), data, mode="create")
-            except Exception as error:  # drivers have kinds of their own
-                # It is there (not every store says so by FileExistsError); or a try before this one was carried out and
-                # its answer was lost; or this one has failed, which reading shows.
+            except Exception as error:  # drivers raise errors of their own types
+                # Either the object exists (not every store raises FileExistsError), or an earlier try succeeded and its
+                # answer was lost, or this try failed. Reading the object tells which.
                 try:
-                    # Twice: a byte that flips on the way must not make our own object another's.
+                    # Read twice: a bit that flips in transfer must not make our own object look like another's.
                     return any(self._fs.cat_file(self.path(name)) == data for _ in range(2))
                 except FileNotFoundError:
-                    if isinstance(error, FileExistsError):  # it was, and was removed meanwhile: tried again
+                    if isinstance(error, FileExistsError):  # it existed and was removed meanwhile: retry
                         raise OSError("the object was removed meanwhile") from None
                     raise error from None
             return True
@@ -256,7 +256,7 @@ class Store:
         return self._try(f"create {name}", attempt, absent="there is no such bucket")
 
     def upload(self, path: Path, name: str) -> None:
-        """Put a file, and compare the size of the object. Raises :class:`StoreError`, or ``OSError`` of the file."""
+        """Upload a file and check the size of the object. Raises :class:`StoreError`, or ``OSError`` of the file."""
         size = path.stat().st_size
 
         def attempt() -> None:
@@ -274,7 +274,7 @@ class Store:
             raise OSError(f"the object has {found:,} bytes after an upload of {n_bytes:,}")
 
     def download(self, name: str, path: Path) -> None:
-        """Get an object into a file. Raises ``FileNotFoundError``, or :class:`StoreError`."""
+        """Download an object into a file. Raises ``FileNotFoundError``, or :class:`StoreError`."""
 
         def attempt() -> None:
             self._fs.get_file(self.path(name), str(path))
@@ -290,7 +290,7 @@ class Store:
         return None if found.get("type") == "directory" else info_of(found)
 
     def remove(self, name: str) -> None:
-        """Remove an object; fine if there is none."""
+        """Remove an object; a no-op if it does not exist."""
 
         def attempt() -> None:
             try:
@@ -303,11 +303,11 @@ class Store:
     # ---- listings
 
     def names(self, folder: str = "") -> list[str]:
-        """The names of all objects below a folder, sorted. A store may show a listing of some moments ago."""
+        """The names of all objects below a folder, sorted. The store's listing may be slightly out of date."""
         return sorted(name for name, _ in self._find(folder))
 
     def infos(self) -> dict[str, Info]:
-        """Name -> size and version of all objects, by one listing, which may be that of some moments ago."""
+        """Name -> size and version of all objects, from one listing, which may be slightly out of date."""
         return {name: info_of(found) for name, found in self._find("")}
 
     def _find(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -336,7 +336,7 @@ class Store:
 
 
 def sealed(value: Mapping[str, Any]) -> bytes:
-    """A JSON object with a hash over itself, for :meth:`Store.read_sealed`."""
+    """A JSON object that contains its own hash, for :meth:`Store.read_sealed`."""
     return json.dumps({**value, "sha256": _hash_of(value)}, sort_keys=True).encode() + b"\n"
 
 
@@ -345,7 +345,7 @@ def _hash_of(value: Mapping[str, Any]) -> str:
 
 
 def info_of(found: dict[str, Any]) -> Info:
-    """From the details that a driver gives: every driver names the etag and the time of change differently."""
+    """Size and version from a driver's details; drivers use different names for the etag and the modification time."""
     size = int(found.get("size") or 0)
     for key in ("ETag", "etag", "md5Hash", "content_md5"):
         if found.get(key):
@@ -363,13 +363,14 @@ def persistently(
     attempts: int = ATTEMPTS,
     sleep: Callable[[float], Any] = time.sleep,
 ) -> T:
-    """The result of ``call``, tried again with doubling waits after what may pass: time-outs, 500, 503, lost connections.
+    """Return the result of ``call``, retried with doubling waits after transient errors: time-outs, 500, 503, lost connections.
 
-    Drivers raise errors of many kinds (also such that are no ``OSError``); what another try does not change is raised at
-    once.
+    Drivers raise errors of many types, not all of them an ``OSError``, so every error is retried except those for which a
+    retry does not help.
 
     Raises:
-        StoreError: every try failed. ``what`` and the last cause are in it.
+        FileNotFoundError, FileExistsError, RequestError: raised by ``call``, unchanged.
+        StoreError: every try failed, or a retry would not help. The message holds ``what`` and the last cause.
     """
     wait = FIRST_WAIT_SECONDS
     for attempt in range(attempts):
@@ -395,7 +396,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def cache_dir() -> Path:
-    """Where this user's removable files lie: ``$LMCORE_CACHE``, else ``$XDG_CACHE_HOME/lmcore``, ``~/.cache/lmcore``."""
+    """This user's cache folder: ``$LMCORE_CACHE``, else ``$XDG_CACHE_HOME/lmcore``, else ``~/.cache/lmcore``."""
     chosen = os.environ.get("LMCORE_CACHE")
     if chosen:
         return Path(chosen)
@@ -403,7 +404,7 @@ def cache_dir() -> Path:
 
 
 def local_name(url: str) -> str:
-    """The name of the folder for a local copy of a checked URL: its last part, and a hash of all of it.
+    """The folder name for a local copy of a checked URL: its last part and a hash of the whole URL.
 
     >>> local_name("s3://bucket/runs/demo")
     'demo-18e7410278f5'
@@ -412,7 +413,7 @@ def local_name(url: str) -> str:
 
 
 def read_cached(path: Path) -> dict[str, Any] | None:
-    """The mapping that :func:`write_cached` has left in a file of the cache; ``None`` where there is none, or a damaged one."""
+    """The mapping that :func:`write_cached` wrote to a cache file; ``None`` if the file is missing or damaged."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -421,9 +422,9 @@ def read_cached(path: Path) -> dict[str, Any] | None:
 
 
 def write_cached(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a file of the cache as a whole; several processes may do so at once.
+    """Replace a cache file atomically; several processes may do so at once.
 
-    Nothing is raised where it cannot be written: what is in a cache can be computed again.
+    Raises nothing if it cannot be written: the content of a cache can be computed again.
     """
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
