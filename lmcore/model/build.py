@@ -1,6 +1,6 @@
-"""Build the model: a type and its settings in, a module out.
+"""Build the model from a type and its settings.
 
-There are three ways to a model: any causal language model of transformers from scratch (``type`` and config fields),
+There are three kinds of models: any causal language model of transformers from scratch (``type`` and config fields),
 the same from pretrained weights, or the user's own factory ``package.module:function``, which may return any
 ``nn.Module``.
 
@@ -46,8 +46,8 @@ ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_atte
 
 
 def _is_not_about_masks(record: logging.LogRecord) -> bool:
-    # Where pad and EOS are one id, transformers asks for a mask: our ignored labels are set by position, and
-    # a mask would switch packing by position_ids off.
+    # If pad and EOS are one id, transformers asks for a mask. We do not need one, because ignored labels are set by
+    # position, and a mask would switch off packing by position_ids.
     return "passing in an `attention_mask`" not in record.getMessage()
 
 
@@ -69,30 +69,30 @@ def build_model(
 ) -> nn.Module:
     """Build the model on the CPU, with float32 parameters.
 
-    The result carries ``real_vocab_size``, the columns of its head that count.
+    A transformers model has an attribute ``real_vocab_size``: the number of columns of its head without padding.
 
     Args:
         type: transformers model type (``"gpt2"``, ``"llama"``), for a model from scratch.
         config_overrides: fields of that type's config; with a factory, further arguments of it.
-        vocab_size: V, ids that the tokenizer has; the model gets ``pad_vocab(V)`` rows. ``None`` (own data,
+        vocab_size: V, the tokenizer's vocabulary size; the model gets ``pad_vocab(V)`` rows. ``None`` (own data,
             no tokenizer) only with a factory.
         special_ids: the tokenizer's ``bos_token_id`` and so on; what it does not define becomes ``None``.
         block_size: T, tokens of a block; refused if longer than the model's context.
         from_pretrained: folder or Hub id (safetensors only; no code of the repository is ever run).
-        revision: commit, tag or branch of the Hub id; the commit that it stands for is noted.
+        revision: commit, tag or branch of the Hub id; the commit that it resolves to is noted.
         factory: ``package.module:function``, called with those of ``vocab_size``, ``block_size``,
             ``special_ids`` and ``seed`` that it names, and with ``config_overrides``.
         attention: one of ``ATTENTION``; default: the model's own choice (sdpa nearly always).
-        seed: of the initialization.
-        zero_init: start the output projections of attention and MLP, and a head that is not tied, at zero: every
-            layer begins as the identity (from scratch only).
-        weights: ``False`` for the structure alone: parameters on the meta device, real buffers. A factory's model
-            has its weights all the same.
-        note: gets one line for each thing the user should know (padding, fallbacks).
+        seed: seed of the initialization.
+        zero_init: start the output projections of attention and MLP, and a head that is not tied, at zero, so that
+            every layer starts as the identity (from scratch only).
+        weights: ``False`` builds the structure only: parameters on the meta device, real buffers. A factory's model
+            always has its weights.
+        note: called with one line for each thing the user should know (padding, fallbacks).
 
     Raises:
-        RequestError: an unknown type, field or attention kernel, a wrong value, weights that are not there or do
-            not fit the tokenizer, a block longer than the context.
+        RequestError: an unknown type, field or attention kernel, a wrong value, weights that are missing or do
+            not fit the tokenizer, or a block longer than the context.
     """
     overrides = dict(config_overrides or {})
     logging.getLogger("transformers.modeling_utils").addFilter(_is_not_about_masks)
@@ -141,8 +141,8 @@ def _take_special_ids(model: Any, ids: Mapping[str, int | None]) -> None:
         try:
             setattr(model.config, name, value)
         except Exception:
-            # A strict config (ModernBERT's) takes no null for sep and cls, and raises errors of several types. A number that
-            # it refuses is an error.
+            # A strict config (ModernBERT's) does not accept None for sep and cls, and raises errors of several types. If it
+            # refuses a number, that is an error.
             if value is not None:
                 raise
             continue
@@ -153,7 +153,7 @@ def _take_special_ids(model: Any, ids: Mapping[str, int | None]) -> None:
 _REFUSALS = (
     ValueError, TypeError, AssertionError, ImportError, RuntimeError, AttributeError, KeyError,
 )  # fmt: skip
-"""What the constructors of transformers' models raise for a configuration that they do not take."""
+"""What the constructors of transformers' models raise for a configuration that they do not accept."""
 
 
 def _from_scratch(
@@ -167,7 +167,7 @@ def _from_scratch(
     model_class = model_class_of(config)
 
     def construct() -> Any:
-        # The class itself, not from_config: that one would obey a DeepSpeed or meta-device context around us.
+        # The class itself, not from_config, which would follow an enclosing DeepSpeed or meta-device context.
         try:
             return model_class(config)
         except _REFUSALS as error:
@@ -175,14 +175,14 @@ def _from_scratch(
                 f"{model_class.__name__} refuses this configuration: {message_of(error)}"
             ) from error
 
-    # What the constructors would draw is drawn again below, or comes from rank 0.
+    # The constructors draw nothing: weights are drawn below, or come from rank 0.
     with no_init_weights() if weights else without_weights():
         model = construct()
     if not weights:
         _no_padding_row(model)
         model.tie_weights()
     elif _initialize(model, seed, poison=True):
-        # A family whose rule leaves some parameters to the constructor: run that, then the keyed rule on top.
+        # The family's rule leaves some parameters to the constructor: run the constructor, then the keyed rule on top.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_key(seed, model_class.__name__))
             model = construct()
@@ -198,7 +198,7 @@ _OUTPUT_PROJECTIONS = frozenset((
 """Names of the layers, or of the weights of all experts together, that write into the residual stream, in the families of
 transformers."""
 _ATTENTION = frozenset(("attention", "self_attention", "self_attn", "attn"))
-"""Names of modules whose child ``dense`` is such a layer; elsewhere (``intermediate.dense``) that name says nothing."""
+"""Names of modules whose child ``dense`` is such a layer; in other modules (``intermediate.dense``) it need not be."""
 
 
 @torch.no_grad()
@@ -209,13 +209,13 @@ def zero_outputs(model: Any) -> list[str]:
         The names of the modules, and of the weights of experts, that were changed.
 
     Raises:
-        RequestError: no output projection is known by its name in this family, or not all of them are: a layer still
-            changes its input.
+        RequestError: no output projection of this family has a known name, or not all of them have, so that a layer
+            still changes its input.
     """
     head = model.get_output_embeddings()
     tied = head is None or head.weight is model.get_input_embeddings().weight
     modules = [name for name, _ in model.named_modules() if _writes_into_the_stream(name)]
-    # The weights of all experts are one parameter, (experts, D, I), without a module of its own.
+    # The weights of all experts are one parameter, (experts, D, I), without their own module.
     experts = [name for name, p in model.named_parameters() if p.ndim == 3 and _writes_into_the_stream(name)]
     if not modules:
         raise RequestError(
@@ -253,7 +253,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _layer_that_is_not_the_identity(model: Any) -> str | None:
-    """The class of a layer whose output is not its input, tried on four tokens; ``None`` also where it cannot be tried."""
+    """The class of a layer whose output differs from its input on four tokens, or ``None``, also if it cannot be tested."""
     changing: list[str] = []
 
     def compare(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -266,10 +266,10 @@ def _layer_that_is_not_the_identity(model: Any) -> str | None:
     hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in repeated_blocks(model)]
     try:
         model.eval()
-        model.base_model(input_ids=torch.arange(4)[None])  # without the costly head
+        model.base_model(input_ids=torch.arange(4)[None])  # without the expensive head
     except Exception:
-        # A family that does not compute with token ids alone is refused before the run (token_mixing.why_no_language_model),
-        # with its error; it may raise any.
+        # A family that does not run with token ids alone, and may raise any error, is refused before the run with its error
+        # (token_mixing.why_no_language_model).
         return None
     finally:
         for hook in hooks:
@@ -284,8 +284,10 @@ def _key(seed: int, name: str) -> int:
 
 
 def _no_padding_row(model: Any) -> None:
-    """A padding row is never trained and starts at zero; labels are ignored by position here, and where the
-    tokenizer has pad = EOS that row is EOS, which must learn like any other."""
+    """Unset the embedding's ``padding_idx``, whose row would start at zero and never be trained.
+
+    Labels are ignored by position here, and if the tokenizer has pad = EOS that row is EOS, which must be trained like
+    any other."""
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
         embedding.padding_idx = None
@@ -295,8 +297,8 @@ def _initialize(model: Any, seed: int, *, poison: bool) -> list[str]:
     """Run the family's own ``_init_weights`` on each module under a generator keyed by the module's name.
 
     Children come before their parents, as in transformers: GPT-2's attention block re-draws its own output
-    projection with the depth-scaled deviation after the projection itself was drawn. Returns the parameters
-    that no rule touched (known because they were poisoned with NaN before).
+    projection with the depth-scaled deviation after the projection itself was drawn. With ``poison`` all parameters
+    are first filled with NaN; returns the names of those that no rule has set.
     """
     from transformers import PreTrainedModel
 
@@ -315,7 +317,7 @@ def _initialize(model: Any, seed: int, *, poison: bool) -> list[str]:
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         walk(model, "", model)
-    # Tied only now, so that the shared tensor is the one drawn under the embedding's name.
+    # Tie only now, so that the shared tensor is the one drawn under the embedding's name.
     model.tie_weights()
     return [name for name, parameter in model.named_parameters() if poison and bool(parameter.isnan().any())]
 
@@ -348,8 +350,8 @@ def _from_factory(
         raise RequestError(f"model.factory {path} returned {model.__class__.__name__}, not a torch.nn.Module")
     if hasattr(getattr(model, "config", None), "use_cache"):
         model.config.use_cache = False  # type: ignore[union-attr]  # hasattr above; packing relies on it
-    # What a checkpoint must hold to build this model again (lmcore.saved.load.describe); torch types attributes
-    # as tensors.
+    # A checkpoint stores them to build this model again (lmcore.saved.load.describe). The type comment: torch types
+    # attributes as tensors.
     model.factory_arguments = arguments  # type: ignore[assignment]
     return model
 
@@ -359,7 +361,7 @@ def _from_factory(
 
 @contextlib.contextmanager
 def without_weights() -> Iterator[None]:
-    """Inside, every parameter goes to the meta device as soon as a module registers it; nothing is drawn."""
+    """Context manager in which parameters move to the meta device as modules register them; nothing is drawn."""
     from transformers.initialization import no_init_weights
 
     register = nn.Module.register_parameter
@@ -377,9 +379,9 @@ def without_weights() -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_weights(modules: Iterable[nn.Module], *, zeros: bool = False) -> Iterator[None]:
-    """Inside, the empty parameters of these modules (not of their children) have random values.
+    """Context manager in which the empty parameters of these modules (not of their children) have random values.
 
-    ``zeros``: those that are all zero as well.
+    With ``zeros``, parameters that are all zero also get random values.
     """
     generator = torch.Generator().manual_seed(0)
     kept = [

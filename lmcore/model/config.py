@@ -1,8 +1,8 @@
 """The transformers config of a model, checked before anything is built.
 
-From a model type and fields, or from a folder (or Hub id) that holds weights. An unknown field is refused with the
-nearest name, and so are fields that lmcore sets itself, sizes that no memory could hold, and everything in a foreign
-``config.json`` that could make a loader fetch or run code. No weight is read.
+It comes from a model type and fields, or from a folder (or Hub id) that holds weights. Refused are unknown fields (the
+message gives the nearest name), fields that lmcore sets itself, sizes that no memory could hold, and everything in a
+``config.json`` of other origin that could make a loader fetch or run code. No weights are read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean, message_of
 
 VOCAB_MULTIPLE = 64
-"""Matrix units want such columns: 50,304 instead of 50,257 gave +13.7 % (LLMs-from-scratch, A100)."""
+"""Matrix units are faster with such column counts: 50,304 instead of 50,257 gave +13.7 % (LLMs-from-scratch, A100)."""
 SPECIAL_IDS = ("bos_token_id", "pad_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "unk_token_id")
 
 # Fields that lmcore sets itself, and what to use instead.
@@ -35,7 +35,7 @@ _OWNED = {
 
 
 def pad_vocab(vocab_size: int) -> int:
-    """The next multiple of ``VOCAB_MULTIPLE``."""
+    """``vocab_size`` rounded up to a multiple of ``VOCAB_MULTIPLE``."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
@@ -75,7 +75,7 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
             )
     refuse_absurd_sizes(overrides, "model.config")
     if "is_decoder" in known:
-        owned.setdefault("is_decoder", True)  # BERT and its kin see the future without it
+        owned.setdefault("is_decoder", True)  # without it BERT and similar families see later tokens
     try:
         made = config_class(**{**owned, **overrides})
     except Exception as error:  # strict dataclasses and __post_init__ raise many types
@@ -89,7 +89,7 @@ def make_config(type: str, overrides: Mapping[str, Any], **owned: Any) -> Any:
 
 
 def _field_names(config_class: Any) -> set[str]:
-    """The names by which fields of a config can be set, those that stand for another one among them."""
+    """The names by which fields of a config can be set, including aliases."""
     if is_dataclass(config_class):
         known = {f.name for f in fields(config_class)}
     else:
@@ -98,13 +98,13 @@ def _field_names(config_class: Any) -> set[str]:
 
 
 def shape_of_family(type: str, shape: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the fields ``shape`` that a family has and ``overrides`` do not set, by its own names.
+    """The fields of ``shape`` that a family has and ``overrides`` does not set, under the family's own names.
 
-    Empty where the family's config refuses them, and for a type that is not known.
+    Empty if the family's config refuses them, or if the type is unknown.
 
     Args:
         shape: values by the names that transformers uses for all families (``num_hidden_layers``, ``hidden_size``, ...).
-        overrides: what the user sets, by either name.
+        overrides: what the user sets, under either name.
 
     Example::
 
@@ -127,8 +127,10 @@ def shape_of_family(type: str, shape: Mapping[str, Any], overrides: Mapping[str,
 
 
 def _refuse_several_models(type: str, config: Any) -> None:
-    """Refuse the config of a model of text and images or sound: fields of the language model, its vocabulary among them, are
-    in a config of their own there, and setting them here would do nothing."""
+    """Refuse the config of a multimodal model (text and images or sound).
+
+    There the fields of the language model, such as its vocabulary size, are in a nested config, and setting them on the
+    outer one would have no effect."""
     try:
         text = config.get_text_config()
     except ValueError:  # several text models
@@ -148,22 +150,20 @@ def configured_context_length(
     from_pretrained: str | None = None,
     revision: str | None = None,
 ) -> int | None:
-    """Tokens that the model sees at once, by its config; ``None`` where positions have no end."""
+    """The context length in tokens according to the model's config; ``None`` if positions are unbounded."""
     if from_pretrained is not None:
         return context_length(pretrained_config(from_pretrained, revision, overrides)[0])
     return context_length(make_config(type or "", overrides))
 
 
 def context_length(model: Any) -> int | None:
-    """Tokens that a model sees at once; ``None`` where positions have no end (or it does not say).
-
-    The one place that knows the names which model families use.
+    """The context length of a model in tokens; ``None`` if positions are unbounded or the model does not say.
 
     Args:
-        model: a transformers model or its config, or a module of the user's with such an attribute.
+        model: a transformers model or its config, or the user's module with such an attribute.
     """
     for module in model.modules() if hasattr(model, "modules") else ():
-        # RoBERTa and its kin count positions from the row after the padding token's: the rows up to it are never read.
+        # RoBERTa and similar families count positions from the row after the padding row; rows up to it are never read.
         table: Any = getattr(module, "position_embeddings", None)
         if isinstance(reserved := getattr(table, "padding_idx", None), int):
             return int(table.num_embeddings) - reserved - 1
@@ -172,7 +172,7 @@ def context_length(model: Any) -> int | None:
     if hasattr(config or model, "get_text_config"):
         places.append((config or model).get_text_config(decoder=True))
     for place in places:
-        for name in (*CONTEXT_FIELDS, "block_size"):  # the last one of a module written as nanoGPT's
+        for name in (*CONTEXT_FIELDS, "block_size"):  # block_size: modules written like nanoGPT's
             value = getattr(place, name, None)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
@@ -181,8 +181,8 @@ def context_length(model: Any) -> int | None:
 
 MOST_LAYERS = 4096
 LARGEST_NUMBER = 2**31
-"""Of a field of a config. Larger ones are an error or an attack: the model would be built without end, or ask the
-allocator for terabytes."""
+"""Largest allowed value of a config field. Larger ones are an error or an attack: building the model would never end, or
+would request terabytes of memory."""
 
 
 def refuse_absurd_sizes(config: Mapping[str, Any], where: str) -> None:
@@ -205,9 +205,10 @@ def refuse_absurd_sizes(config: Mapping[str, Any], where: str) -> None:
 def refuse_unsafe_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse a config.json with keys through which a loader could be made to fetch or run code.
 
-    ``_attn_implementation_internal`` (CVE-2026-4372), ``trust_remote_code`` in a nested config
-    (CVE-2026-5241), a kernel repository as attention implementation, and every other private key that is no number:
-    none belongs into a saved config. Numbers name no code, and some families save such fields (OPT, Gemma 3).
+    These are ``_attn_implementation_internal`` (CVE-2026-4372), ``trust_remote_code`` in a nested config
+    (CVE-2026-5241), a kernel repository as attention implementation, and every other private key whose value is not a
+    number. None of them belongs in a saved config. Numbers cannot name code, and some families (OPT, Gemma 3) save
+    private numeric fields.
     """
     for key, value in config.items():
         text = str(key)
@@ -224,9 +225,9 @@ def refuse_unsafe_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def refuse_unsafe_index(path: str, where: str, *, revision: str | None = None) -> None:
-    """Refuse an index of weights that names anything but safetensors files of its own folder.
+    """Refuse an index of weights that names anything but safetensors files in its own folder.
 
-    transformers follows it to any file, and gives one that is not safetensors to torch's unpickler.
+    transformers would open any file that it names, and pass a file that is not safetensors to torch's unpickler.
     """
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
@@ -249,10 +250,10 @@ def refuse_unsafe_index(path: str, where: str, *, revision: str | None = None) -
 def pretrained_config(
     path: str, revision: str | None, overrides: Mapping[str, Any]
 ) -> tuple[Any, str | None]:
-    """The config beside pretrained weights with ``overrides`` applied, and the commit of a Hub id.
+    """The config of pretrained weights with ``overrides`` applied, and the commit of a Hub id (else ``None``).
 
     Raises:
-        RequestError: no config there, an unsafe key in it, or a field that it does not have.
+        RequestError: there is no config, it has an unsafe key, or it lacks an overridden field.
     """
     from transformers import AutoConfig, PretrainedConfig
     from transformers.utils import CONFIG_NAME, cached_file
@@ -275,12 +276,12 @@ def pretrained_config(
             )
         setattr(config, name, value)
     config.use_cache = False
-    config.get_text_config().use_cache = False  # of a model of images and text: its own
+    config.get_text_config().use_cache = False  # a model of images and text has a nested text config
     return config, commit
 
 
 def known_tokens(config: Any, source: str, vocab_size: int) -> int:
-    """The vocabulary size of the weights. Raises :class:`RequestError` if the tokenizer has more tokens."""
+    """The vocabulary size of the weights. Raises :class:`RequestError` if the tokenizer has more tokens than that."""
     have = config.get_text_config().vocab_size
     if vocab_size > have:
         raise RequestError(

@@ -1,7 +1,7 @@
 """Faster kernels for functions of transformers models, mostly on a CPU.
 
-Parameters, their names and the saved configuration stay as they are, so checkpoints and exports do not change; the
-results are the same to rounding.
+Parameters, their names and the saved configuration stay as they are, so checkpoints and exports do not change. The
+results are the same up to rounding.
 
 Letters: B blocks, H heads, T tokens of a block, D width of a head.
 """
@@ -26,9 +26,9 @@ ATTENTION = "lmcore"
 """The name of :func:`attention` in transformers' registries; never in a saved configuration."""
 
 MATMUL_BLOCK = 512
-"""The longest block whose attention is faster by plain matrix products, on a CPU in bf16 without dropout.
+"""The longest block for which attention by plain matrix products is faster, on a CPU in bf16 without dropout.
 
-Forward and backward, one thread of a Xeon with AMX, fused against plain: 22 and 10 ms at T = 256 (8 x 6 heads of 32),
+Forward and backward on one thread of a Xeon with AMX, fused and plain: 22 and 10 ms at T = 256 (8 x 6 heads of 32),
 85 and 72 ms at 512 (4 x 12 of 64), 86 and 160 ms at 1,024 (2 x 12 of 64). docs/log.md, 2026-11-21.
 """
 
@@ -36,16 +36,16 @@ Forward and backward, one thread of a Xeon with AMX, fused against plain: 22 and
 class TanhGELU(nn.GELU):
     """0.5 x (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3): Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2.
 
-    transformers' ``gelu_new`` takes eight steps for it; torch's own kernel one: half of the time, one saved tensor, not
-    four. Where a compiler fuses the steps on a CPU it is written as x sigmoid(2 u), which is the same number: tanh
-    takes three times as long there as the exponential in a sigmoid (docs/log.md, 2026-11-21).
+    transformers' ``gelu_new`` computes it in eight operations, torch's own kernel in one, in half of the time and with one
+    saved tensor instead of four. When compiled on a CPU, it is computed as x sigmoid(2 u), which is mathematically equal:
+    tanh takes three times as long there as the exponential in a sigmoid (docs/log.md, 2026-11-21).
     """
 
     def __init__(self) -> None:
         super().__init__(approximate="tanh")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, any float dtype; computed in float32 at least."""
+        """``x`` has any shape and any float dtype. Compiled on a CPU, it is computed in float32 at least."""
         if x.device.type != "cpu" or not torch.compiler.is_compiling():
             return super().forward(x)
         wide = x if x.dtype == torch.float64 else x.float()
@@ -54,9 +54,10 @@ class TanhGELU(nn.GELU):
 
 
 def use_faster_kernels(model: Any) -> None:
-    """Replace, in place: the tanh form of GELU by :class:`TanhGELU`, and ``sdpa`` by :func:`attention`.
+    """Replace, in place, the tanh form of GELU by :class:`TanhGELU` and ``sdpa`` by :func:`attention`.
 
-    Any attention other than ``sdpa`` was chosen by name, and stays; so does ``sdpa`` in a family whose code asks for that name.
+    Any attention other than ``sdpa`` was chosen by name and is kept. ``sdpa`` is kept in a family whose code compares with
+    that name.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.activations import GELUTanh, NewGELUActivation
@@ -74,10 +75,10 @@ def use_faster_kernels(model: Any) -> None:
 
 
 def asks_for_sdpa(model: nn.Module) -> bool:
-    """Whether code of a model compares the name of its attention with ``sdpa``.
+    """Whether the code of a model compares the name of its attention with ``sdpa``.
 
-    Under another name such a family computes something else without a word: Falcon no causal mask, so that its tokens
-    see the labels; DeepSeek V3.2 and its kin no sparse choice of keys. True too where the code cannot be read.
+    Under another name such a family silently computes something else: Falcon applies no causal mask, so that its tokens
+    see the labels; DeepSeek V3.2 and similar families do not select keys sparsely. Also true if the code cannot be read.
     """
     names = {module.__class__.__module__ for module in model.modules()}
     return any(_compares_with_sdpa(name) for name in names if not name.startswith("torch."))
@@ -110,16 +111,17 @@ def attention(
     keys_of: Callable[[Tensor], Tensor] = tokens_first,
     **more: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention: ``sdpa``, but plain matrix products where those are faster, and sequence by sequence
-    (:func:`lmcore.model.varlen.varlen_attention`) where the batch has ``cu_seq_lens_q`` and ``cu_seq_lens_k``.
+    """Scaled dot-product attention: ``sdpa``, plain matrix products where those are faster, or sequence by sequence
+    (:func:`lmcore.model.varlen.varlen_attention`) if the batch has ``cu_seq_lens_q`` and ``cu_seq_lens_k``.
 
-    Those are the gaps of the fused kernel on a CPU: bf16 with short blocks, and bf16 with dropout, which it does
-    not support. Plain causal attention only; whatever else there is (masks, groups of heads, caches) goes to ``sdpa``.
+    Plain matrix products are used where the fused kernel on a CPU is weak: in bf16 with short blocks, and in bf16 with
+    dropout, which it does not support. They compute plain causal attention only; anything else (masks, grouped heads,
+    caches) goes to ``sdpa``.
 
     Args:
         query: (B, H, T, D); ``key`` and ``value`` likewise, or with fewer heads.
-        keys_of: the keys (or values) of this rank, (B, H, T, D), to those of its queries, (tokens, H, D): under context
-            parallelism they come from other ranks too.
+        keys_of: maps the keys (or values) of this rank, (B, H, T, D), to those that its queries see, (tokens, H, D). Under
+            context parallelism they also come from other ranks.
 
     Returns:
         (B, T, H, D), and ``None`` for the attention weights, which are not kept.
@@ -127,7 +129,7 @@ def attention(
     with_lengths = more.get("cu_seq_lens_q") is not None
     device = query.device.type
     if (device == "cpu" or with_lengths) and torch.is_autocast_enabled(device):
-        # As autocast would inside sdpa: rotary positions leave queries and keys in float32.
+        # As autocast does for sdpa: rotary positions leave queries and keys in float32.
         narrow = torch.get_autocast_dtype(device)
         query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     if with_lengths:
@@ -152,8 +154,8 @@ def attention(
         )
     blocks, heads, tokens, width = query.shape
     flat = (blocks * heads, tokens, width)
-    # Autocast would widen the scores for softmax, and make them narrow again for the next product. Softmax computes in
-    # float32 inside, whatever the dtype of its input.
+    # Autocast would widen the scores for softmax and narrow them again for the next product. Softmax computes in
+    # float32 internally, whatever the dtype of its input.
     with torch.autocast("cpu", enabled=False):
         future = torch.full((tokens, tokens), float("-inf"), dtype=query.dtype, device=query.device).triu_(1)
         scores = torch.baddbmm(
@@ -168,11 +170,11 @@ def attention(
 
 
 _NOT_PLAIN = ("softcap", "position_bias", "cache", "s_aux")
-"""Arguments with which attention is more than a causal softmax."""
+"""Arguments with which attention is not a plain causal softmax."""
 
 
 def _check_plain(mask: Tensor | None, more: dict[str, Any]) -> None:
-    """Sequence lengths say all of what a query sees: a mask, a window or a bias beside them would be ignored."""
+    """Refuse a mask or a bias next to sequence lengths, which alone decide what a query sees: it would be ignored."""
     ignored = [name for name in _NOT_PLAIN if more.get(name) is not None]
     if mask is not None or ignored or more.get("is_causal") is False:
         raise RequestError(
@@ -190,7 +192,7 @@ def _plain_is_faster(
     dropout: float,
     more: dict[str, Any],
 ) -> bool:
-    """See :func:`attention` and :data:`MATMUL_BLOCK`."""
+    """Whether plain matrix products are faster than ``sdpa``: see :func:`attention` and :data:`MATMUL_BLOCK`."""
     causal = more.get("is_causal")
     return (
         query.device.type == "cpu"

@@ -1,9 +1,9 @@
-"""Validation loss: the plain cross-entropy of every held-out token, exact over any number of ranks.
+"""Validation loss: the plain cross-entropy of every token of a validation set, exact for any number of ranks.
 
 The last, partial block is scored too: its missing labels are ignored, and nothing is repeated. Label smoothing,
-z-loss and dropout are off. Ranks exchange sums, and the one division comes last.
+z-loss and dropout are off. Ranks exchange sums, and the only division comes last.
 
-Bits per byte = nats / ln 2 / UTF-8 bytes of the scored text, end-of-document tokens included in the nats. It does not
+Bits per byte = nats / ln 2 / UTF-8 bytes of the scored text; the nats include end-of-document tokens. It does not
 depend on the tokenizer, so that models with different vocabularies can be compared.
 """
 
@@ -26,8 +26,8 @@ from lmcore.errors import FaultError
 class Evaluation:
     """The result on one validation set.
 
-    ``nats`` is the sum of -ln p over the ``tokens`` scored labels; ``bytes`` are the UTF-8 bytes of those labels, or
-    ``None`` where the tokenizer does not know them exactly. With ``loss.factory`` ``tokens`` is the sum of its counts,
+    ``nats`` is the sum of -ln p over the ``tokens`` scored labels; ``bytes`` is the number of UTF-8 bytes of those labels,
+    or ``None`` if the tokenizer does not know it exactly. With ``loss.factory``, ``tokens`` is the sum of its counts,
     which need not be a whole number.
     """
 
@@ -37,17 +37,17 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Mean nats per token; NaN where there is none."""
+        """Mean nats per token; NaN if there are no tokens."""
         return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinity where a float cannot hold it, NaN where the loss is NaN."""
+        """exp(loss); infinity if it overflows a float, NaN if the loss is NaN."""
         return math.inf if self.loss > 709 else math.exp(self.loss)  # exp(709.8) is the largest double
 
     @property
     def bits_per_byte(self) -> float | None:
-        """nats / ln 2 / bytes; ``None`` where the bytes are not known exactly."""
+        """nats / ln 2 / bytes; ``None`` if the number of bytes is not known exactly."""
         return None if not self.bytes else self.nats / math.log(2) / self.bytes
 
 
@@ -67,18 +67,18 @@ def evaluate(
 
     Args:
         engine: :class:`lmcore.engine.engine.Engine`, prepared.
-        batches: micro-batches of this rank on the device, ``labels`` (B, T) with -100 where nothing is scored.
+        batches: micro-batches of this rank on the device; ``labels`` (B, T) are -100 where nothing is scored.
         byte_lengths: (V,) UTF-8 bytes of each token id, or ``None`` if unknown.
         on_micro_batch: called after each micro-batch, to move a progress bar.
 
     Raises:
-        FaultError: on every rank, where no label counts.
+        FaultError: on every rank, if there is no label to score.
     """
     device = engine.device
     lengths = (
         None if byte_lengths is None else torch.as_tensor(byte_lengths, dtype=torch.int64, device=device)
     )
-    # float64: the sum of a large set must not lose the digits that two runs are compared by.
+    # float64, so that the sum over a large set keeps the digits by which two runs are compared.
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     with engine.evaluation(), torch.no_grad():
         for batch in batches:
@@ -87,7 +87,7 @@ def evaluate(
             sums[1] += count.double()
             if lengths is not None:
                 labels = batch["labels"]
-                # Without a boolean index, whose size the host would have to wait for.
+                # No boolean index: the host would have to wait for its size.
                 sums[2] += (lengths[labels.clamp_min(0)] * (labels != IGNORED_LABEL)).sum().double()
             if on_micro_batch is not None:
                 on_micro_batch()
@@ -97,6 +97,6 @@ def evaluate(
             "a validation or test set has no label to score: all of its labels are -100, or loss.factory counts 0; give "
             "labels, or leave the set out"
         )
-    # A loss of the user's own may weigh its labels: cut to a whole number, the count would make the loss another one.
+    # The user's loss may weight its labels: truncating a fractional count would change the loss.
     whole = int(tokens) if tokens.is_integer() else tokens
     return Evaluation(nats=nats, tokens=whole, bytes=int(scored_bytes) if lengths is not None else None)

@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) by ``peft``: few numbers are trained, the rest is frozen.
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) by ``peft``: few parameters are trained, the rest is frozen.
 
-:func:`adapt` gives the named layers of a transformers model two thin matrices each, ``W + alpha / rank * B A``, and
-freezes everything else; :func:`merge` adds the adapters to the weights again. B starts at zero, so the model first
-computes what it computed before; A is drawn from the seed, the same bits on every rank. The model keeps its class.
+:func:`adapt` adds two thin matrices to each of the named layers of a transformers model, ``W + alpha / rank * B A``, and
+freezes everything else; :func:`merge` adds the adapters to the weights. B starts at zero, so that the output of the model
+does not change at first; A is drawn from the seed, the same bits on every rank. The model keeps its class.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def adapt(
     """Add adapters to a model in place, and freeze everything else.
 
     Args:
-        weights: ``False`` for adapters without numbers, on the meta device.
+        weights: ``False`` for adapters on the meta device, without values.
         alpha: default: twice the rank.
         target_modules: endings of names (``q_proj``), or ``all-linear``; default: peft's choice for this family.
 
     Raises:
-        RequestError: peft is missing; no such layers; the embedding or the head are among them.
+        RequestError: peft is not installed, there are no such layers, or the embedding or the head is among them.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -49,7 +49,7 @@ def adapt(
     from transformers.pytorch_utils import Conv1D
 
     targets = list(target_modules)
-    scale: Any = 2 * rank if alpha is None else alpha  # peft says int, and takes any number
+    scale: Any = 2 * rank if alpha is None else alpha  # annotated as int in peft, which accepts any number
     config = LoraConfig(
         r=rank,
         lora_alpha=scale,
@@ -80,12 +80,12 @@ def adapt(
 
 
 def refuse_unknown_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """Refuse a target that is no layer of the model: peft says nothing of one beside others that it finds.
+    """Refuse a target that is not a layer of the model: peft ignores it silently if it finds others.
 
-    Not in :func:`adapt`, so that what was trained with such a name opens.
+    Not part of :func:`adapt`, so that a model trained with such a name can still be loaded.
 
     Raises:
-        RequestError: with the nearest name.
+        RequestError: a target matches no layer; the message gives the nearest name.
     """
     layers = [name for name, _ in model.named_modules()]
     for target in () if list(targets) == ["all-linear"] else targets:

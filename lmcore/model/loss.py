@@ -1,13 +1,13 @@
-"""Loss: hidden states and labels in, (sum of losses, count of labels) out.
+"""Loss: (sum of losses, count of labels) from hidden states and labels.
 
 ``labels`` are already shifted (label ``t`` is the token that follows input ``t``) and are
-never shifted again; a label of -100 is ignored; what comes out is a *sum* and a *count*, so that the one
+never shifted again; a label of -100 is ignored. The result is a *sum* and a *count*, so that the only
 division, by the number of labels of the whole step over all ranks, happens elsewhere and once. Sums are
 float32 (float64 for float64 input), whatever the precision of the matrix products.
 
-The vocabulary head is the largest activation of a language model: N tokens times V logits, several times
-over. The chunked head computes some rows of logits at a time and *their gradients at once, in the
-forward pass*: the gradient of a sum does not depend on anything that comes later but one scalar factor, which
+The logits are the largest activation of a language model: N tokens times V logits, held several times.
+The chunked head computes some rows of logits at a time, and *their gradients immediately, in the
+forward pass*: the gradient of a sum depends on nothing that comes later except one scalar factor, which
 backward multiplies in. So nothing is recomputed, nothing of size N x V is ever held, and backward is one
 multiplication.
 
@@ -16,7 +16,7 @@ Example::
     loss_sum, count = causal_lm_loss(hidden, head.weight, head.bias, labels, chunk=512)
     (loss_sum / count_of_the_step).backward()
 
-Letters: B blocks, T tokens of a block, N = B*T, D width, V vocabulary, P the same with its padding.
+Letters: B blocks, T tokens of a block, N = B*T, D width, V vocabulary size, P vocabulary size with padding.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from lmcore.errors import RequestError
 CHUNK_BYTES = 128 * 2**20
 """Size of one chunk's logits under ``chunk="auto"`` on a CPU: the chunked head keeps one such buffer."""
 CUDA_CHUNK_BYTES, CUDA_CHUNK_SHARE = 2**30, 64
-"""The same on a GPU, where small matrix products would leave most of the chip idle: at most 1 GiB, or this share of the
-device's memory if that is more."""
+"""The same on a GPU, where small matrix products would leave most of the chip idle: 1 GiB, or 1/64 of the device's memory
+if that is more."""
 GPU_TILE = 256, 128
-"""Rows and columns of the part of a product that one multiprocessor computes: the largest that cuBLAS usually takes, and the
+"""Rows and columns of the tile of a product that one multiprocessor computes: the largest that cuBLAS usually uses, and the
 most efficient (NVIDIA, "Matrix Multiplication Background User's Guide", DU-09799-001, section 2.3)."""
 _FP16_LIFT = 8.0
-"""float16 holds nothing below 6e-5: the probabilities of rare tokens would be rounded away before the loss scale,
-which arrives in backward, could lift them. Eight is far from overflow in the sum over a chunk."""
+"""Factor of the gradients in float16, whose smallest normal number is 6e-5: the probabilities of rare tokens would be
+rounded away before backward applies the loss scale. Eight is far from overflow in the sum over a chunk."""
 _TILE_ROWS = 64
-"""Rows whose softmax is taken at once on a CPU, in float32: 64 x 50,304 x 4 bytes stay in the outer cache."""
+"""Rows whose softmax is computed at once on a CPU, in float32: 64 x 50,304 x 4 bytes fit into the outer cache."""
 
 
 def count_labels(labels: Tensor) -> Tensor:
@@ -60,17 +60,17 @@ def token_losses(
     z_loss: float = 0.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """The loss of every token, (N,) float32, zero where the label is ignored. The slow, obvious reference.
+    """The loss of every token, (N,) float32, zero where the label is ignored. The slow, simple reference.
 
     With ``lse = log sum_v exp(l_v)`` over the V real tokens, label ``y``, smoothing ``s``, z-loss ``z``::
 
         (1 - s) * (lse - l_y)  +  s * (lse - mean_v l_v)  +  z * lse**2
 
-    Smoothing as in ``torch.nn.CrossEntropyLoss`` (Szegedy et al. 2016, the label's own token included in the
-    mean), z-loss as in PaLM (Chowdhery et al. 2022, section 5: ``z = 1e-4``), which keeps lse near zero.
+    Smoothing is as in ``torch.nn.CrossEntropyLoss`` (Szegedy et al. 2016, the label's own token included in the
+    mean). The z-loss is as in PaLM (Chowdhery et al. 2022, section 5: ``z = 1e-4``) and keeps lse near zero.
 
     Args:
-        logits: (N, P), any float dtype; computed in float32, or float64 if they are.
+        logits: (N, P), any float dtype; computed in float32, or in float64 for float64 logits.
         labels: (N,) int64, -100 = ignored.
         vocab_size: V; columns from V on are padding and take no probability. ``None``: V = P.
     """
@@ -95,7 +95,7 @@ def cross_entropy_sum(
     z_loss: float = 0.0,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of :func:`token_losses` and the count, from full logits (..., P) and labels (...)."""
+    """Sum of :func:`token_losses` and count of labels, from full logits (..., P) and labels (...)."""
     if labels.is_floating_point():
         raise RequestError(
             f"labels are {labels.dtype}: the built-in loss is a cross-entropy; give loss.factory"
@@ -123,7 +123,7 @@ def head_logits(products: Tensor, *, scale: float = 1.0, softcap: float | None =
 
 
 class Gpu(NamedTuple):
-    """What the chunk depends on: multiprocessors (SMs), and bytes of memory. By default an H100 or H200 of 80 GB."""
+    """What the chunk size depends on: multiprocessors (SMs) and bytes of memory. Default: an H100 with 80 GB."""
 
     multiprocessors: int = 132
     memory_bytes: int = 80 * 10**9
@@ -131,22 +131,22 @@ class Gpu(NamedTuple):
 
 @functools.cache
 def gpu_of(device: torch.device) -> Gpu:
-    """The numbers of a CUDA device."""
+    """The properties of a CUDA device, as a :class:`Gpu`."""
     found = torch.cuda.get_device_properties(device)
     return Gpu(found.multi_processor_count, found.total_memory)
 
 
 def rows_of_whole_waves(most: int, *, width: int, multiprocessors: int) -> int:
-    """The most rows, not above ``most``, of a product (rows, V) x (V, width) that keeps all multiprocessors busy to the end.
+    """The largest number of rows, at most ``most``, for which (rows, V) x (V, width) keeps all multiprocessors busy.
 
-    With tiles of :data:`GPU_TILE` a product has ``ceil(rows / 256) ceil(width / 128)`` of them, computed in waves of one tile
-    for each multiprocessor; a last wave that is not full takes as long as a full one ("wave quantization", section 3.2 there).
-    ``w`` waves hold::
+    With tiles of :data:`GPU_TILE`, a product has ``ceil(rows / 256) ceil(width / 128)`` tiles, computed in waves of one tile
+    per multiprocessor. A last wave that is not full takes as long as a full one ("wave quantization", section 3.2 of the
+    guide at :data:`GPU_TILE`). ``w`` waves hold::
 
         256 floor(w multiprocessors / ceil(width / 128))   rows
 
-    and the largest ``w`` is taken whose rows are within ``most``. If not even one wave is, rows are as many whole tiles as
-    are, and at least one.
+    and the largest ``w`` is used whose rows are at most ``most``. If one wave is already too much, the result is as many
+    whole tiles of rows as fit into ``most``, at least one.
 
     Example::
 
@@ -171,18 +171,18 @@ def choose_chunk(
     device_type: str = "cpu",
     gpu: Gpu | None = None,
 ) -> int:
-    """Tokens per chunk of the vocabulary head; 0 = the plain head.
+    """Tokens per chunk of the vocabulary head; 0 means the plain head.
 
     ``"auto"`` on a CPU: the fewest equal chunks whose logits stay within ``CHUNK_BYTES``. Few, because each chunk adds a
-    product of the weight's size to the weight's gradient; not one, because the buffer is what the chunked head saves. On a
-    GPU: one chunk if it is within ``CUDA_CHUNK_BYTES`` or ``1 / CUDA_CHUNK_SHARE`` of its memory, else
-    :func:`rows_of_whole_waves` for the gradient by the hidden state, the product with the fewest tiles of the three.
-    Measured on a CPU in ``benchmarks/head.py``; on a GPU not run.
+    product of the weight's size to the weight's gradient; not one, because a small buffer is the purpose of the chunked
+    head. On a GPU: one chunk if it is within ``CUDA_CHUNK_BYTES`` or ``1 / CUDA_CHUNK_SHARE`` of its memory, else
+    :func:`rows_of_whole_waves` for the gradient of the hidden state, which has the fewest tiles of the three products.
+    Measured on a CPU in ``benchmarks/head.py``; not measured on a GPU.
 
     Args:
-        tokens: rows of all chunks. vocab_size: columns of the logits. width: of the hidden state.
-        element_bytes: of a logit.
-        gpu: its numbers (:func:`gpu_of`).
+        tokens: rows of all chunks. vocab_size: columns of the logits. width: width of the hidden state.
+        element_bytes: bytes of a logit.
+        gpu: properties of the GPU (:func:`gpu_of`); default: :class:`Gpu`'s.
     """
     if chunk is None or chunk == "auto":
         if device_type == "cuda":
@@ -203,7 +203,7 @@ def choose_chunk(
 
 
 def whole_chunks(*, device_type: str) -> bool:
-    """Whether the softmax takes a chunk at once; else, on a CPU, the float32 copy of a few rows stays in the cache."""
+    """Whether the softmax takes a whole chunk at once. On a CPU it takes a few rows, whose float32 copy fits the cache."""
     return device_type != "cpu"
 
 
@@ -235,11 +235,11 @@ def causal_lm_loss(
         scale: factor of the logits (granite, cohere).
         softcap: largest absolute logit (nanochat, gemma 2).
         label_smoothing, z_loss, vocab_size: see :func:`token_losses`.
-        compiled: the softmax and its gradient as one compiled kernel (chunked head only; not on a CPU, where the
+        compiled: compute the softmax and its gradient in compiled code (chunked head only; ignored on a CPU, where the
             whole head is 1.25 times slower with it than with a few rows at a time in the cache, docs/log.md).
 
-    The products run in the autocast dtype where autocast is on, else in ``hidden``'s dtype. The first
-    derivative is exact; a second derivative is refused (by torch) under the chunked head, and backward runs
+    The products run in the autocast dtype if autocast is on, else in ``hidden``'s dtype. The first
+    derivative is exact. With the chunked head torch refuses a second derivative, and backward can run only
     once per forward.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -274,7 +274,8 @@ def causal_lm_loss(
         z_loss=z_loss,
         lift=lift,
     )
-    # The slope of a cap is one more float32 buffer: in quarters it is smaller than what is held without a cap.
+    # A softcap needs one more float32 buffer for its slope. With a quarter of the rows, less memory is used than without
+    # a softcap.
     whole_rows = rows if softcap is None else -(-rows // 4)
     tile_rows = whole_rows if whole else _TILE_ROWS
     loss = _ChunkedHead.apply(flat, head_weight, head_bias, target, rows, tile_rows, compute, tile, lift)
@@ -295,10 +296,10 @@ def _tile(
 ) -> Tensor:
     """Sum of the losses of some rows of products (t, P), which are overwritten by the sum's gradient.
 
-    With the logits ``x = softcap * tanh(scale * product / softcap)`` the gradient by ``x`` is
-    ``p_v (1 + 2 z lse) - (1 - s) [v == y] - s / V`` (see :func:`token_losses`), zero for padding; by the product
-    it is that times ``scale * (1 - (x / softcap)**2)``, times ``lift``. Meaningless where the label is ignored.
-    Without ``gradient`` the products are overwritten by anything.
+    With the logits ``x = softcap * tanh(scale * product / softcap)`` the gradient with respect to ``x`` is
+    ``p_v (1 + 2 z lse) - (1 - s) [v == y] - s / V`` (see :func:`token_losses`), zero for padding. With respect to the
+    product it is that times ``scale * (1 - (x / softcap)**2)``, times ``lift``. Rows whose label is ignored hold
+    meaningless values. Without ``gradient`` the products may be overwritten by arbitrary values.
     """
     x = logits if logits.dtype == torch.float64 else logits.float()
     slope: Tensor | None = None
@@ -316,7 +317,7 @@ def _tile(
     mean = x[:, :real].mean(dim=1, keepdim=True) if label_smoothing else picked
     top = x.amax(dim=1, keepdim=True)
     p = torch.softmax(x, dim=1, out=x)
-    lse = top - p.amax(dim=1, keepdim=True).log()  # the largest p is at least 1/V: its logarithm is exact
+    lse = top - p.amax(dim=1, keepdim=True).log()  # accurate: the largest p is at least 1/V
     loss = lse - (1 - label_smoothing) * picked - label_smoothing * mean
     if z_loss:
         loss += z_loss * lse.square()
@@ -347,10 +348,10 @@ def _tile_to_compile(
     z_loss: float,
     lift: float,
 ) -> Tensor:
-    """:func:`_tile` without any write but the last, so that a compiler fuses it: two reads, one write.
+    """:func:`_tile` without in-place writes except the last, so that a compiler can fuse it: two reads, one write.
 
-    Neither form serves both uses. Not compiled, this one is 4 to 11 times slower on a CPU, because it makes many tensors of
-    the logits' size; compiled, :func:`_tile` becomes 8 kernels and not 6 (docs/log.md).
+    Neither form suits both uses. Not compiled, this one is 4 to 11 times slower on a CPU, because it makes many tensors of
+    the logits' size; compiled, :func:`_tile` becomes 8 kernels instead of 6 (docs/log.md).
     """
     x = head_logits(logits if logits.dtype == torch.float64 else logits.float(), scale=scale, softcap=softcap)
     slope = scale if softcap is None else scale * (1 - (x / softcap).square())
@@ -387,7 +388,7 @@ def _compiled_tile() -> Callable[..., Tensor]:
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Linear head + cross-entropy, chunk by chunk, with the gradients of the sum made in the forward pass."""
+    """Linear head and cross-entropy, chunk by chunk; the gradients of the sum are computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -402,7 +403,7 @@ class _ChunkedHead(torch.autograd.Function):
         tile: functools.partial[Tensor],
         lift: float,
     ) -> Tensor:
-        # needs_input_grad does not know of no_grad; inside of here gradients are off in any case.
+        # needs_input_grad ignores no_grad, and gradients are always off inside this method: hence the keyword.
         need_hidden, need_weight, need_bias = (
             need and tile.keywords["gradient"] for need in ctx.needs_input_grad[:3]
         )
@@ -427,12 +428,12 @@ class _ChunkedHead(torch.autograd.Function):
                 y = labels[start : start + rows]
                 for part, part_labels in zip(logits.split(tile_rows), y.split(tile_rows)):
                     total += tile(part, part_labels)
-                # Ignored rows are taken out on the narrow side of the products, D wide and not V.
+                # Ignored rows are zeroed on the narrow side of the products, which is D wide instead of V.
                 ignored = (y == IGNORED_LABEL).unsqueeze(1)
                 if grad_hidden is not None:
                     grad_hidden[start : start + rows] = torch.mm(logits, w).masked_fill_(ignored, 0.0)
                 if need_weight:
-                    # Sums in float32 inside and is rounded once per chunk, as the plain head's product is.
+                    # Sums in float32 internally and rounds once per chunk, like the product of the plain head.
                     product = torch.mm(logits.t(), h.masked_fill(ignored, 0.0))
                     grad_weight = product.to(accumulate) if grad_weight is None else grad_weight.add_(product)
                 if need_bias:
@@ -450,7 +451,7 @@ class _ChunkedHead(torch.autograd.Function):
             raise RuntimeError("the chunked head's gradients are used up: backward runs once per forward")
         grads, ctx.grads = ctx.grads, None
         factor = grad_loss / ctx.lift
-        # In place, on buffers that nobody else holds; rounding comes after the scaling.
+        # In place, on buffers that nothing else refers to; rounding comes after the scaling.
         scaled = tuple(
             None if grad is None else grad.mul_(factor).to(dtype) for grad, dtype in zip(grads, ctx.dtypes)
         )

@@ -3,8 +3,8 @@
 It takes a batch by keyword (``input_ids`` (B, T), ``labels`` (B, T), optionally ``position_ids`` and the like) and
 returns the sum of the losses (float32) and the count of labels (int64), both 0-dim on the device.
 
-Labels are already shifted, and a transformers model never sees them: it would shift them again. No attention mask is
-passed, because transformers ignores packing by ``position_ids`` where there is one. Columns that pad the vocabulary
+Labels are already shifted, and are not passed to a transformers model, which would shift them again. No attention mask is
+passed, because with a mask transformers ignores packing by ``position_ids``. Columns that pad the vocabulary
 take no probability and get no gradient. The head runs inside its own module's call, so that the hooks of FSDP and
 ZeRO, which gather a weight only inside ``forward``, run.
 
@@ -41,7 +41,7 @@ from lmcore.model.loss import causal_lm_loss, count_labels, cross_entropy_sum, h
 from lmcore.plugins import import_path
 
 _BALANCE_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
-"""Names under which families keep the weight of their experts' balance loss: most; JetMoE; DBRX."""
+"""Names of the weight of the experts' balance loss: in most families, in JetMoE, in DBRX."""
 
 LossFunction = Callable[[Any, Mapping[str, Any]], tuple[Tensor, Tensor]]
 
@@ -51,7 +51,7 @@ _PASSED_THROUGH = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length
 
 @dataclass(frozen=True, kw_only=True)
 class HeadForm:
-    """How logits follow from the head's products: :func:`lmcore.model.loss.head_logits`."""
+    """How logits are computed from the head's products: :func:`lmcore.model.loss.head_logits`."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -60,23 +60,24 @@ class HeadForm:
 class ModelWithLoss(nn.Module):
     """Body, head and loss in one module, so that DDP, FSDP2 and ZeRO wrap one forward.
 
-    ``head_path`` says how the loss is made:
+    ``head_path`` says how the loss is computed:
 
-    - ``"chunked"``: a transformers model whose logits are a linear map of its last hidden state, scaled and
-      softcapped or not (found by :func:`probe_head`): :func:`causal_lm_loss`.
-    - ``"logits"``: any other transformers model, and the user's modules: full logits, cross-entropy.
+    - ``"chunked"``: by :func:`causal_lm_loss`, for a transformers model whose logits are a linear map of its last
+      hidden state, optionally scaled and softcapped (detected by :func:`probe_head`).
+    - ``"logits"``: cross-entropy of full logits, for any other transformers model and the user's modules.
     - ``"factory"``: ``loss_factory(outputs, batch) -> (sum, count)`` on whatever the model returns.
 
     Args:
-        model: from :func:`build`, or any module that takes the batch's keys (labels if it names them).
-        chunk: tokens per chunk of the head, 0 = plain, ``"auto"``.
-        label_smoothing, z_loss: in training mode only; evaluation is the plain cross-entropy.
+        model: from :func:`build_model`, or any module that takes the batch's keys (labels if it names them).
+        chunk: tokens per chunk of the head, 0 for the plain head, or ``"auto"``.
+        label_smoothing, z_loss: used in training mode only; evaluation uses the plain cross-entropy.
         loss_factory: a callable, or ``package.module:function``.
-        probe: a small model of the same kind, whose head is examined where ``model`` has no weights.
-        note: gets one line for each thing the user should know.
+        probe: a small model of the same kind, whose head is probed instead where ``model`` has no weights.
+        note: called with one line for each thing the user should know.
 
     Attributes:
-        without_loss: set it to compute with the model through this module, whose hooks put sharded weights together.
+        without_loss: if true, ``forward`` returns what the model itself returns; the hooks of this module still gather
+            sharded weights.
 
     Example::
 
@@ -125,7 +126,7 @@ class ModelWithLoss(nn.Module):
             self._takes_any = False
         self._checked: set[frozenset[str]] = set()
         self._counted = False
-        # A function, which copy.deepcopy leaves as it is: the object behind a bound method cannot be copied.
+        # A plain function, which copy.deepcopy does not copy; it would fail on the object of a bound method.
         self._note: Callable[[str], None] = lambda line: note(line)
         self.head_path = "logits" if self.loss_factory is None else "factory"
         self.head_form = HeadForm()
@@ -142,7 +143,7 @@ class ModelWithLoss(nn.Module):
                     f"{size(4 * columns * 1024)} for 1,024 tokens, and a step holds about three"
                 )
 
-    # What accelerate looks for on the model that it wraps.
+    # Attributes that accelerate expects of the model that it wraps.
 
     @property
     def body(self) -> Any:
@@ -169,15 +170,15 @@ class ModelWithLoss(nn.Module):
         return self.model.get_output_embeddings() if self._is_transformers else None  # type: ignore[operator]
 
     def tie_weights(self) -> None:
-        """Tie head and embedding again after a wrapper replaced one of them."""
+        """Tie head and embedding again after a wrapper has replaced one of them."""
         if hasattr(self.model, "tie_weights"):
             self.model.tie_weights()  # type: ignore[operator]
 
     def forward(self, **batch: Any) -> Any:
-        """(loss_sum float32, count int64), both 0-dim; while :attr:`without_loss` is true, what the model itself returns.
+        """Return (loss_sum float32, count int64), both 0-dim; or the model's own output if :attr:`without_loss` is true.
 
         Raises:
-            RequestError: a key that the model does not take, no labels, outputs that do not fit them.
+            RequestError: a key that the model does not take, no labels, or outputs that do not fit the labels.
         """
         if self.without_loss:
             return self.model(**batch)
@@ -211,7 +212,7 @@ class ModelWithLoss(nn.Module):
             return self._own_loss(outputs, batch, empty=empty)
         labels = batch["labels"]
         own_loss = None if self._is_transformers else _field(outputs, "loss")
-        if own_loss is not None:  # the user's model made its own mean
+        if own_loss is not None:  # the user's model computed its own mean loss
             count = count_labels(labels)
             return own_loss.float() * count, count
         logits = _field(outputs, "logits")
@@ -227,7 +228,7 @@ class ModelWithLoss(nn.Module):
         return loss_sum, count
 
     def _is_packed(self, batch: Mapping[str, Any]) -> bool:
-        """Whether documents must be kept apart by a mask: attention by sequence lengths needs none."""
+        """Whether documents must be separated by a mask. Attention by sequence lengths needs none."""
         by_lengths = "cu_seq_lens_q" in batch and str(self.config._attn_implementation).startswith(
             (ATTENTION, "flash_attention")
         )
@@ -245,7 +246,7 @@ class ModelWithLoss(nn.Module):
         loss_sum, count = made[0], torch.as_tensor(made[1], device=made[0].device)
         if empty:
             return torch.zeros_like(loss_sum), torch.zeros_like(count)
-        # A plan's tensors, of a class of their own, hold no numbers.
+        # The tensors of a memory plan are of their own class and hold no values.
         if not self._counted and isinstance(batch.get("labels"), Tensor) and type(count) is Tensor:
             self._counted = True
             if (given := float(count)) != (labels := int(count_labels(batch["labels"]))):
@@ -280,8 +281,8 @@ def _packing_known(packed: bool) -> Iterator[None]:
     """Tell transformers whether blocks are packed by ``position_ids``, instead of letting it find out.
 
     While a forward of :class:`ModelWithLoss` runs, this replaces ``masking_utils.find_packed_sequence_indices`` of
-    transformers. The original reads the values in every forward of every model, which makes the host wait for the
-    device: the queue of a GPU runs empty once a micro-batch (``find_packed_sequence_indices``, transformers 5.23).
+    transformers. The original reads the values of ``position_ids`` in every forward, so that the host waits for the
+    device and a GPU runs out of queued work once per micro-batch (transformers 5.23).
     """
     from transformers import masking_utils
 
@@ -301,10 +302,10 @@ def _packing_known(packed: bool) -> Iterator[None]:
 
 
 def _without_filled_up_rows(batch: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The rows of a batch that have a label, and whether there are none (then the batch stays as it is).
+    """Drop the rows of a batch that have no label. Returns the batch, and whether no row has one (then it is unchanged).
 
-    The last batches of an evaluation are filled up with rows whose labels are all ignored. A loss of the user's own
-    need not know that: what it does not see it cannot count.
+    The last batches of an evaluation are padded with rows whose labels are all ignored. They are removed here, so that
+    the user's loss does not have to handle them.
     """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or not labels.ndim or labels.is_floating_point():
@@ -330,10 +331,10 @@ def _forward_arguments(module: nn.Module) -> tuple[set[str], bool]:
 
 
 def _balance_weight(model: Any) -> float:
-    """What a family multiplies the balance loss of its experts by, where it computes one; 0 elsewhere.
+    """The weight of the balance loss of a model's experts, or 0 if it computes none.
 
     Raises:
-        RequestError: it does, and the weight is under no name that is known here.
+        RequestError: the model computes one, but its weight has none of the known names.
     """
     if not getattr(model.config, "output_router_logits", False):
         return 0.0
@@ -355,14 +356,16 @@ def _field(outputs: Any, name: str) -> Any:
 
 
 def _head_forward(head: nn.Linear, hidden: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
-    """``nn.Linear.forward`` that, given labels, goes on to the loss. Bound to it, so that its hooks run."""
+    """``nn.Linear.forward``, which also computes the loss if labels are given.
+
+    It is bound to the head, so that the head's hooks run."""
     if labels is None:
         return nn.functional.linear(hidden, head.weight, head.bias)
     return causal_lm_loss(hidden, head.weight, head.bias, labels, **options)
 
 
 class _ProbeOutput(dict[str, Any]):
-    """In place of whatever the body returns: field 0 and ``last_hidden_state`` are given, all others absent."""
+    """Stands in for the output of the body: has field 0 and ``last_hidden_state``; all other fields are ``None``."""
 
     def __getattr__(self, name: str) -> Any:
         return self.get(name)
@@ -372,11 +375,12 @@ class _ProbeOutput(dict[str, Any]):
 
 
 def probe_head(model: nn.Module) -> HeadForm | str:
-    """The form of the head if the logits are ``head_logits(head(body(...)[0]))``, else the reason why not.
+    """The form of the head if the logits are ``head_logits(head(body(...)[0]))``, else the reason why they are not.
 
-    A numeric probe, not a list of families: the body's forward is replaced by random hidden states of three sizes,
-    so that a softcap, a scale, a norm after the body or any other step shows in the logits. Small states give the
-    scale, huge ones the cap; both must be numbers of the model's config, and all logits must agree.
+    This is a numeric probe, not a list of families. The body's forward is replaced by one that returns random hidden
+    states of three magnitudes, so that a softcap, a scale, a norm after the body or any other step shows in the logits.
+    Small states give the scale and huge ones the cap; each is rounded to a number of the model's config if one is close
+    enough, and all logits must then agree.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     body: Any = model.base_model
@@ -398,7 +402,7 @@ def probe_head(model: nn.Module) -> HeadForm | str:
         return model(input_ids=ids).logits, nn.functional.linear(hidden, head.weight, head.bias)
 
     try:
-        # A head of zeros, and an empty one, are given numbers, without which nothing would show.
+        # A head without weights, or of zeros, gets random ones: with zeros the probe would see nothing.
         with torch.no_grad(), random_weights(outside, zeros=True):
             states = states.to(head.weight)
             pairs = [logits_of(factor * states) for factor in (1e-2, 50.0, 1e6)]
@@ -407,7 +411,7 @@ def probe_head(model: nn.Module) -> HeadForm | str:
     finally:
         body.__dict__.pop("forward", None)
     other = f"{name} does more than a linear map, a scale and a softcap between its last hidden state and its logits"
-    # On meta: weights of the body
+    # Logits on the meta device: they depend on weights of the body
     if any(got.is_meta or got.shape != product.shape for got, product in pairs):
         return other
     small, huge = pairs[0], pairs[2]
@@ -427,7 +431,7 @@ def probe_head(model: nn.Module) -> HeadForm | str:
 
 
 def _nearest_number(measured: float, numbers: list[float]) -> float:
-    """The number, or one over it, that was measured to within rounding; else the measured one."""
+    """The number, or reciprocal of a number, that equals ``measured`` up to rounding; else ``measured`` itself."""
     known = [*numbers, *(1 / number for number in numbers)]
     nearest = min(known, key=lambda number: abs(number - measured), default=measured)
     return nearest if abs(nearest - measured) <= 1e-3 * abs(measured) else measured
@@ -437,32 +441,32 @@ def _nearest_number(measured: float, numbers: list[float]) -> float:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks: those that the family names, else the longest ``ModuleList`` of one class."""
+    """The repeated decoder layers: those that the family names, else the longest ``ModuleList`` of one class."""
     model = model.model if isinstance(model, ModelWithLoss) else model
     return repeated_blocks(model)
 
 
 COMPILED_SHAPES = 64
-"""Graphs that one layer's code may have: 10 sizes of micro-batch of 3 kinds of layers, for training and evaluation."""
+"""Graphs allowed for one layer's code: 10 micro-batch sizes x 3 kinds of layers x training and evaluation, rounded up."""
 
 
 def compile_regions(model: nn.Module, mode: str | None = None, **options: Any) -> int:
-    """Compile each decoder layer's forward, and the loss of a :class:`ModelWithLoss`; the number of layers.
+    """Compile each decoder layer's forward, and the loss of a :class:`ModelWithLoss`. Returns the number of layers.
 
-    Per layer, not the whole model: one graph serves all layers of a kind (a shorter cold start), the layers
+    Layers are compiled one by one: one graph serves all layers of a kind (a shorter cold start), the layers
     get no materialized attention mask (transformers #48925), and the hooks of FSDP2 and DDP stay outside of
-    the graphs. Call before :func:`enable_activation_checkpointing`.
+    the graphs. Call this before :func:`enable_activation_checkpointing`.
     """
     if isinstance(model, ModelWithLoss):
         model.compile_head = True
-    # It cuts graphs at the borders of DDP's buckets, to overlap their reduction with the rest of one large graph. Graphs
-    # of single layers overlap anyway, and would be cut into two or three.
+    # optimize_ddp splits graphs at the boundaries of DDP's buckets, to overlap their reduction with the rest of one large
+    # graph. Graphs of single layers overlap anyway, and would be split into two or three.
     torch._dynamo.config.optimize_ddp = False
-    # Beyond this many graphs of one function dynamo runs new shapes uncompiled for the rest of the process. Its default of 8 is
-    # soon used up: training and evaluation, times the kinds of layers, times the micro-batch sizes of a batch that grows.
+    # Beyond this many graphs of one function dynamo runs new shapes uncompiled for the rest of the process. Its default of 8
+    # is soon reached: training and evaluation, times the kinds of layers, times the micro-batch sizes of a growing batch.
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     if mode == "max-autotune":
-        # With CUDA graphs a gradient is kept where the next micro-batch writes its own (pytorch issues 96693, 169545).
+        # With CUDA graphs the next micro-batch overwrites the memory of a kept gradient (pytorch issues 96693, 169545).
         mode = "max-autotune-no-cudagraphs"
     layers = decoder_layers(model)
     for layer in layers:
@@ -472,11 +476,12 @@ def compile_regions(model: nn.Module, mode: str | None = None, **options: Any) -
 
 
 def narrow_residual_stream(model: nn.Module) -> int:
-    """Cast what the embeddings give to autocast's type, where autocast is on; the number of embeddings.
+    """Cast the outputs of the embeddings to autocast's dtype while autocast is on. Returns the number of embeddings.
 
-    Weights and their gradients stay as they are. Autocast leaves embeddings in fp32, and so the sum to which every layer
-    adds; with this, sums, norms and what backward keeps of them are half as large, as under strategies that compute in a
-    16-bit copy of the weights. A family that adds in fp32 (Mixtral's routed experts) widens the sum again in its first layer.
+    Weights and their gradients keep their dtype. Autocast leaves embeddings in fp32, and with them the residual stream. With
+    this cast the residual stream, norms and the activations saved for backward are half as large, as under strategies that
+    compute in a 16-bit copy of the weights. A family that adds in fp32 (Mixtral's routed experts) widens the residual stream
+    again in its first layer.
     """
     inner = model.model if isinstance(model, ModelWithLoss) else model
     of_layers = {module for layer in decoder_layers(inner) for module in layer.modules()}
@@ -488,15 +493,15 @@ def narrow_residual_stream(model: nn.Module) -> int:
 
 def _in_type_of_autocast(_module: nn.Module, _inputs: Any, output: Any) -> Any:
     if not isinstance(output, Tensor):
-        return output  # ProphetNet's positions come with their numbers
+        return output  # ProphetNet's position embedding returns a tuple
     device = output.device.type
     return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
 
 
 def enable_activation_checkpointing(model: nn.Module, *, every: int = 1) -> int:
-    """Recompute every ``every``-th decoder layer in backward, the first among them; their number.
+    """Recompute every ``every``-th decoder layer in backward, starting with the first. Returns how many are recomputed.
 
-    Non-reentrant, and the random state is kept, so that the recomputation drops the same units.
+    Checkpointing is non-reentrant and preserves the random state, so that the recomputation uses the same dropout masks.
 
     Raises:
         RequestError: the model has no repeated layers.
@@ -533,7 +538,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
 
 def multiplied_parameters(model: nn.Module) -> int:
-    """Parameters that multiply: all but the embeddings that are only looked up."""
+    """Number of parameters used in multiplications: all but embeddings that are only looked up."""
     counts = parameter_counts(model)
     inner: Any = model.model if isinstance(model, ModelWithLoss) else model
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
@@ -554,7 +559,7 @@ def head_parameters(model: nn.Module) -> set[str]:
 
 
 def vocabulary_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters whose first dimension is the vocabulary: token embedding, head, its bias."""
+    """Names of the parameters whose first dimension is the vocabulary: the token embedding, the head and its bias."""
     if not hasattr(model, "get_output_embeddings"):
         return set()
     parts = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
@@ -563,12 +568,14 @@ def vocabulary_parameters(model: nn.Module) -> set[str]:
 
 
 def export_state(tensors: Iterable[tuple[str, Tensor]], exported: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Cut the padding of the vocabulary from named tensors.
+    """Remove the padding of the vocabulary from named tensors.
 
-    Not only embedding and head have it: DeepSeek V4 routes by a buffer of a row for each token, Moshi embeds one more.
+    Tensors other than embedding and head can have it: DeepSeek V4 routes by a buffer with one row per token, Moshi's
+    embedding has one more row.
 
     Args:
-        exported: a model of :func:`export_config`, whose parameters may be empty: what is larger is cut to its shapes.
+        exported: a model built from :func:`export_config`, whose parameters may be empty; larger tensors are cut to its
+            shapes.
     """
     sizes = {name: own.shape for name, own in exported.named_parameters(remove_duplicate=False)}
     sizes |= {name: own.shape for name, own in exported.named_buffers()}
@@ -578,7 +585,7 @@ def export_state(tensors: Iterable[tuple[str, Tensor]], exported: nn.Module) -> 
 
 
 def export_config(model: nn.Module) -> Any:
-    """The transformers config to save beside the exported weights: the real vocabulary, the cache on where it can be."""
+    """The transformers config to save with exported weights: the real vocabulary size, and the cache on where possible."""
     config: Any = copy.deepcopy(model.config)
     real = getattr(model, "real_vocab_size", None)
     if real is not None:
@@ -591,8 +598,9 @@ def export_config(model: nn.Module) -> Any:
 
 
 def _cache_has_length(config: Any) -> bool:
-    """Whether the cache of transformers counts the tokens in it, as most families ask it to wherever they compute with one:
-    not where no layer attends to tokens (linear attention, convolutions)."""
+    """Whether the cache of transformers can count its tokens, which most families require whenever they use one.
+
+    It cannot if no layer attends to tokens (linear attention, convolutions)."""
     from transformers import DynamicCache
 
     try:

@@ -1,12 +1,12 @@
-"""Optimizers: named parameters in, a torch optimizer out.
+"""Optimizers: build a torch optimizer from named parameters.
 
 Every trained parameter is in exactly one group, and each group carries the ``names`` of its parameters in the
-order of its ``params``, so that state is addressed by parameter name. Learning rates of a run are functions of
-the step (:mod:`lmcore.model.schedules`); each group multiplies them by its own ``lr_multiplier``.
+order of its ``params``, so that state is addressed by parameter name. The learning rate is a function of
+the step (:mod:`lmcore.model.schedules`); each group multiplies it by its own ``lr_multiplier``.
 
-Weight decay follows the GPT-2 replications (nanoGPT's ``configure_optimizers``, llm.c): parameters with two or
-more dimensions decay, embeddings among them; biases and norms do not, whatever their shape (GPT-OSS keeps the biases of all
-experts as one matrix, Cohere the norms of all heads), and the decay rates of state-space layers (Mamba) do not.
+Weight decay follows the GPT-2 replications (nanoGPT's ``configure_optimizers``, llm.c): it applies to parameters with two
+or more dimensions, including embeddings. It does not apply to biases and norms, whatever their shape (GPT-OSS keeps the
+biases of all experts as one matrix, Cohere the norms of all heads), nor to the decay rates of state-space layers (Mamba).
 
 Example::
 
@@ -39,20 +39,20 @@ of tokens and positions (a head that is tied to them included); the vocabulary h
 rates of state-space layers."""
 
 _STATE_SPACE = frozenset(("A_log", "dt_bias"))
-"""Logarithms of the rates at which the state of a channel decays: (channels, states) in Mamba, whose authors keep weight
-decay from them. As a matrix such numbers mean nothing."""
+"""Logarithms of the rates at which the state of a channel decays: (channels, states) in Mamba, whose authors exclude them
+from weight decay. They are not a matrix that multiplies activations."""
 _BIAS_OR_NORM = re.compile(r"(?:bias|norm(?:_?\d+)?)$")
-"""The end of the name of a parameter, or of the module whose weight it is (a table of relative positions is a bias too)."""
+"""The end of the name of a bias or norm, or of the module that owns it (a table of relative positions is also a bias)."""
 
 MUON_STEPS = 5
 """Newton-Schulz iterations of an update, as in torch.optim.Muon."""
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration (Jordan et al. 2024): the steepest at zero that still ends between 0.7 and 1.2."""
+"""Of the quintic iteration (Jordan et al. 2024): the steepest at zero whose results still lie between 0.7 and 1.2."""
 MUON_BATCH_ELEMENTS = 2**26
 """Elements of the matrices of one shape that are orthogonalized at once: 128 MiB in bfloat16, three buffers."""
 MUON_CPU_BATCH_ELEMENTS = 2**20
-"""The same on a CPU, whose cache is the limit. An update of all matrices, one thread, torch.optim.Muon against this: 6.6
-and 1.8 ms (4 layers of width 64), 51 and 46 ms (8 of 192), 190 and 204 ms (8 of 320)."""
+"""The same on a CPU, where the cache is the limit. Time of one update of all matrices on one thread, torch.optim.Muon and
+this: 6.6 and 1.8 ms (4 layers of width 64), 51 and 46 ms (8 of 192), 190 and 204 ms (8 of 320)."""
 
 
 # ------------------------------------------------------------------------------------------------- parameters
@@ -64,15 +64,15 @@ def choose_trained(
     train_only: Sequence[str] = (),
     freeze: Sequence[str] = (),
 ) -> list[str]:
-    """Freeze by name; return the names that are trained.
+    """Freeze parameters by name. Returns the names of those that are trained.
 
     A pattern is a shell pattern over the whole name (``*.ln_?.*``), or the name of a module, which means all of
-    its parameters (``transformer.h.0``). Trained is what ``train_only`` matches (default: everything) and
-    ``freeze`` does not. Call it before the model is wrapped for distributed training. A parameter that is
-    frozen already stays frozen.
+    its parameters (``transformer.h.0``). A parameter is trained if ``train_only`` matches it (default: everything)
+    and ``freeze`` does not. A parameter that is already frozen stays frozen. Call this before the model is wrapped
+    for distributed training.
 
     Raises:
-        RequestError: a pattern matches nothing (with the nearest name), or nothing is left to train.
+        RequestError: a pattern matches nothing (the message gives the nearest name), or nothing is left to train.
     """
     named = list(named_parameters)
     for option, patterns in (("optim.train_only", train_only), ("optim.freeze", freeze)):
@@ -113,14 +113,14 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups ``{"params", "names", "weight_decay", "decays", "hidden", "lr_multiplier"}`` of the trained parameters.
 
-    ``hidden`` marks the two-dimensional matrices inside the network, which Muon takes. Embeddings and heads are
+    ``hidden`` marks the two-dimensional matrices inside the network, which Muon updates; embeddings and heads are
     not among them. Kinds with equal settings share a group; empty groups are left out.
 
     Args:
         vocabulary: names of the embedding and the head, as :func:`lmcore.model.module.vocabulary_parameters`
-            gives them; other embeddings (positions) are recognized by the usual endings of their names.
-        head: names of a head that is not tied to the embedding.
-        lr_multipliers: by kind (:data:`KINDS`); 1 for a kind that is not named.
+            returns them; other embeddings (positions) are recognized by the usual names.
+        head: names of the parameters of a head that is not tied to the embedding.
+        lr_multipliers: by kind (:data:`KINDS`); 1 for kinds that are not given.
     """
     named = list(named_parameters)
     trained = set(choose_trained(named, train_only=train_only, freeze=freeze))
@@ -152,7 +152,7 @@ def parameter_groups(
 def parameter_kind(
     name: str, parameter: nn.Parameter, *, vocabulary: Collection[str] = (), head: Collection[str] = ()
 ) -> str:
-    """Which of :data:`KINDS` a parameter is."""
+    """The kind of a parameter, one of :data:`KINDS`."""
     module = name.rsplit(".", 2)[-2] if "." in name else name
     leaf = name.rpartition(".")[2]
     if parameter.ndim < 2 or leaf in _STATE_SPACE:
@@ -183,24 +183,24 @@ def build_optimizer(
     cautious_weight_decay: bool = False,
     **config: Any,
 ) -> torch.optim.Optimizer:
-    """Make the optimizer ``name``: one of ``OPTIMIZERS`` (any case), or an import path ``package.module:Class``.
+    """Build the optimizer ``name``: one of ``OPTIMIZERS`` (case-insensitive), or an import path ``package.module:Class``.
 
     Args:
         groups: from :func:`parameter_groups`; their ``weight_decay`` and ``lr_multiplier`` are used.
         lr: peak rate; :func:`set_learning_rate` sets the rate of each step.
-        betas, eps: of adamw and adam (and of the AdamW half of muon).
-        momentum: of sgd and muon.
-        fused: one kernel for all parameters; default: wherever torch has one (adamw, adam, sgd). Such a kernel
-            also takes the device-side gate ``optimizer.found_inf`` (see torch.amp), which skips an update
-            without asking the host.
-        cautious_weight_decay: of muon's matrices, see :class:`MuonWithAdamW`.
+        betas, eps: for adamw and adam (and the AdamW half of muon).
+        momentum: for sgd and muon.
+        fused: use one kernel for all parameters; default: wherever torch has one (adamw, adam, sgd). Such a kernel
+            also accepts ``optimizer.found_inf`` (see torch.amp), a flag on the device that skips an update
+            without waiting for the host.
+        cautious_weight_decay: for muon's matrices, see :class:`MuonWithAdamW`.
         config: further arguments of the optimizer's class (``amsgrad``, ``beta2_decay``, ...).
 
-    A class by import path is called with ``groups``, ``lr``, those of the others that it names, and, if it takes any
-    argument (``**kwargs``), those that are not the default.
+    A class given by import path is called with ``groups``, ``lr``, those other arguments that its signature names, and, if
+    it has ``**kwargs``, those whose value is not the default.
 
     Raises:
-        RequestError: no such optimizer, or it has no such argument.
+        RequestError: no such optimizer, or it does not accept an argument or its value.
     """
     adam: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "fused": fused is None or fused} | config
     sgd: dict[str, Any] = {"lr": lr, "momentum": momentum, "fused": fused is None or fused} | config
@@ -225,11 +225,8 @@ def build_optimizer(
         raise RequestError(f"optim.cautious_weight_decay is for optim.name muon, not for {name}")
     try:
         optimizer = make()
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # no such argument, out of its range, or not with fused
+    # The class has no such argument, its value is out of range, or it does not go with fused.
+    except (TypeError, ValueError, RuntimeError) as error:
         raise RequestError(f"optim.name {name}, optim.config: {message_of(error)}") from error
     set_learning_rate(optimizer, lr)
     return optimizer
@@ -253,7 +250,7 @@ def _by_path(
 
 
 def _arguments(path: str) -> tuple[Collection[str], bool]:
-    """The names of the arguments of the class at an import path, and whether it takes any other."""
+    """The names of the arguments of the class at an import path, and whether it has ``**kwargs``."""
     try:
         parameters = inspect.signature(import_path(path, "optim.name")).parameters
     except ValueError:  # written in C
@@ -262,13 +259,13 @@ def _arguments(path: str) -> tuple[Collection[str], bool]:
 
 
 def takes_option(path: str, option: str) -> bool:
-    """Whether a value of ``option`` that is not the default reaches the class at an import path."""
+    """Whether a non-default value of ``option`` is passed to the class at an import path."""
     named, takes_any = _arguments(path)
     return takes_any or option in named
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Give every group the rate ``lr`` times its ``lr_multiplier``, in place where it keeps it as a tensor."""
+    """Set the rate of every group to ``lr`` times its ``lr_multiplier``, in place if the group keeps it as a tensor."""
     for group in optimizer.param_groups:
         rate = lr * group.get("lr_multiplier", 1.0)
         if isinstance(group["lr"], Tensor):
@@ -294,16 +291,16 @@ def set_weight_decay(optimizer: Any, weight_decay: float) -> None:
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for the ``hidden`` groups and torch's AdamW for the others, as one optimizer.
 
-    Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one: all directions are
-    learned at one speed. The update has the root mean square of an AdamW update (0.2; Liu et al. 2025, arXiv
+    Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal matrix, so that all directions
+    are learned at the same speed. The update has the root mean square of an AdamW update (0.2; Liu et al. 2025, arXiv
     2502.16982), so that one learning rate serves both halves. It is the update of ``torch.optim.Muon`` with
     ``adjust_lr_fn="match_rms_adamw"``; matrices of one shape are orthogonalized together, in one batch.
 
     Args:
         groups: from :func:`parameter_groups`.
-        momentum: Nesterov's, of the matrices.
-        cautious_weight_decay: only those weights of the matrices decay that the update makes smaller as well
-            (Chen et al. 2025, arXiv 2510.12402).
+        momentum: Nesterov momentum of the matrices.
+        cautious_weight_decay: apply weight decay only to those weights of the matrices that the update also makes
+            smaller (Chen et al. 2025, arXiv 2510.12402).
     """
 
     def __init__(
@@ -326,7 +323,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        # The same dictionaries and the same mapping: code that saves, loads or shards this optimizer sees one.
+        # Share the group dictionaries and the state, so that code that saves, loads or shards sees one optimizer.
         if self._adamw is not None:
             self._adamw.param_groups = [group for group in self.param_groups if not group["hidden"]]
             self._adamw.state = self.state
@@ -374,7 +371,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def _by_shape(matrices: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of matrices of one shape (transposed ones included), at most ``MUON_BATCH_ELEMENTS`` together."""
+    """Indices in batches of equal shape (or its transpose), each of at most ``MUON_BATCH_ELEMENTS`` elements.
+
+    On a CPU the limit is ``MUON_CPU_BATCH_ELEMENTS``."""
     most = MUON_CPU_BATCH_ELEMENTS if matrices[0].device.type == "cpu" else MUON_BATCH_ELEMENTS
     batches: list[list[int]] = []
     current: dict[tuple[int, ...], list[int]] = {}
@@ -389,7 +388,7 @@ def _by_shape(matrices: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _orthogonalized(matrices: list[Any]) -> list[Any]:
-    """:func:`orthogonalize` of matrices of one shape, (a, b) or (b, a) with a <= b; sharded ones are gathered."""
+    """Apply :func:`orthogonalize` to matrices of one shape, (a, b) or (b, a) with a <= b; sharded ones are gathered."""
     whole = [m.full_tensor() if hasattr(m, "full_tensor") else m for m in matrices]
     wide = [m if m.shape[0] <= m.shape[1] else m.mT for m in whole]
     batch = wide[0].new_empty(len(wide), *wide[0].shape, dtype=torch.bfloat16)
@@ -398,7 +397,7 @@ def _orthogonalized(matrices: list[Any]) -> list[Any]:
     results: list[Any] = []
     for one, full, update in zip(matrices, whole, made.unbind()):
         update = update if full.shape[0] <= full.shape[1] else update.mT
-        if one is not full:  # a DTensor: this rank's shard again, which takes no communication
+        if one is not full:  # a DTensor: cut this rank's shard out again, without communication
             from torch.distributed.tensor import distribute_tensor
 
             update = distribute_tensor(

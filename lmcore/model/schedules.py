@@ -25,11 +25,12 @@ def learning_rate(
 ) -> float:
     """The learning rate of update ``step``, counted from 0.
 
-    Where the global batch changes in the run, all lengths are in blocks instead of steps, ``step`` is the blocks before
-    the update, and ``step_length`` those of the update itself; ``unit`` is for the message.
+    If the global batch changes during the run, all lengths are in blocks instead of steps: ``step`` is the number of
+    blocks before the update, and ``step_length`` the number of blocks of the update itself. ``unit`` is used in error
+    messages.
 
-    The warm-up is linear, ``peak * (step + step_length) / warmup_steps``: the first update is not wasted, the last one
-    of the warm-up is at the peak. Then, with ``t`` from 0 to 1 over the rest of the run and the floor
+    The warm-up is linear, ``peak * (step + step_length) / warmup_steps``: the rate of the first update is not zero, and
+    the last update of the warm-up is at the peak. Then, with ``t`` from 0 to 1 over the rest of the run and the floor
     ``f = min_ratio * peak``:
 
     - ``constant``: peak
@@ -39,7 +40,7 @@ def learning_rate(
     - ``wsd``: peak, then linear to the floor over the last ``decay_steps`` (Hu et al. 2024, arXiv 2404.06395)
     - ``inverse_sqrt``: ``max(f, peak * sqrt(max(warmup_steps, step_length) / (step + step_length)))`` (Vaswani et al. 2017)
 
-    After the last step the rate stays where it ended.
+    After the last step the rate keeps its last value; ``inverse_sqrt`` goes on falling to its floor.
 
     Example::
 
@@ -68,7 +69,7 @@ def learning_rate(
 
 
 MUON_MOMENTUM_START = 0.85
-"""Of muon's warm-up of the momentum (modded-nanogpt; 0.013 of loss at 124M parameters there)."""
+"""Where the warm-up of muon's momentum starts (from modded-nanogpt, where the warm-up gave 0.013 of loss at 124M)."""
 
 
 def momentum(step: int, *, start: float, end: float, warmup_steps: int) -> float:
@@ -81,10 +82,10 @@ def momentum(step: int, *, start: float, end: float, warmup_steps: int) -> float
 def on_curve(
     place: float, places: Sequence[float], values: Sequence[float], *, shape: str = "linear"
 ) -> float:
-    """The value at ``place`` of a curve through the points (``places[i]``, ``values[i]``), which rise.
+    """The value at ``place`` of a curve through the points (``places[i]``, ``values[i]``); ``places`` is ascending.
 
-    Between two points in a straight line, or, with ``shape="cosine"``, along half a cosine wave; outside of them the
-    value of the nearest.
+    Between two points it interpolates linearly or, with ``shape="cosine"``, along half a cosine wave. Outside of all
+    points it is the value of the nearest one.
 
     Example::
 
@@ -103,7 +104,7 @@ def on_curve(
 def check_schedule(
     schedule: str, *, warmup_steps: int, total_steps: int, decay_steps: int = 0, unit: str = "steps"
 ) -> None:
-    """Raise RequestError if there is no such schedule, or its parts are longer than the run, in ``unit``."""
+    """Raise ``RequestError`` if the schedule is unknown, or its warm-up and decay are longer than the run."""
     if schedule not in SCHEDULES:
         hint = did_you_mean(schedule, SCHEDULES)
         raise RequestError(f"unknown optim.schedule {schedule!r}; choose from {', '.join(SCHEDULES)}{hint}")

@@ -1,8 +1,8 @@
-"""How a model mixes tokens, found by trying: whether attention by sequence lengths is all there is.
+"""How a model mixes tokens, found by running it: whether plain causal attention is the only place.
 
-Keeping documents apart by sequence lengths, and computing parts of a block on several ranks, is right only for a model whose
-tokens meet in plain causal attention and nowhere else. No list of families says so: the model runs over four tokens with an
-attention in which each token sees only itself; then no token may depend on another one.
+Separating documents by sequence lengths, and computing parts of a block on several ranks, is correct only for a model whose
+tokens interact in plain causal attention and nowhere else. This is tested, not taken from a list of families: the model runs
+over four tokens with an attention in which each token sees only itself; then no token may depend on another one.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _TOKENS = 4
 
 
 def why_no_sequence_lengths(model: nn.Module, block_size: int) -> str | None:
-    """Why documents of this model must be kept apart by a mask; ``None`` if sequence lengths do it.
+    """Why documents must be separated by a mask for this model; ``None`` if sequence lengths are enough.
 
     Args:
-        model: before it is wrapped, in a :class:`~lmcore.model.module.ModelWithLoss` or not; empty weights are taken
-            as random.
+        model: not yet wrapped, inside a :class:`~lmcore.model.module.ModelWithLoss` or not; empty weights are replaced
+            by random ones.
     """
     model = _user_model(model)
     if (reason := _no_own_attention(model)) is not None:
         return reason
-    # To mypy an attribute of a torch module is a tensor or a module.
+    # mypy takes every attribute of a torch module for a tensor or a module.
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     for name in ("sliding_window", "attention_chunk_size"):
         window = getattr(config, name, None)
-        if isinstance(window, int) and 0 < window <= block_size:  # 0: Qwen2 MoE has none
+        if isinstance(window, int) and 0 < window <= block_size:  # 0 in Qwen2 MoE means no window
             return f"its attention has a window of {window} ({name}), no longer than a block ({block_size})"
     seen, _ = _run(model)
     if isinstance(seen, str):
@@ -52,7 +52,7 @@ def why_no_sequence_lengths(model: nn.Module, block_size: int) -> str | None:
 
 
 def why_no_context_parallel(model: nn.Module, block_size: int) -> str | None:
-    """Why blocks of this model cannot be shared by several ranks; ``None`` if they can."""
+    """Why blocks of this model cannot be split over several ranks; ``None`` if they can."""
     model = _user_model(model)
     if (reason := why_no_sequence_lengths(model, block_size)) is not None:
         return reason
@@ -65,10 +65,10 @@ def why_no_context_parallel(model: nn.Module, block_size: int) -> str | None:
 
 
 def why_no_language_model(model: nn.Module) -> str | None:
-    """Why a model of transformers cannot be trained to predict the next token; ``None`` if it can, or cannot be tried.
+    """Why a transformers model cannot be trained to predict the next token; ``None`` if it can, or if it cannot be tested.
 
-    It does not compute with token ids alone, which is all that it gets in training, or a token depends on a later one, and so
-    on its own label. Tried on eight tokens in evaluation mode; kernels of a GPU are not tried on a CPU.
+    Either it does not run with token ids alone, which are its only input in training, or a token depends on a later one, and
+    so on its own label. Tested on eight tokens in evaluation mode; GPU kernels are not tested on a CPU.
     """
     model = _user_model(model)
     config: Any = getattr(model, "config", None)
@@ -85,7 +85,7 @@ def why_no_language_model(model: nn.Module) -> str | None:
 
 
 def _counts_otherwise(model: Any) -> bool:
-    """Whether positions 0, 1, 2, ... that are given mean something else than none: RoBERTa begins after the padding token."""
+    """Whether passing positions 0, 1, 2, ... differs from passing none: RoBERTa counts from after the padding token."""
     positions = torch.arange(2 * _TOKENS)[None].expand(len(_OTHER_IDS), -1)
     own = _tried(model, lambda: model.base_model(input_ids=_OTHER_IDS)[0])
     given = _tried(model, lambda: model.base_model(input_ids=_OTHER_IDS, position_ids=positions)[0])
@@ -93,7 +93,7 @@ def _counts_otherwise(model: Any) -> bool:
 
 
 def _error_with_token_ids_alone(model: Any) -> str | None:
-    """What a model that could not be tried says to no more tokens than its context and its vocabulary have."""
+    """The error of a model that could not be tested, given at most as many tokens as its context and vocabulary allow."""
     training = model.training
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(min(8, context_length(model) or 8, vocabulary))[None]
@@ -101,7 +101,7 @@ def _error_with_token_ids_alone(model: Any) -> str | None:
         with torch.no_grad():
             model.eval()
             model.base_model(input_ids=ids)
-    except Exception as error:  # any family may want any other arguments
+    except Exception as error:  # a family may require other arguments, and raise any error
         kind, name = error.__class__.__name__, model.__class__.__name__
         return f"{name} does not compute with token ids alone: {kind}: {message_of(error)}"
     finally:
@@ -110,14 +110,15 @@ def _error_with_token_ids_alone(model: Any) -> str | None:
 
 
 def how_documents_meet(model: nn.Module, *, sequence_lengths: bool) -> str | None:
-    """How a token depends on another document of its block although documents are to be kept apart; ``None`` if it does not.
+    """How a token depends on another document of its block although documents are separated; ``None`` if it does not.
 
-    ``"everywhere"``: as it would without. ``"elsewhere"``: outside of what keeps them apart, in a state or a convolution,
-    say. ``"by position"``: positions that are given mean something else than those that the model counts itself.
-    ``None`` also where it cannot be tried, on two documents of four tokens.
+    ``"everywhere"``: the separation has no effect. ``"elsewhere"``: outside of what is separated, for example in a state or a
+    convolution. ``"by position"``: given positions mean something else than those that the model counts itself.
+    Tested on two documents of four tokens; ``None`` also if the model cannot be tested.
 
     Args:
-        sequence_lengths: documents are kept apart by these, and else by a mask that the model makes of ``position_ids``.
+        sequence_lengths: documents are separated by sequence lengths; otherwise by a mask that the model derives from
+            ``position_ids``.
     """
     from lmcore.model.module import _packing_known
 
@@ -151,26 +152,28 @@ def how_documents_meet(model: nn.Module, *, sequence_lengths: bool) -> str | Non
 
 
 _OTHER_IDS = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [5, 2, 3, 6, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6, 7, 3]])
-"""Two documents of four tokens: as they are, with another first document, with another last token."""
+"""Rows of two documents of four tokens: the original, one with another first document, one with another last token."""
 
 
 def _tried(model: Any, run: Callable[[], Tensor]) -> Tensor | None:
-    """The hidden states that ``run`` computes in evaluation mode, empty weights and zeros taken as random; ``None``: it cannot."""
+    """The hidden states that ``run`` computes in evaluation mode, or ``None`` if it fails.
+
+    Parameters that are empty or all zero are replaced by random ones."""
     training = model.training
     try:
         with torch.no_grad(), random_weights(list(model.base_model.modules()), zeros=True):
             model.eval()
             return run()
     except Exception:
-        # Any family may take any arguments, and raise anything. One that does not take token ids alone is refused with its
-        # error by why_no_language_model; what else it does not take, its first step refuses.
+        # A family may require any arguments and raise any error. If token ids alone are not enough, why_no_language_model
+        # refuses the model with its error; anything else that it does not accept fails at the first step.
         return None
     finally:
         model.train(training)
 
 
 def _differs(one: Tensor, other: Tensor) -> bool:
-    # Equal tokens before equal tokens: nothing but the order of sums, in routed experts, may differ.
+    # For equal inputs only the order of sums, in routed experts, may differ.
     return bool((one - other).abs().max() > 1e-5 * one.abs().max())
 
 
@@ -181,7 +184,7 @@ def attention_dropout(model: nn.Module) -> float:
 
 
 def _user_model(module: nn.Module) -> Any:
-    """The model inside of a module with a loss."""
+    """The model inside a module with a loss, or the module itself."""
     return getattr(module, "model", module) if hasattr(module, "head_path") else module
 
 
@@ -198,7 +201,9 @@ def _no_own_attention(model: Any) -> str | None:
 
 
 def _run(model: Any) -> tuple[list[dict[str, Any]] | str, str | None]:
-    """What each attention call of a forward gets, and whether tokens meet anywhere else. A string: it cannot run."""
+    """The arguments of each attention call of a forward, and where else tokens interact (``None``: nowhere).
+
+    The first is a string, the reason, if the model cannot run."""
     from transformers import AttentionInterface
 
     seen: list[dict[str, Any]] = []
@@ -231,12 +236,12 @@ def _run(model: Any) -> tuple[list[dict[str, Any]] | str, str | None]:
         with torch.no_grad(), random_weights(list(body.modules()), zeros=True), _packing_known(False):
             model.eval()
             plain, first, last = hidden([1, 2, 3, 4]), hidden([5, 2, 3, 4]), hidden([1, 2, 3, 5])
-    except Exception as error:  # any family may do anything with four tokens, and take any arguments
+    except Exception as error:  # a family may require other arguments, and raise any error
         return f"{model.__class__.__name__} could not be tried ({error.__class__.__name__})", None
     finally:
         model.train(training)
         AttentionInterface.register(ATTENTION, attention)
-    # Rounding may depend on the shape of a product, never on the other rows by more than that.
+    # Other rows may change a result by rounding at most.
     close = torch.allclose(plain[1:], first[1:], rtol=1e-3, atol=1e-5)
     if not (close and torch.allclose(plain[:-1], last[:-1], rtol=1e-3, atol=1e-5)):
         return (

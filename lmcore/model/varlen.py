@@ -1,8 +1,8 @@
-"""Causal attention over sequences of different lengths that lie one after the other in one tensor.
+"""Causal attention over sequences of different lengths that are concatenated in one tensor.
 
-Documents of a block are such sequences, and so are the pieces of a block that a context-parallel rank computes: each
-query sequence has a key sequence, which may begin earlier. There is no matrix of T x T masks anywhere: on a CPU torch's
-fused kernel runs sequence by sequence, on a GPU ``torch.nn.attention.varlen.varlen_attn`` takes all of them at once.
+The documents of a block are such sequences, and so are the pieces of a block that a context-parallel rank computes: each
+query sequence has a key sequence, which may begin earlier. No T x T mask is ever built: on a CPU torch's fused kernel
+runs sequence by sequence, on a GPU ``torch.nn.attention.varlen.varlen_attn`` takes all of them at once.
 
 Letters: N queries and M keys of all sequences together, H heads, G heads of keys and values, D width of a head,
 S sequences.
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch 2.11 takes fewer heads of keys and values without being told, and does not know the argument.
+# torch 2.11 accepts fewer heads of keys and values without the argument enable_gqa, which it does not have.
 _TOLD_OF_GROUPS = torch.__version__ >= "2.12"
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -36,15 +36,15 @@ def varlen_attention(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Softmax(scale Q K^T) V of each sequence, causal: its last query sees its last key.
+    """Causal softmax(scale Q K^T) V of each sequence; its last query is aligned with its last key.
 
     Query i of a sequence with n queries and m >= n keys sees the keys up to i + m - n.
 
     Args:
         query: (N, H, D). key, value: (M, G, D); G divides H.
-        cu_seq_lens_q: (S + 1,) int32, where the queries of each sequence begin, then N. cu_seq_lens_k: likewise of the
-            keys. A sequence may be empty, or have keys and no queries.
-        max_length_q, max_length_k: bounds of the lengths.
+        cu_seq_lens_q: (S + 1,) int32, where the queries of each sequence begin, then N. cu_seq_lens_k: likewise for the
+            keys, then M. A sequence may be empty, or have keys and no queries.
+        max_length_q, max_length_k: upper bounds of the sequence lengths.
         scale: default D**-0.5.
         dropout: probability of dropping a weight; computed sequence by sequence without a fused kernel.
 
@@ -74,7 +74,7 @@ def varlen_attention(
             window_size=(-1, 0),  # causal, aligned to the last key
             **groups,
         )
-        assert isinstance(mixed, Tensor)  # the denominators were not asked for
+        assert isinstance(mixed, Tensor)  # the softmax denominators were not requested
         return mixed
     return _sequence_by_sequence(query, key, value, cu_seq_lens_q, cu_seq_lens_k, scale)[0]
 
@@ -84,21 +84,21 @@ def _device_of(tensor: Tensor) -> str:
 
 
 def _sequences(cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Where the queries and the keys of each sequence that has queries lie."""
+    """The slices of the queries and keys of each sequence that has queries."""
     for q, k in zip(pairwise(cu_seq_lens_q.tolist()), pairwise(cu_seq_lens_k.tolist())):
         if q[0] < q[1]:
             yield slice(*q), slice(*k)
 
 
 def _parts(queries: int, keys: int) -> list[tuple[slice, bool]]:
-    """The keys of a sequence as (which, causal): the fused kernel's causal mask wants as many keys as queries."""
+    """Split the keys of a sequence into (slice, causal): the fused kernel's causal mask needs as many keys as queries."""
     before = keys - queries
     last = (slice(before, keys), queries > 1)
     return [(slice(0, before), False), last] if before else [last]
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """(L, G, D) -> (1, H, L, D): each head of keys serves H / G heads of queries."""
+    """(L, G, D) -> (1, H, L, D): each head is repeated for the H / G query heads that share it."""
     return x.repeat_interleave(heads // x.shape[1], dim=1).transpose(0, 1).unsqueeze(0)
 
 
@@ -111,10 +111,10 @@ def _sequence_by_sequence(
     cu_seq_lens_k: Tensor,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """On a CPU: the output (N, H, D) and the logarithms of the softmax denominators (H, N), float32.
+    """On a CPU: the output (N, H, D), and the logarithms of the softmax denominators (H, N) in float32 or float64.
 
-    An operator of its own, so that a compiler takes it whole. Where a sequence has more keys than queries, two calls of
-    the kernel are joined by their denominators, as ring attention does (Liu et al. 2023, arXiv 2310.01889).
+    A custom operator, so that a compiler does not trace into it. Where a sequence has more keys than queries, two calls of
+    the kernel are combined by their denominators, as in ring attention (Liu et al. 2023, arXiv 2310.01889).
     """
     heads = query.shape[1]
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -155,7 +155,7 @@ def _backward_by_sequence(
     cu_seq_lens_k: Tensor,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by queries, keys and values. Each part of a sequence's keys takes the whole output and denominator."""
+    """The gradients of queries, keys and values. Each part of a sequence's keys needs the whole output and denominator."""
     heads, groups = query.shape[1], key.shape[1]
     grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
 
