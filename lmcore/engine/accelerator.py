@@ -1,4 +1,4 @@
-"""accelerate's ``Accelerator``, with every plugin made in code, and the check that it is what was asked for.
+"""Creates accelerate's ``Accelerator`` with every plugin built in code, and checks that it is what was requested.
 
 What the launcher's environment would decide silently (accumulation, compile flags, one FSDP group for the whole model,
 gradients reduced in 16 bits) is decided here. FSDP2's plugin and its checks are here too.
@@ -40,13 +40,13 @@ def build(
     timeout: timedelta,
     cuda: bool,
 ) -> Accelerator:
-    """Join the process group and make the accelerator.
+    """Join the process group and create the accelerator.
 
     Raises:
-        RequestError: accelerate built something else than was asked for.
+        RequestError: accelerate built something else than was requested.
     """
     if not cuda:
-        # accelerate imports DeepSpeed when it unwraps a model, and that would say that it guesses.
+        # accelerate imports DeepSpeed when it unwraps a model, and DeepSpeed would print that it guesses the device.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with_zero = request.deepspeed is not None
     plugins: dict[str, Any] = {}
@@ -57,7 +57,7 @@ def build(
         zero.single_process_environment(os.environ)
         config = zero.base_config(request.deepspeed, precision=precision, reduce_dtype=reduce_dtype)
         plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
-        backend = None if cuda else "gloo"  # without it every rank would silently train alone on a CPU
+        backend = None if cuda else "gloo"  # otherwise, on a CPU, every rank would silently train alone
     elif request.strategy == "fsdp2":
         launch.fill_in_mesh(os.environ)
         plugins["fsdp_plugin"] = fsdp_plugin(precision=precision, reduce_dtype=reduce_dtype)
@@ -66,9 +66,9 @@ def build(
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         cpu=not cuda and not with_zero,
-        # A plugin object, not a number: a number would give way to the launcher's environment.
+        # A plugin object, because the launcher's environment would override a number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        # Layers are compiled by the engine, for every strategy alike.
+        # The engine compiles layers itself, in the same way for every strategy.
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
         kwargs_handlers=[
             InitProcessGroupKwargs(backend=backend, timeout=timeout),
@@ -78,18 +78,18 @@ def build(
         **plugins,
     )
     if with_zero:
-        # Told of ZeRO-3, transformers would partition a pretrained model while it reads it, on all ranks
-        # together; here rank 0 reads it alone.
+        # If transformers knew of ZeRO-3, it would partition a pretrained model while loading it, on all ranks
+        # together; here only rank 0 loads it.
         unset_hf_deepspeed_config()
     check(accelerator, request, precision)
     return accelerator
 
 
 def check(accelerator: Accelerator, asked: launch.Request, precision: str) -> str:
-    """Compare what accelerate built with what was asked for; return the strategy.
+    """Compare what accelerate built with what was requested; return the strategy.
 
     Raises:
-        RequestError: another number of processes, strategy or precision.
+        RequestError: the number of processes, the strategy or the precision differs.
     """
     if accelerator.num_processes != asked.world_size:
         raise RequestError(
@@ -97,7 +97,7 @@ def check(accelerator: Accelerator, asked: launch.Request, precision: str) -> st
             f"{accelerator.num_processes}: use {launch.SEVERAL_ON_CPU}"
         )
     built = built_strategy(accelerator)
-    # torchrun with one process
+    # torchrun with one process may give either
     one_process = asked.world_size == 1 and {built, asked.strategy} == {"single", "ddp"}
     if built != asked.strategy and not one_process:
         reason = ""
@@ -113,7 +113,7 @@ def check(accelerator: Accelerator, asked: launch.Request, precision: str) -> st
 
 
 def built_strategy(accelerator: Accelerator) -> str:
-    """The strategy that accelerate has really built."""
+    """The strategy that accelerate has actually built."""
     kind = accelerator.distributed_type
     if kind == DistributedType.NO:
         return "single"
@@ -128,11 +128,11 @@ def built_strategy(accelerator: Accelerator) -> str:
 
 
 def rejoin(env: Mapping[str, str], *, backend: str, timeout: timedelta) -> None:
-    """Make the process group of a rank that torch's launcher has started again (``--max_restarts``, one node).
+    """Create the process group of a rank that torch's launcher has restarted (``--max_restarts``, one node).
 
     The launcher's store outlives the ranks and still holds the addresses of the dead ones, which torch no longer
-    tells apart (pytorch issue 135712): what this start writes goes under its own prefix. Does nothing at a first
-    start, nor on several nodes, where each launcher counts its own restarts.
+    distinguishes (pytorch issue 135712), so each restart uses its own key prefix. A no-op at the first start, and on
+    several nodes, where each launcher counts its own restarts.
     """
     attempt, size = env.get("TORCHELASTIC_RESTART_COUNT", ""), env.get("WORLD_SIZE", "1")
     shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -155,13 +155,13 @@ def rejoin(env: Mapping[str, str], *, backend: str, timeout: timedelta) -> None:
 
 
 def forget() -> None:
-    """accelerate keeps its state in class attributes; another engine of this process must not inherit it."""
+    """Reset accelerate's state, which it keeps in class attributes, so that the next engine of this process starts fresh."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 def choose_kernels(device: torch.device, *, deterministic: bool, tf32: bool) -> None:
-    """Bit-identical reruns at the cost of speed; TF32 for fp32 matrix products (CUDA only)."""
+    """Set ``deterministic`` (bit-identical reruns, slower) and ``tf32`` (TF32 for fp32 matrix products, CUDA only)."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -175,10 +175,10 @@ def choose_kernels(device: torch.device, *, deterministic: bool, tf32: bool) -> 
 
 
 def fsdp_plugin(*, precision: str, reduce_dtype: str) -> Any:
-    """FSDP2 with gradients reduced and accumulated in ``reduce_dtype``, and outputs that keep their type.
+    """The FSDP2 plugin, with gradients reduced and accumulated in ``reduce_dtype``, and outputs that keep their dtype.
 
-    accelerate's own policy for bf16 reduces gradients in bf16 and returns the loss itself in bf16. What is not named
-    here (offload, reshard) comes from the launcher's environment (``FSDP_*``).
+    accelerate's own policy for bf16 reduces gradients in bf16 and returns the loss itself in bf16. Settings that are not
+    given here (offload, reshard) come from the launcher's environment (``FSDP_*``).
     """
     compute = None if precision == "fp32" else torch_dtype(precision)
     return FullyShardedDataParallelPlugin(
@@ -187,7 +187,7 @@ def fsdp_plugin(*, precision: str, reduce_dtype: str) -> Any:
         mixed_precision_policy=MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=torch_dtype(reduce_dtype)
         ),
-        activation_checkpointing=False,  # its own draws other dropout masks in the recomputation
+        activation_checkpointing=False,  # FSDP's own draws different dropout masks when it recomputes
         cpu_ram_efficient_loading=False,  # sharded_init distributes rank 0's weights
     )
 
@@ -201,7 +201,7 @@ def check_fsdp_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def fsdp_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer without what torch 2.13 has no form of for sharded tensors: fused kernels other than Adam's.
+    """Switch off fused kernels other than Adam's, which torch 2.13 does not have for sharded tensors.
 
     Raises:
         RequestError: see :func:`check_fsdp_optimizer`.
@@ -215,7 +215,7 @@ def fsdp_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def replicate(accelerator: Accelerator, module: nn.Module, group: Any) -> Any:
-    """DDP over the ranks of a group, which accelerate's own does not know; with one rank the module with autocast."""
+    """DDP over the ranks of a group, which accelerate's own does not support; with one rank, only the prepared module."""
     prepared = accelerator.prepare_model(module, evaluation_mode=True)  # without DDP
     if dist.get_world_size(group) == 1:
         return prepared
@@ -229,9 +229,9 @@ def replicate(accelerator: Accelerator, module: nn.Module, group: Any) -> Any:
 
 
 def wrap_layers(fsdp_plugin: Any, layers: list[nn.Module]) -> None:
-    """Shard each of these layers by itself, unless the launcher's file names other classes.
+    """Make each of these layers its own FSDP group, unless the launcher's file names other classes.
 
-    Without a name accelerate makes one group of the whole model.
+    Without class names accelerate would make one group of the whole model.
     """
     if not fsdp_plugin.transformer_cls_names_to_wrap:
         fsdp_plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})

@@ -1,9 +1,9 @@
 """Training on a CPU: let the process keep the memory that it frees, for the next step.
 
-glibc takes a block above 32 MB straight from the kernel and returns it when it is freed. A training step frees and asks
-for the same few hundred large blocks again and again, so that each step pays a page fault for every 4 KiB of them; on
-a virtual machine that costs more than some of the arithmetic (docs/log.md). ``mallopt`` turns it off from inside the
-process, without a package or LD_PRELOAD.
+glibc allocates a block above 32 MB directly from the kernel and returns it when it is freed. Every training step frees and
+allocates the same few hundred large blocks, and so pays a page fault for every 4 KiB of them. On a virtual machine that
+costs more than some of the arithmetic (docs/log.md). ``mallopt`` turns this off from inside the process, without a
+package or LD_PRELOAD.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ CHOSEN_BY_USER = (
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_CONF",
 )
-"""Environment variables that choose an allocator or its settings; where one is set nothing is changed."""
+"""Environment variables that choose an allocator or its settings; if one is set, nothing is changed."""
 
 
 def keep_freed_memory() -> str | None:
-    """Tell glibc to keep what is freed; call it before the first large tensor.
+    """Tell glibc to keep freed memory. Call this before the first large tensor is allocated.
 
     Returns:
-        One line for the start table, or ``None`` where nothing was changed (not glibc, or the user chose).
+        One line for the table at the start, or ``None`` if nothing was changed (not glibc, or the user set an allocator).
     """
     if not sys.platform.startswith("linux") or any(os.environ.get(name) for name in CHOSEN_BY_USER):
         return None

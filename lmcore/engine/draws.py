@@ -1,4 +1,4 @@
-"""Random draws: seeds by purpose and place, and what ranks that share layers draw each for itself."""
+"""Random numbers: seeds derived by purpose and key, and separate draws on ranks that share layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def keyed_seed(seed: int, purpose: str, key: int) -> int:
-    """63 bits that depend on all three and on nothing else."""
+    """A 63-bit seed that depends on these three values and on nothing else."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -29,14 +29,15 @@ def drops(model: Any) -> bool:
 
 @final
 class RankDraws:
-    """Draws of one of the ranks that share layers.
+    """Random numbers of one of the ranks that share layers.
 
-    Where every rank has the same numbers (the residual stream), all must drop the same; where each has its own (attention
-    weights of its heads), the same masks on each would drop the same places in different heads. So between the two cuts of
-    a pair of layers a rank draws from a generator state of its own: a function of the common state, which goes on after it
-    as if one number had been drawn. A recomputation, which begins with the common state, draws the same again.
+    Where all ranks hold the same values (the residual stream), they must use the same dropout masks. Where each holds its
+    own values (the attention weights of its heads), equal masks would drop the same places in different heads. So between
+    the two layers of a cut pair a rank draws from its own generator state, which is a function of the common state. The
+    common state then continues as if one number had been drawn. A recomputation starts from the common state, and so
+    draws the same numbers again.
 
-    As DTensor's tracker of random numbers does, which moves the offset of a CUDA generator by the shard.
+    DTensor's random number tracker does the same by moving the offset of a CUDA generator by the shard.
     """
 
     def __init__(self, rank: int, device: torch.device) -> None:
@@ -45,11 +46,11 @@ class RankDraws:
         self._common: torch.Tensor | None = None
 
     def enter(self) -> None:
-        """From here on numbers are the rank's own. Called again inside it does nothing."""
+        """Switch to this rank's own random numbers. A no-op if already switched."""
         generator = self._generator()
         if self._common is not None and generator.initial_seed() == self._own:
             return
-        if generator.device.type == "cuda":  # on the host: no device is waited for
+        if generator.device.type == "cuda":  # on the host, without waiting for the device
             drawn = keyed_seed(generator.initial_seed(), "offset", offset := generator.get_offset())
             generator.set_offset(offset + 4)
         else:
@@ -59,7 +60,7 @@ class RankDraws:
         generator.manual_seed(self._own)
 
     def leave(self) -> None:
-        """From here on numbers are common again. Outside it does nothing, as where a recomputation was stopped inside."""
+        """Switch back to the common random numbers. A no-op outside, as after a recomputation that was stopped inside."""
         generator = self._generator()
         if self._common is not None and generator.initial_seed() == self._own:
             generator.set_state(self._common)

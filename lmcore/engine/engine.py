@@ -1,9 +1,9 @@
 """One training step under any strategy: one process, DDP, FSDP2, ZeRO-1/2/3, in fp32, bf16 or fp16.
 
 :class:`Engine` hides accelerate and DeepSpeed: the same calls train, save and load under every strategy, and the state
-goes by parameter name, in whole tensors on the host. Guarantees (docs/architecture.md): the gradient is that of the mean
-over all labels of the step, whatever the accumulation and the number of ranks; dropout depends on the seed and the
-micro-batch only; an update whose gradient is not finite is never applied.
+is addressed by parameter name. Guarantees (docs/architecture.md): the gradient is that of the mean loss over all labels
+of the step, for any gradient accumulation and any number of ranks; dropout depends only on the seed and the
+micro-batch; an update whose gradient is not finite is never applied.
 
 Example::
 
@@ -61,12 +61,12 @@ MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer
 FindStored = Callable[[str, str, str], Stored | None]
 
 HOST_WAIT_FACTOR = 10
-"""Ranks wait this many times ``engine.timeout_seconds`` for one another on the host, where one of them may write a long
-checkpoint or tokenize a corpus. Collectives of the device wait once that."""
+"""The timeout of collectives on the host is ``engine.timeout_seconds`` times this, because one rank may be writing a large
+checkpoint or tokenizing a corpus. Collectives on the device use ``engine.timeout_seconds`` itself."""
 
 
 class Entry(NamedTuple):
-    """One tensor of the state: ``kind`` "model" or "optim"; ``slot`` "" for weights, else e.g. "exp_avg"."""
+    """One tensor of the state. ``kind`` is "model" or "optim"; ``slot`` is "" for weights, else e.g. "exp_avg"."""
 
     kind: str
     name: str
@@ -76,44 +76,44 @@ class Entry(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """``forward(**inputs)`` computes what ``model`` returns; ``model`` itself is for its attributes, where it is sharded."""
+    """A model to sample from. Call ``forward(**inputs)``; if the model is sharded, use ``model`` for its attributes only."""
 
     model: nn.Module
     forward: Callable[..., Any]
 
 
 class Engine:
-    """Joins the process group, then trains under the strategy that the launcher chose. One in each process.
+    """Joins the process group, then trains under the strategy that the launcher chose. Create one in each process.
 
-    The strategy comes from the environment that ``accelerate launch`` or ``torchrun`` leaves (one process without a
-    launcher), and from ``options.deepspeed``. What accelerate would silently replace (one process instead of two, DDP
+    The strategy comes from the environment variables that ``accelerate launch`` or ``torchrun`` sets (one process without
+    a launcher), and from ``options.deepspeed``. What accelerate would silently replace (one process instead of two, DDP
     instead of FSDP2, fp32 instead of fp16) is refused with the command that does what was meant.
 
     Args:
-        train: precision, types, compilation, recomputation and determinism; :class:`lmcore.config.schema.TrainConfig`.
-        options: DeepSpeed file, time limit and type of reductions; :class:`lmcore.config.schema.EngineConfig`.
+        train: precision, dtypes, compilation, recomputation and determinism; :class:`lmcore.config.schema.TrainConfig`.
+        options: DeepSpeed file, timeout and dtype of reductions; :class:`lmcore.config.schema.EngineConfig`.
         seed: seed of the run; dropout is derived from it.
 
     Attributes:
         strategy: "single", "ddp", "fsdp2", "zero1", "zero2" or "zero3".
         precision: "fp32", "bf16" or "fp16"; "auto" is resolved.
-        residual_dtype: of the residual stream, likewise; "auto" is resolved.
+        residual_dtype: dtype of the residual stream: "fp32", "bf16" or "fp16"; "auto" is resolved.
         device: where this rank computes.
-        rank, world_size: of this process, and how many there are.
-        context_parallel, context_rank: how many ranks share each block, and which part of it this one computes.
-        tensor_parallel: how many ranks share each layer; they compute the same blocks.
-        data_rank, data_world_size: of the ranks that share blocks or layers, and how many such groups there are: by these
-            numbers the blocks of a step are divided.
+        rank, world_size: rank of this process, and the number of processes.
+        context_parallel, context_rank: number of ranks that share each block, and which part of it this rank computes.
+        tensor_parallel: number of ranks that share each layer; they compute the same blocks.
+        data_rank, data_world_size: index of this rank's group of ranks that share blocks or layers, and the number of such
+            groups. The blocks of a step are divided among these groups.
         is_main: whether this is rank 0.
         sharded: whether no rank holds the whole weights.
         compiled: whether layers are compiled; "auto" is resolved.
-        needs_weights: whether this rank must build the model with its weights; where it is sharded only rank 0.
-        copies: what copies the state to the host beside the computation (:class:`lmcore.checkpoint.writer.Checkpoints`);
-            :meth:`update` and :meth:`load_state` wait for it on the device.
+        needs_weights: whether this rank must build the model with its weights; if it is sharded, only rank 0 must.
+        copies: pending copies of the state to the host (:class:`lmcore.checkpoint.writer.Checkpoints`), which run
+            concurrently with the computation; :meth:`update` and :meth:`load_state` make the device wait for them.
         updating: true during an update, when the weights may be between two steps.
 
     Raises:
-        RequestError: what was asked for is not available here; the message holds the remedy.
+        RequestError: what was asked for is not available here; the message gives the remedy.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Engine:
             param_dtype=train.param_dtype,
             cuda=cuda,
         )
-        # Gradients summed in a wider type than the weights have.
+        # Gradients are summed in a wider dtype than that of the weights.
         self._wide = train.param_dtype != "fp32" and options.reduce_dtype == "fp32"
         timeout = timedelta(seconds=options.timeout_seconds)
         self.accelerator: Any = accelerator.build(
@@ -189,13 +189,13 @@ class Engine:
         accelerator.choose_kernels(self.device, deterministic=train.deterministic, tf32=train.tf32)
         self.module: Any  # an nn.Module in its wrapper
         self.optimizer: Any  # a torch optimizer, or DeepSpeed's around one
-        self._inner: Any  # the module without its wrapper; its ``model`` is the user's
+        self._inner: Any  # the module without its wrapper; its ``model`` is the user's model
         self._state: TensorState | ZeroState
         self._micro_batch = 0
         self._settle_buckets = False
         self._state_known = False
         self.without_gradient: list[str] | None = None
-        """Trained parameters that took no part in the loss of the first step; ``None`` before it, and under DeepSpeed."""
+        """Trained parameters without a gradient in the first step; ``None`` before it, and always under DeepSpeed."""
         self.copies = DeviceCopies()
         self.updating = False
 
@@ -214,11 +214,11 @@ class Engine:
 
         Args:
             module: ``module(**batch) -> (loss_sum, count)``; the user's model is ``module.model``. Every rank
-                must have built it with the same weights; where only rank 0 :attr:`needs_weights`, the others may
-                have empty (meta) parameters, and get their parts of rank 0's.
-            make_optimizer: gets ``(name, parameter)`` pairs, returns a ``torch.optim`` optimizer over them.
+                must have built it with the same weights. If only rank 0 :attr:`needs_weights`, the parameters on other
+                ranks may be empty (meta); they get their shards from rank 0.
+            make_optimizer: called with ``(name, parameter)`` pairs; returns a ``torch.optim`` optimizer over them.
             gradient_accumulation: micro-batches of one step on this rank.
-            micro_batch_blocks: blocks of one micro-batch (DeepSpeed needs to know).
+            micro_batch_blocks: blocks of one micro-batch (required by DeepSpeed).
             clip_norm: largest norm of the global gradient; 0 does not clip.
         """
         launch.check_accumulation(os.environ, gradient_accumulation)
@@ -230,14 +230,14 @@ class Engine:
                 self._inner.model, self._context_group, self.context_parallel, self.context_rank
             )
         if self._param_dtype is not torch.float32:
-            # Not Module.to: buffers (rotary frequencies) stay as they are.
+            # Not Module.to, because buffers (rotary frequencies) must keep their dtype.
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(self._param_dtype)
         if self.residual_dtype == "bf16" and self.strategy in ("single", "ddp"):
             narrow_residual_stream(module)
         first = None
         if self.sharded or (self._with_zero and self.precision != "fp32"):
-            # DeepSpeed by itself would make its fp32 weights from rounded ones.
+            # DeepSpeed alone would create its fp32 weights from rounded ones.
             first = sharded_init.FirstWeights(module, keep=self.is_main)
             first.check(self.gather_object(first.kind))
         if self.sharded:
@@ -248,7 +248,7 @@ class Engine:
             if self.compiled and (reason := tensor.why_not_compiled(self._inner.model)) is not None:
                 tensor.refuse_to_compile(self._train.compile, reason)
                 self.compiled, self._compile_row = False, f"off: {reason}"
-        if self.compiled:  # before checkpointing: the recomputation is of the compiled layer
+        if self.compiled:  # before activation checkpointing, so that the compiled layer is recomputed
             compile_regions(module, self._train.compile_mode)
         if every := int(self._train.activation_checkpointing):
             enable_activation_checkpointing(self._inner.model, every=every)
@@ -273,7 +273,7 @@ class Engine:
                 self.module, wrapped = self.accelerator.prepare(module, optimizer)
                 self.optimizer = wrapped.optimizer
                 if self.strategy == "ddp":
-                    # Only buffers that training changes must be kept equal, and that costs every forward.
+                    # Only buffers that training changes must be kept equal; a broadcast slows every forward.
                     self.module.broadcast_buffers = bool(persistent_buffers(module))
                     if self._reduce_dtype == "bf16" and self._param_dtype is torch.float32:
                         self.module.register_comm_hook(None, average_in_bf16)
@@ -318,19 +318,19 @@ class Engine:
     # ---- one step ------------------------------------------------------------------------------------------
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Set the rate of the coming update."""
+        """Set the learning rate of the next update."""
         optim.set_learning_rate(self.optimizer, learning_rate)
 
     def set_momentum(self, momentum: float) -> None:
-        """Set the momentum of the coming update, where the optimizer has one (sgd, muon)."""
+        """Set the momentum of the next update, if the optimizer has one (sgd, muon)."""
         optim.set_momentum(self.optimizer, momentum)
 
     def set_weight_decay(self, weight_decay: float) -> None:
-        """Set the weight decay of the coming update, for the parameters that decay."""
+        """Set the weight decay of the next update, for the parameters that decay."""
         optim.set_weight_decay(self.optimizer, weight_decay)
 
     def set_accumulation(self, gradient_accumulation: int) -> None:
-        """Set the number of micro-batches of the coming step on this rank; the same on every rank."""
+        """Set the number of micro-batches of the next step on this rank. It must be the same on every rank."""
         if gradient_accumulation == self._accumulation:
             return
         if self._micro_batch:
@@ -344,41 +344,42 @@ class Engine:
         """``(loss_sum, count)`` of one micro-batch of this rank: two 0-dim tensors (fp32, int64).
 
         Args:
-            batch: what the module takes, e.g. ``input_ids`` and ``labels`` of shape (blocks, tokens), on the device.
-            key: the micro-batch's global index in training: with the seed it decides the dropout masks.
+            batch: the module's keyword arguments, e.g. ``input_ids`` and ``labels`` of shape (blocks, tokens), on the
+                device.
+            key: the global index of the micro-batch in training; together with the seed it decides the dropout masks.
         """
         if self._settle_buckets and self.module.training and torch.is_grad_enabled():
             self._settle_buckets = False
             settle_ddp_buckets(self.module, self._inner, batch)
         if key is not None:
-            # The ranks of a group have other tokens
+            # The ranks of a context-parallel group have different tokens, so they need different masks
             part = f" {self.context_rank}" if self.context_rank else ""
             draw = keyed_seed(self.seed, f"dropout{part}", key)
             if self.device.type == "cpu":
-                # torch.manual_seed would, for each kind of device that is not there, format the call stack for a seed that
-                # is never used.
+                # torch.manual_seed would format the call stack for each kind of device that is absent, for a seed that is
+                # never used.
                 torch.default_generator.manual_seed(draw)
             else:
                 torch.manual_seed(draw)
         if not torch.is_grad_enabled() and self.strategy == "ddp":
-            return self._inner(**batch)  # the wrapper has nothing to do without a backward
+            return self._inner(**batch)  # without a backward the wrapper is not needed
         if self.module.training and torch.is_grad_enabled():
             self._announce(is_last=self._micro_batch == self._accumulation - 1)
         with naming_unused_parameters(self.module):
             return self.module(**batch)
 
     def backward(self, loss_sum: Tensor, label_count: int | Tensor) -> None:
-        """Add this micro-batch's part to the gradient of the global token mean.
+        """Add this micro-batch's part to the gradient of the mean loss over all labels of the step.
 
         Args:
             loss_sum: from :meth:`forward`.
             label_count: the number of labels of the whole step, over all its micro-batches and ranks.
         """
-        # Every strategy averages gradients over the ranks, hence their number; those that share layers compute the same
-        # loss, of which every one has its part of the gradient.
-        # A number stays a number: as a tensor it would be copied to the device, and the host would wait.
+        # Multiplied by the world size because every strategy averages gradients over the ranks, and divided by the number of
+        # ranks that share layers because these compute the same loss.
+        # An int stays an int: converted to a tensor it would be copied to the device, and the host would wait.
         count = label_count.clamp(min=1) if isinstance(label_count, Tensor) else max(label_count, 1)
-        # A non-finite loss makes its own gradient NaN: the check of the gradient's norm then sees it on every rank.
+        # Turn a non-finite loss into NaN gradients, so that the check of the gradient norm sees it on every rank.
         loss = loss_sum * torch.where(
             torch.isfinite(loss_sum), self.world_size // self.tensor_parallel / count, torch.nan
         )
@@ -389,19 +390,20 @@ class Engine:
         self._micro_batch += 1
 
     def update(self, norm_limit: float = math.inf) -> tuple[Tensor, Tensor]:
-        """Clip the gradients, apply the update unless its norm is not finite, clear the gradients.
+        """Clip the gradients, apply the update if their norm is finite, and clear the gradients.
 
         Args:
-            norm_limit: an update whose gradient norm is above this is not applied (not under ZeRO).
+            norm_limit: an update whose gradient norm is above this is not applied (not available under ZeRO).
 
         Returns:
             The global gradient norm before clipping (fp32) and whether the update was applied (bool), both 0-dim on
-            :attr:`device`. Nothing waits for the device, except under DeepSpeed, which does so itself, and with an
-            optimizer that has no fused form.
+            :attr:`device`. The host does not wait for the device, except under DeepSpeed, which synchronizes itself, and
+            with an optimizer that cannot skip an update on the device.
 
         Raises:
-            ValueError: not all micro-batches of the step have been through :meth:`backward`.
-            RequestError: under DDP, a trained parameter has no gradient; nothing was changed.
+            ValueError: not all micro-batches of the step have gone through :meth:`backward`.
+            RequestError: under DDP, a trained parameter has no gradient (nothing was changed); or the optimizer keeps state
+                that a checkpoint cannot hold.
         """
         if self._micro_batch != self._accumulation:
             raise ValueError(f"update after {self._micro_batch} of {self._accumulation} micro-batches")
@@ -414,7 +416,7 @@ class Engine:
         self.updating = False
         inner = self.optimizer.optimizer if self._with_zero else self.optimizer
         if not self._state_known and inner.state:
-            by_name.refuse_other_state(inner)  # at the first update, not at the first save
+            by_name.refuse_other_state(inner)  # fail at the first update, not at the first save
             self._state_known = True
         return norm, applied
 
@@ -443,7 +445,7 @@ class Engine:
         if self._scaler is not None:
             self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        # Under offloading gradients, and with them the norm, are on the host.
+        # With offloading, the gradients and so their norm are on the host.
         return norm.to(self.device, non_blocking=True), applied.to(self.device, non_blocking=True)
 
     def _total_norm(self, parameters: list[nn.Parameter], gradients: list[Any]) -> Tensor:
@@ -454,14 +456,14 @@ class Engine:
         return self._tensor_ranks.total_norm(named)
 
     def _update_zero(self) -> tuple[Tensor, Tensor]:
-        # DeepSpeed itself clips, skips an update that is not finite, and clears the gradients; tests hold it to that.
+        # DeepSpeed itself clips, skips an update that is not finite, and clears the gradients; tests check that it does.
         self.module.step()
         norm = torch.as_tensor(self.module.get_global_grad_norm(), dtype=torch.float32, device=self.device)
         return norm, torch.tensor(not self.optimizer.overflow, device=self.device)
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Dropout off inside, on again afterwards."""
+        """Context manager that puts the module into evaluation mode, and restores its mode afterwards."""
         training = self.module.training
         self.module.eval()
         try:
@@ -472,15 +474,19 @@ class Engine:
     # ---- between ranks -------------------------------------------------------------------------------------
 
     def sum_over_ranks(self, tensor: Tensor, own: Tensor | None = None) -> Tensor:
-        """A new tensor on the same device: the sum of every rank's ``tensor``; of ranks that share layers, and so compute
-        the same blocks, the first one's only. With ``own`` the sum of every rank's ``own`` follows it (both 1-dim)."""
+        """The sum of ``tensor`` over the ranks, in a new tensor on the same device. Collective.
+
+        Of the ranks that share layers, and so compute the same blocks, only the first counts. With ``own``, the sum of
+        ``own`` over all ranks is appended (both 1-dim)."""
         ranks = self._tensor_ranks
         counted = tensor if ranks is None or ranks.rank == 0 else torch.zeros_like(tensor)
         return self._ranks.sum(counted if own is None else torch.cat([counted, own]))
 
     def agree(self, flags: int) -> int:
-        """The bitwise OR of every rank's ``flags`` (below 2**63). On the host: no device is waited for, and
-        an error after the timeout names the rank that is missing; the next three methods do the same."""
+        """The bitwise OR of every rank's ``flags`` (below 2**63).
+
+        Runs on the host, so that it does not wait for the device, and after the timeout an error names the missing rank.
+        The same holds for the next three methods."""
         return self._ranks.agree(flags)
 
     def barrier(self, name: str = "barrier") -> None:
@@ -498,15 +504,14 @@ class Engine:
     # ---- state ---------------------------------------------------------------------------------------------
 
     def state_layout(self) -> list[Entry]:
-        """What :meth:`state` will yield, on every rank, without any communication."""
+        """The entries that :meth:`state` will yield; the same on every rank, without communication."""
         weights = [Entry("model", name, "", shape, dtype) for name, shape, dtype in self._state.weights()]
         return weights + [Entry("optim", *slot) for slot in self._state.slots()]
 
     def state(self) -> Iterator[tuple[str, str, str, Tensor | None]]:
-        """``(kind, name, slot, tensor)``, one at a time, in the order of the layout. Collective.
+        """Yield ``(kind, name, slot, tensor)``, one at a time, in the order of :meth:`state_layout`. Collective.
 
-        The tensor is whole, contiguous, a copy of its own and on the host on rank 0, ``None`` on the other
-        ranks.
+        On rank 0 the tensor is whole, contiguous, a copy, and on the host. On other ranks it is ``None``.
         """
         for entry in self.state_layout():
             tensor = self._state.gather(entry.name, entry.slot)
@@ -514,8 +519,10 @@ class Engine:
             yield entry.kind, entry.name, entry.slot, copied
 
     def state_parts(self) -> list[Held]:
-        """What this rank holds of every tensor of the state, for a checkpoint. Nothing is communicated, and only buffers on a
-        GPU are copied: a forward may change them, while nothing but :meth:`update` and :meth:`load_state` changes the rest."""
+        """This rank's part of every tensor of the state, for a checkpoint. No communication.
+
+        Only buffers on a GPU are copied, because a forward may change them; all other tensors are changed only by
+        :meth:`update` and :meth:`load_state`."""
         parts = []
         for kind, name, slot, shape, _ in self.state_layout():
             part, tensor, holders = self._state.held(name, slot)
@@ -525,15 +532,15 @@ class Engine:
         return parts
 
     def load_state(self, stored: FindStored) -> None:
-        """Load weights and optimizer slots; every rank reads its own part only.
+        """Load weights and optimizer slots; every rank reads only its own part.
 
         Args:
-            stored: called as ``stored(kind, name, slot)`` on every rank; returns what can be read in parts
-                (:class:`lmcore.checkpoint.reader.Stored`), or ``None`` where the checkpoint has none. Every weight must be
-                there; an optimizer slot that is missing starts at zero.
+            stored: called as ``stored(kind, name, slot)`` on every rank; returns a tensor that can be read in parts
+                (:class:`lmcore.checkpoint.reader.Stored`), or ``None`` if the checkpoint does not have it. Every weight must
+                exist; an optimizer slot that is missing starts at zero.
 
         Raises:
-            RequestError: a weight is missing or of another shape.
+            RequestError: a weight is missing, or a tensor has another shape.
         """
         self.copies.before_writing()
         by_name.load(self._state, self.state_layout, stored)
@@ -548,12 +555,13 @@ class Engine:
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[Sampling | None]:
-        """The user's model in evaluation mode, to generate with. Collective.
+        """Context manager with the user's model in evaluation mode, for generating text. Collective.
 
-        Where every rank has the whole model, rank 0 gets it, and ``None`` the others, which wait. Where it is sharded, every
-        rank gets it, and all of them must call :attr:`Sampling.forward` together with the same inputs, as often as one
-        another: no rank ever holds the whole model. Then it computes in the types of the training. Else in fp32, and under
-        autocast on a GPU or with flash attention, which takes no fp32.
+        If every rank has the whole model, rank 0 gets it, and the other ranks get ``None`` and wait at the end. It computes
+        in fp32, or under autocast on a GPU and with flash attention, which does not support fp32.
+
+        If the model is sharded, no rank ever holds the whole model. Every rank gets it, and all ranks must call
+        :attr:`Sampling.forward` together, equally often and with the same inputs. It computes in the dtypes of training.
         """
         try:
             with self.evaluation(), torch.no_grad():
@@ -566,7 +574,7 @@ class Engine:
         finally:
             if self.sharded:
                 self._inner.without_loss = False
-                for part in self.module.modules():  # FSDP2 leaves embedding and head whole after a forward
+                for part in self.module.modules():  # FSDP2 keeps embedding and head unsharded after a forward
                     if isinstance(part, FSDPModule):
                         part.reshard()
             self.barrier("sampling")
@@ -577,11 +585,11 @@ class Engine:
 
     @property
     def device_name(self) -> str:
-        """What the device calls itself."""
+        """The name of the device."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def describe(self) -> list[tuple[str, str]]:
-        """Rows for the start table."""
+        """Rows (label, value) for the table that is shown at the start."""
         devices = f"{self.world_size} x {self.device_name}"
         if self.device.type == "cpu":
             threads = torch.get_num_threads()
@@ -608,10 +616,10 @@ class Engine:
         return [*rows, ("memory", self._memory)] if self._memory else rows
 
     def close(self) -> None:
-        """Leave the process group. Calling it again does nothing.
+        """Leave the process group. A second call is a no-op.
 
         While an exception is being handled (in ``finally``, or when a ``with`` block fails) the other ranks may never
-        come: then the connections are dropped instead of closed together. Print the traceback before.
+        call this. Then the connections are dropped instead of closed together. Print the traceback before.
         """
         if sys.exc_info()[1] is None:
             self._ranks.close()
@@ -629,7 +637,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _autocast(self, model: nn.Module) -> Iterator[None]:
-        """Autocast for sampling on a GPU, or with kernels that take 16-bit numbers only."""
+        """Autocast for sampling on a GPU, or with attention kernels that support 16-bit dtypes only."""
         attention = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
         device = self.device.type
         wanted = self.precision != "fp32" and (device == "cuda" or attention.startswith("flash"))
@@ -639,7 +647,7 @@ class Engine:
     def _announce(self, *, is_last: bool) -> None:
         """Tell the wrapper, before the forward, whether this backward ends the step."""
         if self._with_ddp:
-            self.module.require_backward_grad_sync = is_last  # what no_sync() sets
+            self.module.require_backward_grad_sync = is_last  # the flag that no_sync() sets
         elif self._with_zero:
             self.module.set_gradient_accumulation_boundary(is_last)
-        # FSDP2 reduces every micro-batch: holding back would keep whole gradients on every rank.
+        # FSDP2 reduces gradients in every micro-batch: deferring it would keep unsharded gradients on every rank.

@@ -1,4 +1,4 @@
-"""Gradients that autograd and DDP alone would not make: fp32 sums for bf16 parameters, bf16 reductions of fp32 ones."""
+"""Gradients that autograd and DDP do not offer: fp32 sums for bf16 parameters, bf16 reductions of fp32 gradients."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from lmcore.engine.state import clean_name
 from lmcore.errors import RequestError
 
 SHOWN_NAMES = 8
-"""Of parameters in a message; a family may have dozens."""
+"""Most parameter names shown in a message; a model may have dozens."""
 REDUCED_AT_ONCE = 1 << 26
-"""Elements of one message, 256 MiB: NCCL is at full rate far below."""
+"""Elements reduced in one call, 256 MiB: NCCL reaches its full rate far below that."""
 
 
 @final
 class WideGradients:
-    """The fp32 sums of the gradients of parameters in a smaller type; for one process and DDP.
+    """The fp32 sums of the gradients of parameters in a smaller dtype; for one process and in place of DDP.
 
-    bf16 has 8 significant bits: once a sum holds 256 equal gradients, each further one is lost whole. A gradient is added
-    here as soon as it is complete, and freed; the ranks are averaged once at the end of the step, because
-    DDP's own reduction is in the parameters' type. It therefore replaces DDP, for buffers too.
+    bf16 has 8 significant bits: once a sum holds 256 equal gradients, each further one is lost completely. Here each
+    gradient is added to the sums as soon as it is complete, and freed. The sums are averaged over the ranks once at the end
+    of the step. DDP is not used, because it reduces in the parameters' dtype; so this class also synchronizes buffers.
 
     Args:
         trained: the parameters that the optimizer updates, on their device.
-        buffers: persistent ones, which every rank takes from rank 0 after a step.
+        buffers: persistent buffers, which are copied from rank 0 to every rank in each step.
     """
 
     def __init__(self, trained: list[nn.Parameter], buffers: Iterable[Tensor]) -> None:
         self._trained, self._buffers = trained, list(buffers)
         sizes = [parameter.numel() for parameter in trained]
-        # The last numbers say which parameters had a gradient: they are reduced with the sums.
+        # The last elements tell which parameters had a gradient; they are reduced together with the sums.
         self._flat = torch.zeros(sum(sizes) + len(sizes), dtype=torch.float32, device=trained[0].device)
         *parts, self._had_gradient = self._flat.split([*sizes, len(sizes)])
         self._sums = [part.view_as(p) for part, p in zip(parts, trained)]
@@ -62,7 +62,7 @@ class WideGradients:
                 self._had_gradient.copy_(torch.tensor(seen))
             for part in self._flat.split(REDUCED_AT_ONCE):
                 dist.all_reduce(part.div_(dist.get_world_size()))
-            # Another rank may have the gradients that are missing here. If none are, the host does not wait.
+            # Another rank may have gradients that are missing here. If none are missing, the host need not wait.
             if not everything:
                 self._seen = set(self._had_gradient.nonzero().flatten().tolist())
             for buffer in self._buffers:
@@ -70,7 +70,7 @@ class WideGradients:
         return [self._sums[index] for index in sorted(self._seen)]
 
     def give_to_parameters(self, norm: Tensor, clip_norm: float) -> None:
-        """Clip to ``clip_norm`` (0: no clipping), round once, set the parameters' ``grad``; the sums start at zero again."""
+        """Clip to ``clip_norm`` (0: no clipping), round once, set the parameters' ``grad``, and reset the sums to zero."""
         if clip_norm > 0:
             self._flat.mul_((clip_norm / (norm + 1e-6)).clamp(max=1.0))  # as nn.utils.clip_grads_with_norm_
         for index in self._seen:
@@ -80,10 +80,10 @@ class WideGradients:
 
 
 def settle_ddp_buckets(wrapped: Any, inner: nn.Module, batch: dict[str, Tensor]) -> None:
-    """One backward of DDP whose gradients are thrown away.
+    """Run one backward of DDP and discard its gradients.
 
-    DDP reorders its buckets after its first backward, and with three or more ranks the order decides how sums round. A
-    run that resumes must not round its first step differently from the run that never stopped.
+    DDP reorders its buckets after its first backward, and with three or more ranks the order decides how sums are rounded.
+    A resumed run must not round its first step differently from a run that was never stopped.
     """
     kept = {name: buffer.clone() for name, buffer in inner.named_buffers()}
     wrapped.require_backward_grad_sync = True
@@ -95,13 +95,13 @@ def settle_ddp_buckets(wrapped: Any, inner: nn.Module, batch: dict[str, Tensor])
 
 
 def refuse_without_gradient(wrapped: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Refuse trained parameters that took no part in a step under DDP; nothing without any.
+    """Refuse trained parameters that got no gradient in a step under DDP; a no-op if ``parameters`` is empty.
 
-    DDP waits for the gradient of every parameter before it averages the bucket that it lies in: that step's gradients would
-    be each rank's own, and the next forward would fail.
+    DDP averages a bucket only after all its parameters have a gradient. Without one, the gradients of that step would not
+    be averaged, and the next forward would fail.
 
     Raises:
-        RequestError: with the names of the parameters.
+        RequestError: there are such parameters; the message names them.
     """
     missing = {id(parameter) for parameter in parameters}
     if missing:
@@ -110,7 +110,7 @@ def refuse_without_gradient(wrapped: nn.Module, parameters: Iterable[nn.Paramete
 
 @contextlib.contextmanager
 def naming_unused_parameters(wrapped: nn.Module) -> Iterator[None]:
-    """Inside, DDP's complaint about a parameter that took no part in the last backward of a step names it (``RequestError``)."""
+    """Context manager that turns DDP's error about parameters unused in a step into a ``RequestError`` that names them."""
     try:
         yield
     except RuntimeError as error:
@@ -122,7 +122,7 @@ def naming_unused_parameters(wrapped: nn.Module) -> Iterator[None]:
 
 
 def first_names(names: list[str]) -> str:
-    """The first of many names, and how many there are beside them."""
+    """The first of many names, and the number of the others."""
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
     return ", ".join(names[:SHOWN_NAMES]) + more
 
@@ -139,7 +139,7 @@ def _refuse_names(names: list[str], cause: BaseException | None = None) -> None:
 
 
 def average_in_bf16(_, bucket):  # DDP compares annotations, which are text here
-    """DDP's reduction with gradients rounded to bf16 on their way: half the bytes over a slow network.
+    """A DDP communication hook that reduces gradients in bf16: half the bytes over a slow network.
 
     torch's own ``bf16_compress_hook`` does the same, but refuses to run over gloo.
     """

@@ -1,9 +1,9 @@
 """What the launcher asked for: strategy, number of processes, precision, devices.
 
-Reads the environment that ``accelerate launch`` or ``torchrun`` leaves. Several launch forms of accelerate silently train
-something else than they say: one process instead of two, DDP instead of FSDP2, no DeepSpeed. Each is recognized by
-what it leaves in the environment, and refused with the command that does what was meant. accelerate itself is not
-imported here, so that planning a run can read this too; :mod:`lmcore.engine.accelerator` checks what was built.
+Reads the environment variables that ``accelerate launch`` or ``torchrun`` sets. Several ways to launch with accelerate
+silently train in another way than requested: one process instead of two, DDP instead of FSDP2, no DeepSpeed. Each is
+recognized by its environment variables, and refused with the command that does what was meant. accelerate itself is not
+imported here, so that planning can use this module too; :mod:`lmcore.engine.accelerator` checks what was built.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _DEEPSPEED_FIELDS = (
     "gradient_accumulation_steps", "gradient_clipping", "zero_stage", "mixed_precision", "offload_optimizer_device",
     "offload_param_device", "offload_optimizer_nvme_path", "offload_param_nvme_path", "zero3_save_16bit_model",
 )  # fmt: skip
-"""Of an accelerate configuration: accelerate refuses them beside a DeepSpeed configuration that the program gives."""
+"""Fields of an accelerate configuration that accelerate refuses if the program passes a DeepSpeed configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """The strategy that was asked for.
 
-    ``strategy`` is "single", "ddp", "fsdp2", "zero1", "zero2" or "zero3"; ``deepspeed`` the content of the JSON file
-    with the launcher's fields merged in (only the stage if there is no file), or ``None`` without DeepSpeed.
+    ``strategy`` is "single", "ddp", "fsdp2", "zero1", "zero2" or "zero3". ``deepspeed`` is the content of the JSON file
+    with the launcher's fields merged in (without a file, only stage and offloading), or ``None`` without DeepSpeed.
     """
 
     strategy: str
@@ -54,7 +54,7 @@ def world_size(env: Mapping[str, str]) -> int:
 
 
 def forced_to_cpu(env: Mapping[str, str]) -> bool:
-    """Whether the launcher asked for the CPU although there may be a GPU."""
+    """Whether the launcher asked for the CPU even if there is a GPU."""
     return flag(env, "ACCELERATE_USE_CPU")
 
 
@@ -65,19 +65,19 @@ def request(env: Mapping[str, str], deepspeed: str | None) -> Request:
         deepspeed: ``engine.deepspeed``, a JSON file of ``ds_configs/``, or ``None``.
 
     Raises:
-        RequestError: a launch form that is known to do something else than it says.
+        RequestError: accelerate is known to do something else than this launch requests.
     """
     size = world_size(env)
     if "ACCELERATE_MIXED_PRECISION" in env and "WORLD_SIZE" not in env and "MASTER_PORT" in env:
-        # The plain launcher exports the port when several processes were asked for, and then starts one.
+        # accelerate's simple launcher exports the port when several processes were requested, and then starts only one.
         raise RequestError(
             f"accelerate started one process although several were asked for{launch_file(env)}; it does so for --cpu "
             f"and for distributed_type MULTI_CPU. Use {SEVERAL_ON_CPU}, or for one process unset MASTER_ADDR and "
             "MASTER_PORT"
         )
     for name, value in env.items():
-        # accelerate's own: 1.15 does not import its tensor parallelism beside transformers 5.23, and its context
-        # parallelism has no kernel for a CPU.
+        # accelerate's own parallelism is refused: the tensor parallelism of 1.15 cannot be imported with transformers 5.23,
+        # and its context parallelism has no kernel for a CPU.
         split = name.startswith("PARALLELISM_CONFIG_") and name.endswith(("_TP_SIZE", "_CP_SIZE", "_SP_SIZE"))
         if split and value not in ("", "1"):
             instead = "not supported: remove it there; FSDP2 or ZeRO-3 shard a model over the devices"
@@ -101,7 +101,7 @@ def request(env: Mapping[str, str], deepspeed: str | None) -> Request:
             for name in env.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
             if name in _DEEPSPEED_FIELDS
         ]
-        if fields:  # accelerate raises in the middle of the start, and names neither the file nor the field
+        if fields:  # accelerate would raise later, and name neither the file nor the field
             stage = content["zero_optimization"]["stage"]
             raise RequestError(
                 f"the launcher sets {', '.join(fields)} of DeepSpeed{launch_file(env)}, which a run sets itself: "
@@ -129,12 +129,13 @@ def resolve_precision(asked: str, env: Mapping[str, str], *, cuda: bool) -> str:
     """The precision to run in: "fp32", "bf16" or "fp16".
 
     Args:
-        asked: ``train.precision``; "auto" is bf16 on GPUs (:func:`has_native_bf16`) and CPUs (:func:`cpu_bf16`) that
-            compute in it, else fp32.
+        asked: ``train.precision``; "auto" is the launcher's precision if it sets one, else bf16 on GPUs
+            (:func:`has_native_bf16`) and CPUs (:func:`cpu_bf16`) with hardware support for it, else fp32.
         cuda: whether the run uses GPUs.
 
     Raises:
-        RequestError: unknown or untested, another one than the launcher's, or not available on this device.
+        RequestError: the precision is unknown or untested, differs from the launcher's, or is not available on this
+            device.
     """
     launched = env.get("ACCELERATE_MIXED_PRECISION", "no")
     if "fp8" in (asked, launched):
@@ -162,12 +163,13 @@ def resolve_precision(asked: str, env: Mapping[str, str], *, cuda: bool) -> str:
 
 
 def residual_dtype(asked: str, *, strategy: str, precision: str, param_dtype: str, cuda: bool) -> str:
-    """The type of the residual stream, the sum that embedding and layers add to: "fp32", "bf16" or "fp16".
+    """The dtype of the residual stream, the sum that embedding and layers add to: "fp32", "bf16" or "fp16".
 
     Args:
-        asked: ``train.residual_dtype``. Where weights of the computation are in 16 bits (FSDP2, ZeRO, bf16 weights) so is the
-            stream. Autocast over fp32 weights (one process, DDP) leaves the embeddings in fp32, and every addition and norm
-            then moves 4 bytes: "auto" casts them on GPUs. On a CPU it does not, so that losses stay what they were.
+        asked: ``train.residual_dtype``. If the weights used in the computation have 16 bits (FSDP2, ZeRO, bf16 weights), the
+            residual stream has the same dtype. Autocast over fp32 weights (one process, DDP) leaves the embeddings in fp32,
+            and every addition and norm then moves 4 bytes per element; with bf16 autocast "auto" casts them to bf16 on GPUs.
+            On a CPU it does not, so that losses do not change from earlier versions.
 
     Raises:
         RequestError: not available at this precision or under this strategy.
@@ -179,7 +181,7 @@ def residual_dtype(asked: str, *, strategy: str, precision: str, param_dtype: st
     by_autocast = strategy in ("single", "ddp") and param_dtype == "fp32"
     if precision == "bf16" and by_autocast:
         return ("bf16" if cuda else "fp32") if asked == "auto" else asked
-    # Of fp16 under autocast it stays in fp32: sums over many layers may leave fp16's range.
+    # With fp16 autocast it stays in fp32: sums over many layers may leave fp16's range.
     found = "fp32" if precision == "fp32" or by_autocast else precision
     if asked not in ("auto", found):
         cause = f"train.precision {precision}" if by_autocast else f"{strategy} with weights in {precision}"
@@ -188,10 +190,10 @@ def residual_dtype(asked: str, *, strategy: str, precision: str, param_dtype: st
 
 
 def has_native_bf16() -> bool:
-    """Whether every visible GPU computes in bf16 itself (NVIDIA: compute capability 8.0, Ampere, or newer).
+    """Whether every visible GPU supports bf16 in hardware (NVIDIA: compute capability 8.0, Ampere, or newer).
 
-    Older ones (T4, V100) emulate it without tensor cores, which ``torch.cuda.is_bf16_supported()`` counts as support.
-    All GPUs are asked, so that every rank gets the same answer.
+    Older GPUs (T4, V100) emulate it without tensor cores, which ``torch.cuda.is_bf16_supported()`` counts as support.
+    All GPUs are checked, so that every rank gets the same answer.
     """
     if torch.version.hip is not None:
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -200,7 +202,7 @@ def has_native_bf16() -> bool:
 
 
 def cpu_bf16() -> str:
-    """What this CPU multiplies bf16 matrices with: AMX, AVX512-BF16, or nothing (the empty string).
+    """The instructions by which this CPU multiplies bf16 matrices: AMX, AVX512-BF16, or none (an empty string).
 
     Without either, bf16 is emulated and slower than fp32.
     """
@@ -210,7 +212,7 @@ def cpu_bf16() -> str:
 
 
 def check_param_dtype(param_dtype: str, strategy: str) -> None:
-    """Refuse narrow weights (``RequestError``) under a strategy that keeps its own."""
+    """Refuse 16-bit weights (``RequestError``) under a strategy that keeps fp32 weights itself."""
     if param_dtype != "fp32" and strategy not in ("single", "ddp"):
         raise RequestError(
             f"train.param_dtype {param_dtype} has no meaning under {strategy}, which keeps fp32 weights for the "
@@ -219,7 +221,7 @@ def check_param_dtype(param_dtype: str, strategy: str) -> None:
 
 
 def describe_precision(asked: str, precision: str, *, cuda: bool) -> str:
-    """The precision in words, with the reason where it was chosen."""
+    """The precision in words, with the reason if it was chosen automatically."""
     if asked == "auto" and precision == "bf16" and not cuda:
         return f"bf16 (this CPU has {cpu_bf16()}; --train.precision fp32 for fp32)"
     return precision
@@ -229,7 +231,7 @@ def uses_cuda(env: Mapping[str, str]) -> bool:
     """Whether the run computes on GPUs.
 
     Raises:
-        RequestError: there are GPUs that torch cannot use, or fewer than processes.
+        RequestError: there are GPUs that torch cannot use, or fewer GPUs than processes.
     """
     if forced_to_cpu(env):
         return False
@@ -248,10 +250,10 @@ def uses_cuda(env: Mapping[str, str]) -> bool:
 
 
 def check_unusable_gpu(env: Mapping[str, str]) -> None:
-    """Refuse to train on the CPU where there is an NVIDIA GPU that this torch cannot use.
+    """Refuse to train on the CPU if there is an NVIDIA GPU that this torch cannot use.
 
     Raises:
-        RequestError: with the cause, and how to train on the CPU if that is wanted.
+        RequestError: there is one; the message gives the cause, and how to train on the CPU anyway.
     """
     hidden = env.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and (hidden.strip() == "" or hidden.strip().startswith("-1")):
@@ -275,7 +277,7 @@ def check_unusable_gpu(env: Mapping[str, str]) -> None:
 
 
 def _nvidia_driver() -> str | None:
-    """The driver's version if this machine has an NVIDIA GPU, as nvidia-smi says; else ``None``."""
+    """The driver version if this machine has an NVIDIA GPU according to nvidia-smi ("unknown" if it fails), else ``None``."""
     smi = shutil.which("nvidia-smi")
     devices = any(Path("/dev").glob("nvidia[0-9]*"))
     if smi is None:
@@ -297,11 +299,11 @@ def _nvidia_driver() -> str | None:
 
 
 def fill_in_mesh(env: MutableMapping[str, str]) -> tuple[int, int] | None:
-    """HSDP's two sizes (replicas, shards), from the number of processes where the launcher's file does not fit it.
+    """HSDP's two sizes (replicas, shards), adapted to the number of processes; ``None`` if no mesh was requested.
 
-    accelerate refuses a mesh whose product is not the number of processes; a file for two nodes then fails on four.
-    Where it does not fit, weights are sharded over the processes of a node and replicated over the nodes.
-    ``None`` if no mesh was asked for.
+    accelerate refuses a mesh whose product is not the number of processes, so that a file for two nodes would fail on
+    four. If the sizes do not match, weights are sharded over the processes of a node and replicated over the nodes, and
+    the environment variables are changed accordingly.
     """
     if not flag(env, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         return None
@@ -315,7 +317,7 @@ def fill_in_mesh(env: MutableMapping[str, str]) -> tuple[int, int] | None:
 
 
 def check_compile(env: Mapping[str, str]) -> None:
-    """Refuse the launcher's compile flags, which reach some strategies only; the run has its own option."""
+    """Refuse the launcher's compile flags, which only some strategies follow; the run has its own option."""
     launched = env.get("ACCELERATE_DYNAMO_BACKEND", "NO")
     if launched.upper() != "NO":
         raise RequestError(
@@ -328,11 +330,11 @@ def compiles(asked: bool | str, *, cuda: bool) -> tuple[bool, str]:
     """Whether layers are compiled, and one line that says so or why not.
 
     Args:
-        asked: ``train.compile``: true, false or "auto": on GPUs where there are a compiler and Python's header files. On a
-            CPU compiling takes longer than most runs that are made there.
+        asked: ``train.compile``: true, false or "auto", which compiles on GPUs if a compiler and Python's header files are
+            installed. On a CPU compiling takes longer than most runs there.
 
     Raises:
-        RequestError: it was asked for, and the compiler or the header files are missing.
+        RequestError: it was set to true, but the compiler or the header files are missing.
     """
     if asked == "auto" and not cuda:
         return False, "off on a CPU (train.compile auto)"
@@ -343,7 +345,7 @@ def compiles(asked: bool | str, *, cuda: bool) -> tuple[bool, str]:
             "train.compile needs a C++ compiler, and neither CXX nor g++, c++ or clang++ was found: install one (apt install "
             "g++), or use --train.compile false"
         )
-    if asked and not python_header().exists():  # what starts a kernel is compiled against it
+    if asked and not python_header().exists():  # kernel launchers are compiled against it
         if asked == "auto":
             return False, "off: no Python.h found (apt install python3-dev makes training faster)"
         raise RequestError(
@@ -357,18 +359,18 @@ def compiles(asked: bool | str, *, cuda: bool) -> tuple[bool, str]:
 
 
 def cpp_compiler() -> str | None:
-    """Path of the C++ compiler that torch.compile would use: ``CXX``, g++, c++ or clang++."""
+    """Path of the C++ compiler that torch.compile would use: ``CXX``, g++, c++ or clang++; ``None`` if there is none."""
     names = [name for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name]
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def python_header() -> Path:
-    """Where Python's main header file must be for what torch.compile makes."""
+    """Where torch.compile needs Python's main header file."""
     return Path(sysconfig.get_paths()["include"], "Python.h")
 
 
 def check_accumulation(env: Mapping[str, str], asked: int) -> None:
-    """The launcher's accumulation, if it names one, must be the run's."""
+    """Refuse (``RequestError``) a gradient accumulation of the launcher that differs from the run's."""
     launched = env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
     if launched.isdecimal() and len(launched) < 10 and int(launched) not in (1, asked):
         raise RequestError(
@@ -396,10 +398,10 @@ def check_groups(train: TrainConfig, world_size: int, strategy: str) -> None:
 
 
 def launch_file(env: Mapping[str, str]) -> str:
-    """`` (in FILE)`` for messages: the configuration that ``accelerate launch`` read, if it can be known.
+    """`` (in FILE)`` for messages: the configuration that ``accelerate launch`` read, or an empty string if unknown.
 
-    It is the launcher's ``--config_file``, or the answers to ``accelerate config`` of some earlier day, which every
-    ``accelerate launch`` without ``--config_file`` takes.
+    It is the launcher's ``--config_file``, or the saved answers to ``accelerate config``, which ``accelerate launch`` uses
+    without ``--config_file``.
     """
     if "ACCELERATE_MIXED_PRECISION" not in env:
         return ""  # not started by accelerate
@@ -416,7 +418,7 @@ def launch_file(env: Mapping[str, str]) -> str:
 
 
 def default_config(env: Mapping[str, str]) -> Path | None:
-    """The answers to ``accelerate config``, if there are any."""
+    """The file with the saved answers to ``accelerate config``, if it exists."""
     cache = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     for suffix in ("json", "yaml"):  # accelerate's own order
         path = Path(os.path.expanduser(cache), "accelerate", f"default_config.{suffix}")
@@ -426,5 +428,5 @@ def default_config(env: Mapping[str, str]) -> Path | None:
 
 
 def remedy(strategy: str) -> str:
-    """How this strategy is started."""
+    """The command that starts this strategy, for messages."""
     return f"use accelerate launch --config_file accelerate_configs/{strategy}.yaml train_lm.py"

@@ -1,6 +1,6 @@
-"""The ranks of a run communicating on the host: agreeing, waiting, passing objects.
+"""Communication between ranks on the host: agreeing on flags, barriers, passing objects.
 
-These calls use gloo groups of their own, so that they neither wait for the device nor mix with its collectives. Ranks
+These calls use their own gloo groups, so that they neither wait for the device nor interleave with its collectives. Ranks
 listen on the network interface of the job and on no other.
 """
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 class Ranks:
-    """Host-side collectives over all ranks; construct it on all of them together, after the process group.
+    """Host-side collectives over all ranks. Create it on all ranks together, after the process group.
 
-    Without a process group every answer is this process's own.
+    Without a process group every result is this process's own value.
 
     Args:
         timeout: how long a call waits for the other ranks before it raises an error that names those missing.
@@ -39,11 +39,11 @@ class Ranks:
         self._timeout = timeout
         self._grouped = dist.is_initialized()
         self._host = dist.new_group(backend="gloo", timeout=timeout) if self._grouped else None
-        # A group in which a collective has failed cannot be used again, not even to ask who is missing.
+        # A group in which a collective has failed cannot be used again, not even to find out which rank is missing.
         self._inquiry = dist.new_group(backend="gloo", timeout=timeout) if self._grouped else None
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """A new tensor on the same device: the sum over the ranks."""
+        """The sum over the ranks, in a new tensor on the same device."""
         total = tensor.detach().clone()
         if self._grouped:
             dist.all_reduce(total)
@@ -53,7 +53,7 @@ class Ranks:
         """Bitwise OR of every rank's flags (below 2**63)."""
         if not self._grouped:
             return flags
-        # One number for each bit, and the largest counts: not every gloo has bitwise operations.
+        # The maximum of each bit as a number of its own: not every gloo has bitwise operations.
         bits = (torch.tensor([flags]) >> torch.arange(63)) & 1
         self._together("agree", lambda: dist.all_reduce(bits, op=dist.ReduceOp.MAX, group=self._host))
         return int((bits << torch.arange(63)).sum())
@@ -64,31 +64,31 @@ class Ranks:
             self._together(name, lambda: dist.barrier(group=self._host))
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's object."""
+        """Rank 0's object, on every rank."""
         box = [value]
         if self._grouped:
             self._together("broadcast", lambda: dist.broadcast_object_list(box, src=0, group=self._host))
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's object, in rank order."""
+        """Every rank's object in rank order, on every rank."""
         values = [value] * (dist.get_world_size() if self._grouped else 1)
         if self._grouped:
             self._together("gather", lambda: dist.all_gather_object(values, value, group=self._host))
         return values
 
     def close(self) -> None:
-        """Leave the process group, all ranks together; a second call does nothing."""
+        """Leave the process group, all ranks together; a second call is a no-op."""
         self._host = self._inquiry = None
         self._grouped = False
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def abort(self) -> None:
-        """Drop all connections without waiting for the other ranks, which may never come.
+        """Drop all connections without waiting for the other ranks, which may have failed.
 
-        Destroying a group of NCCL waits for the collectives that are queued, without end if one rank has failed. gloo
-        does not, and has no way to abort.
+        Destroying an NCCL group waits for queued collectives, forever if one rank has failed. gloo does not wait, and
+        cannot be aborted.
         """
         self._host = self._inquiry = None
         self._grouped = False
@@ -106,7 +106,7 @@ class Ranks:
             raise RuntimeError(f"{what}: {self._missing()} ({error})") from error
 
     def _missing(self) -> str:
-        """Which ranks did not come, as well as it can be found out after the fact."""
+        """A description of the ranks that are missing, as far as it can be found out after the failure."""
         patience = min(self._timeout, timedelta(seconds=15))
         try:
             dist.monitored_barrier(group=self._inquiry, timeout=patience, wait_all_ranks=True)
@@ -116,10 +116,10 @@ class Ranks:
 
 
 def on_main(engine: Engine, work: Callable[[], Any]) -> Any:
-    """Run ``work`` on rank 0 only; every rank gets its result.
+    """Run ``work`` on rank 0 only; every rank gets its result. Collective.
 
     Raises:
-        RequestError, FaultError: on every rank, if ``work`` raised it, or met a place that cannot be read or written.
+        RequestError, FaultError: on every rank, if ``work`` raised it, or could not read or write a file.
     """
     outcome: tuple[Any, Exception | None] = (None, None)
     if engine.is_main:
@@ -128,7 +128,7 @@ def on_main(engine: Engine, work: Callable[[], Any]) -> Any:
         except (RequestError, FaultError) as refusal:
             outcome = (None, refusal)
         except OSError as error:
-            if error.filename is None:  # a lost connection, not a place
+            if error.filename is None:  # a lost connection, not a file
                 raise
             failure = of_disk(error)
             failure.__cause__ = error
@@ -140,7 +140,7 @@ def on_main(engine: Engine, work: Callable[[], Any]) -> Any:
 
 
 def hashing_together(engine: Engine, work: Callable[[Hashes], Any]) -> Any:
-    """:func:`on_main` for work that hashes many files: ``work(hashes)`` on rank 0, and all ranks compute the hashes.
+    """:func:`on_main` for work that hashes many files: ``work(hashes)`` runs on rank 0, all ranks compute hashes.
 
     Raises:
         RequestError, FaultError: on every rank, if ``work`` raised it.
@@ -173,7 +173,7 @@ def hashing_together(engine: Engine, work: Callable[[Hashes], Any]) -> Any:
 
 
 def share_files(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """Files for each of ``count`` ranks to hash, about equally many bytes; a rank gets those that one of its number wrote.
+    """The files that each of ``count`` ranks hashes, about equally many bytes each, sorted by the rank that wrote them.
 
     Example::
 
@@ -196,9 +196,9 @@ _WRITER = re.compile(r"-r(\d{5})")
 def use_job_interface() -> None:
     """Let gloo listen on the job's interface (``GLOO_SOCKET_IFNAME``), unless the user has chosen one.
 
-    torch.distributed has no authentication, and gloo listens on whatever address the host's name stands for. The
-    store of the launcher is torch's own and listens on all interfaces; SECURITY.md says what that asks of the network.
-    NCCL chooses among the fast networks of a cluster itself (``NCCL_SOCKET_IFNAME`` overrules it).
+    torch.distributed has no authentication, and by default gloo listens on the address that the host name resolves to. The
+    launcher's store is torch's own and listens on all interfaces; SECURITY.md says what this requires of the network.
+    NCCL itself chooses among the fast networks of a cluster (``NCCL_SOCKET_IFNAME`` overrides it).
     """
     name = job_interface(os.environ)
     if name is not None:
@@ -206,9 +206,9 @@ def use_job_interface() -> None:
 
 
 def job_interface(env: Mapping[str, str]) -> str | None:
-    """The loopback for one node; for several the one that reaches the head node, or has its address.
+    """The name of the job's network interface: the loopback for one node, else the one that reaches the head node.
 
-    ``None`` where it cannot be known (no launcher, no IPv4): then torch chooses as it always does.
+    ``None`` if it cannot be determined (no launcher, no IPv4); then torch chooses as usual.
     """
     size, here = env.get("WORLD_SIZE", "1"), env.get("LOCAL_WORLD_SIZE")
     if size == "1" or here is None:
@@ -218,13 +218,13 @@ def job_interface(env: Mapping[str, str]) -> str | None:
         return addresses.get("127.0.0.1")
     try:
         wanted = socket.gethostbyname(env.get("MASTER_ADDR", ""))
-        if wanted not in addresses:  # not the head node: which of our addresses would a packet to it carry?
+        if wanted not in addresses:  # not the head node: find the source address of a packet to it
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((wanted, 9))  # of a datagram socket this sends nothing
+                probe.connect((wanted, 9))  # sends nothing on a datagram socket
                 wanted = probe.getsockname()[0]
     except OSError:
         return None
-    # Some hosts' names stand for their loopback, which the other nodes could not reach.
+    # Some host names resolve to the loopback, which other nodes cannot reach.
     return None if wanted.startswith("127.") else addresses.get(wanted)
 
 

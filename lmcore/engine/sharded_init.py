@@ -1,7 +1,7 @@
-"""The first weights of a sharded model: only rank 0 ever holds them whole, on its host.
+"""The initial weights of a sharded model. Only rank 0 ever holds them whole, on its host.
 
-Every rank gets its part of rank 0's values, parameter by parameter; on the other ranks the module may have been built
-with empty parameters (the meta device). Tied parameters stay tied; a rank that built a different model is refused.
+Every rank gets its part of rank 0's values, parameter by parameter. On the other ranks the module may have been built
+with empty parameters (on the meta device). Tied parameters stay tied; a rank that built a different model is refused.
 
     first = FirstWeights(module, keep=rank == 0)
     empty(module)                        # the structure stays
@@ -29,7 +29,7 @@ from lmcore.errors import RequestError
 
 
 class Shape(NamedTuple):
-    """One parameter or buffer, by name."""
+    """Name, shape and dtype of one parameter."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
 @final
 class FirstWeights:
-    """What the parameters of a module are before it is sharded; their values where ``keep``."""
+    """The parameters of a module before it is sharded: their shapes, and with ``keep`` their values."""
 
     def __init__(self, module: nn.Module, *, keep: bool) -> None:
         named = [(clean_name(name), p) for name, p in module.named_parameters()]
@@ -48,7 +48,7 @@ class FirstWeights:
         self._values = {name: p.detach() for name, p in named} if keep else {}
 
     def check(self, all_kinds: list[list[Any]]) -> None:
-        """Raises ``RequestError``, on every rank, if :attr:`kind` differs between ranks."""
+        """Raise ``RequestError``, on every rank, if :attr:`kind` differs between ranks."""
         for rank, theirs in enumerate(all_kinds):
             if theirs != all_kinds[0]:
                 pairs = itertools.zip_longest(all_kinds[0], theirs)
@@ -59,7 +59,7 @@ class FirstWeights:
                 )
 
     def give(self, state: Any, device: torch.device) -> None:
-        """Every rank takes its part of rank 0's values, parameter by parameter. Collective."""
+        """Set every rank's part from rank 0's values, parameter by parameter. Collective."""
         with torch.no_grad():
             for name, shape, dtype in self.shapes:
                 value = self._values.pop(name, None)  # freed on rank 0, too
@@ -69,16 +69,16 @@ class FirstWeights:
 
 
 def empty(module: nn.Module) -> None:
-    """Leave a module without numbers: every parameter on the meta device; buffers stay as they are."""
+    """Move every parameter of a module to the meta device, without values; buffers stay as they are."""
     replace_parameters(
         module, lambda p: nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
     )
 
 
 def replace_parameters(module: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> dict[int, Any]:
-    """Put ``make(parameter)`` in the place of every parameter, made once for all places of a tied one.
+    """Replace every parameter by ``make(parameter)``, which is called once for a tied parameter.
 
-    Returns the pairs (old, new) by the old one's ``id``.
+    Returns the pairs (old, new) by the ``id`` of the old parameter.
     """
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for part in module.modules():
@@ -91,7 +91,7 @@ def replace_parameters(module: nn.Module, make: Callable[[nn.Parameter], nn.Para
 
 
 def same_buffers(module: nn.Module, device: torch.device) -> None:
-    """Rank 0's buffers on every rank, on the device. They are small, and whole everywhere."""
+    """Copy rank 0's buffers to every rank, on the device. They are small, and whole on every rank. Collective."""
     for part in module.modules():
         for leaf, buffer in part._buffers.items():
             if buffer is not None:
@@ -99,7 +99,7 @@ def same_buffers(module: nn.Module, device: torch.device) -> None:
 
 
 def same_on_every_rank(module: nn.Module, device: torch.device) -> None:
-    """Rank 0's weights and buffers on every rank, whole, on the device: what DDP does when it is made."""
+    """Copy rank 0's weights and buffers to every rank, on the device, as DDP does when it is created. Collective."""
     for parameter in module.parameters():
         parameter.data = _of_rank_0(parameter.data.to(device))
     same_buffers(module, device)
@@ -113,7 +113,7 @@ def _of_rank_0(value: Tensor) -> Tensor:
 
 
 def allocate(module: nn.Module, device: torch.device) -> None:
-    """Empty parameters on the device instead of the meta device, without values, and rank 0's buffers."""
+    """Allocate the parameters on the device instead of the meta device, without values, and copy rank 0's buffers."""
     replace_parameters(
         module, lambda p: nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)
     )
@@ -121,15 +121,15 @@ def allocate(module: nn.Module, device: torch.device) -> None:
 
 
 def shard_empty(module: nn.Module, accelerator: Any, group: Any = None) -> Any:
-    """FSDP2 over a module on the meta device; the shards are allocated where they belong, without values.
+    """Apply FSDP2 to a module on the meta device, and allocate the shards on their device, without values.
 
-    ``group``: over these ranks only; default: over all, or the launcher's mesh.
+    ``group``: shard over these ranks only; default: over all ranks, or the launcher's mesh.
     """
     place = shards_live_on(accelerator.state.fsdp_plugin.cpu_offload, accelerator.device)
     same_buffers(module, accelerator.device)
     chosen = accelerator
     if group is not None:
-        # What fsdp2_prepare_model reads of an accelerator, with a mesh that the launcher's file knows nothing of.
+        # The attributes that fsdp2_prepare_model reads from an accelerator, with a mesh that is not in the launcher's file.
         names = ("data",)
         mesh = DeviceMesh.from_group(group, accelerator.device.type, mesh_dim_names=names)
         chosen = SimpleNamespace(
@@ -146,15 +146,16 @@ def shard_empty(module: nn.Module, accelerator: Any, group: Any = None) -> Any:
 
 
 def shards_live_on(policy: OffloadPolicy, device: torch.device) -> torch.device:
-    """The host under offloading (the base class stands for none), else the device."""
+    """The host with offloading (the base class means none), else the device."""
     return torch.device("cpu") if isinstance(policy, CPUOffloadPolicy) else device
 
 
 def partition_empty(
     module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device
 ) -> None:
-    """ZeRO-3's parameters, partitioned one by one as they are allocated, without values; the optimizer is
-    over them then. DeepSpeed alone would move the whole model to every device first, and cut it there."""
+    """Allocate ZeRO-3's parameters and partition each at once, without values; the optimizer then refers to them.
+
+    DeepSpeed alone would first move the whole model to every device, and partition it there."""
     from deepspeed.runtime.zero import Init  # seconds, and only this strategy needs it
 
     same_buffers(module, device)
@@ -182,7 +183,7 @@ _COMPUTE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
-    """What accelerate fills in later has no meaning for the partitioning."""
+    """Remove "auto" values, which accelerate fills in later and the partitioning does not need."""
     return {
         key: _without_auto(value) if isinstance(value, dict) else value
         for key, value in section.items()

@@ -1,8 +1,8 @@
-"""A model's and an optimizer's state by parameter name, where parameters are tensors: one process, DDP and FSDP2.
+"""The state of a model and its optimizer by parameter name, for one process, DDP and FSDP2.
 
-Plain tensors are whole on every rank, FSDP2's DTensors are a shard on every rank. ZeRO keeps its state in flat buffers:
-:class:`lmcore.engine.zero_state.ZeroState` has the same methods for it. One parameter at a time is whole, on the rank
-that asks for it, and only until the next.
+Plain tensors are whole on every rank; of FSDP2's DTensors every rank has a shard. ZeRO keeps its state in flat buffers, for
+which :class:`lmcore.engine.zero_state.ZeroState` has the same methods. Only one parameter at a time is gathered, and
+only until the next one.
 """
 
 from __future__ import annotations
@@ -31,15 +31,18 @@ def _place(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...
 
 
 def place_of(tensor: DTensor) -> Box:
-    """Which part of the whole this rank holds. Remembered: torch takes 20 us for an answer, and every save asks for all."""
+    """The part of the whole tensor that this rank holds. Cached: torch takes 20 us, and every save needs all tensors."""
     return _place(tensor.shape, tensor.device_mesh, tensor.placements)
 
 
 class TensorState:
-    """``named`` are the parameters by name, after wrapping; ``buffers`` the persistent ones.
+    """The state of a model and its optimizer, read and written by parameter name.
 
-    ``ranks``: those that hold parts of the same layers, under tensor parallelism. A part is then a tensor of its own here,
-    which FSDP2 may have sharded as any other; shapes, parts and values are of the whole tensor to callers.
+    Args:
+        named: the parameters by name, after wrapping.
+        buffers: persistent buffers by name.
+        ranks: under tensor parallelism, the ranks that hold parts of the same layers. Each part is then a parameter of its
+            own, which FSDP2 may have sharded like any other; callers see shapes, places and values of the whole tensor.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class TensorState:
             yield name, self._whole_shape(name, tensor), tensor.dtype
 
     def slots(self) -> Iterator[tuple[str, str, tuple[int, ...], torch.dtype]]:
-        """Name, slot, whole shape and dtype of every tensor of the optimizer."""
+        """Name, slot, whole shape and dtype of every tensor of the optimizer's state."""
         for name, parameter in self._named.items():
             state = self._optimizer.state.get(parameter, {})
             for slot in sorted(state):
@@ -74,7 +77,7 @@ class TensorState:
         return tuple(tensor.shape) if cut is None else cut.whole_shape(tensor.shape)
 
     def gather(self, name: str, slot: str) -> Tensor:
-        """The whole tensor. Collective; the result is good on rank 0."""
+        """The whole tensor. Collective; callers may rely on the result on rank 0 only."""
         tensor = whole(self._find(name, slot).detach())
         return tensor if self._ranks is None else self._ranks.gather(name, tensor)
 
@@ -92,7 +95,7 @@ class TensorState:
             target.copy_(value)
 
     def held(self, name: str, slot: str) -> tuple[Part, Tensor, tuple[int, int]]:
-        """Which part of a tensor this rank holds, the part itself (not copied), and which of how many holders this is."""
+        """This rank's part of a tensor: its place, the part itself (not a copy), and (index, count) of its holders."""
         tensor = self._find(name, slot).detach()
         part, local, holders = self._held(tensor)
         if self._ranks is not None:
@@ -113,7 +116,7 @@ class TensorState:
         return place_of(tensor), tensor.to_local(), (number, of)
 
     def take(self, name: str, slot: str, stored: Stored) -> None:
-        """Read this rank's part, and no more."""
+        """Read only this rank's part."""
         part, tensor, _ = self.held(name, slot)
         tensor.copy_(stored.read(part))
 
@@ -122,7 +125,7 @@ class TensorState:
         return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def scalars(self) -> dict[str, dict[str, Any]]:
-        """slot -> parameter name -> number. 0 for a parameter that had no gradient yet: so it begins when it has one."""
+        """slot -> parameter name -> number; 0, the initial value, for a parameter that has had no gradient yet."""
         found: dict[str, dict[str, Any]] = {}
         for name, parameter in self._named.items():
             for slot, value in self._optimizer.state.get(parameter, {}).items():
@@ -140,14 +143,14 @@ class TensorState:
         return all(parameter.requires_grad for parameter in self._named.values())
 
     def _group_numbers(self) -> dict[str, dict[str, Any]]:
-        """What the optimizer itself has changed in its groups (Prodigy's step size, a count of steps), as of each parameter."""
+        """Numbers that the optimizer itself has changed in its groups (Prodigy's step size, a step count), per parameter."""
         groups = self._optimizer.param_groups
         names = {id(parameter): name for name, parameter in self._named.items()}
         of_groups = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
         return changed_numbers(groups, self._begun_with, of_groups)
 
     def put_scalar(self, name: str, slot: str, value: float) -> None:
-        """Set one number of the optimizer's state; of a buffer there is none."""
+        """Set one number of the optimizer's state; a no-op for a buffer."""
         if name not in self._named:
             return
         parameter = self._named[name]
@@ -159,9 +162,9 @@ class TensorState:
             put_scalar(self._optimizer.state.get(parameter, {}), slot, value)
 
     def prime(self) -> None:
-        """Make the optimizer's slots exist, all zero, by a step with zero gradients and a zero rate.
+        """Create the optimizer's slots, all zero, by a step with zero gradients and a learning rate of zero.
 
-        The step may still change the weights (Muon's decay, say): load them afterwards.
+        The step may still change the weights, so load them afterwards.
         """
         rates = [group["lr"] for group in self._optimizer.param_groups]
         numbers = [own_numbers(group) for group in self._optimizer.param_groups]
@@ -169,7 +172,7 @@ class TensorState:
             group["lr"] = group["lr"] * 0.0
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
-        fill_in_momenta(self._optimizer)  # at a rewind some may be there
+        fill_in_momenta(self._optimizer)  # at a rewind some exist already
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         for group, rate, kept in zip(self._optimizer.param_groups, rates, numbers):
@@ -179,7 +182,7 @@ class TensorState:
             zero_state(state)
 
     def forget(self) -> None:
-        """Drop the optimizer's state: as before its first step."""
+        """Drop the optimizer's state, as before its first step."""
         self._optimizer.state.clear()
 
     def without(self, name: str) -> None:
@@ -192,12 +195,12 @@ class TensorState:
 
 
 OF_GROUP = "group."
-"""Before the name of a number that an optimizer keeps for a whole group, among those of its parameters."""
+"""Prefix of the name of a number that an optimizer keeps for a whole group; it is stored for each of its parameters."""
 _OF_THE_RUN = ("lr", "initial_lr", "momentum", "weight_decay", "lr_multiplier")
 
 
 def own_numbers(group: dict[str, Any]) -> dict[str, int | float]:
-    """Of an optimizer's group, without those that the run sets in every step."""
+    """The numbers in an optimizer's group, without those that the run sets in every step."""
     return {
         key: value.item() if isinstance(value, Tensor) else value
         for key, value in group.items()
@@ -206,7 +209,7 @@ def own_numbers(group: dict[str, Any]) -> dict[str, int | float]:
 
 
 def put_numbers(group: dict[str, Any], numbers: dict[str, Any]) -> None:
-    """Set numbers of an optimizer's group, in place where it keeps one as a tensor."""
+    """Set numbers of an optimizer's group, in place if the group keeps them as tensors."""
     for key, value in numbers.items():
         if isinstance(group.get(key), Tensor):
             group[key].fill_(value)
@@ -217,7 +220,7 @@ def put_numbers(group: dict[str, Any], numbers: dict[str, Any]) -> None:
 def changed_numbers(
     groups: list[dict[str, Any]], begun_with: list[dict[str, int | float]], names: list[list[str]]
 ) -> dict[str, dict[str, Any]]:
-    """The numbers that are not what they began with in every group, as of each parameter: ``names`` are those of each group."""
+    """The group numbers that have changed in any group, per parameter; ``names`` are the parameter names of each group."""
     found: dict[str, dict[str, Any]] = {}
     now = [own_numbers(group) for group in groups]
     changed = {
@@ -227,17 +230,17 @@ def changed_numbers(
         if begun.get(key) != group[key]
     }
     for group, of_group in zip(now, names, strict=True):
-        # Also where it has not changed: one number would stand for all groups.
+        # Also for groups in which it has not changed; otherwise the number of one group would be taken for all.
         for key in changed & group.keys():
             found.setdefault(f"{OF_GROUP}{key}", {}).update(dict.fromkeys(of_group, group[key]))
     return dict(sorted(found.items()))
 
 
 def refuse_other_state(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer whose state holds more than tensors and numbers: a checkpoint would leave that out.
+    """Refuse an optimizer whose state holds more than tensors and numbers, which a checkpoint would leave out.
 
     Raises:
-        RequestError: with the name of the entry.
+        RequestError: it does; the message names the entry.
     """
     for key in optimizer.state:
         if not isinstance(key, Tensor):
@@ -268,12 +271,12 @@ def _holds_tensors(value: Any) -> bool:
 
 
 class Stored(Protocol):
-    """A stored tensor, of which any part can be read, such as one of a checkpoint."""
+    """A stored tensor, such as one of a checkpoint, from which any part can be read."""
 
     shape: tuple[int, ...]
 
     def read(self, part: Part | None = None) -> Tensor:
-        """The numbers of the part, in its shape; all without one."""
+        """The elements of the part, in its shape; without ``part``, the whole tensor."""
 
 
 def load(
@@ -281,7 +284,7 @@ def load(
 ) -> None:
     """Load weights and slots; see ``Engine.load_state``."""
     with torch.no_grad():
-        state.prime()  # first: a step, even an empty one, may touch the weights
+        state.prime()  # first, because even an empty step may change the weights
         found = 0
         for entry in layout():
             value = stored(entry.kind, entry.name, entry.slot)
@@ -303,7 +306,7 @@ def load(
 
 def scalars(state: Any, scaler: Any, optimizer: Any) -> dict[str, Any]:
     """The optimizer's numbers, as JSON; see ``Engine.optimizer_scalars``."""
-    # With frozen parameters each number keeps its name: one that is trained later must not take the step count of the others.
+    # With frozen parameters numbers stay separate: a parameter that is trained later must not get the step count of others.
     short = compress if state.all_trained() else dict
     slots = {slot: short(values) for slot, values in state.scalars().items()}
     return {"slots": slots, **get_loss_scale(scaler, optimizer)}
@@ -320,12 +323,12 @@ def load_scalars(state: Any, scaler: Any, optimizer: Any, stored: dict[str, Any]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all shards of a DTensor put together (collective)."""
+    """The tensor itself, or the gathered DTensor (collective)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_slot(value: Any) -> bool:
-    """Whether an entry of an optimizer's state is a tensor to be stored as one."""
+    """Whether an entry of an optimizer's state is stored as a tensor, not as a number."""
     return isinstance(value, Tensor) and value.ndim > 0
 
 
@@ -335,7 +338,7 @@ def is_scalar(value: Any) -> bool:
 
 
 def put_scalar(state: dict[str, Any], slot: str, value: float) -> None:
-    """Set a number where the state has one of this name."""
+    """Set a number of the state, if the state has one of this name."""
     if slot in state:
         if isinstance(state[slot], Tensor):
             state[slot].fill_(value)
@@ -344,7 +347,7 @@ def put_scalar(state: dict[str, Any], slot: str, value: float) -> None:
 
 
 def zero_state(state: dict[str, Any]) -> None:
-    """As if no step had been taken."""
+    """Set a parameter's optimizer state to zero, in place, as if no step had been taken."""
     for slot, value in state.items():
         if isinstance(value, Tensor):
             value.zero_()
@@ -360,15 +363,15 @@ def clean_name(name: str) -> str:
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers that a checkpoint must hold, by name."""
+    """The buffers that a checkpoint must hold, by name."""
     kept = set(module.state_dict(keep_vars=True))
     return {clean_name(name): b for name, b in module.named_buffers() if name in kept}
 
 
 def gates_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer skips a step by ``found_inf``, a number on the device: torch's fused kernels do."""
+    """Whether the optimizer skips a step by ``found_inf``, a flag on the device, as torch's fused kernels do."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
-    # A first momentum is not dampened, so that it cannot begin at zero: see fill_in_momenta.
+    # torch does not dampen the first momentum, so with dampening a buffer must not start at zero (fill_in_momenta).
     begins_at_zero = not _is_dampened(optimizer)
     kinds = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
     return fused and begins_at_zero and type(optimizer) in kinds
@@ -379,10 +382,10 @@ def _is_dampened(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def fill_in_momenta(optimizer: torch.optim.Optimizer) -> None:
-    """Zeros where torch's SGD would make a momentum in its next step.
+    """Create zero momentum buffers where torch's SGD would create them in its next step.
 
-    Its fused step takes memory as it is for them, which a step that ``found_inf`` skips leaves so; and it fails where some
-    parameters have a momentum and others, whose first gradient comes later, have none.
+    Its fused step allocates them uninitialized, and a step that ``found_inf`` skips leaves them so. It also fails if some
+    parameters have a buffer and others, whose first gradient comes later, do not.
     """
     if type(optimizer) is not torch.optim.SGD:
         return
@@ -419,7 +422,7 @@ def _some_begin(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool
 
 
 def compress(values: dict[str, float]) -> float | dict[str, float]:
-    """One number where all are equal (every parameter's step count is)."""
+    """One number if all are equal, as step counts usually are."""
     return next(iter(values.values())) if len(set(values.values())) == 1 else values
 
 
@@ -427,7 +430,7 @@ _DEEPSPEED_SCALE = ("cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def get_loss_scale(scaler: Any, optimizer: Any) -> dict[str, Any]:
-    """The state of fp16's loss scaling, torch's or DeepSpeed's, as JSON; nothing in other precisions."""
+    """The state of fp16's loss scaling, torch's or DeepSpeed's, as JSON; empty in other precisions."""
     if scaler is not None:
         return {"scaler": scaler.state_dict()}
     theirs = getattr(optimizer, "loss_scaler", None)
@@ -442,7 +445,7 @@ def get_loss_scale(scaler: Any, optimizer: Any) -> dict[str, Any]:
 
 
 def set_loss_scale(scaler: Any, optimizer: Any, scalars: dict[str, Any]) -> None:
-    """The inverse; fields that one of the two kinds does not have keep their initial values."""
+    """The inverse of :func:`get_loss_scale`; fields that only the other of the two kinds has keep their initial values."""
     stored = scalars.get("scaler")
     theirs = getattr(optimizer, "loss_scaler", None)
     if stored and scaler is not None:

@@ -1,9 +1,9 @@
 """Tensor parallelism: the ranks of a group hold parts of the same linear layers, and compute the same blocks together.
 
 Pairs of linear layers are cut as in Megatron-LM (arXiv 1909.08053, section 3): the first by its outputs (columns of W^T),
-the second by its inputs (rows), so that the parts of the second add up to the whole output. Which layers those are is
-transformers' own plan of the family; everything else, the vocabulary head among it, is whole on every rank. Parts are
-plain tensors, so that DDP, FSDP2 and fused optimizers work on them as on any other parameter.
+the second by its inputs (rows), so that the outputs of the second layer's parts add up to the whole output.
+transformers' own plan for the family says which layers are cut; everything else, including the vocabulary head, is whole
+on every rank. Parts are plain tensors, so that DDP, FSDP2 and fused optimizers work on them as on any other parameter.
 
 Letters: t ranks of a group, I inputs and O outputs of a linear layer.
 """
@@ -31,13 +31,13 @@ from lmcore.errors import RequestError
 from lmcore.model.build import random_weights
 
 COLUMNS, ROWS, PARTIAL = "colwise", "rowwise", "replicated_with_grad_allreduce"
-"""What a plan of transformers may say of a module: cut by outputs, by inputs, or whole with a gradient that is the sum over
-the ranks (a norm of each head, which sees the heads of its rank only)."""
+"""The supported kinds in a plan of transformers: cut by outputs, cut by inputs, or whole with a gradient that is summed over
+the ranks (a norm per head, which sees only the heads of its rank)."""
 Sum = Callable[[Tensor], Tensor]
 
 
 class Cut(NamedTuple):
-    """How a tensor is cut over the ranks of a group, and which part this one is."""
+    """How a tensor is cut over the ranks of a group, and which part this rank has."""
 
     dimension: int
     rank: int
@@ -53,7 +53,7 @@ class Cut(NamedTuple):
         return tuple(n * self.size if d == self.dimension else n for d, n in enumerate(part))
 
     def place(self, box: Box, part: Iterable[int]) -> Box:
-        """A box of this rank's part, in the whole tensor. ``part``: the shape of the part."""
+        """Translate a box inside this rank's part to the whole tensor. ``part`` is the shape of the part."""
         lengths = tuple(part)
         offsets = tuple(
             o + self.rank * n if d == self.dimension else o
@@ -76,7 +76,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def plan_of(model: Any) -> dict[str, str]:
-    """transformers' plan for the modules and parameters of the layers that this model has: name to kind."""
+    """transformers' plan for the modules and parameters in the layers of this model: name -> kind."""
     rules = {rule: kind for rule, kind in (getattr(model, "tp_plan", None) or {}).items() if "*" in rule}
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     found = ((name, rules.get(re.sub(r"\d+", "*", name))) for name in dict.fromkeys(names))
@@ -86,7 +86,7 @@ def plan_of(model: Any) -> dict[str, str]:
 def why_not(model: Any, size: int) -> str | None:
     """Why the layers of a model cannot be cut over ``size`` ranks; ``None`` if they can.
 
-    The plan is taken at its word here; :func:`why_not_equal` tries it.
+    This assumes that the plan is correct; :func:`why_not_equal` tests it.
     """
     plan, name = plan_of(model), model.__class__.__name__
     if not plan:
@@ -111,13 +111,13 @@ def why_not(model: Any, size: int) -> str | None:
 
 
 def why_not_equal(model: Any, size: int) -> str | None:
-    """Why the parts of a model's layers do not add up to the whole; ``None`` if they do.
+    """Why the outputs of the parts of a model's layers do not add up to the whole output; ``None`` if they do.
 
-    Tried on four tokens: for each kind of module with cut children (attention, MLP) its output must be the sum over
-    the ranks of what their parts make of the same input. Empty weights are taken as random.
+    Tested on four tokens: for each kind of module with cut children (attention, MLP), its output must be the sum of the
+    outputs of all ranks' parts for the same input. Empty weights are replaced by random ones.
     """
     plan = plan_of(model)
-    parents: dict[str, str] = {}  # the first of each kind
+    parents: dict[str, str] = {}  # the first module of each kind
     for path in plan:
         parent = path.rpartition(".")[0]
         parents.setdefault(re.sub(r"\d+", "*", parent), parent)
@@ -147,10 +147,10 @@ def why_not_equal(model: Any, size: int) -> str | None:
                     part._forward_hooks.clear()
                     _cut_children(part, children, rank, size, bias=rank == 0)
                     found += _first(part(*args, **kwargs))
-                # Random weights are small, and with them the outputs.
+                # The tolerance is relative to the outputs, which are small because random weights are.
                 if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
                     return f"the parts of {parent} do not add up to the whole"
-    except Exception as error:  # any family may do anything with four tokens
+    except Exception as error:  # a family may require other arguments, and raise any error
         return f"{model.__class__.__name__} could not be tried ({error.__class__.__name__})"
     finally:
         for hook in hooks:
@@ -160,7 +160,7 @@ def why_not_equal(model: Any, size: int) -> str | None:
 
 
 def refuse(size: int, reason: str | None) -> None:
-    """Raises ``RequestError`` if there is a reason why layers cannot be cut."""
+    """Raise ``RequestError`` if there is a reason why layers cannot be cut."""
     if reason is not None:
         raise RequestError(f"train.tensor_parallel {size} is not available for this model: {reason}")
 
@@ -169,12 +169,12 @@ def why_not_compiled(model: Any) -> str | None:
     """Why layers that are cut cannot be compiled; ``None`` if they can."""
     if not drops(model):
         return None
-    # No graph holds a change of the generator's state.
+    # A compiled graph cannot contain a change of the generator's state.
     return "the model has dropout, for which train.tensor_parallel changes the random state in every layer"
 
 
 def refuse_to_compile(asked: bool | str, reason: str | None) -> None:
-    """Raises ``RequestError`` if compilation was asked for and there is a reason against it."""
+    """Raise ``RequestError`` if ``train.compile`` is true and there is a reason against it."""
     if asked is True and reason is not None:
         raise RequestError(f"train.compile true: {reason}; set its dropout to 0, or leave train.compile out")
 
@@ -188,7 +188,7 @@ def _cut_children(part: nn.Module, children: Mapping[str, str], rank: int, size:
         if kind == PARTIAL:
             continue
         linear = _cut_linear(part.get_submodule(leaf), kind, rank, size, _same)
-        if kind == ROWS and not bias:  # it is added once
+        if kind == ROWS and not bias:  # the bias must be added only once
             linear.bias = None
         setattr(part, leaf, linear)
 
@@ -197,13 +197,13 @@ def _cut_children(part: nn.Module, children: Mapping[str, str], rank: int, size:
 
 
 class ColumnLinear(nn.Linear):
-    """The part of a linear layer that makes some of its outputs: (..., I) to (..., O / t)."""
+    """The part of a linear layer that computes some of its outputs: (..., I) to (..., O / t)."""
 
     sum_over_ranks: Sum
     draws: RankDraws | None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Every rank has the same input; its gradient is the sum over the ranks."""
+        """Every rank has the same input; the input's gradient is summed over the ranks."""
         if self.draws is not None and self.training:
             self.draws.enter()
         return F.linear(_SumOfGradients.apply(input, self.sum_over_ranks), self.weight, self.bias)
@@ -216,7 +216,7 @@ class RowLinear(nn.Linear):
     draws: RankDraws | None
 
     def forward(self, input: Tensor) -> Tensor:
-        """The bias, whole on every rank, is added once."""
+        """The bias, which is whole on every rank, is added once, after the sum over the ranks."""
         if self.draws is not None and self.training:
             self.draws.leave()
         output = _SumOfValues.apply(F.linear(input, self.weight), self.sum_over_ranks)
@@ -224,7 +224,7 @@ class RowLinear(nn.Linear):
 
 
 class _SumOfGradients(torch.autograd.Function):
-    """The identity, whose gradient is summed over the ranks."""
+    """The identity in forward; sums the gradient over the ranks in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, total: Sum) -> Tensor:
@@ -237,7 +237,7 @@ class _SumOfGradients(torch.autograd.Function):
 
 
 class _SumOfValues(torch.autograd.Function):
-    """The sum over the ranks, whose gradient every rank has already."""
+    """The sum over the ranks in forward; the identity in backward, because every rank already has the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, total: Sum) -> Tensor:
@@ -251,7 +251,7 @@ class _SumOfValues(torch.autograd.Function):
 def _cut_linear(
     linear: Any, kind: str, rank: int, size: int, total: Sum, draws: RankDraws | None = None
 ) -> Any:
-    """This rank's part of a linear layer; empty if that is."""
+    """This rank's part of a linear layer; empty (meta) if the layer is."""
     new: Any = (ColumnLinear if kind == COLUMNS else RowLinear)(1, 1, bias=False, device="meta")
     outputs = linear.out_features // (size if kind == COLUMNS else 1)
     inputs = linear.in_features // (size if kind == ROWS else 1)
@@ -270,14 +270,14 @@ def _cut_linear(
 def cut_layers(
     model: Any, rank: int, size: int, total: Sum, draws: RankDraws | None = None
 ) -> tuple[dict[str, Cut], set[str]]:
-    """Leave one rank's parts of the layers of a model, in place.
+    """Replace the layers of a model by one rank's parts of them, in place.
 
     Args:
-        total: sums a tensor over the ranks of the group, into a new one.
-        draws: what the rank draws between the cuts, if the model drops anything.
+        total: sums a tensor over the ranks of the group and returns a new one.
+        draws: the rank's own random numbers between the cuts, if the model has dropout.
 
     Returns:
-        How each parameter that is cut is cut, and the names of those whose gradients are sums over the ranks.
+        The cut of each parameter that is cut, and the names of the parameters whose gradients must be summed over the ranks.
     """
     cuts: dict[str, Cut] = {}
     partial_sums: set[str] = set()
@@ -295,7 +295,7 @@ def cut_layers(
 
 
 def part_for_plan(model: Any, size: int) -> None:
-    """Leave the first rank's parts, for counting: sums over ranks are copies."""
+    """Replace the layers by the first rank's parts, for a memory plan; sums over ranks are replaced by copies."""
     cut_layers(model, 0, size, torch.clone)
 
 
@@ -312,15 +312,15 @@ def _sum_in(group: Any, x: Tensor) -> Tensor:
 
 @final
 class TensorRanks:
-    """The ranks that hold parts of the same layers, and those that hold the same parts. Collective.
+    """The ranks that hold parts of the same layers, and those that hold the same parts. Creating it is collective.
 
-    Neighbours hold parts of the same layers, so that they are on one node.
+    Consecutive ranks hold parts of the same layers, so that they are on one node.
 
     Attributes:
-        rank, size: in the group of neighbours.
-        group, data_group: process groups; of the neighbours, and of the ranks that hold the same parts.
-        data_rank, data_size: in the second one.
-        cuts: of the parameters by name, once :meth:`cut` was called.
+        rank, size: rank in, and size of, the group that holds parts of the same layers.
+        group, data_group: the process group of that group, and the one of the ranks that hold the same parts.
+        data_rank, data_size: rank in, and size of, ``data_group``.
+        cuts: how each parameter is cut, by name, once :meth:`cut` was called.
     """
 
     def __init__(self, rank: int, size: int, world_size: int, timeout: timedelta) -> None:
@@ -335,13 +335,13 @@ class TensorRanks:
         self._partial_sums: set[str] = set()
 
     def cut(self, model: nn.Module, device: torch.device) -> None:
-        """Leave this rank's parts of the layers, in place; ``device`` is where they compute."""
+        """Replace the layers of a model by this rank's parts, in place; ``device`` is where they compute."""
         total = partial(_sum_in, self.group.group_name)
         draws = RankDraws(self.rank, device) if drops(model) else None
         self.cuts, self._partial_sums = cut_layers(model, self.rank, self.size, total, draws)
 
     def holders(self, name: str, *, sharded: bool) -> tuple[int, int]:
-        """Which of how many ranks that hold the same numbers of a tensor this one is."""
+        """(index, count): which of the ranks that hold the same elements of a tensor this one is, and how many there are."""
         if name in self.cuts:
             return (0, 1) if sharded else (self.data_rank, self.data_size)
         if sharded:
@@ -360,10 +360,11 @@ class TensorRanks:
 
     @torch.no_grad()
     def settle(self, gradients: Mapping[str, Tensor]) -> None:
-        """Make the gradients of what is whole on every rank the same there, in place. Collective.
+        """Make the gradients of parameters that are whole on every rank equal on all ranks, in place. Collective.
 
-        A norm of each head has seen the heads of its rank only: a sum. Everything else is the same already, but for
-        kernels that add in any order (an embedding's on a GPU): without the mean weights would drift apart, unseen.
+        The gradient of a norm per head covers only the heads of its rank, so it is summed. All others are equal already,
+        except for kernels that add in arbitrary order (an embedding's on a GPU); they are averaged, because otherwise the
+        weights would silently drift apart.
         """
         for name, gradient in gradients.items():
             if name not in self.cuts:
@@ -376,8 +377,8 @@ class TensorRanks:
     def total_norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """The norm of the gradient of all parameters, 0-dim fp32, the same on every rank. Collective.
 
-        The squares of every rank's own numbers are summed over all ranks that hold others; what is whole on the t ranks of a
-        group is counted by each of them, and divided by t.
+        The squares of each rank's elements are summed over all ranks that hold different elements. Parameters that are whole
+        on the t ranks of a group are counted by each of them, so their part is divided by t.
         """
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
         sharded = False
@@ -386,7 +387,7 @@ class TensorRanks:
             parts[name not in self.cuts].append(_local(gradient))
         cut, whole = (nn.utils.get_total_norm(part).float().square() for part in parts)
         total = (cut + whole / self.size).reshape(1)
-        # FSDP2 cuts over the data ranks as well; otherwise those hold the same gradients.
+        # FSDP2 also shards over the data ranks; otherwise those hold the same gradients.
         dist.all_reduce(total, group=None if sharded else self.group)
         return total[0].sqrt()
 

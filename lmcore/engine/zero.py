@@ -1,8 +1,8 @@
-"""DeepSpeed's configuration: one dictionary that names every value, so that nothing is guessed.
+"""DeepSpeed's configuration: one dictionary with every value given explicitly, so that nothing is guessed.
 
-It is made of a JSON file of ``ds_configs/`` (or the launcher's fields) and the run's own numbers. A value of the file that
-contradicts the run is an error that shows both; ``"auto"`` and missing values are filled in from the run. Gradients are
-accumulated and reduced in fp32 unless the run says otherwise. There is no optimizer and no scheduler in it: the run has
+It is built from a JSON file of ``ds_configs/`` (or the launcher's fields) and the options of the run. A value of the file
+that contradicts the run is an error that shows both; ``"auto"`` and missing values are filled in from the run. Gradients
+are accumulated and reduced in fp32 unless the run says otherwise. It has no optimizer and no scheduler: the run has
 its own.
 """
 
@@ -24,12 +24,12 @@ from lmcore.conventions import deepspeed_file
 from lmcore.errors import RequestError
 
 ELEMENTWISE = ("Adam", "AdamW", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax")
-"""Optimizers whose update of a number depends on that number's own gradient and state only. ZeRO flattens the parameters
-and cuts them anywhere, which no other optimizer survives."""
+"""Optimizers whose update of an element depends only on that element's own gradient and state. ZeRO flattens the parameters
+and cuts them anywhere, which works with no other optimizers."""
 
 
 def memory_settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says about memory, by the names of :class:`lmcore.plan.plan.Setting`; DeepSpeed's defaults."""
+    """The memory settings of a configuration under the names of :class:`lmcore.plan.plan.Setting`, with DeepSpeed's defaults."""
     section = content["zero_optimization"]
     bucket, live = section.get("reduce_bucket_size"), section.get("stage3_max_live_parameters")
     settings: dict[str, Any] = {
@@ -45,7 +45,8 @@ def read(env: Mapping[str, str], path: str | None) -> dict[str, Any]:
     """The content of the JSON file that the run or the launcher names, or the launcher's own fields.
 
     Raises:
-        RequestError: no such file, no JSON, two different files, a stage that is not 1, 2 or 3.
+        RequestError: no such file, invalid JSON, two different files, a stage other than 1, 2 or 3, or a section for an
+            optimizer or a scheduler.
     """
     launched = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     launched = "" if launched.lower() == "none" else launched
@@ -88,7 +89,7 @@ def read(env: Mapping[str, str], path: str | None) -> dict[str, Any]:
 
 
 def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer updates each number by that number's own gradient and state only."""
+    """Whether an optimizer updates each element from that element's own gradient and state only."""
     return type(optimizer).__name__ in ELEMENTWISE or getattr(optimizer, "elementwise", False)
 
 
@@ -102,7 +103,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def offloads(content: Mapping[str, Any]) -> bool:
-    """Whether the optimizer's state lives on the host."""
+    """Whether the optimizer's state is offloaded to the host."""
     return _offload_device(content) != "none"
 
 
@@ -111,7 +112,7 @@ def _offload_device(content: Mapping[str, Any]) -> str:
 
 
 def check_compiler(content: Mapping[str, Any]) -> None:
-    """DeepSpeed's CPU Adam is compiled when it is first used; say beforehand what would be missing."""
+    """Refuse offloading (``RequestError``) if a tool is missing with which DeepSpeed compiles its CPU Adam at first use."""
     if not offloads(content) or content.get("zero_force_ds_cpu_optimizer", True) is False:
         return
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
@@ -123,7 +124,7 @@ def check_compiler(content: Mapping[str, Any]) -> None:
 
 
 def base_config(content: Mapping[str, Any], *, precision: str, reduce_dtype: str) -> dict[str, Any]:
-    """What is known when the process group is made: everything but the batch."""
+    """The configuration as far as it is known when the process group is created: everything but the batch."""
     config = copy.deepcopy(dict(content))
     for name in ("bf16", "fp16"):
         section = dict(config.get(name) or {})
@@ -133,7 +134,7 @@ def base_config(content: Mapping[str, Any], *, precision: str, reduce_dtype: str
     config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     _agree(config, "communication_data_type", reduce_dtype, "communication_data_type", "engine.reduce_dtype")
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
-        # Filled by batch_config; accelerate would put 1 for a missing accumulation
+        # Filled in by batch_config; accelerate would set a missing accumulation to 1
         config.setdefault(name, "auto")
     config.setdefault("gradient_clipping", "auto")
     section = config["zero_optimization"]
@@ -148,7 +149,7 @@ def base_config(content: Mapping[str, Any], *, precision: str, reduce_dtype: str
 def batch_config(
     config: dict[str, Any], *, micro_batch_blocks: int, accumulation: int, world_size: int, clip_norm: float
 ) -> None:
-    """Fill in, in place, what is known when the run is: the batch and the clipping."""
+    """Fill in, in place, the batch sizes and the clipping norm, which are known later than the rest."""
     micro = "train.micro_batch_blocks"
     _agree(
         config, "train_micro_batch_size_per_gpu", micro_batch_blocks, "train_micro_batch_size_per_gpu", micro
@@ -166,9 +167,9 @@ def batch_config(
 
 
 def set_accumulation(engine: Any, accumulation: int) -> None:
-    """Tell DeepSpeed of another number of micro-batches in a step.
+    """Set DeepSpeed's number of micro-batches per step.
 
-    Its own ``set_train_batch_size`` does not reach the optimizer, which asks for the number when it offloads.
+    Its own ``set_train_batch_size`` does not update the optimizer, which uses the number when it offloads.
     """
     engine.set_train_batch_size(engine.train_micro_batch_size_per_gpu() * accumulation * engine.dp_world_size)
     if hasattr(engine.optimizer, "gradient_accumulation_steps"):
@@ -176,7 +177,7 @@ def set_accumulation(engine: Any, accumulation: int) -> None:
 
 
 def _agree(section: dict[str, Any], key: str, value: Any, name: str, option: str) -> None:
-    """Put the run's value where the file has none or "auto"; refuse a different one."""
+    """Set the run's value if the file has none or "auto"; refuse a different value."""
     found = section.get(key, "auto")
     if found != "auto" and found != value:
         raise RequestError(
@@ -187,19 +188,19 @@ def _agree(section: dict[str, Any], key: str, value: Any, name: str, option: str
 
 
 def quiet_deepspeed(device_is_cpu: bool) -> None:
-    """Import DeepSpeed without its noise, and on a CPU without its compiler."""
+    """Import DeepSpeed without its log messages, and on a CPU without compiling an operator."""
     if device_is_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # seconds, and only these strategies need it
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device_is_cpu:
-        # The shared memory operator is compiled at start, which takes minutes or fails; gloo does the same.
+        # The shared memory operator would be compiled at the start, which takes minutes or fails; gloo is used instead.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def single_process_environment(env: Any) -> None:
-    """DeepSpeed wants a process group even for one process without a launcher."""
+    """Set the launcher's variables for a single process: DeepSpeed needs a process group even without a launcher."""
     if "RANK" not in env:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -214,12 +215,14 @@ def wrap(
     *,
     whole_layers: Sequence[nn.Module] = (),
 ) -> tuple[Any, Any]:
-    """DeepSpeed's engine and optimizer. Floating-point buffers keep their type: DeepSpeed would round them to
-    the precision of the weights, and spoil the rotary frequencies.
+    """Create DeepSpeed's engine and optimizer.
+
+    Floating-point buffers keep their dtype: DeepSpeed would round them to the precision of the weights, and make the
+    rotary frequencies inexact.
 
     Args:
-        whole_layers: layers whose weights ZeRO-3 gathers together: its hooks on every module inside would break a
-            compiled layer's graph.
+        whole_layers: layers whose weights ZeRO-3 gathers together, because its hooks on every module inside would break
+            a compiled layer's graph.
     """
     if whole_layers:
         from deepspeed.utils import set_z3_leaf_modules

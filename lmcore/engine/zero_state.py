@@ -1,8 +1,8 @@
 """ZeRO's state by parameter name: reads and writes DeepSpeed's flat buffers.
 
-DeepSpeed flattens the parameters of a group into one fp32 buffer, of which every rank owns a part, and keeps the
+DeepSpeed flattens the parameters of a group into one fp32 buffer. Every rank owns a part of it, and keeps the
 optimizer's slots for that part. Its own per-parameter accessors
-(``deepspeed.utils.safe_get_full_fp32_param`` and siblings) cannot carry a checkpoint; seen in 0.19.8:
+(``deepspeed.utils.safe_get_full_fp32_param`` and similar ones) are not usable for checkpoints; seen in 0.19.8:
 
 - they fail before the first step, when the slots do not exist;
 - under stages 1 and 2 only the first parameter group is linked to its slots
@@ -11,7 +11,7 @@ optimizer's slots for that part. Its own per-parameter accessors
   ``step`` nor the low-precision copies.
 
 So this module reads DeepSpeed's own addresses (``_hp_mapping``, ``grad_position``) and slices the buffers itself. Bits
-are moved, never rounded, and one parameter at a time is whole.
+are copied, never rounded, and only one parameter at a time is gathered.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from lmcore.engine.state import (
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """This rank's part of one parameter: ``count`` numbers from ``start`` of the parameter, at ``offset`` of
-    ``flat``. ``count`` is 0 where this rank owns none of it."""
+    """This rank's part of one parameter: ``count`` elements from element ``start`` of the parameter, stored at ``offset``
+    of ``flat``. ``count`` is 0 if this rank owns none of it."""
 
     flat: Tensor
     offset: int
@@ -72,7 +72,7 @@ class ZeroState:
     # ---- the methods of TensorState ------------------------------------------------------------------------
 
     def weights(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-        """Name, whole shape and dtype: trained parameters are those of the fp32 master weights."""
+        """Name, whole shape and dtype of every weight and buffer; for trained parameters, of the fp32 master weights."""
         for name, parameter in self._named.items():
             trained = self._pieces.get(name)
             yield name, self._shape(parameter), parameter.dtype if trained is None else trained.flat.dtype
@@ -80,7 +80,7 @@ class ZeroState:
             yield name, tuple(buffer.shape), buffer.dtype
 
     def slots(self) -> Iterator[tuple[str, str, tuple[int, ...], torch.dtype]]:
-        """Name, slot, whole shape and dtype of every tensor of the optimizer."""
+        """Name, slot, whole shape and dtype of every tensor of the optimizer's state."""
         for name, piece in self._pieces.items():
             state = self._state(piece.flat)
             for slot in sorted(state):
@@ -88,7 +88,7 @@ class ZeroState:
                     yield name, slot, self._shape(self._named[name]), state[slot].dtype
 
     def gather(self, name: str, slot: str) -> Tensor:
-        """The whole tensor. Collective; the result is good on rank 0."""
+        """The whole tensor. Collective; the result is valid on rank 0 only."""
         if name in self._buffers:
             return self._buffers[name]
         parameter, piece = self._named[name], self._pieces.get(name)
@@ -113,7 +113,7 @@ class ZeroState:
             self._put_low_precision(parameter, flat_value)
 
     def held(self, name: str, slot: str) -> tuple[Part, Tensor, tuple[int, int]]:
-        """Which part of a tensor this rank holds, the part itself (not copied), and which of how many holders this is."""
+        """This rank's part of a tensor: its place, the part itself (not a copy), and (index, count) of its holders."""
         everywhere = self._rank, dist.get_world_size()
         if name in self._buffers:
             return whole(self._buffers[name].shape), self._buffers[name].detach(), everywhere
@@ -129,7 +129,7 @@ class ZeroState:
         return Range(start, count), parameter.ds_tensor.detach().narrow(0, 0, count), (0, 1)
 
     def take(self, name: str, slot: str, stored: Stored) -> None:
-        """Read this rank's part; under stages 1 and 2 the weights whole, of which every rank keeps a copy to compute with."""
+        """Read this rank's part. Under stages 1 and 2 also read whole weights, which every rank keeps for the forward."""
         if name in self._buffers:
             self._buffers[name].copy_(stored.read())
             return
@@ -146,7 +146,7 @@ class ZeroState:
             parameter.ds_tensor.detach().narrow(0, 0, count).copy_(stored.read(Range(start, count)))
 
     def scalars(self) -> dict[str, dict[str, Any]]:
-        """slot -> parameter name -> number; a parameter has those of the buffer that it lives in."""
+        """slot -> parameter name -> number; a parameter has the numbers of the flat buffer that contains it."""
         found: dict[str, dict[str, Any]] = {}
         for name, piece in self._pieces.items():
             for slot, value in self._state(piece.flat).items():
@@ -177,7 +177,7 @@ class ZeroState:
             put_scalar(self._state(self._pieces[name].flat), slot, value)
 
     def prime(self) -> None:
-        """Make the optimizer's slots exist, all zero, by a step with zero gradients and a zero rate."""
+        """Create the optimizer's slots, all zero, by a step with zero gradients and a learning rate of zero."""
         torch_optimizer = self._zero.optimizer
         groups = torch_optimizer.param_groups
         kept = [(group["params"], group["lr"], own_numbers(group)) for group in groups]
@@ -198,7 +198,7 @@ class ZeroState:
             group["params"], group["lr"] = parameters, rate
 
     def forget(self) -> None:
-        """Drop the optimizer's state: as before its first step."""
+        """Drop the optimizer's state, as before its first step."""
         self._zero.optimizer.state.clear()
 
     # ---- DeepSpeed's buffers -------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ class ZeroState:
             count = min(size, parameter.ds_numel - start)
             return Piece(flat=self._flat_list()[group], offset=offset, start=start, count=count)
         mapping = parameter._hp_mapping
-        if mapping is None:  # none of it lives on this rank: any buffer of its group tells dtype and slots
+        if mapping is None:  # this rank has none of it: the buffer of its group gives dtype and slots
             return Piece(flat=self._flat_list()[self._group_of(parameter)], offset=0, start=0, count=0)
         low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
         flat = self._flat_list()[mapping.param_group_index]
@@ -243,8 +243,8 @@ class ZeroState:
         return tuple(parameter.ds_shape if self._stage == 3 else parameter.shape)
 
     def _put_together(self, part: Tensor, start: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        # As bytes: neither gloo nor NCCL reduces every type (16-bit integers, say), and parts do not overlap, so that
-        # the sum of bytes is each part's own bytes.
+        # Reduce bytes, because neither gloo nor NCCL supports every dtype (such as 16-bit integers). Parts do not overlap,
+        # so that the sum of the bytes is the whole tensor.
         width = part.element_size()
         buffer = torch.zeros(torch.Size(shape).numel() * width, dtype=torch.uint8, device=device)
         buffer.narrow(0, start * width, part.numel() * width).copy_(part.contiguous().view(torch.uint8))
@@ -262,13 +262,13 @@ class ZeroState:
         return self._put_together(part.to(device), start, self._shape(parameter), device)
 
     def _own_range(self, parameter: Any) -> tuple[int, int]:
-        """Stage 3: where this rank's part of a parameter begins, and how many numbers it has without padding."""
+        """Stage 3: where this rank's part of a parameter begins, and its number of elements without padding."""
         size = parameter.ds_tensor.ds_numel
         start = min(self._rank * size, parameter.ds_numel)
         return start, min(size, parameter.ds_numel - start)
 
     def _put_low_precision(self, parameter: Any, flat_value: Tensor) -> None:
-        """The copy that the forward pass reads; a step would refresh it, but a load must too."""
+        """Set the low-precision copy that the forward pass reads; a step refreshes it, and so must a load."""
         if self._stage != 3:
             parameter.detach().view(-1).copy_(flat_value)
             return
