@@ -1,10 +1,10 @@
-"""Dataset + cursor -> the micro-batches of each step, on the device, read ahead.
+"""Dataset + cursor -> the micro-batches of each step, on the device, prefetched.
 
-A step is the next ``global_batch_blocks`` positions, a number that may change from step to step. Each rank has a share of
-them, cut into micro-batches; nothing else depends on the number of ranks, workers or accumulation steps, and every rank
+A step is the next ``global_batch_blocks`` positions, a number that may change from step to step. Each rank gets a share of
+them, cut into micro-batches. Nothing else depends on the number of ranks, workers or accumulation steps, and every rank
 makes the same number of steps.
-Each :class:`StepBatch` carries the cursor *after* it, so a checkpoint keeps what was trained on, never what was read
-ahead.
+Each :class:`StepBatch` carries the cursor *after* it, so that a checkpoint records what was trained on, not what was
+prefetched.
 
     batches = Batches(blocks, cursor=cursor, global_batch_blocks=64, micro_batch_blocks=8, device="cuda")
     for step in batches:
@@ -12,8 +12,9 @@ ahead.
             ...
         cursor = step.cursor
 
-Reading runs in one thread of this process, which for a memory-mapped store is several times as fast as worker
-processes (docs/log.md); ``workers`` are there for streams and for data that is slow to make. They change no order.
+Data are read in one thread of this process, which for a memory-mapped store is several times as fast as worker
+processes (docs/log.md). ``workers`` are meant for streams and for data that is slow to produce. They do not change the
+order.
 """
 
 from __future__ import annotations
@@ -58,29 +59,29 @@ class Readable(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """All that decides what a position means, beside the seed."""
+        """A string of everything, except the seed, that determines which data a position refers to."""
 
     @property
     def can_pad(self) -> bool:
-        """Whether a position of -1 gives a block without labels."""
+        """Whether position -1 gives a block without labels."""
 
     def read(self, positions: np.ndarray) -> Blocks | list[Any]:
-        """The blocks, or the items, at these positions; -1 stands for one without labels."""
+        """The blocks, or items, at these positions; -1 gives one without labels."""
 
     def count_labels(self, positions: np.ndarray) -> int | None:
-        """The labels in them, if it is known without reading."""
+        """The number of labels at these positions, or ``None`` if it is not known without reading."""
 
     def epoch_of(self, cursor: Cursor) -> float:
-        """Epochs before the cursor."""
+        """The number of epochs before the cursor."""
 
     def resumed(self, cursor: Cursor) -> Readable:
         """This data, ready to be read from a cursor on."""
 
     def rank_slice(self, positions: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-        """The positions of a step that one rank reads, rising."""
+        """The positions of a step that one rank reads, ascending."""
 
     def rows_of_worker(self, positions: np.ndarray, worker: int, workers: int) -> np.ndarray:
-        """Which of a rank's rows of a step one worker reads."""
+        """The indices of a rank's rows of a step that one worker reads."""
 
 
 @final
@@ -91,16 +92,16 @@ class StepBatch:
     Attributes:
         micro_batches: on the device; keys ``input_ids`` (B, T) and ``labels`` (B, T) int64 (-100 is
             ignored), with a document mask also ``position_ids`` (B, T).
-        keys: the first position of each micro-batch: its own in the whole run, whatever the topology at equal
-            ``micro_batch_blocks``; the seed of its dropout.
-        label_count: labels of the whole step over all ranks, an int or a 0-d tensor; ``None`` from the loader if only
-            the labels themselves can tell.
-        n_blocks: blocks of the whole step over all ranks, without those that only fill it up.
+        keys: the first position of each micro-batch, which seeds its dropout. It is unique in the run, and the same on any
+            number of ranks for equal ``micro_batch_blocks``.
+        label_count: number of labels of the whole step over all ranks, an int or a 0-dim tensor; ``None`` from the loader
+            if it can only be counted from the labels.
+        n_blocks: blocks of the whole step over all ranks, without padding blocks.
         positions: the first and the last position of the whole step.
-        epoch: epochs after this step.
-        cursor: where the next step begins. In mode stream it holds the lanes of this rank only: see
+        epoch: the number of epochs after this step.
+        cursor: where the next step begins. In mode stream it contains the lanes of this rank only: see
             :func:`merge_cursors`.
-        wait_seconds: how long the step had to be waited for.
+        wait_seconds: how long the caller had to wait for this step.
     """
 
     micro_batches: list[dict[str, Any]]
@@ -116,8 +117,8 @@ class StepBatch:
 @final
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """One step, before anything is read: ``wanted`` are this rank's positions, -1 where there is no label;
-    ``rows_of_workers`` which of them each worker reads."""
+    """One step, before anything is read. ``wanted`` are this rank's positions, -1 for blocks without labels;
+    ``rows_of_workers`` are the indices into it that each worker reads."""
 
     wanted: np.ndarray
     micro_batch_blocks: int
@@ -134,23 +135,23 @@ class Batches:
     """The training batches of one rank, from a cursor on; each iteration starts there again.
 
     Args:
-        dataset: what is read.
+        dataset: the data to read.
         cursor: where to begin.
-        global_batch_blocks: blocks of a step over all ranks, or the plan of a run in which they change; then the
+        global_batch_blocks: blocks of a step over all ranks, or the plan of a run in which they change. With a plan the
             micro-batch is the largest divisor of a rank's share up to ``micro_batch_blocks``.
-        micro_batch_blocks: blocks of a forward pass of one rank.
-        step: steps done at the cursor; a plan needs them.
-        end_position: the data ends here; ``None``: never. The last step is filled up with blocks without labels.
-        workers: reading processes; 0 reads in a thread of this process.
-        prefetch: steps that are made ready ahead of time.
-        pin_memory: copy from page-locked memory; default: where the device is a GPU.
-        context: which tokens of each block this rank computes, and whether it also gets what attention needs to keep
-            documents apart without a mask, under transformers' names: ``cu_seq_lens_q`` and ``cu_seq_lens_k``
+        micro_batch_blocks: blocks of one forward pass of one rank.
+        step: number of steps done before the cursor; needed with a plan.
+        end_position: where the data ends; ``None``: never. The last step is padded with blocks without labels.
+        workers: number of worker processes; 0 reads in a thread of this process.
+        prefetch: number of steps that are prepared ahead.
+        pin_memory: copy from page-locked memory; default: if the device is a GPU.
+        context: which tokens of each block this rank computes, and whether batches contain what attention needs to
+            separate documents without a mask, under transformers' names: ``cu_seq_lens_q`` and ``cu_seq_lens_k``
             (:func:`lmcore.data.context.sequence_lengths`), ``max_length_q`` and ``max_length_k`` (T).
-        collate: list of items -> dict of tensors, for data that gives items; default: torch's.
+        collate: list of items -> dict of tensors, for datasets of items; default: torch's.
 
     Raises:
-        RequestError: the global batch is not a multiple of ranks times micro-batch, or ``data.skip_positions`` leave
+        RequestError: the global batch is not a multiple of ranks times micro-batch, or ``data.skip_positions`` leaves
             nothing to train on.
     """
 
@@ -213,7 +214,7 @@ class Batches:
                     if not put(step):
                         return
                 put(None)
-            except BaseException as error:  # handed over and raised again where the step is wanted
+            except BaseException as error:  # raised again in the thread that iterates
                 put(error)
 
         thread = threading.Thread(target=produce, name="batches", daemon=True)
@@ -262,7 +263,7 @@ class Batches:
             positions, after = next_positions(cursor.position, batch, cursor.skips)
             mine = wanted = self._dataset.rank_slice(positions, self._rank, self._world_size)
             if self._end is not None and self._dataset.can_pad:
-                # The cursor stops at the end itself: a later, longer run misses no block.
+                # The cursor stops exactly at the end, so that a later, longer run misses no block.
                 wanted, after = np.where(mine < self._end, mine, -1), min(after, self._end)
                 positions = positions[positions < self._end]
             cursor, step = replace(cursor, position=after), step + 1
@@ -285,14 +286,14 @@ class Batches:
             yield self._dataset.read(plan.wanted)
 
     def _read_by_workers(self) -> Iterator[Blocks | list[Any]]:
-        """The same rows, each read by the worker that owns it."""
-        # A bare byte in shared memory, not an Event: its lock is not re-entrant, so that a second signal inside a worker's
-        # handler would wait for itself without end, and a worker that is killed inside it would keep it from everybody.
+        """The same rows as :meth:`_read_here`, each read by the worker to which it belongs."""
+        # A byte in shared memory, not an Event. The lock of an Event is not re-entrant: a second signal inside a worker's
+        # handler would deadlock, and a worker that is killed while it holds the lock would block all others.
         closing = multiprocessing.RawValue("b", 0)
         close = partial(setattr, closing, "value", 1)
         atexit.register(close)
         with warnings.catch_warnings():
-            # The number of workers is the user's choice; torch's warning about it would come at every start.
+            # The user chose the number of workers; torch would warn about it at every start.
             warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
             loader = DataLoader(
                 _WorkerShare(self),
@@ -304,7 +305,7 @@ class Batches:
             items = iter(loader)
         try:
             for plan in self._plans():
-                # torch takes the workers strictly in turn, so that each round is one step.
+                # torch reads from the workers strictly in turn, so that each round is one step.
                 parts = [next(items) for _ in range(self._workers)]
                 for part in parts:
                     if isinstance(part, RequestError | FaultError):
@@ -313,7 +314,7 @@ class Batches:
         finally:
             close()
             atexit.unregister(close)
-            del items  # ends the workers now, even if a traceback keeps this frame
+            del items  # ends the workers now, even if a traceback keeps this frame alive
 
 
 class _WorkerShare(IterableDataset):
@@ -321,7 +322,7 @@ class _WorkerShare(IterableDataset):
 
     def __init__(self, batches: Batches) -> None:
         super().__init__()
-        # Where workers are not forked this is pickled: without a CUDA stream, and a collate that may be a local function.
+        # If workers are not forked, this is pickled: leave out the CUDA stream, and a collate that may be a local function.
         self._batches = copy.copy(batches)
         del self._batches._to_device
 
@@ -333,13 +334,14 @@ class _WorkerShare(IterableDataset):
             try:
                 yield dataset.read(plan.wanted[plan.rows_of_workers[info.id]])
             except (RequestError, FaultError) as error:
-                yield error  # as it is: torch would wrap its one line into a page
+                yield error  # yielded, not raised, because torch would wrap its one line into a long traceback
                 return
 
 
 def _ignore_signals(closing: Any, worker: int) -> None:
-    """The trainer decides what a signal means and must be able to read on until it has saved; a worker ends when its
-    loader is closed."""
+    """Ignore signals in a worker until its loader is closed.
+
+    The trainer decides what to do at a signal, and must be able to read on until it has saved."""
 
     def leave_if_closing(number: int, frame: object) -> None:
         if closing.value:
@@ -376,9 +378,9 @@ def _joined(parts: list[Any], owned: list[np.ndarray], n_rows: int) -> Blocks | 
 
 
 def merge_cursors(cursors: Sequence[Cursor]) -> Cursor:
-    """The cursors of all ranks after the same step -> the one for the checkpoint.
+    """Merge the cursors of all ranks after the same step into the one for the checkpoint.
 
-    Only a stream has something to merge: each rank knows its own lanes.
+    Only cursors of a stream differ: each rank knows its own lanes only.
     """
     lanes = {key: value for cursor in cursors for key, value in cursor.stream.items()}
     return replace(cursors[0], stream=lanes)
@@ -386,20 +388,20 @@ def merge_cursors(cursors: Sequence[Cursor]) -> Cursor:
 
 @final
 class EvalBatches:
-    """The micro-batches of a validation set: every block once, tails included, split over the ranks.
+    """The micro-batches of a validation set: every block once, including tails, split over the ranks.
 
-    Every rank gets the same number of micro-batches. They are filled up with blocks without labels; for a custom
-    dataset whose labels cannot be ignored (no integers with a sign) some micro-batches are smaller instead.
+    Every rank gets the same number of micro-batches. They are padded with blocks without labels. For a custom
+    dataset whose labels cannot be ignored (not signed integers) some micro-batches are smaller instead.
 
     Args:
         dataset: blocks of stores with ``tails=True``, or a custom dataset (:func:`lmcore.data.custom.wrap`).
-        micro_batch_blocks: blocks of a forward pass of one rank.
-        limit: at most this many blocks, always the same ones, spread over the set (of an iterable dataset the first
-            ones).
+        micro_batch_blocks: blocks of one forward pass of one rank.
+        limit: use at most this many blocks, always the same ones, spread over the set (for an iterable dataset, the
+            first ones).
         context: as in :class:`Batches`.
 
     Raises:
-        RequestError: an empty set, or fewer items than processes where nothing can be filled up.
+        RequestError: an empty set, or fewer items than processes if padding is not possible.
 
     Example:
         >>> for batch in EvalBatches(blocks, micro_batch_blocks=8):
@@ -444,7 +446,7 @@ class EvalBatches:
     def __len__(self) -> int:
         """Micro-batches of each rank."""
         micro_batches = -(-self.n_blocks // (self._micro_batch_blocks * self._world_size))
-        # Nothing can be filled up: no more micro-batches than the rank with the fewest items has items.
+        # Without padding there cannot be more micro-batches than the rank with the fewest items has items.
         return micro_batches if self._can_pad else min(micro_batches, self.n_blocks // self._world_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -474,7 +476,7 @@ class EvalBatches:
         return [self._items[one] if one >= 0 else ignored(self._items[0]) for one in wanted.tolist()]
 
 
-_EVAL_KEYS = np.arange(1, 9, dtype=np.uint64)  # any fixed permutation: the same blocks in every run
+_EVAL_KEYS = np.arange(1, 9, dtype=np.uint64)  # any fixed keys, so that every run uses the same blocks
 
 
 # ------------------------------------------------------------------------------------------------------ the device
@@ -486,8 +488,8 @@ _COPIED = "_copied"
 class _ToDevice:
     """Rows of blocks or items -> one micro-batch on the device, its ids widened to int64.
 
-    What travels to a GPU is narrow, from page-locked memory, on a CUDA stream of its own; :meth:`hand_over` makes it
-    safe to use.
+    Data are copied to a GPU in a narrow dtype, from page-locked memory, on a separate CUDA stream. Call
+    :meth:`hand_over` before use.
     """
 
     def __init__(
@@ -509,7 +511,7 @@ class _ToDevice:
         return batch
 
     def hand_over(self, micro_batches: list[dict[str, Any]]) -> None:
-        """Let the CUDA stream of the calling thread use what was copied on the stream of the reading thread."""
+        """Make the CUDA stream of the calling thread wait for the copies that the reading thread started."""
         for batch in micro_batches if self._cuda else []:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(batch.pop(_COPIED))
@@ -537,7 +539,7 @@ class _ToDevice:
         context, block_size = self._context, ids.shape[1] - 1
         pieces = context.pieces(block_size)
         batch: dict[str, Any]
-        # Never two views of one run of memory: ignoring a label would overwrite the input that it shares.
+        # Inputs and labels must not share memory: setting a label to -100 would overwrite an input.
         if self._cuda and context.size == 1:
             sent = self._widened(ids)
             batch = {"input_ids": sent[:, :-1].clone(), "labels": sent[:, 1:].clone()}
@@ -548,7 +550,7 @@ class _ToDevice:
             labeled = sum(int(np.clip(n_labels[row] - first, 0, end - first)) for first, end in pieces)
             batch["labels"][row, labeled:] = IGNORED_LABEL
         position_ids = None if rows.position_ids is None else rows.position_ids[start:stop]
-        # The model would count from the start of this rank's part
+        # Without position_ids the model would count from the start of this rank's part
         if position_ids is None and context.size > 1:
             position_ids = np.tile(np.arange(block_size, dtype=np.int32), (len(ids), 1))
         if position_ids is not None:
@@ -558,11 +560,11 @@ class _ToDevice:
         return batch
 
     def _widened(self, array: np.ndarray) -> Tensor:
-        """int64 on the device; what travels is narrow."""
+        """The array as int64 on the device, copied in its narrow dtype."""
         if not self._cuda:
-            # numpy, because torch would start a second pool of threads from this one.
+            # By numpy, because torch would start a second thread pool from this thread.
             return self._send(torch.from_numpy(array.astype(np.int64, order="C")))
-        # torch has few operations for unsigned integers: travel as signed ones, widen, and cut the sign off.
+        # torch has few operations for unsigned integers: copy them as signed, widen, and mask out the sign extension.
         bits = 8 * array.itemsize
         sent = self._send(torch.from_numpy(np.ascontiguousarray(array).view(f"i{array.itemsize}")))
         return sent.to(torch.int64).bitwise_and_((1 << bits) - 1)

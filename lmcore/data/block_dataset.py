@@ -1,10 +1,10 @@
-"""The block dataset of the tutorials: texts -> blocks, one by one, for a plain ``DataLoader``.
+"""The block dataset of the tutorials: texts -> blocks, for a plain ``DataLoader``.
 
     dataset = BlockDataset.from_file(tokenizer, "corpus.txt", block_size=256)
     loader = torch.utils.data.DataLoader(dataset, batch_size=8, collate_fn=collate)
 
-It tokenizes again in every epoch and keeps the order of the texts. Training runs of ``train_lm.py`` read token stores
-instead (:class:`lmcore.data.blocks.StoreBlocks`), which are shuffled as a whole and resume at any position.
+It tokenizes the texts again in every epoch and keeps their order. Training runs of ``train_lm.py`` read token stores
+instead (:class:`lmcore.data.blocks.StoreBlocks`), which are shuffled as a whole and can resume at any position.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ Item = dict[str, "TokenList"]
 
 
 class TokenList(list[int]):
-    """A list of ints that torch's own ``default_collate`` stacks into an int64 tensor, too."""
+    """A list of ints that torch's own ``default_collate`` stacks into an int64 tensor."""
 
 
-# By default torch would collate B lists of T numbers into T tensors of B numbers.
+# By default torch collates B lists of T numbers into T tensors of B numbers.
 default_collate_fn_map[TokenList] = lambda lists, *, collate_fn_map=None: torch.tensor(lists)
 
 
 @final
 class BlockDataset(IterableDataset[Item]):
-    """Blocks of ``block_size`` tokens, from texts that are put one after another.
+    """Blocks of ``block_size`` tokens, from concatenated texts.
 
-    Each item is a dict of lists of T ints: ``input_ids``; ``labels``, the inputs shifted by one token already; with
-    ``document_mask`` also ``position_ids``. Over all ranks and loader workers no block comes twice in an epoch, and
-    every rank gets the same number.
+    Each item is a dict of lists of T ints: ``input_ids``; ``labels``, already shifted by one token; with
+    ``document_mask`` also ``position_ids``. Over all ranks and loader workers no block occurs twice in an epoch, and
+    every rank gets the same number of blocks.
 
     Args:
         tokenizer: anything that encodes: lmcore's, a transformers, tokenizers or SentencePiece tokenizer. No special
-            token is inserted.
+            token is inserted except with ``eos``.
         generator: a callable that returns an iterable of texts; called again for each epoch.
         block_size: T.
-        drop_last: ``False`` also yields what is left at the end, padded, its missing labels -100.
+        drop_last: ``False`` also yields the partial block at the end, padded, with -100 for the missing labels.
         eos: end each text with the tokenizer's end-of-sequence token.
         document_mask: add ``position_ids`` that begin at 0 in each text; transformers models (with
-            ``use_cache=False`` and no attention mask) then keep the documents of a block apart.
-        rank, world_size: this process's share of the blocks; default: what the launcher's environment says. Give 0
-            and 1 where something else (``accelerator.prepare``, Trainer) splits the dataset.
+            ``use_cache=False`` and no attention mask) then separate the documents of a block.
+        rank, world_size: this process's share of the blocks; default: from the launcher's environment. Pass 0
+            and 1 if something else (``accelerator.prepare``, Trainer) splits the dataset.
 
     Raises:
         RequestError: a block size below 1, ``eos`` for a tokenizer without such a token, or texts that can be
@@ -102,7 +102,7 @@ class BlockDataset(IterableDataset[Item]):
     def from_texts(
         cls, tokenizer: Any, texts: Iterable[str], block_size: int, drop_last: bool = True, **options: Any
     ) -> BlockDataset:
-        """Blocks of the texts of a list, or of any iterable that can be iterated again."""
+        """Blocks of the texts in a list, or in any iterable that can be iterated repeatedly."""
         if isinstance(texts, str):
             raise RequestError("texts is a single string, whose items are characters: give a list of texts")
         if iter(texts) is texts:
@@ -125,7 +125,7 @@ class BlockDataset(IterableDataset[Item]):
         return cls(tokenizer, lambda: _lines(filepath), block_size, drop_last, **options)
 
     def without_sharding(self) -> BlockDataset:
-        """The same dataset giving all blocks to every rank, for callers that split them themselves."""
+        """A copy of the dataset that yields all blocks on every rank, for callers that split them themselves."""
         new = copy(self)
         new._rank, new._world_size = 0, 1
         return new
@@ -133,8 +133,8 @@ class BlockDataset(IterableDataset[Item]):
     def __iter__(self) -> Iterator[Item]:
         """One epoch of the blocks of this rank and loader worker.
 
-        What is left over of a multiple of the world size is dropped with ``drop_last``, and filled up with blocks
-        without labels otherwise.
+        If the number of blocks is not a multiple of the world size, the remaining blocks are dropped with
+        ``drop_last``; otherwise blocks without labels are added.
         """
         worker = get_worker_info()
         n_workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
@@ -187,7 +187,7 @@ class BlockDataset(IterableDataset[Item]):
         return item
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last_texts": None}  # a generator cannot travel to another process
+        return {**self.__dict__, "_last_texts": None}  # a generator cannot be pickled
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

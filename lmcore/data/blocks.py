@@ -1,10 +1,10 @@
 """Token stores -> blocks by position: ``block_size`` tokens and, shifted by one, their next-token labels.
 
     N tokens, T = block_size: block b has inputs ids[bT : bT + T] and labels ids[bT + 1 : bT + T + 1];
-    floor((N - 1) / T) blocks, and a tail of what is left.
+    there are floor((N - 1) / T) blocks, and the rest is the tail.
 
-Blocks are contiguous and nothing between them is lost. A label is ignored by its place, never by the value of its id:
-a padding id that equals the end-of-document id hides no real one.
+Blocks are contiguous and nothing between them is lost. A label is ignored because of its place, never because of its
+id: a padding id that equals the end-of-document id does not hide real end-of-document labels.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Blocks:
     """B blocks of T tokens as numpy arrays, before they become tensors.
 
     Attributes:
-        ids: (B, T + 1) in the narrow integers of the store.
+        ids: (B, T + 1) in the narrow integer dtype of the store.
         n_labels: (B,) int64: how many labels of a row are real, counted from its start.
         position_ids: (B, T) int32, counted from 0 in each document; ``None`` without a document mask.
-        state: what a stream needs to continue after these blocks.
+        state: the state from which a stream continues after these blocks.
     """
 
     ids: np.ndarray
@@ -53,16 +53,16 @@ class _Located(NamedTuple):
 
 @final
 class StoreBlocks:
-    """The blocks of token stores, by position (training) or as they lie (evaluation).
+    """The blocks of token stores, by position (training) or in the order of the stores (evaluation).
 
     Args:
         stores: one for each source.
         block_size: T.
-        seed, shuffle, phases: of the :class:`lmcore.data.order.Order`.
-        tails: also hold the last, partial block of each store, its missing labels ignored; for evaluation. Training
+        seed, shuffle, phases: arguments of :class:`lmcore.data.order.Order`.
+        tails: also include the last, partial block of each store, with missing labels ignored; for evaluation. Training
             positions never include tails.
-        document_mask: give ``position_ids`` that begin at 0 in each document.
-        pad_id: the id that fills partial blocks; its labels are ignored.
+        document_mask: return ``position_ids`` that begin at 0 in each document.
+        pad_id: the id that pads partial blocks; its labels are ignored.
 
     Raises:
         RequestError: the stores do not fill a single block, or with ``tails`` have no label at all.
@@ -113,10 +113,10 @@ class StoreBlocks:
 
     @property
     def order(self) -> Order:
-        """The order of the whole blocks.
+        """The order of the full blocks.
 
         Raises:
-            RequestError: there are none, only tails.
+            RequestError: there are no full blocks, only tails.
         """
         if self._order is None:
             raise RequestError(f"no source fills one block of {self.block_size} tokens: there are only tails")
@@ -124,11 +124,12 @@ class StoreBlocks:
 
     @property
     def fingerprint(self) -> str:
-        """All that decides what a position means beside the seed, readable; the cursor compares it."""
+        """A readable string of everything, except the seed, that determines which block a position refers to."""
         sources = ",".join(f"{store.name}:{store.fingerprint[:16]}" for store in self.stores)
-        if len(sources) > 400:  # a checkpoint's cursor stays small
+        if len(sources) > 400:  # so that the cursor in a checkpoint stays small
             sources = f"{len(self.stores)} sources:{hashlib.sha256(sources.encode()).hexdigest()[:32]}"
-        shuffle = "none" if self._order is None else self._order.shuffle  # of tails alone there is no order
+        # Without full blocks there is no order.
+        shuffle = "none" if self._order is None else self._order.shuffle
         return f"store block_size={self.block_size} shuffle={shuffle} {sources}"
 
     @property
@@ -137,7 +138,7 @@ class StoreBlocks:
         return self.order.epoch_blocks
 
     def resumed(self, cursor: Cursor) -> StoreBlocks:
-        """These blocks under the cursor's mixtures and order version."""
+        """These blocks with the mixtures and the order version of the cursor."""
         if (cursor.phases, cursor.version) == (self.order.phases, self.order.version):
             return self
         new = StoreBlocks(
@@ -147,11 +148,11 @@ class StoreBlocks:
         return new
 
     def count_labels(self, positions: np.ndarray) -> int:
-        """Labels in the blocks at ``positions``, without reading them."""
+        """The number of labels in the blocks at ``positions``, without reading them."""
         return len(positions) * self.block_size
 
     def epoch_of(self, cursor: Cursor) -> float:
-        """Epochs before the cursor."""
+        """The number of epochs before the cursor."""
         return self.order.epoch_at(cursor.position)
 
     def rank_slice(self, positions: np.ndarray, rank: int, world_size: int) -> np.ndarray:
@@ -159,7 +160,7 @@ class StoreBlocks:
         return rank_slice(positions, rank, world_size)
 
     def rows_of_worker(self, positions: np.ndarray, worker: int, workers: int) -> np.ndarray:
-        """Which of a rank's rows one worker reads."""
+        """The indices of a rank's rows that one worker reads."""
         return np.arange(worker, len(positions), workers)
 
     def read(self, positions: np.ndarray) -> Blocks:
@@ -172,8 +173,8 @@ class StoreBlocks:
     def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source and the block at each position.
 
-        A rank goes through its positions in order, and a thousand cost little more to locate than a few: they are
-        located ahead.
+        A rank goes through its positions in order, and locating a thousand of them costs little more than locating a
+        few, so they are located ahead.
         """
         if not len(positions):
             return positions, positions
@@ -189,14 +190,14 @@ class StoreBlocks:
 
     @property
     def n_in_order(self) -> int:
-        """Blocks of all stores, the last, partial one of each store included."""
+        """Number of blocks of all stores, including the last, partial block of each store."""
         return sum(self._counts_with_tails())
 
     def _counts_with_tails(self) -> list[int]:
         return [-(-max(store.n_tokens - 1, 0) // self.block_size) for store in self.stores]
 
     def read_in_order(self, numbers: np.ndarray) -> Blocks:
-        """Blocks by their number as they lie in the stores, each store's tail after its blocks.
+        """Blocks by their number in the order of the stores, the tail of each store after its full blocks.
 
         Args:
             numbers: (B,), each below :attr:`n_in_order`; a negative number gives a block without labels.
@@ -242,7 +243,7 @@ class StoreBlocks:
 
 
 def position_ids_of(ends: np.ndarray, size: int) -> np.ndarray:
-    """(T,) int32: the place of each token in its document.
+    """(T,) int32: the position of each token in its document.
 
     Args:
         ends: where documents end, counted from the start of the block. A document that began before the block counts

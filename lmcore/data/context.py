@@ -1,8 +1,9 @@
-"""Which tokens of a block a rank computes, and how the keys of its queries are laid out: arithmetic on the host.
+"""Which tokens of a block a rank computes, and where the keys of its queries are: arithmetic on the host.
 
 Under context parallelism c ranks share their blocks. A block of T tokens is cut into 2c pieces, and rank j of the group
-has pieces j and 2c - 1 - j: causal attention costs a late piece more than an early one, and these two together cost every
-rank the same (Llama 3, arXiv 2407.21783, section 3.3.2). Each piece sees all keys from the start of its block on.
+has pieces j and 2c - 1 - j. In causal attention a late piece costs more than an early one, but these two pieces together
+cost the same on every rank (Llama 3, arXiv 2407.21783, section 3.3.2). Each piece sees all keys from the start of its
+block on.
 
 Letters: B blocks, T tokens of a block, S sequences.
 """
@@ -19,12 +20,12 @@ from lmcore.humanize import multiples_near
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What the batches of a rank hold of each block.
+    """Which part of each block the batches of a rank contain.
 
     Attributes:
-        rank, size: of the group that shares the blocks; 0 and 1 where every rank has whole blocks.
-        sequence_lengths: give the attention ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (:func:`sequence_lengths`), with
-            which it keeps documents apart without a mask; always under context parallelism.
+        rank, size: rank in, and size of, the group that shares the blocks; 0 and 1 if every rank has whole blocks.
+        sequence_lengths: pass ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (:func:`sequence_lengths`) to the attention, which
+            then separates documents without a mask; always true under context parallelism.
     """
 
     rank: int = 0
@@ -32,10 +33,10 @@ class Context:
     sequence_lengths: bool = False
 
     def pieces(self, block_size: int) -> list[tuple[int, int]]:
-        """The tokens of a block that this rank computes, as rising half-open ranges.
+        """The tokens of a block that this rank computes, as half-open ranges in ascending order.
 
         Raises:
-            RequestError: the block does not divide.
+            RequestError: the block cannot be cut into equal pieces.
 
         Example:
             >>> Context(rank=0, size=2).pieces(8), Context(rank=1, size=2).pieces(8)
@@ -48,13 +49,13 @@ class Context:
         return [(i * length, (i + 1) * length) for i in (self.rank, 2 * self.size - 1 - self.rank)]
 
     def cut(self, array: np.ndarray) -> np.ndarray:
-        """This rank's columns of (B, T)."""
+        """This rank's columns of an array (B, T)."""
         if self.size == 1:
             return array
         return np.concatenate([array[:, a:b] for a, b in self.pieces(array.shape[1])], axis=1)
 
     def lengths(self, position_ids: np.ndarray) -> dict[str, np.ndarray | int]:
-        """What the attention needs beside a micro-batch of whole blocks with these (B, T) positions, by its names."""
+        """The extra arguments of the attention, by name, for whole blocks with these (B, T) ``position_ids``."""
         if not self.sequence_lengths:
             return {}
         block_size = position_ids.shape[1]
@@ -69,7 +70,7 @@ class Context:
 
 
 def check_divides(block_size: int, size: int) -> None:
-    """Raises ``RequestError`` if a block cannot be cut into pieces of one length."""
+    """Raise ``RequestError`` if a block cannot be cut into pieces of equal length."""
     if block_size % (2 * size):
         unit = 2 * size
         raise RequestError(
@@ -83,17 +84,18 @@ def sequence_lengths(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where the queries and the keys of each sequence begin, for :func:`lmcore.model.varlen.varlen_attention`.
 
-    The queries of a micro-batch lie block by block, piece by piece. For each of these pieces the keys are those of the
-    block from its first token to the end of the piece, whole; what lies before the document of the piece's first token
-    is a sequence with keys and without queries.
+    The queries of a micro-batch are ordered by block, then by piece. For each piece, the keys are all those of the
+    block from its first token to the end of the piece. Keys before the document of the piece's first token form a
+    sequence without queries.
 
     Args:
         pieces: (first token, end) of the queries in each block.
         position_ids: (B, T), 0 where a document begins.
 
     Returns:
-        Two (S + 1,) int32 arrays. The last sequences are empty, so that S is the same for all micro-batches whose
-        documents have 16 tokens or more on average (compiled layers then see one shape), a multiple of it for others.
+        Two (S + 1,) int32 arrays. Empty sequences are appended, so that S is the same for all micro-batches whose
+        documents have 16 tokens or more on average (compiled layers then see only one shape), and a multiple of that
+        for others.
 
     Example:
         >>> sequence_lengths([(2, 4), (4, 6)], np.arange(8)[None])

@@ -1,8 +1,9 @@
-"""The corpus that the user named: text to train a tokenizer on, and the token stores of each set.
+"""The user's corpus: text to train a tokenizer on, and the token stores of the training, validation and test sets.
 
-With ``valid_fraction`` a part of the text is held out for validation, by documents or, of few documents, by their ends
-(:func:`splits_of`); the tokenizer and the model see the training side only. A source that is token files already (``.bin``,
-``.idx``) is opened as it is. All ranks call :func:`open_corpus` together and share the work through the file system.
+With ``valid_fraction`` a part of the text is held out for validation: whole documents or, if there are few, the ends of
+all documents (:func:`splits_of`). The tokenizer and the model see the training side only. A source that already consists
+of token files (``.bin``, ``.idx``) is opened as it is. All ranks call :func:`open_corpus` together and share the work
+through the file system.
 """
 
 from __future__ import annotations
@@ -35,22 +36,22 @@ from lmcore.humanize import amount, one_line
 
 Entries = Sequence[str | dict[str, Any]]
 Splits = Mapping[str, tuple[Split, Split]]
-"""By the name of a training source: its training and its validation side. A source that is not in it is not split."""
+"""Name of a training source -> its training and validation side. A source that is not in the mapping is not split."""
 
 STDLIB = "stdlib"
 """The builtin corpus: the Python standard library's own source code, on every machine."""
 _SAMPLED_BYTES = 2**20
-"""Text that a tokenizer's sample takes from one place of a large corpus."""
+"""Bytes of text taken from one place of a large corpus, for the sample on which a tokenizer is trained."""
 _COMPARED_CHARACTERS = 2**15
-"""Text of one place of a source that is encoded and decoded to see what a tokenizer loses of it."""
+"""Characters at one place of a source that are encoded and decoded, to see what a tokenizer loses."""
 _LOST_SHARE = 0.01
 _SHOWN_TOKENS = 40
-"""Of a document that is named in a message; as many characters."""
+"""Tokens, and characters, of a document that are shown in a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Stores by set. ``weights`` are those of the training sources, or ``None``: each block once per epoch."""
+    """The token stores of each set. ``weights`` are those of the training sources; ``None``: each block once per epoch."""
 
     train: tuple[TokenStore, ...]
     weights: tuple[float, ...] | None
@@ -60,7 +61,7 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How text is read where an entry does not say it itself."""
+    """Defaults of how text is read, for entries that do not set them."""
 
     text_field: str = "text"
     unit: str = "auto"
@@ -70,7 +71,7 @@ class Reading:
         """The entries as sources.
 
         Args:
-            join_files: files that are named one by one are one source (training text), not a set each (validation).
+            join_files: files that are named one by one form one source (training), not one set each (validation).
 
         Raises:
             RequestError: see :func:`lmcore.data.text.documents.resolve_sources`.
@@ -84,7 +85,7 @@ class Reading:
         )
 
     def like(self, sources: Sequence[documents.Source]) -> Reading:
-        """For validation text: the same, with the unit that was found for the (first) plain training text."""
+        """The same options for validation text, with the unit that was detected for the first plain training text."""
         units = [source.unit for source in sources if documents.is_plain_text(source)]
         return replace(self, unit=units[0]) if self.unit == "auto" and units else self
 
@@ -93,7 +94,7 @@ def mixture_weights(sources: Sequence[documents.Source]) -> tuple[float, ...] | 
     """The weights of the sources, or ``None`` if none has one.
 
     Raises:
-        RequestError: some have a weight and some have not: the share of the others would be a guess.
+        RequestError: only some have a weight: the share of the others would be a guess.
     """
     weights = [source.weight for source in sources]
     if all(weight is None for weight in weights):
@@ -117,11 +118,11 @@ def splits_of(
     """How each source of text is split into training and validation text (:func:`lmcore.data.text.split.choose`).
 
     Args:
-        store_dir: where the answer is kept: it may need all of the text, and a resume must not.
-        begun_with: of a run that goes on, the names of the folders of its token stores. It goes on with the split
-            that it has: before small corpora always got a validation set, that was the one by documents, whatever
-            it selected.
-        streamed: the text is only looked at for a tokenizer, and not read before; a stream has no validation side.
+        store_dir: where the answer is saved. Finding it may require reading all of the text, which a resume must not do.
+        begun_with: names of the token store folders of a run that is resumed. It keeps its split: in earlier versions,
+            in which a small corpus did not always get a validation set, that was the split by documents.
+        streamed: the text is used only to train a tokenizer, and is not read to choose a split; a stream has no
+            validation side.
     """
     found: dict[str, tuple[Split, Split]] = {}
     by_documents: tuple[Split, Split] = (("train", valid_fraction), ("valid", valid_fraction))
@@ -138,7 +139,7 @@ def splits_of(
 
 
 def _chosen(source: documents.Source, fraction: float, store_dir: str | None) -> tuple[Split, Split]:
-    """The split of one source, from the file that keeps it if there is one."""
+    """The split of one source, read from the file in which it was saved if that exists."""
     options = [source.text_field, source.unit, source.encoding, fraction, build.files_of(source)]
     path = None
     if store_dir is not None:
@@ -152,7 +153,7 @@ def _chosen(source: documents.Source, fraction: float, store_dir: str | None) ->
     texts = (
         document.text
         for part in hub.parts_of(source, part_bytes=2**24)
-        for document in hub.documents_of(source, part, bad=lambda record: None)  # told when the text is used
+        for document in hub.documents_of(source, part, bad=lambda record: None)  # reported when it is used
     )
     sides = choose(texts, fraction)
     if path is not None and store_dir is not None:
@@ -165,7 +166,7 @@ def _chosen(source: documents.Source, fraction: float, store_dir: str | None) ->
 
 
 def _describe_split(name: str, sides: tuple[Split, Split], fraction: float) -> str | None:
-    """A line about a split that is not the usual one by documents."""
+    """A line about a split that is not the usual one by documents; ``None`` if it is."""
     kind, used = sides[0]
     if kind == "head":
         return (
@@ -188,12 +189,12 @@ def sample_texts(
     bad: Callable[[documents.BadRecord], None],
     splits: Splits | None = None,
 ) -> Iterator[str]:
-    """Texts to train a tokenizer on: all of a small corpus; of a larger one, 1 MiB parts in seeded random order until
-    ``max_bytes`` are reached, of which the training side is given.
+    """Texts to train a tokenizer on, of the training side only.
 
-    How much text is in a part is not known where it cannot be cut (compressed files, shards of the Hub). So each part first
-    contributes its beginning, an equal share of ``max_bytes``; if the parts together have less, the following text of the
-    longer ones is added. Otherwise the sample could be a single large file.
+    A small corpus is used whole. Of a larger one, parts of 1 MiB are read in seeded random order until ``max_bytes`` of text
+    are reached. The amount of text in a part is unknown if it cannot be cut (compressed files, shards of the Hub). So each
+    part first contributes its beginning, an equal share of ``max_bytes``; if the parts together have less, further text of
+    the longer parts is added. Otherwise the sample could come from a single large file.
     """
     whole: Split = ("all", 0.0)
     splits = splits or {}
@@ -229,11 +230,11 @@ def _stretch(
     stop: int,
     bad: Callable[[documents.BadRecord], None],
 ) -> Iterator[str | None]:
-    """The texts of a part that begin in the bytes ``[start, stop)`` of its text; then ``None`` if more follow."""
+    """The texts of a part that begin in the bytes ``[start, stop)`` of its text, then ``None`` if there are more."""
     at = 0
 
     def on_bad(record: documents.BadRecord) -> None:
-        if at >= start:  # the others are known
+        if at >= start:  # earlier ones were reported before
             bad(record)
 
     for document in hub.documents_of(source, part, bad=on_bad):
@@ -246,12 +247,13 @@ def _stretch(
 
 
 def lost_in_tokens(sources: Sequence[documents.Source], encoder: Tokenizer) -> Iterator[str]:
-    """A line for each source of which a tokenizer (one that was given) does not know more than 1% of the characters, in the
-    text at its beginning and in its middle. It would replace or drop them, and the model would never see them.
+    """A warning for each source in which a given tokenizer loses more than 1% of the characters.
 
-    White space, case, accents and forms of one character, which tokenizers normalize on purpose, are not compared.
+    It replaces or drops characters that it does not know, and the model would never see them. Text at the beginning and in
+    the middle of a source is tested. White space, case, accents and variants of a character, which tokenizers normalize on
+    purpose, are not compared.
     """
-    if encoder.byte_lengths() is not None:  # every text comes back
+    if encoder.byte_lengths() is not None:  # the tokenizer is lossless
         return
     for source in sources:
         if token_files.are_tokens(source.paths) or source.paths[0].startswith(HUB):
@@ -297,10 +299,10 @@ def training_texts(
     seed: int,
     bad: Callable[[documents.BadRecord], None],
 ) -> Iterator[str]:
-    """Texts to train a tokenizer on: of the training side only, at most about ``max_bytes`` of them.
+    """Texts to train a tokenizer on, of the training side only, at most about ``max_bytes``.
 
-    Where a split leaves no text for training (a run that began before :func:`splits_of` prevented it), all of it is
-    training text, as in :func:`open_corpus`.
+    If a split leaves no text for training (in a run that began before :func:`splits_of` prevented this), all of the text is
+    used, as in :func:`open_corpus`.
     """
     sources = _text_sources(entries, reading)
     empty = True
@@ -337,11 +339,12 @@ def tokenizer_source(
     seed: int,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that decides a tokenizer trained on :func:`training_texts`: its record keeps it, and a tokenizer with
-    another record is not used.
+    """Everything that determines a tokenizer trained on :func:`training_texts`.
+
+    It is stored in the record of the tokenizer, and a tokenizer with another record is not used.
 
     Args:
-        options: of the training, by their names in the configuration.
+        options: options of the training, by their names in the configuration.
     """
     files = [
         [source.text_field, source.unit, source.encoding, *build.files_of(source)]
@@ -362,7 +365,7 @@ def tokenizer_source(
 
 
 def source_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What differs between two results of :func:`tokenizer_source`, for a person; empty if nothing does."""
+    """A description of the differences between two results of :func:`tokenizer_source`; empty if there are none."""
     return ", ".join(
         "other text" if key == "text" else f"{key} {old.get(key)!r} -> {new.get(key)!r}"
         for key in {**old, **new}
@@ -389,10 +392,12 @@ def open_corpus(
     note: Callable[[str], None] | None = None,
     streamed: Sequence[documents.Source] = (),
 ) -> Corpus:
-    """Build or open every store. ``processes`` tokenize on this rank; ``worker`` is the rank. An empty set has none.
+    """Build or open every token store; a set without entries has none. Called by all ranks together.
 
     Args:
-        splits: of the training sources (:func:`splits_of`, made with ``valid_fraction``); none with ``valid``.
+        splits: splits of the training sources (:func:`splits_of`, made with ``valid_fraction``); empty with ``valid``.
+        processes: number of tokenizing processes of this rank.
+        worker: this rank.
 
     Raises:
         RequestError, FaultError: see :func:`resolve_sources` and :func:`build_store`.
@@ -417,7 +422,7 @@ def open_corpus(
     every = [*sources, *streamed]
     valid_sources = reading.like(every).sources(valid, join_files=False)
     test_sources = reading.like(every).sources(test, join_files=False)
-    said: set[str] = set()  # sets that are known to be training text by their files
+    said: set[str] = set()  # sets already reported because they share files with the training text
     if note is not None:
         for line in dict.fromkeys(line for source in every for line in source.notes):
             note(line)
@@ -440,7 +445,7 @@ def open_corpus(
             note(line)
         try:
             return store(source, splits[source.name][0])
-        except build.NoText:  # each document fell on the validation side, as a single one did in older runs
+        except build.NoText:  # all documents are validation text, as a single one was in older runs
             opened = store(source, ("all", 0.0))
             whole.add(source.name)
             if note is not None:
@@ -456,7 +461,7 @@ def open_corpus(
         except build.NoText as error:
             raise build.NoText(f"{option}: {error}") from None
 
-    # First the small sets that were given: what is wrong with them is said before the training text is tokenized.
+    # The given sets first, which are small, so that their errors come before the training text is tokenized.
     held_out = given_sets("data.valid", valid_sources)
     tests = given_sets("data.test", test_sources)
     training = tuple(training_store(source) for source in sources)
@@ -464,7 +469,7 @@ def open_corpus(
         for source in sources:
             if source.name in whole or source.name not in splits:
                 continue
-            # One source: its held-out side is simply "valid"; of several, each is a set under its own name.
+            # The validation side of a single source is called "valid"; of several, each is a set named like its source.
             try:
                 held_out["valid" if len(sources) == 1 else source.name] = store(
                     source, splits[source.name][1]
@@ -492,7 +497,7 @@ def open_corpus(
 def _training_files_in(
     option: str, sets: Sequence[documents.Source], training: Sequence[documents.Source]
 ) -> Iterator[tuple[documents.Source, str]]:
-    """Each validation or test set that reads files of the training text, by device and inode, and a line that says so."""
+    """Each validation or test set that shares files (by device and inode) with the training text, with a warning."""
     owners = {documents.file_identity(path): source.name for source in training for path in source.paths}
     owners.pop(None, None)
     for source in sets:
@@ -510,7 +515,7 @@ def _training_files_in(
 def _training_documents_in(
     option: str, held_out: TokenStore, training: Sequence[TokenStore], encoder: Tokenizer
 ) -> Iterator[str]:
-    """A line if documents of a validation or test set also stand in the training text, word for word."""
+    """A warning if documents of a validation or test set also occur in the training text, word for word."""
     found = find_overlap(held_out, training)
     if found is None:
         return
@@ -525,12 +530,14 @@ def _training_documents_in(
 
 
 def as_held_out(sets: dict[str, Any]) -> dict[str, Any]:
-    """Validation sets under names that the training does not have: of one called ``train``, ``train/loss`` would be two numbers."""
+    """Rename a validation set called ``train``, because ``train/loss`` is the training loss."""
     return {"valid/train" if name == "train" else name: one for name, one in sets.items()}
 
 
 def as_tests(sets: dict[str, Any], held_out: Collection[str]) -> dict[str, Any]:
-    """Test sets under names that no held-out set has: ``test``, or ``test/NAME`` where there are several, or where a
-    held-out set is called ``test`` itself (the names of sources have no slash)."""
+    """Name test sets differently from all validation sets.
+
+    A single one is called ``test``. If there are several, or a validation set is itself called ``test``, they are called
+    ``test/NAME`` (names of sources contain no slash)."""
     alone = len(sets) == 1 and "test" not in held_out
     return {"test" if alone else f"test/{name}": one for name, one in sets.items()}

@@ -1,7 +1,7 @@
 """The cursor: where a run is in its data, and which positions it skips.
 
-A checkpoint keeps these few integers and nothing else about the data. The next step is the next
-``global_batch_blocks`` positions from ``position`` on, jumping over the skipped ranges.
+A checkpoint stores these few values and nothing else about the data. The next step is the next
+``global_batch_blocks`` positions from ``position`` on, without the skipped ranges.
 
     >>> cursor = Cursor(fingerprint="...", seed=1, skips=((2, 4),))
     >>> next_positions(cursor.position, 4, cursor.skips)[0].tolist()
@@ -27,10 +27,10 @@ Skips = tuple[tuple[int, int], ...]
 
 
 def merge_skips(*many: Iterable[Sequence[int]]) -> Skips:
-    """The union of ranges [start, stop), sorted, touching ones joined.
+    """The union of ranges [start, stop), sorted, with adjacent ranges joined.
 
     Raises:
-        RequestError: a range that is empty, negative or beyond any corpus.
+        RequestError: a range is empty, negative, or beyond any corpus.
     """
     merged: list[tuple[int, int]] = []
     for start, stop in sorted((int(a), int(b)) for ranges in many for a, b in ranges):
@@ -72,13 +72,13 @@ class Cursor:
     """Where a run is in its data; the same for every rank.
 
     Attributes:
-        fingerprint: of the data (:attr:`lmcore.data.batches.Readable.fingerprint`).
-        seed: of the order.
-        position: the next position, from 0, running on across epochs.
-        phases: the mixtures so far and to come.
+        fingerprint: fingerprint of the data (:attr:`lmcore.data.batches.Readable.fingerprint`).
+        seed: seed of the order.
+        position: the next position, from 0, continuing across epochs.
+        phases: the past and future mixtures.
         skips: ranges of positions that are never trained on.
-        stream: empty for token stores; for ``data.mode stream`` where the window of each lane began.
-        version: the order version that the run began with; it keeps it.
+        stream: empty for token stores; for ``data.mode stream``, where the window of each lane began.
+        version: the order version with which the run began, and which it keeps.
     """
 
     fingerprint: str
@@ -102,7 +102,7 @@ class Cursor:
         return replace(self, skips=merge_skips(self.skips, ranges))
 
     def with_weights(self, weights: Sequence[float] | None) -> Cursor:
-        """From here on, mix by ``weights``. Equal weights change nothing, and earlier positions never move."""
+        """Mix by ``weights`` from here on. A no-op for equal weights; earlier positions do not change."""
         new = None if weights is None else tuple(float(weight) for weight in weights)
         if new == self.phases[-1].weights:
             return self
@@ -110,7 +110,7 @@ class Cursor:
         return replace(self, phases=(*kept, Phase(position=self.position, weights=new)))
 
     def with_phases(self, phases: Sequence[Phase]) -> Cursor:
-        """Keep the mixtures of the positions behind, and follow the configured ``phases`` from here on."""
+        """Keep the mixtures of the past positions, and follow the configured ``phases`` from here on."""
         behind = tuple(phase for phase in self.phases if phase.position < max(self.position, 1))
         now = [phase for phase in phases if phase.position <= self.position][-1]
         ahead = tuple(phase for phase in phases if phase.position > self.position)
@@ -132,14 +132,14 @@ class Cursor:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Cursor:
-        """The inverse of :meth:`to_json`. Opens cursors of unknown versions too; :meth:`check` refuses them."""
+        """The inverse of :meth:`to_json`. Cursors of unknown versions are accepted here; :meth:`check` refuses them."""
         phases = tuple(
             Phase(position=position, weights=None if weights is None else tuple(weights))
             for position, weights in data["phases"]
         )
         return Cursor(
             version=data["version"],
-            # Older fingerprints repeated the order version, which the cursor holds anyway.
+            # Older fingerprints repeated the order version, which the cursor also holds itself.
             fingerprint=re.sub(r"^(store|stream|own) order=1 ", r"\1 ", data["fingerprint"]),
             seed=data["seed"],
             position=data["position"],
@@ -161,11 +161,11 @@ class Cursor:
         """The cursor to continue with, over data with this fingerprint and seed.
 
         Args:
-            fingerprint: of the dataset that is there now.
-            seed: of the run as it is configured now.
-            former: what earlier versions called the same fingerprint.
-            accept: continue although something differs: the position stays, but means other blocks from here on.
-            accept_seed: the same, but only if nothing but the seed differs.
+            fingerprint: fingerprint of the present dataset.
+            seed: seed of the run as it is configured now.
+            former: fingerprints of the same data in earlier versions.
+            accept: continue even if something differs: the position stays, but refers to other blocks from here on.
+            accept_seed: the same, but only if nothing except the seed differs.
             override: the option that sets ``accept``; shown in the message.
 
         Raises:

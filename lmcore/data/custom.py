@@ -2,13 +2,13 @@
 
 Its items are dicts whose keys are the arguments of the model's ``forward``, and ``labels``.
 
-* Map-style (``__len__`` and ``__getitem__``): the order is that of :class:`lmcore.data.order.Order` over its length;
-  it resumes at once, and the numbers of ranks and workers do not change it. It must be the same on every rank, too.
-* Iterable: every rank iterates over the whole dataset, which must give the same items everywhere, and keeps its own
-  share; the order is that of the dataset, again and again. A resume reads up to the position where the run was. It is
-  read by one process: ``data.workers`` is 0 or 1.
+* Map-style (``__len__`` and ``__getitem__``): the order is that of :class:`lmcore.data.order.Order` over its length. It
+  resumes immediately, and does not depend on the number of ranks or workers. The dataset must be the same on every rank.
+* Iterable: every rank iterates over the whole dataset, which must yield the same items on every rank, and keeps its own
+  share. The order is that of the dataset, epoch after epoch. A resume reads the items up to its position again. The
+  dataset is read by one process: ``data.workers`` is 0 or 1.
 
-Integer ``labels`` with a sign can be ignored (-100), so that the last step of a map-style dataset is filled up. With other
+Signed integer ``labels`` can be ignored (-100), so that the last step of a map-style dataset can be padded. With other
 labels (also ``uint8``) the last step continues into the next epoch.
 """
 
@@ -49,7 +49,7 @@ def wrap(data: Any, *, seed: int, shuffle: str = "full") -> MapData | IterableDa
 
 
 def first_item(dataset: Any) -> Any:
-    """The first item; ``None`` of an iterable dataset, which may be read once only."""
+    """The first item; ``None`` for an iterable dataset, which may be readable only once."""
     if not isinstance(dataset, MapData):
         return None
     [item] = dataset.read_in_order(np.zeros(1, dtype=np.int64))
@@ -57,10 +57,12 @@ def first_item(dataset: Any) -> Any:
 
 
 def refuse_wrong_items(dataset: MapData | IterableData) -> None:
-    """Look at the first item, before a model is built. Not of an iterable dataset, which may be read once only.
+    """Check the first item, before a model is built. An iterable dataset, which may be readable only once, is not checked.
+
+    Call this only if there is no ``collate``, which could turn any items into a batch.
 
     Raises:
-        RequestError: it is no dict, or has no labels, and there is no ``collate`` that could make a batch of it.
+        RequestError: the item is not a dict, or has no labels.
     """
     if (item := first_item(dataset)) is None and not isinstance(dataset, MapData):
         return
@@ -77,7 +79,7 @@ def refuse_wrong_items(dataset: MapData | IterableData) -> None:
 
 
 def ignored(item: Any) -> Any:
-    """The same item with all its labels ignored."""
+    """A copy of the item with all labels ignored."""
     labels = torch.as_tensor(item["labels"])
     return {**item, "labels": torch.full_like(labels, IGNORED_LABEL)}
 
@@ -90,12 +92,12 @@ def can_ignore(item: Any) -> bool:
     if not isinstance(labels, Tensor | np.ndarray | int | list):
         return False
     dtype = torch.as_tensor(labels).dtype
-    # As a number without a sign, -100 would be a real label: 156 of 8 bits.
+    # In an unsigned dtype -100 would be a real label: 156 with 8 bits.
     return dtype.is_signed and not dtype.is_floating_point and not dtype.is_complex
 
 
 class Items(list[Any]):
-    """The items of some positions, and where the passes over an iterable dataset ended that were read so far."""
+    """The items of some positions, and the positions at which the passes over an iterable dataset ended so far."""
 
     passes: tuple[int, ...] = ()
 
@@ -117,12 +119,12 @@ class MapData:
 
     @property
     def fingerprint(self) -> str:
-        """Its class and length; the content of the items is not looked at."""
+        """A string of the class and the length; the content of the items is not part of it."""
         shuffle = self.order.shuffle
         return f"own shuffle={shuffle} {_name(self._data)} of {self.epoch_blocks} items"
 
     def hash_of_first_item(self) -> str | None:
-        """To compare it between ranks; ``None`` for an item that is no dict of numbers."""
+        """A hash of the first item, to compare between ranks; ``None`` if the item is not a dict of numbers."""
         try:
             parts = {
                 str(key): torch.as_tensor(value).numpy(force=True) for key, value in self._data[0].items()
@@ -136,7 +138,7 @@ class MapData:
 
     @property
     def epoch_blocks(self) -> int:
-        """Items of an epoch."""
+        """Number of items of an epoch."""
         return self.order.epoch_blocks
 
     def epoch_of(self, cursor: Cursor) -> float:
@@ -162,7 +164,7 @@ class MapData:
     n_in_order = epoch_blocks
 
     def read_in_order(self, numbers: np.ndarray) -> list[Any]:
-        """The items with these numbers, for evaluation; -1 gives one whose labels are ignored."""
+        """The items with these indices, for evaluation; -1 gives an item whose labels are ignored."""
         return self._items(np.maximum(numbers, 0), numbers >= 0)
 
     def _items(self, index: np.ndarray, real: np.ndarray) -> list[Any]:
@@ -176,7 +178,7 @@ _END = object()
 
 @final
 class IterableData:
-    """An iterable dataset, read in its own order, again and again."""
+    """An iterable dataset, read in its own order, epoch after epoch."""
 
     can_pad = False
     epoch_blocks = None
@@ -189,11 +191,11 @@ class IterableData:
 
     @property
     def fingerprint(self) -> str:
-        """Its class; what it yields is not looked at."""
+        """A string of the class; what the dataset yields is not part of it."""
         return f"own iterable {_name(self._data)}"
 
     def epoch_of(self, cursor: Cursor) -> float:
-        """Whole passes before the cursor, as far as the dataset was read."""
+        """The number of complete passes before the cursor, as far as the dataset has been read."""
         return float(sum(end <= cursor.position for end in self._passes))
 
     def resumed(self, cursor: Cursor) -> IterableData:
@@ -215,7 +217,7 @@ class IterableData:
         return None
 
     def read(self, positions: np.ndarray) -> Items:
-        """The items at these positions, which rise; those between are read and dropped."""
+        """The items at these positions, which must ascend; items in between are read and dropped."""
         if self._items is None:
             self._items = self._endless()
         out = Items()
@@ -229,7 +231,7 @@ class IterableData:
         return out
 
     def take_over(self, passes: tuple[int, ...]) -> None:
-        """Know the passes that another process has read."""
+        """Take over the ends of passes that another process has found."""
         self._passes = max(self._passes, list(passes), key=len)
 
     def one_pass(self) -> Iterator[Any]:
@@ -246,7 +248,7 @@ class IterableData:
             if item is _END:
                 raise RequestError(f"data.factory: {_name(self._data)} yields nothing in epoch {epoch}")
             while item is not _END:
-                # One ahead: the pass ends with its last item, not with the next one
+                # Read one item ahead, so that the end of a pass is known with its last item
                 following = next(items, _END)
                 count += 1
                 if following is _END:

@@ -1,6 +1,6 @@
-"""What a corpus is, before anyone trains on it: documents, bytes, tokens, bad records and three samples of each source.
+"""Inspection of a corpus before training: documents, bytes, tokens, bad records and a few samples of each source.
 
-Nothing is written. What was measured on a sample is called a sample, and the sample is the same each time.
+Nothing is written. Numbers that were measured on a sample are marked as such, and the sample is the same each time.
 
     reports = inspect_sources(["corpus/*.jsonl"], load_tokenizer("tokenizer"))
     print("\\n".join(report_lines(reports)))
@@ -22,19 +22,20 @@ from lmcore.humanize import one_line, size
 
 _BATCH_CHARACTERS = 2**20
 _ENCODED_CHARACTERS = 2**22
-"""A longer document is encoded in pieces: the time of a tokenizer grows faster than a single line."""
+"""A longer document is encoded in pieces, because the time of a tokenizer can grow faster than linearly with the text."""
 _SHOWN_BAD = 10
 
 
 @dataclass(kw_only=True)
 class SourceReport:
-    """One source in numbers. The counts are of what was read.
+    """Statistics of one source. The counts cover what was read.
 
     Attributes:
-        read_share: share of the source's bytes on disk that was read; ``None`` where reading ended inside a file.
-        bytes, longest_bytes: of text, in UTF-8.
+        read_share: share of the source's bytes on disk that was read; ``None`` if reading ended inside a part.
+        bytes, longest_bytes: UTF-8 bytes of all text, and of the longest document.
         tokens: ``None`` without a tokenizer.
-        documents_unchanged: documents that come back exactly from their ids; ``first_changed`` does not.
+        documents_unchanged: number of documents that are decoded exactly from their ids; ``first_changed`` is the place of
+            the first one that is not.
         bad: number of documents that are bad or lost, at least this many if ``bad_unknown``.
         samples: (where, decoded text) of a few documents.
     """
@@ -61,12 +62,12 @@ class SourceReport:
 
     @property
     def tokens_per_byte(self) -> float | None:
-        """Fertility: how many tokens a byte of this text costs."""
+        """Fertility: tokens per byte of text."""
         return self.tokens / self.bytes if self.tokens is not None and self.bytes else None
 
     @property
     def round_trip(self) -> float | None:
-        """Share of the documents that come back exactly from their ids."""
+        """Share of the documents that are decoded exactly from their ids."""
         return (
             self.documents_unchanged / self.documents if self.tokens is not None and self.documents else None
         )
@@ -84,18 +85,18 @@ def inspect_sources(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[SourceReport]:
-    """Read the sources and count.
+    """Read the sources and compute a report for each.
 
     Args:
         entries: as in ``data.train``, see :func:`lmcore.data.text.documents.resolve_sources`.
-        tokenizer: with it, tokens are counted and every document is encoded and decoded.
-        max_bytes: a source with more bytes on disk is sampled: parts of 1 MiB in seeded random order. Reading also
-            ends after so many bytes of text (compressed files).
-        samples: decoded documents to keep for each source, drawn by a hash of their place.
+        tokenizer: if given, tokens are counted, and every document is encoded and decoded.
+        max_bytes: a source with more bytes on disk is sampled, by parts of 1 MiB in seeded random order. Reading also
+            ends after this many bytes of text (compressed files).
+        samples: number of decoded documents to keep for each source, drawn by a hash of their place.
         progress: called with the bytes on disk of each part that was read.
 
     Raises:
-        RequestError: as :func:`lmcore.data.text.documents.resolve_sources`.
+        RequestError: see :func:`lmcore.data.text.documents.resolve_sources`.
     """
     sources = resolve_sources(entries, text_field=text_field, unit=unit, encoding=encoding, join_files=True)
     return [_inspect(one, tokenizer, max_bytes, samples, seed, progress) for one in sources]
@@ -118,7 +119,7 @@ def _inspect(
         notes=source.notes,
         tokens=None if encoder is None else 0,
     )
-    # Small parts where a sample is wanted: a few large ones would show a few files only.
+    # Small parts, so that a sample covers many files.
     work = parts(source, part_bytes=2**20)
     total = sum(part.n_bytes for part in work)
     if total > max_bytes:
@@ -194,7 +195,7 @@ def _pieces(text: str) -> list[str]:
 
 
 def report_lines(reports: Iterable[SourceReport], *, width: int = 100) -> list[str]:
-    """The reports as plain lines for a person."""
+    """The reports as lines of plain text."""
     result: list[str] = []
     for report in reports:
         result += _lines(report, width)
@@ -235,7 +236,7 @@ def _lines(report: SourceReport, width: int) -> list[str]:
             )
     at_least = "at least " if report.bad_unknown else ""
     rows.append(("bad records", f"{at_least}{report.bad:,}"))
-    # File names and text are somebody else's: nothing of them may act on the terminal.
+    # File names and text are untrusted: their control characters must not reach the terminal.
     result = [f"source {one_line(report.name)}"] + [f"  {name:<13} {one_line(value)}" for name, value in rows]
     result += [f"    {record}" for record in report.bad_records]
     more = report.bad - sum(record.documents for record in report.bad_records)

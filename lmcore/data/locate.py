@@ -1,7 +1,7 @@
 """Where the blocks at given positions come from, and their tokens: what the model saw at a step.
 
-The data are read by the same code as in training; nothing is remembered from the run. The positions of a step are in
-``metrics.jsonl`` and in every warning about a step.
+The data are read by the same code as in training; nothing needs to be recorded during the run. The positions of a step
+are in ``metrics.jsonl`` and in every warning about a step.
 
     for place, ids in locate(data, range(4096, 4100)):
         print(place, tokenizer.decode(ids))
@@ -29,12 +29,12 @@ def locate(
     """(where the block comes from, its T ids) for each position; ``None`` for items without ``input_ids``.
 
     Args:
-        data: the training blocks of a run.
-        cursors: of its checkpoints, oldest first. A stream is read from the last one before the positions, or from
-            its beginning.
+        data: the training data of a run.
+        cursors: cursors of its checkpoints, oldest first. A stream is read from the last one before the positions, or
+            from its beginning.
 
     Raises:
-        RequestError: the data have no positions that can be looked up.
+        RequestError: positions cannot be looked up in this data.
     """
     if isinstance(data, StreamDataset):
         found = _streamed(data, positions, cursors)
@@ -99,7 +99,7 @@ def _streamed(
 
 
 def _files(store: TokenStore, token: int) -> str:
-    """The files of the part that holds a token of the store."""
+    """The files of the part that contains a token of the store."""
     for part in store.manifest.get("parts", []):
         if token < part["tokens"]:
             names = [name for name, _, _ in part["pieces"]]

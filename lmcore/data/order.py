@@ -1,21 +1,21 @@
 """The training order: position -> (source, epoch, block), by arithmetic alone.
 
 A position counts blocks from the start of the run. The order is a pure function of the number of blocks per source,
-the seed and the position: it needs no state, no file and no array that grows with the corpus, so resuming costs
+the seed and the position. It needs no state, no file and no array that grows with the corpus, so that resuming costs
 nothing, and ranks, loader workers and gradient accumulation only slice the positions. Within an epoch every block
-comes exactly once.
+occurs exactly once.
 
     >>> order = Order(lengths=(3, 2), seed=1)
     >>> source, epoch, block = order.locate(np.arange(10))       # two epochs of five blocks
     >>> sorted(zip(source[:5].tolist(), block[:5].tolist()))
     [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
 
-The shuffle is a keyed Feistel network over the smallest power of two that holds the blocks, with cycle walking
-(M. Luby and C. Rackoff, SIAM J. Comput. 17(2), 1988; J. Black and P. Rogaway, CT-RSA 2002, section 4): a value that
-falls outside the range is sent through again until it lands inside, which is again a permutation.
+The shuffle is a keyed Feistel network over the smallest power of two that covers the blocks, with cycle walking
+(M. Luby and C. Rackoff, SIAM J. Comput. 17(2), 1988; J. Black and P. Rogaway, CT-RSA 2002, section 4): a value
+outside the range is passed through the network again until it lies inside, which is again a permutation.
 
-Weighted sources are interleaved by a binary tree of them (:class:`_Mixture`): every node hands a fixed fraction of
-its draws to its left child, rounded to the nearest whole number.
+Weighted sources are interleaved by a binary tree of sources (:class:`_Mixture`): every node passes a fixed fraction
+of its draws to its first child, rounded to the nearest whole number.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ import numpy as np
 from lmcore.errors import RequestError
 
 ORDER_VERSION = 2
-"""The version of new runs. Every cursor stores the version it began with and keeps it, so a change of the order never
-moves the data of a run that is under way. The versions differ in mixtures only: version 1 rounds each weight to
+"""The order version of new runs. Every cursor stores the version with which its run began, so that a change of the order
+never changes the data of a run that has started. The versions differ in mixtures only: version 1 rounds each weight to
 1/1024 and shuffles windows of 1,024 positions; version 2 follows the weights exactly."""
 
 ORDER_VERSIONS = (1, 2)
@@ -44,16 +44,16 @@ ORDER_VERSIONS = (1, 2)
 SHUFFLES = ("full", "blocks", "none")
 
 MAX_POSITION = 2**53
-"""No corpus and no run has this many blocks; larger numbers in the options are typing errors."""
+"""No corpus and no run has this many blocks; larger numbers in the options are typos."""
 
 GROUP_BLOCKS = 256
-"""``shuffle="blocks"``: this many neighbouring blocks stay close together, so that a cold disk reads long runs."""
+"""``shuffle="blocks"``: this many neighbouring blocks stay close together, so that disks read long sequential runs."""
 WINDOW_BLOCKS = 512 * GROUP_BLOCKS
-"""``shuffle="blocks"``: blocks are permuted freely inside a window of this many."""
+"""``shuffle="blocks"``: blocks are permuted freely inside a window of this many blocks."""
 MIXTURE_SLOTS = 1024
-"""Order version 1: a mixture gives each source its rounded share in each window of this many positions."""
+"""Order version 1: in each window of this many positions a mixture draws from each source its rounded share."""
 
-# 64 bytes of one blake2b digest; 4 rounds are provably strong, the rest is a margin for tiny domains.
+# As many as one 64-byte blake2b digest has keys for; 4 rounds are provably strong, the others are a margin for tiny domains.
 _ROUNDS = 8
 # A two-bit Feistel network reaches only part of the permutations of three or four blocks.
 _SMALLEST_DOMAIN_BITS = 6
@@ -67,8 +67,8 @@ _LOW_32 = np.uint64(2**32 - 1)
 def keys(seed: int, purpose: str, *numbers: int) -> np.ndarray:
     """The (_ROUNDS,) round keys of one permutation.
 
-    blake2b, because its output is fixed by its specification. The prefix is the same in all order versions: their
-    permutations are equal.
+    blake2b is used because its output is fixed by its specification. The prefix is the same in all order versions, so
+    that their permutations are equal.
     """
     text = f"lmcore order 1\0{seed}\0{purpose}\0" + "\0".join(map(str, numbers))
     digest = hashlib.blake2b(text.encode(), digest_size=8 * _ROUNDS).digest()
@@ -93,7 +93,7 @@ def _feistel(
     right = value & ((one << right_bits) - one)
     left = value >> right_bits
     for number in range(_ROUNDS):
-        # The halves may differ by one bit; XOR of a function of the other half is a bijection all the same.
+        # The halves may differ by one bit; XOR with a function of the other half is still a bijection.
         source, bits = (right, left_bits) if number % 2 == 0 else (left, right_bits)
         mixed = (source ^ keys[number]) * _MULTIPLIERS[0]
         mixed = (mixed ^ (mixed >> _32)) * _MULTIPLIERS[1]
@@ -110,7 +110,7 @@ def permute(index: np.ndarray, length: np.ndarray | int, round_keys: np.ndarray)
 
     Args:
         index: (n,) int64, each in ``[0, length)``.
-        length: the size of the domain, one for all or (n,) int64.
+        length: the size of the domain, an int for all or (n,) int64.
         round_keys: (R,) or (R, n) uint64 from :func:`keys`; elements with equal keys and length share one
             permutation.
 
@@ -143,7 +143,7 @@ class Phase:
 
     Attributes:
         position: the first position of the phase.
-        weights: one for each source, on any positive scale; ``None``: no weights, every block of every source comes
+        weights: one for each source, on any positive scale; ``None``: no weights, every block of every source occurs
             once per epoch. A source that was appended to the list later has weight 0 in earlier phases.
     """
 
@@ -159,11 +159,11 @@ def phases_from_options(
     Args:
         options: ``[{"position": 1000, "weights": {"web": 3, "books": 1}}, ...]``; a source that is not named has
             weight 0, and ``"weights": None`` ends the weighting.
-        names: of the sources, in their order.
-        weights: of the sources at the beginning.
+        names: names of the sources, in order.
+        weights: weights of the sources at the beginning.
 
     Raises:
-        RequestError: an entry of another form, an unknown source, or a number that is none.
+        RequestError: an entry of another form, an unknown source, or an invalid number.
     """
     phases = [Phase(weights=weights)]
     for item in options:
@@ -206,23 +206,23 @@ class _Mixture:
     """Order version 2: which source a position draws from, for fixed weights.
 
     The sources are the leaves of a binary tree. Of the first q draws of a node, its first child gets
-    floor(q f + 1/2), where f is its share of the node's weight, and the second child the rest. Both counts grow by 0
-    or 1 with each draw, so a position finds its source on the way from the root to a leaf, and the number of draws of
-    a source before any position needs no history.
+    floor(q f + 1/2), where f is the child's share of the node's weight, and the second child gets the rest. Both counts
+    grow by 0 or 1 with each draw. So the source of a position is found by descending from the root to a leaf, and the
+    number of draws from a source before any position is computed without history.
 
-    Rounding at one node is off by at most 1/2, and a node hands its own error on in proportion to the weights. A leaf
+    Rounding at one node is off by at most 1/2, and a node passes its own error on in proportion to the weights. A leaf
     of weight w is therefore off by at most 1/2 (1 + sum of w / W over the nodes of weight W between the root and it).
-    :attr:`bound` is the largest of these values, in blocks. Up to ten sources get the tree with the smallest bound,
-    which is at most 1 but for a few sets of weights; more get Huffman's tree.
+    :attr:`bound` is the largest of these values, in blocks. For up to ten sources the tree with the smallest bound is
+    used, which is at most 1 except for a few sets of weights; for more sources it is Huffman's tree.
 
-    Fractions are 64-bit fixed-point numbers: 10^12 draws move a count by less than 10^-7 of a block.
+    Fractions are 64-bit fixed-point numbers: after 10^12 draws a count is off by less than 10^-7 of a block.
     """
 
     def __init__(self, weights: tuple[float, ...]) -> None:
         exact = {number: Fraction(weight) for number, weight in enumerate(weights) if weight > 0}
         scale = math.lcm(*(weight.denominator for weight in exact.values()))
         leaves = [(int(weight * scale), number) for number, weight in exact.items()]
-        # A node is ~source for a leaf; otherwise its row in the tables below, where children come before parents.
+        # A node is ~source if it is a leaf, else its row in the tables below, in which children come before parents.
         children: list[tuple[int, int]] = []
         fractions: list[int] = []
         totals: list[int] = []
@@ -286,7 +286,7 @@ _mixture = lru_cache(maxsize=64)(_Mixture)
 
 
 def mixture_error_bound(weights: Sequence[float]) -> float:
-    """By how many blocks the draws of any source can be off its weight, at any position.
+    """The largest deviation, in blocks, of the number of draws from any source from its weight, at any position.
 
     Example:
         >>> mixture_error_bound((3, 1)), round(mixture_error_bound((0.5, 0.3, 0.2)), 2)
@@ -301,7 +301,7 @@ _Node = tuple[int, int]
 
 
 def _huffman_tree(nodes: list[_Node], join: Callable[[_Node, _Node], _Node]) -> _Node:
-    """Join the two lightest nodes until one is left; of equal ones, the older."""
+    """Join the two lightest nodes until one is left; among equal weights the older node comes first."""
     heap = [(weight, age, number) for age, (weight, number) in enumerate(nodes)]
     heapq.heapify(heap)
     for age in range(len(nodes), 2 * len(nodes) - 1):
@@ -312,11 +312,11 @@ def _huffman_tree(nodes: list[_Node], join: Callable[[_Node, _Node], _Node]) -> 
 
 
 def _best_tree(nodes: list[_Node], join: Callable[[_Node, _Node], _Node]) -> _Node:
-    """The tree with the smallest bound (:class:`_Mixture`), by trying all of them.
+    """The tree with the smallest bound (:class:`_Mixture`), by exhaustive search.
 
-    A subtree can stand below ancestors whose 1 / W add up to ``margin`` before one of its leaves is off by more than
-    one block. A leaf has margin 1 / w; two subtrees under a node of weight W the smaller of theirs less 1 / W. So the
-    best tree of a set of leaves is made of the best trees of two halves of it. Sets are bit masks.
+    ``margin`` is the largest sum of 1 / W over the ancestors of a subtree for which none of its leaves is off by more than
+    one block. A leaf has margin 1 / w. A node of weight W has the smaller margin of its two subtrees, minus 1 / W. So the
+    best tree of a set of leaves consists of the best trees of two parts of the set. Sets are bit masks.
     """
     total = sum(weight for weight, _ in nodes)
     weights = [0.0] * (1 << len(nodes))
@@ -347,10 +347,10 @@ def _best_tree(nodes: list[_Node], join: Callable[[_Node, _Node], _Node]) -> _No
 
 @lru_cache(maxsize=4096)
 def _offsets(nodes: int, lane: int, lanes: int) -> np.ndarray:
-    """(nodes,) uint64: what is added to q f 2^64 before rounding down; 1/2 where there is one lane.
+    """(nodes,) uint64: what is added to q f 2^64 before rounding down; it stands for 1/2 if there is one lane.
 
-    The lanes of a stream draw side by side. At each node their offsets are spread evenly over [0, 1), in another order
-    at each, so that all of them together draw from a child about what its share says.
+    The lanes of a stream draw in parallel. At each node their offsets are spread evenly over [0, 1), in a different order
+    at each node, so that all lanes together draw from a child about its share.
     """
     if not nodes:
         return np.zeros(0, dtype=np.uint64)
@@ -360,19 +360,19 @@ def _offsets(nodes: int, lane: int, lanes: int) -> np.ndarray:
 
 
 def _share(draws: np.ndarray, fractions: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """floor((draws * fractions + offsets) / 2^64) of (n,) uint64, by 32-bit halves: numpy has no 128-bit product."""
+    """floor((draws * fractions + offsets) / 2^64) for (n,) uint64, in 32-bit halves: numpy has no 128-bit product."""
     low, high = draws & _LOW_32, draws >> _32
     f_low, f_high = fractions & _LOW_32, fractions >> _32
     a, b, c = low * f_low, low * f_high, high * f_low
     middle = (a >> _32) + (b & _LOW_32) + (c & _LOW_32)
     whole = high * f_high + (b >> _32) + (c >> _32) + (middle >> _32)
     rest = (middle << _32) | (a & _LOW_32)
-    return whole + (rest + offsets < rest)  # the sum wraps around where it carries
+    return whole + (rest + offsets < rest)  # the sum wraps around if it carries
 
 
 def shares(weights: Sequence[float], slots: int = MIXTURE_SLOTS) -> tuple[int, ...]:
-    """Order version 1: how many of ``slots`` consecutive positions each source gets, by largest remainders; ties go to
-    the first source.
+    """Order version 1: how many of ``slots`` consecutive positions each source gets, by the largest remainder method.
+    Ties go to the first source.
 
     Raises:
         RequestError: a negative or non-finite weight, no positive weight, or a weight too small for one slot.
@@ -398,8 +398,8 @@ def shares(weights: Sequence[float], slots: int = MIXTURE_SLOTS) -> tuple[int, .
 def _mixture_window(
     seed: int, start: int, counts: tuple[int, ...], window: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Order version 1: the sources (S,) of one window's slots, and (S,) how many earlier slots of the window have the
-    same source."""
+    """Order version 1: the sources (S,) of the slots of one window, and for each slot (S,) the number of earlier slots of
+    the window with the same source."""
     slots = sum(counts)
     shuffled = permute(np.arange(slots), slots, keys(seed, "mixture", start, window))
     source = np.repeat(np.arange(len(counts)), counts)[shuffled]
@@ -414,17 +414,18 @@ def _mixture_window(
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """The order of all blocks of all sources; immutable and cheap to make.
+    """The order of all blocks of all sources; immutable and cheap to create.
 
     Args:
         lengths: blocks per source.
-        seed: of the run; another seed gives another order.
+        seed: seed of the run; another seed gives another order.
         shuffle: ``full``: any block anywhere in its epoch; ``blocks``: groups of :data:`GROUP_BLOCKS` neighbours are
-            permuted, then blocks inside windows of :data:`WINDOW_BLOCKS`, for disks that must read long runs;
-            ``none``: as in the sources.
-        phases: the mixtures by rising position, the first at 0. Append-only: appending one moves no earlier position.
+            permuted, then blocks inside windows of :data:`WINDOW_BLOCKS`, for disks that must read long sequential runs;
+            ``none``: the order of the sources.
+        phases: the mixtures by ascending position, the first at 0. Append-only: appending one changes no earlier position.
         version: 1 for runs that began with order version 1 (:data:`ORDER_VERSION`).
-        lane, lanes: of several orders that draw from the same mixture side by side (``data.mode stream``), which one.
+        lane, lanes: index of this order among the ``lanes`` orders that draw from the same mixture in parallel
+            (``data.mode stream``).
 
     Raises:
         RequestError: no blocks at all, an unknown shuffle or version, or weights that do not fit the sources.
@@ -473,7 +474,7 @@ class Order:
 
     @property
     def epoch_blocks(self) -> int:
-        """Blocks of all sources together: the positions of one epoch where there are no weights."""
+        """Blocks of all sources together: the number of positions of one epoch without weights."""
         return sum(self.lengths)
 
     def epoch_at(self, position: int) -> float:
@@ -535,15 +536,15 @@ class Order:
         return drawn
 
     def drawn_before(self, position: int) -> tuple[int, ...]:
-        """The blocks drawn from each source before ``position``, which lies in a mixture."""
+        """The blocks drawn from each source before ``position``, which must lie in a weighted phase."""
         number = sum(phase.position <= position for phase in self.phases) - 1
         return self._drawn_after(number, self._drawn[number], position)
 
     def _drawn_after(self, number: int, drawn: tuple[int, ...], position: int) -> tuple[int, ...]:
-        """The blocks drawn from each source when phase ``number``, begun with ``drawn``, has reached ``position``.
+        """The blocks drawn from each source when phase ``number``, which began with ``drawn``, has reached ``position``.
 
-        Where weights begin or end, the next phase starts a fresh epoch of every source: which blocks of an unfinished
-        one are left is not arithmetic.
+        Where weights begin or end, the next phase starts a new epoch of every source, because the remaining blocks of an
+        unfinished epoch cannot be computed by arithmetic.
         """
         phase = self.phases[number]
         passed = position - phase.position
@@ -564,7 +565,7 @@ class Order:
     def _shuffled(
         self, index: np.ndarray, length: np.ndarray, source: np.ndarray, epoch: np.ndarray
     ) -> np.ndarray:
-        """The block at place ``index`` of an epoch of ``length`` blocks; source -1 stands for all sources."""
+        """The block at index ``index`` of an epoch of ``length`` blocks; source -1 stands for all sources."""
         if self.shuffle == "none" or not index.size:
             return index
         if self.shuffle == "full":
@@ -578,7 +579,7 @@ class Order:
         )
         place = first + inside
         group, groups = place // GROUP_BLOCKS, length // GROUP_BLOCKS
-        whole = group < groups  # the last, partial group keeps its place; its window shuffles it among others
+        whole = group < groups  # a partial last group keeps its place; only the window shuffles its blocks
         if whole.any():
             moved = permute(
                 group[whole], groups[whole], _keys_of_each(self.seed, "group", source[whole], epoch[whole])
@@ -588,7 +589,7 @@ class Order:
 
 
 def rank_slice(positions: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """The contiguous share of one rank of the (n,) positions of a step.
+    """The contiguous slice of the (n,) positions of a step that belongs to one rank.
 
     Raises:
         RequestError: the number of positions is not a multiple of the number of ranks.

@@ -1,8 +1,8 @@
-"""Step -> its blocks and back, for a global batch that may change in the run.
+"""Step -> its blocks and back, for a global batch that may change during the run.
 
-Blocks are counted as they are trained on: block 0 is the first of the run, and skipped positions are not counted. A
-:class:`StepPlan` is a few stretches of steps with one global batch each; every question is answered by integer
-arithmetic in the logarithm of their number, so that nothing grows with the length of the run.
+Blocks are counted in the order of training: block 0 is the first of the run, and skipped positions are not counted. A
+:class:`StepPlan` consists of a few stretches of steps with one global batch each. Look-ups use integer arithmetic in
+time logarithmic in the number of stretches, so that nothing grows with the length of the run.
 
     >>> plan = plan_steps([Point(0, 4), Point(10, 8)])     # 4 blocks a step, from block 10 on 8
     >>> [(plan.blocks_before(step), plan.batch_of(step)) for step in range(5)]
@@ -26,8 +26,9 @@ from lmcore.humanize import amount, multiples_near
 
 
 class Point(NamedTuple):
-    """The global batch is ``batch`` blocks from the first step on that begins at or after ``place``, which counts
-    blocks, or steps where ``in_steps``."""
+    """A change of the global batch to ``batch`` blocks, at the first step that begins at or after ``place``.
+
+    ``place`` is in blocks, or in steps if ``in_steps``."""
 
     place: int | Fraction
     batch: int
@@ -35,7 +36,7 @@ class Point(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """From ``step`` on, before which the run has seen ``block`` blocks, a step takes ``batch`` blocks."""
+    """From ``step`` on, each step takes ``batch`` blocks; ``block`` blocks come before ``step``."""
 
     step: int
     block: int
@@ -44,9 +45,9 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The blocks of every step. ``stretches`` rise in step and block; before the first one its batch is assumed.
+    """The blocks of every step, counted from 0.
 
-    Steps are counted from 0.
+    ``stretches`` are in ascending order of step and block; before the first one, its batch is assumed.
     """
 
     stretches: tuple[Stretch, ...]
@@ -74,36 +75,36 @@ class StepPlan:
         return self.stretches[max(0, bisect_right(starts, place) - 1)]
 
     def batch_of(self, step: int) -> int:
-        """Blocks of the step."""
+        """The number of blocks of a step."""
         return self._at(self._steps, step).batch
 
     def blocks_before(self, step: int) -> int:
-        """Blocks of all steps before this one."""
+        """The number of blocks of all steps before this one."""
         stretch = self._at(self._steps, step)
         return max(0, stretch.block + (step - stretch.step) * stretch.batch)
 
     def step_of(self, block: int) -> int:
-        """The step that takes this block."""
+        """The step that contains this block."""
         stretch = self._at(self._blocks, block)
         return max(0, stretch.step + (block - stretch.block) // stretch.batch)
 
     def steps_to(self, blocks: int) -> int:
-        """The number of steps after which at least so many blocks are behind."""
+        """The number of steps after which at least ``blocks`` blocks have been used."""
         return self.step_of(blocks - 1) + 1 if blocks > 0 else 0
 
 
 def plan_steps(points: Sequence[Point], *, step: int = 0, block: int = 0, check: bool = True) -> StepPlan:
     """The plan of a run that is at ``step`` and has seen ``block`` blocks.
 
-    A plan that is made again further on the way of a plan is the rest of it. Of points that fall into one step the last
-    one counts.
+    Planning again from a later state of the same plan gives the rest of that plan. If several points fall into one step,
+    the last one counts.
 
     Args:
         points: in the order in which they are reached; the first is at 0.
         check: refuse points that are reached in another order.
 
     Raises:
-        RequestError: a point comes before the one that is named before it.
+        RequestError: a point is reached before the one that is listed before it.
     """
     stretches: list[Stretch] = []
     number, last = 0, len(points) - 1
@@ -126,12 +127,12 @@ def plan_steps(points: Sequence[Point], *, step: int = 0, block: int = 0, check:
 
 
 def _steps_until(point: Point, step: int, block: int, batch: int) -> int:
-    """Steps of ``batch`` blocks until the point is reached."""
+    """The number of steps of ``batch`` blocks until the point is reached."""
     return math.ceil(point.place - step if point.in_steps else (point.place - block) / Fraction(batch))
 
 
 def largest_divisor(number: int, at_most: int) -> int:
-    """The largest divisor of ``number`` that is at most ``at_most``, which is at least 1."""
+    """The largest divisor of ``number`` that is at most ``at_most``. ``at_most`` must be at least 1."""
     return max(divisor for divisor in range(1, min(number, at_most) + 1) if number % divisor == 0)
 
 
@@ -139,11 +140,11 @@ def share_of(batch: int, ranks: int, *, micro: int | None = None, whom: str = ""
     """The blocks of a global batch that each of ``ranks`` processes computes.
 
     Args:
-        micro: blocks that divide the share, where the micro-batch is to be exact.
-        whom: what divides the batch, in messages, if not processes.
+        micro: micro-batch size that must divide the share; ``None``: not checked.
+        whom: among what the batch is divided, for messages; default: the processes.
 
     Raises:
-        RequestError: the batch does not divide among them.
+        RequestError: the batch cannot be divided equally.
     """
     whom = whom or amount(ranks, "process")
     if batch % ranks:

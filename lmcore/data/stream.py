@@ -1,20 +1,20 @@
 """Blocks without a token store: text is tokenized while the model trains (``data.mode stream``).
 
-It starts at once, needs no disk, and also reads the Hub (``hf://``). :class:`StreamDataset` gives blocks by position to
-:class:`lmcore.data.batches.Batches`, as :class:`lmcore.data.blocks.StoreBlocks` does.
+A stream starts at once, needs no disk space, and can also read the Hub (``hf://``). :class:`StreamDataset` provides blocks
+by position to :class:`lmcore.data.batches.Batches`, like :class:`lmcore.data.blocks.StoreBlocks`.
 
     dataset = StreamDataset(sources, tokenizer, block_size=1024, lanes=64, seed=1)
     batches = Batches(dataset, cursor=dataset.new_cursor(), global_batch_blocks=64, micro_batch_blocks=8)
 
-The order does not depend on the number of ranks or workers, because there is a fixed number V of *lanes* (kept in the
+The order does not depend on the number of ranks or workers, because there is a fixed number V of *lanes* (stored in the
 cursor; default: the blocks of the global batch). Position p is block p // V of lane p % V. Lane l reads the parts l,
-l + V, l + 2V, ... of the permuted part list, one epoch after another, as one run of tokens, cuts it into blocks, and
-shuffles them in windows. Ranks own ranges of lanes, and workers own lanes of their rank. The state of a lane is where
-its window began (part, document, token); it travels with the batch, and a resume tokenizes at most one window for each
-lane. No token of a good document is lost or comes twice in a pass of a lane.
+l + V, l + 2V, ... of the permuted list of parts, one epoch after another, as one sequence of tokens, cuts it into blocks,
+and shuffles them within windows. Ranks own ranges of lanes, and workers own lanes of their rank. The state of a lane is
+where its window began (part, document, token). It is returned with each batch, and a resume tokenizes at most one window
+per lane again. In a pass of a lane no token of a good document is lost or repeated.
 
-Weaker than with a store (docs/guarantees.md): lanes read at their own speed, so epochs overlap at their borders; the
-shuffle reaches as far as the windows; the length of an epoch in positions is not known.
+Guarantees are weaker than with a store (docs/guarantees.md): lanes read at different speeds, so that epochs overlap at
+their boundaries; blocks are shuffled within windows only; the length of an epoch in positions is not known.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from lmcore.data.text.split import part_of
 from lmcore.errors import FaultError, RequestError
 
 PARTS_PER_LANE = 8
-"""The corpus is cut into about so many parts for each lane, so that lanes end their epochs near one another."""
+"""The corpus is cut into about this many parts per lane, so that lanes end their epochs at similar positions."""
 _MIN_PART_BYTES, _MAX_PART_BYTES = 2**16, 2**23
 _MAX_STRIDES = 64
 _ENCODED_CHARACTERS = 2**15
-"""Text that a lane encodes ahead at once, in the long run; after a start it takes only what it needs."""
+"""Text that a lane encodes ahead in one call, in the long run; after a start it encodes only what it needs."""
 _ENDLESS = 2**60
 _LOCATED_AHEAD = 64
 _BARREN_EPOCHS = 20
-"""Epochs that a lane goes through without a document before it gives up."""
+"""Epochs without a document after which a lane gives up."""
 
 
 @final
@@ -59,17 +59,17 @@ class StreamDataset:
     Args:
         sources: files or ``hf://`` datasets.
         block_size: T.
-        lanes: V; the global batch must be a multiple of it, and it of the world size. The V of a resumed cursor takes
-            precedence.
-        window_blocks: blocks that are shuffled among one another, over all lanes together.
-        shuffle: ``none`` keeps the order of the files; anything else shuffles parts and windows.
+        lanes: V; the global batch must be a multiple of V, and V a multiple of the world size. The V of a resumed cursor
+            takes precedence.
+        window_blocks: size of the shuffle window in blocks, over all lanes together.
+        shuffle: ``none`` keeps the order of the files; any other value shuffles parts and windows.
         phases: mixtures; without weights all sources are one corpus.
         split: ``("train", f)`` or ``("valid", f)``: one side of a split by content.
-        on_error, max_bad_fraction: as in :func:`lmcore.data.store.build.build_store`; the fraction is that of each
-            process so far.
+        on_error, max_bad_fraction: as in :func:`lmcore.data.store.build.build_store`; the fraction is computed by each
+            process over what it has read so far.
 
     Raises:
-        RequestError: weights for some sources only, sizes that do not divide (with the numbers).
+        RequestError: a source without text, or some phases with weights and some without.
     """
 
     can_pad = False
@@ -106,10 +106,10 @@ class StreamDataset:
         self._dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         self._eos = np.array([tokenizer.eos_id] if eos else [], dtype=np.int32)
         self._on_error, self._max_bad_fraction = on_error, max_bad_fraction
-        # (documents, bytes of text): all that were read, and the lost ones, each once.
+        # (documents, size of text) that were read, and that were bad or lost; each bad one counts once.
         self._read_good, self._read_bad = [0, 0], [0, 0]
         self._first_bad: text.BadRecord | None = None
-        self._said: set[tuple[str, str]] = set()  # later epochs and other lanes meet the same ones again
+        self._said: set[tuple[str, str]] = set()  # reported already: later epochs and other lanes meet them
         self._identities = [identity_of(source, tokenizer, split, eos) for source in sources]
         self._cursor: Cursor | None = None
         self._lanes: dict[int, _Lane] = {}
@@ -127,12 +127,12 @@ class StreamDataset:
 
     @property
     def fingerprint(self) -> str:
-        """All that decides what a position means, beside the seed and the lanes."""
+        """A string of everything, except seed and lanes, that determines which block a position refers to."""
         return self._fingerprint(self._identities)
 
     @property
     def former_fingerprints(self) -> tuple[str, ...]:
-        """What versions that called this tokenizer otherwise called the same stream."""
+        """Fingerprints of the same stream in versions that computed another fingerprint for its tokenizer."""
         return tuple(
             self._fingerprint([{**identity, "tokenizer": one} for identity in self._identities])
             for one in getattr(self._tokenizer, "former_fingerprints", ())
@@ -145,7 +145,7 @@ class StreamDataset:
         )
 
     def new_cursor(self) -> Cursor:
-        """The beginning."""
+        """The cursor at the beginning."""
         return Cursor(
             fingerprint=self.fingerprint,
             seed=self.seed,
@@ -182,7 +182,7 @@ class StreamDataset:
             )
 
     def _groups(self) -> list[list[tuple[int, int]]]:
-        """What is drawn from separately: [(source, part), ...] for each group; without weights all is one group."""
+        """The groups of parts that are drawn from separately, [(source, part), ...] each; one group without weights."""
         numbered = [[(s, p) for p in range(len(parts))] for s, parts in enumerate(self._parts)]
         if self.phases[0].weights is not None:
             return numbered
@@ -202,15 +202,16 @@ class StreamDataset:
         return positions[(positions % self.lanes) // share == rank]
 
     def rows_of_worker(self, positions: np.ndarray, worker: int, workers: int) -> np.ndarray:
-        """Which of a rank's rows lie in the lanes of one worker."""
+        """The indices of a rank's rows that are in the lanes of one worker."""
         return np.flatnonzero(positions % self.lanes % workers == worker)
 
     def count_labels(self, positions: np.ndarray) -> int:
         return len(positions) * self.block_size
 
     def epoch_of(self, cursor: Cursor) -> float:
-        """Epochs of lane 0, which rank 0 has on any number of ranks (elsewhere averaged over the rank's lanes); parts count as
-        a whole when they begin."""
+        """The epochs of lane 0, which always belongs to rank 0; on other ranks the average over the rank's lanes.
+
+        A part counts as a whole when it begins."""
         total = sum(len(parts) for parts in self._parts)
         if "0" in cursor.stream:
             return float(cursor.stream["0"][0][0] * self.lanes / total)
@@ -224,13 +225,13 @@ class StreamDataset:
     # ---- reading ----
 
     def read(self, positions: np.ndarray) -> Blocks:
-        """The blocks at these positions, which rise from call to call in each lane."""
+        """The blocks at these positions, which must ascend from call to call in each lane."""
         n, size = len(positions), self.block_size
         ids = np.empty((n, size + 1), dtype=self._dtype)
         position_ids = np.zeros((n, size), dtype=np.int32) if self.document_mask else None
         lanes = [self._lane(number) for number in (positions % self.lanes).tolist()]
         numbers = (positions // self.lanes).tolist()
-        # One round for each block of a lane: all lanes that need text encode it in one call.
+        # One round per block of a lane: the text of all lanes that need some is encoded in one call.
         for rows in np.split(np.arange(n), np.flatnonzero(np.diff(positions // self.lanes)) + 1):
             feeds = [lanes[row].feed_for(numbers[row]) for row in rows.tolist()]
             self._fill(feeds)
@@ -257,7 +258,7 @@ class StreamDataset:
         return lane
 
     def _fill(self, feeds: list[tuple[_Feed, int]]) -> None:
-        """Give each feed the tokens of the block that is wanted of it, encoding for all of them at once."""
+        """Encode, for all feeds at once, the tokens that each needs for its requested block."""
         while True:
             hungry = [(feed, missing) for feed, block in feeds if (missing := feed.missing(block)) > 0]
             if not hungry:
@@ -268,7 +269,7 @@ class StreamDataset:
                 feed.accept([np.concatenate((next(encoded), self._eos)) for _ in some])
 
     def documents(self, source: int, part: tuple[text.Part, int, int]) -> Iterator[str | None]:
-        """The texts of a part; ``None`` stands for one of the other side of the split."""
+        """The texts of a part; ``None`` for a document on the other side of the split."""
         piece, stride, strides = part
         for number, document in enumerate(hub.documents_of(self._sources[source], piece, bad=self._on_bad)):
             self._read_good[0] += 1
@@ -283,14 +284,14 @@ class StreamDataset:
         if (record.path, record.where) in self._said:
             return
         self._said.add((record.path, record.where))
-        logging.getLogger(__name__).warning("left out: %s", record)  # of a worker: on standard error
+        logging.getLogger(__name__).warning("left out: %s", record)  # in a worker this goes to standard error
         self._read_bad[0] += record.documents
         self._read_bad[1] += record.n_bytes
         bad, bad_bytes = self._read_bad
         total, total_bytes = bad + self._read_good[0], bad_bytes + self._read_good[1]
         on_disk = sum(part.n_bytes for parts in self._parts for part, stride, _ in parts if stride == 0)
         total_bytes = max(total_bytes, on_disk)
-        # A few at the beginning say nothing about the whole.
+        # A few bad records at the beginning do not tell anything about the whole text.
         limit = self._max_bad_fraction
         if bad > max(10, limit * total) or bad_bytes > max(2**20, limit * total_bytes):
             share = bad_bytes / max(total_bytes, 1)
@@ -319,8 +320,10 @@ class StreamDataset:
 
 
 def _cut(source: text.Source, lanes: int) -> list[tuple[text.Part, int, int]]:
-    """[(part, stride, strides)]: the parts of a source. What cannot be cut (compressed files, few shards of the Hub) is read
-    by several lanes, each of which takes every strides-th document."""
+    """The parts of a source as [(part, stride, strides)].
+
+    What cannot be cut (compressed files, few shards of the Hub) is read by several lanes, each of which takes every
+    ``strides``-th document."""
     total = sum(part.n_bytes for part in hub.parts_of(source, part_bytes=2**40))
     part_bytes = min(max(total // (PARTS_PER_LANE * lanes), _MIN_PART_BYTES), _MAX_PART_BYTES)
     pieces = hub.parts_of(source, part_bytes=part_bytes)
@@ -330,7 +333,7 @@ def _cut(source: text.Source, lanes: int) -> list[tuple[text.Part, int, int]]:
 
 @final
 class _Lane:
-    """One of V independent readers. Its block k comes from one feed: the only one, or that of the source that the mixture
+    """One of V independent readers. Its block k comes from the only feed, or from the feed of the source that the mixture
     draws."""
 
     def __init__(
@@ -348,7 +351,7 @@ class _Lane:
         phases = tuple(
             Phase(position=phase.position // stream.lanes, weights=phase.weights) for phase in stream.phases
         )
-        # The order of an endless, unshuffled corpus: its block is the number of the draw from a source.
+        # The order of an endless, unshuffled corpus, whose block number is the number of the draw from a source.
         self._order = (
             Order(
                 lengths=(_ENDLESS,) * len(groups),
@@ -362,7 +365,7 @@ class _Lane:
             if len(groups) > 1
             else None
         )
-        # The first block, and (source, draw) of some from it on
+        # The number of a block, and (source, draw) of that block and the following ones
         self._located = (0, np.zeros((2, 0), dtype=np.int64))
         drawn = self._order.drawn_before(first) if self._order else (first,)
         self._feeds = [
@@ -371,7 +374,7 @@ class _Lane:
         ]
 
     def feed_for(self, number: int) -> tuple[_Feed, int]:
-        """The feed of the lane's block ``number``, and the number of the block in that feed."""
+        """The feed that provides block ``number`` of this lane, and the number of the block in that feed."""
         if self._order is None:
             return self._feeds[0], number
         first, known = self._located
@@ -387,10 +390,10 @@ class _Lane:
 
 @final
 class _Feed:
-    """A lane's run of tokens from one group of parts, and the window of it that is being given out.
+    """The sequence of tokens that a lane reads from one group of parts, and its current shuffle window.
 
     Tokens are numbered from where this reader began. ``state`` is [part ordinal, document, token] at the start of the window
-    of the next block: what a resume needs.
+    of the next block, from which a resume continues.
     """
 
     def __init__(
@@ -406,7 +409,7 @@ class _Feed:
         self.state = list(state) if state else [0, 0, 0]
         self._size = stream.block_size
         self._window = max(stream.window_blocks // stream.lanes, 1)
-        # The first window of each lane has another length, so that lanes do not all refill in one step.
+        # The first windows of the lanes have different lengths, so that lanes do not all refill in the same step.
         self._first_window = 1 + lane * self._window // stream.lanes
         self._origin = self._window_of(first)[0]
         self._tokens = np.zeros(0, dtype=stream._dtype)
@@ -419,7 +422,7 @@ class _Feed:
         self._places_of, self._places = -1, np.zeros(0, dtype=np.int64)
 
     def _window_of(self, block: int) -> tuple[int, int]:
-        """[first, stop) of the window that holds a block."""
+        """[first, stop) of the window that contains a block."""
         if block < self._first_window:
             return 0, self._first_window
         number = (block - self._first_window) // self._window
@@ -427,12 +430,12 @@ class _Feed:
         return first, first + self._window
 
     def missing(self, block: int) -> int:
-        """Tokens that must still be encoded before ``block`` can be given."""
+        """The number of tokens that must still be encoded before ``block`` is available."""
         stop = self._window_of(block)[1]
         return (stop - self._origin) * self._size + 1 - (self._base + len(self._tokens))
 
     def take(self, missing: int) -> list[str]:
-        """The next texts, about enough for so many tokens."""
+        """The next texts, about enough for ``missing`` tokens."""
         texts: list[str] = []
         characters = 0
         wanted = max(2 * missing, self._ahead)
@@ -445,10 +448,10 @@ class _Feed:
         return texts
 
     def accept(self, runs: list[np.ndarray]) -> None:
-        """The ids of the texts that were taken."""
+        """Append the ids of the texts that :meth:`take` returned."""
         end = self._base + len(self._tokens)
         for (ordinal, document), run in zip(self._taken, runs):
-            # Where this reader begins inside a document, its first tokens were given out before.
+            # If this reader began inside a document, the first tokens of the document were used before.
             self._marks.append((end - self._drop, ordinal, document))
             end += len(run) - self._drop
             if self._drop:
@@ -457,7 +460,7 @@ class _Feed:
         self._tokens = np.concatenate((self._tokens, *(run.astype(self._tokens.dtype) for run in runs)))
 
     def block(self, block: int) -> tuple[int, np.ndarray]:
-        """(number of the first token, the T + 1 tokens) of a block, at its shuffled place in the window."""
+        """(number of its first token, its T + 1 tokens) of a block, taken from its shuffled place in the window."""
         first, stop = self._window_of(block)
         if self._places_of != first:
             self._places_of, self._places = first, np.arange(stop - first)
@@ -468,13 +471,13 @@ class _Feed:
         return start, self._tokens[start - self._base : start - self._base + self._size + 1]
 
     def ends_after(self, start: int) -> np.ndarray:
-        """(E,) int64: the ends of documents in the block from ``start`` on; each ends where the next begins."""
+        """(E,) int64: the ends of documents inside the block that begins at ``start``."""
         return np.array(
             [mark[0] for mark in self._marks if start < mark[0] < start + self._size], dtype=np.int64
         )
 
     def close(self, following: int) -> None:
-        """``following`` is the next block that will be wanted: forget what lies before its window."""
+        """Drop the tokens before the window of ``following``, the next block that will be requested."""
         first = (self._window_of(following)[0] - self._origin) * self._size
         if first == self._base:
             return
@@ -486,14 +489,14 @@ class _Feed:
         self.state = [ordinal, document, first - start]
 
     def _read(self, ordinal: int, skip: int) -> Iterator[tuple[int, int, str]]:
-        """(part ordinal, document, text) without end, from document ``skip`` of part number ``ordinal`` on."""
+        """An endless iterator of (part ordinal, document, text), from document ``skip`` of part ``ordinal`` on."""
         lanes, total = self._stream.lanes, len(self._group)
         cycle = total // math.gcd(lanes, total)
         barren = 0
         while True:
             number = self._lane + ordinal * lanes
             if self._stream.shuffle == "none" and self._stream.version > 1:
-                number += ordinal // cycle  # a lane goes around all parts, even where lanes and parts divide
+                number += ordinal // cycle  # so that a lane visits all parts, even if lanes and parts divide
             place = number % total
             if self._stream.shuffle != "none":
                 key = keys(self._stream.seed, "stream parts", self._which, number // total)
@@ -505,7 +508,7 @@ class _Feed:
                 if document >= skip and one is not None:
                     barren = 0
                     yield ordinal, document, one
-            # The parts of a lane are drawn again in each epoch, so a lane reaches a part that has text in some epoch.
+            # The parts of a lane differ from epoch to epoch, so that it reaches a part with text in some epoch.
             if barren > (_BARREN_EPOCHS if self._stream.has_text else 2) * total:
                 raise self._stream.no_text(self._lane)
             ordinal, skip = ordinal + 1, 0

@@ -1,18 +1,18 @@
 """Documents -> a token store: built once, in parallel, and then only memory-mapped.
 
-* The store depends on the files, the options and the tokenizer alone: it is byte for byte the same for any number of
-  processes and ranks, and after any number of kills. Its folder is named by a fingerprint of all of them, so that
-  different corpora never meet; an unchanged one is opened at once.
-* Each part is written aside, made durable and renamed, its description last: a part is whole or does not exist. A kill
-  costs at most the part that each process was working on.
-* Ranks need nothing but the common file system. A part is claimed by a file with a heartbeat; a claim whose owner died is
-  taken over; a failure is written down where every process sees it. No process waits without end.
-* Bad records are counted and located; the policy is applied before any position exists.
-* Nothing is trusted because it exists: parts are compared with their hashes before a store is finished, and again on
+* The store depends only on the files, the options and the tokenizer: it is byte for byte the same for any number of
+  processes and ranks, and after any number of kills. Its folder is named by a fingerprint of all of these, so that
+  different corpora are never mixed; the store of an unchanged corpus is opened at once.
+* Each part is written to a temporary file, made durable and renamed, its description last: a part is complete or does not
+  exist. A kill costs at most the part that each process was working on.
+* Ranks need only a common file system. A part is claimed by a file with a heartbeat; a claim whose owner died is
+  taken over; a failure is written to a file that every process checks. No process waits forever.
+* Bad records are counted, with their places; the policy is applied before any position exists.
+* Existing files are not trusted: parts are compared with their hashes before a store is finished, and again on
   every machine that opens it (:mod:`lmcore.data.store.verification`).
 
-The folder: ``part-000000.bin`` (little-endian tokens), ``part-000000.ends`` (document ends, counted from the start of
-the part), ``part-000000.json`` (its counts and hashes), ..., and at last ``manifest.json``.
+The folder contains ``part-000000.bin`` (little-endian tokens), ``part-000000.ends`` (document ends, counted from the start
+of the part), ``part-000000.json`` (its counts and hashes), ..., and ``manifest.json``, which is written last.
 
 Example::
 
@@ -72,13 +72,13 @@ __all__ = ["Progress", "TokenStore", "build_store"]
 
 _PLAN = "plan.json"
 _PLAN_SECONDS = 5.0
-"""A plan without content for so long is of a process that died while writing it."""
+"""If a plan has no content for this long, the process that was writing it has died."""
 _LISTED_RECORDS = 100
-"""So many bad records are listed at each start; all are in the manifest."""
+"""The most bad records that are listed at each start; the manifest has more."""
 
 
 class NoText(RequestError):
-    """A source, or one side of a split of it, without a single token."""
+    """A source, or one side of its split, has not a single token."""
 
 
 def build_store(
@@ -96,26 +96,26 @@ def build_store(
     note: Callable[[str], None] | None = None,
     part_bytes: int | None = None,
 ) -> TokenStore:
-    """Build the token store of a source, or open it if it is there. All ranks may call it together.
+    """Build the token store of a source, or open it if it exists. All ranks may call this together.
 
     Args:
-        store_dir: folder of all stores, on a file system that all ranks see; or a URL, of which each machine has a copy
+        store_dir: folder of all stores, on a file system that all ranks share; or a URL, of which each machine has a copy
             (:mod:`lmcore.data.store.remote`).
         split: one side of a split by content (:mod:`lmcore.data.text.split`).
         eos: end each document with ``tokenizer.eos_id``.
-        processes: tokenizing processes of this rank; 1 works in this process.
+        processes: number of tokenizing processes of this rank; 1 tokenizes in this process.
         worker: number of this rank, so that ranks begin at different parts.
-        on_error: ``raise`` ends at the first bad record with its place; ``skip`` leaves bad records out, but a file that was
-            written or removed while it was read, which may be good a moment later, ends the build.
-        max_bad_fraction: with ``skip``, more than this share of bad records is an error all the same.
+        on_error: ``raise`` ends at the first bad record and names its place; ``skip`` leaves bad records out. In both cases
+            a file that was written or removed while it was read, and may be good a moment later, ends the build.
+        max_bad_fraction: with ``skip``, a larger share of bad records is still an error.
         progress: called about twice a second.
-        note: takes one line of text: what differs from the store that was built before, and the bad records.
-        part_bytes: text of a part; default: by the size of the corpus, 1 to 64 MiB. It changes no token.
+        note: called with lines of text: what differs from the store that was built before, and the bad records.
+        part_bytes: size of the text of a part; default: 1 to 64 MiB, by the size of the corpus. It does not change tokens.
 
     Raises:
-        FaultError: bad records that the policy does not allow; a process was killed.
-        RequestError: nothing to read, or nowhere to write; or a file was edited in a way that the fingerprint does not
-            show (:mod:`lmcore.data.store.edits`).
+        FaultError: bad records that the policy does not allow, or a process was killed.
+        RequestError: nothing to read, nowhere to write, or a file was edited in a way that does not change the
+            fingerprint (:mod:`lmcore.data.store.edits`).
     """
     note = note or (lambda line: None)
     known = (tokenizer.fingerprint, *getattr(tokenizer, "former_fingerprints", ()))
@@ -157,7 +157,7 @@ def build_store(
                 _finish(job, identity)
                 built = True
         except OSError as error:
-            # A rank that is done takes what lies aside away, also from under one that is about to be done.
+            # A rank that has finished removes temporary files, even those of a rank that is about to finish.
             done_by_another = isinstance(error, FileNotFoundError) and (folder / MANIFEST).exists()
             if not done_by_another:
                 place = "$LMCORE_CACHE" if is_url(store_dir) else "data.store_dir"
@@ -184,7 +184,7 @@ def build_store(
 def _is_finished(folder: Path) -> bool:
     try:
         return (folder / MANIFEST).exists()
-    except OSError as error:  # a folder that another user made, for himself
+    except OSError as error:  # a private folder of another user
         raise RequestError(
             f"the token store {folder} cannot be read ({error.strerror or error}): give this user access to it, or set "
             f"data.store_dir to another place"
@@ -209,7 +209,7 @@ def _bring(store_dir: str | Path, folders: list[Path], note: Callable[[str], Non
 def _keep_in_bucket(
     store_dir: str | Path, folder: Path, vocab_size: int, note: Callable[[str], None]
 ) -> None:
-    """Put a store that is complete on the disk into the bucket, if the bucket has lost it."""
+    """Upload a store that is complete on disk, if it is missing in the bucket."""
     remote = _remote(store_dir, folder)
     if remote is None:
         return
@@ -219,15 +219,15 @@ def _keep_in_bucket(
             store.verify(vocab_size=vocab_size)
             note(f"token store {folder.name} is not in {store_dir}: it is uploaded from {folder}")
             remote.put(store.manifest["parts"], store.dtype.str, (folder / MANIFEST).read_bytes())
-    except FaultError as fault:  # what training needs is here
+    except FaultError as fault:  # training needs only the local copy
         note(f"warning: {fault} (training uses the copy in {folder})")
 
 
 def folder_prefix(name: str, split: tuple[str, float]) -> str:
-    """What the name of a store's folder begins with; its fingerprint follows.
+    """The beginning of the name of a store's folder, which is followed by the fingerprint.
 
     Raises:
-        RequestError: a source cannot be called so.
+        RequestError: the name of the source is not allowed.
     """
     return f"{_folder_name(name)}-" + ("" if split[0] == "all" else f"{split[0]}-")
 
@@ -253,7 +253,7 @@ def _folder_name(name: str) -> str:
 def identity_of(
     source: documents.Source, tokenizer: EncodesBatches, split: tuple[str, float], eos: bool
 ) -> dict[str, Any]:
-    """All that the tokens depend on; its hash is the fingerprint."""
+    """Everything that the tokens depend on; its hash is the fingerprint."""
     return {
         "version": STORE_VERSION,
         "name": source.name,
@@ -268,7 +268,7 @@ def identity_of(
 
 
 def files_of(source: documents.Source) -> list[list[Any]]:
-    """``[relative path, size, hash]`` of each file: what tells whether a text is still the same."""
+    """``[relative path, size, hash]`` of each file, by which a changed text is detected."""
     return listing.once(
         ("samples", source.paths, source.relative_paths), functools.partial(_files_of, source)
     )
@@ -283,7 +283,7 @@ def _files_of(source: documents.Source) -> list[list[Any]]:
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What differs between two identities, for a person."""
+    """A description of the differences between two identities."""
     words = [
         f"{key} {old.get(key)!r} -> {new[key]!r}" if key != "tokenizer" else "another tokenizer"
         for key in new
@@ -318,11 +318,11 @@ def _job(
     part_bytes: int | None,
     remote: RemoteFolder | None,
 ) -> Job:
-    """Agree on the parts with all other ranks, and take over what an older store of this source has."""
+    """Agree on the parts with all other ranks, and reuse unchanged parts of older stores of this source."""
     prefix = folder.name.rpartition("-")[0]
     older = []
     for path in folder.parent.glob(f"{glob.escape(prefix)}-*/{MANIFEST}"):
-        with contextlib.suppress(RequestError, OSError):  # what cannot be used is not used
+        with contextlib.suppress(RequestError, OSError):  # skip a store that cannot be used
             manifest = read_manifest(path.parent)
             if manifest["name"] == source.name and manifest["identity"]["split"][0] == split[0]:
                 older.append((path.stat().st_mtime, path.parent, manifest))
@@ -332,7 +332,7 @@ def _job(
     part_bytes = part_bytes or min(max(1 << (total // 64).bit_length(), 2**20), 2**26)
     if older and not (folder / _PLAN).exists():
         note(f"token store {prefix}: {_changes(older[-1][2]['identity'], identity)}")
-        # The same cuts: unchanged parts can be taken over
+        # Cut as before, so that unchanged parts can be reused
         part_bytes = older[-1][2]["part_bytes"] or part_bytes
     if remote is not None:
         remote.agree(_PLAN, encoded({"part_bytes": part_bytes}))
@@ -340,7 +340,7 @@ def _job(
     options = [
         identity[key] for key in ("version", "tokenizer", "eos", "split", "text_field", "unit", "encoding")
     ]
-    # By the path: two folders of one source may each have a file of the same name.
+    # By path, because two folders of one source may have files of equal names.
     files = {path: rest for path, (_, *rest) in zip(source.paths, identity["files"])}
     keys = []
     for part in parts:
@@ -364,7 +364,7 @@ def _job(
 
 
 def _agreed(plan: Path, part_bytes: int) -> int:
-    """The size of the parts that the first rank has written down, which is ``part_bytes`` if that is this one."""
+    """The part size on which all ranks agree: the first rank writes its ``part_bytes`` to ``plan``, the others read it."""
     while True:
         with contextlib.suppress(FileExistsError):
             create_once(plan, encoded({"part_bytes": part_bytes}))
@@ -379,12 +379,12 @@ def _agreed(plan: Path, part_bytes: int) -> int:
 
 
 def _take_over(job: Job, other: Path, manifest: dict[str, Any]) -> None:
-    """Hard links to (or copies of) the parts of another store that hold the same text, made in the same way."""
+    """Reuse, by hard links or copies, the parts of another store that hold the same text and were built in the same way."""
     there = {part["key"]: part for part in manifest["parts"]}
     wanted = [
         (part, key) for part, key in zip(job.parts, job.keys) if key in there and not is_done(job, part.index)
     ]
-    edited = edited_files(other, job.source) if wanted else set()  # the key has samples of a large file only
+    edited = edited_files(other, job.source) if wanted else set()  # the key has only samples of a large file
     for part, key in wanted:
         name = part_file(part.index)
         if any(piece.path in edited for piece in part.pieces):
@@ -402,7 +402,7 @@ def _link_or_copy(old: Path, new: Path) -> None:
         os.link(old, aside(new))
     except FileNotFoundError:
         raise
-    except OSError:  # no hard links here
+    except OSError:  # the file system has no hard links
         shutil.copyfile(old, aside(new))
     DISK.rename(aside(new), new)
 
@@ -417,11 +417,12 @@ def _build_and_compare(
     progress: Callable[[Progress], None] | None,
     note: Callable[[str], None],
 ) -> None:
-    """Build every part, and build those again that are not what their descriptions say: an interrupted run may have
-    left them on a disk that lost or changed something since.
+    """Build every part, and rebuild those that do not match their descriptions.
+
+    Parts of an interrupted run may have been damaged on the disk since then.
 
     Raises:
-        FaultError: parts are damaged again and again.
+        FaultError: parts are damaged repeatedly.
     """
     damage: dict[str, str] = {}
     for _ in range(3):
@@ -457,8 +458,7 @@ def _build_and_compare(
 
 
 def _finish(job: Job, identity: dict[str, Any]) -> None:
-    """Write the manifest. Every rank may do it: the bytes are the same. Nothing in it tells when, where, or by which
-    process."""
+    """Write the manifest. Every rank may do this, because the bytes are the same: it contains no time, place or process."""
     with contextlib.nullcontext() if job.remote is None else job.remote.lock():
         if not (job.folder / MANIFEST).exists():
             _write_manifest(job, identity)
@@ -466,7 +466,7 @@ def _finish(job: Job, identity: dict[str, Any]) -> None:
 
 def _write_manifest(job: Job, identity: dict[str, Any]) -> None:
     parts = [read_part(job.folder / f"{part_file(part.index)}.json") for part in job.parts]
-    # Parts that were taken over from a store of an earlier version do not have all counts.
+    # Parts that were reused from a store of an earlier version do not have all counts.
     totals = {key: sum(part.get(key, 0) for part in parts) for key in COUNTS}
     manifest = {
         "version": STORE_VERSION,
@@ -484,27 +484,27 @@ def _write_manifest(job: Job, identity: dict[str, Any]) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Take away what kills have left in a finished store: also one between the manifest and this."""
+    """Remove the temporary files, claims and failures that killed processes have left in a finished store."""
     for pattern in (".*.tmp", ".now.*", "*.claim", "failure.json"):
         for path in folder.glob(pattern):
-            with contextlib.suppress(OSError):  # others tidy at the same time, or it is a store to read only
+            with contextlib.suppress(OSError):  # another process removes it too, or the store is read-only
                 DISK.unlink(path)
 
 
 def _bad_records(manifest: dict[str, Any]) -> Iterator[str]:
-    """The bad records that were kept, as lines for the user."""
+    """The bad records that the manifest lists, as lines for the user."""
     for part in manifest["parts"]:
         for record in part["bad_records"]:
             yield str(documents.BadRecord(**record))
 
 
 def _enforce(manifest: dict[str, Any], on_error: str, max_bad_fraction: float) -> None:
-    """Apply the policy on bad records to a finished store: the limit is for documents and for bytes of text."""
+    """Apply the policy on bad records to a finished store; the limit holds for documents and for bytes of text."""
     bad, bad_bytes = manifest["bad"], manifest.get("bad_bytes", 0)
     if not bad:
         return
     total = bad + manifest["records"]
-    # Records have more bytes than their texts, and compressed files fewer.
+    # Records are larger than their texts, and compressed files are smaller.
     files_bytes = sum(size for _, size, _ in manifest["identity"]["files"])
     total_bytes = max(files_bytes, bad_bytes + manifest.get("record_bytes", 0))
     at_least = "at least " if manifest.get("bad_unknown") else ""
@@ -519,7 +519,7 @@ def _enforce(manifest: dict[str, Any], on_error: str, max_bad_fraction: float) -
 
 
 def _left_out(manifest: dict[str, Any], folder: Path) -> Iterator[str]:
-    """The bad records that the policy allowed, for the log: how many, and where the first ones are."""
+    """Lines for the log about bad records that the policy allowed: their number, and the places of the first ones."""
     if not manifest["bad"]:
         return
     at_least = "at least " if manifest.get("bad_unknown") else ""

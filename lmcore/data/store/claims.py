@@ -1,8 +1,8 @@
-"""How processes and ranks share work through a folder, and never wait for one that has died.
+"""How processes and ranks share work through a folder, without ever waiting for a dead process.
 
-A claim is a file with a heartbeat. One whose process is gone, or whose heartbeat stopped, can be taken over; a failure
-is written down where all others see it. A claim only saves double work: what it protects must be such that two may do it
-at once. File systems without hard links work too.
+A claim is a file with a heartbeat. If its process is gone or the heartbeat has stopped, it can be taken over. A failure
+is written to a file that all others check. A claim only avoids duplicate work: the work must be such that two processes
+may do it at the same time. File systems without hard links are supported.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from lmcore.process import is_alive
 
 HEARTBEAT_SECONDS = 2.0
 STALE_SECONDS = 120.0
-"""A claim without a heartbeat for so long is dead; far above what a network file system delays a time stamp."""
+"""A claim without a heartbeat for this long is dead; far longer than a network file system delays a time stamp."""
 UNREADABLE_SECONDS = 10.0
-"""A claim that has no content for so long is of a process that died while writing it."""
+"""If a claim has no content for this long, the process that was writing it has died."""
 
 
 def now_of(folder: Path) -> float:
-    """The time as the file system tells it, which may not be the time of this machine."""
+    """The current time of the file system, which may differ from the time of this machine."""
     path = folder / f".now.{socket.gethostname()}.{os.getpid()}"
     path.touch()
     try:
@@ -37,7 +37,7 @@ def now_of(folder: Path) -> float:
 
 
 class Claim:
-    """The file that says which process works on a part, and how far it is."""
+    """A file that records which process works on a part, and its progress."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,7 +54,7 @@ class Claim:
     def _beat(self) -> None:
         while not self._stopped.wait(HEARTBEAT_SECONDS / 4):
             with contextlib.suppress(OSError):
-                if self.path.exists():  # not after somebody took it over
+                if self.path.exists():  # not after the claim was removed
                     aside(self.path).write_text(json.dumps(self.state))
                     os.replace(aside(self.path), self.path)
 
@@ -70,8 +70,9 @@ class Claim:
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[Claim | None]:
-    """The claim at ``path``, or ``None`` if a living process has it. Two owners at once would do no harm: they write the
-    same bytes."""
+    """Context manager with the claim at ``path``, or ``None`` if a living process has it.
+
+    Two owners at the same time do no harm, because they write the same bytes."""
     for _ in range(2):
         try:
             create_once(path, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
@@ -87,24 +88,24 @@ def claimed(path: Path) -> Iterator[Claim | None]:
 
 
 def aside(path: Path) -> Path:
-    """Where a file is written before it gets its name: another place for each process."""
+    """The temporary path at which a file is written before it is renamed; different in each process."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def create_once(path: Path, data: bytes) -> None:
-    """A new file with this content, whole at once where the file system has hard links.
+    """Create a file with this content, atomically if the file system has hard links.
 
-    Without them (exFAT, SMB, gcsfuse) another process may see the file before its content.
+    Without hard links (exFAT, SMB, gcsfuse) another process may see the file before its content.
 
     Raises:
-        FileExistsError: there is one already.
+        FileExistsError: the file exists already.
     """
     DISK.write_file(aside(path), data)
     try:
         os.link(aside(path), path)
     except FileExistsError:
         raise
-    except OSError:  # no hard links here; whatever else is wrong, the next call says so again
+    except OSError:  # no hard links; the next call raises again if something else is wrong
         file = DISK.create(path, exclusive=True)
         try:
             DISK.write(file, data)
@@ -121,23 +122,23 @@ def _is_stale(path: Path) -> bool:
         owner = json.loads(path.read_text())
         host, pid = str(owner.get("host")), int(owner.get("pid", 0))
     except FileNotFoundError:
-        return False  # just removed
+        return False  # it was just removed
     except (ValueError, TypeError, AttributeError):
-        return age > UNREADABLE_SECONDS  # being written, or its owner died in between
+        return age > UNREADABLE_SECONDS  # it is being written, or its owner died while writing it
     return age > STALE_SECONDS or (host == socket.gethostname() and not is_alive(pid))
 
 
 def write_failure(folder: Path, error: Exception) -> None:
-    with contextlib.suppress(OSError):  # the disk may be the very failure
+    with contextlib.suppress(OSError):  # the disk itself may have failed
         DISK.write_json(folder / "failure.json", {"kind": type(error).__name__, "message": str(error)})
 
 
 def raise_failure(folder: Path, started: float) -> None:
-    """Raise what another process wrote down since this one started."""
+    """Raise the failure that another process has written since this one started, if any."""
     path = folder / "failure.json"
     try:
         if path.stat().st_mtime <= started:
-            return  # of an earlier attempt; one of this very instant has a cause that is met again
+            return  # of an earlier attempt; if it is of this very moment, its cause will be met again
         failure = json.loads(path.read_text())
         kind, message = failure["kind"], failure["message"]
     except (FileNotFoundError, ValueError, TypeError, KeyError):

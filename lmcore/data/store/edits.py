@@ -1,10 +1,10 @@
-"""Edits of a text that the fingerprint of its token store does not show.
+"""Detects edits of a text that do not change the fingerprint of its token store.
 
-The fingerprint holds the size of each file and a hash of samples (:mod:`lmcore.data.store.samples`), so that a start does
-not read terabytes. A word that is replaced by one of the same length between two samples changes neither. Therefore each
-machine remembers beside what it compared of the store (:mod:`lmcore.data.store.verification`) the size, times and inode
-of each file of more than 1 MiB and a hash of all of it; when one of the former differs, it is hashed again. A file that
-was only touched, copied or moved has the same hash, and gives no note.
+The fingerprint contains the size of each file and a hash of samples (:mod:`lmcore.data.store.samples`), so that a start does
+not read terabytes. Replacing a word by one of the same length between two samples changes neither. Therefore each
+machine stores, next to the results of comparing the store (:mod:`lmcore.data.store.verification`), the size, times and
+inode of each file of more than 1 MiB and a hash of its whole content. If size, times or inode differ later, the file is
+hashed again. A file that was only touched, copied or moved has the same hash, and gives no note.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ def refuse_edited_text(
     note: Callable[[str], None],
     most_bytes: int = BACKGROUND_BYTES,
 ) -> None:
-    """Compare the files of a source with what they were when its store was built, or first opened on this machine.
+    """Compare the files of a source with their state when its store was built, or first opened on this machine.
 
     Args:
-        folder: of the finished store.
-        built: just now, by this process: the files are hashed, which takes a small part of the time of tokenizing them.
-        note: gets one line for files that were written since and cannot be compared: no hash is known, or more than
-            ``most_bytes`` would have to be read.
+        folder: folder of the finished store.
+        built: the store was just built by this process: all files are hashed, which takes a fraction of the time of
+            tokenizing them.
+        note: called with one line for files that were written since and cannot be compared, because no hash is known or
+            more than ``most_bytes`` would have to be read.
 
     Raises:
-        RequestError: a file has another content; it is named.
+        RequestError: the content of a file has changed; the message names it.
     """
     large = _large_files(source)
     if not large:
         return
     with remembered(folder) as memory:
-        mark = file_state(folder / MANIFEST)  # another one: the store was built again, or copied here
+        mark = file_state(folder / MANIFEST)  # changes if the store was built again or copied here
         known = _known(memory, mark)
         changed = [name for name, (_, state) in large.items() if known.get(name, [None])[0] != state]
         wanted = [name for name in changed if built or known.get(name, [None, None])[1]]
@@ -80,8 +81,9 @@ def refuse_edited_text(
 
 
 def edited_files(folder: Path, source: Source, *, most_bytes: int = BACKGROUND_BYTES) -> set[str]:
-    """The files of a source whose tokens may not be taken over from an older store of it, although size and samples are as
-    they were: they were written since, and are not, or cannot be, shown to be the same."""
+    """The files of a source whose tokens must not be reused from an older store, although size and samples are unchanged.
+
+    They were written since then, and their content differs or cannot be compared."""
     large = _large_files(source)
     if not large:
         return set()
@@ -93,9 +95,9 @@ def edited_files(folder: Path, source: Source, *, most_bytes: int = BACKGROUND_B
 
 
 def _large_files(source: Source) -> dict[str, tuple[str, list[int]]]:
-    """(path, state) of the files that the fingerprint has samples of only, by their names."""
+    """Name -> (path, state) of the large files, which enter the fingerprint by samples only."""
     states = {
-        name: (path, state_of(path)[:4])  # not the device, whose number changes with each mount of some
+        name: (path, state_of(path)[:4])  # without the device number, which may change with each mount
         for name, path in zip(unique_names(source.relative_paths or source.paths), source.paths)
         if not path.startswith(HUB) and not remote.is_remote(path)
     }
@@ -103,7 +105,7 @@ def _large_files(source: Source) -> dict[str, tuple[str, list[int]]]:
 
 
 def _known(memory: dict[str, Any], mark: list[int]) -> dict[str, Any]:
-    """What is remembered of the text of the store with this manifest: {name: [state, hash]}."""
+    """What is stored about the text of the store with this manifest: {name: [state, hash]}."""
     there = memory.get(_KEY)
     if isinstance(there, dict) and there.get("built") == mark and isinstance(there.get("files"), dict):
         known: dict[str, Any] = there["files"]
@@ -112,7 +114,7 @@ def _known(memory: dict[str, Any], mark: list[int]) -> dict[str, Any]:
 
 
 def _hashes(files: dict[str, tuple[str, list[int]]], most_bytes: int) -> dict[str, str | None]:
-    """Hashes of files by their names; none where that would mean to read more than ``most_bytes``."""
+    """Hashes of files by their names; empty if this would read more than ``most_bytes``."""
     if sum(state[0] for _, state in files.values()) > most_bytes:
         return {}
     with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
@@ -120,8 +122,7 @@ def _hashes(files: dict[str, tuple[str, list[int]]], most_bytes: int) -> dict[st
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """The relative paths of the files of a source, the second of one name with a number: two folders of a source may each
-    have a file of the same name.
+    """Make the relative paths of the files of a source unique by numbers: two of its folders may have files of equal names.
 
     >>> unique_names(["a.txt", "b.txt", "a.txt"])
     ['a.txt', 'b.txt', 'a.txt (2)']
@@ -131,7 +132,7 @@ def unique_names(names: Sequence[str]) -> list[str]:
     for name in names:
         times[name] += 1
         unique = name if times[name] == 1 else f"{name} ({times[name]})"
-        while unique in found:  # a file is called so
+        while unique in found:  # another file already has this name
             times[name] += 1
             unique = f"{name} ({times[name]})"
         found[unique] = None
@@ -142,4 +143,4 @@ def _hash_of(path: str) -> str | None:
     try:
         return file_hash(path)
     except OSError:
-        return None  # reading the text says more
+        return None  # reading the text reports the error

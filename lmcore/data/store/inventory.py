@@ -1,7 +1,7 @@
-"""Which token stores lie in a folder, which runs use them, and their removal.
+"""Lists the token stores in a folder and the runs that use them, and removes stores.
 
-Each run writes the stores that it opens into ``stores.json`` of its folder; of runs of version 0.1.0, which did not, the
-newest checkpoint tells the training stores.
+Each run lists the stores that it opens in ``stores.json`` in its folder. Runs of version 0.1.0 did not; for them the
+training stores are found from the newest checkpoint.
 
 Example::
 
@@ -35,9 +35,9 @@ class StoreInfo:
     """One folder of a token store.
 
     Attributes:
-        n_tokens: ``None`` where the store is not finished or is damaged; ``reason`` then says which.
-        n_bytes: on the disk; hard links to parts of another store are counted in both.
-        used_by: folders of runs.
+        n_tokens: ``None`` if the store is not finished or is damaged; ``reason`` then says which.
+        n_bytes: size on disk; hard links to parts of another store are counted in both.
+        used_by: folders of the runs that use the store.
     """
 
     folder: Path
@@ -49,14 +49,14 @@ class StoreInfo:
 
 
 def record_use(run_dir: Path, stores: Iterable[Path]) -> None:
-    """Write down which stores a run has opened."""
+    """Write the list of the stores that a run has opened to its folder."""
     DISK.write_json(run_dir / USES, sorted({str(folder.resolve()) for folder in stores}))
 
 
 def stores_of(run_dir: Path) -> set[str]:
-    """The folders of the stores that a run has opened, as it wrote them down; none if it did not."""
+    """The folders of the stores that a run has listed as opened; empty if it has no list."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        if not (run_dir / USES).is_file():  # a FIFO would wait for its writer
+        if not (run_dir / USES).is_file():  # opening a FIFO would block
             return set()
         value = json.loads((run_dir / USES).read_bytes())
         return {one for one in value if isinstance(one, str)} if isinstance(value, list) else set()
@@ -64,9 +64,9 @@ def stores_of(run_dir: Path) -> set[str]:
 
 
 def stores_trained_on(run_dir: Path, store_dir: str | Path) -> set[str]:
-    """Names of the folders in ``store_dir`` that the newest checkpoint of a run was trained on, by the fingerprint in it.
+    """Names of the folders in ``store_dir`` that a run was trained on, by the fingerprint in its newest checkpoint.
 
-    For a run whose own list (:func:`stores_of`) was lost.
+    For a run that has lost its own list (:func:`stores_of`).
     """
     with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
         states = (path for path in (run_dir / "checkpoints").glob("step-*/state.json") if path.is_file())
@@ -74,16 +74,16 @@ def stores_trained_on(run_dir: Path, store_dir: str | Path) -> set[str]:
         fingerprint = str(json.loads(newest.read_bytes())["cursor"]["fingerprint"])
         hashes = set(re.findall(r":([0-9a-f]{16})\b", fingerprint))
         names = {path.name for path in local_store_dir(store_dir).iterdir() if path.name[-16:] in hashes}
-        # Of documents that were cut into head and tail, the tail is the validation text, which no cursor names.
+        # If documents are split into head and tail, the tail is validation text, which no cursor contains.
         return names | {name.replace("-head-", "-tail-") for name in names}
     return set()
 
 
 def list_stores(store_dir: str | Path, *, runs: Iterable[str | Path] = ("runs",)) -> list[StoreInfo]:
-    """Every store in ``store_dir``, by name; and which runs below the folders ``runs`` use it.
+    """Every store in ``store_dir``, sorted by name, with the runs in the folders ``runs`` that use it.
 
     Raises:
-        RequestError: there is no such folder.
+        RequestError: the folder does not exist.
     """
     store_dir = Path(store_dir)
     if not store_dir.is_dir():
@@ -91,9 +91,9 @@ def list_stores(store_dir: str | Path, *, runs: Iterable[str | Path] = ("runs",)
     users = list(_runs(runs))
     found = []
     for folder in sorted(path for path in store_dir.iterdir() if path.is_dir()):
-        # Unlike Path.exists, false where this user may not look
+        # Unlike Path.exists, os.path.exists is false if this user may not read the folder
         if not any(os.path.exists(folder / name) for name in (MANIFEST, "plan.json")):
-            continue  # it is something else
+            continue  # not a token store
         n_tokens, reason = None, "not finished"
         mark = ""
         if (folder / MANIFEST).exists():
@@ -120,15 +120,15 @@ def list_stores(store_dir: str | Path, *, runs: Iterable[str | Path] = ("runs",)
 
 
 def remove_store(store: StoreInfo) -> None:
-    """Remove the folder of a store; its corpus stays, and a run that needs it builds it again.
+    """Remove the folder of a store. The corpus is kept, and a run that needs the store builds it again.
 
     Raises:
-        RequestError: it is being built, or cannot be removed.
+        RequestError: the store is being built, or cannot be removed.
     """
     if store.is_being_built:
         raise RequestError(f"{store.folder} is being built: wait for it, or stop it first")
     try:
-        # Without its manifest it is an unfinished store: a kill in between leaves nothing that would be opened.
+        # The manifest first: without it the store counts as unfinished, and is not opened after a kill in between.
         if (store.folder / MANIFEST).exists():
             DISK.unlink(store.folder / MANIFEST)
         DISK.remove_tree(store.folder)
@@ -137,7 +137,7 @@ def remove_store(store: StoreInfo) -> None:
 
 
 def _runs(places: Iterable[str | Path]) -> Iterator[tuple[Path, tuple[set[str], str]]]:
-    """(run folder, (the stores that it names, the state of its newest checkpoint as text))."""
+    """(run folder, (the stores that it lists, the state of its newest checkpoint as text)) of each run."""
     for place in map(Path, places):
         for run in [place, *sorted(place.glob("*"))] if place.is_dir() else []:
             named = stores_of(run)
@@ -150,7 +150,7 @@ def _runs(places: Iterable[str | Path]) -> Iterator[tuple[Path, tuple[set[str], 
 
 
 def _is_claimed(folder: Path) -> bool:
-    """Whether some process works on it: a claim with a heartbeat."""
+    """Whether a process is working on the store, which then has a claim with a heartbeat."""
     for claim in folder.glob("*.claim"):
         with contextlib.suppress(OSError):
             if time.time() - claim.stat().st_mtime < STALE_SECONDS:

@@ -1,8 +1,8 @@
-"""What describes a token store on the disk, read as data of a stranger: every field is checked before it is used.
+"""The descriptions of a token store on disk. They are untrusted: every field is checked before it is used.
 
-``manifest.json`` describes the store, ``part-000000.json`` one part of it. Both are JSON of version 1 and carry a hash over
-the rest of themselves (those of earlier versions do not, and are read without it); a part's description is repeated in the
-manifest.
+``manifest.json`` describes the store, ``part-000000.json`` one part of it. Both are JSON of version 1 and contain a hash
+of all other fields (those of earlier releases do not, and are read without it). The descriptions of all parts are
+repeated in the manifest.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ STORE_VERSION = 1
 HASH = "hash"
 _COUNTS = ("tokens", "documents", "bytes", "bad", "records")
 _LATER_COUNTS = ("record_bytes", "empty", "bad_bytes", "bad_places", "bad_unknown")
-"""Not in stores of earlier versions."""
+"""Counts that stores of earlier releases do not have."""
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
-    """Of a store: 32 hex digits over all that its tokens depend on."""
+    """The fingerprint of a store: 32 hex digits of a hash of everything that its tokens depend on."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """``content`` with a hash over all of it, as it is written."""
+    """``content`` with a hash of all its other fields, as it is written to disk."""
     plain = {key: value for key, value in content.items() if key != HASH}
     text = json.dumps(plain, sort_keys=True).encode()
     return plain | {HASH: hashlib.blake2b(text, digest_size=16).hexdigest()}
 
 
 def encoded(value: Any) -> bytes:
-    """JSON as it stands in the files of a store."""
+    """JSON as it is written to the files of a store."""
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(
         "utf-8", "backslashreplace"
     )
@@ -50,7 +50,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished store.
 
     Raises:
-        RequestError: there is none, it is damaged, of another version, or names files outside of ``folder``.
+        RequestError: it does not exist, is damaged, has another version, or names files outside of ``folder``.
     """
     path = folder / MANIFEST
     refuse_special_files(folder)
@@ -95,16 +95,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def refuse_special_files(folder: Path) -> None:
-    """A FIFO or a device in place of a file would block whoever opens it.
+    """Refuse a folder with a FIFO or a device, which would block a process that opens it.
 
     Raises:
-        RequestError: there is one; it is named.
+        RequestError: there is one; the message names it.
     """
     names = []
-    with contextlib.suppress(OSError):  # there is no such folder
+    with contextlib.suppress(OSError):  # the folder does not exist
         names = os.listdir(folder)
     for name in names:
-        with contextlib.suppress(OSError):  # another rank has just removed it
+        with contextlib.suppress(OSError):  # another rank has just removed the file
             mode = os.stat(folder / name).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise RequestError(f"{folder / name} is neither a file nor a folder: remove it")
@@ -114,8 +114,8 @@ def read_part(path: Path) -> dict[str, Any]:
     """The description of one part of a store that may not be finished.
 
     Raises:
-        RequestError: it is damaged.
-        OSError: it cannot be read.
+        RequestError: the description is damaged.
+        OSError: the description cannot be read.
     """
     part = _mapping(path)
     _check_part(path, path.parent, part)

@@ -1,9 +1,9 @@
-"""Documents of a validation set that also stand in the training text, found in the token stores of both.
+"""Finds documents of a validation set that also occur in the training text, from the token stores of both.
 
-Two documents are the same if their tokens are. The training tokens are read once, in stretches; for each document a
-number is made of its length and three of its tokens, and only where a validation document has that number the tokens
-themselves are hashed. Memory grows with the validation set and the longest document, not with the training text. The
-answer for large stores is remembered in the user's cache (:func:`lmcore.storage.cache_dir`).
+Two documents are equal if their tokens are. The training tokens are read once, in stretches. For each document a
+number is computed from its length and three of its tokens, and its tokens are hashed only if a validation document has
+the same number. Memory grows with the validation set and the longest document, not with the training text. The
+result for large stores is saved in the user's cache (:func:`lmcore.storage.cache_dir`).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _FACTORS = np.array(
 
 @dataclass(frozen=True)
 class Overlap:
-    """Validation documents that also stand in the training text.
+    """Validation documents that also occur in the training text.
 
     Attributes:
-        documents, of_documents: how many of how many.
+        documents, of_documents: number of such documents, and of all validation documents.
         tokens, of_tokens: the same in tokens.
-        source: name of the training source with the first of them.
-        start, stop: the tokens of the first one in the validation store.
+        source: name of the training source that contains the first of them.
+        start, stop: range of tokens of the first one in the validation store.
     """
 
     documents: int
@@ -58,7 +58,7 @@ def find_overlap(held_out: TokenStore, training: Sequence[TokenStore]) -> Overla
         known = read_cached(memory) if memory else None
         if known == {}:
             return None
-        with contextlib.suppress(TypeError):  # of another version
+        with contextlib.suppress(TypeError):  # written by another version
             if known:
                 return Overlap(**known)
     found = _compare(held_out, training)
@@ -68,7 +68,7 @@ def find_overlap(held_out: TokenStore, training: Sequence[TokenStore]) -> Overla
 
 
 def _compare(held_out: TokenStore, training: Sequence[TokenStore]) -> Overlap | None:
-    # Hash -> the places of documents with it in the validation store
+    # Hash -> the places of the documents with this hash in the validation store
     wanted: dict[bytes, list[tuple[int, int]]] = {}
     numbers: list[np.ndarray] = []
     count = 0
@@ -107,12 +107,12 @@ def _compare(held_out: TokenStore, training: Sequence[TokenStore]) -> Overlap | 
 
 
 def _stretches(store: TokenStore) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(place of the first token, tokens of whole documents, their ends counted from there), in order."""
+    """(position of the first token, tokens of whole documents, their ends relative to it), in order."""
     start, length = 0, _STRETCH_TOKENS
     while start < store.n_tokens:
         stop = min(start + length, store.n_tokens)
         ends = store.document_ends(start, stop)
-        if not len(ends):  # one document is longer than this
+        if not len(ends):  # a document is longer than this
             length *= 2
             continue
         length = _STRETCH_TOKENS
@@ -122,7 +122,7 @@ def _stretches(store: TokenStore) -> Iterator[tuple[int, np.ndarray, np.ndarray]
 
 
 def _numbers(tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """(D,) uint64, equal for equal documents: of length, first, middle and last token but one (the last ends it)."""
+    """(D,) uint64, equal for equal documents: from length and first, middle and last-but-one token (the last is EOS)."""
     lengths = ends - starts
     parts = [lengths, tokens[starts], tokens[starts + lengths // 2], tokens[np.maximum(ends - 2, starts)]]
     total = np.zeros(len(ends), np.uint64)
@@ -132,7 +132,7 @@ def _numbers(tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.nda
 
 
 def _digest(tokens: np.ndarray) -> bytes:
-    # As numbers of 32 bit: a source of another width may hold the same document.
+    # As 32-bit integers, because a source with another dtype may contain the same document.
     return hashlib.blake2b(tokens.astype("<u4").data, digest_size=16).digest()
 
 

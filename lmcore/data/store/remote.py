@@ -1,11 +1,11 @@
-"""Token stores in a bucket (``data.store_dir`` a URL): built in parts by many workers, read through copies on the disk.
+"""Token stores in a bucket (``data.store_dir`` is a URL): built in parts by many workers, read through local copies.
 
-A store in the bucket has the same files as one on a disk, and its manifest is put last: without it there is no store. Each
-machine keeps a whole copy in the cache of its user and trains from that, so that no step waits for the bucket. Files are
-downloaded by one process of a machine, compared with the hashes of the manifest, and then get their names.
+A store in the bucket has the same files as one on disk. Its manifest is uploaded last: without it the store does not
+exist. Each machine keeps a whole copy in the user's cache and trains from it, so that no step waits for the bucket. One
+process per machine downloads the files, compares them with the hashes in the manifest, and then renames them.
 
-While a store is being built, a worker puts each of its parts, the description last, and takes those of the others as they
-appear. A claim in the bucket saves double work only: two workers at one part put the same bytes.
+While a store is being built, each worker uploads its parts, the description last, and downloads those of other workers as
+they appear. A claim in the bucket only avoids duplicate work: two workers that build the same part upload the same bytes.
 
 Example::
 
@@ -38,22 +38,22 @@ from lmcore.process import is_alive
 from lmcore.storage import READS, Store, StoreError, cache_dir, check_url, is_url, local_name
 
 DOWNLOADS: Final = 4
-"""Files that one process reads or puts at the same time."""
+"""Files that one process downloads or uploads at the same time."""
 LOOK_SECONDS: Final = 5.0
-"""How often a worker looks for parts that others have put."""
+"""Seconds between two looks for parts that other workers have uploaded."""
 BEAT_SECONDS: Final = 15.0
 STALE_SECONDS: Final = 90.0
-"""A claim that did not change for so long, by the clock of the one who looks, is of a machine that vanished."""
+"""If a claim does not change for this long, by the clock of the observer, its machine has vanished."""
 _SUFFIXES: Final = (".bin", ".ends")
 
 Part = Mapping[str, Any]
 
 
 def local_store_dir(store_dir: str | Path) -> Path:
-    """Where the stores of ``data.store_dir`` lie on this machine: it itself, or for a URL a folder of the cache.
+    """The local folder of the stores of ``data.store_dir``: itself or, for a URL, a folder in the cache.
 
     Raises:
-        RequestError: a URL that no store can have.
+        RequestError: the URL is not valid.
     """
     if not is_url(store_dir):
         return Path(store_dir)
@@ -62,10 +62,10 @@ def local_store_dir(store_dir: str | Path) -> Path:
 
 
 def read_small(store_dir: str | Path, name: str) -> bytes:
-    """A small file beside the stores, from the disk or else from the bucket.
+    """A small file next to the stores, from the disk or else from the bucket.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file does not exist.
         FaultError: the bucket does not answer.
     """
     try:
@@ -78,7 +78,7 @@ def read_small(store_dir: str | Path, name: str) -> bytes:
 
 
 def share_small(store_dir: str | Path, name: str, data: bytes) -> None:
-    """Put a small file beside the stores of a bucket; nothing for a folder, or if it is there.
+    """Upload a small file next to the stores in a bucket; a no-op for a local folder, or if the file exists.
 
     Raises:
         FaultError: the bucket does not answer.
@@ -98,16 +98,17 @@ def _faults() -> Iterator[None]:
 
 @final
 class RemoteFolder:
-    """One token store in a bucket, and its copy in a local folder. It can be sent to another process.
+    """One token store in a bucket, and its copy in a local folder. It can be pickled.
 
     Args:
-        url: of the store. local: the folder of the copy, which all ranks of a machine share.
+        url: URL of the store.
+        local: folder of the copy, which all ranks of a machine share.
     """
 
     def __init__(self, url: str, local: Path) -> None:
         self.store, self.local = Store(url), local
         self._seen: dict[str, tuple[bytes, float]] = {}
-        """Claim of another worker -> its content, and since when it is this."""
+        """Claim of another worker -> its content, and when this content was first seen."""
         self._next_try: dict[str, float] = {}
         self._next_look = 0.0
 
@@ -120,14 +121,14 @@ class RemoteFolder:
     # ---- a complete store
 
     def bring(self, *, note: Callable[[str], None]) -> bool:
-        """Copy the store to the local folder, if it is complete in the bucket; whether it is.
+        """Copy the store to the local folder, if it is complete in the bucket. Returns whether it is there now.
 
         Raises:
-            FaultError: an object is damaged or missing (it is named), or the bucket does not answer.
-            RequestError: the manifest is damaged, or of another version.
+            FaultError: an object is damaged or missing (the message names it), or the bucket does not answer.
+            RequestError: the manifest is damaged, or of another version or store.
         """
         with self.lock():
-            if (self.local / MANIFEST).exists():  # another rank of this machine has brought it
+            if (self.local / MANIFEST).exists():  # another rank of this machine has downloaded it
                 return True
             found = self._read_manifest()
             if found is None:
@@ -147,7 +148,7 @@ class RemoteFolder:
         return True
 
     def _read_manifest(self) -> tuple[dict[str, Any], bytes] | None:
-        """The manifest in the bucket, and its bytes; ``None`` if there is none."""
+        """The manifest in the bucket and its bytes; ``None`` if it does not exist."""
         for number in range(READS):
             with _faults():
                 try:
@@ -181,14 +182,14 @@ class RemoteFolder:
         return manifest
 
     def _bring_parts(self, parts: Sequence[Part]) -> int:
-        """Download what is not here yet; the number of bytes."""
+        """Download the files that are not here yet. Returns the number of bytes."""
         wanted = [
             (f"{part['file']}{suffix}", part[f"{suffix[1:]}_hash"])
             for part in parts
             for suffix in _SUFFIXES
             if not (self.local / f"{part['file']}{suffix}").exists()
         ]
-        with ThreadPoolExecutor(DOWNLOADS) as pool:  # the first failure ends it
+        with ThreadPoolExecutor(DOWNLOADS) as pool:  # the first failure is raised
             return sum(pool.map(lambda one: self._bring_file(*one), wanted))
 
     def _bring_file(self, name: str, digest: str) -> int:
@@ -210,14 +211,14 @@ class RemoteFolder:
 
     def _refusal(self, name: str, what: str) -> FaultError:
         description = f"{name.rpartition('.')[0]}.json"
-        (self.local / description).unlink(missing_ok=True)  # or it would count as built
+        (self.local / description).unlink(missing_ok=True)  # otherwise the part would count as built
         return FaultError(
             f"{self.store.url_of(name)} {what}: remove {description} and {MANIFEST} (if it is there) from "
             f"{self.store.url}, and the next start builds this part again"
         )
 
     def put(self, parts: Sequence[Part], dtype: str, manifest: bytes) -> None:
-        """Put what the bucket does not have of a store whose files lie in the local folder, the manifest last.
+        """Upload the files of a complete local store that the bucket does not have, the manifest last.
 
         Raises:
             FaultError: the bucket does not answer.
@@ -239,20 +240,20 @@ class RemoteFolder:
                 list(pool.map(put, parts))
             self.store.write(MANIFEST, manifest)
             for name in there:
-                if name.endswith(".claim"):  # of workers that vanished
+                if name.endswith(".claim"):  # left by workers that vanished
                     self.store.remove(name)
 
     def _has(self, there: Mapping[str, Any], name: str, n_bytes: int) -> bool:
-        # The listing may be out of date: only what it has is believed.
+        # The listing may be out of date: check each object that it does not contain.
         info = there.get(name) or self.store.info(name)
         return info is not None and info.n_bytes == n_bytes
 
     # ---- a store that is being built
 
     def agree(self, name: str, data: bytes) -> None:
-        """Bring a small file that all workers share to the local folder; the first one decides what is in it.
+        """Agree on the content of a small file with all workers, and write it to the local folder. The first worker decides.
 
-        Parts that lie in the local folder under another decision are removed.
+        If the local folder has another content of the file, its parts are removed.
         """
         with self.lock(), _faults():
             self.store.create(name, data)
@@ -266,11 +267,11 @@ class RemoteFolder:
             DISK.rename(aside(self.local / name), self.local / name)
 
     def look(self, keys: Mapping[str, str], *, now: bool = False) -> None:
-        """Bring the descriptions of the parts that others have put since the last look.
+        """Download the descriptions of parts that other workers have uploaded since the last look.
 
         Args:
-            keys: {part: what it is made of}: others are not taken.
-            now: do not wait for :data:`LOOK_SECONDS` to pass.
+            keys: {part: key of its content}; descriptions with another key are ignored.
+            now: look even if :data:`LOOK_SECONDS` have not passed.
         """
         if not now and time.monotonic() < self._next_look:
             return
@@ -282,7 +283,7 @@ class RemoteFolder:
         self._next_look = time.monotonic() + LOOK_SECONDS
 
     def _take_description(self, part: str, key: str) -> bool:
-        """Whether the bucket has this part."""
+        """Download the description of a part. Returns whether the bucket has this part."""
         target = self.local / f"{part}.json"
         try:
             data = self.store.read(target.name)
@@ -296,13 +297,13 @@ class RemoteFolder:
                 return True
             return False
         except RequestError:
-            return False  # damaged: the part is built again, and replaces it
+            return False  # damaged: the part will be built again and replaced
         finally:
             aside(target).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def claimed(self, part: str, key: str) -> Iterator[bool]:
-        """Whether this process is to build a part: no living worker of another machine does, and it is not there."""
+        """Context manager with whether this process should build a part: it does not exist and no living worker builds it."""
         name, token = f"{part}.claim", uuid.uuid4().hex
         mine = False
         if time.monotonic() >= self._next_try.get(name, 0.0):
@@ -320,7 +321,7 @@ class RemoteFolder:
         finally:
             stopped.set()
             beats.join()
-            with contextlib.suppress(StoreError):  # it goes stale
+            with contextlib.suppress(StoreError):  # the claim becomes stale
                 self.store.remove(name)
 
     def _claim(self, name: str, token: str) -> bool:
@@ -330,7 +331,7 @@ class RemoteFolder:
         try:
             content = self.store.read(name)
         except FileNotFoundError:
-            return False  # just removed: the part is there, or is claimed at the next round
+            return False  # just removed: the part exists now, or is claimed in the next round
         if _is_of_dead_process(content):
             self.store.write(name, data)
             return True
@@ -347,11 +348,11 @@ class RemoteFolder:
         number = 0
         while not stopped.wait(BEAT_SECONDS):
             number += 1
-            with contextlib.suppress(StoreError):  # the next beat may come through
+            with contextlib.suppress(StoreError):  # the next beat may succeed
                 self.store.write(name, _claim_of(token, number))
 
     def put_part(self, part: str) -> None:
-        """Put a part that lies in the local folder, its description last."""
+        """Upload a part from the local folder, its description last."""
         with _faults():
             self._put_part(part)
 
@@ -360,16 +361,16 @@ class RemoteFolder:
             self.store.upload(self.local / f"{part}{suffix}", f"{part}{suffix}")
 
     def bring_parts(self, parts: Sequence[Part]) -> None:
-        """Download the parts that others have built, once on a machine."""
+        """Download the parts that other workers have built, once per machine."""
         with self.lock():
             self._bring_parts(parts)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One process of this machine at a time; the lock of one that died is free."""
+        """Lock that one process of this machine can hold at a time; it is released when the process dies."""
         DISK.makedirs(self.local.parent)
         with open(self.local.with_name(f".{self.local.name}.lock"), "w") as file:
-            # Without locks there two processes download, which costs time only.
+            # Without locks two processes may download, which only costs time.
             with contextlib.suppress(OSError):
                 fcntl.lockf(file, fcntl.LOCK_EX)
             DISK.makedirs(self.local)
@@ -382,7 +383,7 @@ def _claim_of(token: str, beat: int) -> bytes:
 
 
 def _is_of_dead_process(claim: bytes) -> bool:
-    """Whether it is of a process of this machine that has ended. (A wrong yes costs time only.)"""
+    """Whether a claim belongs to a process of this machine that has ended. A wrong true only costs time."""
     with contextlib.suppress(ValueError, TypeError, KeyError):
         owner = json.loads(claim)
         return owner["host"] == socket.gethostname() and not is_alive(int(owner["pid"]))

@@ -1,8 +1,8 @@
-"""Whether a text is still the same: the size and a hash of samples of each of its files.
+"""The size and a hash of samples of each file of a text, to detect whether the text has changed.
 
-Up to :data:`REMEMBERED_FROM` files are read at each start. The hashes of more files are remembered in the user's cache
-(:func:`lmcore.storage.cache_dir`), and a file is read again if its size, inode, time of writing or time
-of change differ; the last one is set by the kernel whatever a program says. So a start costs one ``stat`` for a file.
+Fewer than :data:`REMEMBERED_FROM` files are read at each start. The hashes of more files are stored in the user's cache
+(:func:`lmcore.storage.cache_dir`), and a file is read again if its size, device, inode, mtime or ctime differs (programs
+cannot set the ctime). So a start costs one ``stat`` per file.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from lmcore.storage import cache_dir, read_cached, write_cached
 
 REMEMBERED_FROM = 1000
 WHOLE_BYTES = 2**20
-"""Up to this size a file is hashed whole."""
+"""Files up to this size are hashed completely."""
 _SETTLED_NS = 2 * 10**9
-"""A file that was changed so shortly before it was read may change again without another time: it is not remembered."""
+"""A file that was changed this shortly before it was read is not stored: it may change again without a new time stamp."""
 
 
 def sample_of(path: str) -> tuple[int, str]:
-    """Size of a file, and a hash of its head, its tail and 14 places between; up to 1 MiB it is hashed whole.
+    """Size of a file, and a hash of its head, its tail and 14 places between; files up to 1 MiB are hashed completely.
 
     Raises:
-        RequestError: it cannot be read.
+        RequestError: the file cannot be read.
     """
     return _sample(path, *state_of(path))
 
 
 def samples_of(paths: Sequence[str]) -> list[tuple[int, str]]:
-    """:func:`sample_of` each file.
+    """:func:`sample_of` for each file.
 
     Raises:
-        RequestError: one of them cannot be read.
+        RequestError: a file cannot be read.
     """
     if len(paths) < REMEMBERED_FROM:
         return [sample_of(path) for path in paths]
@@ -65,10 +65,10 @@ def samples_of(paths: Sequence[str]) -> list[tuple[int, str]]:
 
 
 def state_of(path: str) -> list[int]:
-    """Size, times of writing and of change, inode, device of a file.
+    """[size, mtime, ctime, inode, device] of a file.
 
     Raises:
-        RequestError: it cannot be read.
+        RequestError: the file cannot be read.
     """
     stat = listing.stat(path)
     if stat is None:
@@ -81,9 +81,9 @@ def state_of(path: str) -> list[int]:
 
 @functools.lru_cache(maxsize=2**18)
 def _sample(path: str, *_: int) -> tuple[int, str]:
-    """The tokenizer, the training side and the validation side ask for the same files."""
+    """Cached, because the tokenizer, the training side and the validation side need the samples of the same files."""
     if remote.is_remote(path):
-        return remote.version(path)  # which changes with the content: nothing is read
+        return remote.version(path)  # changes with the content, so that nothing need be read
     digest = hashlib.blake2b(digest_size=16)
     try:
         with open(path, "rb") as file:
@@ -100,8 +100,9 @@ def _sample(path: str, *_: int) -> tuple[int, str]:
 
 
 def _memory_file(paths: Sequence[str]) -> Path | None:
-    """One for each first file and common folder, so that a text that grows replaces its own; ``None`` where there is
-    no place for it."""
+    """The cache file, named by the first file and the common folder, so that a growing text replaces its own cache file.
+
+    ``None`` if there is no cache folder or no common folder."""
     key = f"{paths[0]}\0{os.path.commonpath(paths)}".encode("utf-8", "surrogateescape")
     try:
         return cache_dir() / "files" / f"{hashlib.sha256(key).hexdigest()[:32]}.json"

@@ -1,6 +1,6 @@
-"""One source's tokens as one long array, whichever files its pieces lie in.
+"""The tokens of one source as one long array, which may consist of pieces in several files.
 
-The pieces are memory-mapped, never loaded; a read may cross them; nothing here grows with the number of tokens or blocks.
+The pieces are memory-mapped, not loaded; a read may cross them; memory does not grow with the number of tokens or blocks.
 
 Example::
 
@@ -32,11 +32,11 @@ _OPEN_FILES = 4096  # the kernel allows 65,530 mappings for each process
 @final
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A run of whole documents in one file: ``n_tokens`` of the store's dtype from byte ``offset_bytes`` on.
+    """Consecutive whole documents in one file: ``n_tokens`` of the store's dtype from byte ``offset_bytes`` on.
 
-    ``ends`` holds the document ends, rising, counted from the start of the piece in units of ``1 /
+    ``ends`` is the file with the document ends, ascending, counted from the start of the piece in units of ``1 /
     ends_scale`` tokens (``ends_dtype``, ``n_ends`` of them from byte ``ends_offset_bytes`` on); the last
-    may be missing. Without it the ends are found by the end-of-document token.
+    end may be missing. Without it the ends are found by the end-of-document token.
     """
 
     path: str
@@ -51,20 +51,21 @@ class Piece:
 
 @final
 class TokenStore:
-    """The N tokens of one source, in order, each document followed by its end-of-document token if there is one.
+    """The N tokens of one source, in order, each document followed by its end-of-document token if it has one.
 
-    :func:`lmcore.data.store.build.build_store` builds or opens one, :meth:`open` opens a finished one.
+    :func:`lmcore.data.store.build.build_store` builds or opens a store, :meth:`open` opens a finished one.
 
     Args:
-        name: of the source, as it appears in the metrics.
+        name: name of the source, as it appears in the metrics.
         fingerprint: hex digits that change whenever any token may have changed.
-        dtype: ``uint16`` or ``uint32`` (others as token files of other programs have them).
+        dtype: ``uint16`` or ``uint32`` (token files of other programs may have others).
         pieces: in order.
-        n_documents, n_bytes: of the texts, UTF-8; ``None`` where another program's format does not say.
-        bad_records: how many records were skipped when it was built.
-        eos_id: ends a document in pieces that do not list their ends.
-        vocab_size: with it, every token that is read is checked; for files of other programs.
-        folder: where the manifest is, if there is one.
+        n_documents, n_bytes: number of documents and of their UTF-8 bytes; ``None`` if another program's format does not
+            say.
+        bad_records: number of records that were skipped when the store was built.
+        eos_id: the token that ends a document in pieces without document ends.
+        vocab_size: if given, every token that is read is checked; for files of other programs.
+        folder: folder of the manifest, if there is one.
 
     Raises:
         RequestError: a file is missing or too short.
@@ -111,10 +112,10 @@ class TokenStore:
 
     @staticmethod
     def open(folder: str | Path) -> TokenStore:
-        """The finished store in ``folder``. Its tokens are read as they are: :meth:`verify` compares them.
+        """Open the finished store in ``folder``, without comparing its tokens with their hashes (see :meth:`verify`).
 
         Raises:
-            RequestError: there is none, it is unfinished, damaged or of another version, or a file of it is missing.
+            RequestError: the store does not exist, is unfinished, damaged or of another version, or a file is missing.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -144,14 +145,14 @@ class TokenStore:
         return self.n_tokens
 
     def n_blocks(self, block_size: int) -> int:
-        """Whole blocks of ``block_size`` inputs and as many next-token labels; what is left is the tail."""
+        """The number of blocks of ``block_size`` inputs and as many next-token labels; the rest is the tail."""
         return max(self.n_tokens - 1, 0) // block_size
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """(count,) tokens from ``start`` on, a copy.
+        """(count,) tokens from ``start`` on, as a copy.
 
         Raises:
-            IndexError: they are not all there.
+            IndexError: the range is outside of the store.
         """
         out = np.empty((1, count), dtype=self.dtype)
         self.gather(np.array([start]), out)
@@ -187,11 +188,10 @@ class TokenStore:
             )
 
     def document_ends(self, start: int, stop: int) -> np.ndarray:
-        """(E,) int64 ends e of documents with ``start < e <= stop``, rising; a document's tokens end before
-        e."""
+        """(E,) int64: the ends e of documents with ``start < e <= stop``, ascending; e is exclusive."""
         found = []
         piece = int(np.searchsorted(self._starts, start, side="right")) - 1
-        # An end on the border of two pieces belongs to the first of them.
+        # An end on the boundary of two pieces belongs to the first of them.
         piece = max(piece - (start == self._starts[piece]), 0)
         while piece < len(self._pieces) and self._starts[piece] < stop:
             first = int(self._starts[piece])
@@ -215,12 +215,12 @@ class TokenStore:
         return ends[(ends > start) & (ends <= stop)]
 
     def verify(self, *, vocab_size: int | None = None, note: Callable[[str], None] | None = None) -> None:
-        """Compare every file with the hashes in the manifest, if that was not done on this machine since it changed
+        """Compare every file with its hash in the manifest, unless this machine has done so since the file last changed
         (:mod:`lmcore.data.store.verification`).
 
         Args:
-            vocab_size: every id must be below it; ``None``: not checked.
-            note: gets one line if it takes long.
+            vocab_size: every id must be below this; ``None``: not checked.
+            note: called with one line if the comparison takes long.
 
         Raises:
             FaultError: a file differs from what was built, or holds ids beyond the vocabulary.
@@ -243,12 +243,12 @@ class TokenStore:
             return np.zeros(0, dtype=dtype)
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        # Not np.memmap: its slices cost several times as much as those of a plain array.
+        # Not np.memmap, whose slices cost several times as much as those of a plain array.
         array = self._arrays[key] = np.frombuffer(mapped, dtype=dtype, count=count, offset=offset)
         if len(self._arrays) > _OPEN_FILES:
             self._arrays.popitem(last=False)
         return array
 
     def __getstate__(self) -> dict[str, Any]:
-        # Mappings cannot be sent to another process; it opens its own.
+        # Memory mappings cannot be pickled; the other process opens its own.
         return {**self.__dict__, "_arrays": OrderedDict()}

@@ -1,7 +1,7 @@
 """Token files of other programs, as token stores.
 
-The files are read where they lie; nothing is copied or converted. Every token that is read is checked against the
-vocabulary, because it is not known which tokenizer made it.
+The files are read in place; nothing is copied or converted. Every token that is read is checked against the
+vocabulary, because it is not known which tokenizer produced it.
 
 ===========  ======================================================================================
 nanoGPT      ``.bin``: uint16, nothing else (uint32 where the vocabulary is larger than 65,536)
@@ -12,7 +12,7 @@ OLMo, numpy  ``.npy``: plain tokens as for nanoGPT, or a one-dimensional numpy a
 lmcore       the ``.bin`` files of a token store, all together
 ===========  ======================================================================================
 
-Where the format has no document ends, they are where the tokenizer's end-of-document token stands.
+If a format has no document ends, documents end at the tokenizer's end-of-document token.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def are_tokens(paths: Sequence[str]) -> bool:
     """Whether these are files of tokens.
 
     Raises:
-        RequestError: some are and some are not.
+        RequestError: only some of them are.
     """
     found = [path.endswith(FOREIGN_SUFFIXES) for path in paths]
     if any(found) and not all(found):
@@ -65,13 +65,15 @@ def open_files(
     """One store over all the files, in order.
 
     Args:
-        vocab_size: of the run's tokenizer, which must be the one that made them: larger ids are an error when they are read.
-        eos_id: ends a document where the format does not say.
-        tokenizer_fingerprints: of the same tokenizer, the present one first; a store of lmcore knows which one made it.
-        note: gets one line if comparing a store of lmcore with its hashes takes long.
+        vocab_size: vocabulary size of the run's tokenizer, which must be the one that produced the tokens: larger ids raise
+            an error when they are read.
+        eos_id: the token that ends a document, for formats without document ends.
+        tokenizer_fingerprints: fingerprints of the run's tokenizer, the present one first; a store of lmcore records which
+            tokenizer built it.
+        note: called with one line if comparing a store of lmcore with its hashes takes long.
 
     Raises:
-        RequestError: a format that is not known, damaged, or tokens of different widths.
+        RequestError: an unknown format, a damaged file, tokens of different widths, or another tokenizer.
     """
     if os.path.exists(os.path.join(os.path.dirname(paths[0]), MANIFEST)):
         store = TokenStore.open(os.path.dirname(paths[0]))
@@ -207,14 +209,14 @@ def _megatron(path: str, index: str) -> tuple[Piece, str]:
     last = int(np.memmap(index, dtype="<i8", mode="r", offset=pointers, shape=(sequences,))[-1])
     if last + int(lengths[-1]) * dtype.itemsize != tokens * dtype.itemsize:
         raise RequestError(f"{index}: its sequences do not lie one after another in {path}")
-    # Else a document is several sequences, and its end is where EOS stands
+    # Otherwise a document consists of several sequences, and ends at EOS
     one_each = documents == sequences + 1
     piece = Piece(
         path=path,
         n_tokens=tokens,
         ends=index if one_each else None,
         ends_dtype="<i8",
-        ends_offset_bytes=pointers,  # where a sequence begins, in bytes, the one before has ended
+        ends_offset_bytes=pointers,  # byte offsets at which sequences begin: there the one before ends
         ends_scale=dtype.itemsize,
         n_ends=sequences,
     )

@@ -1,11 +1,11 @@
-"""The files of a token store are compared with the hashes of their building: once per machine, and again when one of
-them changes in size, time or inode.
+"""Compares the files of a token store with the hashes from when they were built: once per machine, and again when a file
+changes in size, time or inode.
 
-What was compared is remembered in a small file of this user's cache (``$LMCORE_CACHE``, else ``$XDG_CACHE_HOME/lmcore``,
-else ``~/.cache/lmcore``), so that a later start costs one ``stat`` for each part. Where nothing can be written there,
-each start compares again. Of several processes of a machine one compares, and the others wait for it. Above
-:data:`BACKGROUND_BYTES` the comparison goes on in the background while training starts; damage that it finds ends the
-next read of the store.
+The results are stored in a small file in the user's cache (``$LMCORE_CACHE``, else ``$XDG_CACHE_HOME/lmcore``,
+else ``~/.cache/lmcore``), so that a later start costs one ``stat`` per file. If the cache is not writable,
+each start compares again. Of several processes on a machine one compares, and the others wait for it. Above
+:data:`BACKGROUND_BYTES` the comparison runs in the background while training starts; if it finds damage, the
+next read of the store raises an error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lmcore.humanize import size
 from lmcore.storage import cache_dir, read_cached, write_cached
 
 BACKGROUND_BYTES = 8 * 2**30
-"""A store with more to compare than this does not keep training waiting (10 to 60 s, by the disk)."""
+"""If more than this must be compared, training does not wait for it (10 to 60 s, depending on the disk)."""
 THREAD = "token store verification"
 _NOTED_BYTES = 2**30
 _CHUNK_BYTES = 2**22
@@ -41,11 +41,11 @@ Part = Mapping[str, Any]
 
 
 def find_damage(folder: Path, parts: Sequence[Part], dtype: str) -> dict[str, str]:
-    """{file of a damaged part: what is wrong}; empty if every part is what was built.
+    """{file of a damaged part: what is wrong}; empty if every part is as it was built.
 
     Args:
-        parts: their descriptions, as the manifest has them.
-        dtype: of the tokens.
+        parts: the descriptions of the parts, as in the manifest.
+        dtype: dtype of the tokens.
     """
     with remembered(folder) as memory:
         return _compare(folder, parts, dtype, memory)
@@ -62,12 +62,12 @@ def verify(
     """Compare every part that was not compared on this machine since its files last changed.
 
     Args:
-        vocab_size: every id must be below it; ``None``: not checked.
-        note: gets one line if it takes long.
+        vocab_size: every id must be below this; ``None``: not checked.
+        note: called with one line if the comparison takes long.
 
     Returns:
-        ``None`` when all is well; for a large store that is compared in the background the path of a file that appears,
-        with the reason in it, if damage is found.
+        ``None`` if nothing is wrong. For a large store that is compared in the background, the path of a file that is
+        created, with the reason in it, if damage is found.
 
     Raises:
         FaultError: a part is damaged, or has ids beyond the vocabulary.
@@ -124,7 +124,7 @@ def _verdict(folder: Path, parts: Sequence[Part], dtype: str, vocab_size: int | 
 
 
 def _compare(folder: Path, parts: Sequence[Part], dtype: str, memory: dict[str, Any]) -> dict[str, str]:
-    """Bring ``memory`` up to date with the files; the damage that was found."""
+    """Update ``memory`` from the files. Returns the damage that was found."""
     rest = [part for part in parts if not _is_known(folder, part, memory)]
     with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
         found = dict(zip((part["file"] for part in rest), pool.map(lambda p: _read(folder, p, dtype), rest)))
@@ -136,7 +136,7 @@ def _compare(folder: Path, parts: Sequence[Part], dtype: str, memory: dict[str, 
 
 
 def _read(folder: Path, part: Part, dtype: str) -> dict[str, Any] | str:
-    """What is remembered of one part, or what is wrong with it."""
+    """The result to store for one part, or a description of what is wrong with it."""
     bins, ends = folder / f"{part['file']}.bin", folder / f"{part['file']}.ends"
     largest = -1
     try:
@@ -161,7 +161,7 @@ def _read(folder: Path, part: Part, dtype: str) -> dict[str, Any] | str:
         ) from error
     except OSError as error:
         return str(error.strerror or error)
-    except ValueError:  # not whole tokens: it changed while it was read
+    except ValueError:  # a partial token: the file changed while it was read
         return "it is changing"
     if digests != [part["bin_hash"], part["ends_hash"]]:
         return f"the hash of {'.bin' if digests[0] != part['bin_hash'] else '.ends'} differs"
@@ -183,13 +183,13 @@ def _is_known(folder: Path, part: Part, memory: Mapping[str, Any]) -> bool:
 
 
 def file_state(path: Path) -> list[int]:
-    """Size, time of writing and inode: with another one a file is compared again."""
+    """[size, mtime, inode]; if one of them changes, the file is compared again."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def file_hash(path: Path | str) -> str:
-    """Hash of a file as the manifest of a store has it."""
+    """Hash of a file, computed as for the manifest of a store."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, _new_hash).hexdigest()
 
@@ -201,7 +201,7 @@ def _bytes_of(folder: Path, part: Part) -> int:
 
 
 def _memory_file(folder: Path, suffix: str = ".json") -> Path | None:
-    """Where the results for a store are remembered; ``None`` where nothing can be written."""
+    """The file in which the results for a store are saved; ``None`` if the cache is not writable."""
     name = hashlib.sha256(os.path.realpath(folder).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     path = cache_dir() / "stores" / f"{name}{suffix}"
     try:
@@ -213,14 +213,16 @@ def _memory_file(folder: Path, suffix: str = ".json") -> Path | None:
 
 @contextlib.contextmanager
 def remembered(folder: Path, *, write: bool = True) -> Iterator[dict[str, Any]]:
-    """What this machine knows of a store, by the file of a part; one process at a time; written back if it has changed."""
+    """Context manager with the saved results for a store, by part file. They are written back if they have changed.
+
+    With ``write``, only one process at a time."""
     path = _memory_file(folder)
     if path is None:
         yield {}
         return
     with contextlib.ExitStack() as stack:
         if write:
-            # No locks there: two processes then compare, which costs time only
+            # Without locks two processes may both compare, which only costs time
             with contextlib.suppress(OSError):
                 lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
                 fcntl.lockf(lock, fcntl.LOCK_EX)

@@ -1,7 +1,7 @@
-"""Which process builds which part of a token store, and how one part is built.
+"""Which process builds which part of a token store, and how a part is built.
 
-A part is whole or does not exist. A claim is only a courtesy (two processes at one part write the same bytes), that of a
-dead process is taken over, and a failure is written where every process sees it.
+A part is complete or does not exist. A claim only avoids duplicate work (two processes that build the same part write the
+same bytes); that of a dead process is taken over, and a failure is written to a file that every process checks.
 """
 
 from __future__ import annotations
@@ -33,21 +33,20 @@ from lmcore.errors import FaultError, RequestError
 from lmcore.humanize import amount
 
 BATCH_CHARACTERS = 1 << 20
-"""Text that is encoded in one call: enough for the tokenizer's own threads, little enough to stay flat in
-memory."""
+"""Text that is encoded in one call: enough to keep the tokenizer's threads busy, little enough to keep memory constant."""
 COUNTS = (
-    *("tokens", "documents", "bytes"),  # of the side that the store keeps
-    *("records", "record_bytes", "empty"),  # of all documents that were read
-    # Lost documents, and how many places do not tell their number.
+    *("tokens", "documents", "bytes"),  # on the side of the split that the store keeps
+    *("records", "record_bytes", "empty"),  # over all documents that were read
+    # Bad or lost documents, and the number of places at which their number is unknown.
     *("bad", "bad_bytes", "bad_places", "bad_unknown"),
 )
-"""What is counted in each part."""
+"""The counts of each part."""
 KEPT_BAD_RECORDS = 100
-"""Bad records of one part that are written down with their place; all are counted."""
+"""The most bad records of one part that are saved with their place; all are counted."""
 
 
 class EncodesBatches(Protocol):
-    """What is needed of a tokenizer (:class:`lmcore.data.tokenizer.tokenizer.Tokenizer`)."""
+    """The required interface of a tokenizer (:class:`lmcore.data.tokenizer.tokenizer.Tokenizer`)."""
 
     vocab_size: int
     eos_id: int
@@ -70,14 +69,14 @@ class Progress:
     total_parts: int
 
     def words(self) -> str:
-        """What the bytes have become, for a person."""
+        """The counts of documents, tokens and bad records, in words."""
         bad = f", {amount(self.bad, 'bad record')}" if self.bad else ""
         return f"{amount(self.documents, 'document')}, {amount(self.tokens, 'token')}{bad}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """All that a process needs in order to build any part of a store."""
+    """Everything that a process needs to build any part of a store."""
 
     source: text.Source
     tokenizer: EncodesBatches
@@ -89,10 +88,10 @@ class Job:
     dtype: str
     keys: tuple[str, ...]
     remote: RemoteFolder | None = None
-    """Where ``folder`` is a copy of a store in a bucket."""
+    """The store in a bucket of which ``folder`` is a copy, if any."""
 
     def look(self, *, now: bool = False) -> None:
-        """Learn of the parts that other machines have built."""
+        """Fetch the descriptions of parts that other machines have built."""
         if self.remote is not None:
             keys = {part_file(part.index): key for part, key in zip(self.parts, self.keys)}
             self.remote.look(keys, now=now)
@@ -107,7 +106,7 @@ def is_done(job: Job, index: int) -> bool:
 
 
 def commit(path: Path, data: bytes) -> None:
-    """A file that is whole and durable, or not there; several processes may write the same one."""
+    """Write a file atomically and durably; several processes may write the same one."""
     DISK.write_file(aside(path), data)
     DISK.rename(aside(path), path)
     DISK.fsync_dir(path.parent)
@@ -117,7 +116,7 @@ def commit(path: Path, data: bytes) -> None:
 
 
 def build_all(job: Job, processes: int, worker: int, progress: Callable[[Progress], None] | None) -> None:
-    """Return when every part is there, whichever process built it."""
+    """Return when every part exists, whichever process built it."""
     report = _Reporter(job, progress)
     job.look(now=True)
     pending = [part.index for part in job.parts if not is_done(job, part.index)]
@@ -142,7 +141,7 @@ def build_all(job: Job, processes: int, worker: int, progress: Callable[[Progres
                     )
     finally:
         for child in children:
-            child.kill()  # a part is whole or does not exist, there is nothing to tidy up
+            child.kill()  # safe: a part is complete or does not exist
             child.wait()
             assert child.stdin is not None
             child.stdin.close()
@@ -153,25 +152,26 @@ _CHILD = "import sys; from lmcore.data.store.workers import child_main; child_ma
 
 
 def _start_child(payload: bytes, number: int) -> subprocess.Popen[bytes]:
-    """A tokenizing process. Not a fork: this process may run threads of torch or of a tokenizer that a fork
-    would cut off. Not multiprocessing's spawn: that imports the main script again, and with it torch, for
-    seconds."""
+    """Start a tokenizing process.
+
+    Not by a fork, which would lose threads of torch or of a tokenizer in this process. Not by multiprocessing's spawn,
+    which would import the main script and so torch again, for seconds."""
     root = str(Path(__file__).resolve().parents[3])
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-    environment.setdefault("RAYON_NUM_THREADS", "1")  # processes are the parallelism here
+    environment.setdefault("RAYON_NUM_THREADS", "1")  # the parallelism comes from processes
     child = subprocess.Popen(
         [sys.executable, "-c", _CHILD, str(number), *sys.path], stdin=subprocess.PIPE, env=environment
     )
     assert child.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it died at once: its exit code tells
+    with contextlib.suppress(BrokenPipeError):  # it died at once; its exit code is checked later
         child.stdin.write(len(payload).to_bytes(8, "little") + payload)
         child.stdin.flush()
     return child
 
 
 def child_main() -> None:
-    """What a tokenizing process runs; it ends with its parent, which handles signals."""
+    """The main function of a tokenizing process, which ends with its parent; the parent handles signals."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     size = int.from_bytes(sys.stdin.buffer.read(8), "little")
     number, sys.path[:] = int(sys.argv[1]), sys.argv[2:]
@@ -186,14 +186,14 @@ def child_main() -> None:
     try:
         _build_pending(job, started, number, _Reporter(job, None))
     except (RequestError, FaultError, OSError):
-        code = 3  # written down already, and the parent raises it
+        code = 3  # the failure is already saved, and the parent raises it
     os._exit(code)
 
 
 def _build_pending(job: Job, started: float, number: int, report: _Reporter) -> None:
-    """Build one part after another, from another one in each process on, until all are there."""
+    """Build one part after another until all exist; each process starts at a different part."""
     count = len(job.parts)
-    first = number * 7919 % max(count, 1)  # a prime stride spreads the processes without communication
+    first = number * 7919 % max(count, 1)  # a prime stride spreads processes over parts without communication
     while True:
         waiting = False
         job.look()
@@ -218,7 +218,7 @@ def _build_pending(job: Job, started: float, number: int, report: _Reporter) -> 
 
 
 def _build_for_all(job: Job, index: int, claim: Claim, report: _Reporter) -> bool:
-    """Build a part, and put it into the bucket if there is one; false if another machine builds it."""
+    """Build a part, and upload it if the store is in a bucket. Returns false if another machine is building it."""
     if job.remote is None:
         _build(job, index, claim, report)
         return True
@@ -230,7 +230,7 @@ def _build_for_all(job: Job, index: int, claim: Claim, report: _Reporter) -> boo
 
 
 class _Reporter:
-    """Adds up how far all processes and ranks are, from what lies in the folder."""
+    """Adds up the progress of all processes and ranks, from the files in the folder."""
 
     def __init__(self, job: Job, tell: Callable[[Progress], None] | None) -> None:
         self._job, self._tell = job, tell
@@ -273,7 +273,7 @@ class _Reporter:
 
 
 def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
-    """Tokenize one part; on return it is durable, under its final name."""
+    """Tokenize one part; on return it is durable and has its final name."""
     part, name = job.parts[index], part_file(index)
     relative = {piece.path: piece.relative_path for piece in part.pieces}
     bad: list[text.BadRecord] = []
@@ -281,7 +281,7 @@ def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
 
     def on_bad(record: text.BadRecord) -> None:
         if record.is_of_the_moment:
-            # Left out, it would be missing in every run: the store has the name of the files as they were.
+            # If it were left out, it would be missing in every later run: the store is named after the files as listed.
             raise FaultError(f"{record}: start again when nothing writes there; the finished parts are kept")
         if job.on_error == "raise":
             raise FaultError(f"{record}: fix the record, or skip bad records with --data.on_error skip")
@@ -308,7 +308,7 @@ def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
             lengths.append(np.array([len(one) + job.eos for one in ids], dtype=np.uint64))
             counts["tokens"] += len(tokens)
             counts["documents"] += len(ids)
-            done = min(counts["bytes"] / max(part.n_bytes, 1), 0.99)  # the text's bytes stand for the file's
+            done = min(counts["bytes"] / max(part.n_bytes, 1), 0.99)  # estimated from the bytes of text
             claim.state |= {
                 "bytes": int(part.n_bytes * done),
                 "documents": counts["documents"],
@@ -333,7 +333,7 @@ def _build(job: Job, index: int, claim: Claim, report: _Reporter) -> None:
         "ends_hash": hashlib.blake2b(ends.data, digest_size=16).hexdigest(),
         "bad_records": [{**asdict(record), "path": relative.get(record.path, record.path)} for record in bad],
     }
-    # Another process took the part over, finished it, and cleaned up
+    # Missing if another process took the part over, finished it, and cleaned up
     with contextlib.suppress(FileNotFoundError):
         DISK.rename(unfinished, job.folder / f"{name}.bin")
         commit(job.folder / f"{name}.ends", ends.tobytes())
@@ -347,7 +347,7 @@ def _batches(
     on_empty: Callable[[str], None],
     counts: dict[str, int],
 ) -> Iterator[list[str]]:
-    """The texts of the wanted side, about :data:`BATCH_CHARACTERS` at a time."""
+    """The texts of the store's side of the split, about :data:`BATCH_CHARACTERS` at a time."""
     texts: list[str] = []
     size = 0
     for document in hub.documents_of(job.source, part, bad=on_bad, empty=on_empty):
@@ -371,7 +371,7 @@ def _utf8_length(value: str) -> int:
 
 
 def _joined(job: Job, ids: list[np.ndarray], part: text.Part) -> np.ndarray:
-    """All documents of a batch, each with its end, as they stand in the file."""
+    """The tokens of all documents of a batch, each with its end token, as they are written to the file."""
     end = [np.array([job.tokenizer.eos_id], dtype=np.int32)] if job.eos else []
     runs = [run for one in ids for run in (one, *end)]
     tokens = np.concatenate(runs) if runs else np.zeros(0, dtype=np.int32)

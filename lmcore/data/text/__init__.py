@@ -1,1 +1,1 @@
-"""Files, globs and Hub datasets to documents."""
+"""Files, globs and Hub datasets -> documents."""

@@ -1,7 +1,7 @@
 """Bytes and lines of plain and compressed files (gzip, zstandard, bzip2, xz).
 
-Several compressed frames one after another are one stream. Where the data are broken, everything before that place
-has been given out; then comes one :class:`Damage`, and nothing more of this file. Memory does not grow with the file.
+Several concatenated compressed frames are one stream. If the data are broken, everything before that place is
+yielded, then one :class:`Damage`, and nothing more of this file. Memory does not grow with the file.
 
     for offset, line in lines(chunks(file, "gzip")):
         ...
@@ -23,19 +23,19 @@ CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 MAX_DOCUMENT_BYTES = 256 * 2**20
 """A document above this size is a bad record: most likely a file without line ends."""
 SURROGATE = "lmcore.surrogate"
-"""Error handler for decoders: undecodable bytes become one lone surrogate, which marks only the document around it
-as bad."""
+"""Error handler for decoders: undecodable bytes become one lone surrogate, so that only the document that contains it
+is bad."""
 codecs.register_error(SURROGATE, lambda error: ("\udc80", error.end))  # type: ignore[attr-defined]  # a UnicodeError
 UNDECODABLE = "\udc80".encode("utf-8", "surrogatepass")
-"""What stands for undecodable bytes where text was converted (:func:`as_lines_of_bytes`)."""
+"""The bytes that replace undecodable bytes in converted text (:func:`as_lines_of_bytes`)."""
 
 _READ_BYTES = 2**20
-# A decompressor discards what it has decoded in a call that fails, and 512 bytes can become 16 MB (zstandard).
+# Small, because a decompressor discards what it has decoded in a call that fails; 512 bytes can become 16 MB (zstandard).
 _FEED_BYTES = 512
 _GIVEN_BYTES = 2**16
 _JUDGED_BYTES = 1000
 _FEWEST_BYTES = 32
-"""Fewer bytes of ASCII may be a few Chinese characters in UTF-16."""
+"""Fewer ASCII bytes than this may be a few Chinese characters in UTF-16."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Damage:
     Attributes:
         reason: what is wrong, and what to do about it.
         rest: the beginning of the line that the damage interrupts.
-        documents: number of documents that are lost; the least number if ``at_least``.
-        n_bytes: bytes of text that are lost (estimated from the compression so far for compressed files).
+        documents: number of documents that are lost; the minimum if ``at_least``.
+        n_bytes: bytes of text that are lost (for compressed files estimated from the compression ratio so far).
         at_least: the number of lost documents is not known.
     """
 
@@ -58,7 +58,7 @@ class Damage:
 
 
 def compression_of(path: str) -> str | None:
-    """The compression that a file name stands for, a value of :data:`CODECS`."""
+    """The compression by the ending of a file name, a value of :data:`CODECS`, or ``None``."""
     return CODECS.get("." + path.rpartition(".")[2].lower())
 
 
@@ -70,9 +70,9 @@ def _decompressor(name: str) -> tuple[Callable[[], Any], tuple[type[Exception], 
         return bz2.BZ2Decompressor, (OSError, ValueError, EOFError, MemoryError)
     if name == "xz":
         return (lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)), (lzma.LZMAError, EOFError, MemoryError)
-    import zstandard  # only where a .zst file is read
+    import zstandard  # imported only if a .zst file is read
 
-    # Frames written with `zstd --long=31` need the large window; it is allocated only for them.
+    # Frames written with `zstd --long=31` need the large window, which is allocated only for them.
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
     return decompressor.decompressobj, (zstandard.ZstdError, MemoryError)
 
@@ -88,7 +88,7 @@ def chunks(file: IO[bytes], compression: str | None) -> Iterator[bytes | Damage]
 
 def _decompressed(file: IO[bytes], name: str) -> Iterator[bytes | Damage]:
     new, errors = _decompressor(name)
-    decoder: Any = None  # none between two frames
+    decoder: Any = None  # None between two frames
     begin = offset = frames = n_bytes = held_bytes = 0
     held: list[bytes] = []
     raw, reason = b"", ""
@@ -120,7 +120,7 @@ def _decompressed(file: IO[bytes], name: str) -> Iterator[bytes | Damage]:
             held, held_bytes = [], 0
     if held_bytes:
         yield b"".join(held)
-    # Without a frame: an empty file holds no compressed data, not even that of an empty text.
+    # A file without any frame is also damaged: even an empty text has a frame.
     if decoder is not None or not frames:
         left = file.seek(0, 2) - offset
         ratio = max(n_bytes / max(offset, 1), 1.0)
@@ -132,20 +132,22 @@ def _decompressed(file: IO[bytes], name: str) -> Iterator[bytes | Damage]:
 
 
 def is_blank(line: bytes) -> bool:
-    """Nothing but white space, and perhaps a byte order mark."""
+    """Whether a line has only white space, and perhaps a byte order mark."""
     return not line.removeprefix(codecs.BOM_UTF8).strip()
 
 
 def encoding_is_wide(encoding: str) -> bool:
-    """Whether a line ends in anything but the byte 0x0A (UTF-16, UTF-32, EBCDIC), or cannot be decoded without the
-    beginning of the file (ISO-2022-KR, which names its characters there, once). Such files are not cut into parts."""
+    """Whether files in this encoding cannot be cut into parts.
+
+    Either a line end is not the byte 0x0A (UTF-16, UTF-32, EBCDIC), or a line cannot be decoded without the beginning of
+    the file (ISO-2022-KR, which declares its character set only there)."""
     return "\n".encode(encoding) != b"\n" or codecs.lookup(encoding).name == "iso2022_kr"
 
 
 def as_lines_of_bytes(
     pieces: Iterable[bytes | Damage], encoding: str
 ) -> tuple[Iterable[bytes | Damage], str]:
-    """The content in an encoding whose line end is the byte 0x0A, and whose lines are independent; and that encoding."""
+    """The content in an encoding with line ends 0x0A and independently decodable lines, and the name of that encoding."""
     if not encoding_is_wide(encoding):
         return pieces, encoding
     return _to_utf8(pieces, encoding), "utf-8"
@@ -172,7 +174,7 @@ def _to_utf8(pieces: Iterable[bytes | Damage], encoding: str) -> Iterator[bytes 
 
 
 def _is_ascii(piece: bytes) -> bool:
-    """Whether a file that begins so is text of one byte a character."""
+    """Whether a file with this beginning is ASCII text."""
     head = piece[:_JUDGED_BYTES]
     return len(head) >= _FEWEST_BYTES and head.isascii() and b"\0" not in head
 
@@ -180,12 +182,12 @@ def _is_ascii(piece: bytes) -> bool:
 def lines(
     pieces: Iterable[bytes | Damage], offset: int = 0, separator: bytes = b"\n"
 ) -> Iterator[tuple[int, bytes | Damage]]:
-    """(offset of its first byte, line without its end), one by one.
+    """Iterate over (offset of the first byte of a line, the line without its end).
 
-    A line above :data:`MAX_DOCUMENT_BYTES` comes as a ``Damage``. A damage in the middle of a line comes with the
-    offset of that line.
+    A line above :data:`MAX_DOCUMENT_BYTES` is replaced by a ``Damage``. A damage in the middle of a line has the offset of
+    that line.
     """
-    pending: list[bytes] = []  # the beginning of a line that has not ended yet
+    pending: list[bytes] = []  # the beginning of an incomplete line
     pending_bytes = 0
     start = offset
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Text files to documents.
+"""Text files -> documents.
 
     [source] = resolve_sources(["corpus/*.jsonl.zst"])
     for part in parts(source):
@@ -11,18 +11,18 @@
 anything else             plain text, by ``unit``: ``line``, ``paragraph`` (between blank lines) or ``file``
 ========================  ====================================================================================
 
-All of them but parquet may be compressed (``.gz .zst .bz2 .xz``).
+All except parquet may be compressed (``.gz .zst .bz2 .xz``).
 
-``unit: auto`` is decided once per source, by this rule, and shown: mostly source code or markup -> file; several files
+``unit: auto`` is decided once per source by this rule, and shown: mostly source code or markup -> file; several files
 of at most 1 MiB (median) -> file; a blank line between two others in the first MiB of the first file -> paragraph;
 else line. Validation text has the unit of the training text.
 
-The documents and their order depend only on the files and the options: not on ``part_bytes``, the number of processes,
-or the order in which a folder is listed. A byte order mark is removed and CRLF becomes LF; nothing else is done to the
-text. A document without any visible character is dropped and counted as empty. A bad record (bytes that the encoding
-does not know, ISO-2022-JP that is read as ASCII, NUL, a lone surrogate, a missing field, more than 256 MiB, broken
+The documents and their order depend only on the files and the options, not on ``part_bytes``, the number of processes,
+or the order in which a folder is listed. A byte order mark is removed and CRLF becomes LF; the text is not changed
+otherwise. A document without any visible character is dropped and counted as empty. A bad record (bytes that are invalid
+in the encoding, ISO-2022-JP that is read as ASCII, NUL, a lone surrogate, a missing field, more than 256 MiB, broken
 compression, a file that vanished or changed, an archive or a picture) is reported with its place and the number of
-documents that are lost with it; the documents beside it are kept.
+documents that are lost with it; other documents are kept.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ _VANISHED = "the file vanished after it was listed"
 class Piece:
     """A range of one file: bytes ``[start, stop)``, or row groups of a parquet file.
 
-    A document belongs to the piece in which it begins. ``n_bytes`` is what reading it costs, for progress bars;
-    ``size_bytes`` and ``mtime_ns`` are those of the file when it was listed, so that a change is noticed.
+    A document belongs to the piece in which it begins. ``n_bytes`` is the number of bytes to read, for progress bars;
+    ``size_bytes`` and ``mtime_ns`` are those of the file when it was listed, to detect changes.
     """
 
     path: str
@@ -96,7 +96,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one process reads at a time: a piece of a large file, or several small files."""
+    """The unit of work of one process: a piece of a large file, or several small files."""
 
     index: int
     pieces: tuple[Piece, ...]
@@ -128,8 +128,8 @@ class BadRecord:
 
     Attributes:
         where: ``byte 123`` (of the uncompressed file) or ``row 5``.
-        documents: number of documents that are lost; the least number if ``at_least``.
-        n_bytes: bytes of text that are lost; an estimate in compressed files.
+        documents: number of documents that are lost; the minimum if ``at_least``.
+        n_bytes: bytes of text that are lost; an estimate for compressed files.
     """
 
     path: str
@@ -141,7 +141,7 @@ class BadRecord:
 
     @property
     def is_of_the_moment(self) -> bool:
-        """Whether the same file may be good at another time: another program wrote or removed it while it was read."""
+        """Whether the cause is temporary: another program wrote or removed the file while it was read."""
         return self.reason in (_CHANGED, _VANISHED)
 
     def __str__(self) -> str:
@@ -156,7 +156,7 @@ class BadRecord:
 def parts(source: Source, *, part_bytes: int = 64 * 2**20) -> list[Part]:
     """Cut a source into parts of about ``part_bytes``, by the sizes of its files.
 
-    Nothing is read but the footers of parquet files. Compressed files and whole-file units are not cut.
+    Only the footers of parquet files are read. Compressed files, and files that are one document, are not cut.
     """
     result: list[Part] = []
     group: list[Piece] = []
@@ -209,13 +209,13 @@ def _pieces(source: Source, path: str, relative_path: str, part_bytes: int) -> I
             yield piece(start, stop, stop - start)
         if not stat:
             yield piece(0, sys.maxsize, 0)
-    # An empty file is an empty document, but an empty compressed one is cut off, which reading it says.
+    # An empty file is an empty document. An empty compressed file is truncated, which is reported when it is read.
     elif n_bytes or kind == "file" or not stat or packed:
         yield piece(0, sys.maxsize, n_bytes)
 
 
 def with_lf(text: str) -> str:
-    """CRLF becomes LF, whatever the text comes from."""
+    """``text`` with LF instead of CRLF; used for texts of every format."""
     return text.replace("\r\n", "\n") if "\r\n" in text else text
 
 
@@ -226,10 +226,10 @@ def read(
     bad: Callable[[BadRecord], None],
     empty: Callable[[str], None] | None = None,
 ) -> Iterator[Document]:
-    """The documents of a part, in order. Nothing is raised for what the files contain.
+    """The documents of a part, in order. The content of files never raises an error.
 
     Args:
-        bad: called for each bad record, in its place between the documents; what it raises ends the reading.
+        bad: called for each bad record, in order with the documents; an exception from it ends the reading.
         empty: called with the place of each document without any visible character, which is dropped.
     """
     for piece in part.pieces:
@@ -259,7 +259,7 @@ def read(
 def _watched(source: Source, piece: Piece) -> Iterator[tuple[int, str | Damage]]:
     """The texts of a piece, and a ``Damage`` if the file vanished, changed or cannot be read."""
     at = piece.start
-    all_of_it = piece.kind == "file"  # the number of lost documents is known
+    all_of_it = piece.kind == "file"  # then the number of lost documents is known
 
     def lost(reason: str) -> Damage:
         return Damage(reason, n_bytes=piece.n_bytes, at_least=not all_of_it)
@@ -285,7 +285,7 @@ def _texts(source: Source, piece: Piece, file: IO[bytes]) -> Iterator[tuple[int,
         for at, value in formats.parquet(
             file, field, source.encoding, piece.start, piece.stop, piece.size_bytes
         ):
-            if isinstance(value, Damage) and value.at_least:  # no parquet file at all
+            if isinstance(value, Damage) and value.at_least:  # not a parquet file at all
                 head = _head(piece.path)
                 yield at, value if head.startswith(b"PAR1") else _not_text(head, piece.path, value) or value
             else:
@@ -311,7 +311,7 @@ def _texts(source: Source, piece: Piece, file: IO[bytes]) -> Iterator[tuple[int,
         return
     numbered = lines(content, max(piece.start - 1, 0))
     if piece.start:
-        # The line that began in the piece before; one that begins at start leaves an empty rest.
+        # Skip the line that began in the previous piece; if a line begins at start, this is the empty end of the previous one.
         next(numbered, None)
     if kind == "line":
         yield from formats.plain_lines(numbered, piece.stop, encoding)
@@ -330,7 +330,7 @@ def _head(path: str) -> bytes:
 
 
 def _not_text(head: bytes, path: str, damage: Damage) -> Damage | None:
-    """The damage with the name of what the file is, if it is an archive, a picture or the like."""
+    """The damage with what the file really is, if it is an archive, a picture or similar; else ``None``."""
     what = signature(head, path)
     if what is None:
         return None
@@ -340,7 +340,7 @@ def _not_text(head: bytes, path: str, damage: Damage) -> Damage | None:
 def _blank_line_before(piece: Piece) -> bool:
     """Whether the last line that begins before ``piece.start`` is blank."""
     with open_file(piece.path) as file:
-        # From the beginning of that line, which is found backwards, to its end, which may lie behind start.
+        # Find the beginning of that line backwards, then read to its end, which may be after start.
         begin = end = piece.start - 1
         while begin > 0:
             step = max(begin - 2**12, 0)
@@ -353,6 +353,6 @@ def _blank_line_before(piece: Piece) -> bool:
             if len(before.strip()) > len(codecs.BOM_UTF8):
                 return False
         file.seek(begin)
-        # A line of white space that is longer than this counts as text.
+        # A longer line of white space counts as text.
         line = file.readline(end - begin + 2**16)
         return line.endswith(b"\n") and is_blank(line)

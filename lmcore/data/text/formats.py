@@ -1,7 +1,7 @@
-"""Lines to texts: what a document is in each format, and which records are bad.
+"""Lines -> texts: what a document is in each format, and which records are bad.
 
-Each reader yields (offset or row, text) in the order of the file, with a :class:`Damage` in the place of a bad
-record. Nothing is raised for the content of a file.
+Each reader yields (offset or row, text) in the order of the file, with a :class:`Damage` instead of the text of a bad
+record. The content of a file never raises an error.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from lmcore.humanize import amount
 Numbered = Iterable[tuple[int, bytes | Damage]]
 Texts = Iterator[tuple[int, str | Damage]]
 Values = Iterator[tuple[int, Any, int]]
-"""(offset, value or damage, bytes of the record) of JSON."""
+"""JSON values as (offset, value or damage, bytes of the record)."""
 
 _ISO_2022 = (
     (re.compile(r"\x1b\$(?:[@B]|\(D)"), "iso2022_jp"),
     (re.compile(r"\x1b\$(?:A|\(C)"), "iso2022_jp_2"),
     (re.compile(r"\x1b\$\)C"), "iso2022_kr"),
 )
-"""Escape sequences that switch to characters of two bytes, and the encoding that has them."""
+"""Escape sequences that switch to two-byte characters, and the encodings that use them."""
 _RECORD_SEPARATOR = b"\x1e"
 """Before each record of a JSON text sequence (RFC 7464)."""
 _PARQUET_ROWS = 1024
@@ -48,11 +48,11 @@ _JSON_TYPES: dict[type, str] = {
     **{type(None): "null", bool: "true or false", int: "a number", float: "a number"},
     **{str: "a string", list: "an array", dict: "an object"},
 }
-_MOST_DIGITS = 4000  # Python refuses to convert longer integers; they are in other fields than the text
+_MOST_DIGITS = 4000  # Python refuses to convert longer integers; the text field is a string in any case
 
 
 def checked(text: str, n_bytes: int) -> str | Damage:
-    """The text without a byte order mark, or what makes it no text, whatever format it comes from."""
+    """The text without a byte order mark, or a ``Damage`` if it is not valid text; used for every format."""
     if "\0" in text:
         return Damage("NUL byte: binary data, or a hole that a crash left", n_bytes=n_bytes)
     if not text.isascii():
@@ -75,7 +75,7 @@ def _decoded(raw: bytes, encoding: str) -> str | Damage:
 
 
 def _read_as(raw: bytes, encoding: str) -> str | Damage:
-    """:func:`_decoded`, where ``data.encoding`` says how: ISO-2022 (JP, KR) is ASCII by its bytes, and no text."""
+    """:func:`_decoded` with ``data.encoding``; also refuses ISO-2022 (JP, KR), whose bytes are valid ASCII."""
     text = _decoded(raw, encoding)
     if isinstance(text, str) and _iso_2022(text):
         return _not_encoded(raw, encoding, "")
@@ -83,27 +83,28 @@ def _read_as(raw: bytes, encoding: str) -> str | Damage:
 
 
 def _iso_2022(text: str) -> str:
-    """The encoding if this is ISO-2022-JP (JIS) or ISO-2022-KR read as another one, else empty: they switch to kanji or
-    hangul by an escape sequence."""
+    """The encoding if this is ISO-2022-JP (JIS) or ISO-2022-KR decoded as another encoding, else an empty string.
+
+    These encodings switch to kanji or hangul by an escape sequence."""
     if "\x1b$" not in text or not text.isascii():
         return ""
     return next((name for pattern, name in _ISO_2022 if pattern.search(text)), "")
 
 
 def _not_encoded(raw: bytes, encoding: str, where: str) -> Damage:
-    if encoding == "utf-8" and UNDECODABLE in raw:  # converted: what is in raw is not what is in the file
+    if encoding == "utf-8" and UNDECODABLE in raw:  # converted: raw is not what the file contains
         reason = "bytes that are not in data.encoding: the file is damaged or cut off here, or has another encoding"
         return Damage(reason, n_bytes=len(raw))
     real = _other_encoding(raw) or ("utf-8" if _is_utf_8(raw) else "")
     hint = f"this looks like {real}; " if real else ""
     remedy = "set data.encoding (cp932 for Shift-JIS, euc_jp, utf-16, ...)"
-    if codecs.lookup(encoding).name != "utf-8":  # it was set, and may be right for the other files
+    if codecs.lookup(encoding).name != "utf-8":  # it was set by the user, and may be right for other files
         remedy += f", or give this file its own: '{{path: FILE, encoding: {real or 'utf-8'}}}'"
     return Damage(f"not {encoding}{where}: {hint}{remedy}", n_bytes=len(raw))
 
 
 def _is_utf_8(raw: bytes) -> bool:
-    """Whether these bytes are UTF-8 beyond doubt: other encodings of such text are not valid UTF-8."""
+    """Whether these bytes are certainly UTF-8: valid, and not only ASCII. Other encodings are rarely valid UTF-8."""
     try:
         return not raw.decode("utf-8").isascii()
     except UnicodeDecodeError:
@@ -111,20 +112,20 @@ def _is_utf_8(raw: bytes) -> bool:
 
 
 def _other_encoding(raw: bytes) -> str:
-    """The encoding that these bytes are in by all signs, as ``data.encoding`` takes it, or empty."""
+    """The encoding that these bytes appear to have, as a value for ``data.encoding``, or an empty string."""
     return _wide_encoding(raw) or _iso_2022(raw.decode("latin-1"))
 
 
 def _wide_encoding(raw: bytes) -> str:
-    """``utf-16`` or ``utf-32`` where a byte order mark or the places of the zero bytes say so, else empty."""
+    """``utf-16`` or ``utf-32`` according to a byte order mark or the places of zero bytes, else an empty string."""
     head = raw[:1000]
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
-    # By place modulo 4, because a line begins inside a character, with the rest of a line end.
+    # By place modulo 4, because a line begins inside a character, with the remaining bytes of a line end.
     zeros = [head[place::4].count(0) for place in range(4)]
     most = 0.9 * (len(head) // 4)
     if min(zeros) < most / 2 and any(min(zeros[place], zeros[place - 1]) >= most for place in range(4)):
-        return "utf-32"  # UTF-16 has no two neighbouring bytes that are always zero
+        return "utf-32"  # in UTF-16 no two adjacent bytes are always zero
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (
         len(head) > 2 and abs(zeros[0] + zeros[2] - zeros[1] - zeros[3]) > len(head) // 3
     ):
@@ -144,7 +145,7 @@ def paragraphs(numbered: Numbered, stop: int, encoding: str, inside: bool) -> Te
     """``unit: paragraph``: the paragraphs that begin before ``stop``.
 
     Args:
-        inside: the first lines are the rest of a paragraph that began before, and are skipped.
+        inside: the first lines belong to a paragraph that began before, and are skipped.
     """
     held: list[bytes] = []
     begin = held_bytes = 0
@@ -236,12 +237,12 @@ def _json(line: bytes, encoding: str) -> Any:
 
 
 def json_lines(numbered: Numbered, stop: int, encoding: str) -> Values:
-    """One value a line, for the lines that begin before ``stop``; blank lines are skipped."""
+    """One value per line, for the lines that begin before ``stop``; blank lines are skipped."""
     for offset, line in numbered:
         if offset >= stop:
             return
         if isinstance(line, Damage):
-            # The file may be cut off between a record and its line end: that record is good.
+            # The file may be truncated between a record and its line end; then that record is good.
             rest = _json(line.rest, encoding)
             if isinstance(rest, dict):
                 yield offset, rest, len(line.rest)
@@ -251,7 +252,7 @@ def json_lines(numbered: Numbered, stop: int, encoding: str) -> Values:
 
 
 def json_file(pieces: Iterable[bytes | Damage], encoding: str) -> Values:
-    """A ``.json`` file: lines of records (as some corpora call them), an array, or objects over several lines.
+    """A ``.json`` file: one record per line (as in some corpora), an array, or objects over several lines.
 
     In the latter two a syntax error ends the file: everything before it is kept, the rest is one bad record.
     """
@@ -271,15 +272,15 @@ def json_file(pieces: Iterable[bytes | Damage], encoding: str) -> Values:
 
 
 def _are_records(visible: list[bytes], encoding: str) -> bool:
-    """Whether these first lines of a file are one record each (JSON Lines); the first may be broken."""
+    """Whether each of these first lines of a file is a record (JSON Lines); the first may be broken."""
     first = visible[0].removeprefix(codecs.BOM_UTF8).lstrip(_RECORD_SEPARATOR) if visible else b""
     if not first.lstrip().startswith(b"{"):
         return False
     whole = [isinstance(_json(line, encoding), dict) for line in visible]
     if whole[0] or not any(whole[1:2]):
         return whole[0]
-    # Either a broken record before a good one, or an object over several lines, one of which is an object by itself.
-    # Broken records do not continue one another.
+    # Either a broken record before a good one, or an object over several lines of which one is itself an object. The lines
+    # of such an object can be parsed together; a broken record and its successors cannot.
     text = b"\n".join(visible).decode(encoding, SURROGATE).removeprefix("\ufeff").rstrip()
     try:
         _DECODER.raw_decode(text.lstrip())
@@ -300,7 +301,7 @@ _BETWEEN = re.compile(r"[\s,\[\]\ufeff]*")
 
 
 class _Text:
-    """The decoded text of a file from the current value on; more is read as it is needed."""
+    """The decoded text of a file from the current value on; more is read when needed."""
 
     def __init__(self, pieces: Iterable[bytes | Damage], encoding: str) -> None:
         self.text, self.at, self.offset = "", 0, 0
@@ -310,14 +311,14 @@ class _Text:
         self._ended = False
 
     def take(self, end: int) -> int:
-        """Go on to the character ``end``; the number of bytes in between."""
+        """Advance to the character ``end``. Returns the number of bytes in between."""
         taken = self.text[self.at : end]
         n_bytes = len(taken) if taken.isascii() else len(taken.encode("utf-8", "surrogatepass"))
         self.at, self.offset = end, self.offset + n_bytes
         return n_bytes
 
     def more(self) -> bool:
-        """Read on, as much again as there is; false at the end and for a value above the limit."""
+        """Read more, about doubling the text. Returns false at the end of the file and for a value above the limit."""
         kept = self.text[self.at :]
         if self._ended or len(kept) > MAX_DOCUMENT_BYTES:
             return False
@@ -335,9 +336,9 @@ class _Text:
 
 
 def _json_values(pieces: Iterable[bytes | Damage], encoding: str, head: bytes) -> Values:
-    """Value after value, with any commas and brackets between them; the memory is that of the largest value.
+    """The values one by one, with any commas and brackets between them; memory grows only with the largest value.
 
-    ``head`` is the beginning of the file: what cannot be read may be of another encoding.
+    ``head`` is the beginning of the file, from which another encoding is recognized if a value cannot be read.
     """
     source = _Text(pieces, encoding)
     depth = 0
@@ -367,7 +368,7 @@ def _json_values(pieces: Iterable[bytes | Damage], encoding: str, head: bytes) -
             yield begin, Damage(said, n_bytes=lost, at_least=True), 0
             return
         if end == len(source.text) and source.more():
-            continue  # a number may go on
+            continue  # a number may continue
         begin = source.offset
         yield begin, value, source.take(end)
     if source.damage is not None:
@@ -381,7 +382,7 @@ def _json_values(pieces: Iterable[bytes | Damage], encoding: str, head: bytes) -
 
 
 class _CsvLines:
-    """The lines of a file for ``csv.reader``, which remembers where the current row began."""
+    """The lines of a file for ``csv.reader``; keeps track of where the current row began."""
 
     def __init__(self, numbered: Numbered, encoding: str) -> None:
         self._numbered, self._encoding = iter(numbered), encoding
@@ -409,7 +410,7 @@ class _CsvLines:
         self.n_lines += 1
         self.n_bytes += len(line) + 1
         text = line.decode(self._encoding, SURROGATE)
-        # Before csv sees it: a quote after a byte-order mark would be taken as part of the text.
+        # Remove a byte order mark here, because csv would take a quote after it as part of the text.
         return (text if offset else text.removeprefix("\ufeff")) + "\n"
 
 
@@ -418,7 +419,7 @@ def csv_records(
 ) -> Iterator[tuple[int, list[str] | Damage, int]]:
     """(offset, cells, bytes) of each row, by the rules of Python's csv module (strict).
 
-    A stray quote makes one bad record of all lines up to the next quote.
+    A stray quote makes all lines up to the next quote one bad record.
     """
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     source = _CsvLines(numbered, encoding)
@@ -432,12 +433,12 @@ def csv_records(
             break
         except csv.Error as error:
             if source.damage is not None:
-                break  # the damage of the file is the reason
-            # csv's own words tell how to open the file in Python
+                break  # caused by the damage, which is yielded below
+            # csv's own message says how to open the file in Python
             is_cr = str(error).startswith("new-line character")
             reason = f"not CSV: a carriage return outside quotes{_ONLY_CR}" if is_cr else f"not CSV: {error}"
             row = Damage(reason, n_bytes=source.n_bytes, at_least=is_cr or source.n_lines > 1)
-            if _wide_encoding(source.first_line):  # its bytes are no CSV in this encoding
+            if _wide_encoding(source.first_line):  # the file has another encoding, in which it may be CSV
                 row = replace(row, reason=_not_encoded(source.first_line, encoding, "").reason)
         else:
             if len(row) < 2 and not "".join(row).strip():
@@ -457,7 +458,7 @@ def csv_rows(numbered: Numbered, encoding: str, field: str, kind: str) -> Texts:
     for offset, row, n_bytes in csv_records(numbered, encoding, kind):
         if isinstance(row, Damage):
             yield offset, row
-            header = [] if header is None else header  # the next row must not be taken for the header
+            header = [] if header is None else header  # so that the next row is not taken for the header
         elif header is None:
             header = row
         elif not header:
@@ -475,7 +476,7 @@ def csv_rows(numbered: Numbered, encoding: str, field: str, kind: str) -> Texts:
 
 
 def several_columns(names: list[str], field: str) -> str:
-    """What is wrong where the text could be any of several columns."""
+    """The error message if several columns have the name of the text field."""
     return f"{names.count(field)} columns are called {field!r}: rename all but the one that holds the text"
 
 
@@ -483,8 +484,8 @@ def several_columns(names: list[str], field: str) -> str:
 
 
 def parquet_ranges(path: str, part_bytes: int) -> list[tuple[int, int, int]] | None:
-    """Runs of row groups (start, stop, bytes) of about ``part_bytes``; ``None`` if the footer cannot be read."""
-    import pyarrow as arrow  # 0.2 s, and only where a parquet file is read
+    """Ranges of row groups (start, stop, bytes) of about ``part_bytes``; ``None`` if the footer cannot be read."""
+    import pyarrow as arrow  # takes 0.2 s; imported only if a parquet file is read
     import pyarrow.parquet
 
     try:
@@ -504,23 +505,23 @@ def parquet_ranges(path: str, part_bytes: int) -> list[tuple[int, int, int]] | N
 
 
 def parquet(file: IO[bytes], field: str, encoding: str, start: int, stop: int, size: int) -> Texts:
-    """The rows of row groups ``[start, stop)``; a damaged row group costs its rows from the damage on.
+    """The rows of row groups ``[start, stop)``; in a damaged row group the rows from the damage on are lost.
 
     Args:
-        encoding: of a column of bytes; that of strings is UTF-8 by the format.
-        size: bytes of the file, which are lost where its footer cannot be read.
+        encoding: of a column of bytes; a column of strings is UTF-8 by the format.
+        size: bytes of the file, which are reported as lost if its footer cannot be read.
     """
     import pyarrow as arrow
     import pyarrow.parquet
 
-    # OSError: pyarrow raises it for damaged pages, and so does the disk; both are a bad record here.
+    # OSError is raised by pyarrow for damaged pages and by the disk; both give a bad record here.
     errors = (arrow.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError)
     try:
         opened = arrow.parquet.ParquetFile(file, page_checksum_verification=True)
         metadata = opened.metadata
         groups = range(start, stop if stop >= 0 else metadata.num_row_groups)
         counts = [metadata.row_group(group).num_rows for group in groups]
-        # Of all columns: asking for one ends the process where its metadata are damaged (pyarrow 26).
+        # Sizes over all columns: reading that of one column crashes if its metadata are damaged (pyarrow 26).
         sizes = [metadata.row_group(group).total_byte_size for group in groups]
         row = sum(metadata.row_group(group).num_rows for group in range(start))
         names = opened.schema_arrow.names
@@ -539,7 +540,7 @@ def parquet(file: IO[bytes], field: str, encoding: str, start: int, stop: int, s
         if kind is None:
             wrong = f"column {field!r} must hold strings, not {stored}"
     if wrong is not None:
-        for rows, n_bytes in zip(counts, sizes):  # by row group: the same however the file is cut into parts
+        for rows, n_bytes in zip(counts, sizes):  # by row group: independent of the parts
             if rows:
                 yield row, Damage(wrong, documents=rows, n_bytes=n_bytes)
             row += rows
@@ -553,7 +554,7 @@ def parquet(file: IO[bytes], field: str, encoding: str, start: int, stop: int, s
                     column = column.storage
                 if arrow.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
-                # As bytes: one invalid string must not cost the batch.
+                # As bytes, so that one invalid string does not lose the whole batch.
                 for value in column.cast(kind).to_pylist():
                     if value is None:
                         yield row + done, Damage(f"column {field!r} is null")
@@ -587,8 +588,8 @@ def _string(value: bytes) -> str | Damage:
 
 
 def _bytes_type(kind: Any) -> tuple[Any, bool]:
-    """The binary type that a column of texts is read as (``None`` for a column of something else), and whether it is one of
-    bytes by its own type."""
+    """The binary type as which a column of text is read (``None`` if the column holds something else), and whether the column
+    is binary itself."""
     import pyarrow as arrow
 
     types = arrow.types
@@ -608,7 +609,7 @@ def _bytes_type(kind: Any) -> tuple[Any, bool]:
 
 
 def field_names(path: str, kind: str, encoding: str) -> list[str]:
-    """The names that the first 100 records of a file have, in order; empty if none of them can be read."""
+    """The field names in the first 100 records of a file, in order; empty if no record can be read."""
     if kind == "parquet":
         import pyarrow as arrow
         import pyarrow.parquet

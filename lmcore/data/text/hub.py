@@ -1,6 +1,6 @@
 """Datasets of the Hugging Face Hub as sources: ``hf://owner/name[@revision][?config=...&split=...]``, read as a stream.
 
-The same revision gives the same documents in the same order. Needs the optional package ``datasets``.
+The same revision gives the same documents in the same order. This needs the optional package ``datasets``.
 
     [source] = resolve_sources(["hf://roneneldan/TinyStories@main?split=validation"])
     for part in parts_of(source, part_bytes=2**26):
@@ -24,10 +24,10 @@ from lmcore.humanize import one_line
 
 @lru_cache(maxsize=8)
 def _open(path: str) -> tuple[Any, str]:
-    """(the streaming dataset, a hash of what it is made of).
+    """(the streaming dataset, a string that identifies its content).
 
     Raises:
-        RequestError: ``datasets`` is not installed, or there is no such dataset.
+        RequestError: ``datasets`` is not installed, or the dataset cannot be opened.
     """
     try:
         import datasets  # optional, and slow to import
@@ -43,7 +43,7 @@ def _open(path: str) -> tuple[Any, str]:
     try:
         builder = datasets.load_dataset_builder(name, options.get("config"), revision=revision or None)
         data = builder.as_streaming_dataset(split=split)
-    # No network, no such dataset, config or split: errors of many libraries, without a common type
+    # No network, or no such dataset, config or split: errors of many libraries, without a common type
     except Exception as error:
         raise RequestError(
             f"{path} cannot be opened: {one_line(str(error) or type(error).__name__)}"
@@ -52,7 +52,7 @@ def _open(path: str) -> tuple[Any, str]:
 
 
 def fingerprint(path: str) -> str:
-    """A hash that changes whenever the dataset does."""
+    """A string that changes whenever the dataset does."""
     return _open(path)[1]
 
 
@@ -95,7 +95,7 @@ def documents_of(
     empty: Callable[[str], None] | None = None,
 ) -> Iterator[documents.Document]:
     """The documents of a part of any source; see :func:`lmcore.data.text.documents.read`."""
-    if not part.path.startswith(HUB):  # not of the source: it may have a million files
+    if not part.path.startswith(HUB):  # checked by part, because a source may have a million files
         return documents.read(source, part, bad=bad, empty=empty)
     return _rows(source, part, bad, empty)
 
@@ -128,10 +128,11 @@ def _rows(
 
 
 def _fetched(path: str, rows: Iterable[Any]) -> Iterator[Any]:
-    """The rows.
+    """Iterate over the rows.
 
     Raises:
-        FaultError: they do not arrive. That is no bad record: skipping what a lost connection cuts off would lose good text.
+        FaultError: a row cannot be read. This is not a bad record: skipping rows after a lost connection would lose good
+            text.
     """
     iterator = iter(rows)
     while True:
@@ -139,7 +140,7 @@ def _fetched(path: str, rows: Iterable[Any]) -> Iterator[Any]:
             row = next(iterator)
         except StopIteration:
             return
-        except Exception as error:  # of httpx, fsspec, pyarrow or datasets, without a common type
+        except Exception as error:  # errors of httpx, fsspec, pyarrow or datasets, without a common type
             raise FaultError(
                 f"{path} cannot be read further ({type(error).__name__}: {one_line(str(error))}): check the connection "
                 f"and that the dataset is whole, then run the same command again"

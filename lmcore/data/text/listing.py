@@ -1,8 +1,8 @@
-"""What is on the disk, asked once in a start.
+"""A cache of folder listings and file stats, used during the start of a run.
 
-Defaults, checks, tokenizer and token stores all ask which files a corpus has, and how large they are. Between
-:func:`remember` and :func:`forget` a folder is walked once and a file is looked at once; at other times each question
-goes to the disk.
+Defaults, checks, tokenizer and token stores all need the files of a corpus and their sizes. Between
+:func:`remember` and :func:`forget` each folder is walked once and each file is looked up once; at other times nothing is
+cached.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _stats: dict[str, os.stat_result | None] | None = None
 
 
 def remember() -> None:
-    """From now on the disk is asked once for each folder and file."""
+    """Start caching: each folder and file is looked up once."""
     global _answers, _stats
     _answers, _stats = {}, {}
 
 
 def forget() -> None:
-    """From now on the disk is asked each time, and the memory is free."""
+    """Stop caching, and free the cache."""
     global _answers, _stats
     _answers, _stats = None, None
 
 
 @contextlib.contextmanager
 def remembered() -> Iterator[None]:
-    """:func:`remember` unless that was done already, and :func:`forget` at the end."""
+    """Context manager that calls :func:`remember`, if not done already, and :func:`forget` at the end."""
     if _answers is None:
         remember()
     try:
@@ -44,7 +44,7 @@ def remembered() -> Iterator[None]:
 
 
 def stat(path: str) -> os.stat_result | None:
-    """What ``os.stat`` says of a file, links followed; ``None`` where there is none."""
+    """``os.stat`` of a file, following links; ``None`` if there is no such file."""
     if _stats is not None and path in _stats:
         return _stats[path]
     try:
@@ -57,7 +57,7 @@ def stat(path: str) -> os.stat_result | None:
 
 
 def once(key: Hashable, work: Callable[[], Answer]) -> Answer:
-    """``work()``, done once for each key; what it raises is not remembered."""
+    """The result of ``work()``, cached by ``key`` (and the current folder); exceptions are not cached."""
     if _answers is None:
         return work()
     key = (os.getcwd(), key)

@@ -1,7 +1,7 @@
-"""Text in a bucket: files behind URLs are read by ranges, through a cache on the local disk of bounded size.
+"""Text in a bucket: objects are read in ranges, through a cache of bounded size on the local disk.
 
-A file is the object as it was when it was listed: its version (etag, else size and time) takes the place of the time of
-change of a local file, and is part of the fingerprint of a token store.
+An object must stay as it was when it was listed: its version (etag, else its time, else its size) takes the role of the
+mtime of a local file, and is part of the fingerprint of a token store.
 
 Example::
 
@@ -28,7 +28,7 @@ from lmcore.errors import FaultError, RequestError
 from lmcore.storage import Store, StoreError, cache_dir, check_url, is_url
 
 BLOCK_BYTES: Final = 4 * 2**20
-"""One request reads so much; a compressed file is read from its beginning, so all of it is wanted anyway."""
+"""Bytes read by one request. A compressed file is read from its beginning, so that all of it is needed anyway."""
 CACHE_BYTES: Final = 10 * 2**30
 """The cache removes its oldest blocks above this size."""
 
@@ -51,12 +51,14 @@ def _split(url: str) -> tuple[Store, str]:
 
 
 def expand(pattern: str) -> list[tuple[str, str]]:
-    """[(URL, name below the folder)] of a URL of one object, of a folder, or of a glob (``**`` for any depth), sorted.
+    """The objects that a URL of an object, a folder or a glob (``**`` for any depth) names: [(URL, name below the folder)].
+
+    Sorted by name.
 
     Raises:
-        RequestError: nothing is there, or the store does not answer.
+        RequestError: there are none, or the store does not answer.
     """
-    # A question mark would begin the options of a URL: check_url refuses those with an equals sign.
+    # A question mark is a wildcard here, not the start of URL options, which check_url refuses if they have an equals sign.
     url = check_url(pattern)
     parts = url.split("/")
     fixed = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
@@ -81,7 +83,7 @@ def expand(pattern: str) -> list[tuple[str, str]]:
 
 
 def matches_glob(names: list[str], parts: list[str]) -> bool:
-    """Whether a path matches a glob, both split at the slashes; ``**`` stands for folders of any depth."""
+    """Whether a path matches a glob, both split at slashes; ``**`` matches folders of any depth."""
     if not parts:
         return not names
     if parts[0] == "**":
@@ -90,7 +92,7 @@ def matches_glob(names: list[str], parts: list[str]) -> bool:
 
 
 def stat(url: str) -> os.stat_result | None:
-    """Size, and the version as the time of change; ``None`` if there is no such object. No cache.
+    """The size of an object, with its version as mtime; ``None`` if there is no such object. Not cached.
 
     Raises:
         RequestError: the store does not answer.
@@ -105,7 +107,7 @@ def stat(url: str) -> os.stat_result | None:
     identity = int.from_bytes(hashlib.sha256(url.encode()).digest()[:7], "big")
     version = int.from_bytes(hashlib.sha256(info.version.encode()).digest()[:7], "big")
     times = {"st_atime_ns": version, "st_mtime_ns": version, "st_ctime_ns": version}
-    # st_dev 0 is no disk's: an object is never taken for a local file.
+    # No disk has st_dev 0, so that an object is never taken for a local file.
     return os.stat_result((0o100444, identity, 0, 1, 0, 0, info.n_bytes, 0, 0, 0), times)
 
 
@@ -113,7 +115,7 @@ def version(url: str) -> tuple[int, str]:
     """Size and version of an object, for fingerprints.
 
     Raises:
-        RequestError: it is not there, or the store does not answer.
+        RequestError: the object does not exist, or the store does not answer.
     """
     found = stat(url)
     if found is None:
@@ -122,10 +124,10 @@ def version(url: str) -> tuple[int, str]:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """A local file, or an object, for reading.
+    """Open a local file or an object for reading.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
     """
     if not is_remote(path):
         return open(path, "rb")
@@ -133,7 +135,7 @@ def open_file(path: str) -> IO[bytes]:
 
 
 def state_of(file: IO[bytes], path: str) -> tuple[int, int]:
-    """Size and time of change (of an object: its version) of an open file, asked anew.
+    """Size and mtime (for an object: its version) of an open file, looked up again.
 
     Raises:
         FaultError: the store does not answer.
@@ -147,7 +149,7 @@ def _state(found: os.stat_result | None) -> tuple[int, int]:
 
 
 def _stat_of_known(url: str) -> os.stat_result | None:
-    """:func:`stat` while a text is read that was there: a store that does not answer is no wrong request then."""
+    """:func:`stat` of an object that existed before: if the store does not answer, that is a fault, not a wrong request."""
     try:
         return stat(url)
     except RequestError as error:
@@ -157,7 +159,7 @@ def _stat_of_known(url: str) -> os.stat_result | None:
 
 
 class _Ranges(io.RawIOBase):
-    """An object as a seekable file: its blocks come from the cache, or by one request each."""
+    """An object as a seekable file. Its blocks come from the cache, or are read by one request each."""
 
     def __init__(self, url: str) -> None:
         found = _stat_of_known(url)
@@ -204,28 +206,28 @@ class _Ranges(io.RawIOBase):
         except OSError:
             data = b""
         if len(data) == stop - start:
-            with contextlib.suppress(OSError):  # the cache removes what was read longest ago
+            with contextlib.suppress(OSError):  # the cache removes the least recently used blocks
                 os.utime(place)
             return data
         try:
             data = self._store.read_range(self._name, start, stop)
-        except StoreError as error:  # no bad record: it would be counted and skipped
+        except StoreError as error:  # not a bad record, which would be counted and skipped
             raise FaultError(f"{error}; run the same command again") from error
         if _state(_stat_of_known(self._url)) != self._state:
-            return data  # perhaps of another version than the cache would say: whoever reads finds the change at the end
+            return data  # perhaps another version: do not cache it; the reader detects the change at the end
         try:
             DISK.makedirs(self._folder)
-            aside = place.with_name(f".{number}.{os.getpid()}.tmp")  # several processes read one file
+            aside = place.with_name(f".{number}.{os.getpid()}.tmp")  # several processes may read one file
             DISK.write_file(aside, data, durable=False)
             DISK.rename(aside, place)
             _shrink(self._folder.parent)
         except OSError:
-            return data  # a full disk, or no cache at all: the next reader asks the store
+            return data  # the disk is full, or there is no cache: the next reader asks the store again
         return data
 
 
 def _shrink(folder: Path, limit_bytes: int | None = None) -> None:
-    """Remove the blocks that were read longest ago until the cache fits its size."""
+    """Remove the least recently used blocks until the cache is within its limit."""
     limit = CACHE_BYTES if limit_bytes is None else limit_bytes
     blocks = []
     for path in folder.glob("*/*"):

@@ -1,9 +1,9 @@
-"""What a file is that is not text, by its first bytes: an archive, a database, a picture, a git-lfs pointer."""
+"""Recognizes files that are not text by their first bytes: archives, databases, pictures, git-lfs pointers."""
 
 from __future__ import annotations
 
 HEAD_BYTES = 512
-"""So many bytes of a file are enough for :func:`signature`."""
+"""The number of bytes of a file that :func:`signature` needs."""
 
 _SIGNATURES = (
     (b"PK\x03\x04", "a zip archive (also .docx, .npz, .pt): unpack it"),
@@ -42,11 +42,11 @@ _TAR_SUFFIXES = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 
 
 def signature(head: bytes, name: str = "") -> str | None:
-    """What the file is and what to do with it, or ``None`` where nothing speaks against text.
+    """What the file is and what to do with it, or ``None`` if it may be text.
 
     Args:
         head: the first :data:`HEAD_BYTES` bytes of the (decompressed) file.
-        name: of the file, so that it is not told to have the ending that it has.
+        name: name of the file, so that the advice does not suggest an ending that it already has.
 
     Example:
         >>> signature(b"%PDF-1.7 ...")
@@ -60,7 +60,7 @@ def signature(head: bytes, name: str = "") -> str | None:
             return _compressed(compression, suffix, name.lower())
     if head[:3] == b"BZh" and head[4:10] == b"1AY&SY":
         return _compressed("bzip2", ".bz2", name.lower())
-    # These beginnings are text, too; binary data have zero bytes.
+    # These first bytes may also be text; binary data contain zero bytes.
     if head.startswith(b"\xff\xff\xff\xff") and b"\0" in head:
         return "an Arrow file, as datasets.save_to_disk writes it: write it as parquet"
     if head.startswith(b"ORC") and b"\0" in head:

@@ -1,7 +1,7 @@
-"""Entries of ``data.train`` (paths, globs, folders, ``stdlib``, ``hf://...``, mappings) to the files of each source.
+"""Entries of ``data.train`` (paths, globs, folders, ``stdlib``, ``hf://...``, mappings) -> the files of each source.
 
-Files are sorted by their path below the folder that was named. No file is in two sources, also not by a link. A folder
-is walked once, whatever links lead to it; run folders, token stores, checkpoints and exports inside are not read as
+Files are sorted by their path below the given folder. No file may be in two sources, not even by a link. A folder
+is walked once even if several links lead to it. Run folders, token stores, checkpoints and exports inside are not read as
 text.
 """
 
@@ -32,7 +32,7 @@ from lmcore.storage import is_url
 
 HUB = "hf://"
 FOREIGN_SUFFIXES = (".bin", ".idx", ".npy", ".ds", ".index")
-"""Files of tokens that other programs wrote: passed on by :func:`resolve`, never read as text."""
+"""Endings of token files of other programs: :func:`resolve_sources` passes them on, they are never read as text."""
 UNITS = ("auto", "line", "paragraph", "file")
 
 _KINDS = {
@@ -60,21 +60,21 @@ _STDLIB_WITHOUT = frozenset(
     ["test", "tests", "site-packages", "dist-packages", "lib2to3", "idlelib", "turtledemo", "__pycache__"]
 )
 _SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
-"""Folders without files of text, and partly without an end."""
+"""Folders without text files; some of their files never end."""
 _RUN_FILES = frozenset([
     "status.json", "metrics.jsonl", "config.yaml", "train.log", "report.html", "comparison.html", "plan.json", "stores.json",
     "checkpoints", "tokenizer", "export", "logs", "profile", "sample",
     "tensorboard", "wandb", "mlruns", "dvclive", "swanlog", "swanlab", "aim", "trackio",
 ])  # fmt: skip
-"""What a training and its trackers write into its run folder (hidden files are never read)."""
+"""What a run and its trackers write to the run folder (hidden files are never read)."""
 _DATASET_FILES = frozenset(["dataset_info.json", "state.json", "dataset_dict.json"])
-"""What ``datasets.save_to_disk`` writes beside its Arrow files; they would be read as records."""
+"""What ``datasets.save_to_disk`` writes next to its Arrow files; these would be read as records."""
 _A_RUN = "the files of a run"
 _SPLITS = "the splits of data.valid_fraction"
 _SPLIT_NAME = re.compile(
     r"(?<![a-z])(?:(train)(?:ing)?|val|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE
 )
-"""The split in the name of a file or folder of a dataset: data/train-00000-of-00002.parquet, Stories-valid.txt."""
+"""Matches the split in the file name of a dataset: data/train-00000-of-00002.parquet, Stories-valid.txt."""
 
 
 Entry = str | Mapping[str, Any] | tuple[str, ...]
@@ -88,10 +88,10 @@ class Source:
 
     Attributes:
         paths: absolute paths, or one ``hf://...``.
-        relative_paths: the same files below the folder that was named: they do not change when the corpus is moved.
+        relative_paths: the same files relative to the given folder; they do not change when the corpus is moved.
         unit: ``line``, ``paragraph`` or ``file``; ``unit_reason`` says how it was decided.
-        ignored: number of files of named folders that are of no known kind.
-        notes: what the walk left out, and what it did not although that is likely to be meant, as lines for the user.
+        ignored: number of files of unknown kinds in the given folders.
+        notes: lines for the user: what was left out, and what was read although it was probably not meant.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Source:
 
 
 def file_kind(path: str) -> str | None:
-    """``jsonl``, ``json``, ``parquet``, ``csv``, ``tsv``, or ``None`` for plain text; by the file's name."""
+    """``jsonl``, ``json``, ``parquet``, ``csv``, ``tsv``, or ``None`` for plain text, by the file name."""
     return _KINDS.get(_suffix(path))
 
 
@@ -142,12 +142,12 @@ def resolve_sources(
     """The sources that the entries name.
 
     Args:
-        entries: each one a path, a folder (all files of known kinds in it, hidden ones aside; or a token store), a
+        entries: each is a path, a folder (all files of known kinds in it except hidden ones; or a token store), a
             glob (``**`` for any depth; all files that match), ``stdlib`` (the Python standard library's own source),
             ``hf://name`` (passed on), or a mapping with ``path`` or ``paths`` and ``weight``, ``name``,
             ``text_field``, ``unit``, ``encoding``.
-        text_field, unit, encoding: for entries that do not say it themselves.
-        join_files: files that are named one by one are one source, so that a glob is the same source whether or not
+        text_field, unit, encoding: defaults for entries that do not set them.
+        join_files: files that are named one by one form one source, so that a glob gives the same source whether or not
             the shell has expanded it. A mapping is always a source of its own.
 
     Raises:
@@ -195,19 +195,19 @@ def _resolve(
 
 
 def file_identity(path: str) -> tuple[int, int] | None:
-    """(device, inode) of a file, links followed; ``None`` where there is no such file."""
+    """(device, inode) of a file, following links; ``None`` if there is no such file."""
     found = listing.stat(path)
     return None if found is None else (found.st_dev, found.st_ino)
 
 
 def without_run_files(entries: Sequence[_E], store_dir: str | None = None) -> tuple[list[_E], list[str]]:
-    """The entries without what runs have written beside the text, and notes that name it.
+    """The entries without what runs have written next to the text, and notes about what was left out.
 
-    A shell expands ``folder/*`` to that, too, and the same command must go on with the run. Nothing is left out where no
-    file of text is named, or no entry would be left: that is on purpose.
+    When a shell expands ``folder/*``, it includes these files, and the same command must still resume the run. If no text
+    file is named, or no text file would be left, nothing is left out: then the entries are taken as intended.
 
     Args:
-        store_dir: where runs put their token stores. One in there beside a file of text is the text once more.
+        store_dir: folder of the token stores of runs. A store in it, next to a text file, contains the same text again.
     """
     files = [entry for entry in entries if isinstance(entry, str) and _is_text_file(entry)]
     text, notes = _without_run_files([_absolute(file) for file in files])
@@ -228,7 +228,7 @@ def _absolute(path: str) -> str:
 
 
 def _joined(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
-    """The entries with all files that were named one by one as one entry, in the place of the first; and notes."""
+    """The entries with all files that were named one by one joined into one entry, at the place of the first; and notes."""
     entries, notes = without_run_files(entries)
     files = [entry for entry in entries if isinstance(entry, str) and _is_text_file(entry)]
     text = [_absolute(file) for file in files]
@@ -242,20 +242,20 @@ def _joined(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
 
 
 def _note_of_training_folder(entry: str, beside: Collection[str], store_dir: str | None) -> str | None:
-    """What to say of a folder in one of the folders ``beside`` that holds nothing but what a training has written."""
+    """A note if a folder inside one of the folders ``beside`` contains only what a training run has written."""
     path = _absolute(entry)
     if is_url(entry) or os.path.dirname(path) not in beside or not os.path.isdir(path):
         return None
     kept, notes = _without_run_files([path])
     if not kept:
         return notes[0]
-    with contextlib.suppress(OSError):  # opening it says more
+    with contextlib.suppress(OSError):  # opening it reports the error
         if _is_token_store(os.listdir(path)):
             if store_dir is not None and os.path.realpath(os.path.dirname(path)) == os.path.realpath(
                 os.path.expanduser(store_dir)
             ):
                 return f"left out: {path}, a token store of data.store_dir"
-            return None  # its tokens may be wanted
+            return None  # the user may want to train on its tokens
     walk = _Walk(path)
     if any(map(_is_known, walk.files())) or not walk.notes:
         return None
@@ -268,7 +268,7 @@ def _is_known(path: str) -> bool:
 
 def _is_text_file(entry: str) -> bool:
     if is_url(entry):
-        return False  # no shell expands a glob of URLs
+        return False  # shells do not expand globs of URLs
     path = os.path.expanduser(entry)
     found = listing.stat(path)
     return not path.endswith(FOREIGN_SUFFIXES) and found is not None and stat.S_ISREG(found.st_mode)
@@ -279,7 +279,7 @@ def _common_folder(files: Sequence[str]) -> str:
 
 
 def _pattern_of(files: Sequence[str]) -> str | None:
-    """The glob whose expansion by a shell the files are, if there is one."""
+    """The glob that a shell would expand to exactly these files, if there is one."""
     folder = _common_folder(files)
     relative = [os.path.relpath(_absolute(file), folder) for file in files]
     names = [os.path.basename(path) for path in relative]
@@ -366,8 +366,9 @@ def _source(entry: Entry, text_field: str, unit: str, encoding: str) -> Source:
 
 
 def _splits_note(relative_paths: Iterable[str]) -> list[str]:
-    """A line if files of a training split stand beside files of equal names for validation or test, as in a copy of a
-    dataset of the Hub. (Not of source code: there train.py and test.py are one program.)"""
+    """A note if files of a training split come with files of validation or test splits that are named alike.
+
+    This happens with a copy of a Hub dataset. Source code is not checked: there train.py and test.py are one program."""
     training: dict[str, str] = {}
     others: dict[str, str] = {}
     for path in relative_paths:
@@ -390,15 +391,15 @@ def _as_list(value: Any) -> Sequence[Any]:
 
 
 def _utf8_name(name: str) -> str:
-    """A file name that is not UTF-8 with its bytes as escapes, so that JSON and UTF-8 files can hold it."""
+    """A file name with bytes that are not UTF-8 escaped, so that it can be written to JSON and UTF-8 files."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _checked_name(name: Any) -> str:
-    """A name that stays one folder name.
+    """The name, if it is valid as a single folder name.
 
     Raises:
-        RequestError: it is a path, hidden, too long, or has control characters.
+        RequestError: it is a path, begins with a dot, is too long, or has control characters.
     """
     given = str(name)
     if given in (".", "..") or re.search(r"[/\\]", given) or not given.isprintable() or given.startswith("."):
@@ -417,7 +418,7 @@ def _checked_encoding(encoding: Any) -> str:
     try:
         wide = encoding_is_wide(encoding)
         decoder = codecs.getincrementaldecoder(encoding)(SURROGATE)
-        # Not every codec is one of text, and some know no other error handlers than their own.
+        # Not every codec is a text encoding, and some support only their own error handlers.
         if decoder.decode("a\n".encode(encoding), True) != "a\n":
             raise LookupError
         if not wide:
@@ -426,7 +427,7 @@ def _checked_encoding(encoding: Any) -> str:
         raise RequestError(
             f"encoding {encoding!r} is not known: utf-8, cp932 (Shift-JIS), euc_jp, utf-16, latin-1, ..."
         ) from None
-    # A byte order mark is removed anyway, and only plain utf-8 can be cut into parts.
+    # A byte order mark is removed in any case, and only plain utf-8 can be cut into parts.
     return "utf-8" if encoding.lower().replace("_", "-") in ("utf-8-sig", "utf8") else str(encoding)
 
 
@@ -435,7 +436,7 @@ def _checked_encoding(encoding: Any) -> str:
 
 @dataclass(frozen=True)
 class _Found:
-    """[(absolute path, path below the folder that was named)], and what was left out."""
+    """Files as [(absolute path, path below the given folder)], and what was left out."""
 
     files: list[tuple[str, str]]
     ignored: int = 0
@@ -476,12 +477,12 @@ def _expand(pattern: str) -> _Found:
         siblings = os.listdir(folder) if os.path.isdir(folder) else []
     except OSError as error:
         raise RequestError(f"{pattern} cannot be read: {error.strerror or error}") from None
-    near = did_you_mean(name, siblings, cutoff=0.7)  # an equal ending alone, .txt, makes no name similar
+    near = did_you_mean(name, siblings, cutoff=0.7)  # 0.7, so that an equal ending such as .txt is not enough
     raise RequestError(f"no such file or folder: {pattern}{near}")
 
 
 def _objects(pattern: str) -> _Found:
-    """Files behind a URL; of a folder those of known kinds."""
+    """The objects that a URL names; in a folder, only those of known kinds."""
     found = remote.expand(pattern)
     named = glob.has_magic(pattern) or found[0][0] == pattern
     kept = [(url, name) for url, name in found if named or _is_known(name)]
@@ -526,8 +527,9 @@ def _folder(path: str, pattern: str) -> _Found:
 
 
 def _note_of_missing(links: Sequence[str]) -> list[str]:
-    """A line for links without their target: a disk that is not mounted, or files that were not fetched, must not look like
-    a smaller corpus."""
+    """A note about links without a target.
+
+    A disk that is not mounted, or files that were not fetched, must not silently make the corpus smaller."""
     if not links:
         return []
     more = f", and {amount(len(links) - 1, 'other link')} without a target" if links[1:] else ""
@@ -540,7 +542,7 @@ def _matches(pattern: str) -> _Found:
     notes += _note_of_missing([path for path in matches if os.path.islink(path) and not os.path.exists(path)])
     if not found:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.scandir(root).close()  # glob takes a folder that may not be listed for an empty one
+            os.scandir(root).close()  # raises if the folder may not be listed; glob takes it for empty
         only = f" (only folders: {os.path.basename(matches[0])}, ...; '**' goes into them)" if matches else ""
         left_out = f" ({notes[0]})" if notes else ""
         raise RequestError(
@@ -550,12 +552,12 @@ def _matches(pattern: str) -> _Found:
 
 
 def _glob(pattern: str) -> tuple[list[str], list[str], str]:
-    """(absolute paths, notes, the folder above the first wildcard). With ``**`` each folder is entered once."""
+    """(absolute paths, notes, the folder above the first wildcard). With ``**`` each folder is walked once."""
     parts = _absolute(pattern).split(os.sep)
     root, first = os.sep, 1
     while first < len(parts) - 1:
         below = os.path.join(root, parts[first])
-        # A folder may have brackets in its name
+        # A folder may have brackets in its own name
         if glob.has_magic(parts[first]) and not os.path.isdir(below):
             break
         root, first = below, first + 1
@@ -569,8 +571,9 @@ def _glob(pattern: str) -> tuple[list[str], list[str], str]:
 
 
 def _without_run_files(paths: list[str]) -> tuple[list[str], list[str]]:
-    """The paths without what a training has written beside the text, and notes: a run may work in the folder of its text,
-    and ``folder/*`` must be the same text at its next start."""
+    """The paths without what a training run has written next to the text, and notes.
+
+    A run folder may be the folder of the text, and ``folder/*`` must give the same text at the next start."""
     written: dict[str, frozenset[str]] = {}
     notes: list[str] = []
     for folder in dict.fromkeys(map(os.path.dirname, paths)):
@@ -586,7 +589,7 @@ def _without_run_files(paths: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _below(path: str, folder: str) -> str:
-    """The path relative to a folder above it, both absolute (os.path.relpath takes ten times as long)."""
+    """The path relative to a parent folder, both absolute (os.path.relpath takes ten times as long)."""
     return path[len(folder.rstrip(os.sep)) + 1 :]
 
 
@@ -597,24 +600,24 @@ def _readable(path: str) -> str:
 
 
 def _checked_content(path: str) -> str:
-    """A file that was named itself must be text. (In folders and globs an archive is a bad record among others.)"""
+    """Refuse (``RequestError``) an individually named file that is not text. In folders and globs it is a bad record."""
     if path.endswith(FOREIGN_SUFFIXES):
         return path
     with open(path, "rb") as file:
         head = next(chunks(file, compression_of(path)), b"")
     if isinstance(head, Damage) or (head.startswith(b"PAR1") and file_kind(path) == "parquet"):
-        return path  # reading says more
+        return path  # reading it reports the error
     if what := signature(head[:HEAD_BYTES], path):
         raise RequestError(f"{path} is not text but {what}")
     return path
 
 
 class _Walk:
-    """The regular files below a folder, hidden ones and Python's caches aside.
+    """The regular files below a folder, except hidden ones and Python's caches.
 
-    Links are followed, but each folder is entered once: first all folders under their own names, then those that only
-    links lead to. Folders of the system, and what a training has written, are left out and said in ``notes``; links that
-    lead nowhere, or in a circle, are in ``missing``.
+    Links are followed, but each folder is walked once: first all folders under their own names, then those that are only
+    reachable by links. System folders, and what a training run has written, are left out and listed in ``notes``. Links
+    without a target, or in a cycle, are in ``missing``.
     """
 
     def __init__(self, root: str) -> None:
@@ -622,7 +625,7 @@ class _Walk:
         self.notes: list[str] = []
         self.missing: list[str] = []
         self._seen: set[tuple[int, int]] = set()
-        # Somebody may keep text in /dev/shm: what is named may be read, but no walk leads into these folders.
+        # Text may be in /dev/shm: a folder that is named may be read, but a walk from outside does not enter these folders.
         real = os.path.realpath(root)
         self._system = [f for f in _SYSTEM_FOLDERS if not real.startswith(f + "/")]
 
@@ -640,12 +643,12 @@ class _Walk:
                         (links if entry.is_symlink() else below).append(entry.path)
                     elif entry.is_symlink() and not os.path.exists(entry.path):
                         self.missing.append(entry.path)
-                except OSError:  # a link that leads in a circle
+                except OSError:  # a cycle of links
                     self.missing.append(entry.path)
             folders += [(path, os.path.join(real, os.path.basename(path))) for path in reversed(below)]
 
     def _entries(self, folder: str, real: str) -> list[os.DirEntry[str]]:
-        """What may be read in a folder; nothing where it was entered before."""
+        """The readable entries of a folder; empty if it was walked before."""
         identity = file_identity(folder)
         if identity is None or identity in self._seen:
             return []
@@ -670,14 +673,14 @@ class _Walk:
 
 
 def _is_token_store(names: Iterable[str]) -> bool:
-    """Also one that is not finished."""
+    """Whether these are the files of a token store, finished or not."""
     there = set(names)
     parts = any(re.fullmatch(r"part-\d+\.(bin|ends|json|claim)", name) for name in there)
     return (parts and not there.isdisjoint(["manifest.json", "plan.json"])) or there == {"plan.json"}
 
 
 def _written_by_training(names: Sequence[str]) -> tuple[str, frozenset[str]]:
-    """(what a folder is, which of its names are not text), for folders that a training has written."""
+    """(what the folder is, which of its names are not text), if a training run has written to the folder."""
     there = frozenset(names)
     if _is_token_store(there):
         return "a token store", there
@@ -686,14 +689,14 @@ def _written_by_training(names: Sequence[str]) -> tuple[str, frozenset[str]]:
     if "tokenizer_config.json" in there or {"config.json", "model.safetensors"} <= there:
         return "a tokenizer or a model", there
     splits = frozenset(name for name in there if re.fullmatch(r"split-[0-9a-f]{16}\.json", name))
-    # The latter: of `lmcore prepare`
+    # After `lmcore prepare` there is stores.json, but no status.json
     if there & {"status.json", "stores.json"} and len(there & _RUN_FILES) > 1:
         return _A_RUN, _RUN_FILES | splits
     return (_SPLITS if splits else ""), splits
 
 
 def _stdlib() -> list[tuple[str, str]]:
-    """The standard library's own source: about 12 MB of Python on every machine, no download."""
+    """The source files of the standard library: about 12 MB of Python on every machine, without a download."""
     root = sysconfig.get_paths()["stdlib"]
     found = []
     for here, folders, files in os.walk(root):
@@ -707,7 +710,7 @@ def _stdlib() -> list[tuple[str, str]]:
 
 
 def _name(pattern: str) -> str:
-    """A name for metrics and folders: the last part of the path before the first wildcard or suffix."""
+    """A name of a source for metrics and folders: the last part of its path before the first wildcard or suffix."""
     fixed = pattern.removeprefix(HUB).rstrip("/")
     while glob.has_magic(os.path.basename(fixed)):
         stem = re.split(r"[*?\[]", os.path.basename(fixed))[0].strip("._- ")
@@ -746,7 +749,7 @@ def _auto_unit(paths: Sequence[str], encoding: str) -> tuple[str, str]:
 
 def _size(path: str) -> int:
     found = listing.stat(path)
-    # One that vanished since it was listed is reported when it is read
+    # A file that has vanished since it was listed is reported when it is read
     return 0 if found is None else found.st_size
 
 
@@ -757,7 +760,7 @@ def _has_paragraphs(lines: Sequence[str]) -> bool:
 
 
 def _check_field(source: Source) -> None:
-    """Fail before anything is built if the first records do not have the field at all."""
+    """Raise ``RequestError``, before anything is built, if the first records do not have the text field."""
     path = next((p for p in source.paths if file_kind(p)), None)
     if path is None:
         return

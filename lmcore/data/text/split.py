@@ -6,8 +6,8 @@
 ``("head" | "tail", f)``    every document is cut: the last fraction ``f`` of its characters is validation
 ==========================  ===============================================================================
 
-:func:`choose` takes whole documents wherever it can. Both splits depend on the content of a document alone, so that its
-copies are treated alike, whatever file they are in; and the two sides together are the text, each character once.
+:func:`choose` splits by whole documents if possible. Both kinds of splits depend only on the content of a document, so that
+its copies in other files are treated alike. The two sides together are the whole text, each character once.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Literal
 Split = tuple[str, float]
 
 LARGEST_SHARE = 0.1
-"""Largest share of the characters that whole documents of a small corpus may take for validation."""
+"""Largest share of the characters of a small corpus that whole documents may take for validation."""
 FEW_DOCUMENTS = 100
-"""Of more documents the share of the characters that a hash selects is near the share of the documents."""
+"""With more documents than this, the share of the characters that a hash selects is close to the share of the documents."""
 MANY_CHARACTERS = 2**28
-"""Beyond this size a corpus is not read further to choose its split."""
+"""A corpus is not read further than this to choose its split."""
 _ENDS = ("\n", "。", ". ", "、", " ")
-"""After these a document is cut, the first that is found."""
+"""A document is cut after the first of these that is found, in this order of preference."""
 
 
 def _hash(text: str) -> int:
@@ -43,10 +43,11 @@ def side(text: str, fraction: float) -> Literal["train", "valid"]:
 
 
 def cut_of(text: str, fraction: float) -> int:
-    """Where the held-out end of a document begins, when ``fraction`` of each document is held out.
+    """Where the validation part of a document begins, if ``fraction`` of each document is held out.
 
-    At the last line, sentence or word that begins at or before the wanted character, at most twice as far from the end;
-    a document of two characters or more has both parts.
+    The document is cut at the start of a line, sentence or word at or before the exact place, so that the validation part
+    is at most twice as long as ``fraction`` says; if there is none, it is cut at the exact place. With two characters or
+    more, neither part of a document is empty.
 
     >>> cut_of("one. two. three. four. five.", 0.2)
     17
@@ -61,7 +62,7 @@ def cut_of(text: str, fraction: float) -> int:
 
 
 def part_of(text: str, split: Split) -> str | None:
-    """What one side of a split keeps of a document; ``None`` if nothing."""
+    """The part of a document that belongs to one side of a split; ``None`` if nothing does."""
     kind, fraction = split
     if kind == "all":
         return text
@@ -72,12 +73,14 @@ def part_of(text: str, split: Split) -> str | None:
 
 
 def choose(texts: Iterable[str], fraction: float) -> tuple[Split, Split]:
-    """The training and the validation side of the documents ``texts``, read only as far as it is needed.
+    """Choose the training and the validation side of the documents ``texts``, which are read only as far as needed.
 
-    1. By documents, ``fraction`` of them, if that leaves documents on both sides. Of few documents
-       (:data:`FEW_DOCUMENTS`) the validation side may have at most :data:`LARGEST_SHARE` of the characters, or twice
-       ``fraction``: otherwise one long document that is chosen would leave little text for training.
-    2. By documents, only the one with the smallest hash, if that has at most :data:`LARGEST_SHARE` of the characters.
+    The first of these that is possible:
+
+    1. By documents, ``fraction`` of them, if that leaves documents on both sides. If there are few documents
+       (:data:`FEW_DOCUMENTS`), the validation side may have at most :data:`LARGEST_SHARE` of the characters, or twice
+       ``fraction``; otherwise one long validation document could leave little text for training.
+    2. By documents, only the one with the smallest hash, if it has at most :data:`LARGEST_SHARE` of the characters.
     3. The ends of all documents.
     """
     by_documents: tuple[Split, Split] = ("train", fraction), ("valid", fraction)
@@ -94,7 +97,7 @@ def choose(texts: Iterable[str], fraction: float) -> tuple[Split, Split]:
         if many and all(characters.values()):
             return by_documents
     total = sum(characters.values())
-    if smallest is None:  # no text: what opens it says so
+    if smallest is None:  # no text, which is reported when the corpus is opened
         return by_documents
     if all(characters.values()) and characters["valid"] <= max(LARGEST_SHARE, 2 * fraction) * total:
         return by_documents

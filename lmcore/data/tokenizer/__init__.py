@@ -1,1 +1,1 @@
-"""Text <-> token ids: training a SentencePiece model, and opening the tokenizers of others."""
+"""Text <-> token ids: training SentencePiece models, and loading other tokenizers."""

@@ -1,8 +1,8 @@
-"""Between SentencePiece models, tokenizer folders of transformers, and the Hub.
+"""Conversion of SentencePiece models to transformers, tokenizer folders of transformers, and downloads from the Hub.
 
 A SentencePiece model is written as a ``tokenizer.json`` with the same ids (:func:`to_tokenizers`); transformers' own
-conversion ignores the dummy prefix and the removal of spaces. A folder of transformers is read as the files that
-reproduce what ``AutoTokenizer`` makes of it (:func:`read_folder`): whichever files its class needs, never its code.
+conversion ignores the dummy prefix and the removal of spaces. Of a transformers folder, the files are kept that
+reproduce what ``AutoTokenizer`` opens (:func:`complete`): whichever files its class needs, never its code.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ TEST_TEXTS = (
     "한국어 텍스트 ㄱㄴㄷ 中文简体 繁體",
     "ქართული Հայերեն አማርኛ ᏣᎳᎩ ꦗꦮ",
 )
-"""What tokenizers usually lose or treat differently, and many scripts: every self-test contains it."""
+"""Texts that tokenizers often lose or treat differently, in many scripts; part of every self-test."""
 
 
 # ---- a SentencePiece model as a folder of transformers ----
 
 
 def parse_model(model: bytes) -> Any:
-    """The protocol buffer of a SentencePiece model. Raises ValueError if ``model`` is none."""
+    """The protocol buffer of a SentencePiece model. Raises ``ValueError`` if ``model`` is not one."""
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import time
     try:
         proto.ParseFromString(model)
@@ -71,7 +71,7 @@ def parse_model(model: bytes) -> Any:
 
 
 def is_exact(proto: Any) -> bool:
-    """Whether ``decode(encode(text)) == text`` for every text without a literal ``▁`` (which decodes to a space)."""
+    """Whether ``decode(encode(text)) == text`` for every text without a literal ``▁``, which decodes to a space."""
     normalizer = proto.normalizer_spec
     return bool(
         not normalizer.precompiled_charsmap
@@ -94,9 +94,9 @@ def cuts_inside_names(proto: Any) -> str | None:
     """For a unigram model that lmcore has trained: a regular expression of the places where a text is cut before it is
     encoded; ``None`` for other models.
 
-    In a text ``</s>`` is text. SentencePiece knows that, but a unigram model of transformers finds the names of special
-    pieces and bytes like any other piece; it cannot find what has been cut in two. Both sides cut, so that the ids are
-    the same.
+    A literal ``</s>`` in a text is text. SentencePiece treats it so, but a unigram model in transformers matches the names
+    of special pieces and bytes like any other piece. Cutting such a name in two prevents the match. Both libraries get
+    the same cuts, so that the ids are the same.
     """
     if proto.trainer_spec.model_type != UNIGRAM or not is_exact(proto):
         return None
@@ -107,9 +107,9 @@ def cuts_inside_names(proto: Any) -> str | None:
 
 
 def to_tokenizers(proto: Any) -> Tokenizer:
-    """The same tokenizer in the ``tokenizers`` library. Raises ValueError for word models."""
+    """The same tokenizer in the ``tokenizers`` library. Raises ``ValueError`` for word models."""
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    # A symbol of the user that holds a space: it is matched in text as it was given.
+    # User-defined symbols are matched in text with their spaces, as they were given.
     pieces = [
         piece.piece.replace(SPACE, " ") if piece.type == USER_DEFINED else piece.piece
         for piece in proto.pieces
@@ -146,7 +146,7 @@ def to_tokenizers(proto: Any) -> Tokenizer:
     if normalizer.add_dummy_prefix:
         back.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(back)
-    # SentencePiece looks for symbols of the user in the normalized text, where "▁" and a space are the same. Where
+    # SentencePiece searches for user-defined symbols in the normalized text, where "▁" and a space are the same. If
     # normalization does more than that, it would change the symbols themselves.
     normalized = is_exact(proto)
     for name, piece in zip(pieces, proto.pieces):
@@ -158,7 +158,7 @@ def to_tokenizers(proto: Any) -> Tokenizer:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Every way to make a piece out of two others, best score first: what SentencePiece's BPE does by score."""
+    """Every way to merge two pieces into a third, best score first, which is the order of SentencePiece's BPE."""
     usable = {p.piece: p.score for p in proto.pieces if p.type == NORMAL}
     found = []
     for piece, score in usable.items():
@@ -171,7 +171,7 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 
 
 def symbol_texts(proto: Any) -> list[str]:
-    """Texts around each symbol of the user: alone, inside words and spaces, doubled, beside the next one, cut short."""
+    """Texts around each user-defined symbol: alone, in a word, between spaces, doubled, before the next one, truncated."""
     symbols = [piece.piece.replace(SPACE, " ") for piece in proto.pieces if piece.type == USER_DEFINED]
     texts = []
     for symbol, following in zip(symbols, [*symbols[1:], *symbols[:1]]):
@@ -185,9 +185,9 @@ def difference(
     converted: Tokenizer,
     texts: Iterable[str],
 ) -> str | None:
-    """The first text on which a SentencePiece model and its conversion disagree in ids or decoded text, described; ``None``
-    if there is none."""
-    converted.encode_special_tokens = True  # like the native one, a literal "<s>" in a text is text
+    """A description of the first text for which a SentencePiece model and its conversion give different ids or decoded text;
+    ``None`` if there is none."""
+    converted.encode_special_tokens = True  # a literal "<s>" in a text is text, as in SentencePiece
     for text in texts:
         ids = encode(text)
         other = converted.encode(text, add_special_tokens=False).ids
@@ -202,10 +202,10 @@ def difference(
 def tokenizer_config(
     special_tokens: dict[str, str], *, model_max_length: int | None, add_prefix_space: bool
 ) -> bytes:
-    """``tokenizer_config.json`` beside a converted SentencePiece model.
+    """``tokenizer_config.json`` for a converted SentencePiece model.
 
-    ``PreTrainedTokenizerFast`` is the one class that transformers 4 and 5 load unchanged; ``split_special_tokens``
-    keeps a literal ``<s>`` in a text what it is; ``add_prefix_space`` is read by llama.cpp's converter.
+    ``PreTrainedTokenizerFast`` is the only class that both transformers 4 and 5 load unchanged. With
+    ``split_special_tokens`` a literal ``<s>`` in a text stays text. llama.cpp's converter reads ``add_prefix_space``.
     """
     fields: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -216,7 +216,7 @@ def tokenizer_config(
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
         "model_input_names": ["input_ids", "attention_mask"],
-        # transformers' own value for "not limited"
+        # transformers' own value for "unlimited"
         "model_max_length": model_max_length or int(1e30),
     }
     return as_json(fields)
@@ -229,7 +229,7 @@ def as_json(fields: Any) -> bytes:
 # ---- folders of transformers ----
 
 MODEL_CONFIG = "config.json"
-"""The model's: it may decide the class of a tokenizer, and is never part of one."""
+"""The model's config: it may determine the class of a tokenizer, but is never part of a tokenizer."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -263,7 +263,7 @@ TOKENIZER_FILES = (
     "word_shape.json",
     "word_pronunciation.json",
 )
-"""File names of transformers' tokenizer classes; a folder may need others, which :func:`read_folder` finds."""
+"""File names of transformers' tokenizer classes; a folder may need others, which :func:`complete` finds."""
 _TEMPLATES = "additional_chat_templates"
 _HUB_PATTERNS = (
     *TOKENIZER_FILES,
@@ -278,14 +278,14 @@ _NEVER = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".npy",
     ".py", ".pyc", ".so", ".md", ".png", ".jpg", ".pdf", ".html", ".log", ".jsonl", ".yaml", ".tmp", ".lock",
 )  # fmt: skip
-"""Endings of files that no tokenizer is made of: weights, code, pages."""
+"""Endings of files that are never part of a tokenizer: weights, code, documents."""
 _LARGEST_FILE_BYTES = 2**28
 _OTHER_VOCABULARIES = re.compile(r"tokenizer(\..*)?\.json|tekken\.json|\.model|\.tiktoken")
-"""Vocabularies that transformers looks for besides those that a class names."""
+"""Vocabulary files that transformers looks for in addition to those that a class names."""
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder that a tokenizer could be made of, by its path inside the folder."""
+    """Every file of a folder that could be part of a tokenizer, by its path inside the folder."""
     found = {}
     for path in sorted([*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*.jinja")]):
         name = path.relative_to(folder).as_posix()
@@ -296,13 +296,13 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def is_bare_model(files: dict[str, bytes]) -> bool:
-    """Whether a folder holds a SentencePiece model and nothing that would tell transformers how to read it."""
+    """Whether a folder has no file, except perhaps SentencePiece models, that tells transformers how to read it."""
     others = [name for name in files if name in TOKENIZER_FILES and not name.endswith(".model")]
     return not others and "model_type" not in json_of(files, MODEL_CONFIG)
 
 
 def json_of(files: dict[str, bytes], name: str) -> dict[str, Any]:
-    """The mapping in a JSON file; empty if there is no such file. Raises RequestError if it is damaged."""
+    """The mapping in a JSON file; empty if there is no such file. Raises ``RequestError`` if it is damaged."""
     try:
         value = json.loads(files.get(name, b"{}"))
     except (ValueError, RecursionError) as error:
@@ -313,8 +313,8 @@ def json_of(files: dict[str, bytes], name: str) -> dict[str, Any]:
 
 
 def complete(files: dict[str, bytes]) -> tuple[dict[str, bytes], Any]:
-    """The files that give, without the model's config.json, what transformers makes of all of ``files``; and what it
-    opens from them.
+    """The files that give the same tokenizer as ``files`` in transformers, but without the model's config.json; and the
+    tokenizer that transformers opens from them.
 
     Raises:
         RequestError: transformers cannot open them, or opens another tokenizer from the copy.
@@ -324,13 +324,13 @@ def complete(files: dict[str, bytes]) -> tuple[dict[str, bytes], Any]:
     config = json_of(files, TOKENIZER_CONFIG)
     kind = type(whole).__name__
     if "chat_template" not in config and not any(name.endswith(".jinja") for name in files):
-        # Training reads a literal "</s>" in a text as text; so does transformers with the copy. With a chat template
-        # the special tokens of its output must be found.
+        # Training treats a literal "</s>" in a text as text, and so does transformers with this option. With a chat
+        # template the special tokens in its output must be recognized.
         config.setdefault("split_special_tokens", True)
     named = _named_files(whole)
     needed = named - {TOKENIZER_CONFIG}
     if needed and not any(name in needed or _OTHER_VOCABULARIES.search(name) for name in files):
-        # transformers would open an empty vocabulary without a word.
+        # transformers would silently open an empty vocabulary.
         raise RequestError(
             f"a {kind} needs a vocabulary, and there is none of {', '.join(sorted(needed | {'tokenizer.json'}))}"
         )
@@ -361,16 +361,16 @@ def _named_files(tokenizer: Any) -> set[str]:
 
 
 def open_files(files: dict[str, bytes]) -> Any:
-    """The tokenizer of transformers that ``AutoTokenizer`` opens from ``files``; code in them is never run.
+    """The tokenizer that transformers' ``AutoTokenizer`` opens from ``files``; code in them is never run.
 
     Raises:
-        RequestError: it cannot be opened; with the reason in one line.
+        RequestError: it cannot be opened; the message gives the reason in one line.
     """
     import transformers  # 1 s, and only where a transformers tokenizer is used
 
     json_of(files, TOKENIZER_CONFIG)
     if MODEL_CONFIG in files:
-        # The sizes of the model decide nothing here, and need not make sense to transformers.
+        # The sizes of the model do not matter here, and transformers might refuse them.
         config = json_of(files, MODEL_CONFIG)
         named = {key: config[key] for key in ("model_type", "model_name", "tokenizer_class") if key in config}
         files = {**files, MODEL_CONFIG: as_json(named)}
@@ -385,14 +385,14 @@ def open_files(files: dict[str, bytes]) -> Any:
             )
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except BaseException as error:  # tokenizers: plain Exception, and PanicException for some damages
+        except BaseException as error:  # tokenizers raises Exception, and PanicException for some damage
             lines = str(error).replace(f"{folder}/", "").replace(folder, "the folder").strip().splitlines()
             reason = lines[0] if lines else type(error).__name__
             raise RequestError(f"transformers cannot open this tokenizer: {reason[:300]}") from error
 
 
 def check_pieces(tokenizer: Any, vocab_size: int, files: dict[str, bytes]) -> None:
-    """Refuse a tokenizer that transformers opened without the vocabulary that lies beside it.
+    """Refuse a tokenizer that transformers opened without the vocabulary in its folder.
 
     Raises:
         RequestError: a SentencePiece model in the folder has many more pieces.
@@ -412,7 +412,7 @@ def check_pieces(tokenizer: Any, vocab_size: int, files: dict[str, bytes]) -> No
 
 
 def plain_backend(tokenizer: Any) -> Tokenizer | None:
-    """A copy of the Rust backend that takes special tokens in a text for text; ``None`` for a Python tokenizer."""
+    """A copy of the Rust backend that treats special tokens in a text as text; ``None`` for a Python tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -424,11 +424,11 @@ def plain_backend(tokenizer: Any) -> Tokenizer | None:
 
 
 def fingerprint_of(tokenizer: Any, files: dict[str, bytes], *, with_options: bool = True) -> str:
-    """SHA-256 over what decides the ids of a tokenizer of transformers, and nothing else: not the model's
+    """SHA-256 over what determines the ids of a transformers tokenizer, and nothing else: not the model's
     config.json, lengths, templates, or the formatting of its files.
 
     Args:
-        with_options: false for what it was called before the options of Python tokenizers belonged to it.
+        with_options: false for the fingerprint of earlier versions, without the options of Python tokenizers.
     """
     roles = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
     backend = plain_backend(tokenizer)
@@ -451,8 +451,9 @@ def fingerprint_of(tokenizer: Any, files: dict[str, bytes], *, with_options: boo
 
 
 def _options(tokenizer: Any) -> dict[str, str]:
-    """What a Python tokenizer was made with, where it is not the default of its class (``do_lower_case``, the kind of
-    words): its files do not hold it. A tokenizer in Rust describes itself."""
+    """The options of a Python tokenizer that are not the default of its class (such as ``do_lower_case``).
+
+    Its vocabulary files do not contain them, whereas a Rust tokenizer contains its whole description."""
     parameters = inspect.signature(type(tokenizer).__init__).parameters.values()
     return {
         one.name: repr(given)
@@ -464,7 +465,7 @@ def _options(tokenizer: Any) -> dict[str, str]:
 
 
 def _without_defaults(value: Any) -> Any:
-    """Fields that say nothing are left out: other versions of the library write fewer or more of them."""
+    """Leave out fields that are null, false or empty: other versions of the library write more or fewer of them."""
     if isinstance(value, dict):
         kept = {key: _without_defaults(one) for key, one in value.items()}
         return {key: one for key, one in kept.items() if one is not None and one is not False and one != ""}
@@ -482,8 +483,9 @@ _FORMER_FILES = (
 
 
 def former_fingerprints(files: dict[str, bytes]) -> tuple[str, ...]:
-    """What version 0.1.0 called the fingerprint of these files: with and without the model's config.json in it.
-    Token stores and checkpoints of that version carry it."""
+    """The fingerprints that version 0.1.0 computed for these files, with and without the model's config.json.
+
+    Token stores and checkpoints of that version contain them."""
     found = []
     for names in ((*_FORMER_FILES, MODEL_CONFIG), _FORMER_FILES):
         for ignored in (("model_max_length", "tokenizer_class"), ("split_special_tokens",)):
@@ -501,8 +503,8 @@ def former_fingerprints(files: dict[str, bytes]) -> tuple[str, ...]:
 
 
 def byte_lengths(tokenizer: Any, backend: Tokenizer | None, vocab_size: int) -> np.ndarray | None:
-    """(V,) int32: UTF-8 bytes of each id of a byte-level tokenizer (GPT-2 and its kin), which write each byte as
-    one character; ``None`` for any other."""
+    """(V,) int32: the number of UTF-8 bytes of each id of a byte-level tokenizer (GPT-2 and similar ones), which represents
+    each byte by one character; ``None`` for any other tokenizer."""
     if backend is None:
         return None
     description = json.loads(backend.to_str())
@@ -519,25 +521,25 @@ def byte_lengths(tokenizer: Any, backend: Tokenizer | None, vocab_size: int) -> 
 
 
 def download(name: str, revision: str | None) -> tuple[Path, str]:
-    """The folder of a tokenizer of the Hub in its cache, and the commit that ``revision`` stands for.
+    """Download a tokenizer from the Hub. Returns its folder in the cache, and the commit that ``revision`` resolves to.
 
     Raises:
-        RequestError: there is none, or the Hub cannot be reached.
+        RequestError: it does not exist, or the Hub cannot be reached.
     """
-    import huggingface_hub  # only where the Hub is asked
+    import huggingface_hub  # imported only if the Hub is used
 
     try:
         folder = Path(
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_HUB_PATTERNS))
         )
-    except Exception as error:  # the client raises its own, requests', httpx' and OS errors, by version
+    except Exception as error:  # by version its own, requests', httpx' or OS errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RequestError(f"no tokenizer {name!r} here, and none from the Hub: {reason}") from error
     return folder, folder.name
 
 
 def stale_files(folder: Path, kept: Sequence[str]) -> Iterator[Path]:
-    """Files of another tokenizer in ``folder``, which transformers would mix with those that are kept."""
+    """Files of another tokenizer in ``folder``, which transformers would mix with the files ``kept``."""
     for path in folder.iterdir() if folder.is_dir() else ():
         is_one = path.name in TOKENIZER_FILES or path.suffix in (".model", ".spm", ".tiktoken")
         if is_one and path.name not in kept and not path.is_dir():

@@ -1,9 +1,9 @@
 """Text <-> token ids, by SentencePiece or by a tokenizer of transformers.
 
-No special token is added to a text, and none is found in it: a literal ``<s>`` in a text is text. A tokenizer that was
-trained here gives back every text exactly (except ``▁``, U+2581, which decodes to a space in every SentencePiece model),
-and the folder that it saves gives the same ids in transformers 4 and 5. A tokenizer of somebody else keeps its own
-behaviour; code that comes with it is never run.
+No special token is added to a text, and none is recognized in it: a literal ``<s>`` in a text is text. A tokenizer that
+was trained here decodes every text exactly (except ``▁``, U+2581, which decodes to a space in every SentencePiece model),
+and the folder that it saves gives the same ids in transformers 4 and 5. Other tokenizers keep their own behaviour; code
+that comes with them is never run.
 
 Example::
 
@@ -34,29 +34,29 @@ from lmcore.errors import FaultError, RequestError
 
 MODEL_FILE = "tokenizer.model"
 RECORD_FILE = "lmcore_tokenizer.json"
-"""In a folder that lmcore saved: how the tokenizer was made, and the hash of its model."""
+"""File in a folder that lmcore saved: how the tokenizer was trained, and the hash of its model."""
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls")
 _SEP_CLS = {"[SEP]": "sep", "<sep>": "sep", "[CLS]": "cls", "<cls>": "cls"}
 
 _CUT_CHARACTERS = 4096
-"""Long documents are encoded in pieces of about this size, where the ids are provably the same: a third faster."""
+"""Long documents are encoded in pieces of about this size, cut where the ids are provably the same: a third faster."""
 _LONGEST_CHARACTERS = 2**20
-"""Without a provable cut for this long, a document is cut anyway, so that time and memory stay bounded."""
+"""If there is no such place for this long, a document is cut anyway, so that time and memory stay bounded."""
 
 
 class Tokenizer(ABC):
-    """Text <-> ids; :func:`load_tokenizer` and :func:`lmcore.data.tokenizer.training.train_tokenizer` make one.
+    """Text <-> ids. :func:`load_tokenizer` and :func:`lmcore.data.tokenizer.training.train_tokenizer` create one.
 
     Attributes:
         vocab_size: V, also ``len(tokenizer)``; every id is in [0, V).
-        eos_id: ends a document. bos_id, pad_id, unk_id: an id, or ``None`` where the tokenizer has none. The same under
-            the names of transformers: ``eos_token_id``, ``bos_token_id``, ``pad_token_id``, ``unk_token_id``.
-        special_ids: ``{"bos_token_id": 1, ...}``: what a model's config wants, as far as it is defined.
+        eos_id: the token that ends a document. bos_id, pad_id, unk_id: an id, or ``None`` if the tokenizer has none. They
+            also have their names in transformers: ``eos_token_id``, ``bos_token_id``, ``pad_token_id``, ``unk_token_id``.
+        special_ids: ``{"bos_token_id": 1, ...}``, for a model's config, as far as they are defined.
         special_tokens: ``{"bos_token": "<s>", ...}``, the same as text.
-        fingerprint: SHA-256 in hex over what decides the ids; equal fingerprints mean equal ids.
-        former_fingerprints: what earlier versions called it; token stores and checkpoints may carry these.
-        notes: what a user should know about how it was made or loaded, one line each.
-        files: what is saved, by file name.
+        fingerprint: SHA-256 in hex over everything that determines the ids; equal fingerprints mean equal ids.
+        former_fingerprints: fingerprints that earlier versions computed; token stores and checkpoints may contain them.
+        notes: what a user should know about how it was trained or loaded, one line each.
+        files: contents of the files to save, by file name.
     """
 
     files: dict[str, bytes]
@@ -83,8 +83,9 @@ class Tokenizer(ABC):
         return self.vocab_size
 
     def __call__(self, text: str | Sequence[str], **_: Any) -> dict[str, Any]:
-        """``{"input_ids": ..., "attention_mask": ...}``, lists of int for one text or lists of them for several; no
-        special tokens. Further options, as transformers' tokenizers have them, change nothing."""
+        """``{"input_ids": ..., "attention_mask": ...}``: lists of int for one text, lists of such lists for several.
+
+        No special tokens are added. Further options of transformers' tokenizers are accepted and ignored."""
         if isinstance(text, str):
             ids: Any = self.encode(text)
             return {"input_ids": ids, "attention_mask": [1] * len(ids)}
@@ -101,32 +102,32 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
+        """The text of ids; special tokens are left out, invalid UTF-8 becomes U+FFFD."""
 
     @abstractmethod
     def piece(self, number: int) -> str:
-        """What an id looks like in the vocabulary."""
+        """The piece of an id, as it is in the vocabulary."""
 
     @abstractmethod
     def byte_lengths(self) -> np.ndarray | None:
-        """(V,) int32: how many UTF-8 bytes of text each id is, special tokens 0; ``None`` where that is not exact
-        (a tokenizer that normalizes text or puts a space in front)."""
+        """(V,) int32: the number of UTF-8 bytes of text of each id, 0 for special tokens; ``None`` if that is not exact
+        (for a tokenizer that normalizes text or adds a space in front)."""
 
     @abstractmethod
     def _files_to_save(self, model_max_length: int | None) -> dict[str, bytes]:
-        """All files of the folder."""
+        """The contents of all files of the folder, by file name."""
 
     def save(self, folder: str | os.PathLike[str], *, model_max_length: int | None = None) -> None:
-        """Write the folder that ``AutoTokenizer.from_pretrained`` opens, in transformers 4 and 5, with these ids.
+        """Write a folder that ``AutoTokenizer.from_pretrained`` of transformers 4 and 5 opens, with the same ids.
 
-        Files of another tokenizer in the folder are removed; everything else there stays. The record of a trained
-        tokenizer is written last: a folder that a kill left incomplete has none.
+        Files of another tokenizer in the folder are removed; everything else is kept. The record of a trained
+        tokenizer is written last, so that a folder left incomplete by a kill has none.
 
         Args:
-            model_max_length: tokens, for ``tokenizer_config.json``; default: not limited.
+            model_max_length: tokens, for ``tokenizer_config.json``; default: unlimited.
 
         Raises:
-            FaultError: the folder would not give the same ids (nothing is written then).
+            FaultError: the folder would not give the same ids; nothing is written.
         """
         files = self._files_to_save(model_max_length)
         target = Path(folder)
@@ -145,11 +146,11 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, encoded by SentencePiece itself.
 
     Args:
-        files: ``tokenizer.model``, and the record of how it was made if there is one.
+        files: ``tokenizer.model``, and the record of its training if there is one.
 
     Raises:
-        ValueError: it is no SentencePiece model.
-        RequestError: it has no end-of-text token, or is a model of words.
+        ValueError: it is not a SentencePiece model.
+        RequestError: it has no end-of-text token, or is a word model.
     """
 
     def __init__(self, files: dict[str, bytes], *, notes: Sequence[str] = ()) -> None:
@@ -173,7 +174,7 @@ class SentencePieceTokenizer(Tokenizer):
         named = {piece.piece for piece in self.proto.pieces if piece.type in symbols}
         tokens |= {role: piece for piece, role in _SEP_CLS.items() if piece in named}
         ids = {role: self.processor.piece_to_id(piece) for role, piece in tokens.items()}
-        # A symbol of the user is found in text; as a special token of the saved folder it would not be.
+        # A user-defined symbol is recognized in text; as a special token of the saved folder it would not be.
         kinds = {role: self.proto.pieces[number].type for role, number in ids.items()}
         shown = {role: t for role, t in tokens.items() if kinds[role] != huggingface.USER_DEFINED}
         self._take_special_tokens(shown, ids)
@@ -186,7 +187,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def record(self) -> dict[str, Any]:
-        """How it was trained; empty for a model of somebody else."""
+        """How it was trained; empty for a model that was not trained by lmcore."""
         try:
             value = json.loads(self.files.get(RECORD_FILE, b"{}"))
         except (ValueError, RecursionError):
@@ -223,14 +224,14 @@ class SentencePieceTokenizer(Tokenizer):
         return np.array([_piece_bytes(p.type, p.piece) for p in self.proto.pieces], dtype=np.int32)
 
     def _cut(self, text: str) -> Iterator[str]:
-        """Pieces of a text whose ids, one after another, are the ids of the whole.
+        """Cut a text into pieces whose concatenated ids are the ids of the whole text.
 
-        A merge across a cut would make a vocabulary piece that contains the two characters beside it. So between two
-        characters that are neighbours in no piece, nothing is ever merged, and the cut changes nothing. (For byte-pair
-        and character models without normalization; others are not cut.)
+        A merge across a cut would give a vocabulary piece that contains the two characters next to the cut. So between two
+        characters that are not adjacent in any piece nothing is ever merged, and a cut does not change the ids. This holds
+        for byte-pair and character models without normalization; texts for other models are not cut.
         """
         assert self._pairs is not None
-        text = text.replace(huggingface.SPACE, " ")  # the model does not tell them apart either
+        text = text.replace(huggingface.SPACE, " ")  # the model does not distinguish them
         start = 0
         while len(text) - start > _CUT_CHARACTERS:
             cut = start + _CUT_CHARACTERS
@@ -244,13 +245,13 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _names(self) -> re.Pattern[str] | None:
-        """Where a text is cut so that no name of a special piece is found in it, see :func:`huggingface.cuts_inside_names`."""
+        """Where a text is cut so that it contains no name of a special piece, see :func:`huggingface.cuts_inside_names`."""
         cuts = huggingface.cuts_inside_names(self.proto)
         return None if cuts is None else re.compile(cuts)
 
     @cached_property
     def _pairs(self) -> frozenset[str] | None:
-        """The characters that are neighbours in some piece; ``None`` where a text may not be cut."""
+        """The pairs of characters that are adjacent in some piece; ``None`` if texts must not be cut."""
         if not self.is_exact or self.is_unigram:
             return None
         others = (huggingface.CONTROL, huggingface.UNKNOWN, huggingface.BYTE)
@@ -262,14 +263,15 @@ class SentencePieceTokenizer(Tokenizer):
         return None if self._pairs is None else WordCache.of(self.processor, self._pairs)
 
     def check(self, texts: Iterable[str]) -> None:
-        """Compare with the same model in transformers: ids and decoded text, of ``texts``, of
-        :data:`lmcore.data.tokenizer.huggingface.TEST_TEXTS` and of texts around every symbol of the user.
+        """Compare ids and decoded text with those of the same model in transformers.
 
-        A model that normalizes text, or a unigram model of another program (whose ties rounding breaks), may differ
-        on rare texts: the first of them becomes a note.
+        The texts are ``texts``, :data:`lmcore.data.tokenizer.huggingface.TEST_TEXTS`, and texts around each of the user's
+        symbols. A model that normalizes text, or a unigram model (whose ties are broken by rounding), may differ on rare
+        texts; then the first of them is added to the notes.
 
         Raises:
-            FaultError: they differ.
+            FaultError: another model differs.
+            RequestError: the model has no equivalent in transformers.
         """
         everything = [*texts, *huggingface.TEST_TEXTS, *huggingface.symbol_texts(self.proto)]
         try:
@@ -303,15 +305,15 @@ class SentencePieceTokenizer(Tokenizer):
 
 @final
 class TransformersTokenizer(Tokenizer):
-    """What ``AutoTokenizer`` of transformers opens from ``files``.
+    """The tokenizer that transformers' ``AutoTokenizer`` opens from ``files``.
 
     Args:
         files: complete without the model's config.json (:func:`lmcore.data.tokenizer.huggingface.complete`).
-        former_fingerprints: of the folder that they come from.
-        opened: what transformers opened from them, if that was done already.
+        former_fingerprints: fingerprints that earlier versions computed for the original folder.
+        opened: the tokenizer that transformers opened from them, if that was done already.
 
     Raises:
-        RequestError: they cannot be opened, have no end-of-text token, or lack most of the vocabulary.
+        RequestError: the files cannot be opened, have no end-of-text token, or lack a large part of the vocabulary.
     """
 
     def __init__(
@@ -325,7 +327,7 @@ class TransformersTokenizer(Tokenizer):
         self.files, self.notes = files, tuple(notes)
         self.former_fingerprints = tuple(former_fingerprints)
         self._tokenizer = huggingface.open_files(files) if opened is None else opened
-        self._tokenizer.split_special_tokens = True  # in training, special tokens in a text are text
+        self._tokenizer.split_special_tokens = True  # in training, names of special tokens in a text are text
         self._backend = huggingface.plain_backend(self._tokenizer)
         tokens = {
             role: str(token)
@@ -346,19 +348,19 @@ class TransformersTokenizer(Tokenizer):
         return _open_transformers, (self.files, self.notes, self.former_fingerprints)
 
     def check(self) -> None:
-        """Encode texts of many kinds as transformers does it.
+        """Check that texts of many kinds have the same ids as in transformers.
 
         Raises:
-            RequestError: it fails, or gives other ids than the saved folder gives when transformers opens it.
+            RequestError: encoding fails, or the saved folder would give other ids in transformers.
         """
         texts = [*huggingface.TEST_TEXTS, *(f"a {token} b" for token in self.special_tokens.values())]
         try:
             ours = [ids.tolist() for ids in self.encode_batch(texts)]
-            # Not verbose: transformers would warn about a text beyond the context, which is cut into blocks here.
+            # Not verbose, because transformers would warn about texts longer than the context, which are cut into blocks.
             theirs = [
                 self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts
             ]
-        except Exception as error:  # tokenizers raises plain Exception; Python tokenizers whatever they like
+        except Exception as error:  # tokenizers raises plain Exception; Python tokenizers may raise anything
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise RequestError(f"this tokenizer cannot encode text: {reason[0][:300]}") from error
         for text, here, there in zip(texts, ours, theirs):
@@ -420,14 +422,15 @@ def _piece_bytes(kind: int, piece: str) -> int:
 
 
 def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
-    """Open a SentencePiece ``.model`` file, a folder (of lmcore or transformers), or a Hub id.
+    """Load a tokenizer from a SentencePiece ``.model`` file, a folder (of lmcore or transformers), or a Hub id.
 
     Args:
         path: file, folder, or ``owner/name`` on the Hub (also ``owner/name@revision``).
         revision: commit, tag or branch of a Hub id.
 
     Raises:
-        RequestError: it is none of these, is damaged, has no end-of-text token, or would need code of its own.
+        RequestError: the path is none of these, or the tokenizer is damaged, has no end-of-text token, or needs its own
+            code.
     """
     place = Path(path).expanduser()
     try:
@@ -492,14 +495,14 @@ def _load_model(
 
 
 def check_tokenizer(fingerprint: object, tokenizer: Tokenizer, *, folder: object = "this folder") -> None:
-    """Refuse a tokenizer that is not the one a checkpoint was trained with.
+    """Refuse a tokenizer that is not the one with which a checkpoint was trained.
 
     Args:
-        fingerprint: as the checkpoint's state has it; ``None`` in checkpoints of version 0.1.0, which have none.
+        fingerprint: the fingerprint in the checkpoint's state; ``None`` for checkpoints of version 0.1.0, which have none.
         folder: where the tokenizer was found, for the message.
 
     Raises:
-        RequestError: it is another one; both fingerprints are named.
+        RequestError: the tokenizer is another one; the message gives both fingerprints.
     """
     if fingerprint is None or fingerprint in (tokenizer.fingerprint, *tokenizer.former_fingerprints):
         return

@@ -1,8 +1,8 @@
 """Training of a SentencePiece tokenizer.
 
-The same texts and options give the same bytes, and every line reaches the trainer, long ones in pieces (it would drop
-them without a word). The recipe: byte-pair merges with byte fallback, no normalization, no space put in front, all
-white space kept, digits one by one. Training sees single lines, so that a line end is always its own token.
+The same texts and options give the same bytes, and every line reaches the trainer, long lines in pieces (the trainer
+would silently drop them). The recipe: byte-pair merges with byte fallback, no normalization, no space added in front, all
+white space kept, digits split. Training sees single lines, so that a line end is always a token of its own.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from lmcore.errors import FaultError, RequestError
 from lmcore.humanize import amount
 
 RECIPE_VERSIONS = {"bpe": 1, "char": 1, "unigram": 2}
-"""By ``model_type``: rises when the same texts and options would give another tokenizer."""
+"""Version by ``model_type``, increased when the same texts and options would give another tokenizer."""
 _LINE_BYTES = 16_384
-"""A longer line is cut into several; the trainer would drop it silently."""
+"""A longer line is cut into several lines; the trainer would silently drop it."""
 _MOST_PIECES = 2**24
-"""Of ``tokenizer.vocab_size``; the trainer takes up to 2^31 and needs the memory for them."""
+"""Largest ``tokenizer.vocab_size``; the trainer accepts up to 2^31 and needs memory for all of them."""
 _SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 
 
 @final
 class TrainingLines:
-    """Lines for the trainer: none longer than it takes, none with its reserved character, all counted."""
+    """Iterates over lines for the trainer, not longer than it accepts and without its reserved character, and counts them."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts = texts
@@ -47,7 +47,7 @@ class TrainingLines:
                 for line in text.split("\n"):
                     if line:
                         yield from self._line(line)
-        except BaseException as error:  # it would come out of C++ as a RuntimeError without its type
+        except BaseException as error:  # C++ would turn it into a RuntimeError
             self.error = error
             return
 
@@ -55,7 +55,7 @@ class TrainingLines:
         length = len(line.encode())
         self.lines += 1
         self.bytes += length
-        # A stride that doubles keeps about 250 to 500 lines from the whole corpus.
+        # A stride that grows with the line number spreads at most 2,000 sample lines over the corpus.
         if self.lines % (1 + self.lines // 250) == 0 and len(self.sample) < 2000:
             self.sample.append(line[:1000])
         if "▅" in line:
@@ -111,7 +111,7 @@ def _training_error(message: str, lines: TrainingLines, vocab_size: int) -> str:
 
 
 def train_model(texts: Iterable[str], recipe: dict[str, Any]) -> tuple[bytes, TrainingLines]:
-    """The model, and what was counted on the way. Raises ``RequestError``, or what ``texts`` raises."""
+    """The trained model, and the lines with their counts. Raises ``RequestError``, or what ``texts`` raises."""
     lines = TrainingLines(texts)
     out = io.BytesIO()
     try:
@@ -133,11 +133,11 @@ def train_model(texts: Iterable[str], recipe: dict[str, Any]) -> tuple[bytes, Tr
 
 
 def _exact_scores(model: bytes) -> bytes:
-    """A unigram model whose ties are broken alike by SentencePiece and transformers.
+    """Round the scores of a unigram model so that SentencePiece and transformers break ties in the same way.
 
-    Two ways to cut a run of spaces often have the same pieces in another order. Both libraries take the first of the best,
-    but SentencePiece adds scores as float32 and transformers as float64, so that rounding decided, and 279 of 2,349 lines
-    of Python had other ids in the export. Multiples of 1/64 are added exactly by both.
+    Two ways to split a run of spaces often have the same pieces in different order. Both libraries choose the first of the
+    best ones, but SentencePiece adds scores in float32 and transformers in float64, so that rounding decided, and 279 of
+    2,349 lines of Python had other ids in the export. Both add multiples of 1/64 exactly.
     """
     proto = huggingface.parse_model(model)
     for piece in proto.pieces:
@@ -164,21 +164,22 @@ def train_tokenizer(
 
     Args:
         texts: documents; all of them are used, line by line.
-        vocab_size: V, with 256 bytes, 4 special tokens and the characters among it. A corpus that does not hold so many
-            pieces gives fewer, and ``notes`` says so.
-        folder: where to save it, see :meth:`lmcore.data.tokenizer.tokenizer.Tokenizer.save`.
-        seed: kept in the record; training itself draws nothing.
+        vocab_size: V, including 256 bytes, 4 special tokens and the characters. If the corpus does not contain enough
+            pieces, the vocabulary is smaller, and ``notes`` says so.
+        folder: where to save the tokenizer, see :meth:`lmcore.data.tokenizer.tokenizer.Tokenizer.save`.
+        seed: stored in the record; training itself uses no random numbers.
         model_type: ``bpe``, ``char`` or ``unigram`` (slow).
-        character_coverage: share of all characters that get a token of their own; the rest is written in bytes.
-        split_digits: each digit is a token of its own.
-        user_symbols: texts that are always one token, spaces inside included.
+        character_coverage: share of all characters that get a token of their own; the rest is encoded as bytes.
+        split_digits: make each digit a token of its own.
+        user_symbols: texts that are always one token, including spaces inside them.
         model_max_length: tokens, for ``tokenizer_config.json``.
-        made_from: kept in the record: everything that decides the tokenizer (:func:`lmcore.data.corpus.tokenizer_source`).
+        made_from: stored in the record: everything that determines the tokenizer
+            (:func:`lmcore.data.corpus.tokenizer_source`).
         options: further options of SentencePiece's trainer.
 
     Raises:
         RequestError: no text, a vocabulary too small for the characters, an unknown option or an impossible symbol.
-        FaultError: the self-test failed: a text does not come back, or has other ids in transformers.
+        FaultError: the self-test failed: a text is not decoded exactly, or has other ids in transformers.
 
     Example::
 
@@ -207,14 +208,14 @@ def train_tokenizer(
         "add_dummy_prefix": False,
         "remove_extra_whitespaces": False,
         "allow_whitespace_only_pieces": True,
-        # Japanese text may hold no space at all; without a piece for it, a space would come back as "▁".
+        # Japanese text may contain no space at all; without a piece for it, a space would be decoded as "▁".
         "required_chars": huggingface.SPACE,
         "unk_id": 0,
         "bos_id": 1,
         "eos_id": 2,
         "pad_id": 3,
         "hard_vocab_limit": False,
-        # Fixed: it is written into the model, and must not depend on the machine.
+        # Fixed, because it is written into the model, which must not depend on the machine.
         "num_threads": 4,
         **options,
     }
@@ -236,11 +237,11 @@ def train_tokenizer(
 
 
 def _checked(symbols: Sequence[str]) -> list[str]:
-    """The symbols as SentencePiece looks for them: in normalized text, where a space is ``▁``."""
+    """Check the user's symbols, and return them as SentencePiece searches for them: with ``▁`` instead of spaces."""
     found: list[str] = []
     for symbol in symbols:
         piece = symbol.replace(" ", huggingface.SPACE)
-        if not symbol or re.search("[\0\ud800-\udfff]", symbol):  # the latter: bytes that are not UTF-8
+        if not symbol or re.search("[\0\ud800-\udfff]", symbol):  # surrogates: bytes that are not UTF-8
             raise RequestError(
                 f"tokenizer.user_symbols: {symbol!a} cannot be a symbol; give text of at least one character, in UTF-8"
             )
@@ -255,8 +256,8 @@ def _checked(symbols: Sequence[str]) -> list[str]:
 
 
 def _self_test(tokenizer: SentencePieceTokenizer, lines: Sequence[str]) -> None:
-    """Before anyone uses it: sampled lines and hard texts come back exactly, with the same ids in transformers, and
-    each symbol of the user is one token."""
+    """Test a new tokenizer: sampled lines and hard texts must be decoded exactly and have the same ids in transformers, and
+    each of the user's symbols must be one token."""
     texts = [*lines, "\n".join(lines[:50])]
     tokenizer.check(texts)
     texts += [*huggingface.TEST_TEXTS, *huggingface.symbol_texts(tokenizer.proto)]

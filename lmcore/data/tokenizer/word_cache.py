@@ -1,9 +1,9 @@
-"""Text to ids by way of its words, each of which SentencePiece encodes once.
+"""Encodes text word by word, with a cache, so that SentencePiece encodes each word only once.
 
-The ids are those that SentencePiece gives for the whole text. Why that holds: byte-pair merging joins two neighbouring characters
-only if they are neighbours in some piece of the vocabulary, so the ids on both sides of any other pair are independent. Texts are
-cut at such pairs only. Most words of a corpus were met before, and a look-up takes a fraction of the time of merging. Memory is
-bounded.
+The ids are equal to those that SentencePiece gives for the whole text: byte-pair merging joins two adjacent characters only
+if they are adjacent in some piece of the vocabulary, so that the ids on both sides of any other pair are independent. Texts
+are cut only at such pairs. Most words of a corpus have been seen before, and a look-up takes a fraction of the time of
+merging. Memory is bounded.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ import numpy as np
 
 _LINE_END = "\n"
 _WORDS = (
-    # A word and the spaces before it; letters, other characters and digits apart, each digit alone.
+    # A word and the spaces before it; letters and other characters are separate words, and so is each digit.
     re.compile(r" *(?:[^\W\d_]+|(?:[^\w \n]|_)+)|\d| +|\n"),
-    # The same with digits among the others, as SentencePiece merges them where they are not split.
+    # The same with digits among the other characters, as SentencePiece merges them if they are not split.
     re.compile(r" *(?:[^\W\d_]+|(?:[^\w \n]|[\d_])+)| +|\n"),
-    # All that stands between two spaces.
+    # Everything between two spaces.
     re.compile(r" *[^ \n]+| +|\n"),
 )
-"""Ways to cut, the finest first. In each of them a line end is a word, and a cut depends on two characters."""
+"""Ways to cut, the finest first. In each, a line end is a word, and a cut depends only on the two adjacent characters."""
 _GROUP_CHARACTERS = 2**18
-"""Text that is cut into words at once: its words are some 15 MB of Python strings."""
+"""Text that is cut into words at once: its words are about 15 MB of Python strings."""
 _KEPT_CHARACTERS = 2**20
-"""Words that are remembered, by their characters: some 100,000 words, 25 MB."""
+"""Size of the cache in characters of its words: about 100,000 words, 25 MB."""
 _CALL_CHARACTERS = 2**12
-"""New words that are encoded in one run of text: a call for each word would take longer than the merging."""
+"""New words that are encoded in one call: a call for each word would take longer than the merging."""
 _TRIAL_CHARACTERS, _REST_CHARACTERS = 2**18, 2**22
-"""Where more than a third of so much text is new words (Japanese without spaces, base64), looking words up
-does not pay; it is tried again after the rest."""
+"""If more than a third of this much text is new words (Japanese without spaces, base64), the cache does not pay; it is
+tried again after the second number of characters."""
 
 
 @final
 class WordCache:
-    """Encodes texts word by word; :meth:`of` makes one where that is exact."""
+    """Encodes texts word by word. :meth:`of` creates one if that is exact for the model."""
 
     def __init__(self, model: Any, words: re.Pattern[str], line_end: int) -> None:
         self._model, self._words, self._line_end = model, words, line_end
@@ -48,7 +48,9 @@ class WordCache:
 
     @staticmethod
     def of(model: Any, pairs: frozenset[str]) -> WordCache | None:
-        """``None`` if a piece of the vocabulary crosses every kind of cut, or holds a line end and more."""
+        """A cache for a model, or ``None`` if a piece crosses every kind of cut, or contains a line end and more.
+
+        ``pairs`` are the adjacent characters in all pieces."""
         line_end = model.encode(_LINE_END)
         if len(line_end) != 1:
             return None
@@ -57,7 +59,7 @@ class WordCache:
         return None if words is None else WordCache(model, words, line_end[0])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray] | None:
-        """One int32 array of ids for each text (without ``▁``); ``None`` where words would not pay now."""
+        """One int32 array of ids for each text (texts must not contain ``▁``); ``None`` while the cache does not pay."""
         if self._rest > 0:
             self._rest -= sum(map(len, texts))
             return None
@@ -76,7 +78,7 @@ class WordCache:
         return result
 
     def _learn(self, words: set[str]) -> None:
-        """Encode new words as lines of longer texts, and remember their ids."""
+        """Encode new words as lines of longer texts, and cache their ids."""
         found: dict[str, bytes] = {}
         for group in _groups(list(words), _CALL_CHARACTERS):
             ids = self._model.encode(_LINE_END.join(group) + _LINE_END, return_type="numpy")
@@ -96,7 +98,7 @@ class WordCache:
 
 
 def _groups(texts: Sequence[str], characters: int) -> Iterator[Sequence[str]]:
-    """Neighbours together, about so many characters each time."""
+    """Consecutive texts in groups of about ``characters`` characters."""
     start = size = 0
     for index, text in enumerate(texts):
         size += len(text) + 1
