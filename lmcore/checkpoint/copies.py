@@ -1,7 +1,7 @@
-"""Copies from a GPU to host memory beside the computation.
+"""Copies from a GPU to host memory that overlap with the computation.
 
-The state of a checkpoint is copied by a CUDA stream of its own while the next forward and backward run, which read weights
-and write none. What must be in order:
+A CUDA stream of its own copies the state of a checkpoint while the next forward and backward run, which read weights
+but do not write them. The required order:
 
     updates so far -> copies -> event -> the next update        on the device: the host waits for none of it
                                 event -> the thread that reads the host memory
@@ -20,7 +20,8 @@ from lmcore.checkpoint.tensors import raw
 
 @final
 class DeviceCopies:
-    """Begins copies, and lets what writes to their sources wait for them. For the thread that gives work to the device.
+    """Starts copies, and makes later writes to their sources wait for them. To be used on the thread that queues the
+    device's work.
 
     Example::
 
@@ -29,7 +30,7 @@ class DeviceCopies:
         ...                                         # the weight may be read
         copies.before_writing()
         weight.mul_(0.5)                            # after the copy, on the device
-        wait()                                      # on any thread: now the buffer holds the weight before
+        wait()                                      # on any thread: now the buffer holds the old weight
     """
 
     def __init__(self) -> None:
@@ -37,14 +38,14 @@ class DeviceCopies:
         self._unfinished: list[tuple[torch.device, Any]] = []
 
     def begin(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-        """Begin to copy the bytes of each source to its target.
+        """Start copying the bytes of each source to its target. Sources on the host are copied before this returns.
 
         Args:
-            pairs: (target, source): uint8 (bytes,) on the host, which should be page-locked, and a tensor on any device.
+            pairs: (target, source). The target is a uint8 tensor (bytes,) on the host, which should be page-locked; the
+                source is a tensor on any device.
 
         Returns:
-            A function that waits until all targets are filled; any thread may call it. Sources on the host are copied
-            before this returns.
+            A function that waits until all targets are filled. Any thread may call it.
         """
         begun: dict[torch.device, Any] = {}
         for target, source in pairs:
@@ -58,27 +59,27 @@ class DeviceCopies:
                 begun[device] = self._streams[device]
                 begun[device].wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(begun[device]):
-                # A contiguous form, where one is made, is memory of this stream, which frees it in order.
+                # raw() may make a contiguous copy; it is allocated on this stream, so it is freed in stream order.
                 target.copy_(raw(source), non_blocking=True)
-            # Whoever lets go of it before the copy is done: its memory is not given to others.
+            # If the source is freed before the copy is done, its memory must not be reused yet.
             source.record_stream(begun[device])
         events = []
         for device, stream in begun.items():
-            event = torch.cuda.Event(blocking=True)  # it does not spin on a core
+            event = torch.cuda.Event(blocking=True)  # waiting does not spin on a core
             event.record(stream)
             events.append((device, event))
         self._unfinished += events
 
         def wait() -> None:
             for device, event in events:
-                # The device of a new thread is the first of the machine, where waiting would make a context of 0.5 GB.
+                # The current device of a new thread is cuda:0, where waiting would create a context of 0.5 GB.
                 with torch.cuda.device(device):
                     event.synchronize()
 
         return wait
 
     def before_writing(self) -> None:
-        """Let all work that is given to the current streams from now on wait for the copies begun; the host does not wait."""
+        """Make all work queued on the current streams from now on wait for the started copies. The host does not wait."""
         for device, event in self._unfinished:
             torch.cuda.current_stream(device).wait_event(event)
         self._unfinished.clear()

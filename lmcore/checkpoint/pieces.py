@@ -1,8 +1,8 @@
-"""Parts of tensors: which part a rank holds, writes or wants, and how parts are put together and cut.
+"""Parts of tensors: which part a rank holds, writes or wants, and how parts are cut and joined.
 
-A part of a tensor is a :class:`Box` (offsets and lengths by dimension) or a :class:`Range` (of the flattened tensor, in
-row-major order). FSDP2's rows and ZeRO's fragments are both contiguous in the flattened tensor; boxes that are not (cut in
-columns) are boxes. Nothing here touches the disk.
+A part of a tensor is a :class:`Box` (an offset and a length in each dimension) or a :class:`Range` (of the flattened tensor,
+in row-major order). FSDP2's rows and ZeRO's fragments are contiguous in the flattened tensor, so each is a range; a part that
+is not contiguous (a shard of columns) can only be a box. Nothing here touches the disk.
 
 Example::
 
@@ -22,19 +22,19 @@ from torch import Tensor
 from lmcore.checkpoint.tensors import key_of
 
 MOST_BOXES = 4096
-"""Of one tensor that is cut in more than rows: they are compared pair by pair."""
+"""The most boxes that one tensor may consist of if a part of it is not contiguous, because they are compared pairwise."""
 Shape = tuple[int, ...]
 
 
 class Box(NamedTuple):
-    """``lengths[d]`` numbers from ``offsets[d]`` on, in every dimension d."""
+    """``lengths[d]`` elements starting at ``offsets[d]``, in every dimension d."""
 
     offsets: Shape
     lengths: Shape
 
 
 class Range(NamedTuple):
-    """``length`` numbers from ``start`` on of the flattened tensor."""
+    """``length`` elements of the flattened tensor, starting at ``start``."""
 
     start: int
     length: int
@@ -46,9 +46,9 @@ Part = Box | Range
 class Held(NamedTuple):
     """What a rank holds of one tensor of the state.
 
-    ``kind`` is ``model``, ``optim`` or ``ema``; ``shape`` that of the whole tensor; ``tensor`` holds the numbers of ``part``,
-    on any device, in any shape. ``holders`` is (i, n): this rank is number i of the n ranks that hold the same numbers and
-    share the writing.
+    ``kind`` is ``model``, ``optim`` or ``ema``; ``shape`` is the shape of the whole tensor; ``tensor`` holds the elements of
+    ``part``, on any device, in any shape. ``holders`` is (i, n): this rank is number i of the n ranks that hold the same
+    elements and share the work of writing them.
     """
 
     kind: str
@@ -83,12 +83,12 @@ def held_whole(
 
 
 def count(part: Part) -> int:
-    """How many numbers it has."""
+    """The number of elements of a part."""
     return part.length if isinstance(part, Range) else math.prod(part.lengths)
 
 
 def as_range(part: Part, shape: Sequence[int]) -> Range | None:
-    """The part as a range of the flattened tensor; ``None`` for a box that is not contiguous in it."""
+    """The part as a range of the flattened tensor, or ``None`` for a box that is not contiguous in it."""
     if isinstance(part, Range):
         return part
     if 0 in part.lengths:
@@ -104,9 +104,10 @@ def as_range(part: Part, shape: Sequence[int]) -> Range | None:
 
 
 def boxes(part: Part, shape: Sequence[int]) -> list[tuple[Box, int]]:
-    """The part as boxes, each with the place of its first number in the part's own row-major data.
+    """The part as boxes, each with the index of its first element in the part's own row-major data.
 
-    A range has at most two boxes a dimension and one: the rest of a row, whole rows, the beginning of a row.
+    In two dimensions a range is at most three boxes: the rest of a row, whole rows, the beginning of a row. Every further
+    dimension adds at most two.
     """
     if isinstance(part, Box):
         return [(part, 0)] if count(part) else []
@@ -114,7 +115,7 @@ def boxes(part: Part, shape: Sequence[int]) -> list[tuple[Box, int]]:
     start, left, place = part.start, part.length, 0
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
     while left > 0:
-        # The largest box from here: whole slices of the outermost dimension that starts here and has one left.
+        # The largest box that starts here: whole slices along the outermost dimension of which one starts here and fits.
         at = next(
             (d for d in range(len(shape)) if start % strides[d] == 0 and left >= strides[d]), len(shape)
         )
@@ -134,11 +135,11 @@ def boxes(part: Part, shape: Sequence[int]) -> list[tuple[Box, int]]:
 
 
 def copy_overlap(target: Tensor, want: Part, source: Tensor, have: Part, shape: Sequence[int]) -> int:
-    """Copy what two parts of a tensor of ``shape`` share; how many numbers that were.
+    """Copy the overlap of two parts of a tensor of ``shape``. Returns the number of copied elements.
 
     Args:
-        target: the numbers of ``want``, flat (count,).
-        source: the numbers of ``have``, flat (count,).
+        target: the elements of ``want``, flat (count,).
+        source: the elements of ``have``, flat (count,).
     """
     wanted, got = as_range(want, shape), as_range(have, shape)
     if wanted is not None and got is not None:
@@ -165,7 +166,7 @@ def copy_overlap(target: Tensor, want: Part, source: Tensor, have: Part, shape: 
 
 
 def cut(tensor: Tensor, part: Part | None = None) -> Tensor:
-    """A part of a whole tensor: (length,) of a range, ``lengths`` of a box; all of it without ``part``."""
+    """A part of a whole tensor, with shape (length,) for a range or ``lengths`` for a box; all of it without ``part``."""
     if part is None:
         return tensor
     if isinstance(part, Range):
@@ -174,7 +175,7 @@ def cut(tensor: Tensor, part: Part | None = None) -> Tensor:
 
 
 def shape_of(part: Part) -> Shape:
-    """The shape of a part's numbers, as :func:`cut` gives them."""
+    """The shape of a part as :func:`cut` returns it."""
     return (part.length,) if isinstance(part, Range) else part.lengths
 
 
@@ -189,7 +190,7 @@ def inside(part: Part, shape: Sequence[int]) -> bool:
 
 
 def problem_of(parts: Sequence[Part], shape: Sequence[int]) -> str:
-    """Why these parts are not exactly the whole tensor, once each; empty if they are."""
+    """Why these parts do not cover the whole tensor exactly once; empty if they do."""
     if not all(inside(part, shape) for part in parts):
         return "a piece reaches beyond the tensor"
     size, ranges = math.prod(shape), [as_range(part, shape) for part in parts]
@@ -208,7 +209,7 @@ def problem_of(parts: Sequence[Part], shape: Sequence[int]) -> str:
         return f"more than {MOST_BOXES:,} pieces"
     low = np.array([box.offsets for box in every], dtype=np.int64)
     high = low + np.array([box.lengths for box in every], dtype=np.int64)
-    for i in range(len(every)):  # a row at a time bounds the memory
+    for i in range(len(every)):  # one row of pairs at a time, which bounds the memory
         meet = np.all((low[i + 1 :] < high[i]) & (low[i] < high[i + 1 :]), axis=1)
         if meet.any():
             return "pieces overlap"
@@ -216,10 +217,10 @@ def problem_of(parts: Sequence[Part], shape: Sequence[int]) -> str:
 
 
 def to_write(held: Iterable[Held], *, rank: int) -> list[Piece]:
-    """What this rank writes of what it holds, so that every number is written once.
+    """What this rank writes of what it holds, so that every element is written exactly once.
 
-    What several ranks hold is laid end to end, in order, and cut evenly: number i of n writes the bytes from i/n to (i + 1)/n of
-    it, whole numbers only. A tensor without numbers is written by rank 0.
+    The tensors that the same n ranks hold are concatenated in order and split evenly: holder i writes the bytes from i/n to
+    (i + 1)/n, rounded to whole elements. Rank 0 writes tensors without elements.
     """
     held = list(held)
     totals: dict[tuple[int, int], int] = {}
@@ -236,7 +237,7 @@ def to_write(held: Iterable[Held], *, rank: int) -> list[Piece]:
         (number, of), begin = item.holders, ends[item.holders]
         ends[item.holders] = begin + size * width
         total = totals[item.holders]
-        # Byte number * total / of lies in a number of this tensor: the next number is the first of the next writer.
+        # If the boundary at byte edge * total / of lies inside an element, the next writer starts at the element after it.
         first, stop = (
             min(max(-((begin * of - edge * total) // (of * width)), 0), size) for edge in (number, number + 1)
         )
@@ -245,7 +246,7 @@ def to_write(held: Iterable[Held], *, rank: int) -> list[Piece]:
         part, tensor = item.part, item.tensor
         if stop - first < size:
             flat = as_range(part, item.shape)
-            if flat is None:  # not to be cut: the rank that has its beginning writes it
+            if flat is None:  # not contiguous, so not split: the holder of its first byte writes all of it
                 if first > 0:
                     continue
             else:
@@ -259,7 +260,7 @@ def to_json(file: int, part: Part, shape: Sequence[int]) -> list[Any]:
     flat = as_range(part, shape)
     if flat is not None:
         return [file, *flat]
-    assert isinstance(part, Box)  # a range is its own range
+    assert isinstance(part, Box)  # as_range never returns None for a range
     return [file, list(part.offsets), list(part.lengths)]
 
 

@@ -1,8 +1,8 @@
 """Finding the checkpoint to resume from, and reading tensors from an open one.
 
-:func:`find` returns the newest (or best) checkpoint whose every byte has been compared with its manifest; damaged ones
-are set aside with a message. It never returns ``None`` where checkpoints exist but none of them is good: a run must not
-silently start from scratch.
+:func:`find` returns the newest (or best) checkpoint after it has compared every byte with the manifest; damaged ones are
+set aside with a message. If checkpoints exist but none of them is good, it raises an error instead of returning ``None``,
+because a run must not silently start from scratch.
 
 Example::
 
@@ -45,10 +45,11 @@ from lmcore.errors import RequestError
 
 @final
 class Stored:
-    """One tensor of an open checkpoint; nothing of it is read before :meth:`read`.
+    """One tensor of an open checkpoint. Nothing is read from the disk before :meth:`read`.
 
     Attributes:
-        shape: of the whole tensor. dtype: of its numbers.
+        shape: of the whole tensor.
+        dtype: of the tensor.
     """
 
     def __init__(self, file_of: Callable[[str], TensorFile], key: str, described: Described) -> None:
@@ -57,17 +58,18 @@ class Stored:
 
     @property
     def whole(self) -> bool:
-        """Whether it lies in one file, so that all of it is a view of that file."""
+        """Whether the tensor is stored in one file, so that reading all of it returns a view of that file."""
         return len(self._pieces) == 1
 
     def read(self, part: Part | None = None) -> Tensor:
-        """A part of the tensor, or all of it: (length,) of a range, ``lengths`` of a box. Only pieces that overlap are read.
+        """Read a part of the tensor, with shape (length,) for a range or ``lengths`` for a box, or all of it.
 
-        A view of the file where one piece has all of it: copy it to keep it.
+        Only pieces that overlap with the part are read. If one piece contains all of it, the result is a view of the file:
+        copy it to keep it.
 
         Raises:
             ValueError: the part is not within the tensor.
-            RequestError: a file does not hold what the manifest says.
+            RequestError: a file does not contain what the manifest says.
         """
         want = pieces.whole(self.shape) if part is None else part
         if not pieces.inside(want, self.shape):
@@ -86,7 +88,7 @@ class Stored:
                 target = torch.empty(size, dtype=self.dtype)
             copied += pieces.copy_overlap(target, want, self._piece(name), have, self.shape)
         if copied != size:
-            # Pieces are checked before
+            # Cannot happen: the manifest's pieces were checked to cover the tensor.
             raise AssertionError(f"{self._key}: {copied} of {size} numbers were found")
         found = torch.empty(0, dtype=self.dtype) if target is None else target
         return found.view(pieces.shape_of(want))
@@ -123,7 +125,7 @@ class Checkpoint:
                 self._expected.setdefault(name, {})[key] = of
 
     def _describe_whole_tensors(self) -> None:
-        """Version 1: a tensor is whole in one file, and only the headers of the files say so."""
+        """Version 1: every tensor is whole in one file, and only the file headers say which tensors there are."""
         for name in sorted(name for name in self.manifest["files"] if name.endswith(".safetensors")):
             file, kind = self._open_file(name), _kind_of(name)
             self._files[name] = file
@@ -140,7 +142,7 @@ class Checkpoint:
             raise Damaged(f"{name}: {error}") from None
 
     def check_file(self, name: str) -> TensorFile:
-        """Open a file and compare its header with the manifest, once. Raises ``Damaged``."""
+        """Open a file and compare its header with the manifest, once per file. Raises ``Damaged``."""
         if name not in self._files:
             file, expected = self._open_file(name), self._expected.get(name, {})
             if sorted(file.names()) != sorted(expected):
@@ -165,7 +167,7 @@ class Checkpoint:
             raise _refusal(self.path, damage) from None
 
     def stored(self, kind: str, name: str, slot: str | None = None) -> Stored | None:
-        """One tensor, of which any part can be read; ``None`` if there is no such tensor.
+        """One tensor, from which any part can be read; ``None`` if there is no such tensor.
 
         Args:
             kind: ``model``, ``optim`` or ``ema``.
@@ -181,7 +183,7 @@ class Checkpoint:
         return None if found is None else Stored(self._file_of, key, found)
 
     def read(self, kind: str, name: str, slot: str | None = None) -> Tensor | None:
-        """One whole tensor, or ``None`` if there is no such tensor. It may be a view of the file: copy it to keep it."""
+        """Read one whole tensor; ``None`` if there is no such tensor. It may be a view of the file: copy it to keep it."""
         found = self.stored(kind, name, slot)
         return None if found is None else found.read()
 
@@ -217,11 +219,11 @@ def open_checkpoint(path: Path | str, *, verify_bytes: bool = True) -> Checkpoin
 
     Args:
         path: such as ``runs/demo/checkpoints/step-00001000``.
-        verify_bytes: compare every byte with the hashes first. Switch it off only where this process or rank 0 of
-            this run has just done that.
+        verify_bytes: first compare every byte with the hashes. Switch it off only if this process or rank 0 of this
+            run has just done so.
 
     Raises:
-        RequestError: it is damaged, of another format version, or not there.
+        RequestError: the checkpoint is damaged, has an unsupported format version, or does not exist.
 
     Example::
 
@@ -241,7 +243,7 @@ def _open(path: Path, *, content: bool, hashes: Hashes = hashes_here) -> Checkpo
     if state.get("step") != manifest["step"]:
         raise Damaged(f"{STATE} is of step {state.get('step')}, {MANIFEST} of step {manifest['step']}")
     opened = Checkpoint(path, manifest, state)
-    if content:  # otherwise each file when something is read from it: a rank opens only those that it needs
+    if content:  # otherwise a file is checked at its first read: a rank opens only the files that it needs
         opened.check_files()
     return opened
 
@@ -258,23 +260,23 @@ def find(
     hashes: Hashes = hashes_here,
     disk: Disk = DISK,
 ) -> Checkpoint | None:
-    """The checkpoint to resume from, every byte verified; ``None`` if the folder has none.
+    """The checkpoint to resume from, with every byte verified; ``None`` if the folder has none.
 
     Call it on one rank; the others open the path it found with ``open_checkpoint(path, verify_bytes=False)``.
 
     Args:
         folder: the run's ``checkpoints``.
-        which: ``auto`` (the newest good one), ``best`` (by ``metric`` and ``mode``; without them by the setting of
+        which: ``auto`` (the newest good one), ``best`` (by ``metric`` and ``mode``; by default those of the
             ``checkpoint.keep_best`` that the run was saved with), or the path of one checkpoint.
-        before_step: only checkpoints of an earlier step than this, for a rewind.
-        repair: set damaged ones aside and finish a commit that a kill interrupted. Only for the holder of the run
-            folder's lock; without it nothing on disk changes.
-        note: gets one line for each checkpoint that was set aside, finished or skipped.
-        hashes: computes the hashes of files; the ranks of a run share that.
+        before_step: consider only checkpoints of steps before this one, for a rewind.
+        repair: set damaged ones aside and finish a commit that a kill interrupted. Only the holder of the run
+            folder's lock may do so; without it nothing on the disk changes.
+        note: called with one line for each checkpoint that was set aside, committed or skipped.
+        hashes: computes the hashes of files; in a run the ranks share this work.
 
     Raises:
-        RequestError: the given path is not a good checkpoint; ``best`` and none has the metric; there are
-            checkpoints, but no good one; or one of them is a link to a folder that is not there.
+        RequestError: the given path is not a good checkpoint; no checkpoint has the metric of ``best``; there are
+            checkpoints, but none of them is good; or one of them is a dangling link.
     """
     folder = Path(folder)
     if str(which) not in ("auto", "best"):
@@ -325,7 +327,7 @@ def find(
 
 
 def _refuse_broken_links(paths: Iterable[Path]) -> None:
-    """A link to a disk that is not mounted must not look like a run without checkpoints."""
+    """Refuse dangling links: a link to a disk that is not mounted must not look like a run without checkpoints."""
     for path in paths:
         if path.is_symlink() and not path.is_dir():
             raise RequestError(
@@ -348,16 +350,16 @@ def _refuse_forbidden(path: Path) -> None:
 
 
 def ranked(paths: Iterable[Path], *, metric: str | None = None, mode: str | None = None) -> list[Path]:
-    """The checkpoints that have the metric, the best last (of equal ones the newest).
+    """The checkpoints that have the metric, sorted from the worst to the best (of equal ones, the newest comes last).
 
-    Without ``metric`` and ``mode``: by the setting of ``checkpoint.keep_best`` in the newest that has one.
+    ``metric`` and ``mode`` default to the ``checkpoint.keep_best`` of the newest checkpoint that has one.
     """
     manifests: dict[Path, dict[str, Any]] = {}
     for path in paths:
         try:
             manifests[path] = read_manifest(path)
         except (Damaged, RequestError):
-            continue  # whoever opens it reports the same
+            continue  # opening it reports the same problem
     for path in reversed(manifests):
         kept = manifests[path].get("keep_best") or {}
         metric, mode = metric or kept.get("metric"), mode or kept.get("mode")
@@ -366,15 +368,15 @@ def ranked(paths: Iterable[Path], *, metric: str | None = None, mode: str | None
 
 
 def measured_after(manifests: Iterable[Mapping[str, Any]]) -> int:
-    """The step up to which metrics are of other data than those that came later; -1 where all can be compared."""
+    """The step up to which metrics were measured on other data than later ones; -1 if all can be compared."""
     known = [manifest.get("measured_after") for manifest in manifests]
     return max((step for step in known if type(step) is int), default=-1)
 
 
 def best_last(values: Iterable[tuple[Path, Any]], mode: str | None, *, after: int = -1) -> list[Path]:
-    """The paths whose value is a finite number, sorted so that the best is the last (``mode``: ``min`` or ``max``).
+    """The paths whose value is a finite number, sorted from the worst to the best (``mode``: ``min`` or ``max``).
 
-    Where any is of a step ``after`` this one, only those: the values of the others are of other data.
+    If there are any of steps later than ``after``, only those: the other values were measured on other data.
     """
     scored = [
         (value if mode == "max" else -value, step_of(path), path)
@@ -388,24 +390,24 @@ def best_last(values: Iterable[tuple[Path, Any]], mode: str | None, *, after: in
 def abandon_after(
     folder: Path | str, step: int, *, note: Callable[[str], None] = print, disk: Disk = DISK
 ) -> None:
-    """Move the checkpoints of later steps aside, because training continues from ``step``.
+    """Set the checkpoints of later steps aside, because training continues from ``step``.
 
-    Otherwise an automatic restart would resume from the newest number, which belongs to the abandoned branch.
-    ``step=-1`` moves all aside.
+    Otherwise an automatic restart would resume from the highest step, which belongs to the abandoned branch.
+    ``step=-1`` sets all of them aside.
     """
     for path in committed(Path(folder)):
         if step_of(path) > step:
             outcome = set_aside(path, "abandoned", disk)
             note(f"checkpoint {path.name} is newer than the step to continue from; {outcome}")
     for aside in Path(folder).glob(".step-*.tmp"):
-        disk.remove_tree(aside)  # a whole one would be taken for a commit that a kill interrupted
+        disk.remove_tree(aside)  # a complete one would be taken for a commit that a kill interrupted
 
 
 def listing(folder: Path | str, *, verify_bytes: bool = False) -> list[dict[str, Any]]:
     """One row per checkpoint, oldest first, as ``lmcore checkpoints`` shows them.
 
     Returns:
-        Dicts with name, step, problem, best, and of readable ones epoch, tokens, reason, time, metrics, bytes.
+        Dicts with name, step, problem and best; for readable ones also epoch, tokens, reason, time, metrics and bytes.
         ``problem`` is empty for a good one; without ``verify_bytes`` only names, sizes and the manifest are checked.
     """
     paths = committed(Path(folder))
@@ -424,7 +426,7 @@ def listing(folder: Path | str, *, verify_bytes: bool = False) -> list[dict[str,
 
 
 def set_aside(path: Path, suffix: str, disk: Disk) -> str:
-    """Rename a checkpoint (or the link to it) so that it is not resumed from; says what became of it."""
+    """Rename a checkpoint (or the link to it) so that no run resumes from it. Returns the outcome in words."""
     number = 1
     while os.path.lexists(target := path.with_name(f"{path.name}.{suffix}-{number}")):
         number += 1
@@ -437,7 +439,7 @@ def set_aside(path: Path, suffix: str, disk: Disk) -> str:
 
 
 def _finish_commits(folder: Path, *, note: Callable[[str], None], hashes: Hashes, disk: Disk) -> None:
-    """A save that was killed after its manifest was written is complete: give it its name."""
+    """Commit the saves that are complete because they were killed only after their manifest was written."""
     for aside in sorted(folder.glob(".step-*.tmp")):
         if not (aside / MANIFEST).is_file():
             continue
@@ -450,5 +452,5 @@ def _finish_commits(folder: Path, *, note: Callable[[str], None], hashes: Hashes
             disk.rename(aside, target)
             disk.fsync_dir(folder)
         except (Damaged, RequestError, ValueError, OSError):
-            continue  # half a save, or a read-only disk: the next save removes it
+            continue  # incomplete (the next save removes it), or the disk is read-only
         note(f"checkpoint {target.name} was complete when the run was killed; committed now")

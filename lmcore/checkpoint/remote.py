@@ -1,9 +1,9 @@
-"""Checkpoints in a bucket: ``checkpoints/step-00001000/`` there holds the same files as on the disk.
+"""Checkpoints in a bucket: ``checkpoints/step-00001000/`` holds the same files there as on the disk.
 
-A checkpoint exists in the bucket only with its manifest, which is put last and removed first. Its name is written to
-``checkpoints/index.json`` before that, so that a listing that is out of date cannot hide it: what exists is decided by
-reading the manifest of every name that the index or the listing has. Nothing is renamed. A checkpoint that is damaged,
-or newer than the one being resumed, has its manifest moved to ``<n>.damaged.json`` or ``<n>.abandoned.json`` beside it.
+A checkpoint exists in the bucket only if its manifest does, which is uploaded last and removed first. Its step is written
+to ``checkpoints/index.json`` before the manifest, so that a stale listing cannot hide it: a reader tries the manifest of
+every step in the index or the listing. Nothing is renamed. If a checkpoint is damaged, or newer than the one being resumed,
+its manifest is moved to ``<n>.damaged.json`` or ``<n>.abandoned.json`` in the same folder.
 
 Example::
 
@@ -29,7 +29,7 @@ from lmcore.storage import READS, Store, sealed
 FOLDER: Final = "checkpoints"
 INDEX: Final = f"{FOLDER}/index.json"
 DOWNLOADS: Final = 4
-"""Files of a checkpoint that are read at the same time."""
+"""How many files of a checkpoint are downloaded in parallel."""
 _MANIFEST_NAME: Final = re.compile(rf"{FOLDER}/step-(\d{{8,15}})/{re.escape(MANIFEST)}")
 
 
@@ -38,10 +38,10 @@ class RemoteCheckpoints:
     """The checkpoints below one URL.
 
     Args:
-        store: of the run folder, whose ``checkpoints`` are meant.
-        scratch: a local folder for manifests, which are read and checked like those on the disk.
-        note: gets a line for each checkpoint that is set aside.
-        read_only: a damaged manifest is skipped, with a line, and not set aside.
+        store: the store of the run folder that contains ``checkpoints``.
+        scratch: a local folder for manifests, so that they are read and checked like those on the disk.
+        note: called with a line for each checkpoint that is set aside.
+        read_only: skip a damaged manifest, with a line, instead of setting it aside.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class RemoteCheckpoints:
         self._index: set[int] = set()
 
     def manifests(self) -> dict[int, dict[str, Any]]:
-        """step -> manifest of every checkpoint that exists, in the order of the steps. One request for each.
+        """Step -> manifest of every checkpoint that exists, in the order of the steps. One request per checkpoint.
 
         A damaged manifest is set aside, with a line.
         """
@@ -76,12 +76,15 @@ class RemoteCheckpoints:
         return found
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """Raises ``FileNotFoundError``, ``Damaged``, or ``RequestError`` (of another format version)."""
+        """The manifest of one checkpoint.
+
+        Raises ``FileNotFoundError``, ``Damaged``, or ``RequestError`` (an unsupported format version).
+        """
         return self._manifest_and_bytes(step)[0]
 
     def _manifest_and_bytes(self, step: int) -> tuple[dict[str, Any], bytes]:
         for _ in range(READS - 1):
-            with contextlib.suppress(Damaged):  # perhaps on the way
+            with contextlib.suppress(Damaged):  # it may have been damaged in transit: read it again
                 return self._read_manifest(step)
         return self._read_manifest(step)
 
@@ -96,14 +99,14 @@ class RemoteCheckpoints:
             DISK.remove_quietly(folder)
 
     def put(self, folder: Path, *, before_commit: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """Put a committed checkpoint: its files, then its manifest. Returns the manifest.
+        """Upload a committed checkpoint: its files, then its manifest. Returns the manifest.
 
         Args:
-            before_commit: called ahead of the manifest; what it raises leaves no checkpoint behind.
+            before_commit: called before the manifest is uploaded; if it raises, no checkpoint is left in the bucket.
 
         Raises:
-            Damaged: it is no whole checkpoint (retention may have removed it meanwhile).
-            StoreError: it could not be put.
+            Damaged: the checkpoint is not complete (retention may have removed it meanwhile).
+            StoreError: it could not be uploaded.
         """
         manifest = read_manifest(folder)
         step, files = int(manifest["step"]), manifest["files"]
@@ -112,7 +115,7 @@ class RemoteCheckpoints:
         except (FileNotFoundError, Damaged, RequestError):
             before = {}
         if before.get("files") != files:
-            # Between here and the new manifest there is no checkpoint of this step: never one of mixed files.
+            # Until the new manifest is there, this step has no checkpoint, so old and new files are never mixed.
             self.store.remove(self._name(step, MANIFEST))
             self._write_index(self._index | {step})
             for name in sorted(files):
@@ -127,10 +130,10 @@ class RemoteCheckpoints:
         return manifest
 
     def fetch(self, step: int, folder: Path, *, disk: Disk = DISK) -> Path:
-        """Get a checkpoint into ``folder/step-…``, by the same protocol as a save; every byte is compared.
+        """Download a checkpoint into ``folder/step-…`` by the same protocol as a save, and verify every byte.
 
         Raises:
-            Damaged: what the bucket has is not what the manifest says, however often it is read.
+            Damaged: the files in the bucket differ from the manifest, even after they were read again.
             FileNotFoundError: there is no such checkpoint.
         """
         manifest, data = self._manifest_and_bytes(step)
@@ -175,11 +178,11 @@ class RemoteCheckpoints:
             self.store.remove(name)
 
     def set_aside(self, step: int, suffix: str, why: str) -> None:
-        """Keep the files, but no longer as a checkpoint: the manifest gets another name."""
+        """Keep the files, but not as a checkpoint: the manifest gets another name."""
         try:
             try:
                 data = self._manifest_and_bytes(step)[1]
-            except (Damaged, RequestError):  # kept as it is
+            except (Damaged, RequestError):  # keep its bytes as they are
                 data = self.store.read(self._name(step, MANIFEST))
         except FileNotFoundError:
             return
@@ -202,7 +205,7 @@ class RemoteCheckpoints:
             return [step for step in steps if type(step) is int]
         except FileNotFoundError:
             return []
-        except (ValueError, KeyError, TypeError):  # damaged: the listing is what is left
+        except (ValueError, KeyError, TypeError):  # damaged: only the listing is left
             self._note(
                 f"{self.store.url_of(INDEX)} is damaged; the checkpoints are found by the listing alone"
             )

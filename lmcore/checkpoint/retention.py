@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay when a newer one is committed; the same rule for a disk and for a bucket."""
+"""Which checkpoints of a run are kept when a newer one is committed. The rule is the same for a disk and a bucket."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lmcore.checkpoint.manifest import step_name, step_of
 from lmcore.checkpoint.reader import best_last
 
 PREEMPTION_REASONS: Final = frozenset({"signal", "deadline", "stop file", "exception", "preemption"})
-"""A checkpoint saved for one of these is removed as soon as a newer one is committed."""
+"""A checkpoint saved for one of these reasons is removed as soon as a newer one is committed."""
 
 
 def kept_steps(
@@ -21,14 +21,14 @@ def kept_steps(
     keeps: Callable[[int], bool] = lambda step: False,
     measured_after: int = -1,
 ) -> tuple[set[int], int | None]:
-    """The steps whose checkpoints stay, and the step of the best one (``None`` without ``keep_best``).
+    """The steps whose checkpoints are kept, and the step of the best one (``None`` without ``keep_best``).
 
     Args:
         known: step -> (reason, metrics) of every readable checkpoint.
-        keep: number of the newest to keep, those for :data:`PREEMPTION_REASONS` aside.
-        keep_best: ``{"k": int, "metric": str, "mode": "min"|"max"}``: also the k best.
-        keeps: whether the checkpoint of a step is kept for ever.
-        measured_after: metrics up to this step are of other data than those that came later.
+        keep: how many of the newest to keep, not counting those saved for :data:`PREEMPTION_REASONS`.
+        keep_best: ``{"k": int, "metric": str, "mode": "min"|"max"}``: also keep the k best.
+        keeps: whether the checkpoint of a step is kept permanently.
+        measured_after: metrics up to this step were measured on other data than later ones.
 
     Example:
         >>> kept_steps({5: ("interval", {}), 10: ("interval", {}), 15: ("signal", {})}, keep=1)

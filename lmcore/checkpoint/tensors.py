@@ -1,9 +1,9 @@
 """Tensors as safetensors files: written as a stream, read through the library's memory map.
 
-:func:`plan` lays out all files of a writer before the first byte is written: a file holds tensors of one kind
-(``model``, ``optim``, ``ema``) and one element size, so that each tensor starts at a multiple of it.
-:func:`write_planned` then writes tensors that come one at a time in that order and hashes every byte on its way to the
-disk; the safetensors library would need all tensors of a file at once. :class:`TensorFile` reads.
+:func:`plan` lays out all files of a writer before the first byte is written. A file holds tensors of one kind
+(``model``, ``optim``, ``ema``) and one element size, so that each tensor starts at a multiple of its element size.
+:func:`write_planned` then writes the tensors one at a time in that order and hashes every byte as it writes it; the
+safetensors library would need all tensors of a file at once. :class:`TensorFile` reads a file.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -41,22 +41,22 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""safetensors name -> torch dtype; a checkpoint holds no others."""
+"""safetensors name -> torch dtype; a checkpoint has no other dtypes."""
 DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 Layout = Sequence[tuple[str, str, str | None, Sequence[int], torch.dtype]]
-"""(kind, name, slot, shape, dtype) of every tensor, in the order in which they come."""
+"""(kind, name, slot, shape, dtype) of every tensor, in the order in which they are written."""
 
 
 def key_of(name: str, slot: str | None) -> str:
-    """The tensor's name in a file: ``wte.weight``, or with a slot ``wte.weight/exp_avg``."""
+    """The name of a tensor in a file: ``wte.weight``, or with a slot ``wte.weight/exp_avg``."""
     return f"{name}/{slot}" if slot else name
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """Where one tensor will lie: ``start`` and ``stop`` are bytes after the header of ``file``."""
+    """Where one tensor will be written: ``start`` and ``stop`` are byte offsets after the header of ``file``."""
 
     kind: str
     key: str
@@ -70,7 +70,7 @@ class Planned:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All files of a save: entries in the order of their coming; header and data size of each file."""
+    """All files of a save: the entries in the order in which they are written, and header and data size of each file."""
 
     entries: tuple[Planned, ...]
     headers: Mapping[str, bytes]
@@ -85,13 +85,13 @@ def plan(layout: Layout, *, shard_bytes: int, writer: int | None = None) -> Plan
     """Lay out the files of a save, or those of one of its writers.
 
     Args:
-        layout: all tensors (or the parts of this writer), in the order in which they will come.
+        layout: all tensors (or the parts of this writer), in the order in which they will be written.
         shard_bytes: a file that would grow beyond this is split.
-        writer: the rank, where several write; it is part of the names of its files.
+        writer: the rank, if several ranks write; it becomes part of the file names.
 
     Raises:
-        ValueError: two tensors of one name, a dtype that safetensors does not have, or a kind that cannot be a
-            file name.
+        ValueError: two tensors of the same name, a dtype that safetensors does not have, or a kind that cannot be
+            part of a file name.
     """
     groups: dict[tuple[str, int], list[list[Any]]] = {}
     fill: dict[tuple[str, int], int] = {}
@@ -145,7 +145,7 @@ def plan(layout: Layout, *, shard_bytes: int, writer: int | None = None) -> Plan
 
 def _header(content: dict[str, Any]) -> bytes:
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
+    text += b" " * (-len(text) % 8)  # the format requires that the data starts at a multiple of 8
     return struct.pack("<Q", len(text)) + text
 
 
@@ -155,7 +155,7 @@ def raw(tensor: Tensor) -> Tensor:
 
 
 SEGMENT_BYTES: Final = 32 << 20
-"""Of a file, the kernel is told to begin with so many bytes at a time."""
+"""While a file is being written, the kernel is told to start writing back each time this many bytes have accumulated."""
 
 
 @final
@@ -174,10 +174,10 @@ class HashedFile:
         view = memoryview(data).cast("B")
         for start in range(0, len(view), CHUNK_BYTES):
             piece = view[start : start + CHUNK_BYTES]
-            self._hash.update(piece)  # like the write, it releases the interpreter lock: training goes on
+            self._hash.update(piece)  # like the write, this releases the GIL, so that training continues
             self._disk.write(self._file, piece)
             self.size_bytes += len(piece)
-            # The disk works while the next bytes are hashed.
+            # So that the disk writes while the next bytes are hashed.
             if self.size_bytes - self._begun >= SEGMENT_BYTES:
                 self._disk.start_writing(self._file, self._begun, self.size_bytes - self._begun)
                 self._begun = self.size_bytes
@@ -226,10 +226,10 @@ def write_planned(
 
 @final
 class TensorFile:
-    """A safetensors file for reading, through a private memory map. The hashes were compared before.
+    """A safetensors file for reading, through a private memory map. It does not check the file's hash.
 
     Raises:
-        ValueError: not a safetensors file, or tensors in it that no checkpoint holds.
+        ValueError: the file is not a safetensors file, or has a tensor of an unknown dtype.
     """
 
     def __init__(self, path: Path) -> None:
@@ -254,9 +254,9 @@ class TensorFile:
         return self._found[key][0]
 
     def dtype(self, key: str) -> torch.dtype:
-        """The type of a tensor's numbers, without reading it."""
+        """The dtype of a tensor, without reading it."""
         return self._found[key][1]
 
     def get(self, key: str) -> Tensor:
-        """A tensor, a view of the map: copy it if it is to outlive the file."""
+        """A tensor as a view of the memory map: copy it if it must outlive the file."""
         return self._file.get_tensor(key)

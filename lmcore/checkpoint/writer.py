@@ -1,15 +1,15 @@
-"""Writing checkpoints: complete and verified, or not there at all.
+"""Writing checkpoints, each of which is either complete and verified or does not exist.
 
-Every rank writes its own part of the state into a temporary folder on the shared disk: it copies what it writes to host
-memory (the only stall; on a GPU it runs beside the next step), and in the background writes, hashes, syncs and reads back its
-files, and leaves a list of them in the folder. Rank 0's background waits for all lists, compares the pieces with the tensors
-that they are to be, writes the manifest last, renames once and syncs the parent. There are no collectives in the background.
-After a kill or a power cut of any rank at any instant there is the old checkpoint, the new one, or both. An old checkpoint is
+Every rank writes its own part of the state into a temporary folder on the shared disk. It copies that part to host memory
+(the only stall; on a GPU the copy overlaps with the next step). A background thread then writes, hashes, syncs and reads back
+the files, and leaves a list of them in the folder. Rank 0's background thread waits for all lists, checks that the pieces
+cover all tensors, writes the manifest last, renames the folder and syncs its parent. The background threads use no collectives.
+If any rank is killed or loses power at any instant, the old checkpoint, the new one, or both exist. An old checkpoint is
 removed only after the new one is committed and verified. Files are safetensors and JSON: nothing is ever unpickled.
 
-Folder: ``checkpoints/step-00001000/{model*.safetensors, optim*.safetensors, state.json, manifest.json}``; of several ranks
-``model-r00003*.safetensors`` and so on; beside it the link ``best``, ``step-….damaged-<n>`` and ``step-….abandoned-<n>``
-(set aside), and ``.step-….tmp`` (being written, or left by a kill).
+Folder: ``checkpoints/step-00001000/{model*.safetensors, optim*.safetensors, state.json, manifest.json}``; with several ranks
+``model-r00003*.safetensors`` and so on. In ``checkpoints`` there are also the link ``best``, ``step-….damaged-<n>`` and
+``step-….abandoned-<n>`` (set aside), and ``.step-….tmp`` (being written, or left by a kill).
 
 Example::
 
@@ -85,18 +85,18 @@ STATE_VERSION: Final = 1
 SHARD_BYTES: Final = 2 << 30
 """Files above this size are split; the files of a checkpoint are verified in parallel."""
 WAIT_SECONDS: Final = 1800.0
-"""How long rank 0 waits for the other ranks' parts, once its own is written: all parts are about the same size."""
+"""How long rank 0 waits for the other ranks' parts once its own is written. All parts have about the same size."""
 ABANDON_SECONDS: Final = 4.0
-"""How much longer it waits when it ends with an error: a dead rank ends the others within 10 s."""
+"""How much longer rank 0 waits once it is ending with an error. A dead rank ends the others within 10 s."""
 LAG_SECONDS: Final = 90.0
-"""How long a network file system may keep to itself that another machine has made a file (NFS: 60 s by default)."""
+"""How long a network file system may take to show a file that another machine has created (NFS: 60 s by default)."""
 BACKGROUND_NICE: Final = 10
 """Niceness of the writing thread, so that the training threads come first."""
 _LEFTOVER: Final = re.compile(r"\.step-.*\.tmp|\.old-step-.*")
 
 
 class Ranks(Protocol):
-    """What the writer needs of the processes of a run; :class:`lmcore.engine.engine.Engine` has it."""
+    """The interface to the processes of a run that the writer needs; :class:`lmcore.engine.engine.Engine` implements it."""
 
     rank: int
     world_size: int
@@ -110,7 +110,7 @@ class Ranks(Protocol):
 
 @final
 class OneProcess:
-    """:class:`Ranks` of a process without others."""
+    """:class:`Ranks` for a single process."""
 
     rank, world_size = 0, 1
 
@@ -124,10 +124,11 @@ class OneProcess:
 @final
 @dataclass(kw_only=True)
 class _Save:
-    """A save in progress on one rank; ``messages`` and ``problem`` go from the background thread to the caller's.
+    """A save in progress on one rank. ``messages`` and ``problem`` go from the background thread to the caller's thread.
 
-    ``folder`` is the temporary one, ``token`` tells this save from any other of the same step. ``manifest`` and ``state``
-    are rank 0's. ``written`` is set when this rank's own files are done, ``done`` when nothing is left to do for it.
+    ``folder`` is the temporary folder, and ``token`` tells this save from any other of the same step. ``manifest`` and
+    ``state`` are set on rank 0 only. ``written`` is set when this rank's own files are written, ``done`` when this rank has
+    nothing left to do.
     """
 
     step: int
@@ -138,9 +139,10 @@ class _Save:
     tensors: Iterator[Tensor]
     begin: float
     copies: dict[str, Tensor] = field(default_factory=dict)
-    """The tensors' bytes by file, in host memory that nothing changes during the save; empty: they are written as they are."""
+    """The tensors' bytes by file, in host memory that does not change during the save. Empty if the tensors are written
+    directly, without a copy."""
     copied: Callable[[], None] = lambda: None
-    """Waits until the copies hold the state; for the thread that writes."""
+    """Waits until the copies hold the state; called by the writing thread."""
     manifest: dict[str, Any] = field(default_factory=dict)
     state: bytes = b""
     seconds: float = 0.0
@@ -149,13 +151,13 @@ class _Save:
     written: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
     others: dict[int, str] = field(default_factory=dict)
-    """What is known of the failures of other ranks; ``news`` is set when there is some."""
+    """The known failures of other ranks, by rank; ``news`` is set once the ranks have exchanged them."""
     news: threading.Event = field(default_factory=threading.Event)
     give_up_at: float = math.inf
 
 
 class _Known(NamedTuple):
-    """What retention needs of a manifest; ``inode`` is that of the checkpoint's folder."""
+    """The parts of a manifest that retention needs; ``inode`` is the inode of the checkpoint's folder."""
 
     inode: int
     step: int
@@ -165,20 +167,21 @@ class _Known(NamedTuple):
 
 @final
 class Checkpoints:
-    """Saves the checkpoints of one run. Create it on every rank; every rank writes a part, rank 0 commits and removes.
+    """Saves the checkpoints of one run. Create it on every rank: every rank writes its part, and rank 0 commits the
+    checkpoint and removes old ones.
 
     Args:
         options: how many to keep, by what metric, and how to write; :class:`lmcore.config.schema.CheckpointConfig`.
         folder: ``<run folder>/checkpoints``, on a disk that all ranks see; created by the first save. It may be a link, and
             so may checkpoints in it.
         ranks: the processes of the run. :meth:`save` and :meth:`wait` are collective over them.
-        keeps: whether the checkpoint of a step is kept for ever (``options.keep_every``, in steps); default: none is.
-        copies: given, copies from a GPU may go on after :meth:`save` has returned, and the caller calls
+        keeps: whether the checkpoint of a step is kept permanently (``options.keep_every``, in steps); default: none is.
+        copies: if given, copies from a GPU may continue after :meth:`save` has returned, and the caller must call
             ``copies.before_writing()`` before it changes any tensor that was saved; :class:`lmcore.engine.engine.Engine` has
-            such copies. By default they are complete when :meth:`save` returns.
-        progress: called while :meth:`save` works, on every rank: at each tensor, and at each file that is read back. A
-            watchdog counts it as progress, so that a long save is not mistaken for a hang.
-        note: gets one line per event; always called on the caller's thread.
+            such copies. By default all copies are complete when :meth:`save` returns.
+        progress: called on every rank while a save runs in the foreground: at each tensor, and at each file that is read
+            back. A watchdog counts it as progress, so that a long save is not mistaken for a hang.
+        note: called with one line per event, always on the caller's thread.
         shard_bytes: files above this size are split.
         wait_seconds: how long rank 0 waits for the parts of the others once it has written its own.
     """
@@ -202,12 +205,12 @@ class Checkpoints:
         self.keep_best = asdict(options.keep_best) if options.keep_best.k else None
         self.keeps = keeps or (lambda step: False)
         self.measured_after = -1
-        """Metrics up to this step are of other data than those that came later."""
+        """Metrics up to this step were measured on other data than later ones."""
         self.background = options.background
         self.last_step: int | None = None
-        """The step of the newest checkpoint that this object has committed or was resumed from; rank 0 knows it."""
+        """The step of the newest checkpoint that this object has committed or was resumed from; up to date on rank 0 only."""
         self.save_seconds = 0.0
-        """Duration of the last save from its beginning to its commit: the time to reserve before a deadline."""
+        """Duration of the last save from its start to its commit: the time to reserve before a deadline."""
         self._ranks: Ranks = ranks or OneProcess()
         self.is_main = self._ranks.rank == 0
         self._stop_on_failure = options.on_full_disk == "stop"
@@ -222,7 +225,7 @@ class Checkpoints:
         self._late_metrics: dict[int, dict[str, Any]] = {}
 
     def resumed(self, checkpoint: Checkpoint) -> None:
-        """The run continues from this checkpoint: the same step need not be saved again."""
+        """Tell the writer that the run continues from this checkpoint, so that its step need not be saved again."""
         self.last_step = checkpoint.step
 
     def save(
@@ -236,22 +239,23 @@ class Checkpoints:
         epoch: float | None = None,
         tokens: int | None = None,
     ) -> bool:
-        """Save this step. Collective: the ranks meet once, before anything is written.
+        """Save this step. Collective: the ranks synchronize before anything is written.
 
         Tensors are copied before this returns, or before the next write to them on their device (``copies``); they may be
-        live parameters, on any device. A save that is still being written is waited for. The step that was saved last is
-        not written again. A failure to write is never raised here: it shows in :attr:`failed`, and is raised by :meth:`poll`
-        and :meth:`wait`.
+        live parameters, on any device. If the previous save is still being written, this waits for it. The step that was
+        saved last is not written again. A failure to write is never raised here: it sets :attr:`failed`, and :meth:`poll`
+        and :meth:`wait` raise it.
 
         Args:
-            tensors: what this rank holds of every tensor of the state. Together the ranks hold all of it; what several hold
-                is written by one.
-            state: JSON content of ``state.json``, rank 0's; ``step`` is added.
-            metrics: what is known about this step; more can come later by :meth:`record`.
+            tensors: what this rank holds of every tensor of the state. Together the ranks hold all of it; elements that
+                several ranks hold are written by one of them.
+            state: JSON content of ``state.json``; rank 0's is used, and ``step`` is added.
+            metrics: what is known about this step; :meth:`record` can add more later.
             reason: ``interval``, ``end``, ``save file``, or one of :data:`PREEMPTION_REASONS`.
 
         Returns:
-            Whether a save has begun, on every rank: not if this step is saved already, nor if it failed at once.
+            Whether a save was started; the same on every rank. False if this step is already saved or the save failed
+            immediately.
         """
         several = self._ranks.world_size > 1
         pieces = to_write(tensors, rank=self._ranks.rank)
@@ -286,7 +290,7 @@ class Checkpoints:
         if self.background and self._copy(save):
             try:
                 threading.Thread(target=self._write, args=(save, BACKGROUND_NICE), name="checkpoint").start()
-            except RuntimeError as error:  # the limit of threads or of memory
+            except RuntimeError as error:  # no thread can be started: a limit of threads or memory
                 self._note(f"checkpoint of step {save.step} is written in the foreground: {error}")
                 self._write(save, 0)
         else:
@@ -294,30 +298,31 @@ class Checkpoints:
         self._running = save
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Add metrics that became known after the save (the evaluation of its step), for ``keep_best``."""
+        """Add metrics that became known after the save (by the evaluation of its step), for ``keep_best``."""
         if self.is_main:
             self._late_metrics.setdefault(step, {}).update(_plain(metrics))
             self._settle()
 
     def poll(self) -> int | None:
-        """The step of a checkpoint that was committed since the last call, without waiting or meeting the other ranks.
+        """The step of a checkpoint that was committed since the last call, or ``None``. Does not wait and is not collective.
 
-        Raises ``FaultError`` if a save has failed and policy is to stop.
+        Raises ``FaultError`` if a save has failed and the policy is to stop.
         """
         return self._outcome(self._settle(), final=False)
 
     def wait(self, *, final: bool = False) -> int | None:
-        """Wait until nothing is being written on any rank; otherwise like :meth:`poll`. Collective.
+        """Wait until no rank is writing any more, then do what :meth:`poll` does. Collective.
 
         Args:
-            final: raise a failure whatever ``on_full_disk`` says. Call it before a run reports that it has finished.
+            final: raise a failure whatever ``on_full_disk`` says. Set it before a run reports that it has finished.
         """
         step, _ = self._settle_together(0)
-        self._failure = self._ranks.broadcast_object(self._failure)  # rank 0 knows of all
+        self._failure = self._ranks.broadcast_object(self._failure)  # rank 0 knows the failures of all ranks
         return self._outcome(step, final=final)
 
     def abandon(self) -> None:
-        """This rank ends with an error, and others may be gone: rank 0 does not wait much longer for their parts."""
+        """Tell the writer that this rank is ending with an error. Others may be gone, so rank 0 waits only a few more
+        seconds for their parts."""
         if self._running is not None:
             self._running.give_up_at = time.monotonic() + ABANDON_SECONDS
 
@@ -327,7 +332,11 @@ class Checkpoints:
         return step
 
     def _settle_together(self, given: int) -> tuple[int | None, list[int]]:
-        """Every rank has written its part or failed; rank 0 takes over the result. Returns it and all ranks' ``given``."""
+        """Wait until every rank has written its part or failed, and collect the result. Collective.
+
+        Returns:
+            The committed step, or ``None`` (always ``None`` on other ranks than 0); and the ``given`` of every rank.
+        """
         running, problem = self._running, None
         if running is not None:
             running.written.wait()
@@ -335,25 +344,26 @@ class Checkpoints:
         reports = self._ranks.gather_object((problem, given))
         if self.is_main and running is not None:
             running.others = {rank: said for rank, (said, _) in enumerate(reports) if said and rank}
-            running.news.set()  # also without failures: all parts are there now
+            running.news.set()  # without failures, too: all parts are written now
         step = self._settle(wait=True)
         if self.is_main and running is not None and running.problem is not None:
-            self._disk.remove_quietly(running.folder)  # by now no rank writes into it
+            self._disk.remove_quietly(running.folder)  # no rank writes into it any more
         return step, [number for _, number in reports]
 
     @property
     def failed(self) -> bool:
-        """Whether a save has failed and the run must stop: to be agreed on with the other ranks."""
+        """Whether a save has failed and the run must stop. It differs between ranks, which must agree on it."""
         self._settle()
         return self._stop_on_failure and self._failure is not None
 
     @property
     def busy(self) -> bool:
-        """Whether a save that is due by the clock has to wait for the one before it. Rank 0's clock decides for all."""
+        """Whether a save that is due by the clock has to wait for the previous one. Always true on other ranks than 0, because
+        rank 0's clock decides for all."""
         return not self.is_main or (self._running is not None and not self._running.done.is_set())
 
     def _settle(self, *, wait: bool = False) -> int | None:
-        """Take over the result of the background thread; never raises."""
+        """Collect the result of the background thread; never raises."""
         step = None
         if self._running is not None and (wait or self._running.done.is_set()):
             self._running.done.wait()
@@ -390,7 +400,11 @@ class Checkpoints:
         epoch: float | None,
         tokens: int | None,
     ) -> tuple[str, str, dict[str, Any], bytes] | None:
-        """Rank 0, before anything is copied: the temporary folder's name, the token, manifest and state; ``None``: nothing to do."""
+        """On rank 0, before anything is copied: create the temporary folder.
+
+        Returns:
+            The folder's name, the token, the manifest and the content of ``state.json``; ``None`` if this step is saved.
+        """
         if self.last_step == step and (self.folder / step_name(step)).is_dir():
             return None
         content = state_bytes({"version": STATE_VERSION, **state, "step": step})
@@ -419,7 +433,7 @@ class Checkpoints:
             "measured_after": self.measured_after,
         }
         token = uuid.uuid4().hex
-        # Named after the token: a rank of an earlier job that still writes cannot reach into this save.
+        # Named after the token, so that a rank of an earlier job that still writes cannot write into this save.
         label = f".{token[:8]}" if self._ranks.world_size > 1 else ""
         name = f".{step_name(step)}{label}.tmp"
         self._disk.mkdir(self.folder / name)
@@ -427,19 +441,19 @@ class Checkpoints:
         return name, token, manifest, content
 
     def _copy(self, save: _Save) -> bool:
-        """Copy what this rank writes to buffers on the host; False, with a note, if there is not enough memory for them."""
+        """Copy what this rank writes to host buffers. False, with a note, if there is not enough memory for them."""
         sizes = dict(save.plan.data_bytes)
         if {name: len(buffer) for name, buffer in self._buffers.items()} != sizes:
             self._buffers.clear()
-            neighbours = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # which copy at the same time
+            neighbours = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # they copy at the same time
             needed, available = sum(sizes.values()), available_bytes()
             try:
                 if available is not None and needed * neighbours > 0.8 * available:
                     raise MemoryError(f"only {available / 1e9:.3g} GB of memory are free to copy it to")
-                # Kept from save to save: fresh pages cost more than the copy.
+                # The buffers are kept from save to save: allocating new pages costs more than the copy.
                 pinned = any(piece.tensor.is_cuda for piece in save.pieces)
                 self._buffers.update({name: _host_buffer(size, pinned) for name, size in sizes.items()})
-            except (MemoryError, RuntimeError) as error:  # RuntimeError: torch, if the system gives no memory
+            except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError if an allocation fails
                 self._buffers.clear()
                 cause = message_of(error)
                 self._note(f"checkpoint of {needed / 1e9:.3g} GB is written in the foreground: {cause}")
@@ -453,22 +467,22 @@ class Checkpoints:
         return True
 
     def _write(self, save: _Save, niceness: int) -> None:
-        """Write, commit and remove old ones, in the background or not. An exception is kept for the caller."""
+        """Write and commit the checkpoint and remove old ones, in the background or not. Keeps an exception for the caller."""
         progress = self._progress if not niceness else lambda: None
         try:
             save.copied()
-            if niceness and sys.platform.startswith("linux"):  # where niceness belongs to the thread
+            if niceness and sys.platform.startswith("linux"):  # on Linux niceness is per thread
                 thread = threading.get_native_id()
-                own = os.getpriority(os.PRIO_PROCESS, thread)  # lowering it needs a privilege
+                own = os.getpriority(os.PRIO_PROCESS, thread)  # lowering the niceness would need a privilege
                 os.setpriority(os.PRIO_PROCESS, thread, max(niceness, own))
             part = self._write_part(save, progress)
             if self.is_main:
                 save.written.set()
                 self._commit(save, [part, *self._other_parts(save, progress)], progress)
             else:
-                # The list is this rank's last word: with it in place rank 0 commits, and anything written into the folder
-                # after it (an error of a sync, for example) would damage the checkpoint. It is removed before the commit,
-                # so that it need not be durable; rank 0 syncs the folder.
+                # The list must be the last file that this rank writes: once it exists, rank 0 commits, and any later write
+                # into the folder (to report a failed sync, for example) would damage the checkpoint. Rank 0 removes the list
+                # before it commits and syncs the folder, so the list need not be durable.
                 path = save.folder / part_name(self._ranks.rank)
                 self._disk.write_bytes(path, manifest_bytes(part), durable=False)
         except Exception as error:
@@ -489,7 +503,7 @@ class Checkpoints:
             save.done.set()
 
     def _write_part(self, save: _Save, progress: Callable[[], None]) -> dict[str, Any]:
-        """Write, sync and read back this rank's files; what the manifest will say of them."""
+        """Write, sync and read back this rank's files. Returns what the manifest will say about them."""
         disk = self._disk
         files = write_planned(disk, save.folder, save.plan, save.tensors, progress=progress)
         if self.is_main:
@@ -516,7 +530,7 @@ class Checkpoints:
         }
 
     def _difference(self, save: _Save, file: str, sha256: str) -> str:
-        """How a file on the disk differs from what was written to it; empty if it does not."""
+        """How a file on the disk differs from what was written; empty if it does not."""
         if file in save.copies:  # its bytes are still in memory
             header, data = save.plan.headers[file], save.copies[file]
             return difference(save.folder / file, (memoryview(header), data.numpy().data))
@@ -524,17 +538,18 @@ class Checkpoints:
         return "" if found == sha256 else found[:80]
 
     def _leave_problem(self, save: _Save, error: Exception) -> None:
-        """Tell rank 0, as well as a disk can on which writing has failed; the next meeting of the ranks tells it surely."""
+        """Tell rank 0 of a failure by a file. This may fail as well, on the same disk; then rank 0 learns of it at the next
+        collective."""
         content = {"token": save.token, "rank": self._ranks.rank, "problem": _cause(error)}
         path = save.folder / part_name(self._ranks.rank)
         with contextlib.suppress(OSError):
             self._disk.write_bytes(path, manifest_bytes(content), durable=False)
 
     def _other_parts(self, save: _Save, progress: Callable[[], None]) -> list[dict[str, Any]]:
-        """What the other ranks have left in the folder, in rank order.
+        """The lists that the other ranks have left in the folder, in rank order.
 
         Raises:
-            OSError: a rank has failed, or has left nothing within the limit.
+            OSError: a rank has failed, or has left no list within the time limit.
         """
         parts: dict[int, dict[str, Any]] = {}
         missing, pause = list(range(1, self._ranks.world_size)), 0.01
@@ -542,7 +557,7 @@ class Checkpoints:
         end = begin + self._wait_seconds
         told = False
         while missing:
-            if save.news.is_set() and not told:  # all have written; a network file system may show it later
+            if save.news.is_set() and not told:  # all have written, but a network file system may show it late
                 told, end = True, min(end, time.monotonic() + LAG_SECONDS)
             for rank in missing:
                 path = save.folder / part_name(rank)
@@ -568,7 +583,7 @@ class Checkpoints:
         return [parts[rank] for rank in sorted(parts)]
 
     def _commit(self, save: _Save, parts: list[dict[str, Any]], progress: Callable[[], None]) -> None:
-        """Rank 0: all parts are written. The manifest last, one rename, and the parent is synced."""
+        """On rank 0, when all parts are written: write the manifest, rename the folder and sync its parent."""
         disk, target = self._disk, self.folder / step_name(save.step)
         manifest = save.manifest | _joined(parts)
         try:
@@ -586,20 +601,20 @@ class Checkpoints:
         disk.write_file(save.folder / MANIFEST, manifest_bytes(manifest))
         disk.fsync_dir(save.folder)
         if os.path.lexists(target):
-            # Of an abandoned branch. Killed between these two renames, the new one is complete and will be found.
+            # It belongs to an abandoned branch. After a kill between the two renames, the new one is complete and is found.
             set_aside(target, "abandoned", disk)
         disk.rename(save.folder, target)
         disk.fsync_dir(self.folder)
 
     def _retain(self, step: int, messages: list[str]) -> None:
-        """Link the best and remove old ones, now that the checkpoint of ``step`` is committed and verified."""
+        """Update the link ``best`` and remove old checkpoints, now that the one of ``step`` is committed and verified."""
         known = {
             name: found
             for name, inode in inodes(self.folder).items()
             if (found := self._read_once(name, inode)) is not None
         }
         self._known = known
-        # Never among those that go: the newest where its manifest is damaged, which the next resume reports.
+        # A checkpoint with a damaged manifest is not in `known` and is never removed; the next resume reports it.
         stay, best = kept_steps(
             {found.step: (found.reason, found.metrics) for found in known.values()},
             keep=self.keep,
@@ -613,7 +628,7 @@ class Checkpoints:
         going = []
         for name, found in known.items():
             if found.step not in stay:
-                # Renamed first: a kill in the middle must not leave half a folder under a good name.
+                # Rename it first: a kill during the removal must not leave an incomplete folder under a valid name.
                 going.append(self.folder / f".old-{name}")
                 self._disk.rename(self.folder / name, going[-1])
         if going:
@@ -622,9 +637,9 @@ class Checkpoints:
             self._disk.remove_tree(old)
 
     def _read_once(self, name: str, inode: int) -> _Known | None:
-        """Step, reason and metrics from a manifest, read once for each folder; ``None`` for a damaged one.
+        """Step, reason and metrics from a manifest, read once per folder; ``None`` for a damaged one.
 
-        With thousands of kept checkpoints, even a look at the file of each takes longer than the save.
+        With thousands of kept checkpoints, even a stat of each manifest would take longer than the save.
         """
         known = self._known.get(name)
         if known is not None and known.inode == inode:
@@ -633,7 +648,7 @@ class Checkpoints:
         try:
             manifest = read_manifest(path)
         except (Damaged, RequestError, OSError):
-            return None  # left as it is: the next resume sets it aside
+            return None  # it stays as it is: the next resume sets it aside
         return _Known(inode, step_of(path), manifest["reason"], manifest["metrics"])
 
     def _link_best(self, name: str, messages: list[str]) -> None:
@@ -645,7 +660,7 @@ class Checkpoints:
                 self._disk.unlink(aside)
             self._disk.link(aside, name)
             self._disk.rename(aside, link)
-        except OSError as error:  # not every file system has links; --resume best reads the manifests
+        except OSError as error:  # not every file system has links; --resume best does not need the link
             messages.append(f"the link checkpoints/best could not be set: {error.strerror}")
 
     def _add_metrics(self, step: int, metrics: dict[str, Any]) -> None:
@@ -653,10 +668,10 @@ class Checkpoints:
         try:
             manifest = read_manifest(path)
         except Damaged:
-            return  # this step was not saved, or was removed meanwhile
+            return  # this step was not saved, or its checkpoint was removed meanwhile
         manifest["metrics"] |= metrics
         manifest["measured_after"] = self.measured_after
-        # Beside the folder, not in it: a file that a kill leaves inside would make the checkpoint a damaged one.
+        # Written next to the folder, not in it: a file that a kill leaves inside would make the checkpoint damaged.
         aside = self.folder / f".manifest-{step}.tmp"
         self._disk.write_file(aside, manifest_bytes(manifest))
         self._disk.rename(aside, path / MANIFEST)
@@ -684,12 +699,12 @@ class Checkpoints:
 
 
 def part_name(rank: int) -> str:
-    """The list that a rank leaves in the temporary folder of a save: its files, and which pieces are in them."""
+    """File name of the list that a rank leaves in the temporary folder of a save: its files and the pieces in them."""
     return f"part-r{rank:05d}.json"
 
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """``files``, ``piece_files`` and ``tensors`` of the manifest. Raises ``OSError`` where two ranks contradict each other."""
+    """``files``, ``piece_files`` and ``tensors`` of the manifest. Raises ``OSError`` if two ranks disagree about a tensor."""
     files: dict[str, Any] = {}
     names: list[str] = []
     tensors: dict[str, dict[str, Any]] = {}
@@ -712,24 +727,24 @@ def _cause(error: Exception) -> str:
 
 
 def _host_buffer(size_bytes: int, pinned: bool) -> Tensor:
-    """Host memory; ``pinned``: locked, so that a GPU copies into it directly. Not run: no GPU was at hand.
+    """A buffer in host memory; ``pinned``: page-locked, so that a GPU copies into it directly. Not tested on a GPU.
 
-    Locked in place: torch's own pinned memory is rounded up to a power of two.
+    It is page-locked in place because the sizes of torch's own pinned memory are rounded up to a power of two.
     """
     buffer = torch.empty(size_bytes, dtype=torch.uint8)
     if pinned and size_bytes:
         runtime: Any = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(buffer.data_ptr(), size_bytes, 0)) == 0:
             weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
-        else:  # slower, not wrong
-            # CUDA keeps the error until a kernel is launched, which torch then takes for the one that failed: so launch one.
+        else:  # without page-locked memory the copy is slower, but correct
+            # CUDA keeps the error until the next kernel launch, and torch would blame that kernel: so launch one here.
             with contextlib.suppress(RuntimeError):
                 torch.ones(1, device="cuda")
     return buffer
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics as JSON has them: NaN and infinity become null (never the best of anything)."""
+    """Metrics as JSON can store them: NaN and infinity become null, which is never the best value."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in metrics.items()
