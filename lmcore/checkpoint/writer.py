@@ -557,7 +557,7 @@ class Checkpoints:
         end = begin + self._wait_seconds
         told = False
         while missing:
-            if save.news.is_set() and not told:  # all have written, but a network file system may show it late
+            if save.news.is_set() and not told:  # all have written; a network file system may show it later
                 told, end = True, min(end, time.monotonic() + LAG_SECONDS)
             for rank in missing:
                 path = save.folder / part_name(rank)

@@ -1,6 +1,7 @@
-"""What published results say about a run's learning rate, batch and repetitions of its text: rows and warnings.
+"""What published results say about a run's learning rate, batch and number of passes over its text: rows and warnings.
 
-Nothing here changes a run. A number of a paper is shown with its source and range, and whether the run is inside.
+Apart from the default patience of early stopping, nothing here changes a run. A number from a paper is shown with its source,
+the range in which it was measured, and whether the run is inside that range.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ from lmcore.humanize import amount, short
 from lmcore.plan.scaling import published, worth_of_epoch
 
 GOOD_PASSES = 4
-"""Up to here repeated text is worth nearly as much as new text (Muennighoff et al. 2023, arXiv 2305.16264)."""
+"""Up to this many passes repeated text is worth nearly as much as new text (Muennighoff et al. 2023, arXiv 2305.16264)."""
 DEFAULT_PATIENCE = 3
 """Evaluations without an improvement after which a run over repeated text stops by itself."""
 
 
 def passes(run_tokens: int, epoch_tokens: int | None) -> float | None:
-    """How often the text is seen; ``None`` where its length is not known."""
+    """How many times the run sees the text; ``None`` if the length of the text is not known."""
     return None if not epoch_tokens else run_tokens / epoch_tokens
 
 
 def patience_of(asked: int | None, *, repeats: float | None, validated: bool, began_with: int | None) -> int:
-    """``evaluate.early_stopping.patience``: where it is not given, on for text that is seen more than once.
+    """``evaluate.early_stopping.patience``; if it is not given, :data:`DEFAULT_PATIENCE` for text that is seen more than once.
 
     Args:
-        validated: whether the run evaluates a validation set from time to time.
-        began_with: what the checkpoint was trained with, if one is resumed: a run that began without stays without.
+        validated: whether the run evaluates a validation set at intervals.
+        began_with: the patience that the resumed checkpoint was trained with: a run that began without early stopping
+            continues without it.
     """
     if asked is not None:
         return asked
@@ -33,7 +35,7 @@ def patience_of(asked: int | None, *, repeats: float | None, validated: bool, be
 
 
 def early_stopping_row(asked: int | None, patience: int, repeats: float | None) -> list[tuple[str, str]]:
-    """The row of the start table, where early stopping is on."""
+    """The row of the start table if early stopping is on; otherwise none."""
     if not patience:
         return []
     words = f"after {amount(patience, 'evaluation')} without improvement"
@@ -45,11 +47,11 @@ def early_stopping_row(asked: int | None, patience: int, repeats: float | None) 
 def law_row(
     config: RunConfig, *, parameters: int, run_tokens: int, unique_tokens: int | None
 ) -> list[tuple[str, str]]:
-    """The learning rate and batch of published laws beside the run's own, for adamw and adam; nothing for fine-tuning and for
-    data that are no text.
+    """A row with the learning rates and batches of published laws, for adamw and adam. None for fine-tuning and for
+    ``data.factory``.
 
     Args:
-        parameters: that multiply, of the embeddings only a head's.
+        parameters: the number of parameters that take part in a matrix product (an embedding that is only looked up does not).
     """
     if config.optim.name.lower() not in ("adamw", "adam"):
         return []
@@ -68,7 +70,7 @@ def law_row(
 def repetition_warning(
     config: RunConfig, repeats: float | None, *, validated: bool, patience: int
 ) -> str | None:
-    """What to expect of text that is seen many times, and what to do; ``None`` where it is not."""
+    """What to expect of text that is seen many times, and what to do; ``None`` for other runs."""
     if repeats is None or repeats <= GOOD_PASSES or config.fast_dev_run:
         return None
     remedy = "give more text, a shorter train.duration, dropout or a larger optim.weight_decay"

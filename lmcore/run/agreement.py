@@ -1,10 +1,10 @@
-"""Flags of signals, deadlines and clocks, agreed over the ranks by the tensor that every step reduces anyway.
+"""Combines the flags of signals, deadlines and clocks over the ranks in the tensor that every step reduces anyway.
 
-Each bit is one number beside the sums of the loss; the sum over the ranks is above zero where any rank has set it. So a
-step has one collective, on the device, and no ring of messages between hosts, whose time grows with their number.
+Each flag is one number next to the sums of the loss; its sum over the ranks is positive if any rank has set it. So a step
+has one collective, on the device, and no ring of messages between hosts, whose time grows with the number of hosts.
 
-On a CPU, and of one process, the flags of a step are known at its end. On several GPUs the numbers are read a step later,
-without waiting for the device: there flags are acted on at the end of the next step, on all ranks alike.
+On a CPU, and with one process, the flags of a step are known at its end. On several GPUs the numbers are read one step later,
+so that the host does not wait for the device: all ranks act on the flags at the end of the next step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BITS = (
 
 
 def numbers_of(flags: int, device: torch.device) -> Tensor:
-    """(len(BITS),) float64 on the device, 1 where a bit is set. Made there: the host waits for no copy."""
+    """(len(BITS),) float64 on the device, 1 where a bit is set. Created on the device, so that the host waits for no copy."""
     numbers = torch.zeros(len(BITS), dtype=torch.float64, device=device)
     for index, bit in enumerate(BITS):
         if flags & bit:
@@ -48,7 +48,7 @@ def numbers_of(flags: int, device: torch.device) -> Tensor:
 
 
 def flags_of(numbers: Sequence[float]) -> int:
-    """The bits of :func:`numbers_of`, summed over ranks."""
+    """The flags that any rank has set, from the sum over the ranks of :func:`numbers_of`."""
     return sum(bit for bit, number in zip(BITS, numbers, strict=True) if number > 0)
 
 
@@ -75,15 +75,15 @@ class Agreement:
         """The flags to act on now.
 
         Args:
-            flags: of this rank.
-            numbers: summed over ranks; from index ``first`` on those of :func:`numbers_of`.
-            at_once: this step's numbers are waited for anyway; the same on every rank.
+            flags: the flags of this rank.
+            numbers: summed over ranks; those of :func:`numbers_of` start at index ``first``.
+            at_once: read this step's numbers now, because the host waits for them anyway; the same on every rank.
         """
         if not self._several:
             return flags
         agreed = 0
         if self._pending is not None:
-            # The file SAVE was still there when this was asked: what the last boundary did has answered it.
+            # These flags are from before the last save, when the file SAVE still existed: do not save for it again.
             agreed = self._read(*self._pending) & ~(self._acted_on & guard.SAVE_FILE)
             self._pending = None
         if at_once or not numbers.is_late:

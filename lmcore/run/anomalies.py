@@ -1,20 +1,20 @@
 """Losses and gradients that are not finite, or that jump: what to do about them.
 
-:func:`decide` is pure: the history so far and one report in, the new history and an :class:`Action` out. Every rank that
-sees the same reports decides the same. The history is JSON and is saved with the checkpoint, so that a resumed run decides
-like the undisturbed one.
+:func:`decide` is a pure function: from the history so far and one report it computes the new history and an :class:`Action`.
+Ranks that see the same reports make the same decisions. The history is JSON and is saved with the checkpoint, so that a
+resumed run decides like an uninterrupted one.
 
-Not finite: the device has not applied that update; the action is ``skip``. More than ``max_skips`` of them within
-``window`` steps: ``rewind`` to the last checkpoint before the first of them, and skip their positions. More than
-``max_rewinds`` rewinds within ten windows: ``stop``.
+Not finite: the device has not applied the update, and the action is ``skip``. After more than ``max_skips`` of them within
+``window`` steps it is ``rewind``: go back to the last checkpoint before the first of them, and skip their positions. After
+more than ``max_rewinds`` rewinds within ten windows it is ``stop``.
 
-Spike: the loss lies more than ``sigma`` robust standard deviations above the median of the window,
+Spike: the loss is more than ``sigma`` robust standard deviations above the median of the window,
 
     limit = median + sigma * max(1.4826 * median(|x - median|), 0.001 * |median|)
 
 1.4826 turns the median absolute deviation of a normal distribution into its standard deviation (Rousseeuw and Croux 1993,
-section 1); the outliers in the window do not move a median. The second term keeps a flat stretch of losses from making noise
-a spike.
+section 1), and outliers in the window hardly move a median. The second term keeps noise from counting as a spike where the
+losses are almost constant.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Policy:
         max_skips: updates that may be skipped within ``window`` steps before a rewind.
         max_rewinds: rewinds within ten windows before the run stops.
         spike: off, warn, skip (updates above a limit of the gradient norm are not applied) or rewind.
-        window: in steps.
-        sigma: how many robust standard deviations above the median make a spike.
+        window: length of the window in steps.
+        sigma: a loss more than this many robust standard deviations above the median is a spike.
     """
 
     max_skips: int = 10
@@ -49,7 +49,7 @@ class Policy:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """One step: numbers that are equal on all ranks; ``positions`` are [first, stop)."""
+    """The numbers of one step, which are the same on all ranks; ``positions`` are [first, stop)."""
 
     step: int
     loss: float
@@ -63,9 +63,9 @@ class Report:
 class Action:
     """What to do.
 
-    ``kind`` is go, warn, skip (an update was not applied; go on), rewind or stop. For a rewind: take the
-    newest checkpoint with a step below ``before_step`` and skip the ``positions``, ranges [first, stop). Where none is kept
-    that old and the updates were not applied, the newest below ``or_before`` is as good.
+    ``kind`` is go, warn, skip (an update was not applied; continue), rewind or stop. For a rewind: load the newest checkpoint
+    with a step below ``before_step`` and skip the ``positions``, ranges [first, stop). If there is no checkpoint that old,
+    and ``or_before`` is given because the updates were not applied, the newest below ``or_before`` is as good.
     """
 
     kind: str = "go"
@@ -80,8 +80,8 @@ class Action:
 class History:
     """What the decisions depend on.
 
-    ``losses`` and ``norms`` are (step, value) of applied, finite steps; ``skipped`` (step, first, stop) of updates that were
-    not applied; ``rewinds`` the steps at which a rewind was decided.
+    ``losses`` and ``norms`` hold (step, value) of finite steps whose update was applied; ``skipped`` holds
+    (step, first, stop) of updates that were not applied; ``rewinds`` holds the steps at which a rewind was decided.
     """
 
     losses: tuple[tuple[int, float], ...] = ()
@@ -108,7 +108,7 @@ class History:
 
 
 def limit(values: Sequence[float], sigma: float, *, window: int) -> float:
-    """The threshold of a spike; infinity while the window is less than half full, since a few values have no usable spread."""
+    """The threshold of a spike; infinity while the window is less than half full, because few values have no usable spread."""
     if len(values) < max(8, window // 2):
         return math.inf
     middle = median(values)
@@ -128,7 +128,7 @@ def norm_limit(history: History, policy: Policy, step: int) -> float:
 
 
 def decide(history: History, policy: Policy, report: Report) -> tuple[History, Action]:
-    """The history after one more report, and what to do now. Pure."""
+    """The history after one more report, and what to do now. A pure function."""
     step = report.step
     first, stop = report.positions
     where = f"step {step}, positions {first}..{stop - 1}"

@@ -1,4 +1,4 @@
-"""Programs started one after another, with their libraries imported once: the short runs of ``lmcore size``."""
+"""Runs programs one after another and imports their libraries only once, for the short runs of ``lmcore size``."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from typing import Any
 from lmcore.run.folder import RunFolder
 
 PRELOADED = ["lmcore.run.trainer", "lmcore.engine.engine", "transformers", "accelerate"]
-"""What every child needs: imported once, in the process that they are forks of."""
+"""What every child needs; imported once, in the process from which all children are forked."""
 
 
 class Stopped(BaseException):
-    """A signal asked to stop; the run that was going on has saved. No ``Exception``: it comes wherever the signal finds this
-    process, and what handles the errors of a text or a library must let it through."""
+    """A signal asked to stop, and the running child, if any, has saved. Not an ``Exception``: a signal handler raises it
+    anywhere, and code that handles the errors of a text or a library must not catch it."""
 
 
 def _child(program: str, words: list[str], log: str) -> None:
-    """In a process of its own: a script or a module with its words, its output in a file."""
+    """Run a script or module with its arguments in this child process, with its output in a file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -35,10 +35,10 @@ def _child(program: str, words: list[str], log: str) -> None:
 
 
 class Children:
-    """Starts programs one after another, each in a fork of a process that has imported the libraries and done nothing else.
+    """Runs programs one after another, each in a fork of a process that has only imported the libraries.
 
-    SIGTERM, SIGINT and SIGHUP go to the child, which saves; then :class:`Stopped` is raised. Within :meth:`stopping_at_once`
-    it is raised at once where there is no child.
+    SIGTERM, SIGINT and SIGHUP are passed on to the child, which saves; then :class:`Stopped` is raised. Within
+    :meth:`stopping_at_once` it is raised immediately if there is no child.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -62,7 +62,7 @@ class Children:
 
     @contextlib.contextmanager
     def stopping_at_once(self) -> Iterator[None]:
-        """Inside, a signal raises :class:`Stopped` wherever this process is, unless a child runs: tokenizing takes hours."""
+        """In this context a signal raises :class:`Stopped` immediately unless a child runs: tokenizing may take hours."""
         self.check()
         self._at_once = True
         try:
@@ -80,22 +80,22 @@ class Children:
 
     def _tell_child(self, number: int) -> None:
         if self._child is not None and self._child.pid is not None:
-            # Ctrl-C reaches the child by itself, ``kill -INT`` of this process alone does not; another signal than SIGINT,
-            # whose second one would end the child unsaved.
+            # Ctrl-C also reaches the child directly, ``kill -INT`` of this process does not. So SIGINT is passed on as
+            # SIGTERM: a second SIGINT would end the child without saving.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._child.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
     def run(self, program: str, words: list[str], log: Path) -> tuple[int, float]:
-        """Run to the end. Returns (exit code, seconds).
+        """Run a program to its end. Returns (exit code, seconds).
 
         Raises:
-            Stopped: a signal came; the child has ended.
+            Stopped: a signal arrived, or the file STOP exists; the child has ended.
         """
         self.check()
         started = time.monotonic()
         self._child = self._context.Process(target=_child, args=(program, words, str(log)))
         self._child.start()
-        if self._stopped:  # by a signal that came before the child could be told
+        if self._stopped:  # by a signal that arrived before there was a child to pass it on to
             self._tell_child(signal.SIGTERM)
         while self._child.is_alive():
             self._child.join(0.2)
@@ -107,7 +107,7 @@ class Children:
         return code, time.monotonic() - started
 
     def check(self) -> None:
-        """Raises :class:`Stopped` if a signal came."""
+        """Raise :class:`Stopped` if a signal has arrived or the file STOP was found."""
         if self._stopped:
             (self._folder.path / "STOP").unlink(missing_ok=True)
             raise Stopped

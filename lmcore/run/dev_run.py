@@ -1,6 +1,6 @@
-"""``--fast_dev_run``: the same run in seconds, through every part, on a sample of the text.
+"""``--fast_dev_run``: every part of the run on a sample of the text, in seconds.
 
-Model, optimizer, strategy and precision are those of the long run; only text, steps and intervals are shortened.
+Model, optimizer, strategy and precision are those of the full run; only the text, steps and intervals are shortened.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lmcore.errors import RequestError
 from lmcore.run.setup import block_size_of, reading_of
 
 SAMPLE_BYTES = 2_000_000
-"""What ``--fast_dev_run`` reads of the text: enough for a tokenizer and a few steps, in seconds."""
+"""How much of the text ``--fast_dev_run`` reads: enough for a tokenizer and a few steps, in seconds."""
 
 
 def shortened(config: RunConfig, folder: Path) -> RunConfig:
-    """The same run in seconds (``--fast_dev_run``): every part of it, over a sample of the text, four steps long."""
+    """The configuration of ``--fast_dev_run``: every part of the run, four steps on a sample of the text."""
     data = config.data
     if data.factory is None:
         sample = folder / "sample"
@@ -71,9 +71,9 @@ def shortened(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _as_share(place: Duration, config: RunConfig) -> Duration:
-    """A place of the long run as a percentage of it, so that the short run has the same schedule.
+    """A point in the full run as a percentage of its length, so that the short run has the same schedule.
 
-    One that is in epochs, of a run that is not, stays: how long an epoch is, is not known yet.
+    If only one of the two is in epochs, the point is returned unchanged, because the length of an epoch is not known yet.
     """
     whole = config.train.duration
     if place.unit not in ("steps", "tokens", "epochs") or not place.value:
@@ -91,7 +91,7 @@ def _as_share(place: Duration, config: RunConfig) -> Duration:
 
 
 def _in_shares(value: Any, config: RunConfig) -> Any:
-    """The same of all places of a curve; what comes after the end of the long run is left out."""
+    """A curve with all its points converted by :func:`_as_share`, without those after the end of the full run."""
     if not isinstance(value, Curve):
         return value
     points = [(_as_share(place, config), number) for place, number in value.points]
@@ -100,7 +100,7 @@ def _in_shares(value: Any, config: RunConfig) -> Any:
 
 
 def _entries(config: RunConfig) -> tuple[list[Any], list[Any]]:
-    """The entries of ``data.train`` that are token files, which are opened as they are and need no sample; and the others."""
+    """The entries of ``data.train`` that are token files, which need no sample, and the others."""
     tokens: list[Any] = []
     text: list[Any] = []
     for entry in config.data.train or [corpus.STDLIB]:
@@ -115,10 +115,10 @@ def _entries(config: RunConfig) -> tuple[list[Any], list[Any]]:
 
 
 def write_sample(config: RunConfig, folder: Path) -> None:
-    """The first documents of the training text, every tenth of them to evaluate on, for :func:`shortened`.
+    """Write the first documents of the training text, and every tenth of them as validation text, for :func:`shortened`.
 
     Raises:
-        RequestError: the text has no document; with the first bad record.
+        RequestError: the text has no document; the message names the first bad record.
     """
     if config.data.factory is not None or not (text := _entries(config)[1]):
         return

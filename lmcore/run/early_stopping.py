@@ -1,4 +1,4 @@
-"""When a run stops before the end of its schedule: by a metric of its evaluations."""
+"""Decides by a metric of the evaluations whether a run stops before the end of its schedule."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from lmcore.humanize import amount
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStopping:
-    """Decides from the values of one metric, oldest first; a pure function of them.
+    """Decides from the values of one metric, oldest first. The decision is a pure function of these values.
 
-    The values are kept in the checkpoint, so that a resumed run continues to count.
+    They are saved in the checkpoint, so that a resumed run continues to count.
 
     Args:
         metric: name of the logged value, for the message.
-        patience: evaluations in a row without an improvement by more than ``threshold``; 0 and ``None`` = never stop for that.
+        patience: stop after this many evaluations in a row without an improvement by more than ``threshold``; 0 and
+            ``None``: never stop for this reason.
         mode: ``min`` where lower is better, ``max`` where higher is.
         target: stop when the metric is at least this good.
         divergence: stop when the metric is worse than this.
@@ -30,7 +31,7 @@ class EarlyStopping:
     divergence: float | None = None
 
     def reason(self, values: list[float]) -> str | None:
-        """Why to stop now, or ``None``."""
+        """The reason to stop now, or ``None``."""
         if not values:
             return None
         sign = 1.0 if self.mode == "min" else -1.0

@@ -1,6 +1,6 @@
 """An exponential moving average of the weights: updated after every step, evaluated, saved, exported.
 
-In a checkpoint the average is float32 tensors of kind ``ema``. Only for strategies that keep the weights whole.
+A checkpoint stores the average as float32 tensors of kind ``ema``. Only for strategies that do not shard the weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Weights = Callable[[], list[tuple[str, Tensor]]]
 
 @final
 class MovingAverage:
-    """``average <- decay * average + (1 - decay) * weights``; empty and free with ``decay`` 0.
+    """``average <- decay * average + (1 - decay) * weights``. With ``decay`` 0 it is empty and costs nothing.
 
     Raises:
         RequestError: the strategy shards the weights.
@@ -43,21 +43,21 @@ class MovingAverage:
             update_average(self._average, self._weights(), self._decay)
 
     def parts(self, rank: int, world_size: int) -> list[Held]:
-        """For a checkpoint; every rank holds the whole average."""
+        """What this rank holds of the average, for a checkpoint. Every rank holds all of it."""
         return [
             held_whole("ema", name, None, tensor, (rank, world_size))
             for name, tensor in self._average.items()
         ]
 
     def load(self, read: Callable[[str, str, str], Tensor | None]) -> None:
-        """Restore from a checkpoint; if it has no average, start from its weights."""
+        """Restore from a checkpoint. If the checkpoint has no average, start from its weights."""
         for name, weight in self._weights() if self._average else []:
             stored = read("ema", name, "")
             self._average[name].copy_(weight.detach() if stored is None else stored)
 
     @contextmanager
     def in_place(self) -> Iterator[Any]:
-        """Inside, the model computes with the average; its own weights come back afterwards."""
+        """In this context the model's weights are the average; afterwards its own weights are restored."""
         own = [tensor.detach().clone() for _, tensor in self._weights()]
         with torch.no_grad():
             for name, tensor in self._weights():

@@ -1,4 +1,4 @@
-"""Evaluation during a run: validation loss of every set, of the averaged weights too, and samples."""
+"""Evaluation during a run: the validation loss of every set, also with the averaged weights, and samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AUTO_PROMPTS, AUTO_PROMPT_TOKENS = 3, 8
 
 
 def prompts_of(prompts: list[str], data: Data) -> list[str]:
-    """``evaluate.prompts``; where it is ``[auto]``, the first tokens of blocks spread over the validation text."""
+    """``evaluate.prompts``; for ``[auto]``, the first tokens of blocks spread over the validation text."""
     if prompts != ["auto"]:
         return prompts
     if data.encoder is None or not data.valid:
@@ -50,7 +50,7 @@ class Evaluator:
     """Scores the sets of a run and writes its samples. Collective: every rank calls the same methods.
 
     Raises:
-        RequestError: early stopping or ``keep_best`` watch a metric that no set of this run has.
+        RequestError: early stopping or ``keep_best`` uses a metric that no set of this run has.
     """
 
     def __init__(
@@ -74,20 +74,20 @@ class Evaluator:
         check_metrics(config, list(data.valid), with_bytes=self._byte_lengths is not None)
 
     def validate(self, state: State, epoch: float) -> dict[str, float]:
-        """The validation metrics: ``SET/METRIC``, and the plain ``METRIC`` of the first set."""
+        """The validation metrics as ``SET/METRIC``; those of the first set also as ``METRIC``."""
         return self.score(self._data.valid, state, epoch, blocks=self._options.blocks)
 
     def score(
         self, sets: Mapping[str, Any], state: State, epoch: float, *, blocks: int | None = None
     ) -> dict[str, float]:
-        """The loss on every set, also of the averaged weights (``SET-ema``); each is reported as it is known.
+        """The metrics of every set, also with the averaged weights (``SET-ema``); each is reported as soon as it is known.
 
         Args:
-            blocks: of each set at most.
+            blocks: how many blocks of each set to use at most.
         """
         metrics = self._score(sets, state, epoch, blocks=blocks)
         if self._average and sets:
-            self._engine.copies.before_writing()  # of a save just before
+            self._engine.copies.before_writing()  # a save just before may still be copying the weights
             with self._average.in_place():
                 of_average = {f"{name}-ema": dataset for name, dataset in sets.items()}
                 averaged = self._score(of_average, state, epoch, blocks=blocks)
@@ -112,7 +112,7 @@ class Evaluator:
             with self._report.task(f"evaluating {name}", total=len(batches)) as advance:
 
                 def moved(advance: Callable[[], None] = advance) -> None:
-                    self._guard.beat("evaluate", state.step)  # a long evaluation is not a stuck one
+                    self._guard.beat("evaluate", state.step)  # a long evaluation is not a hang
                     advance()
 
                 result = evaluate(
@@ -125,14 +125,14 @@ class Evaluator:
         return metrics
 
     def samples(self, step: int) -> None:
-        """A continuation of every prompt of ``evaluate.prompts``; rank 0 writes them."""
+        """Generate a continuation of every prompt of ``evaluate.prompts``; rank 0 writes them."""
         prompts, encoder = prompts_of(self._options.prompts, self._data), self._data.encoder
         if not prompts or encoder is None:
             return
 
         def agreed(choice: Callable[[], int]) -> int:
             self._guard.beat("samples", step)
-            # Of ranks that compute together each has all logits, perhaps not with the same bits: rank 0's token counts.
+            # Ranks that share a model all have the logits, but perhaps not with the same bits: all use rank 0's token.
             return int(on_main(self._engine, choice)) if self._engine.sharded else choice()
 
         with self._report.pause(), self._engine.sampling() as sampling:

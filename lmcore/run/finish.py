@@ -1,4 +1,4 @@
-"""After the last step: the export, the report page, and the panel that says how to use the model."""
+"""After the last step: the export, the report page, and the panel with the commands that use the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def _trained_all_the_same(step: int, what: str, command: str) -> Iterator[None]:
-    """What fails after the last step is a fault (70), not a wrong request: it names the command that does the rest."""
+    """Turn an error after the last step into a ``FaultError`` (70) that names the command to finish the work."""
     try:
         yield
     except Exception as error:  # any library that draws, converts or writes
@@ -42,15 +42,15 @@ def write_results(
     hashes: Hashes = hashes_here,
     prompts: Sequence[str] = (),
 ) -> None:
-    """Export the model and write ``report.html``; rank 0 calls it once the last checkpoint is committed.
+    """Export the model and write ``report.html``; rank 0 calls this once the last checkpoint is committed.
 
     Args:
-        averaged: export the moving average, where the checkpoint has one, instead of the weights.
-        hashes: computes the hashes of files; the ranks share that.
-        prompts: those of the samples; the first one stands in the command that generates.
+        averaged: export the moving average instead of the weights, if the checkpoint has one.
+        hashes: computes the hashes of files; the ranks share this work.
+        prompts: the prompts of the samples; the first one is used in the suggested generate command.
 
     Raises:
-        FaultError: there is no checkpoint, or the export or the report could not be written. The checkpoint stays.
+        FaultError: there is no checkpoint, or the export or the report could not be written. The checkpoint is kept.
     """
     path = folder.path
     which = "best" if config.checkpoint.export == "best" else "auto"
@@ -94,7 +94,7 @@ def write_results(
     ]
     if config.model.factory is None:
         first = next((line.strip() for text in prompts for line in text.splitlines() if line.strip()), "")
-        asked = ["--prompt", first] if first else []  # without one it asks for prompts
+        asked = ["--prompt", first] if first else []  # without a prompt the command asks for one
         commands = [
             ("generate", shell_command("lmcore", "generate", path, *asked)),
             ("load", f"AutoModelForCausalLM.from_pretrained({str(place)!r})"),

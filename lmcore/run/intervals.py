@@ -1,4 +1,4 @@
-"""What is due after a step: logging, evaluation, saving. Clocks differ between ranks: that of rank 0 decides for all."""
+"""What is due after a step: logging, evaluation, saving. Clocks differ between ranks, so rank 0's clock decides for all."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from lmcore.run.anomalies import Action
     from lmcore.run.budget import Sizes
 
-# Above the bits of lmcore.run.guard, with which the ranks combine them (lmcore.run.agreement).
+# Above the bits of lmcore.run.guard, because both are combined in one set of flags (lmcore.run.agreement).
 LOG, EVALUATE, SAVE = 1 << 16, 1 << 17, 1 << 18
 EPOCH = 1 << 19
-"""An epoch has ended: of data whose ranks do not see that at the same step, rank 0 says it."""
+"""An epoch has ended. For data where the ranks do not see this at the same step, rank 0 decides."""
 
 
 class Due(NamedTuple):
@@ -44,11 +44,11 @@ class Intervals:
         self._last_seconds = dict.fromkeys(self._every, time.monotonic())
 
     def reached(self, step: int, every: Iterable[Duration]) -> bool:
-        """Whether an interval is due after ``step`` updates; one in minutes is not."""
+        """Whether an interval is due after ``step`` updates. Intervals in minutes never are."""
         return is_reached(every, self._sizes.spans(step))
 
     def flags(self, step: int) -> int:
-        """The bits due after ``step`` by its number: the same on every rank."""
+        """The bits that are due after ``step`` by the step number; the same on every rank."""
         flags = 0
         for bit, every in self._every.items():
             if self.reached(step, every):
@@ -57,7 +57,7 @@ class Intervals:
         return flags
 
     def clock_flags(self, *, saving: bool) -> int:
-        """The bits due by this rank's clock. ``saving``: a save is still being written, so the clock may not start another."""
+        """The bits that are due by this rank's clock. ``saving``: a save is still being written, so no other may start."""
         now, flags = time.monotonic(), 0
         for bit, every in self._every.items():
             minutes = (now - self._last_seconds[bit]) / 60

@@ -1,7 +1,7 @@
-"""Values of a small device tensor, read a step later without waiting for the work queued since.
+"""Values of a small device tensor that are read one step later, without waiting for the work queued since then.
 
-``tensor.tolist()`` queues a copy behind everything launched so far and waits for that: with one step of lag, for the whole of
-the next step, so that the device's queue runs empty. Here the copy is queued at once, and only it is waited for::
+``tensor.tolist()`` queues a copy behind everything launched so far and waits for it. One step later it would wait for the
+whole next step, and the device's queue would run empty. Here the copy is queued immediately, and only the copy is waited for::
 
     late = LateNumbers(torch.stack([loss, norm]))
     ...                                             # the next step is launched
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @final
 class LateNumbers:
-    """The values of a small tensor; on a GPU their copy to the host is queued at once, and marked."""
+    """The values of a small tensor. On a GPU their copy to the host is queued at once, followed by an event."""
 
     def __init__(self, numbers: Tensor) -> None:
         self._host, self._copied = numbers, None
@@ -29,11 +29,11 @@ class LateNumbers:
 
     @property
     def is_late(self) -> bool:
-        """Whether reading them now would wait for the device."""
+        """Whether reading the values may wait for the device."""
         return self._copied is not None
 
     def tolist(self) -> Any:
-        """The values; waits until they are made, at most."""
+        """The values. Waits only until they have been computed and copied."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._host.tolist()

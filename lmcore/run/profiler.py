@@ -1,7 +1,7 @@
 """A torch profiler over a window of steps (``train.profile``).
 
 Writes ``profile/steps-10-12.json.gz`` into the run folder, for chrome://tracing or https://ui.perfetto.dev, and a table of the
-slowest operators beside it. Steps outside of the window are not slower.
+slowest operators in the same folder. Steps outside the window are not slowed down.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TABLE_ROWS = 30
 class ProfileWindow:
     """Profiles the steps ``first`` to ``last``, both included.
 
-    Call :meth:`step` before the first step of this start and after each step, and :meth:`end` after the last one.
+    Call :meth:`step` before the first step of this process and after each step, and :meth:`end` after the last one.
     """
 
     def __init__(self, folder: Path, first: int, last: int) -> None:
@@ -31,7 +31,7 @@ class ProfileWindow:
         self._written = False
 
     def step(self, done: int) -> str | None:
-        """Call after ``done`` updates. Returns what to tell: the file that was written, if the window has just ended."""
+        """Call after ``done`` updates. Returns the file that was written if the window has just ended."""
         self._done = done
         if self._profile is not None and done >= self._last:
             return self._finish()
@@ -39,13 +39,14 @@ class ProfileWindow:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
-            self._first = done + 1  # later than asked for where the run is resumed inside of the window
+            self._first = done + 1  # later than requested if the run was resumed inside the window
             self._profile = profile(activities=activities, profile_memory=True)
             self._profile.start()
         return None
 
     def end(self) -> str | None:
-        """The run has ended. Returns what to tell: what was profiled until now, or that nothing was."""
+        """Call when the run has ended. Returns the file with what was profiled so far, a message if nothing was profiled, or
+        ``None`` if the file was written before."""
         if self._profile is not None:
             return self._finish()
         if self._written:

@@ -1,7 +1,7 @@
 """Checks that all ranks hold the same weights (``guard.hash_every``): one 63-bit hash for each rank.
 
-Silent data corruption changes no loss that anyone would notice at once: six of the interruptions in 54 days of Llama 3's
-training were of that kind (arXiv 2407.21783, table 5). Comparing the replicas finds it at the next comparison.
+Silent data corruption does not change the loss enough to be noticed at once: it caused six of the interruptions in 54 days of
+Llama 3's training (arXiv 2407.21783, table 5). Comparing the replicas detects it at the next comparison.
 
 Example::
 
@@ -18,18 +18,16 @@ from torch import Tensor
 
 
 def parameter_hash(named: Iterable[tuple[str, Tensor]]) -> int:
-    """A 63-bit hash over every bit of the given tensors, summed on their device; one number comes to the
-    host.
+    """A 63-bit hash of every bit of the given tensors, computed on their device; one number is copied to the host.
 
-    Equal weights give equal hashes on every rank and device; any single flipped bit changes it, since each
-    word enters once plainly and once times its place. Only for weights that every rank holds in full (not
-    sharded ones).
+    Equal weights give equal hashes on every rank and device. Any single flipped bit changes the hash, because each word
+    is added once as it is and once multiplied by a number that depends on its index. Only for weights that are not sharded.
     """
     total: Tensor | None = None
     for number, (_, tensor) in enumerate(named, 1):
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         words = raw[: len(raw) // 4 * 4].view(torch.int32)
-        for start in range(0, len(words), 1 << 22):  # pieces bound the memory of the widening to 64 bits
+        for start in range(0, len(words), 1 << 22):  # in pieces, to bound the memory for 64-bit copies
             piece = words[start : start + (1 << 22)].long()
             place = torch.arange(start + 1, start + 1 + len(piece), device=piece.device)
             part = (piece * (place * 2654435761 % 2147483647 * 2 + 1)).sum() * (2 * number + 1) + piece.sum()
@@ -41,6 +39,6 @@ def parameter_hash(named: Iterable[tuple[str, Tensor]]) -> int:
 
 
 def odd_ranks(hashes: Sequence[int]) -> list[int]:
-    """The ranks whose hash is not that of the majority (of the lowest rank, where there is none)."""
+    """The ranks whose hash differs from the most frequent one (of equally frequent ones, the lowest rank's)."""
     common = max(hashes, key=lambda value: (hashes.count(value), -hashes.index(value)))
     return [rank for rank, value in enumerate(hashes) if value != common]

@@ -1,4 +1,4 @@
-"""What changes from step to step besides weights and optimizer, and what must stay the same to repeat it exactly."""
+"""The training state besides weights and optimizer, and the conditions under which a run continues bit for bit."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class State:
 
     Attributes:
         cursor: where the next step starts reading.
-        step: updates done.
-        tokens: tokens trained on.
-        metrics: the last evaluation, and the step it belongs to in ``metrics_step`` (-1: none yet).
-        stop_values: the watched metric at every evaluation, oldest first (early stopping).
+        step: number of updates so far.
+        tokens: number of tokens trained on.
+        metrics: results of the last evaluation, which was made at step ``metrics_step`` (-1: none yet).
+        stop_values: the metric that early stopping watches, at every evaluation, oldest first.
     """
 
     cursor: Cursor
@@ -43,7 +43,7 @@ def topology(
     tensor_parallel: int,
     micro_batch_blocks: int,
 ) -> dict[str, Any]:
-    """What has to be the same for a bit-exact continuation (law 13). Keys are words for a message."""
+    """What must be the same for a bit-exact continuation (law 13). The keys are words for a message."""
     return {
         "world size": world_size,
         "strategy": strategy,
@@ -60,7 +60,7 @@ def topology(
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """How the topology differs from the checkpoint's, one phrase each."""
+    """The differences between the topology and that of the checkpoint, one phrase each."""
     return [
         f"{name} was {old[name]}, is {new[name]}" for name in new if name in old and old[name] != new[name]
     ]
