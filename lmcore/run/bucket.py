@@ -1,18 +1,19 @@
 """A run folder in a bucket: the run works in a local folder, and a thread of rank 0 keeps the bucket up to date.
 
-What is in the bucket at any instant is a run that another machine with an empty disk can continue: checkpoints with
-their manifests (:mod:`lmcore.checkpoint.remote`), and the small files of the run, which are put before the manifest of
-a checkpoint that they must cover. Nothing that the thread does can stall a step or lose the local copy. A pass that
-fails is repeated with growing waits and reported once.
+At any instant another machine with an empty disk can continue the run from what is in the bucket: checkpoints with their
+manifests (:mod:`lmcore.checkpoint.remote`), and the small files of the run, which are uploaded before the manifest of a
+checkpoint that they must cover. The thread cannot stall a step or lose the local copy. A pass that fails is reported once
+and repeated with growing waits.
 
-The local folder remembers in ``.bucket.json`` under which lease it last worked. If that is still the last lease of the
-bucket, nobody else has worked on the run since, and the disk has all that the bucket has, or more. Otherwise the bucket
-is what counts: its files replace the local ones, and local checkpoints that it does not have are set aside.
+``.bucket.json`` in the local folder records the lease under which the folder was last used. If that is still the last lease
+of the bucket, no other machine has worked on the run since, and the disk has everything that the bucket has, or more.
+Otherwise the bucket takes precedence: its files replace the local ones, and local checkpoints that it does not have are set
+aside.
 
 Example::
 
     bucket = Bucket("s3://bucket/runs/demo", Path("/local/demo"), keep=3)
-    bucket.open()                       # lease; the files of the run
+    bucket.open()                       # take the lease; download the small files of the run
     bucket.fetch("auto")                # the checkpoint to resume from, if the bucket has the newer one
     bucket.start()
     ...
@@ -45,19 +46,19 @@ from lmcore.run.lease import Lease
 from lmcore.storage import Store, StoreError
 
 RECORD: Final = ".bucket.json"
-"""In the local folder: which URL it is a copy of, and the lease under which it was last written."""
+"""File in the local folder: the URL that the folder is a copy of, and the lease under which it was last written."""
 SCRATCH: Final = ".bucket"
 LOOK_SECONDS: Final = 1.0
-"""How often the local folder is looked at for a new checkpoint."""
+"""How often the local folder is checked for a new checkpoint."""
 FILES_SECONDS: Final = 60.0
-"""How often changed files (metrics, log, status) are put; also ahead of every checkpoint."""
+"""How often changed files (metrics, log, status) are uploaded; they are also uploaded before every checkpoint."""
 LONGEST_WAIT_SECONDS: Final = 60.0
 FAILED_PASSES: Final = 5
-"""After so many failed passes in a row (each with several tries of every request) ``on_upload_failure`` decides."""
+"""After this many failed passes in a row (each with several tries of every request), ``on_upload_failure`` decides."""
 END_SECONDS: Final = 600.0
-"""How long the end of a training waits for a store that takes nothing."""
+"""How long the end of a training waits for a store that accepts no uploads."""
 LATE_FOLDERS: Final = ("export", "profile")
-"""Put at the end only; not needed to resume."""
+"""Uploaded only at the end, because they are not needed to resume."""
 _NEVER: Final = ("STOP", "SAVE", CHECKPOINTS, leases.FOLDER)
 
 
@@ -72,13 +73,13 @@ def bring_files(store: Store, local: Path) -> int:
             continue
         target = local / name
         if parts[0] == "logs" and target.exists():
-            continue  # a launcher has opened it already, and would write on into a file without a name
+            continue  # a launcher may have it open, and would continue to write into the replaced file
         DISK.makedirs(target.parent)
         aside = target.with_name(f".{target.name}.tmp")
         try:
             store.download(name, aside)
         except FileNotFoundError:
-            continue  # removed since it was listed
+            continue  # removed after it was listed
         DISK.rename(aside, target)
         count += 1
     return count
@@ -86,14 +87,15 @@ def bring_files(store: Store, local: Path) -> int:
 
 @final
 class Bucket:
-    """The bucket of one run; made on rank 0 only.
+    """The bucket of one run; created on rank 0 only.
 
     Args:
-        url: the run folder. local: the folder that the run works in.
-        keep, keep_best, keeps: retention, as of :class:`lmcore.checkpoint.writer.Checkpoints`; with ``keeps`` ``None``
-            (not known yet) nothing is removed.
+        url: URL of the run folder.
+        local: the folder that the run works in.
+        keep, keep_best, keeps: retention, as for :class:`lmcore.checkpoint.writer.Checkpoints`; while ``keeps`` is ``None``
+            (not known yet), nothing is removed.
         stop_on_failure: whether :meth:`poll` raises when nothing can be uploaded.
-        note: gets one line per event, on the thread that calls a method.
+        note: called with one line per event, on the thread that calls a method.
         store, lease: for tests.
     """
 
@@ -123,12 +125,12 @@ class Bucket:
         self._there: dict[int, dict[str, Any]] = {}
         """Manifests of the checkpoints in the bucket."""
         self._here: dict[int, tuple[tuple[int, int, int], dict[str, Any]]] = {}
-        """Manifests of the local checkpoints, each with inode, size and time of change of its file."""
+        """Manifests of the local checkpoints, each with inode, size and modification time of its file."""
         self._own_after = sys.maxsize
-        """Local checkpoints of later steps than this are of the present training and replace those of the bucket."""
+        """Local checkpoints of later steps than this were saved by this process and replace those of the bucket."""
         self._abandon: int | None = None
         self._put: dict[str, tuple[int, int]] = {}
-        """File -> (size, time of change) as it was put."""
+        """File -> (size, modification time) at its last upload."""
         self._files_due = 0.0
         self._passes = self._failed_passes = 0
         self._fault: FaultError | None = None
@@ -140,10 +142,10 @@ class Bucket:
     # ---- start
 
     def open(self) -> None:
-        """Take the lease, and bring the small files of the run to the local folder if the bucket has newer ones.
+        """Take the lease, and download the small files of the run if those of the bucket are newer.
 
         Raises:
-            RequestError: another run has the lease; or the local folder is of another run.
+            RequestError: another run has the lease; or the local folder belongs to another run.
             FaultError: the store does not answer.
         """
         try:
@@ -170,7 +172,7 @@ class Bucket:
             )
         last = None if holder is None else holder.get("token")
         newest_here = (number == 0 and used) or (record is not None and last in record["tokens"])
-        # Both, so that a kill between these writes does not make the disk look older than it is.
+        # Record both leases, so that a kill between these writes does not make the disk look older than it is.
         self._write_record([last, self._lease.token] if newest_here else [])
         self._lease.take(number, holder)
         DISK.remove_quietly(self.local / SCRATCH)
@@ -182,12 +184,12 @@ class Bucket:
         self._lease.start()
 
     def _set_strangers_aside(self) -> None:
-        """Local checkpoints of a training that another machine did not continue."""
+        """Set aside the local checkpoints that the bucket does not have, because another machine continued without them."""
         for path in committed(self.local / "checkpoints"):
             try:
                 files = read_manifest(path)["files"]
             except (Damaged, RequestError):
-                continue  # found when it is opened
+                continue  # the damage is reported when the checkpoint is opened
             if self._there.get(step_of(path), {}).get("files") != files:
                 outcome = reader.set_aside(path, "abandoned", DISK)
                 self._messages.append(
@@ -195,10 +197,11 @@ class Bucket:
                 )
 
     def fetch(self, resume: str) -> None:
-        """Bring the checkpoint to resume from to the local folder, if it is not there: the newest that is good.
+        """Download the checkpoint to resume from, if the local folder does not have it; of damaged ones, the next older one.
 
         Args:
-            resume: ``auto``, ``best``, ``never``, the name of a checkpoint of this run, or a path, which needs nothing.
+            resume: ``auto``, ``best``, ``never``, the name of a checkpoint of this run, or a path; for ``never`` and a path
+                nothing is downloaded.
 
         Raises:
             FaultError: the store does not answer.
@@ -214,7 +217,7 @@ class Bucket:
                     if self._bring(step_of(path)):
                         break
             named = re.fullmatch(r"step-([0-9]{8,})", resume)
-            if named and not Path(resume).is_dir():  # as reader.find takes it
+            if named and not Path(resume).is_dir():  # reader.find interprets it in the same way
                 self._bring(int(named[1]))
             if resume in ("auto", "best"):
                 here = {step_of(path) for path in committed(self.local / "checkpoints")}
@@ -227,7 +230,7 @@ class Bucket:
             self._say()
 
     def _bring(self, step: int) -> bool:
-        """Whether a good checkpoint of this step lies in the local folder now."""
+        """Download the checkpoint of a step if it is not there. Returns whether the local folder has a good one now."""
         path = self.local / "checkpoints" / step_name(step)
         if path.exists():
             try:
@@ -260,13 +263,13 @@ class Bucket:
         return next((str(one["mode"]) for one in kept if one and one.get("mode")), "min")
 
     def abandon_after(self, step: int) -> None:
-        """Training continues from ``step`` (-1: from nothing): later checkpoints of the bucket are set aside."""
+        """Set later checkpoints of the bucket aside, because training continues from ``step`` (-1: from scratch)."""
         self._abandon = step
         self._own_after = step
         self._wake.set()
 
     def start(self) -> None:
-        """From now on the bucket follows the local folder."""
+        """Start the thread that uploads changes of the local folder to the bucket."""
         self._thread = threading.Thread(target=self._follow, name="bucket", daemon=True)
         self._thread.start()
 
@@ -278,10 +281,10 @@ class Bucket:
             closing = self._closing.is_set()
             try:
                 self._pass(closing)
-            except FaultError as fault:  # the lease is lost: nothing more is written
+            except FaultError as fault:  # the lease is lost: write nothing more
                 self._fault = fault
                 return
-            except Exception as error:  # of the store, or of a file that vanished: the next pass sees
+            except Exception as error:  # the store failed or a file vanished: the next pass tries again
                 self._failed_passes += 1
                 wait = min(LONGEST_WAIT_SECONDS, 2.0 ** min(self._failed_passes, 30))
                 if self._failed_passes == 1:
@@ -307,7 +310,7 @@ class Bucket:
             self._wake.clear()
 
     def _pass(self, final: bool) -> None:
-        """Make the bucket like the local folder: idempotent, so that it can be cut off anywhere."""
+        """Bring the bucket up to date with the local folder. Idempotent, so that it can be interrupted anywhere."""
         if self._abandon is not None:
             step, self._abandon = self._abandon, None
             try:
@@ -328,10 +331,10 @@ class Bucket:
             begin = time.monotonic()
             try:
                 put = self._put_checkpoint(step)
-                # The same object, so that comparing them at every look costs nothing.
+                # Keep the same object, so that comparing the two in every pass costs nothing.
                 self._there[step] = here[step] if here[step] == put else put
             except Damaged:
-                continue  # removed meanwhile by retention, or damaged, which the next resume reports
+                continue  # retention has removed it, or it is damaged, which the next resume reports
             self.upload_seconds = time.monotonic() - begin
             self._messages.append(
                 f"checkpoint {step_name(step)} uploaded to {self.store.url} in {self.upload_seconds:.1f} s"
@@ -346,7 +349,7 @@ class Bucket:
                 self._there.pop(step)
 
     def _local_checkpoints(self) -> dict[int, dict[str, Any]]:
-        """step -> manifest. Each is read once: a large one takes the interpreter from the training for a while."""
+        """Step -> manifest. Each is read only once, because parsing a large one holds the GIL for a while."""
         known, self._here = self._here, {}
         for path in committed(self.local / "checkpoints"):
             step = step_of(path)
@@ -381,7 +384,7 @@ class Bucket:
         )[0]
 
     def _put_checkpoint(self, step: int) -> dict[str, Any]:
-        """Upload hard links of its files, which retention on the disk cannot take away."""
+        """Upload a checkpoint from hard links of its files, so that retention on the disk cannot remove them meanwhile."""
         path = self.local / "checkpoints" / step_name(step)
         links = self.local / SCRATCH / step_name(step)
         DISK.remove_quietly(links)
@@ -402,7 +405,7 @@ class Bucket:
                 DISK.remove_quietly(links)
 
     def _put_files(self, final: bool) -> None:
-        """The small files that have changed; ``status.json`` goes after the checkpoints."""
+        """Upload the small files that have changed, except ``status.json``, which is uploaded after the checkpoints."""
         for folder, folders, files in os.walk(self.local):
             top = Path(folder) == self.local
             folders[:] = sorted(
@@ -427,18 +430,18 @@ class Bucket:
             stamp = info.st_size, info.st_mtime_ns
             if self._put.get(name) == stamp or path.is_symlink() or not path.is_file():
                 return
-            # A copy: a log that grows while it is being put would have another size than the object.
+            # Upload a copy: a log that grows during the upload would differ in size from the object.
             copy = self.local / SCRATCH / "file"
             DISK.makedirs(copy.parent)
             shutil.copyfile(path, copy)
         except FileNotFoundError:
-            return  # gone since it was listed
+            return  # removed after it was listed
         self.store.upload(copy, name)
         self._put[name] = stamp
         self._moved = time.monotonic()
 
     def _put_status(self) -> None:
-        """``status.json``, whose ``checkpoint_step`` is the newest step in the bucket, not on this disk."""
+        """Upload ``status.json`` with the newest step in the bucket, not on this disk, as its ``checkpoint_step``."""
         try:
             data = (self.local / "status.json").read_bytes()
             status = json.loads(data)
@@ -450,7 +453,7 @@ class Bucket:
     # ---- the thread that trains
 
     def poll(self) -> None:
-        """Say what has happened since the last call.
+        """Report what has happened since the last call.
 
         Raises:
             FaultError: another run has taken the lease; or nothing can be uploaded, and the policy is to stop.
@@ -461,7 +464,7 @@ class Bucket:
 
     @property
     def failed(self) -> bool:
-        """Whether :meth:`poll` would raise: to be agreed on with the other ranks."""
+        """Whether :meth:`poll` would raise. Rank 0 alone knows it, so the ranks must agree on it."""
         self._say()
         return self._fault is not None
 
@@ -470,16 +473,16 @@ class Bucket:
             self.note(self._messages.pop(0))
 
     def wait(self, *, limit_seconds: float, progress: Callable[[], None] = lambda: None) -> bool:
-        """Wait until everything that lies in the local folder now is in the bucket; whether it is.
+        """Wait until everything that is in the local folder now is in the bucket. Returns whether it is.
 
         Args:
-            limit_seconds: without any upload in this time the wait ends; use :meth:`close` for an absolute limit.
+            limit_seconds: give up if nothing was uploaded for this long; use :meth:`close` for an absolute limit.
         """
         self._moved = time.monotonic()
         return self._wait(lambda: time.monotonic() - self._moved < limit_seconds, progress)
 
     def _wait(self, go_on: Callable[[], bool], progress: Callable[[], None] = lambda: None) -> bool:
-        target = self._passes + 2  # the pass that is under way may have begun before
+        target = self._passes + 2  # the current pass may have started before this call
         while (
             self._thread is not None
             and self._thread.is_alive()
@@ -488,7 +491,7 @@ class Bucket:
             and go_on()
         ):
             self._files_due = 0.0
-            if not self._failed_passes:  # otherwise it waits before it tries again
+            if not self._failed_passes:  # after a failed pass the thread waits before it tries again
                 self._wake.set()
             time.sleep(0.05)
             progress()
@@ -497,11 +500,11 @@ class Bucket:
         return self._passes >= target
 
     def wait_until(self, moment: float, progress: Callable[[], None] = lambda: None) -> bool:
-        """:meth:`wait` until ``time.monotonic()`` is ``moment`` at the latest."""
+        """Like :meth:`wait`, but until ``time.monotonic()`` reaches ``moment`` at the latest."""
         return self._wait(lambda: time.monotonic() < moment, progress)
 
     def close(self, *, limit_seconds: float) -> None:
-        """Put what is left, within the limit, and let the lease go. Raises nothing: the local copy stands."""
+        """Upload what is left, within the limit, and release the lease. Raises nothing, because the local copy is complete."""
         self._closing.set()
         self._wake.set()
         if self._thread is not None:

@@ -1,7 +1,7 @@
-"""Global batch, micro-batch, accumulation and steps of a run, with the arithmetic shown.
+"""Global batch, micro-batch, gradient accumulation and steps of a run, with the arithmetic shown.
 
-The global batch and the number of steps do not depend on the number of ranks. Nothing is rounded silently. Where the
-global batch changes in the run, everything counts by the blocks that were trained on.
+The global batch and the number of steps do not depend on the number of ranks. Nothing is rounded silently. If the global
+batch changes during the run, positions are counted in blocks that were trained on instead of steps.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from lmcore.humanize import amount
 from lmcore.model.schedules import on_curve
 
 FEW_STEPS = 10
-"""Fewer steps than this are said loudly: a schedule and a warmup need more."""
+"""Runs with fewer steps than this get a warning, because a schedule with warmup needs more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the budget means here.
+    """The sizes of a run and of its steps.
 
     Attributes:
-        steps: the blocks of every step.
-        world_size: processes, among which a step is divided.
-        micro_batch_blocks: of the largest forward pass; a step takes the largest divisor of its share up to this.
-        epoch_blocks: ``None`` where only the end of the data will tell.
-        total_blocks: of all steps, those that only fill up the last one of a constant batch included.
-        run_blocks: those that are trained on.
-        end_position: ``None`` unless the horizon is a number of epochs.
+        steps: the number of blocks of every step.
+        world_size: the number of processes among which a step is divided.
+        micro_batch_blocks: upper bound for a forward pass; a step uses the largest divisor of its share up to this.
+        epoch_blocks: ``None`` if the length is known only at the end of the data.
+        total_blocks: of all steps, including the blocks that only fill up the last step of a constant batch.
+        run_blocks: the blocks that are trained on.
+        end_position: ``None`` unless the duration is a number of epochs.
     """
 
     steps: StepPlan
@@ -52,7 +52,7 @@ class Sizes:
 
     @property
     def global_batch_blocks(self) -> int:
-        """Of the first step (of this plan)."""
+        """The blocks of the first step (of this plan)."""
         return self.steps.stretches[0].batch
 
     @property
@@ -78,21 +78,21 @@ class Sizes:
     # ---- positions
 
     def done(self, step: int) -> int:
-        """What is behind after ``step`` steps, in the unit of :meth:`length`: steps where the global batch is constant,
-        else blocks."""
+        """The progress after ``step`` steps in the unit of :meth:`length`: steps if the global batch is constant, otherwise
+        blocks."""
         return step if self.steps.is_constant else self.steps.blocks_before(step)
 
     @property
     def total(self) -> int:
-        """The run in the unit of :meth:`done`."""
+        """The length of the run in the unit of :meth:`done`."""
         return self.total_steps if self.steps.is_constant else self.total_blocks
 
     def length(self, duration: Duration) -> int:
-        """A duration of the configuration in the unit of :meth:`done`, rounded up; 0 for never."""
+        """A duration in the unit of :meth:`done`, rounded up; 0 for never."""
         return self.steps_of(duration) if self.steps.is_constant else math.ceil(self._blocks(duration))
 
     def place(self, duration: Duration) -> Fraction:
-        """The same exactly."""
+        """Like :meth:`length`, but not rounded."""
         blocks = self._blocks(duration)
         return blocks / self.global_batch_blocks if self.steps.is_constant else blocks
 
@@ -110,7 +110,7 @@ class Sizes:
         )
 
     def spans(self, step: int) -> Spans:
-        """What was behind before and after update ``step`` (1 = the first), for
+        """The progress before and after update ``step`` (1 = the first) in each unit, for
         :func:`lmcore.config.durations.is_reached`."""
         blocks = [self.steps.blocks_before(one) for one in (step - 1, step)]
         spans: dict[str, tuple[int | Fraction, int | Fraction]] = {
@@ -126,15 +126,16 @@ class Sizes:
         return spans
 
     def progress(self, step: int) -> tuple[float, float]:
-        """The share of the run that is behind after ``step`` steps, and the steps of the present batch that are left."""
+        """The completed fraction of the run after ``step`` steps, and how many steps of the current batch size are left."""
         left = self.total - self.done(step)
         batch = 1 if self.steps.is_constant else self.steps.batch_of(step)
         return min(1.0, self.done(step) / self.total), max(0.0, left / batch)
 
     def curve(self, value: float | Curve) -> Callable[[int], float]:
-        """Steps done -> the value of the next step.
+        """Steps done -> the value for the next step.
 
-        It is that in the middle of the step's blocks: neither a rise from zero nor a fall to zero wastes a step.
+        The curve is evaluated in the middle of the step's blocks, so that neither a rise from zero nor a decay to zero
+        wastes a step.
         """
         if not isinstance(value, Curve):
             return lambda step: value
@@ -150,7 +151,7 @@ class Sizes:
     # ---- what is shown
 
     def rows(self, config: RunConfig) -> list[tuple[str, str]]:
-        """The arithmetic, for the start table."""
+        """The rows of the start table that show the arithmetic."""
         known = self.epoch_blocks
         epoch = (
             f"blocks of {self.block_size:,} tokens; their number is not known beforehand"
@@ -181,7 +182,7 @@ class Sizes:
         return rows
 
     def changes(self) -> str:
-        """The changes of the global batch in words; empty where it is constant."""
+        """The changes of the global batch in words; empty if it is constant."""
         return "; ".join(
             f"from step {stretch.step + 1:,} (position {stretch.block:,}) {amount(stretch.batch, 'block')} = "
             f"{self._cut(stretch.batch)}"
@@ -194,7 +195,7 @@ class Sizes:
         return f"{self.world_size} x {accumulation} x {batch // self.world_size // accumulation}"
 
     def warnings(self, config: RunConfig, *, validated: bool, step: int = 0) -> list[str]:
-        """What makes the run useless although nothing is wrong, each with what to change.
+        """Warnings about valid options that make the run useless, each with what to change.
 
         Args:
             validated: whether there is a validation set.
@@ -242,22 +243,23 @@ def horizon(
     """Global batch, accumulation and steps, from the configuration, the data and the number of ranks.
 
     Args:
-        epoch_blocks: ``None`` where only the end of the data will tell.
-        micro_batch_blocks: what ``auto`` was resolved to before (a checkpoint remembers it).
-        step, blocks: steps done and blocks seen by them, where a run is resumed.
-        position, skips: of its cursor (default: nothing was skipped); to the skips come those of ``data.skip_positions``.
-        planned_from: the step and block from which that run's plan was made (a checkpoint remembers it). Where the
-            plan does not lead to ``step`` and ``blocks``, because the configuration was changed, it is made from there.
+        epoch_blocks: ``None`` if the length is known only at the end of the data.
+        micro_batch_blocks: the resolved value of ``auto`` (saved in the checkpoint).
+        step, blocks: steps done so far and the blocks trained on in them, for a resumed run.
+        position, skips: of the resumed run's cursor (default: nothing was skipped); the skips of ``data.skip_positions`` are
+            added.
+        planned_from: the step and block from which the resumed run's plan was made (saved in the checkpoint). If that plan
+            does not lead to ``step`` and ``blocks``, because the configuration was changed, a plan from there is made.
 
     Raises:
-        RequestError: a global batch does not divide, or the duration has no block; the numbers are named.
+        RequestError: a global batch cannot be divided, or the duration is shorter than a block; the message has the numbers.
     """
     points = batch_points(config, block_size)
     asked = config.train.micro_batch_blocks
     limit = asked if isinstance(asked, int) else micro_batch_blocks
     exact = limit if config.train.micro_batch_exact else None
     shares = [share_of(batch, world_size, micro=exact) for _, batch in points]
-    # The micro-batch is an upper bound: a matter of memory, not of the result.
+    # The micro-batch is only an upper bound: it affects memory, not the result.
     micro = max(largest_share(share, block_size, at_most=limit) for share in shares)
     duration = config.train.duration
     if duration.unit == "epochs" and epoch_blocks is None:
@@ -290,7 +292,7 @@ def horizon(
     plan, total_steps, total_blocks = make(*planned_from)
     leads_to = plan.blocks_before(step)
     if end_blocks is not None and step >= total_steps:
-        leads_to = min(leads_to, end_blocks)  # what fills up the last step is not seen
+        leads_to = min(leads_to, end_blocks)  # blocks that fill up the last step are not trained on
     if step < plan.stretches[0].step or leads_to != blocks:
         plan, total_steps, total_blocks = make(step, blocks)
     if total_steps < 1:
@@ -318,10 +320,10 @@ def _planned(
     epoch_blocks: int | None,
     end_blocks: int | None,
 ) -> tuple[StepPlan, int, int]:
-    """The plan from a step on, and the steps and blocks of the whole run.
+    """The plan from a step on, and the number of steps and blocks of the whole run.
 
     Args:
-        end_blocks: those of a run of epochs, without what it skips.
+        end_blocks: the blocks of a run whose duration is in epochs, without skipped ones.
     """
 
     def plan(total_blocks: int, *, check: bool = True) -> StepPlan:
@@ -341,15 +343,16 @@ def _planned(
     if duration.unit == "steps":
         steps = int(duration.value)
         low, high = 1, blocks + steps * max(batch for _, batch in points)
-        # Percentages are places in the run's blocks, whose number depends on them: the least that so many steps fill.
+        # Percentages refer to the number of blocks of the run, which depends on the batches at these percentages: find the
+        # smallest number of blocks that so many steps fill.
         while low < high:
             middle = (low + high) // 2
             if plan(middle, check=False).blocks_before(steps) > middle:
                 low = middle + 1
             else:
                 high = middle
-        # The changes are steps, so that no number of blocks may fit exactly. The run ends with the blocks that it sees: a
-        # schedule over more of them would never come to its end.
+        # The batch changes between steps, so perhaps no number of blocks fits exactly. The run's length is the number of blocks
+        # that it trains on: a schedule over more blocks would never reach its end.
         made = plan(low)
         return made, steps, max(1, made.blocks_before(steps))
     if end_blocks is not None:
@@ -387,8 +390,8 @@ def _blocks_of(
 
 
 AUTO_MICRO_BATCH_TOKENS = 8192
-"""Without a measured limit ``auto`` takes at most so many tokens per forward pass: enough to fill the matrix units of
-a CPU core or a GPU for small models, and little enough to fit (docs/log.md)."""
+"""Without a measured limit, ``auto`` uses at most this many tokens per forward pass: enough to keep the matrix units of a
+CPU core or a GPU busy with small models, and few enough to fit into memory (docs/log.md)."""
 
 
 def largest_share(share: int, block_size: int, at_most: int | None = None) -> int:

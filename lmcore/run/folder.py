@@ -1,4 +1,4 @@
-"""The folder of one run: one writer at a time, and ``status.json``, which is whole at any instant.
+"""The folder of one run: it has one writer at a time, and a ``status.json`` that is complete at any instant.
 
 Example::
 
@@ -33,12 +33,13 @@ from lmcore.report.redact import redact
 from lmcore.storage import cache_dir, check_url, is_url, local_name
 
 BEAT_SECONDS: Final = 5.0
-"""A holder writes a new number into the lock this often; a process that watches for twice as long sees whether it lives."""
+"""How often a holder writes a new number into the lock. A process that watches for twice this time sees whether the holder is
+alive."""
 LOCK_WAIT_SECONDS: Final = 30.0
 """How long a start waits for the holder of the lock: an automatic restart overlaps the last seconds of the process that
 it replaces, which may be writing its checkpoint."""
 REASON_CHARACTERS: Final = 2000
-"""Of a reason in ``status.json``: a compiler's output can have 100,000."""
+"""Longest reason in ``status.json``: the output of a compiler can have 100,000 characters."""
 NEVER_LINKS: Final = (
     ".lock",
     "config.yaml",
@@ -51,7 +52,7 @@ NEVER_LINKS: Final = (
     "profile",
     "sample",
 )
-"""What a run writes to by name. A link there could lead anywhere; ``checkpoints`` may be one, to another disk."""
+"""Names that a run writes to, and that must not be links out of the run folder. ``checkpoints`` may be one, to another disk."""
 FILES: Final = (
     ".lock",
     "config.yaml",
@@ -61,20 +62,20 @@ FILES: Final = (
     "report.html",
     "stores.json",
 )
-"""What must be a file where it is there: a folder could not be replaced, and a FIFO would wait for its reader."""
+"""Names that must be regular files if they exist: a folder could not be replaced, and a FIFO would block until it is read."""
 VISIBLE_SECONDS: Final = 10.0
-"""How long a file that one machine has made may take to be seen by the others."""
+"""How long it may take until the other machines see a file that one machine has created."""
 SETTLE_SECONDS: Final = 1.0
-"""Where the file system has no record locks: how long after writing the holder it is read back."""
+"""On file systems without record locks: how long after writing the holder it is read back."""
 STATES: Final = ("preparing", "running", "saved", "finished", "failed")
 _JOB_VARIABLES: Final = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 
 _held: dict[str, int] = {}
-"""Folders that this very process holds: the kernel's record locks do not tell two holders of one process apart."""
+"""Folders that this process holds, because record locks do not distinguish two holders in the same process."""
 
 
 def job_id() -> str | None:
-    """The batch system's name of this job, or ``None`` outside of one."""
+    """The batch system's name of this job, or ``None`` outside a batch job."""
     for variable in _JOB_VARIABLES:
         if value := os.environ.get(variable):
             step = os.environ.get("SLURM_STEP_ID") if variable == "SLURM_JOB_ID" else None
@@ -83,7 +84,7 @@ def job_id() -> str | None:
 
 
 def place() -> dict[str, Any]:
-    """Where this run is now, as far as it is known: host, batch job, its nodes, how often it was requeued."""
+    """Where this process runs, as far as known: host, batch job, its nodes, and how often it was requeued."""
     found: dict[str, Any] = {"host": socket.gethostname()}
     if job_id() is None:
         return found
@@ -96,9 +97,9 @@ def place() -> dict[str, Any]:
 
 
 def local_run_dir(run_dir: str | None, local_dir: str | None = None) -> Path:
-    """Where the files of a run lie on this machine: ``run_dir`` itself, or for a URL ``local_dir``.
+    """The folder of a run's files on this machine: ``run_dir`` itself, or ``local_dir`` if ``run_dir`` is a URL.
 
-    Without ``local_dir`` it is a folder of the user's cache, named after the URL, the same at every start.
+    Without ``local_dir`` it is a folder in the user's cache whose name depends only on the URL.
     """
     if not is_url(run_dir):
         return Path(run_dir or "runs/demo")
@@ -109,7 +110,7 @@ def local_run_dir(run_dir: str | None, local_dir: str | None = None) -> Path:
 
 
 class _Ranks(Protocol):
-    """What :func:`refuse_separate_disks` needs of the processes of a run."""
+    """The interface to the processes of a run that :func:`refuse_separate_disks` needs."""
 
     rank: int
     world_size: int
@@ -122,18 +123,18 @@ class _Ranks(Protocol):
 def refuse_separate_disks(
     path: Path, ranks: _Ranks, *, wait_seconds: float = VISIBLE_SECONDS, disk: Disk = DISK
 ) -> None:
-    """Refuse a run folder that not every rank sees: each writes its part of a checkpoint there. Collective.
+    """Refuse a run folder that not every rank sees, because each rank writes its part of a checkpoint there. Collective.
 
-    Rank 0 makes a file of a new name, and the others look for it: a network file system has no old answer for such a name.
+    Rank 0 creates a file with a new name, and the others look for it: a network file system cannot have cached such a name.
 
     Raises:
-        RequestError: on every rank, naming the ranks that do not see it, and their hosts.
+        RequestError: on every rank; it names the ranks that do not see the folder, and their hosts.
     """
     if ranks.world_size == 1:
         return
     mark = path / f".seen-by-all-{uuid.uuid4().hex}"
     if ranks.rank == 0:
-        for left in path.glob(".seen-by-all-*"):  # of a start that was killed here
+        for left in path.glob(".seen-by-all-*"):  # left by a start that was killed here
             disk.remove_quietly(left)
         disk.write_file(mark, b"", durable=False)
     mark = path / ranks.broadcast_object(mark.name)
@@ -153,11 +154,11 @@ def refuse_separate_disks(
 
 @final
 class RunFolder:
-    """The folder of one run. Making the object touches nothing; :meth:`lock` makes the folder.
+    """The folder of one run. Creating the object does not touch the disk; :meth:`lock` creates the folder.
 
     Args:
-        path: the folder; the user's own choice, so any path.
-        private: folders that are made get mode 0700, whatever the umask says.
+        path: the folder; any path that the user chooses.
+        private: give the folder mode 0700 regardless of the umask.
     """
 
     def __init__(self, path: Path | str, *, private: bool = False, disk: Disk = DISK) -> None:
@@ -182,7 +183,7 @@ class RunFolder:
         return self.path / "logs"
 
     def create(self) -> None:
-        """Make the folder and ``logs``. Raises ``RequestError`` if that is impossible."""
+        """Create the folder and ``logs``. Raises ``RequestError`` if that is impossible."""
         try:
             self._disk.makedirs(self.path, mode=0o700 if self.private else 0o777)
             if self.private:
@@ -202,20 +203,19 @@ class RunFolder:
         beat_seconds: float = BEAT_SECONDS,
         wait_seconds: float = 0.0,
     ) -> None:
-        """Become the only writer of this folder, making it if need be. Only rank 0 calls this.
+        """Become the only writer of this folder, and create it if necessary. Only rank 0 calls this.
 
-        The kernel's record lock decides between jobs that share a kernel, and on network file systems that
-        carry it, also between machines; it dies with its process, not with the process's children. For file
-        systems that do not carry it the holder also counts upwards in the file: a lock that was left by
-        another machine is watched for two beats and taken only if the number stands still. A requeued job
-        (same job id) takes its own lock at once.
+        The kernel's record lock decides between jobs on the same machine and, if the network file system supports it, between
+        machines. It ends with its process, not with the process's children. For file systems without such locks the holder
+        also increments a number in the file: a lock that another machine has left is watched for two beats and taken over only
+        if the number does not change. A requeued job (with the same job id) takes over its own lock at once.
 
         Args:
-            wait_seconds: how long to wait for a holder that is about to leave (an automatic restart may
-                overlap the last seconds of the process it replaces).
+            wait_seconds: how long to wait for a holder that is about to end (an automatic restart may overlap the last
+                seconds of the process that it replaces).
 
         Raises:
-            RequestError: another job holds it (its host, pid and job id are named).
+            RequestError: another job holds the lock; the message has its host, pid and job id.
         """
         self.create()
         path = self.path / ".lock"
@@ -248,7 +248,7 @@ class RunFolder:
             raise of_disk(OSError(error.errno, error.strerror, os.fspath(path))) from error
         self._identity = _identity(self.path), holder["token"]
         if not self._locks_work:
-            # Without record locks two simultaneous starts can both come this far: the later writer wins.
+            # Without record locks two simultaneous starts can both get here: the later writer wins.
             time.sleep(SETTLE_SECONDS)
             if (_read_holder(fd) or {}).get("token") != holder["token"]:
                 raced = self._refusal(_read_holder(fd))
@@ -289,15 +289,15 @@ class RunFolder:
             note(
                 f"{self.path}: locked by {describe_holder(holder)}; watching {2 * beat_seconds:.0f} s if it lives"
             )
-            _record_unlock(fd)  # on NFS, locking again is what brings fresh content
+            _record_unlock(fd)  # NFS reads fresh content only after locking again
             time.sleep(2 * beat_seconds)
             if _record_lock(fd) is False or _read_holder(fd) not in (holder, None):
                 raise self._refusal(_read_holder(fd) or holder)
         note(f"{self.path}: took over the lock of {describe_holder(holder)}, which is gone")
 
     def refuse_odd_files(self) -> None:
-        """Raises ``RequestError`` if a name that a run writes to is a link out of the folder, or a folder or FIFO in the place
-        of a file."""
+        """Raise ``RequestError`` if a name that a run writes to is a link out of the folder, or a folder or FIFO instead of a
+        file."""
         root = os.path.realpath(self.path)
         for path in (
             *(self.path / name for name in NEVER_LINKS),
@@ -316,10 +316,10 @@ class RunFolder:
                 )
 
     def check_owner(self) -> None:
-        """Before a write: is this still our folder?
+        """Check before a write that the folder still belongs to this process.
 
         Raises:
-            FaultError: the folder was renamed, removed or replaced, or another job took its lock, while this one trained.
+            FaultError: the folder was renamed, removed or replaced, or another job has taken its lock, during this run.
         """
         if self._identity is None or self._lock_fd is None:
             return
@@ -350,18 +350,18 @@ class RunFolder:
     def _beat(self, fd: int, holder: dict[str, Any], beat_seconds: float) -> None:
         while not self._stop_beating.wait(beat_seconds):
             holder["beat"] += 1
-            # A full disk must not end the run here: the beat only matters to other machines.
+            # A full disk must not end the run here, because the beat only matters to other machines.
             with contextlib.suppress(OSError):
                 _write_holder(fd, holder)
 
     def unlock(self) -> None:
-        """Let go; the next job starts at once. What was never locked is fine."""
+        """Release the lock, so that the next job can start at once. A no-op if it is not held."""
         if self._lock_fd is None:
             return
         fd, self._lock_fd = self._lock_fd, None
         self._stop_beating.set()
         if self._beating is not None:
-            self._beating.join()  # a beat on its way would go to whatever file gets this descriptor next
+            self._beating.join()  # a late beat would write into whatever file gets this descriptor next
         _held.pop(os.path.realpath(self.path / ".lock"), None)
         with contextlib.suppress(OSError):
             os.ftruncate(fd, 0)
@@ -378,9 +378,9 @@ class RunFolder:
         reason: str = "",
         **more: Any,
     ) -> None:
-        """Replace ``status.json`` as a whole. It is what scripts read: launchers turn every failure into exit code 1.
+        """Replace ``status.json`` atomically. Scripts read it, because launchers turn every failure into exit code 1.
 
-        ``step`` and ``more`` are kept from the last call where they are not given.
+        ``step`` and ``more`` keep their values of earlier calls if they are not given.
         """
         if state not in STATES:
             raise ValueError(f"unknown state {state!r}; choose from {', '.join(STATES)}")
@@ -398,13 +398,13 @@ class RunFolder:
             "job_id": job_id(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        # "running" comes at every save, between two steps: how the run ended must outlive a power cut, this need not.
+        # "running" is written at every save, between two steps. It need not survive a power cut; how a run ended must.
         path, whole = self.path / "status.json", self._status | status
         try:
             self._disk.write_json(path, whole, durable=state != "running")
         except OSError:
-            # On a full disk the old file's own place is left. Without even that a run in progress goes on: its saves
-            # and metrics report the disk, and how it ends is written again.
+            # On a full disk the existing file can still be overwritten in place. If even that fails, a run in progress
+            # continues: its saves and metrics report the full disk, and its end is written again.
             if not _overwrite(path, json.dumps(whole, indent=2) + "\n") and state not in (
                 "running",
                 "preparing",
@@ -412,7 +412,7 @@ class RunFolder:
                 raise
 
     def remember(self, **facts: Any) -> None:
-        """Keep facts in every later ``status.json`` of this process."""
+        """Include these facts in every later ``status.json`` of this process."""
         self._status |= facts
 
     def read_status(self) -> dict[str, Any] | None:
@@ -426,8 +426,8 @@ class RunFolder:
 
 
 def new_holder() -> dict[str, Any]:
-    """What a lock file says of this process; ``token`` is its own, ``beat`` counts upwards, ``pids`` is where its ``pid``
-    counts: two containers of one machine may both have a process 1."""
+    """What a lock file says about this process. ``token`` is unique, ``beat`` is incremented, and ``pids`` is the PID namespace
+    of ``pid``: two containers on one machine may both have a process 1."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "host": socket.gethostname(),
@@ -442,7 +442,7 @@ def new_holder() -> dict[str, Any]:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Device and inode of a folder; (0, 0) if it is not there."""
+    """Device and inode of a folder; (0, 0) if it does not exist."""
     try:
         found = os.stat(path)
     except OSError:
@@ -451,7 +451,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def describe_holder(holder: Mapping[str, Any] | None) -> str:
-    """The holder of a lock, for people."""
+    """The holder of a lock in words, for messages."""
     if not holder:
         return "an unknown process"
     job = f", job {holder['job_id']}" if holder.get("job_id") else ""
@@ -459,7 +459,7 @@ def describe_holder(holder: Mapping[str, Any] | None) -> str:
 
 
 def _record_lock(fd: int) -> bool | None:
-    """True: locked by this process. False: by another. None: the file system has no record locks."""
+    """Take the record lock. True: taken. False: another process holds it. None: the file system has no record locks."""
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -475,12 +475,12 @@ def _record_unlock(fd: int) -> None:
 
 
 def _read_holder(fd: int) -> dict[str, Any] | None:
-    """What the lock file says, read through the descriptor that we hold: closing another one would drop the lock."""
+    """The content of the lock file, read through the descriptor that we hold: closing another one would release the lock."""
     text = os.pread(fd, 65536, 0)
     try:
         value = json.loads(text) if text.strip() else None
     except ValueError:
-        # Killed while writing: still somebody's, and comparable
+        # The holder was killed while writing. The lock still has an owner, and its content can be compared.
         return {"torn": text.decode(errors="replace")}
     return value if isinstance(value, dict) else None
 
@@ -492,7 +492,7 @@ def _write_holder(fd: int, holder: Mapping[str, Any]) -> None:
 
 
 def _overwrite(path: Path, text: str) -> bool:
-    """Write over an existing file where it lies, which needs no new space; whether that worked."""
+    """Overwrite an existing file in place, which needs no new space. Returns whether that worked."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
     except OSError:

@@ -1,7 +1,7 @@
-"""What to do at a step boundary: signals, deadlines, stop files, numerical faults; and stuck or dead ranks.
+"""What to do at a step boundary about signals, deadlines, stop files and numerical faults; and about stuck or dead ranks.
 
-A signal only sets a flag. The ranks combine their flags at the step boundary (a run does it by :mod:`lmcore.run.agreement`, a
-loop of your own by ``engine.agree``), so that all of them act alike, by the :class:`Verdict` of the same bits.
+A signal only sets a flag. The ranks combine their flags at the step boundary (a run uses :mod:`lmcore.run.agreement`, your own
+loop can use ``engine.agree``), so that all of them compute the same :class:`Verdict` from the same bits.
 
 Example::
 
@@ -118,9 +118,9 @@ _SIGNALS: Final = {
     signal.SIGHUP: SIGHUP,
 }
 _SECOND_SIGINT_SECONDS: Final = 2.0
-"""Ctrl-C reaches a rank twice within moments: from the terminal, and again from the launcher, which forwards it."""
+"""A single Ctrl-C reaches a rank twice within this time: from the terminal, and from the launcher, which forwards it."""
 _FILE_SECONDS: Final = 1.0
-"""How often the run folder is asked for STOP and SAVE."""
+"""How often the run folder is checked for STOP and SAVE."""
 
 
 @final
@@ -137,11 +137,11 @@ class Verdict:
 
 
 def verdict(flags: int) -> Verdict:
-    """The verdict of flags that were combined over all ranks. Pure."""
+    """The verdict for flags that were combined over all ranks. A pure function."""
     if not flags:
         return Verdict()
     reason = ", ".join(word for bit, word in _WORDS.items() if flags & bit)
-    if flags & FAULT:  # nothing is saved on top of a fault: the last good checkpoint stands
+    if flags & FAULT:  # after a fault nothing is saved: the last good checkpoint stays the newest
         return Verdict(stop=True, exit_code=EXIT_FAULT, reason=reason)
     if flags & (SIGTERM | SIGUSR1 | SIGINT | SIGHUP | SPOT):
         kind = "signal"
@@ -164,13 +164,13 @@ def verdict(flags: int) -> Verdict:
 
 @final
 class Guard:
-    """The guard of one rank. Made on every rank.
+    """The guard of one rank. Create it on every rank.
 
     Args:
         options: ``guard.*``; :class:`lmcore.config.schema.GuardConfig`.
-        run_dir: where SAVE and STOP are looked for (rank 0), and ``logs`` lies.
+        run_dir: the folder that rank 0 checks for SAVE and STOP, and that contains ``logs``.
         max_minutes: stop this long after the construction of this object; ``None`` for no limit.
-        note: called with one line for everything worth knowing.
+        note: called with one line per event.
         environ: the environment, for ``SLURM_JOB_END_TIME``, ``LOCAL_RANK`` and ``LMCORE_METADATA_URL``.
     """
 
@@ -210,10 +210,10 @@ class Guard:
                 )
         self._signalled = 0
         self._taken_away = math.inf
-        """When the cloud takes this machine, by its notice."""
+        """When the cloud takes this machine away, according to its notice."""
         self._messages: list[str] = []
         self._spot: SpotWatch | None = None
-        # Once on a machine.
+        # Only one rank of each machine asks.
         if options.spot_notice is not None and environ.get("LOCAL_RANK", "") in ("", "-1", "0"):
             self._spot = SpotWatch(
                 options.spot_notice,
@@ -233,13 +233,14 @@ class Guard:
     # ---- signals ------------------------------------------------------------------------------------------
 
     def install(self, *, training: bool = True, on_end: Callable[[str, int], None] | None = None) -> None:
-        """Take the signals, and ask to be told when the launcher dies. Main thread only.
+        """Install the signal handlers, and ask the kernel for a signal when the launcher dies. Main thread only.
 
         With ``training=False`` (before the loop, while the corpus is prepared and nothing can be saved) a signal ends the
-        process at once with code 75 instead of setting a flag; :meth:`begin` ends that.
+        process at once with code 75 instead of setting a flag, until :meth:`begin` is called.
 
         Args:
-            on_end: called on one rank, with a line that names the rank that ends the run and the exit code, before the process ends.
+            on_end: called on one rank before the process ends, with a line that names the rank that ends the run, and the
+                exit code.
         """
         self._training = training
         for number in _SIGNALS:
@@ -255,12 +256,12 @@ class Guard:
             self._peers.note, self._peers.on_end = self._note, on_end
 
     def begin(self) -> None:
-        """From now on signals only set flags: there is something to save."""
+        """From now on signals only set flags, because there is something to save."""
         self._training = True
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # inherited by a forked data worker, which must serve until its trainer lets it go
+            return  # a forked data worker inherits the handler, but must work until the trainer ends it
         if number == signal.SIGINT:
             now = time.monotonic()
             if now - self._first_sigint > _SECOND_SIGINT_SECONDS:
@@ -273,27 +274,27 @@ class Guard:
             raise SystemExit(EXIT_SAVED)
 
     def _on_spot_notice(self, seconds: float) -> None:
-        """On the thread that watches."""
+        """Called on the thread of :class:`SpotWatch`."""
         self._messages.append(f"spot notice: this machine will be taken away in {seconds:.0f} s")
         self._taken_away = time.monotonic() + seconds
         if not self._training:
-            os.kill(self._pid, signal.SIGTERM)  # nothing can be saved: it ends at once, as at a signal
+            os.kill(self._pid, signal.SIGTERM)  # nothing can be saved: end at once, as for a signal
 
     @property
     def signalled(self) -> bool:
-        """Whether this rank was sent a signal, or a notice, that asks it to save and stop."""
+        """Whether this rank has received a signal or notice that asks it to save and stop."""
         return self._signalled != 0 or self._taken_away < math.inf
 
     @property
     def signals(self) -> str:
-        """The names of those signals; empty without any."""
+        """The names of the received signals; empty if there are none."""
         return verdict(self._signalled).reason
 
     def close(self, *, give_signals_back: bool = False) -> None:
-        """This rank has finished: its leaving is not a death for the others.
+        """Tell the others that this rank has finished, so that they do not take its end for a crash.
 
-        The signals stay taken, so that a second SIGTERM in the last moments does not turn "saved" or
-        "finished" into "killed"; ``give_signals_back`` is for a process that lives on.
+        The signal handlers stay installed, so that a second SIGTERM in the last moments does not turn "saved" or "finished"
+        into "killed". ``give_signals_back`` restores the previous handlers, for a process that continues.
         """
         if self._spot is not None:
             self._spot.close()
@@ -310,9 +311,9 @@ class Guard:
     # ---- flags --------------------------------------------------------------------------------------------
 
     def flags(self, *, reserve_seconds: float = 0.0) -> int:
-        """The bits of this rank, to be combined over ranks. Cheap: asks the disk once a second at most.
+        """The bits of this rank, to be combined over ranks. Cheap: checks the disk at most once a second.
 
-        ``reserve_seconds``: what a save is known to take; added to the margin before a deadline.
+        ``reserve_seconds``: the known duration of a save, which is added to the margin before a deadline.
         """
         now = time.monotonic()
         while self._messages:
@@ -331,7 +332,7 @@ class Guard:
         return flags
 
     def seconds_left(self) -> float:
-        """Until Slurm ends the job or the cloud takes the machine, less 5 s to leave in; infinity if there is no such end."""
+        """Seconds until Slurm ends the job or the cloud takes the machine, minus 5 s to exit in; infinity without such an end."""
         return min(self._job_ends, self._taken_away) - time.monotonic() - 5.0
 
     @staticmethod
@@ -340,10 +341,10 @@ class Guard:
         return verdict(flags)
 
     def done(self, flags: int) -> None:
-        """The checkpoint that these flags asked for is committed: remove the file that asked for it (rank 0)."""
+        """Remove the file STOP or SAVE (rank 0), after the checkpoint that these flags asked for."""
         names = [name for bit, name in ((STOP_FILE, "STOP"), (SAVE_FILE, "SAVE")) if flags & bit]
         for name in names if self._rank == 0 else []:
-            # Somebody else may have taken it away, or the disk is read-only now
+            # Somebody else may have removed it, or the disk may be read-only now.
             with contextlib.suppress(OSError):
                 DISK.unlink(self._run_dir / name)
 
@@ -354,8 +355,8 @@ class Guard:
     ) -> Action:
         """Check one step; call it in the order of the steps, with numbers that are the same on all ranks.
 
-        ``positions`` are [first, stop) of the step. The report may come a step late, but every step up to a
-        checkpoint must have been reported before :meth:`state_dict` is taken for it.
+        ``positions`` are [first, stop) of the step. The report may come one step late, but every step up to a checkpoint
+        must have been reported before :meth:`state_dict` is called for it.
         """
         report = Report(step=step, loss=loss, norm=norm, applied=applied, positions=positions)
         self.history, action = decide(self.history, self.policy, report)
@@ -366,7 +367,7 @@ class Guard:
         return norm_limit(self.history, self.policy, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """For ``state.json``."""
+        """The history of the decisions, for ``state.json``."""
         return self.history.to_json()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -374,13 +375,13 @@ class Guard:
         self.history = History.from_json(state)
 
     def rewound(self, state: Mapping[str, Any]) -> None:
-        """After a rewind: the history of the checkpoint, but the number of rewinds so far is kept."""
+        """Load the history of the checkpoint after a rewind, but keep the rewinds so far."""
         self.history = replace(History.from_json(state), rewinds=self.history.rewinds)
 
     # ---- stuck and dead ranks -----------------------------------------------------------------------------
 
     def watch(self) -> None:
-        """From now on a run that makes no progress for ``guard.stuck_seconds`` is stuck."""
+        """Start the watchdog: from now on a run without progress for ``guard.stuck_seconds`` is stuck."""
         self._watchdog = Watchdog(
             logs=self._run_dir / "logs",
             rank=self._rank,
@@ -392,22 +393,23 @@ class Guard:
         self._watchdog.start()
 
     def beat(self, what: str, step: int) -> None:
-        """This rank has reached ``what``: call it at least once in ``guard.stuck_seconds``."""
+        """Tell the watchdog that this rank has reached ``what``. Call it at least every ``guard.stuck_seconds``."""
         if self._watchdog is not None:
             self._watchdog.beat(what, step)
 
 
 def wait_for_peers() -> None:
-    """Before the ranks join in their first collective: from then on the death of any is noticed and named."""
+    """Wait until the ranks are connected, before their first collective, so that the death of any rank is noticed and named."""
     peers = connect(os.environ)
     if peers is not None:
         peers.wait_until_met()
 
 
 def report_dead_rank(*, wait_seconds: float = 1.5) -> int | None:
-    """After a lost connection, which does not say whose it was: name the rank that has died, if one has.
+    """After an error of a lost connection, which does not say whose it was: report which rank has died, if one has.
 
-    Returns the exit code for that, or None if none has died; else it was said, and ``on_end`` of :meth:`Guard.install` was called.
+    Returns the exit code after it has reported the rank and called ``on_end`` of :meth:`Guard.install`; ``None`` if no rank
+    has died.
     """
     peers = connect(os.environ)
     fault = None if peers is None else peers.wait_for_fault(wait_seconds)
@@ -424,15 +426,16 @@ _LOST_CONNECTION: Final = re.compile(
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    """Whether an error of a collective only says that another rank is gone, and not why."""
+    """Whether an error of a collective only says that another rank is gone, but not why."""
     of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)  # without importing torch
     return of_torch or (isinstance(error, RuntimeError) and _LOST_CONNECTION.search(str(error)) is not None)
 
 
 def report_reason_of_other_rank(error: BaseException, *, wait_seconds: float = 0.5) -> int | None:
-    """If ``error`` is that of a lost connection, and another rank has said why it ends: name that rank and its reason.
+    """If ``error`` is that of a lost connection and another rank has sent the reason why it ends, report both.
 
-    It says so before it lets go of its connections. Returns its exit code, or None; then :func:`report_dead_rank` may know more.
+    A rank sends its reason before it closes its connections. Returns its exit code, or ``None``; in that case
+    :func:`report_dead_rank` may know more.
     """
     peers = connect(os.environ)
     if peers is None or not _is_lost_connection(error):
@@ -445,9 +448,9 @@ def report_reason_of_other_rank(error: BaseException, *, wait_seconds: float = 0
 
 
 def let_rank_0_speak(*, wait_seconds: float = 2.0) -> None:
-    """On another rank, which has told its reason and let go of its connections: wait until rank 0 has ended.
+    """On other ranks than 0, after they have sent their reason and closed their connections: wait until rank 0 has ended.
 
-    A launcher ends all ranks when the first one leaves, rank 0 perhaps before it has written why.
+    A launcher ends all ranks when the first one exits, perhaps before rank 0 has written the reason.
     """
     peers = connect(os.environ)
     if peers is not None and peers.rank != 0:
@@ -455,10 +458,10 @@ def let_rank_0_speak(*, wait_seconds: float = 2.0) -> None:
 
 
 def leaving(error: BaseException | None) -> None:
-    """This rank ends by itself, with an error of its own: another rank's end must not cut it short.
+    """Announce that this rank is ending with an error of its own, so that the end of another rank does not interrupt it.
 
-    The others are told of a refusal, and end with it, and of an error that is not that of a connection to them.
-    ``None``: with what it will end is not known yet.
+    The others are told of a ``RequestError`` or ``FaultError``, and end with it as well, and of any other error that is not
+    a lost connection. ``None``: the error is not known yet.
     """
     peers = connect(os.environ)
     if peers is None:
@@ -474,7 +477,7 @@ def leaving(error: BaseException | None) -> None:
 
 @contextlib.contextmanager
 def refusals_reach_other_ranks() -> Iterator[None]:
-    """Inside, a refusal of this rank ends the others, too: see :func:`leaving`."""
+    """In this context a ``RequestError`` or ``FaultError`` of this rank ends the others, too; see :func:`leaving`."""
     try:
         yield
     except (RequestError, FaultError) as error:
@@ -486,14 +489,14 @@ _LAUNCHERS: Final = ("accelerate", "torchrun", "torch.distributed", "deepspeed")
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> bool:
-    """Ask the kernel for a signal when the launcher dies; whether that was done. Linux only.
+    """Ask the kernel for a signal when the launcher dies. Returns whether that was done. Linux only.
 
-    ``accelerate launch`` of one process dies of SIGTERM without telling its trainer, and ``torchrun`` of SIGUSR1; the
-    orphan would train on and hold the device, or be killed unsaved. Only under a launcher: a trainer that was started
-    from a shell with ``nohup`` must outlive the shell.
+    ``accelerate launch`` of one process dies of SIGTERM without telling its trainer, and ``torchrun`` of SIGUSR1. The
+    orphaned trainer would continue and occupy the device, or be killed without saving. Only under a launcher: a trainer
+    that was started from a shell with ``nohup`` must outlive the shell.
 
     Raises:
-        SystemExit: the launcher has died already (code 75: nothing was done yet).
+        SystemExit: the launcher is already dead (code 75: nothing was done yet).
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -501,28 +504,28 @@ def die_with_parent(number: int = signal.SIGTERM) -> bool:
     with contextlib.suppress(OSError):
         command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
     if not any(word in command for word in _LAUNCHERS):
-        # An orphan of the first moment belongs to process 1, and only its environment knows of the launcher.
+        # If the launcher has died already, the parent is process 1, and only the environment tells of the launcher.
         launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
         if launched and os.getppid() == 1:
             raise SystemExit(EXIT_SAVED)
         return False
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
     done = ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, int(number), 0, 0, 0) == 0
-    if os.getppid() != parent:  # it died before the kernel knew that we want to be told
+    if os.getppid() != parent:  # it died before the request reached the kernel
         raise SystemExit(EXIT_SAVED)
     return done
 
 
 def left_on_request(run_dir: Path | str, environ: Mapping[str, str] | None = None) -> bool:
-    """Whether torch's launcher starts this rank again (``--max_restarts``) although the run has saved and left as it
-    was asked to, by a signal, a deadline or the file STOP. Such restarts are meant for crashes.
+    """Whether torch's launcher has restarted this rank (``--max_restarts``) although the run had saved and exited because of
+    a signal, a deadline or the file STOP. Such restarts are meant for crashes.
     """
     count = (os.environ if environ is None else environ).get("TORCHELASTIC_RESTART_COUNT", "0")
     if count in ("", "0"):
         return False
     try:
         path = Path(run_dir) / "status.json"
-        status = json.loads(path.read_bytes()) if path.is_file() else {}  # a FIFO would wait for its writer
+        status = json.loads(path.read_bytes()) if path.is_file() else {}  # reading a FIFO would block
         now = ("saved", socket.gethostname(), os.getppid())
         return (status["state"], status["host"], status["parent_pid"]) == now
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -530,7 +533,7 @@ def left_on_request(run_dir: Path | str, environ: Mapping[str, str] | None = Non
 
 
 def _seconds_to_job_end(environ: Mapping[str, str]) -> float:
-    """Seconds until Slurm ends the job, by the wall clock at this moment; infinity if it does not say."""
+    """Seconds until Slurm ends the job, by the current wall clock; infinity if Slurm gives no end time."""
     try:
         return float(environ["SLURM_JOB_END_TIME"]) - time.time()
     except (KeyError, ValueError):

@@ -1,10 +1,11 @@
-"""The ladder of short runs by which ``lmcore size`` measures: which runs, their recipes, and what they found.
+"""The ladder of short runs that ``lmcore size`` measures with: which runs there are, their recipes, and their results.
 
 Every rung is an ordinary run of ``train_lm.py`` whose recipe stays on disk. Which rungs are due is a pure function of the design
-and of the losses so far, so that a ladder that was interrupted, or whose rungs are jobs of a cluster, goes on where it was.
+and of the losses so far, so that a ladder that was interrupted, or whose rungs are jobs on a cluster, continues where it was.
 
-A rung has a WSD schedule: constant, then linear to zero over the last fifth. The next horizon of the same size and rate starts from
-the checkpoint of the rung before at the end of its constant phase: it is bit for bit the longer run, and costs only the difference.
+A rung has a WSD schedule: constant, then a linear decay to zero over the last fifth. The next longer rung of the same size and
+rate starts from the checkpoint that the shorter one saved at the end of its constant phase. The result is bit for bit that of
+the longer run from scratch, and costs only the additional steps.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from lmcore.plan import scaling
 from lmcore.report.metrics import read_metrics
 
 WIDTHS = (32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
-"""Of the models that are measured and chosen from. One family: depth grows with width, about as in the presets."""
+"""Widths of the models that are measured and chosen from. In this family depth grows with width, about as in the presets."""
 HORIZONS = (1, 2, 4)
-"""Lengths of the runs of a size, as multiples of the shortest."""
+"""Lengths of the runs of one size, as multiples of the shortest."""
 DECAY = 5
-"""The last 1 / DECAY of a run decays (as ``optim.decay`` does by default)."""
+"""The last 1 / DECAY of a run is the decay phase (as with the default of ``optim.decay``)."""
 FIRST_RATES = (-1, 0, 1)
-"""Of each size, as powers of two of the rate to start from."""
+"""The first learning rates of each size: powers of two by which the initial rate is multiplied."""
 LAST_RATE = 3
-"""Where the best is at an edge one more is tried, up to this power of two."""
+"""If the best rate is the lowest or highest tried, one more is tried, up to this power of two."""
 LEAST_STEPS = 50
-"""Of the shortest rung: fewer say little about a rate."""
+"""Least number of steps of the shortest rung: fewer say little about a rate."""
 
 
 def layers_of(width: int) -> int:
-    """Layers of the family's member: width / 32 up to 8, then one more for each 128.
+    """Number of layers for a width: width / 32 up to 8 layers, then one more for each 128.
 
     >>> [layers_of(width) for width in (32, 192, 256, 768, 2048)]
     [1, 6, 8, 12, 22]
@@ -47,17 +48,17 @@ def layers_of(width: int) -> int:
 
 
 def heads_of(width: int) -> int:
-    """Of 32 dimensions up to a width of 384, then of 64."""
+    """Number of heads for a width: heads have 32 dimensions up to a width of 384, then 64."""
     return width // 32 if width < 512 else width // 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """A model of the family, counted."""
+    """A model of the family with its counts."""
 
     width: int
     parameters: int
-    """Those that multiply: without an embedding that is only looked up."""
+    """Parameters that take part in a matrix product: without an embedding that is only looked up."""
     flops_per_token: int
 
     @property
@@ -70,7 +71,7 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """One short run. ``parent``: the rung from whose checkpoint of step ``parent_step`` it goes on."""
+    """One short run. It continues from the checkpoint of step ``parent_step`` of the rung ``parent``, if there is one."""
 
     member: str
     rate: float
@@ -94,7 +95,8 @@ class Rung:
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """What was decided before the first rung: sizes, steps of the shortest rung of each, rate to start from, batch."""
+    """What is decided before the first rung: the sizes, the steps of the shortest rung of each size, the initial rate, and the
+    batch."""
 
     members: tuple[str, ...]
     steps: tuple[int, ...]
@@ -103,11 +105,11 @@ class Design:
     block_size: int
 
     def first_steps(self, rung: Rung) -> int:
-        """Steps of the shortest run of its size with its batch."""
+        """Steps of the shortest run of the same size with the same batch."""
         return self.steps[self.members.index(rung.member)] * self.batch_blocks // rung.batch_blocks
 
     def rung(self, member: str, rate: float, horizon: int, *, batch: float = 1.0) -> Rung:
-        """The rung of a size at a rate; ``batch`` multiplies the batch and divides the steps: the tokens stay."""
+        """The rung of a size at a rate. ``batch`` multiplies the batch and divides the steps; the number of tokens stays."""
         first = round(self.steps[self.members.index(member)] / batch)
         before = HORIZONS.index(horizon) - 1
         blocks = round(self.batch_blocks * batch)
@@ -122,7 +124,7 @@ class Design:
         )  # fmt: skip
 
     def rates(self, member: str, losses: Mapping[str, float]) -> dict[float, float]:
-        """Rate -> loss of the shortest rungs that are finished; a run that diverged has an infinite loss."""
+        """Rate -> loss of the finished shortest rungs of a size; a run that diverged has an infinite loss."""
         found = {}
         for power in range(-LAST_RATE, LAST_RATE + 1):
             name = self.rung(member, self.rate * 2.0**power, 1).name
@@ -131,7 +133,7 @@ class Design:
         return found
 
     def best_rate(self, member: str, losses: Mapping[str, float]) -> float:
-        """Of those that were tried. Raises :class:`RequestError` where every one diverged."""
+        """The best of the rates that were tried. Raises :class:`RequestError` if all of them diverged."""
         tried = self.rates(member, losses)
         best = min(tried, key=lambda rate: tried[rate])
         if not math.isfinite(tried[best]):
@@ -142,13 +144,13 @@ class Design:
 
 
 def due(design: Design, losses: Mapping[str, float]) -> list[Rung]:
-    """The rungs that can run now, all of them at once where there are several machines; none: the ladder is complete.
+    """The rungs that can run now, in parallel if there are several machines; an empty list if the ladder is complete.
 
-    First each size at three rates, and at one more while the best is at an edge; then the best rate of each size for twice and
-    four times as long (the others end here), and the smallest size at half and twice the batch.
+    First each size runs at three rates, and at one more while the best is the lowest or highest. Then each size runs at its
+    best rate twice and four times as long, and the smallest size with half and twice the batch.
 
     Args:
-        losses: by the name of the rung; infinite for one that diverged.
+        losses: losses by the name of the rung; infinite for one that diverged.
     """
 
     def missing(rungs: Sequence[Rung]) -> list[Rung]:
@@ -181,7 +183,7 @@ def due(design: Design, losses: Mapping[str, float]) -> list[Rung]:
 
 
 def points(design: Design, members: Mapping[str, Member], losses: Mapping[str, float]) -> list[scaling.Point]:
-    """The finished runs at the best rate of each size: what :func:`lmcore.plan.scaling.fit` fits."""
+    """The finished runs at the best rate of each size, as input for :func:`lmcore.plan.scaling.fit`."""
     found = []
     for name in design.members:
         if not design.rates(name, losses):
@@ -198,7 +200,8 @@ def points(design: Design, members: Mapping[str, Member], losses: Mapping[str, f
 
 
 def best_batch(design: Design, losses: Mapping[str, float]) -> int:
-    """Of the smallest size, as a power of two of blocks: by the parabola through half, once and twice the ladder's batch."""
+    """The best batch of the smallest size in blocks, rounded to a power of two: the minimum of a parabola through the losses with
+    half, once and twice the ladder's batch."""
     small = design.members[0]
     best = design.best_rate(small, losses)
     tried = {design.batch_blocks: losses[design.rung(small, best, 1).name]}
@@ -213,11 +216,12 @@ def best_batch(design: Design, losses: Mapping[str, float]) -> int:
 
 
 STARTUP_SECONDS = 4.0
-"""Of a rung, from its start to its first step and from its last step to its end: data, model, checkpoint, export."""
+"""Time that a rung spends outside its steps, before the first and after the last: data, model, checkpoint, export."""
 
 
 def cost_in_first_rungs(smallest: bool) -> float:
-    """Tokens of all rungs of a size in tokens of its shortest: three rates and, now and then, one more; two more horizons.
+    """Tokens of all rungs of a size as a multiple of those of its shortest: three rates and sometimes a fourth, two longer runs,
+    and for the smallest size two other batches.
 
     >>> round(cost_in_first_rungs(False), 2), round(cost_in_first_rungs(True), 2)
     (7.1, 9.1)
@@ -227,7 +231,7 @@ def cost_in_first_rungs(smallest: bool) -> float:
 
 
 def rungs_of(sizes: int) -> int:
-    """How many runs a ladder of so many sizes has, about."""
+    """The approximate number of runs of a ladder with so many sizes."""
     return sizes * (len(FIRST_RATES) + len(HORIZONS) - 1) + sizes // 2 + 2
 
 
@@ -241,16 +245,17 @@ def design(
     block_size: int,
     largest_batch_blocks: int,
 ) -> Design:
-    """Sizes, steps and batch of a ladder.
+    """Choose the sizes, steps and batch of a ladder.
 
     Args:
-        family: members with their tokens a second, the smallest first.
-        budget_of: the budget (seconds) whose ladder gets so many seconds, for the message that it is too small.
-        wanted_parameters: about where the choice is expected; the ladder ends at a third of it, if there are so small members.
-        largest_batch_blocks: of the batch that the published law asks for.
+        family: members with their tokens per second, the smallest first.
+        budget_of: maps the seconds of a ladder to the whole budget in seconds, for the message that it is too small.
+        wanted_parameters: about the size that is expected to be chosen; the largest size of the ladder is a third of it, if the
+            family has members that small.
+        largest_batch_blocks: the batch that the published law recommends.
 
     Raises:
-        RequestError: too little time for three sizes; says how much is needed.
+        RequestError: there is too little time for three sizes; the message says how much is needed.
     """
     last = max([2, *(i for i, (m, _) in enumerate(family) if m.parameters <= wanted_parameters / 3)])
     chosen = sorted({max(0, last - 4), max(1, last - 2), last}) if last >= 4 else [last - 2, last - 1, last]
@@ -260,7 +265,7 @@ def design(
         steps = []
         for index in chosen:
             each = seconds / len(chosen) / cost_in_first_rungs(index == chosen[0])
-            # A multiple of 10: a fifth of it, and of its half, is whole.
+            # A multiple of 10, so that a fifth of it and of its half are whole numbers.
             steps.append(int(each * family[index][1] / (blocks * block_size) // 10 * 10))
         if min(steps) >= LEAST_STEPS:
             break
@@ -291,7 +296,7 @@ def design(
 
 
 def with_member(config: RunConfig, width: int, *, block_size: int) -> dict[str, Any]:
-    """The values of ``model.*`` of a member of the family: the preset's class and fields, by their own names."""
+    """The values of ``model.*`` for a member of the family: the preset's model type and its config fields."""
     preset = config.model.preset or "modern"
     shape = presets.Shape(layers=layers_of(width), width=width, heads=heads_of(width), context=block_size)
     type, fields = presets.fields_of(preset, shape, block_size)
@@ -307,10 +312,10 @@ def rung_values(base: dict[str, Any], design: Design, rung: Rung, folder: Path) 
     """The options of a rung, nested.
 
     Args:
-        base: options of all rungs (text, tokenizer, optimizer, precision), nested.
-        folder: of the ladder; the rung's run folder is ``folder/runs/NAME``.
+        base: options that all rungs share (text, tokenizer, optimizer, precision), nested.
+        folder: the folder of the ladder; the rung's run folder is ``folder/runs/NAME``.
     """
-    # The warm-ups of the shortest run, for all lengths: so a longer run can go on from a shorter one.
+    # All lengths use the warmups of the shortest run, so that a longer run can continue from a shorter one.
     first = design.first_steps(rung)
     resume = "auto" if rung.parent is None else str(
         folder / "runs" / rung.parent / "checkpoints" / f"step-{rung.parent_step:08d}"
@@ -324,7 +329,7 @@ def rung_values(base: dict[str, Any], design: Design, rung: Rung, folder: Path) 
             "decay": f"{rung.decay_steps} steps",
         },
         "train": {"duration": f"{rung.steps} steps", "global_batch_blocks": rung.batch_blocks},
-        # What the user asks for at evaluations during the run is for the run of the recipe: here there are none.
+        # What the user asks for at evaluations during the run applies to the final run; rungs have no such evaluations.
         "checkpoint": {
             "every": f"{rung.steps - rung.decay_steps} steps", "keep": 2, "background": False, "keep_best": {"k": 0},
             "export": "last",
@@ -333,19 +338,19 @@ def rung_values(base: dict[str, Any], design: Design, rung: Rung, folder: Path) 
             "every": "never", "prompts": [], "early_stopping": {"patience": 0, "target": None, "divergence": None},
         },
         "report": {"every": f"{max(1, rung.new_steps // 10)} steps", "trackers": []},
-        # A rung that is not finite is a rate that is too high: that is an answer, not worth a second try.
+        # A loss that is not finite means that the rate is too high. That is a result, so do not try again.
         "guard": {"max_rewinds": 0},
     }  # fmt: skip
     return merged(base, own)
 
 
 def schedule(*, warmup: str, momentum: str) -> dict[str, Any]:
-    """WSD to zero; what it is warmed up by is the same for every horizon, so that the constant phases are the same run."""
+    """A WSD schedule to zero. The warmups are the same for every length, so that the constant phases are the same run."""
     return {"schedule": "wsd", "min_lr_ratio": 0.0, "warmup": warmup, "momentum_warmup": momentum}
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested dictionaries as one; ``model.config`` is replaced as a whole."""
+    """Merge two nested dictionaries; ``over`` takes precedence, and ``model.config`` is replaced as a whole."""
     result = dict(under)
     for name, value in over.items():
         both = isinstance(value, Mapping) and isinstance(result.get(name), Mapping) and name != "config"
@@ -376,22 +381,22 @@ def changed(config: RunConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Of a rung. ``loss``: infinite where the training diverged; ``None``: it is not finished."""
+    """The result of a rung. ``loss`` is infinite if the training diverged, and ``None`` if the rung is not finished."""
 
     loss: float | None
     tokens_per_second: float | None
 
 
 def read_result(run_dir: Path) -> Result:
-    """What a run folder says: its last validation loss (of the first set) and its speed without the first record."""
+    """Read the last validation loss (of the first set) and the speed (without the first record) of a run."""
     try:
         status = json.loads((run_dir / "status.json").read_bytes())
     except (OSError, ValueError):
         return Result(loss=None, tokens_per_second=None)
-    if not isinstance(status, dict):  # damaged: the run itself writes it anew
+    if not isinstance(status, dict):  # damaged: the run itself will write it again
         return Result(loss=None, tokens_per_second=None)
     state = status.get("state")
-    if state == "failed" and status.get("diverged") is True:  # code 70 is that of a full disk, too
+    if state == "failed" and status.get("diverged") is True:  # exit code 70 may also be a full disk
         return Result(loss=math.inf, tokens_per_second=None)
     records = read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else []
     scored = [r for r in records if r.get("kind") == "eval" and r.get("step") == status.get("step")]

@@ -1,12 +1,13 @@
-"""One writer at a time for a run folder in a bucket, also between machines that share nothing else.
+"""One writer at a time for a run folder in a bucket, even between machines that share nothing else.
 
-Each holder creates the next of the objects ``lease/00000001.json``, ``lease/00000002.json``, ... by a put that fails if
-the object is there (``If-None-Match: *``), so that of several only one succeeds. It then writes a growing number into
-its own object. Whoever wants the lease watches that number, by its own clock: no two clocks are compared. A holder that
-finds the next object has lost the lease and stops. The objects are tiny and stay: their order is the history of the run.
+Each holder creates the next of the objects ``lease/00000001.json``, ``lease/00000002.json``, ... by a conditional put that
+fails if the object exists (``If-None-Match: *``), so that only one of several succeeds. It then keeps writing an increasing
+number into its own object. A process that wants the lease watches that number by its own clock; clocks of different machines
+are never compared. A holder that finds the next object has lost the lease and stops. The objects are tiny and are kept: their
+order is the history of the run.
 
-Where a store has no such put (:attr:`lmcore.storage.Store.exclusive`), two starts in the same moments may both succeed;
-each reads its object again after some seconds and at every beat, and the one that was overwritten stops.
+If a store has no conditional put (:attr:`lmcore.storage.Store.exclusive`), two starts at the same moment may both succeed.
+Each reads its object again after some seconds and at every beat, and the one whose object was overwritten stops.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from lmcore.storage import Store, StoreError, sealed
 
 FOLDER: Final = "lease"
 BEAT_SECONDS: Final = 15.0
-"""One small put in this time: 5,760 a day."""
+"""One small put per beat: 5,760 a day."""
 SILENT_BEATS: Final = 4
-"""A holder whose number stands still for so many beats is gone."""
+"""A holder whose number does not change for this many beats is considered dead."""
 SETTLE_SECONDS: Final = 2.0
 """Without conditional puts: how long after writing the object it is read back."""
 _NAME: Final = re.compile(rf"{FOLDER}/(\d{{8}})\.json")
@@ -39,8 +40,8 @@ class Lease:
     """The lease of one run folder. :meth:`take` makes this process its holder.
 
     Args:
-        store: of the run folder.
-        note: gets a line when another holder is watched or taken over, and where the store has no conditional put.
+        store: the store of the run folder.
+        note: called with a line when another holder is watched or replaced, and if the store has no conditional put.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Lease:
         self._beat_seconds, self._silent_beats = beat_seconds, silent_beats
         self.holder = new_holder()
         self.number = 0
-        """Of this process's object; 0 before :meth:`take`."""
+        """Number of this process's object; 0 before :meth:`take`."""
         self._lost: str | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -75,10 +76,10 @@ class Lease:
         return number, holder
 
     def take(self, number: int, holder: Mapping[str, Any] | None) -> None:
-        """Become the holder after the one that :meth:`last` has found.
+        """Become the next holder after the one that :meth:`last` has found.
 
         Raises:
-            RequestError: it is alive, or another process was faster.
+            RequestError: that holder is alive, or another process was faster.
         """
         if holder is not None and not self._is_gone(number, holder):
             raise RequestError(
@@ -105,7 +106,7 @@ class Lease:
         mine = self.holder
         if mine["job_id"] is not None and holder.get("job_id") == mine["job_id"]:
             return True  # the same job, requeued
-        # A container with the network of its machine has its name, too, but pids of its own.
+        # A container may share the host name of its machine, but has its own pids.
         here = [holder.get(name) for name in ("host", "boot", "pids")] == [
             socket.gethostname(), mine["boot"], mine["pids"],
         ]  # fmt: skip
@@ -123,14 +124,14 @@ class Lease:
             now = self._read(number) or {}
             if now.get("released"):
                 return True
-            # A damaged object says nothing about its holder, who writes it anew at the next beat if there is one.
+            # A damaged object says nothing about its holder; a living holder writes it again at its next beat.
             if (now and now.get("beat") != holder.get("beat")) or self._read(number + 1) is not None:
                 return False
         self._note(f"{self._store.url}: took over the lease of {describe_holder(holder)}, which is gone")
         return True
 
     def start(self) -> None:
-        """Beat in a thread of its own from now on."""
+        """Start the thread that writes the beats."""
         self._thread = threading.Thread(target=self._beats, name="lease", daemon=True)
         self._thread.start()
 
@@ -141,12 +142,12 @@ class Lease:
                 self.holder["beat"] += 1
                 self._store.write(_name(self.number), self._content())
             except FaultError:
-                return  # kept in _lost: whoever writes next is told
+                return  # recorded in _lost, so that the next check raises it
             except StoreError:
-                continue  # the uploads report the store
+                continue  # the uploads report that the store fails
 
     def check(self) -> None:
-        """Before a manifest is put: is the lease still ours?
+        """Check before a manifest is uploaded that this process still holds the lease.
 
         Raises:
             FaultError: another process has taken it.
@@ -166,7 +167,7 @@ class Lease:
             )
 
     def _is_other(self, holder: Mapping[str, Any] | None) -> bool:
-        """Whether another process has written this; not where its bytes were lost on the way."""
+        """Whether another process has written this object. False if its content was damaged in transit."""
         token = (holder or {}).get("token")
         return isinstance(token, str) and token != self.token
 
@@ -176,7 +177,7 @@ class Lease:
         return self._lost is not None
 
     def release(self) -> None:
-        """Let go: the next start need not watch. What was never taken, or is lost, is fine."""
+        """Release the lease, so that the next start need not watch it. A no-op if it was never taken or is lost."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(self._beat_seconds)

@@ -1,4 +1,4 @@
-"""Defaults for a text that is trained on without a recipe: model, vocabulary, steps and learning rate by its size.
+"""Defaults for training on a text without a recipe: model, vocabulary, steps and learning rate by the size of the text.
 
 The defaults depend on the text, the options and whether DeepSpeed is used (Muon does not run under ZeRO), never on the
 machine or the number of processes, so that the same command resumes the same run anywhere. Neither torch nor the text
@@ -24,11 +24,11 @@ from lmcore.humanize import size as human_size
 from lmcore.plan.scaling import Published, published
 
 BYTES_PER_TOKEN = 4
-"""Of English and of Japanese UTF-8 with the vocabularies below, roughly."""
+"""Approximate value for English and for Japanese in UTF-8 with the vocabularies below."""
 PACKED = {".gz": 4, ".zst": 4, ".xz": 4, ".bz2": 4, ".parquet": 3}
-"""Bytes of text per byte of file, roughly."""
+"""Approximate bytes of text per byte of a compressed file."""
 UNKNOWN_BYTES = 1_000_000_000
-"""Assumed for a dataset of the Hub, whose size is not known before it is read."""
+"""Assumed size of a dataset on the Hub, because it is not known before the dataset is read."""
 
 
 @dataclass(frozen=True)
@@ -56,35 +56,35 @@ SIZES = (
     Size(3e9, 32_000, 12, 512, 8, 1_024, 64, 2, 20_000, 1e-3, "124M"),
     Size(math.inf, 32_000, 12, 768, 12, 1_024, 512, 1, 20_000, 6e-4, "124M"),
 )
-"""From the demo's measured values upwards to GPT-2 small's: width and AdamW's rate as in the recipes, about 20 tokens a
-parameter where the text has as many. Four passes over a small text: docs/log.md, 2026-11-28, own text with Muon."""
+"""From the demo's measured values up to those of GPT-2 small: width and AdamW's rate as in the recipes, and about 20 tokens
+per parameter if the text has that many. For four passes over a small text see docs/log.md, 2026-11-28, own text with Muon."""
 MUON_RATE_FACTOR = 2
-"""Muon's peak rate over AdamW's (the update of a matrix has the root mean square of AdamW's, ``match_rms_adamw``). Measured
-at widths 128 and 192 (docs/log.md, 2026-11-28); carried over to larger widths, where it was not measured."""
+"""Ratio of Muon's peak rate to AdamW's (the update of a matrix has the same root mean square as AdamW's, ``match_rms_adamw``).
+Measured at widths 128 and 192 (docs/log.md, 2026-11-28); assumed, but not measured, for larger widths."""
 SMALL_BYTES = 1e6
 ADAMW_PASSES_FACTOR = 4
-"""Over a text of up to SMALL_BYTES AdamW needs about four times the passes for the same validation loss."""
+"""On a text of up to SMALL_BYTES, AdamW needs about four times as many passes for the same validation loss."""
 FINE_TUNING_RATE = 6e-5
-"""A tenth of a usual peak: less of what the model knows is forgotten (Ibrahim et al. 2024, arXiv 2403.08763)."""
+"""A tenth of a usual peak rate, so that the model forgets less (Ibrahim et al. 2024, arXiv 2403.08763)."""
 LORA_RATE = 6e-4
-"""Ten times that of all weights, whatever the rank of the adapters (Schulman et al. 2025, "LoRA Without Regret")."""
+"""Ten times the rate for all weights, for any rank of the adapters (Schulman et al. 2025, "LoRA Without Regret")."""
 FINE_TUNING_BLOCKS = 32
 LEAST_STEPS, LEAST_FINE_TUNING_STEPS = 100, 20
-"""However short the text is: fewer are over before the rate has risen and fallen."""
+"""Minimum for any text: with fewer steps the rate could not rise and fall."""
 DROPOUT = 0.1
-"""Of gpt2 where a small text is passed over many times; elsewhere it would cost more than it regularizes."""
+"""Dropout of gpt2 for many passes over a small text; for larger texts it would cost more than it regularizes."""
 GPT2_FIELDS = frozenset({"n_layer", "n_embd", "n_head", "n_positions", "n_inner"})
-"""A user who sets one of these in ``model.config`` means gpt2."""
+"""If the user sets one of these fields in ``model.config``, the model type is gpt2."""
 MODERN = "nanochat"
 """The transformers type of the preset ``modern``."""
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def text_bytes(entries: list[Any], **reading: Any) -> int:
-    """Bytes of text in the files of ``data.train``, roughly where they are compressed.
+    """Bytes of text in the files of ``data.train``; approximate for compressed files.
 
     Raises:
-        RequestError: no such file, as when the text is opened.
+        RequestError: a file does not exist; the same error as when the text is opened.
     """
     total = 0.0
     for source in sources.resolve_sources(entries, **reading):
@@ -101,9 +101,9 @@ def text_bytes(entries: list[Any], **reading: Any) -> int:
 
 
 def token_bytes(path: str) -> float:
-    """Bytes of a token in a file of tokens; infinity for the index beside one.
+    """Bytes per token in a token file; infinity for an index file.
 
-    Of ``.bin`` and ``.ds`` files, which do not all say it, those of nanoGPT: 2.
+    Not all ``.bin`` and ``.ds`` files say it; for them it is 2, as in nanoGPT's files.
     """
     if path.endswith((".idx", ".index")):
         return math.inf
@@ -116,10 +116,10 @@ def token_bytes(path: str) -> float:
 
 
 def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Defaults by dotted name for the text of ``data.train``, and lines that explain each of them.
+    """Defaults by dotted name for the text of ``data.train``, and lines that explain them.
 
     Args:
-        given: the options that the user has set, by dotted name; they are not chosen again.
+        given: the options that the user has set, by dotted name; no defaults are chosen for them.
 
     Example::
 
@@ -229,7 +229,7 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _context(given: dict[str, Any], size: Size) -> int:
-    """Tokens of a block where ``data.block_size`` is not given: as :func:`lmcore.run.setup.block_size_of` will have it."""
+    """The block size if ``data.block_size`` is not given, as :func:`lmcore.run.setup.block_size_of` will choose it."""
     if given.get("model.preset") is not None:
         context = SHAPES[given.get("model.size") or size.preset_size].context
         return min(context, LONGEST_DEFAULT_BLOCK_TOKENS)
@@ -246,28 +246,28 @@ def _context(given: dict[str, Any], size: Size) -> int:
 
 
 def _longest(given: dict[str, Any], size: Size) -> int:
-    """The context of a model whose context the user does not set: at least a block."""
+    """The context of a model if the user does not set it: at least one block."""
     return max(size.context, given.get("data.block_size") or 0)
 
 
 def _set_width(given: dict[str, Any]) -> int | None:
-    """The width that the user has set; ``None``: that of the table."""
+    """The width that the user has set; ``None`` if the table's is used."""
     return _set_count(given, "hidden_size", "n_embd", "d_model")
 
 
 def _set_count(given: dict[str, Any], *names: str) -> int | None:
-    """The first of these fields of ``model.config`` that the user has set; ``None``: none."""
+    """The first of these fields of ``model.config`` that the user has set; ``None`` if none is set."""
     fields = given.get("model.config") or {}
     return next((count for name in names if (count := _count(fields.get(name)))), None)
 
 
 def _count(value: Any) -> int | None:
-    """``value`` if it is a number of something; what is not is refused later, with its name."""
+    """``value`` if it is a positive integer, otherwise ``None``; other values are refused later, with their name."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _model_type(given: dict[str, Any]) -> str:
-    """``model.type``: that of the preset ``modern``, or gpt2 where the user sets fields by gpt2's names."""
+    """``model.type``; by default that of the preset ``modern``, or gpt2 if the user sets fields by gpt2's names."""
     named = given.get("model.type")
     return named or ("gpt2" if GPT2_FIELDS & set(given.get("model.config") or {}) else MODERN)
 
@@ -287,10 +287,10 @@ def _under_deepspeed(given: dict[str, Any]) -> bool:
 def _law(
     given: dict[str, Any], size: Size, optimizer: str, *, run_tokens: float, tokens: int
 ) -> Published | None:
-    """The published law that this run is inside the range of; ``None``: the table is measured, or taken from recipes.
+    """The published law whose range includes this run, or ``None``; then the table is used.
 
-    The laws are for AdamW, and for models whose queries and keys are normalized, as those of the modern presets are: the
-    rates would be too high for a plain GPT-2.
+    The laws are for AdamW, and for models that normalize queries and keys, as the modern presets do; their rates would be
+    too high for a plain GPT-2.
     """
     is_modern = given.get("model.preset") in MODERN_PRESETS and not given.get("model.config")
     if not is_modern or optimizer != "adamw":
@@ -303,7 +303,7 @@ def _law(
 
 
 def _architecture(given: dict[str, Any], size: Size) -> dict[str, Any]:
-    """Fields of ``model.config``; none where the user names a model whose shape is its own, or a family that refuses them."""
+    """Fields of ``model.config``; none if the user names a model with a shape of its own, or a family without such fields."""
     kind = _model_type(given)
     if given.get("model.factory") is not None or given.get("model.preset") is not None:
         return {}
@@ -313,8 +313,8 @@ def _architecture(given: dict[str, Any], size: Size) -> dict[str, Any]:
             "n_layer": size.layers, "n_embd": size.width, "n_head": size.heads, "n_positions": context,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), DROPOUT if size.bytes <= SMALL_BYTES else 0.0),
         }  # fmt: skip
-    # Where the user sets some fields of the shape, the others follow them or the text: what is left to transformers has the
-    # size of its billions of parameters, and a wider model would keep the narrow MLP of the table.
+    # If the user sets some fields of the shape, the others are derived from them or from the text: the defaults of transformers
+    # are for models with billions of parameters, and a wider model would keep the narrow MLP of the table.
     set_by_user = given.get("model.config") or {}
     width = _set_width(given) or size.width
     heads = _set_count(given, "num_attention_heads", "n_head") or size.heads
@@ -325,7 +325,7 @@ def _architecture(given: dict[str, Any], size: Size) -> dict[str, Any]:
     if kind == MODERN:
         return shape | {"intermediate_size": 4 * width}
     if kind in LIKE_LLAMA:
-        # Rotary embeddings turn pairs of numbers.
+        # Rotary embeddings rotate pairs of dimensions, so the head dimension must be even.
         head_dim = max(2, width // heads // 2 * 2)
         return shape | {"head_dim": head_dim, "intermediate_size": 64 * math.ceil(width * 8 / 3 / 64)}
     from lmcore.model.config import shape_of_family  # lazily: the families of transformers import torch
@@ -335,6 +335,6 @@ def _architecture(given: dict[str, Any], size: Size) -> dict[str, Any]:
         "intermediate_size": 4 * width,
         "moe_intermediate_size": width,
     }
-    # OPT and its kin have names of their own for the width of the MLP and of the embedding.
+    # OPT and similar families have other names for the width of the MLP and of the embedding.
     own |= {"ffn_dim": 4 * width, "word_embed_proj_dim": width}
     return shape_of_family(kind, shape | own, set_by_user)

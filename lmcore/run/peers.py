@@ -1,21 +1,22 @@
-"""Every rank is connected to rank 0 from its first moment, so that the death of one ends the others within seconds.
+"""Connects every rank to rank 0 from the start of the process, so that the death of one rank ends the others within seconds.
 
-A launcher ends the ranks of its own machine when one of them dies, but not those of other machines, and a rank that
-waits inside a collective, or for others that never come, does not notice by itself. So each rank keeps one idle TCP
-connection to rank 0, from before torch is imported until it has finished. The kernel closes the connections of a
-process that dies, however it dies; TCP keepalive finds a machine that is gone. Nothing is sent while all is well, and
-a process that is merely busy or stopped is not taken for dead.
+A launcher ends the ranks on its own machine when one of them dies, but not those on other machines. A rank that waits in
+a collective, or for other ranks that never start, does not notice by itself. So each rank keeps one idle TCP connection to
+rank 0, from before torch is imported until it has finished. The kernel closes the connections of a process that dies for
+any reason, and TCP keepalive detects a machine that is gone. Nothing is sent during normal operation, and a process that is
+only busy or stopped is not taken for dead.
 
 ::
 
     peers = connect(os.environ)      # at the very start; None without other ranks
     ...
-    peers.done()                     # this rank has finished: its leaving is not a death
+    peers.done()                     # this rank has finished: its end is not a crash
 
-When a rank has died, rank 0 tells all others, and each ends with code 71 after a short grace in which it may end by
-itself, for example with the same error. If rank 0 has died, each rank sees that itself. A rank that ends with one line and a
-code of its own, a refusal, sends both before: the others get longer to come to the same, and else end with that line and code.
-A rank that ends with another error sends its type and message before: the others, which lose their connections to it, name them.
+When a rank has died, rank 0 tells all others, and each ends with code 71 after a short grace period in which it may end by
+itself, for example with the same error. If rank 0 has died, each rank notices that itself. A rank that ends with a refusal
+(one line and its own exit code) sends both first: the others get more time to meet the same refusal, and otherwise end with
+that line and code. A rank that ends with another error first sends its type and message, so that the others, which lose their
+connection to it, can report them.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ from lmcore.errors import EXIT_STUCK
 from lmcore.process import pid_namespace
 
 GRACE_SECONDS: Final = 2.0
-"""How long a rank may take to end by itself after another one has ended: all may have met the same error."""
+"""How long a rank may take to end by itself after another one has ended, because all may have met the same error."""
 ANSWER_SECONDS: Final = 2.0
-"""How long a rank may take to say where it stands, before it is taken for the stuck one."""
+"""How long a rank may take to report its progress before it is considered stuck."""
 MEETING_SECONDS: Final = 5.0
-"""How long a rank waits for its connection before it goes on without: rank 0 may start later, a port may be closed."""
+"""How long a rank waits for its connection before it continues without: rank 0 may start later, or a port may be closed."""
 LEAVING_SECONDS: Final = 15.0
-"""How long a rank that is known to be ending by itself may take, and one that may still come to another one's refusal."""
+"""How long a rank may take that is known to be ending by itself, or that may still meet the refusal of another rank."""
 _KEEPALIVE: Final = (
     ("TCP_KEEPIDLE", 2),
     ("TCP_KEEPINTVL", 2),
@@ -53,12 +54,13 @@ _KEEPALIVE: Final = (
 )
 _PORTS: Final = 8
 _LINE_CHARACTERS: Final = 4_000
-"""What is sent of the reason for which a rank ends: as JSON it must fit into the 64 KiB that a message may have."""
+"""How much of the reason why a rank ends is sent: as JSON it must fit into the 64 KiB limit of a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """How far a rank is: ``count`` of its beats, ``what`` it reached last in which ``step``, how many seconds ago."""
+    """The progress of a rank: the ``count`` of its beats, ``what`` it reached last and in which ``step``, and how many
+    ``seconds`` ago."""
 
     count: int = 0
     what: str = "start"
@@ -75,10 +77,10 @@ class _Peer:
     greeted_as: int = -1
     pid: int = 0
     host: str = ""
-    pids: str = ""  # where its pid counts
+    pids: str = ""  # its PID namespace
     done: bool = False
     refusal: tuple[str, int] | None = None  # why it ends by itself, and its exit code
-    error: tuple[str, int] | None = None  # the same, of an error that the others will not come to
+    error: tuple[str, int] | None = None  # the same for an error that the other ranks will not meet
     unread: bytes = b""
     standing: Standing | None = None
 
@@ -88,29 +90,29 @@ class _Peer:
 
     @property
     def is_here(self) -> bool:
-        """Whether its pid is one of this machine, and of this container: else it would be that of somebody else."""
+        """Whether its pid belongs to this machine and container; otherwise the pid may be that of another process here."""
         return (self.host, self.pids) == (socket.gethostname(), pid_namespace())
 
     def send(self, message: Mapping[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # it is gone: the reading side notices
+        with contextlib.suppress(OSError):  # the peer is gone: the reading side notices that
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
 
 @final
 class Peers:
-    """The connections of one rank. Made by :func:`connect`.
+    """The connections of one rank. Created by :func:`connect`.
 
     Attributes:
-        on_end: called once with one line about the rank that ends the run, and the exit code for it, on the one rank that
-            speaks for the run; writes ``status.json``, for example.
+        on_end: called once, on the one rank that reports for the run, with a line about the rank that ends the run, and the
+            exit code; writes ``status.json``, for example.
         note: called with the same line on every rank.
-        standing: asked how far this rank is.
+        standing: returns the progress of this rank.
         stacks: called with the line before the process ends because a rank is stuck; writes this rank's stacks.
-        stuck_seconds: how long no rank may make progress; see :meth:`raise_alarm`.
-        on_wait: called with the seconds for which this rank shall wait on after an alarm.
+        stuck_seconds: how long the run may continue while no rank makes progress; see :meth:`raise_alarm`.
+        on_wait: called with the seconds that this rank should continue to wait after an alarm.
         fault: the line, once a rank is known to be dead or stuck, or to have ended by itself.
-        fault_code: the exit code with which this rank ends then.
-        reason: the line and exit code of the first other rank that has said why it is about to end by itself.
+        fault_code: the exit code with which this rank ends in that case.
+        reason: the line and exit code of the first other rank that has sent why it is about to end by itself.
     """
 
     def __init__(
@@ -149,41 +151,42 @@ class Peers:
     # ---- for the run ---------------------------------------------------------------------------------------
 
     def wait_until_met(self, seconds: float = MEETING_SECONDS) -> bool:
-        """Wait until the death of this rank would be noticed by rank 0, and that of rank 0 by all; whether it would. A second
-        call does not wait again.
+        """Wait until this rank is connected: rank 0 to all others, another rank to rank 0. Returns whether it is. A second call
+        does not wait again.
 
-        To be called before a rank takes part in anything that makes the others wait: a rank that dies in a collective
-        without having been met leaves them with a lost connection of nobody's, or waiting for a rank 0 that never comes.
+        Call it before a rank takes part in anything that makes the others wait. If a rank that was never connected dies in a
+        collective, the others see a lost connection without knowing whose, or wait for a rank 0 that never starts.
         """
         wait, self._waited = not self._waited, True
         return self._met.wait(seconds if wait else 0.0)
 
     def done(self) -> None:
-        """This rank has finished: its leaving is not a death, and neither is that of the others from now on."""
+        """Announce that this rank has finished, so that its end does not count as a crash; from now on this rank ignores the
+        end of the others as well."""
         self._done = True
         for peer in list(self._peers):
             peer.send({"done": True})
 
     def wait_for_fault(self, seconds: float) -> str | None:
-        """The line about a dead rank, if it becomes known within ``seconds``: after a connection was lost, say."""
+        """The line about a dead rank, if it becomes known within ``seconds``, for example after a connection was lost."""
         self._fault_known.wait(seconds)
         return self.fault
 
     def wait_for_reason(self, seconds: float) -> str | None:
-        """The line about a rank that is dead, or that has said why it is about to end, if one becomes known within ``seconds``."""
+        """The line about a rank that is dead or has sent why it is about to end, if it becomes known within ``seconds``."""
         self._reason_known.wait(seconds)
         if self.fault is None and self.reason is not None:
             self.fault, self.fault_code = self.reason
         return self.fault
 
     def leaving(self, refusal: str = "", code: int = EXIT_STUCK, *, error: str = "") -> None:
-        """This rank is about to end by itself, with an error of its own: do not end it before it has said so.
+        """Announce that this rank is about to end with an error of its own, so that it is not ended before it has printed it.
 
         Args:
-            refusal: the one line that it ends with, if it does: the others are told, and end with it, too, should they not
-                come to it by themselves. A rank that is slow, rank 0 perhaps, would otherwise take this one for dead.
-            code: the exit code that goes with it, or with ``error``.
-            error: instead of a refusal, the one line of an error that only this rank has met.
+            refusal: the line of the refusal that it ends with, if any. The others are told and end with it as well, unless
+                they meet it by themselves. A slow rank, perhaps rank 0, would otherwise take this one for dead.
+            code: the exit code for ``refusal`` or ``error``.
+            error: instead of a refusal, the line of an error that only this rank has met.
         """
         self._leaving_until = time.monotonic() + LEAVING_SECONDS
         kind, line = ("refusal", refusal) if refusal else ("error", error)
@@ -191,7 +194,7 @@ class Peers:
             peer.send({kind: _shortened(line), "code": code})
 
     def report(self, line: str) -> None:
-        """Say which rank is dead or stuck, and call ``on_end`` if this rank speaks for the run. Once; then nothing."""
+        """Print which rank is dead or stuck, and call ``on_end`` if this rank reports for the run. Later calls are no-ops."""
         with self._reporting:
             if self._reported:
                 return
@@ -201,10 +204,10 @@ class Peers:
                 self.on_end(line, self.fault_code)
 
     def raise_alarm(self) -> None:
-        """This rank has made no progress for too long: let rank 0 ask all where they stand.
+        """This rank has made no progress for too long: make rank 0 ask all ranks for their progress.
 
-        If none has made progress for ``stuck_seconds``, the run ends and the rank that is furthest behind is named. A
-        rank that only waits for a busy one is told to wait on.
+        If no rank has made progress for ``stuck_seconds``, the run ends and the rank that is furthest behind is named. A
+        rank that only waits for a busy one is told to continue waiting.
         """
         if self.rank == 0:
             self._alarm = True
@@ -261,7 +264,7 @@ class Peers:
         return None
 
     def _hear(self, peer: _Peer, message: dict[str, Any]) -> None:
-        """A message of another rank to rank 0."""
+        """Handle a message of another rank to rank 0."""
         if peer.rank < 0:
             if "met" in message and peer.greeted_as > 0:
                 peer.rank = peer.greeted_as
@@ -274,13 +277,13 @@ class Peers:
                 raise ValueError(f"a greeting that is not of this run: {message}")
             peer.greeted_as, peer.pid, peer.host = rank, int(message["pid"]), str(message["host"])
             peer.pids = str(message["pids"])
-            # It may have given up waiting meanwhile, and come again: only "met" counts
+            # It may have given up this connection and opened another one: only "met" counts.
             peer.send(self._hello)
         elif "done" in message:
             peer.done = True
         elif "refusal" in message or "error" in message:
             self._hear_reason(peer, message)
-            for other in self._peers:  # it has no connection to them
+            for other in self._peers:  # the ranks are connected to rank 0 only, which forwards the reason
                 if other is not peer and self.reason is not None:
                     other.send({"reason": self.reason[0], "code": self.reason[1]})
         elif "alarm" in message:
@@ -289,7 +292,7 @@ class Peers:
             peer.standing = Standing(**message["at"])
 
     def _inquire(self) -> None:
-        """Ask all ranks where they stand after an alarm; judge when all have answered, or are late."""
+        """After an alarm, ask all ranks for their progress; decide when all have answered or the time is over."""
         if self._alarm and self._inquiry is None:
             self._inquiry = time.monotonic() + ANSWER_SECONDS
             for peer in self._peers:
@@ -304,7 +307,7 @@ class Peers:
         own = self.standing()
         known = [own, *(peer.standing for peer in asked if peer.standing is not None)]
         freshest = min(standing.seconds for standing in known)
-        if freshest < self.stuck_seconds:  # somebody moves: the others wait for it
+        if freshest < self.stuck_seconds:  # a rank makes progress: the others wait for it
             for peer in asked:
                 peer.send({"wait": self.stuck_seconds - freshest})
             if self.on_wait is not None:
@@ -332,7 +335,7 @@ class Peers:
             self._end(_ended(main), [main], refusal=main.refusal)
 
     def _connect(self) -> _Peer:
-        """The connection to rank 0, however long it takes to come up."""
+        """Connect to rank 0, and wait as long as it takes."""
         while True:
             for port in _ports(self._port):
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -358,7 +361,7 @@ class Peers:
             time.sleep(0.05)
 
     def _obey(self, main: _Peer, message: dict[str, Any]) -> None:
-        """A message of rank 0."""
+        """Handle a message of rank 0."""
         if "done" in message:
             main.done = True
         elif "refusal" in message or "error" in message:
@@ -382,18 +385,18 @@ class Peers:
     # ---- both ----------------------------------------------------------------------------------------------
 
     def _hear_reason(self, peer: _Peer, message: dict[str, Any]) -> None:
-        """Another rank says why it is about to end by itself."""
+        """Handle the message of another rank about why it is about to end by itself."""
         kind = "refusal" if "refusal" in message else "error"
         setattr(peer, kind, (str(message[kind]), int(message["code"])))
         self._keep_reason(_ended(peer), int(message["code"]))
 
     def _keep_reason(self, line: str, code: int) -> None:
-        if self.reason is None:  # the first one: those of other ranks may follow from it
+        if self.reason is None:  # keep the first one, because later ones may be its consequences
             self.reason = line, code
             self._reason_known.set()
 
     def _read(self, peer: _Peer, handle: Callable[[_Peer, dict[str, Any]], None]) -> bool:
-        """Handle what has come in; ``False`` when the connection is closed."""
+        """Handle what has arrived; ``False`` when the connection is closed."""
         try:
             data = peer.socket.recv(65536)
         except BlockingIOError:
@@ -409,7 +412,7 @@ class Peers:
                 if isinstance(message, dict):
                     handle(peer, message)
             except (ValueError, KeyError, TypeError):
-                return False  # not one of us
+                return False  # not a process of this run
         return True
 
     def _keep(self, connection: socket.socket) -> None:
@@ -420,7 +423,7 @@ class Peers:
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def _forget(self) -> None:
-        """In a forked child: a copy of a connection would keep it open when this rank dies."""
+        """In a forked child, close the connections: a copy would keep them open when this rank dies."""
         self._done = True
         for connection in self._sockets:
             with contextlib.suppress(OSError):
@@ -434,15 +437,15 @@ class Peers:
         stuck: bool = False,
         refusal: tuple[str, int] | None = None,
     ) -> None:
-        """End this rank, and as rank 0 all others: say who is dead or stuck, then leave with code 71.
+        """End this rank, and on rank 0 also all others: report which rank is dead or stuck, then exit with code 71.
 
         Args:
-            silent: ranks that do not answer. Those of this machine are made to write their stacks, and killed.
-            refusal: why the other one has ended by itself, and the exit code, which this rank takes over.
+            silent: ranks that do not answer. Those on this machine are made to write their stacks, and killed.
+            refusal: why the other rank has ended by itself, and its exit code, which this rank uses as well.
         """
         if self._done or not self._ending.acquire(blocking=False):
             return
-        # The end of this rank may follow from that one.
+        # If another rank has sent a reason, the end of this peer may be its consequence: report the reason.
         if self.reason is not None and not stuck and refusal is None:
             line, self.fault_code = self.reason
         self.fault = line
@@ -457,7 +460,7 @@ class Peers:
         if stuck and self.stacks is not None:
             self.stacks(line)
         here = [peer.pid for peer in silent if stuck and peer.is_here]
-        # C code writes the stacks; a stopped process once it runs
+        # faulthandler writes the stacks in C; a stopped process must first be continued.
         for number in (signal.SIGUSR2, signal.SIGCONT):
             for pid in here:
                 _signal(pid, number)
@@ -471,7 +474,7 @@ class Peers:
             return
         self.report(line)
         if self.rank != 0:
-            time.sleep(1.0)  # a launcher ends all ranks when the first one leaves: rank 0 first says why
+            time.sleep(1.0)  # a launcher ends all ranks when one exits: let rank 0 report the reason first
         for pid in here:
             _signal(pid, signal.SIGKILL)  # the run is over: it must not keep the device
         self._leave(self.fault_code)
@@ -503,7 +506,7 @@ def _signal(pid: int, number: int) -> None:
 
 
 def _ports(first: int) -> list[int]:
-    """Where rank 0 may listen: below the ports that kernels hand out by themselves, and the same list on every rank."""
+    """The ports on which rank 0 may listen: below the kernels' ephemeral ports, and the same list on every rank."""
     return [15_000 + (first - 15_000 + 1_009 * index) % 17_000 for index in range(_PORTS)]
 
 
@@ -511,13 +514,13 @@ _PEERS: Peers | None = None
 
 
 def connect(env: Mapping[str, str], *, leave: Callable[[int], None] = os._exit) -> Peers | None:
-    """Connect this rank to the others, once in a process; returns at once, connecting goes on in a thread.
+    """Connect this rank to the others, once per process. Returns at once; a thread makes the connection.
 
     Args:
-        env: what a launcher leaves: ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``.
+        env: the variables that a launcher sets: ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``.
 
     Returns:
-        ``None`` for a single process, or without an address to meet at.
+        ``None`` for a single process, or if there is no address to connect to.
     """
     global _PEERS
     if _PEERS is not None:
@@ -530,13 +533,13 @@ def connect(env: Mapping[str, str], *, leave: Callable[[int], None] = os._exit) 
     if world_size < 2:
         return None
     one_node = env.get("LOCAL_WORLD_SIZE") == str(world_size)
-    # On several nodes each launcher counts its restarts for itself.
+    # On several nodes each launcher counts its own restarts, so the numbers may differ.
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     token = f"{port}/{world_size}/{env.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
     if one_node or address == "localhost" or address.startswith("127."):
         address = "127.0.0.1"
     elif rank == 0:
-        address = ""  # the name of this host may stand for its loopback
+        address = ""  # the host name may resolve to the loopback address: listen on all interfaces
     where = (address, 15_000 + zlib.crc32(token.encode()) % 17_000)
     _PEERS = Peers(rank, world_size, where, token, leave=leave)
     return _PEERS
