@@ -1,4 +1,4 @@
-"""Train a causal language model on your own text: raw text in, a folder that transformers opens out.
+"""Train a causal language model on your own text. The input is raw text, the output a folder that transformers opens.
 
     accelerate launch train_lm.py                                              # the demo: no data to fetch
     accelerate launch train_lm.py --data.train 'mytext/*.txt'                  # your own text, on what the machine has
@@ -7,11 +7,11 @@
     python train_lm.py --help                                                  # every option
 
 The same command again resumes from the newest good checkpoint, on any number of devices. Exit codes: 0 finished,
-2 a wrong request, 70 ended by a numerical or data problem (``guard.*``), 75 saved at a signal or deadline: run the same
-command again. ``<run_dir>/status.json`` holds the same for scripts.
+2 a wrong request, 70 ended by a fault (of the numbers, the data or the disk), 75 saved at a signal or deadline: run the same
+command again. ``<run_dir>/status.json`` says the same for scripts.
 
-Where things happen: options lmcore/config, text to batches lmcore/data, model and loss lmcore/model, DDP, FSDP2 and
-ZeRO lmcore/engine, checkpoints lmcore/checkpoint, everything around a step lmcore/run.
+Where to find things: options in lmcore/config, text to batches in lmcore/data, model and loss in lmcore/model, DDP, FSDP2 and
+ZeRO in lmcore/engine, checkpoints in lmcore/checkpoint, everything around a step in lmcore/run.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ def train(run: Run) -> None:
 
     engine = run.engine
     for batch in run.batches():  # from the cursor on; after a rewind, from the checkpoint's cursor
-        # The rates come first: DeepSpeed updates inside the last backward.
+        # Set them before the backward passes: DeepSpeed updates the weights inside the last one.
         engine.set_learning_rate(run.learning_rate())
         engine.set_momentum(run.momentum())
         engine.set_weight_decay(run.weight_decay())
 
-        # The gradient of the mean over all labels of all ranks. Losses travel as sums:
+        # The gradient is that of the mean over all labels of all ranks. The model returns sums of losses, because
         #     sum over ranks and micro-batches of the loss sums / labels of the step
-        # is one number, however the global batch is cut. The one division is in engine.backward; a mean of means
-        # would weigh a label by how full its micro-batch is.
+        # does not depend on how the global batch is split. The only division is in engine.backward. A mean of means would
+        # weight a label by the number of labels in its micro-batch.
         loss = LossSum(engine.device)
         for micro_batch, key in zip(batch.micro_batches, batch.keys):
-            # The key is the micro-batch's place in the whole run: it seeds dropout, whichever rank computes it.
+            # The key is the position of the micro-batch in the run. It seeds dropout, so that the rank does not matter.
             loss_sum, count = engine.forward(micro_batch, key)
             engine.backward(loss_sum, batch.label_count)
             loss.add(loss_sum, count)
 
-        # Clip, and update unless the norm is not finite: decided on the device, the host waits for nothing.
+        # Clip, and update if the norm is finite. This is decided on the device, so the host does not wait.
         grad_norm, applied = engine.update(run.norm_limit)
         run.record(batch, loss=loss, grad_norm=grad_norm, applied=applied)
 
         due = run.due()  # the same answer on every rank: clocks and signals differ between them
-        # Too many steps were not finite: back to the last good checkpoint, and past their blocks
+        # Too many steps were not finite, or the loss jumped: go back to the last good checkpoint, and skip these blocks.
         if due.rewind:
             run.rewind(due.rewind)
-        # Its steps were found sound; and it comes before the evaluation, so that an interruption costs only that.
+        # All steps up to here were checked. Save before the evaluation, so that an interruption costs only the evaluation.
         if due.save:
             run.save(due.save)
         if due.evaluate:
@@ -68,7 +68,7 @@ def train(run: Run) -> None:
 
 
 def main(config: RunConfig, loop: Callable[[Run], None] = train) -> int:
-    """Set the run up and train by ``loop``. Returns the exit code."""
+    """Set up the run and train with ``loop``. Returns the exit code."""
     with one_line_errors(show_traceback=config.debug):
         if config.dry_run:
             from lmcore.cli.plan import dry_run
@@ -87,5 +87,5 @@ def main(config: RunConfig, loop: Callable[[Run], None] = train) -> int:
 
 
 if __name__ == "__main__":
-    # The options first: --help, a typo and --print_config answer before torch is imported, which takes seconds.
+    # Parse the options before torch is imported, which takes seconds, so that --help and typos are answered at once.
     sys.exit(main(parse_or_exit()))

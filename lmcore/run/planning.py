@@ -1,8 +1,8 @@
-"""Makes the plan of a run from its configuration: for ``lmcore plan``, ``--dry_run`` and the start table of a run.
+"""Makes the plan of a run from its configuration, for ``lmcore plan``, ``--dry_run`` and the start table of a run.
 
-All three count by the functions here: the model without weights, how it is trained (:class:`lmcore.plan.plan.Setting`),
-the micro-batch that fits, and the :class:`lmcore.plan.plan.Plan`. A plan whose activations cannot be counted, as those of
-code that reads the values of its tensors, has the reason in ``Plan.uncounted``.
+All three use the functions here: the model without weights, how it is trained (:class:`lmcore.plan.plan.Setting`), the
+micro-batch that fits, and the :class:`lmcore.plan.plan.Plan`. If the activations cannot be counted, for example because the
+model's code reads the values of its tensors, ``Plan.uncounted`` has the reason.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ if TYPE_CHECKING:
 def setting_of(
     config: RunConfig, *, precision: str, world_size: int, strategy: str | None = None, cuda: bool = False
 ) -> plan.Setting:
-    """How the run trains, as far as its memory depends on it. ``strategy`` overrides that of the launcher; ``cuda``: on GPUs."""
+    """How the run trains, as far as memory depends on it. ``strategy`` overrides that of the launcher; ``cuda``: on GPUs."""
     asked = launch.request(os.environ, config.engine.deepspeed)
     launched = "ddp" if asked.strategy == "single" and world_size > 1 else asked.strategy
-    of_zero: dict[str, Any] = {"zero_bucket": plan.ZERO_BUCKET // 10}  # what ds_configs/ say
+    of_zero: dict[str, Any] = {"zero_bucket": plan.ZERO_BUCKET // 10}  # as in ds_configs/
     if asked.deepspeed is not None:
         of_zero = zero.memory_settings(asked.deepspeed)
     chosen: Any = strategy or launched
@@ -94,7 +94,7 @@ def with_micro_batch(setting: plan.Setting, sizes: Sizes) -> plan.Setting:
 def model_without_weights(
     config: RunConfig, *, vocab_size: int | None, block_size: int, note: Note = print
 ) -> ModelWithLoss:
-    """The run's model and loss on the meta device; a model of ``model.factory`` that needs real tensors is built with them."""
+    """The run's model and loss on the meta device. A model of ``model.factory`` that needs real tensors is built with them."""
     named = config.model
     if named.factory is None:
         type, fields = model_type_and_fields(config)
@@ -126,7 +126,7 @@ def model_without_weights(
 
 
 def refuse_early(config: RunConfig) -> None:
-    """Refuse what would otherwise be refused when the text has been tokenized, which may take hours."""
+    """Refuse what would otherwise be refused only after the text has been tokenized, which may take hours."""
     for path, option in ((config.model.factory, "model.factory"), (config.loss.factory, "loss.factory")):
         if path is not None:
             import_path(path, option)
@@ -152,8 +152,8 @@ def refuse_early(config: RunConfig) -> None:
 
 
 def refuse_schedule(config: RunConfig) -> None:
-    """Refuse a warm-up or a curve that does not fit into the run (``RequestError``), where that is known without the text:
-    nothing is counted in epochs."""
+    """Refuse a warmup or a curve that does not fit into the run (``RequestError``). Only if nothing is in epochs, because their
+    length is not known without the text."""
     optim, batch = config.optim, config.train.global_batch_blocks or config.train.global_batch_tokens
     curves = [
         one for one in (optim.schedule, optim.momentum, optim.weight_decay, batch) if isinstance(one, Curve)
@@ -162,14 +162,14 @@ def refuse_schedule(config: RunConfig) -> None:
     lengths += [place for curve in curves for place, _ in curve.points]
     if any(length.unit == "epochs" for length in lengths):
         return
-    # How many processes divide a batch, and how, is refused elsewhere, with their number.
+    # Whether the processes can divide the batch is checked elsewhere.
     alone = replace(config, train=replace(config.train, micro_batch_exact=False))
     sizes = horizon(alone, block_size=block_size_of(config), epoch_blocks=None, world_size=1)
     schedules_of(config, sizes)
 
 
 def first_batch(config: RunConfig, data: Data, micro_batch_blocks: int) -> dict[str, Tensor] | None:
-    """A micro-batch of the user's own data, whose shapes only its code knows; ``None`` of text."""
+    """A micro-batch of the user's own dataset, because only its code knows the shapes; ``None`` for text."""
     if config.data.factory is None:
         return None
     batches = Batches(
@@ -181,7 +181,7 @@ def first_batch(config: RunConfig, data: Data, micro_batch_blocks: int) -> dict[
         world_size=1,
         collate=data.collate,
     )
-    # The user's code may draw random numbers, which must not shift those of the run
+    # The user's code may draw random numbers, which must not change those of the run.
     with torch.random.fork_rng(devices=[]):
         return next(iter(batches)).micro_batches[0]
 
@@ -198,7 +198,7 @@ def plan_of(
     epoch_tokens: int | None = None,
     tokens_per_second: float | None = None,
 ) -> plan.Plan:
-    """The plan of a module before it is wrapped by a strategy, with or without weights; the module is not changed.
+    """The plan of a module, with or without weights, before a strategy wraps it. The module is not changed.
 
     Args:
         device_bytes: memory of one device; ``None`` on a CPU, where each process gets its share of the available memory.
@@ -238,7 +238,7 @@ def plan_of(
         }
 
     def needs(one: plan.Setting) -> plan.Memory:
-        refuse_strategy(config, made[0], one.strategy)  # no advice that the run would refuse
+        refuse_strategy(config, made[0], one.strategy)  # do not advise what the run would refuse
         traced = trace.trace_step(
             part,
             micro_batch_blocks=one.micro_batch_blocks,
@@ -254,7 +254,7 @@ def plan_of(
     flops: int | None = None
     try:
         memory = needs(setting)
-        # FLOPs a token are those of whole layers and whole blocks
+        # FLOPs per token are counted for whole layers and whole blocks.
         blocks = 1 if batch is None else setting.micro_batch_blocks
         counted_flops = trace.count_flops(module, micro_batch_blocks=blocks, **step_of(setting))
         flops = counted_flops // (blocks * sizes.block_size)
@@ -288,7 +288,7 @@ def plan_of(
 
 
 def refuse_strategy(config: RunConfig, optimizer: torch.optim.Optimizer, strategy: str) -> None:
-    """Refuse what the engine would refuse of this strategy (``RequestError``), before memory is counted."""
+    """Refuse what the engine would refuse under this strategy (``RequestError``), before memory is counted."""
     if strategy.startswith("zero"):
         zero.check_optimizer(optimizer)
     elif strategy == "fsdp2":
@@ -316,7 +316,7 @@ def fitting(
     device_bytes: int | None,
 ) -> int | None:
     """The micro-batch of ``train.micro_batch_blocks auto`` on GPUs; ``None`` on a CPU and for the user's own model or data,
-    whose memory is not known: there :func:`lmcore.run.budget.horizon` takes a moderate one."""
+    whose memory is not known: for them :func:`lmcore.run.budget.horizon` uses a moderate one."""
     blocks = max(global_batches(config, block_size))
     own = config.model.factory is not None or config.data.factory is not None
     if config.train.micro_batch_blocks != "auto" or device_bytes is None or own:
@@ -340,7 +340,7 @@ def device_bytes_of(device: torch.device) -> int | None:
 
 
 def auto_micro_batch(config: RunConfig, engine: Engine, module: ModelWithLoss, block_size: int) -> int | None:
-    """:func:`fitting` on the run's own devices, agreed over the ranks."""
+    """:func:`fitting` on the run's own devices: the minimum over the ranks. Collective on GPUs."""
     if engine.device.type != "cuda":
         return None
     setting = setting_of(config, precision=engine.precision, world_size=engine.world_size, cuda=True)
@@ -352,7 +352,7 @@ def auto_micro_batch(config: RunConfig, engine: Engine, module: ModelWithLoss, b
 
 
 PLAN_FILE = "plan.json"
-"""In the run folder: what the last ``lmcore plan --probe`` of this run measured."""
+"""File in the run folder with what the last ``lmcore plan --probe`` of this run measured."""
 
 
 def plan_here(
@@ -360,7 +360,7 @@ def plan_here(
 ) -> plan.Plan | None:
     """The plan for the start table, on rank 0 only; called before the module is wrapped.
 
-    Its tokens per second are those of the last probe, if that had the same model, batch, strategy and precision.
+    Its tokens per second are those of the last probe, if it used the same model, batch, strategy and precision.
     """
     try:
         return _plan_here(config, engine, module, sizes, data, note) if engine.is_main else None

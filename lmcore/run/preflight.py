@@ -1,7 +1,7 @@
-"""Refusals that need neither data nor torch: they come within a second, before any work.
+"""Checks that need neither data nor torch, so that they refuse a request within a second, before any work.
 
-``train_lm.py``, ``--dry_run`` and ``lmcore plan`` call :func:`preflight`. What needs the tokenizer, the model or the text
-is checked later, where it is known.
+``train_lm.py``, ``--dry_run`` and ``lmcore plan`` call :func:`preflight`. What depends on the tokenizer, the model or the text
+is checked later, once these are known.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TRACKERS = (
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb",
 )  # fmt: skip
-"""The trackers of accelerate, which imports torch; a test compares the two."""
+"""The trackers of accelerate. The list is repeated here because accelerate imports torch; a test compares the two."""
 RESUME = ("auto", "never", "best")
 
 
@@ -53,7 +53,7 @@ def preflight(config: RunConfig, *, processes: int = 1) -> None:
 
 def _check_run_dir(config: RunConfig) -> None:
     if is_url(config.run_dir):
-        Store(str(config.run_dir))  # refuses credentials in it, an unknown scheme, a missing driver
+        Store(str(config.run_dir))  # refuses credentials in the URL, an unknown scheme, a missing driver
     elif config.local_dir is not None:
         raise RequestError(
             f"local_dir {config.local_dir} is for a run_dir that is a URL (run_dir is {config.run_dir}): remove it"
@@ -71,7 +71,7 @@ def _check_run_dir(config: RunConfig) -> None:
 
 def _check_batch(config: RunConfig, processes: int) -> None:
     if config.train.global_batch_tokens is not None and config.data.block_size is None:
-        return  # the block is known when the model is
+        return  # the block size is known only when the model is
     micro, shared = config.train.micro_batch_blocks, config.train.context_parallel
     if processes % shared == 0:  # otherwise the engine refuses it
         processes //= shared
@@ -122,7 +122,7 @@ def _check_files(config: RunConfig) -> None:
             f"engine.deepspeed {config.engine.deepspeed!r}: no such file"
             f"{did_you_mean(config.engine.deepspeed, known)}"
         )
-    # By its path, or by its name in this run (as reader.find finds it); what a bucket alone has is looked for later.
+    # By its path, or by its name in this run (as in reader.find). A checkpoint that only a bucket has is looked up later.
     of_run = local_run_dir(config.run_dir or "", config.local_dir) / "checkpoints" / config.resume
     fetched = is_url(config.run_dir) and config.resume.startswith("step-")
     if (
@@ -166,7 +166,7 @@ def _check_text(config: RunConfig) -> None:
         return
     for entries in (config.data.train, config.data.valid, config.data.test):
         if entries:
-            # The unit is decided by reading; here only the files are looked up.
+            # Only look up the files: with a fixed unit, resolve_sources reads none of them.
             plain: list[Any] = [
                 {**entry, "unit": "line"} if isinstance(entry, dict) else entry for entry in entries
             ]

@@ -24,7 +24,7 @@ from lmcore.run.folder import RunFolder, local_run_dir
 
 
 class Change(NamedTuple):
-    """An option whose value differs between a checkpoint and the present configuration."""
+    """An option whose value differs between a checkpoint and the current configuration."""
 
     key: str
     old: Any
@@ -33,10 +33,10 @@ class Change(NamedTuple):
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """The differences between two :func:`~lmcore.config.schema.flatten` views, those to be refused first.
+    """The differences between two results of :func:`~lmcore.config.schema.flatten`, those to be refused first.
 
-    Options that this version does not have are ``free``; one that the version of the checkpoint did not have counts as
-    having had its default.
+    Options that this version does not have are ``free``. An option that the checkpoint does not have counts as having had
+    its default.
     """
     found, defaults = [], flatten(RunConfig())
     for name in dict.fromkeys([*old, *new]):
@@ -51,7 +51,7 @@ SHAPING = frozenset({
     "model.size", "model.config.n_embd", "model.config.hidden_size", "model.config.n_layer", "model.config.num_hidden_layers",
     "model.config.n_inner", "model.config.intermediate_size", "model.config.head_dim",
 })  # fmt: skip
-"""Options of which two values always give another number or other shapes of weights: no checkpoint fits both."""
+"""Options that change the number or the shapes of the weights, so that no checkpoint fits two of their values."""
 
 
 def refuse_changes(found: list[Change], allowed: list[str]) -> list[Change]:
@@ -77,10 +77,10 @@ def refuse_changes(found: list[Change], allowed: list[str]) -> list[Change]:
 
 
 def other_data_is_allowed(before: dict[str, Any], config: RunConfig) -> bool:
-    """Whether the blocks may be others than those of the checkpoint: ``allow_changes`` names ``data.train``, or an option
-    of data or tokenizer that differs from ``before``, the options of the checkpoint."""
+    """Whether the blocks may differ from those of the checkpoint: ``allow_changes`` names ``data.train``, or an option of
+    data or tokenizer that differs from ``before``, the options of the checkpoint."""
     allowed = set(config.allow_changes)
-    # Those of class refuse decide what a position means.
+    # Options of class refuse determine which block a position means.
     found = changes(before, redact(flatten(config)))
     different = {change.key for change in found if change.resume == "refuse"}
     return "data.train" in allowed or any(
@@ -89,7 +89,7 @@ def other_data_is_allowed(before: dict[str, Any], config: RunConfig) -> bool:
 
 
 def kept_before(past: Mapping[str, Any], config: RunConfig) -> int:
-    """The step up to which every checkpoint stays that is there: ``checkpoint.keep_every`` meant other steps up to it.
+    """The step up to which all existing checkpoints are kept, because ``checkpoint.keep_every`` meant other steps until then.
 
     Args:
         past: the state of the checkpoint that is resumed; empty for a new run.
@@ -106,17 +106,17 @@ def kept_before(past: Mapping[str, Any], config: RunConfig) -> int:
 MEASURED_ON = (
     "evaluate.blocks", "data.train", "data.valid", "data.valid_fraction", "data.block_size", "data.document_mask",
 )  # fmt: skip
-"""Options that decide on which text a run is evaluated, beside those that no run may change without being told to."""
+"""Options that determine the text of evaluations, in addition to those that change only with ``allow_changes``."""
 
 
 def measured_otherwise(
     past: Mapping[str, Any], config: RunConfig, valid: Mapping[str, str] | None = None
 ) -> bool:
-    """Whether evaluations up to a checkpoint are of other data, or by another loss, than those from now on.
+    """Whether evaluations up to a checkpoint used other data, or another loss, than those from now on.
 
     Args:
         past: the state of the checkpoint.
-        valid: fingerprints of the validation sets by name; a file may hold other text than before.
+        valid: fingerprints of the validation sets by name, because a file may have changed.
     """
     found = changes(redact(past["config"]), redact(flatten(config)))
     of_data = ("data.", "tokenizer.", "loss.")
@@ -130,8 +130,8 @@ def measured_otherwise(
 def stop_values_of(
     past: Mapping[str, Any], config: RunConfig, valid: Mapping[str, str] | None = None
 ) -> list[float]:
-    """What early stopping has seen by the state of a checkpoint: nothing where it watched another metric or other data than
-    now (see :func:`measured_otherwise`)."""
+    """The values that early stopping has seen, from the state of a checkpoint; none if the metric or the data has changed since
+    (see :func:`measured_otherwise`)."""
     metric = "evaluate.early_stopping.metric"
     found = changes(redact(past["config"]), redact(flatten(config)))
     watched_other = any(change.key == metric for change in found)
@@ -139,8 +139,8 @@ def stop_values_of(
 
 
 def skips_left_out(before: Any, now: Skips) -> list[str]:
-    """The ranges of ``data.skip_positions`` of the checkpoint, ``FIRST-LAST`` as they were written, that are not skipped by
-    ``now``."""
+    """The ranges of the checkpoint's ``data.skip_positions``, as they were written (``FIRST-LAST``), that ``now`` does not
+    skip."""
     found = []
     for word in before or []:
         ((start, stop),) = ranges([word], "data.skip_positions")
@@ -151,10 +151,10 @@ def skips_left_out(before: Any, now: Skips) -> list[str]:
 
 @contextlib.contextmanager
 def state_of(path: Any) -> Iterator[None]:
-    """Around reading the state of a checkpoint: hashes do not protect from somebody who can compute them.
+    """Context for reading the state of a checkpoint, which may be malformed: anybody can compute the hashes of a changed one.
 
     Raises:
-        RequestError: the state lacks something, or has something of another type.
+        RequestError: something in the state is missing or has another type.
     """
     try:
         yield
@@ -166,9 +166,8 @@ def state_of(path: Any) -> Iterator[None]:
 
 
 def precision_so_far(config: RunConfig) -> str | None:
-    """The precision of the newest checkpoint in the run folder; ``None`` where there is none to resume from.
-
-    Only read: whether the checkpoint is whole is decided later.
+    """The precision of the checkpoint to resume from (for ``auto`` and ``best``, the newest in the run folder); ``None`` if
+    there is none. The checkpoint is verified later.
     """
     if config.resume == "never" or config.fast_dev_run:
         return None
@@ -184,12 +183,12 @@ def precision_so_far(config: RunConfig) -> str | None:
 
 
 def with_sources_of(config: RunConfig, state: Mapping[str, Any]) -> RunConfig:
-    """The configuration that names the same sources as when the run of a checkpoint began.
+    """The configuration with the same sources as when the run of a checkpoint began.
 
-    Files of ``data.train`` that are named one by one are one source since order version 2; before, each was its own.
+    Since order version 2, files that ``data.train`` names one by one are one source; before, each was a source of its own.
 
     Args:
-        state: of the checkpoint; empty for a new run.
+        state: the state of the checkpoint; empty for a new run.
     """
     cursor = state.get("cursor")
     if not isinstance(cursor, Mapping) or cursor.get("version") != 1:
@@ -208,13 +207,13 @@ def find_checkpoint(
     *,
     fetch: Callable[[str], object] = lambda asked: None,
 ) -> tuple[str, dict[str, Any]] | None:
-    """Rank 0: the checkpoint to resume from and its state, every byte verified; ``None`` starts at step 0.
+    """On rank 0: the checkpoint to resume from and its state, with every byte verified; ``None`` starts at step 0.
 
     Args:
-        fetch: called first with what counts of ``--resume``: brings the checkpoint that may be in a bucket.
+        fetch: called first with the value of ``--resume`` that applies; downloads a checkpoint that may be in a bucket.
 
     Raises:
-        RequestError: no usable checkpoint although there should be one, or the corpus, tokenizer or seed changed.
+        RequestError: there is no usable checkpoint although there should be one, or an option of class ``refuse`` changed.
     """
     status = folder.read_status()
     before = status or {}
@@ -251,7 +250,7 @@ def find_checkpoint(
     with found:
         now = redact(flatten(config))  # as it was saved
         with state_of(found.path):
-            before = redact(found.state["config"])  # an older version hid less
+            before = redact(found.state["config"])  # an older version redacted less
             changed = refuse_changes(changes(before, now), config.allow_changes)
         for change in changed:
             report.warn_once(f"{change.key} was {change.old} up to step {found.step}, is {change.new} now")
@@ -261,14 +260,14 @@ def find_checkpoint(
                 f"be used: resuming from there"
             )
         folder.remember(checkpoint_step=found.step)
-        if command is not None:  # not before: one that was refused has not been carried out
+        if command is not None:  # only now, because a refused command has not been carried out
             folder.remember(resume_command=command)
         reader.abandon_after(folder.checkpoints, found.step, note=report.note)
         return str(found.path), found.state
 
 
 def _saved_step_in_metrics(run_dir: Path) -> int | None:
-    """The step of the last save by ``metrics.jsonl``, for a folder whose ``status.json`` was lost."""
+    """The step of the last save according to ``metrics.jsonl``, for a folder whose ``status.json`` was lost."""
     step: int | None = None
     with contextlib.suppress(OSError):
         for record in iterate_metrics(run_dir):
@@ -281,11 +280,11 @@ def _saved_step_in_metrics(run_dir: Path) -> int | None:
 def _asked_once(
     config: RunConfig, folder: RunFolder, report: Report, before: Mapping[str, Any]
 ) -> tuple[str, str | None]:
-    """``--resume``, where all but ``auto`` count once for a command, and the hash of that command.
+    """The value of ``--resume`` that applies, and the hash of the command. All values but ``auto`` apply once per command.
 
-    The command that is started again after an interruption (a requeued job, a loop around exit code 75) must not start
-    over, or go back, each time. ``status.json`` keeps which command has had its way; once that run is finished, the same
-    options count again.
+    A command that is started again after an interruption (a requeued job, a loop around exit code 75) must not start over, or
+    go back, each time. ``status.json`` records which command has been carried out; once that run is finished, the same options
+    apply again.
     """
     if config.resume == "auto" or config.fast_dev_run:
         return config.resume, None

@@ -1,7 +1,7 @@
 """Builds the parts of a run from its options: data, tokenizer, model, optimizer, engine.
 
-``train_lm.py`` and the commands of ``lmcore`` build their parts here, so that they cannot differ. Nothing here decides
-anything: each function hands its section of the options to the module that does.
+``train_lm.py`` and the commands of ``lmcore`` build their parts here, so that they cannot differ. Most functions only pass a
+section of the options to the module that implements it.
 """
 
 from __future__ import annotations
@@ -112,18 +112,18 @@ def reading_of(config: RunConfig) -> corpus.Reading:
 
 
 def valid_fraction_of(config: RunConfig) -> float:
-    """The fraction of the training documents used for validation: 0 if ``data.valid`` is given."""
+    """The fraction of the training documents that is used for validation; 0 if ``data.valid`` is given."""
     return 0.0 if config.data.valid else config.data.valid_fraction or 0.0
 
 
 def splits_of(config: RunConfig, run_dir: Path, *, keep: bool = True) -> corpus.Splits:
-    """How the training text is split for validation, for a run in ``run_dir``: one that goes on keeps its split.
+    """How the training text of a run in ``run_dir`` is split for validation. A resumed run keeps its split.
 
     Args:
-        keep: the answer, in ``data.store_dir``.
+        keep: record the split in ``data.store_dir``.
     """
     named = Path(config.resume) if config.resume not in ("auto", "never", "best") else None
-    # A checkpoint of this run may be named by its folder alone, as where it is found again (reader.find).
+    # A checkpoint of this run may be given by the name of its folder only (as in reader.find).
     begun = named.parent.parent if named is not None and (named.is_dir() or len(named.parts) > 1) else run_dir
     goes_on = config.resume != "never" and any((begun / "checkpoints").glob("step-*"))
     begun_with: set[str] | None = None
@@ -149,10 +149,10 @@ def train_tokenizer(
     task: Task = silent_task,
     splits: corpus.Splits | None = None,
 ) -> Tokenizer:
-    """Train the tokenizer that the configuration describes, into ``folder`` if there is one.
+    """Train the tokenizer that the configuration describes, and save it to ``folder`` if that is given.
 
     Args:
-        splits: default: those of a new run.
+        splits: how the text is split for validation; default: as for a new run.
     """
     if splits is None:
         splits = splits_of(replace(config, resume="never"), Path(), keep=folder is not None)
@@ -188,7 +188,7 @@ def train_tokenizer(
 
 
 def tokenizer_source_of(config: RunConfig, splits: corpus.Splits) -> dict[str, Any]:
-    """Everything that decides the tokenizer that :func:`train_tokenizer` makes."""
+    """Everything that determines the result of :func:`train_tokenizer`."""
     names = (
         *("vocab_size", "model_type", "character_coverage", "byte_fallback", "split_digits"),
         *("normalization", "user_symbols"),
@@ -219,10 +219,10 @@ def open_data(
 
     Args:
         home: folder of the run's tokenizer.
-        on_main: runs something on rank 0 and gives every rank its result or its refusal.
+        on_main: runs a function on rank 0 and returns its result, or raises its error, on every rank.
     """
     block_size = block_size_of(config)
-    RunFolder(home.parent).refuse_odd_files()  # `prepare` and `order` write there, too
+    RunFolder(home.parent).refuse_odd_files()  # `prepare` and `order` write there as well
     splits = splits_of(config, home.parent)
     encoder = None
     if config.data.factory is None or config.tokenizer.path is not None:
@@ -256,7 +256,7 @@ def open_data(
             note=note,
             streamed=sources if streamed else (),
         )
-    on_main(partial(_record_stores, home.parent, sets))  # and wait until every rank has all stores
+    on_main(partial(_record_stores, home.parent, sets))  # this also waits until every rank has all stores
     pad_id = encoder.eos_id if encoder.pad_id is None else encoder.pad_id
     blocks = partial(
         StoreBlocks,
@@ -311,15 +311,15 @@ def open_data(
 
 
 def _record_stores(run_dir: Path, sets: corpus.Corpus) -> None:
-    """For ``lmcore stores``: a store that no run names may be removed."""
+    """Record which stores the run uses, for ``lmcore stores``: a store that no run names may be removed."""
     stores = [*sets.train, *sets.valid.values(), *sets.test.values()]
-    # `order` and `plan` also look at runs that cannot be written, or do not exist
+    # `order` and `plan` also read runs whose folder is read-only or does not exist.
     with contextlib.suppress(OSError):
         record_use(run_dir, [store.folder for store in stores if store.folder is not None])
 
 
 def given_tokenizer(config: RunConfig) -> Tokenizer | None:
-    """The tokenizer that is given, or that comes with given weights; ``None`` where one is to be trained.
+    """The tokenizer that is given, or that comes with pretrained weights; ``None`` if one must be trained.
 
     Raises:
         RequestError: ``model.from_pretrained`` comes without one.
@@ -347,10 +347,10 @@ def open_tokenizer(
     note: Note,
     task: Task,
 ) -> Tokenizer:
-    """The run's tokenizer: given (:func:`keep_tokenizer` copies it into ``home``), or trained into ``home``.
+    """The run's tokenizer: a given one (:func:`keep_tokenizer` copies it into ``home``), or one that is trained into ``home``.
 
-    A trained one that is there already is used if it was made of the same text with the same options, or if there are
-    checkpoints to resume from, which were trained with it; otherwise a new one is trained, and a note says why.
+    An existing trained tokenizer is used if it was made from the same text with the same options, or if there are checkpoints
+    to resume from, which were trained with it. Otherwise a new one is trained, and a note says why.
     """
     resumes = config.resume != "never" and any((home.parent / "checkpoints").glob("step-*"))
     if config.tokenizer.path is not None or not (resumes and (home / "tokenizer.json").exists()):
@@ -361,7 +361,7 @@ def open_tokenizer(
 
     def make() -> None:
         if config.model.from_pretrained is not None and not config.tokenizer.train:
-            return  # the copy of what came with the weights: it was made of no text of this run
+            return  # a copy of the weights' own tokenizer, which was not made from the text of this run
         reason = unfit_reason(config, home, splits)
         if reason and resumes and (home / "tokenizer.json").exists():
             note(
@@ -388,8 +388,8 @@ def _refuse_store_dir(config: RunConfig) -> None:
 
 
 def unfit_reason(config: RunConfig, home: Path, splits: corpus.Splits) -> str | None:
-    """Why the tokenizer in ``home`` is not what the configuration would train: ``None`` if it is, empty if there is
-    none."""
+    """Why the tokenizer in ``home`` is not the one that the configuration would train; ``None`` if it is, and empty if there
+    is none."""
     if not home.is_dir() or not any(home.iterdir()):
         return ""
     try:
@@ -417,7 +417,7 @@ def _note_origin(config: RunConfig, given: Tokenizer, note: Note) -> None:
 
 
 def keep_tokenizer(home: Path, data: Data, *, note: Note) -> None:
-    """A tokenizer that was given goes to ``home``, once no checkpoint there refuses it."""
+    """Copy a given tokenizer to ``home``. Called after a checkpoint there has been loaded, which refuses another tokenizer."""
     if data.encoder is None:
         return
     with contextlib.suppress(RequestError):
@@ -429,8 +429,8 @@ def keep_tokenizer(home: Path, data: Data, *, note: Note) -> None:
 
 
 def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int) -> Data:
-    """``data.factory(**data.config)``: a dataset, or a mapping with ``train`` and optionally ``valid``, ``test`` (datasets, or
-    mappings of them by name) and ``collate``."""
+    """The data of ``data.factory(**data.config)``, which returns a dataset, or a mapping with ``train`` and optionally ``valid``,
+    ``test`` (datasets, or mappings of names to datasets) and ``collate``."""
     made = import_path(config.data.factory or "", "data.factory")(**config.data.config)
     parts = dict(made) if isinstance(made, Mapping) else {"train": made}
     unknown = sorted(parts.keys() - {"train", "valid", "test", "collate"})
@@ -462,13 +462,13 @@ def open_own_data(config: RunConfig, encoder: Tokenizer | None, block_size: int)
 
 
 def compare_data(data: Data, *, gather: Callable[[Any], list[Any]], note: Note = print) -> None:
-    """Refuse data that are not the same on every rank: the ranks would share out positions that mean other blocks to each of
-    them. Collective.
+    """Refuse data that are not the same on every rank: the ranks divide positions among them, which must mean the same blocks on
+    each. Collective.
 
     Args:
-        gather: gives every rank's value, in rank order, to every rank.
-        note: told of datasets of one's own whose first items differ. They may be drawn anew at each reading, as
-            augmentations are; they may also be a share for each rank, of which only a part would be trained on.
+        gather: returns every rank's value, in rank order, on every rank.
+        note: called with a warning if the first items of the user's own datasets differ. They may be random, as with
+            augmentation; but each rank may also have only a share of the data, of which only a part would be trained on.
 
     Raises:
         RequestError: the length, the text or the order of a set differs.
@@ -499,17 +499,17 @@ def compare_data(data: Data, *, gather: Callable[[Any], list[Any]], note: Note =
 
 
 def context_of(config: RunConfig, engine: Engine, module: ModelWithLoss, *, note: Note = print) -> Context:
-    """What the batches of this rank hold of each block, and how documents are kept apart. Collective.
+    """Which part of each block the batches of this rank hold, and how documents are separated. Collective.
 
     Raises:
-        RequestError: ``train.context_parallel`` with a model that cannot be computed so; the reason is named. A model in
-            which ``data.document_mask`` would do nothing.
+        RequestError: the model does not support ``train.context_parallel`` (the message says why), or
+            ``data.document_mask`` would have no effect in it.
     """
     size, block_size = engine.context_parallel, block_size_of(config)
     wanted = config.data.document_mask
     attention = str(getattr(getattr(module.model, "config", None), "_attn_implementation", None))
     if size == 1 and (not wanted or attention.startswith("flash_attention")):
-        # Flash attention looks at position ids in micro-batches of one block only.
+        # Flash attention uses position ids only in micro-batches of one block.
         return Context(sequence_lengths=wanted)
     reason = meet = None
     if engine.is_main:
@@ -550,13 +550,13 @@ def context_of(config: RunConfig, engine: Engine, module: ModelWithLoss, *, note
 
 
 def refuse_context_parallel(size: int, reason: str | None) -> None:
-    """Raises ``RequestError`` if there is a reason why blocks cannot be shared."""
+    """Raise ``RequestError`` if there is a reason why ranks cannot share blocks."""
     if reason is not None:
         raise RequestError(f"train.context_parallel {size} is not available for this model: {reason}")
 
 
 def describe_store(store: Any) -> str:
-    """Documents, bytes and tokens of a store, as far as its format says."""
+    """The documents, bytes and tokens of a store, as far as its format records them."""
     words = [amount(store.n_tokens, "token")]
     if store.n_documents is not None:
         words.insert(0, amount(store.n_documents, "document"))
@@ -570,14 +570,14 @@ def describe_store(store: Any) -> str:
 
 
 def model_name(config: RunConfig) -> str:
-    """The name of the model, for people."""
+    """The name of the model in messages."""
     if config.model.preset is not None:
         return describe_preset(config)
     return config.model.factory or config.model.from_pretrained or config.model.type or ""
 
 
 def describe_model(config: RunConfig, model: Any, counts: Mapping[str, int]) -> str:
-    """Name and number of parameters for the start table; where not all are trained, which."""
+    """Name and number of parameters for the start table; if not all are trained, also the number of trained ones."""
     words = f"{model_name(config)}, {counts['total']:,} parameters"
     if counts["trained"] != counts["total"]:
         words += f", {counts['trained']:,} trained"
@@ -586,7 +586,7 @@ def describe_model(config: RunConfig, model: Any, counts: Mapping[str, int]) -> 
 
 
 def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = print) -> ModelWithLoss:
-    """The model with its loss; without weights on ranks that get their parts of them from rank 0."""
+    """The model with its loss, without weights on ranks that receive their parts from rank 0. Collective."""
     encoder = data.encoder
     if config.model.factory is not None and engine.sharded:
         note("model.factory: every rank builds the whole model in host memory before it keeps its own part")
@@ -600,7 +600,7 @@ def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = pr
             weights=engine.needs_weights,
             note=note,
         )
-    except RequestError as refusal:  # perhaps on this rank only: the others must not wait for it
+    except RequestError as refusal:  # perhaps only on this rank: the others must not wait for it
         refused = refusal
     for word in engine.gather_object(refused):
         if word is not None:
@@ -609,7 +609,7 @@ def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = pr
     if config.data.factory is not None and data.collate is None:
         for dataset in (data.train, *data.valid.values(), *data.test.values()):
             if (item := custom.first_item(dataset)) is not None:
-                module.check_keys(item)  # not only at the first step, after all preparation
+                module.check_keys(item)  # now, instead of at the first step after all preparation
     if config.model.factory is None and config.loss.factory is None and config.data.factory is None:
         reason = why_no_language_model(module) if engine.needs_weights else None
         for word in engine.gather_object(reason):
@@ -624,7 +624,7 @@ def open_model(config: RunConfig, data: Data, engine: Engine, *, note: Note = pr
 
 
 def tensor_parallel_problem(model: Any, size: int) -> str | None:
-    """Why the layers of a model cannot be shared by ``size`` ranks; ``None`` if they can. They are tried."""
+    """Why the layers of a model cannot be shared by ``size`` ranks; ``None`` if they can. Found by trying it."""
     from lmcore.engine import tensor  # lazily, as below
 
     return tensor.why_not(model, size) or tensor.why_not_equal(model, size)
@@ -639,7 +639,7 @@ def build_model(
     weights: bool = True,
     note: Note = print,
 ) -> ModelWithLoss:
-    """:func:`open_model` where the numbers of the tokenizer are all that is known of it."""
+    """Build the model with its loss; of the tokenizer only its numbers are needed. See :func:`open_model`."""
     type, fields = model_type_and_fields(config)
     built = build.build_model(
         type=type or "",
@@ -661,7 +661,7 @@ def build_model(
 
 
 def adapt(config: RunConfig, built: torch.nn.Module, *, weights: bool = True) -> None:
-    """Low-rank adapters, if they are asked for."""
+    """Add low-rank adapters to the model, if ``model.lora.rank`` is set."""
     if config.model.lora.rank:
         lora.refuse_unknown_targets(built, config.model.lora.target_modules)
         lora.adapt(built, seed=config.seed, weights=weights, **vars(config.model.lora))
@@ -670,7 +670,7 @@ def adapt(config: RunConfig, built: torch.nn.Module, *, weights: bool = True) ->
 def with_loss(
     config: RunConfig, built: torch.nn.Module, *, probe: torch.nn.Module | None = None, note: Note = print
 ) -> ModelWithLoss:
-    """What is trained of a model is chosen, and its loss put behind it; ``probe`` as in :class:`ModelWithLoss`."""
+    """Choose the parameters that are trained, and wrap the model with its loss; ``probe`` as in :class:`ModelWithLoss`."""
     optim.choose_trained(
         built.named_parameters(), train_only=config.optim.train_only, freeze=config.optim.freeze
     )
@@ -695,10 +695,10 @@ def make_optimizer(
     *,
     note: Callable[[str], object] = lambda line: None,
 ) -> torch.optim.Optimizer:
-    """The optimizer over the named parameters that the engine hands out.
+    """The optimizer for the named parameters that the engine passes.
 
     Args:
-        note: told of options that a class of the user's does not take.
+        note: called with a line for each option that the user's optimizer class does not accept.
     """
     groups = optim.parameter_groups(
         named,
@@ -736,7 +736,7 @@ def make_optimizer(
 
 
 def _without_effect(config: RunConfig, optimizer: torch.optim.Optimizer) -> list[str]:
-    """A line for each option that was set and does not reach an optimizer by import path."""
+    """A line for each option that was set but that an optimizer given by its import path does not accept."""
     names = ["betas", "eps", "fused"]
     if not any("momentum" in group for group in optimizer.param_groups):  # else every step sets it there
         names.append("momentum")
@@ -749,14 +749,14 @@ def _without_effect(config: RunConfig, optimizer: torch.optim.Optimizer) -> list
 
 
 def lr_multipliers(config: RunConfig) -> dict[str, float]:
-    """The learning rate of each kind of parameter over ``optim.lr``: matrices, embedding, head, vectors."""
+    """The learning rate of each kind of parameter as a multiple of ``optim.lr``: matrices, embedding, head, vectors."""
     return dict(vars(config.optim.lr_multipliers))
 
 
 def schedules_of(
     config: RunConfig, sizes: Sizes
 ) -> tuple[Callable[[int], float], Callable[[int], float], Callable[[int], float]]:
-    """Learning rate, momentum and weight decay: steps done -> the value of the next step.
+    """Functions for the learning rate, momentum and weight decay: steps done -> the value of the next step.
 
     Raises:
         RequestError: one of them does not fit into the run.
@@ -787,7 +787,7 @@ def learning_rates(config: RunConfig, sizes: Sizes) -> Callable[[int], float]:
 
 
 def momenta(config: RunConfig, sizes: Sizes) -> Callable[[int], float]:
-    """Steps done -> the momentum of the next step (of sgd and muon; the others have none)."""
+    """Steps done -> the momentum of the next step (for sgd and muon; other optimizers have none)."""
     asked = config.optim.momentum
     if isinstance(asked, Curve):
         return sizes.curve(asked)
@@ -835,7 +835,7 @@ def open_engine(config: RunConfig, *, began_in: str | None = None) -> Engine:
     """Join the processes of the run.
 
     Args:
-        began_in: the precision of the checkpoint that will be resumed. On a CPU ``train.precision auto`` keeps fp32.
+        began_in: the precision of the checkpoint that will be resumed. On a CPU, ``train.precision auto`` then keeps fp32.
     """
     from lmcore.engine import launch  # lazily, as above
     from lmcore.engine.engine import Engine
@@ -848,7 +848,7 @@ def open_engine(config: RunConfig, *, began_in: str | None = None) -> Engine:
     if kept and not launch.uses_cuda(os.environ):
         train = replace(train, precision="fp32")
 
-    # The watchdog writes everybody's stacks before NCCL gives up and aborts.
+    # The timeout is long enough for the watchdog to write the stacks of all ranks before NCCL aborts.
     limit = max(config.engine.timeout_seconds, collective_seconds(config.guard.stuck_seconds))
     wait_for_peers()
     engine = Engine(train, replace(config.engine, timeout_seconds=limit), seed=config.seed)
@@ -868,7 +868,7 @@ def open_engine(config: RunConfig, *, began_in: str | None = None) -> Engine:
 
 
 def refuse_sharded_lora(strategy: str) -> None:
-    """Refuse adapters (``RequestError``) under a strategy that shards weights or moments."""
+    """Refuse LoRA adapters (``RequestError``) under a strategy that shards weights or moments."""
     if strategy not in ("single", "ddp"):
         raise RequestError(
             f"model.lora is tested with one process and with DDP, not with {strategy}: frozen weights have "

@@ -1,8 +1,8 @@
-"""The search of ``lmcore size``: the speed of a few sizes, the ladder of short runs, and what they say to choose.
+"""The search of ``lmcore size``: measure the speed of a few sizes, run the ladder of short runs, and choose.
 
-Everything that takes time is kept in ``ladder.json`` as soon as it is known, so that the same search goes on after an
-interruption. Steps, in their order: :meth:`Search.open_text`, :meth:`Search.probe`, :meth:`Search.design_ladder`,
-:meth:`Search.climb`, :meth:`Search.choose`.
+Every result that took time is saved in ``ladder.json`` immediately, so that the same search continues after an interruption.
+The steps, in order: :meth:`Search.open_text`, :meth:`Search.probe`, :meth:`Search.design_ladder`, :meth:`Search.climb`,
+:meth:`Search.choose`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from lmcore.run.setup import Note, Task
 
 SHARE = 0.1
-"""Of the budget for the short runs, at most."""
+"""Largest share of the budget for the short runs."""
 PLANNED = 0.85
-"""Of that share is planned for; the rest is for a machine that is slower than its first steps."""
+"""Share of that time that is planned; the rest is a reserve for a machine that becomes slower than in its first steps."""
 KEPT = 0.95
-"""Of the rest of the budget for training steps; evaluation, checkpoints and the start take what remains."""
+"""Share of the remaining budget for training steps; evaluation, checkpoints and the start take the rest."""
 PROBES = (64, 128, 256, 512, 1024)
-"""Widths whose speed is measured first, until the budget could not even show such a model two tokens for each parameter."""
+"""Widths whose speed is measured first, up to the size for which the budget would not allow two tokens per parameter."""
 START_RATES = {"muon": 0.01, "adamw": 0.003}
-"""Where the search begins: the demo's rate, and that of its version with AdamW."""
+"""Initial learning rates of the search: the demo's, and that of its version with AdamW."""
 LEAST_TEXT_BLOCKS, LEAST_VALID_BLOCKS = 64, 8
 REACH = 16
-"""The largest model that is chosen has so many times the parameters of the largest that was measured, at most."""
+"""A chosen model has at most this many times the parameters of the largest measured one."""
 LADDER = "ladder.json"
 
 
@@ -51,7 +51,7 @@ LADDER = "ladder.json"
 def family(
     config: RunConfig, *, vocab_size: int, block_size: int, widths: Sequence[int]
 ) -> dict[str, ladder.Member]:
-    """The models to choose from by their names, with their parameters that multiply; counted without weights."""
+    """The models to choose from, by name, with their counts of parameters and FLOPs; built without weights."""
     from lmcore.plan import plan
     from lmcore.run import planning
 
@@ -76,7 +76,7 @@ def family(
 def published_laws(
     members: Mapping[str, ladder.Member], speed: Mapping[str, float], *, seconds: float, unique_tokens: float
 ) -> list[scaling.Published]:
-    """What the literature would choose for the time that the ladder of a budget of ``seconds`` leaves."""
+    """What published laws choose for the time that remains of a budget of ``seconds`` after the ladder."""
     training = seconds * (1 - SHARE)
     by_size = {float(m.parameters): speed[name] * training for name, m in members.items()}
     return scaling.published(list(by_size), by_size.__getitem__, unique_tokens)
@@ -92,11 +92,11 @@ def design_for(
     rate: float,
     block_size: int,
 ) -> ladder.Design:
-    """The ladder of a budget of ``seconds``, of which some are spent.
+    """The ladder for a budget of ``seconds``, of which ``spent_seconds`` are already used.
 
     Args:
-        speed: tokens a second of each member.
-        rate: where the search begins.
+        speed: tokens per second of each member.
+        rate: the initial learning rate of the search.
 
     Raises:
         RequestError: the budget is too small to measure.
@@ -105,7 +105,7 @@ def design_for(
     family = [(member, speed[name]) for name, member in members.items()]
     wanted = laws[1].parameters or family[2][0].parameters
     ladder_seconds = SHARE * seconds - spent_seconds
-    # The batch of the law for the tokens of a middle rung; a rung of the ladder has a few per cent of the budget.
+    # The batch that the law gives for the tokens of a middle rung, about a twentieth of the ladder's time.
     middle = min(speed, key=lambda name: abs(members[name].parameters - wanted / 8))
     tokens = max(1e5, speed[middle] * ladder_seconds / 20)
     asked = scaling.step_law(wanted, tokens)[1] / block_size
@@ -122,7 +122,7 @@ def design_for(
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The model, learning rate, batch and length that are expected to reach the lowest loss, and from what they follow."""
+    """The model, learning rate, batch and length that are expected to reach the lowest loss, and what they are derived from."""
 
     fitted: scaling.Fit
     choice: scaling.Choice
@@ -131,14 +131,14 @@ class Chosen:
     member: ladder.Member
     rate: float
     best_rates: tuple[tuple[float, float], ...]
-    """(parameters, best rate) of each size of the ladder; ``slope`` is that of the line along which they were carried over."""
+    """(parameters, best rate) of each size of the ladder; ``slope`` is the slope of the line by which they are extrapolated."""
     slope: float
     batch_blocks: int
     ladder_batch: int
     """The best batch of the smallest size."""
     steps: int
     seconds: float
-    """Of training, which the budget leaves."""
+    """Seconds that the budget leaves for training."""
 
 
 def choose(
@@ -150,12 +150,12 @@ def choose(
     speed: Mapping[str, float],
     seconds: float,
 ) -> Chosen:
-    """Of ``members`` the one with the lowest loss after ``seconds`` of training, and how to train it.
+    """Choose the member with the lowest expected loss after ``seconds`` of training, and how to train it.
 
     Args:
-        losses: of the rungs by their names.
-        fitted: the law of the ladder's runs.
-        speed: tokens a second of each member.
+        losses: losses of the rungs by name.
+        fitted: the law that was fitted to the ladder's runs.
+        speed: tokens per second of each member.
     """
     largest = max(point.parameters for point in fitted.points)
     candidates = [
@@ -185,7 +185,7 @@ def choose(
 
 
 def at_edge(design: ladder.Design, losses: Mapping[str, float]) -> list[str]:
-    """The sizes whose best learning rate is the smallest or the largest that was tried."""
+    """The sizes whose best learning rate is the lowest or highest one that was tried."""
     found = []
     for member in design.members:
         tried = design.rates(member, losses)
@@ -200,12 +200,12 @@ def at_edge(design: ladder.Design, losses: Mapping[str, float]) -> list[str]:
 
 @dataclass
 class Search:
-    """Measure, climb, choose. What was measured is kept in ``ladder.json`` of the folder.
+    """Measures, runs the ladder, and chooses. The measurements are saved in ``ladder.json`` of the folder.
 
     Args:
-        seconds: of the whole budget.
-        script: ``train_lm.py``.
-        task: shows what is going on, as of :class:`lmcore.report.report.Report`.
+        seconds: the whole budget.
+        script: path of ``train_lm.py``.
+        task: shows progress; see :class:`lmcore.report.report.Report`.
     """
 
     config: RunConfig
@@ -223,7 +223,7 @@ class Search:
         self.known: dict[str, Any] = {"asked": asked, "speeds": {}, "rungs": {}, "spent_seconds": 0.0}
         if (self.path / LADDER).exists():
             before = self._before()
-            # Speeds hold for any budget: after "the budget is too small to measure" a larger one goes on from them.
+            # Speeds are valid for any budget: a larger budget, after "the budget is too small to measure", reuses them.
             same = asked if "design" in before else asked | {"seconds": before["asked"].get("seconds")}
             if before["asked"] != same:
                 raise RequestError(
@@ -232,7 +232,7 @@ class Search:
             self.known = before | {"asked": asked}
 
     def _before(self) -> dict[str, Any]:
-        """What an earlier start has kept. Raises :class:`RequestError` where it is damaged."""
+        """What an earlier start has saved. Raises :class:`RequestError` if it is damaged."""
         path = self.path / LADDER
         try:
             found = json.loads(path.read_bytes())
@@ -255,13 +255,13 @@ class Search:
 
     @property
     def spent_seconds(self) -> float:
-        """The time that measuring took."""
+        """The time spent on measuring so far."""
         return float(self.known["spent_seconds"])
 
     # ---- 1: the text and the machine
 
     def open_text(self, note: Note) -> None:
-        """Tokenize the text and count it, and the models that can be trained on it.
+        """Tokenize the text, and count the text and the models that can be trained on it.
 
         Raises:
             RequestError: too little text.
@@ -288,7 +288,7 @@ class Search:
         )
 
     def probe(self) -> Iterator[tuple[ladder.Member, float]]:
-        """Measure the speed of a few sizes; gives each with its tokens a second."""
+        """Measure the speed of a few sizes; yields each with its tokens per second."""
         speeds = self.known["speeds"]
         for width in PROBES:
             member = self.members[f"w{width}"]
@@ -317,7 +317,7 @@ class Search:
         return self._speed({member.name: member})[member.name] * self.seconds
 
     def _speed(self, members: Mapping[str, ladder.Member], factor: float = 1.0) -> dict[str, float]:
-        """Tokens a second of each member, by what was measured: the probes, and the rungs where there are any."""
+        """Tokens per second of each member, interpolated from the probes and, where there are any, the rungs."""
         measured = {name: statistics.median(rates) for name, rates in self._rung_speeds().items()}
         known = {name: rate * factor for name, rate in self.known["speeds"].items()} | measured
         flops = [(self.members[name].flops_per_token, rate) for name, rate in known.items()]
@@ -332,17 +332,17 @@ class Search:
         return by_member
 
     def unsteadiness(self) -> float:
-        """By what share the fastest rung of a size was faster than its slowest, at most."""
+        """The largest relative difference in speed between the fastest and the slowest rung of a size."""
         rates = self._rung_speeds().values()
         return max((max(r) / min(r) - 1 for r in rates if len(r) > 1), default=0.0)
 
     def published(self) -> list[scaling.Published]:
-        """What the literature would choose for this budget."""
+        """What published laws choose for this budget."""
         speed = self._speed(self.members)
         return published_laws(self.members, speed, seconds=self.seconds, unique_tokens=self.unique_tokens)
 
     def design_ladder(self) -> None:
-        """Decide on sizes, steps and batch of the ladder, or take those of an earlier start."""
+        """Decide on the sizes, steps and batch of the ladder, or load those of an earlier start."""
         if "design" not in self.known:
             self.known["design"] = asdict(
                 design_for(
@@ -384,7 +384,7 @@ class Search:
         return self.path / "logs" / f"{name}.log"
 
     def _refuse(self, code: int, name: str) -> None:
-        """A short run that failed for any reason but its learning rate ends the search."""
+        """End the search if a short run failed for any reason except its learning rate."""
         run = self.path / "runs" / name
         if code == 0 or (code == EXIT_FAULT and ladder.read_result(run).loss == math.inf):
             return
@@ -396,7 +396,7 @@ class Search:
         )
 
     def losses(self) -> dict[str, float]:
-        """Of the rungs that are finished, also of those that ran as jobs."""
+        """The losses of the finished rungs by name, including those that ran as jobs."""
         found = {}
         for path in sorted((self.path / "recipes").glob("w*.yaml")):
             result = ladder.read_result(self.path / "runs" / path.stem)
@@ -408,16 +408,16 @@ class Search:
         return found
 
     def due(self) -> list[ladder.Rung]:
-        """The rungs that can run now; none: the ladder is complete."""
+        """The rungs that can run now; an empty list if the ladder is complete."""
         losses = self.losses()
         self._keep()
         return ladder.due(self.design, losses)
 
     def climb(self) -> Iterator[tuple[ladder.Rung, ladder.Result]]:
-        """Run what is due until nothing is, or the share of the budget is spent; gives each rung with its result.
+        """Run the rungs that are due, until none is or the share of the budget is spent; yields each with its result.
 
         Raises:
-            Stopped: a signal came.
+            Stopped: a signal arrived.
             FaultError: a rung failed.
         """
         while waiting := self.due():
@@ -450,7 +450,7 @@ class Search:
     # ---- 3: the choice
 
     def choose(self) -> Chosen:
-        """Fit the law to the ladder and choose for what is left of the budget."""
+        """Fit the law to the ladder, and choose for the rest of the budget."""
         losses = self.losses()
         points = ladder.points(self.design, self.members, losses)
         try:
@@ -473,7 +473,7 @@ class Search:
         )  # fmt: skip
 
     def keep_choice(self, chosen: Chosen) -> None:
-        """Write what was chosen beside what was measured."""
+        """Save the choice together with the measurements."""
         self.known["choice"] = {
             "member": chosen.member.name, "rate": chosen.rate, "batch_blocks": chosen.batch_blocks, "steps": chosen.steps,
             "epochs": chosen.choice.epochs, "expected": asdict(chosen.choice.expected), "spent_seconds": self.spent_seconds,
@@ -482,7 +482,7 @@ class Search:
         self._keep()
 
     def draw(self, chosen: Chosen) -> Path | None:
-        """Draw the ladder with its law and the choice; returns the picture, or ``None`` without matplotlib."""
+        """Plot the ladder with its law and the choice. Returns the path of the picture, or ``None`` without matplotlib."""
         from lmcore.report.curves import CAN_DRAW
         from lmcore.report.ladder import Size, ladder_picture
 

@@ -1,7 +1,8 @@
-"""The notice of a cloud that this machine will be taken away, read from its metadata service (``guard.spot_notice``).
+"""Reads the cloud's notice that it will take this machine away from the metadata service (``guard.spot_notice``).
 
-Most tools (Slurm, Kubernetes, SkyPilot) turn such a notice into SIGTERM. On a bare spot machine nobody does: a thread asks
-the service at its documented address every 5 s, by plain HTTP and without a proxy. ``LMCORE_METADATA_URL`` names another address.
+Most tools (Slurm, Kubernetes, SkyPilot) turn such a notice into SIGTERM, but nothing does so on a bare spot machine. There a
+thread asks the service at its documented address every 5 s, by plain HTTP and without a proxy. ``LMCORE_METADATA_URL`` sets
+another address.
 
 Example::
 
@@ -31,17 +32,17 @@ _ADDRESSES: Final = {
     "azure": "http://169.254.169.254",
 }
 _SECONDS: Final = {"aws": 120.0, "gcp": 30.0, "azure": 30.0}
-"""From the notice to the end, by the documentation of each cloud."""
+"""Time from the notice to the end, according to the documentation of each cloud."""
 
 
 @final
 class SpotWatch:
-    """Asks one metadata service, in a thread of its own, until it gives a notice.
+    """Asks one metadata service in its own thread until there is a notice.
 
     Args:
         cloud: ``aws``, ``gcp`` or ``azure``.
         on_notice: called once, on that thread, with the seconds that are left.
-        note: gets one line, on that thread, if the service does not answer.
+        note: called once, on that thread, with a line if the service does not answer.
         environ: for ``LMCORE_METADATA_URL``.
     """
 
@@ -58,7 +59,7 @@ class SpotWatch:
         self._cloud, self._url = cloud, (found or _ADDRESSES[cloud]).rstrip("/")
         self._on_notice, self._note, self._poll_seconds = on_notice, note, poll_seconds
         self._ask = {"aws": self._aws, "gcp": self._gcp, "azure": self._azure}[cloud]
-        # A proxy of the environment does not lead to this machine's own service.
+        # A proxy from the environment cannot reach this machine's metadata service.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="spot notice", daemon=True)
@@ -100,7 +101,7 @@ class SpotWatch:
             if error.code == 404:
                 return None
             raise
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a notice, whatever its time looks like
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # it counts even with an invalid time
             return self._until(datetime.datetime.fromisoformat(json.loads(body)["time"]), now)
         return _SECONDS["aws"]
 
@@ -113,10 +114,10 @@ class SpotWatch:
         name, _ = self._request("/metadata/instance/compute/name?api-version=2021-02-01&format=text", headers)
         body, now = self._request("/metadata/scheduledevents?api-version=2020-07-01", headers)
         for event in json.loads(body)["Events"]:
-            # All machines of a scale set see the events of each.
+            # Every machine of a scale set sees the events of all of them.
             mine = name.decode().strip() in event["Resources"]
             if mine and event["EventType"] in ("Preempt", "Terminate"):
-                # There is no time once it has begun.
+                # Once the event has started, it has no time.
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     return self._until(email.utils.parsedate_to_datetime(event["NotBefore"]), now)
                 return 0.0
@@ -128,7 +129,7 @@ class SpotWatch:
     def _request(
         self, path: str, headers: dict[str, str], *, method: str = "GET"
     ) -> tuple[bytes, datetime.datetime]:
-        """The body, and the time by the clock of the service: that of this machine may be off."""
+        """The body, and the time by the service's clock, because this machine's clock may be wrong."""
         request = urllib.request.Request(self._url + path, headers=headers, method=method)
         with self._opener.open(request, timeout=TIMEOUT_SECONDS) as answer:
             body: Any = answer.read(1 << 20)

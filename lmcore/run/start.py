@@ -1,4 +1,4 @@
-"""The first moments of ``train_lm.py``, before torch is imported."""
+"""The start of ``train_lm.py``, before torch is imported."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def let_segments_grow(env: MutableMapping[str, str]) -> None:
-    """Let torch's allocator on a GPU extend its segments, unless the user has set it up: evaluation and compilation
-    need other sizes than training, and would leave holes. torch reads it once, when it is imported."""
+    """Enable expandable segments in torch's CUDA allocator unless the user has configured it: evaluation and compilation
+    need other sizes than training and would fragment the memory. torch reads the variable once, when it is imported."""
     if "PYTORCH_CUDA_ALLOC_CONF" not in env:
         env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -31,10 +31,10 @@ LAUNCHER_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
 
 
 def check_launcher(env: Mapping[str, str]) -> None:
-    """Refuse numbers and places of processes that no launcher sets.
+    """Check the environment variables that a launcher sets: ranks, world sizes and the address.
 
     Raises:
-        RequestError: one of them is no whole number, there are no processes, or they have no place to meet.
+        RequestError: one of them is not a whole number or out of range, or the address or port is missing.
     """
     for name in LAUNCHER_NUMBERS:
         value = env.get(name, "")
@@ -55,7 +55,7 @@ def check_launcher(env: Mapping[str, str]) -> None:
             )
     if "LOCAL_RANK" not in numbers and numbers.get("WORLD_SIZE", 1) == 1:
         return
-    together = "LOCAL_RANK" if "LOCAL_RANK" in numbers else "WORLD_SIZE"  # even one process meets itself then
+    together = "LOCAL_RANK" if "LOCAL_RANK" in numbers else "WORLD_SIZE"  # LOCAL_RANK: even for 1 process
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
@@ -71,22 +71,22 @@ def check_launcher(env: Mapping[str, str]) -> None:
 
 
 def parse_or_exit(argv: Sequence[str] | None = None) -> RunConfig:
-    """The options of a run. ``--help`` and ``--print_config`` print and exit with 0, a wrong request with 2.
+    """The options of a run. ``--help`` and ``--print_config`` print and exit with 0; a wrong request exits with 2.
 
-    A rank that torch's launcher starts again (``--max_restarts``) after the run was stopped on purpose exits with 75:
+    A rank that torch's launcher restarts (``--max_restarts``) after the run was stopped on purpose exits with 75, because
     such restarts are meant for crashes.
     """
-    # Before all other imports; the run takes the signal over.
+    # Before all other imports; the run installs its own handler later.
     end_at_interrupt(f"train_lm.py: {BEFORE_THE_FIRST_STEP}")
     from lmcore.run.guard import die_with_parent, left_on_request, refusals_reach_other_ranks, wait_for_peers
     from lmcore.run.peers import connect
 
-    # At once: a rank that still imports, or waits for the others, is an orphan too if its launcher dies, and must end
-    # when another rank dies.
+    # Do this first: a rank that is still importing, or waiting for the others, must also end when its launcher or another
+    # rank dies.
     die_with_parent()
     let_segments_grow(os.environ)
     connect(os.environ)
-    from lmcore.config.parse import parse  # these take a second
+    from lmcore.config.parse import parse  # these imports take a second
     from lmcore.data.text import listing
     from lmcore.data.text.sources import without_run_files
     from lmcore.disk import require_current_folder
@@ -96,7 +96,7 @@ def parse_or_exit(argv: Sequence[str] | None = None) -> RunConfig:
     from lmcore.run.preflight import preflight
 
     protect_output()
-    listing.remember()  # until the data are open: one look at each file of the corpus
+    listing.remember()  # look up each file of the corpus only once until the data are open
     notes: list[str] = []
     with one_line_errors(), refusals_reach_other_ranks():
         require_current_folder()
@@ -111,9 +111,9 @@ def parse_or_exit(argv: Sequence[str] | None = None) -> RunConfig:
         )
         if not config.fast_dev_run:  # which has its own text and sizes
             preflight(config, processes=int(os.environ.get("WORLD_SIZE", "1")))
-    for line in notes if os.environ.get("RANK", "0") == "0" else []:  # not above a refusal, which is one line
+    for line in notes if os.environ.get("RANK", "0") == "0" else []:  # none before a refusal: it is one line
         print(line)
     if left_on_request(local_run_dir(config.run_dir, config.local_dir)):
         raise SystemExit(EXIT_SAVED)
-    wait_for_peers()  # while the libraries are imported, too, a rank that dies is named and ends the others
+    wait_for_peers()  # so that a rank that dies while it imports libraries is named and ends the others
     return config

@@ -1,9 +1,9 @@
 """One training run: from the options to the exit code.
 
-``train_lm.py`` calls the methods of :class:`Run` in this order: ``open_data``, ``build_model``, ``restore``,
-``announce``, then per step ``learning_rate``, ``record``, ``due`` and what is due, in the end ``finish``. All ranks call
-the same methods in the same order. What changes from step to step is one :class:`~lmcore.run.state.State`, saved with
-every checkpoint. A save comes before the evaluation of its step, and after every step up to it was found sound.
+``train_lm.py`` calls the methods of :class:`Run` in this order: ``open_data``, ``build_model``, ``restore``, ``announce``; in
+each step ``learning_rate``, ``record``, ``due`` and what is due; at the end ``finish``. All ranks call the same methods in the
+same order. The state that changes from step to step is a :class:`~lmcore.run.state.State`, which is saved with every
+checkpoint. A step is saved before it is evaluated, and only after all steps up to it were checked for numerical faults.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ if TYPE_CHECKING:
 
 @final
 class LossSum:
-    """The loss of a step on this rank as a sum and the count of its labels, on the device.
+    """The loss of a step on this rank, as a sum and the number of labels, on the device.
 
-    ``values`` (2,) float64: sums of many float32 losses must not lose the digits that two runs are compared by.
+    ``values`` is (2,) float64, so that the sum of many float32 losses keeps the digits by which two runs are compared.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -111,12 +111,15 @@ class LossSum:
 
 @final
 class Run:
-    """A training run. A context manager: entering joins the processes and takes the run folder; leaving writes
-    ``status.json``, tells the webhook, and lets go of folder and process group, however the run ended.
+    """A training run as a context manager. Entering it joins the processes and locks the run folder. Leaving it for any reason
+    writes ``status.json``, tells the webhook, and releases the folder and the process group.
 
     Attributes:
-        config: the options. engine: the strategy. data: what is read. state: the training state.
-        exit_code: what the process should end with: 0 finished, 75 saved and to be started again.
+        config: the options.
+        engine: the strategy.
+        data: the training, validation and test data.
+        state: the training state.
+        exit_code: the exit code for the process: 0 finished, 75 saved and to be started again.
 
     Raises:
         RequestError: the options, the data or a checkpoint cannot be used.
@@ -186,7 +189,7 @@ class Run:
         if config.fast_dev_run:
             on_main(self.engine, partial(dev_run.write_sample, config, self.folder.path))
             self.config = config = dev_run.shortened(config, self.folder.path)
-        # Nothing can be saved yet: a signal ends the process at once.
+        # There is nothing to save yet, so a signal ends the process at once.
         self.guard.install(training=False, on_end=self._end_by_rank)
         self.report.capture_logging()
         if config.model.factory is None:
@@ -196,7 +199,7 @@ class Run:
         self._status.going_on("preparing", step=self._past.get("step", 0))
 
     def _open_bucket(self) -> None:
-        """For a ``run_dir`` that is a URL: lease, and the files of the run. They come before anything opens them."""
+        """If ``run_dir`` is a URL, take the lease and download the files of the run, before anything opens them."""
         config = self.config
         self.bucket = None
         if not is_url(config.run_dir):
@@ -219,14 +222,14 @@ class Run:
             )
 
     def _close_bucket(self, bucket: Bucket) -> None:
-        """The last upload gets the time that is left; status.json, which says how the run ended, goes with it."""
-        guard = getattr(self, "guard", None)  # the run may have ended before there was one
+        """Wait for the last upload, which includes the final status.json, as long as time is left."""
+        guard = getattr(self, "guard", None)  # the run may have ended before there was a guard
         left = self.config.checkpoint.upload_wait_seconds
         bucket.note = print
         bucket.close(limit_seconds=left if guard is None else max(0.0, min(left, guard.seconds_left())))
 
     def _find_checkpoint(self, hashes: Hashes) -> tuple[str, dict[str, Any]] | None:
-        """Rank 0: the checkpoint to resume from, the newest good one of disk and bucket."""
+        """On rank 0: the checkpoint to resume from, on the disk or in the bucket."""
         if self.bucket is None:
             return find_checkpoint(self.config, self.folder, self.report, hashes)
         self.bucket.note = self.report.note
@@ -243,7 +246,7 @@ class Run:
     # ---- setup
 
     def open_data(self) -> None:
-        """Text -> tokenizer -> token stores -> blocks. Every rank takes its share of the work."""
+        """Text -> tokenizer -> token stores -> blocks. Every rank does its share of the work."""
         self.data = setup.open_data(
             with_sources_of(self.config, self._past),
             self.folder.path / "tokenizer",
@@ -257,9 +260,9 @@ class Run:
             setup.compare_data(self.data, gather=self.engine.gather_object, note=self.report.note)
 
     def build_model(self) -> None:
-        """The model with its loss, the sizes of a step, and the optimizer, wrapped by the strategy.
+        """Build the model with its loss, choose the sizes of a step, and wrap model and optimizer by the strategy.
 
-        The loaders are not handed to accelerate: docs/architecture.md says why.
+        The data loaders are not passed to accelerate; docs/architecture.md says why.
         """
         config, engine, data = self.config, self.engine, self.data
         self._bytes_before = resident_bytes()
@@ -284,7 +287,7 @@ class Run:
         )
 
     def _set_sizes(self, past: Mapping[str, Any], cursor: Cursor | None) -> None:
-        """The steps of the run and its schedules, from the state of a checkpoint and its cursor on (empty: from the start)."""
+        """Set the steps of the run and its schedules, continuing from a checkpoint's state and cursor (empty for a new run)."""
         config, block_size = self.config, self.data.block_size
         self.sizes = horizon(
             config,
@@ -299,14 +302,14 @@ class Run:
             planned_from=tuple(past.get("planned_from", (0, 0))),
         )
         self._schedule, self._momenta, self._weight_decays = setup.schedules_of(config, self.sizes)
-        # What is to be kept for ever must be saved first: the two intervals need not have a step in common.
+        # A checkpoint that is kept permanently must be saved first, and the two intervals need not have a step in common.
         saves = [*config.checkpoint.every, *config.checkpoint.keep_every]
         self._intervals = Intervals(
             self.sizes, log=config.report.every, evaluate=config.evaluate.every, save=saves
         )
 
     def restore(self) -> None:
-        """The newest good checkpoint, or the state of step 0."""
+        """Load the checkpoint to resume from, or create the state of step 0."""
         config, engine, data, sizes = self.config, self.engine, self.data, self.sizes
         self._average = MovingAverage(self._weights, decay=config.optim.ema_decay, strategy=engine.strategy)
         self._evaluator = Evaluator(
@@ -374,7 +377,7 @@ class Run:
         self._stop_early: str | None = None
         self._epoch = 0.0
         self._gradients_known = False
-        # Of a stream, and of the user's own iterable, a rank knows what it has read.
+        # With a stream, or the user's own iterable, each rank knows only what it has read itself.
         self._same_epochs = getattr(data.train, "epoch_blocks", None) is not None
         if self._found:
             past = self._load(self._found[0])
@@ -384,7 +387,7 @@ class Run:
         on_main(engine, partial(setup.keep_tokenizer, home, data, note=self.report.note))
 
     def _load(self, path: str) -> dict[str, Any]:
-        """Weights, optimizer and training state of a verified checkpoint. Returns all of its state."""
+        """Load weights, optimizer and training state from a verified checkpoint. Returns the content of ``state.json``."""
         with reader.open_checkpoint(path, verify_bytes=False) as saved:
             self.engine.load_state(saved.stored)
             self._average.load(saved.read)
@@ -495,16 +498,16 @@ class Run:
         planned = self._plan.numbers() if self._plan else {}
         facts = {"position": state.cursor.position, **place(), "plan": planned}
         report.event("resume" if self._found else "start", step=state.step, **facts)
-        self.guard.begin()  # from here on a signal only sets a flag: there is something to save
+        self.guard.begin()  # from here on a signal only sets a flag, because there is something to save
         self.guard.watch()
 
     # ---- the loop
 
     def batches(self) -> Iterator[StepBatch]:
-        """The steps still to train, from the cursor on; after a rewind they continue from the checkpoint's cursor.
+        """The remaining steps, from the cursor on; after a rewind, from the checkpoint's cursor.
 
-        Ends when the budget is spent, when there is a reason to stop (a signal, a deadline, early stopping), or with the
-        data. ``label_count`` of a batch counts the labels of the whole step over all ranks.
+        Ends when the budget is spent, when there is a reason to stop (a signal, a deadline, early stopping), or at the end of
+        the data. ``label_count`` of a batch is the number of labels of the whole step over all ranks.
         """
         self._training = True
         if self._found:
@@ -515,7 +518,7 @@ class Run:
         if self._profile is not None:
             self._profile.step(self.state.step)
         gc.collect()
-        gc.freeze()  # what exists now lives as long as the run: the collector need not scan it again
+        gc.freeze()  # existing objects live as long as the run, so the garbage collector need not scan them
         reading = self._read()
         while not self._ends() and (batch := next(reading, None)) is not None:
             step = self.state.step
@@ -523,7 +526,7 @@ class Run:
             yield replace(batch, label_count=self._label_count(batch))
             if self.state.step <= step:  # rewound
                 reading = self._read()
-            else:  # after the evaluation, whose loss stands in the same line
+            else:  # after the evaluation, because its loss is in the same line
                 self.report.epoch(
                     valid_loss=self.state.metrics.get("loss"), valid_step=self.state.metrics_step
                 )
@@ -532,11 +535,11 @@ class Run:
         return self.state.step >= self.sizes.total_steps or self._verdict.stop or self._stop_early is not None
 
     def _evaluation_is_missing(self) -> bool:
-        """Whether the step to start from is to be evaluated and was not: its save comes first."""
+        """Whether the step to start from is due for an evaluation but was interrupted after its save, which comes first."""
         options, step = self.config.evaluate, self.state.step
         if not self._found:
             return options.at_start
-        if self.state.metrics_step == step:  # a save that came after it
+        if self.state.metrics_step == step:  # the checkpoint was saved after the evaluation
             return False
         if step == self.sizes.total_steps:
             return options.at_end
@@ -565,27 +568,27 @@ class Run:
         )
 
     def _label_count(self, batch: StepBatch) -> Any:
-        """Labels of the whole step over all ranks: by arithmetic, or, for the user's own data, by counting."""
+        """The number of labels of the whole step over all ranks: by arithmetic, or by counting for the user's own data."""
         if batch.label_count is not None:
             return batch.label_count
         counts = [(micro_batch["labels"] != IGNORED_LABEL).sum() for micro_batch in batch.micro_batches]
         return self.engine.sum_over_ranks(torch.stack(counts).sum().to(self.engine.device))
 
     def learning_rate(self) -> float:
-        """The rate of the coming step: a pure function of the position."""
+        """The learning rate of the next step: a pure function of the position."""
         return self._schedule(self.state.step)
 
     def momentum(self) -> float:
-        """The momentum of the coming step, for an optimizer that has one."""
+        """The momentum of the next step, for an optimizer that has one."""
         return self._momenta(self.state.step)
 
     def weight_decay(self) -> float:
-        """The weight decay of the coming step."""
+        """The weight decay of the next step."""
         return self._weight_decays(self.state.step)
 
     @property
     def norm_limit(self) -> float:
-        """The gradient norm above which the coming update is not applied; infinity unless ``guard.spike`` is skip."""
+        """The gradient norm above which the next update is not applied; infinity unless ``guard.spike`` is skip."""
         return self.guard.norm_limit(self.state.step + 1)
 
     def record(
@@ -597,10 +600,12 @@ class Run:
         applied: Tensor,
         metrics: Metrics | None = None,
     ) -> None:
-        """A step is done: advance the state, and log when that is due.
+        """Call after the update of each step: advances the state, and logs when that is due.
 
         Args:
-            loss: of this rank's micro-batches. grad_norm: 0-d. applied: 0-d bool, whether the update reached the weights.
+            loss: sum over this rank's micro-batches.
+            grad_norm: 0-d tensor.
+            applied: 0-d bool tensor: whether the update was applied to the weights.
             metrics: your own numbers of the step by name, for metrics.jsonl, console and trackers: a number or 0-d tensor
                 of this rank (the mean over ranks and steps is logged), or a pair (sum, count) that is summed over ranks
                 and steps like the loss. Tensors stay on the device until a line is due.
@@ -623,7 +628,7 @@ class Run:
         state.tokens += batch.n_blocks * self.sizes.block_size
         first, last = batch.positions
         ended, self._epoch = int(batch.epoch) > int(self._epoch), batch.epoch
-        # Signals and clocks differ between the ranks: all of them act on the same bits.
+        # Signals and clocks differ between the ranks, so the ranks combine their flags and all act on the same bits.
         mine = self._own_flags()
         if ended and engine.is_main and not self._same_epochs:
             mine |= EPOCH
@@ -643,8 +648,8 @@ class Run:
         waits = bool(due & SAVE) or state.step == self.sizes.total_steps
         self._flags = due | self._agreement.after_step(mine, numbers, first=4, at_once=waits)
         if self._flags & EVALUATE and self.saves.keep_best:
-            self._flags |= SAVE  # what is best must be there to be kept
-        if ended and self._same_epochs:  # no need to wait for rank 0's word, which comes late from a GPU
+            self._flags |= SAVE  # only a saved checkpoint can be kept as the best
+        if ended and self._same_epochs:  # no need to wait for rank 0's flag, which comes late from a GPU
             self._flags |= EPOCH
         self._verdict = self.guard.verdict(self._flags)
         self.report.step(
@@ -661,11 +666,11 @@ class Run:
             metrics=metrics,
             due=bool(self._flags & LOG),
         )
-        if self._flags & EPOCH:  # before a save: the sums of the next epoch begin at zero
+        if self._flags & EPOCH:  # before a save: the sums of the next epoch start at zero
             self.report.end_epoch(epoch=int(self._epoch), step=state.step)
 
     def _own_flags(self) -> int:
-        """What this rank has to say: signals, deadlines, failed saves, and rank 0's clock. Called once in a step."""
+        """The flags of this rank: signals, deadlines, failed saves, and on rank 0 the clock. Called once per step."""
         now, several = time.monotonic(), self.engine.world_size > 1
         step_seconds, self._recorded = now - self._recorded, now
         late_seconds = step_seconds if several and self.engine.device.type == "cuda" else 0.0
@@ -677,10 +682,10 @@ class Run:
         return flags | (FAULT if failed else 0)
 
     def due(self) -> Due:
-        """What to do now that a step is recorded; the same on every rank.
+        """What to do after a step is recorded; the same on every rank.
 
-        Steps are checked one step late, so that the host does not wait for the device; but before a save or an evaluation,
-        after which the run may end, every step up to it.
+        Steps are checked one step late, so that the host does not wait for the device. But before a save or an evaluation,
+        after which the run may end, all steps up to it are checked.
 
         Raises:
             FaultError: too many steps were not finite (``guard.*``).
@@ -696,11 +701,11 @@ class Run:
         reason = self._verdict.checkpoint_reason or ("end" if last else "interval")
         return Due(
             save=reason if saving else None,
-            evaluate=evaluating and not self._verdict.stop,  # the time that is left belongs to the save
+            evaluate=evaluating and not self._verdict.stop,  # the remaining time is for the save
         )
 
     def _check_steps(self, *, lag_steps: int) -> Action:
-        """Hand the guard the steps whose numbers are at least ``lag_steps`` old."""
+        """Pass the guard the steps that are at least ``lag_steps`` behind the current one."""
         action = Action()
         while self._unchecked and self._unchecked[0][0] <= self.state.step - lag_steps:
             step, positions, numbers = self._unchecked.pop(0)
@@ -716,13 +721,13 @@ class Run:
         return action
 
     def rewind(self, fault: Action) -> None:
-        """Back to the newest checkpoint before the fault, never to see its positions again.
+        """Go back to the newest checkpoint before the fault, and skip the positions of the fault from now on.
 
         Raises:
-            FaultError: there is none.
+            FaultError: there is no such checkpoint.
         """
         folder, note = self.folder.checkpoints, self.report.note
-        skips = self.state.cursor.skips  # also those of a rewind to the same checkpoint
+        skips = self.state.cursor.skips  # including those of an earlier rewind to the same checkpoint
 
         def find(hashes: Hashes) -> str:
             found = reader.find(folder, before_step=fault.before_step, note=note, hashes=hashes)
@@ -751,18 +756,18 @@ class Run:
             total_steps=self.sizes.total_steps,
         )
         self._notify(f"rewound to step {self.state.step}: {fault.reason}")
-        last = self.state.step >= self.sizes.total_steps  # nothing is left but what is skipped
+        last = self.state.step >= self.sizes.total_steps  # all remaining positions are skipped
         if last:
-            self.saves.last_step = None  # the checkpoint of this step does not know what is skipped
+            self.saves.last_step = None  # save this step again: its checkpoint does not have these skips
         every = self.config.evaluate.every
         if self.config.evaluate.at_end if last else self._intervals.reached(self.state.step, every):
             self.evaluate()
 
     def save(self, reason: str) -> None:
-        """Write a checkpoint: copied on all ranks, written in the background.
+        """Save a checkpoint: all ranks copy their state, and write it in the background.
 
-        On a GPU it is copied while the next step runs, and ``engine.update`` waits for that on the device. Code of your own
-        that changes weights before the next update calls ``run.engine.copies.before_writing()`` first.
+        On a GPU the copy overlaps with the next step, and ``engine.update`` waits for it on the device. If your own code
+        changes weights before the next update, it must call ``run.engine.copies.before_writing()`` first.
         """
         state, engine = self.state, self.engine
         on_main(engine, self.folder.check_owner)
@@ -795,19 +800,19 @@ class Run:
                 epoch=self.epoch,
                 tokens=state.tokens,
             )
-        if begun:  # the last step is saved when it is recorded, and asked for once more in the end
+        if begun:  # the last step is saved when it is due, and finish() asks for it once more
             self.report.event("checkpoint", step=state.step, reason=reason)
         self._status.remember(checkpoint_step=self.saves.last_step)
         self._status.going_on("running", step=state.step)
-        self.guard.done(self._flags)  # takes away the file that asked for this save
+        self.guard.done(self._flags)  # removes the file that asked for this save
 
     def evaluate(self) -> None:
-        """Score the validation sets and write samples; early stopping is decided here."""
+        """Evaluate the validation sets, write samples, and decide on early stopping."""
         state = self.state
         if self.data.valid:
             state.metrics = self._evaluator.validate(state, self.epoch)
             state.metrics_step = state.step
-            if state.step == self._measured_after:  # the checkpoint's own evaluation is made again
+            if state.step == self._measured_after:  # the checkpoint's own step was evaluated again
                 self._measured_after = self.saves.measured_after = state.step - 1
             self.saves.record(state.step, state.metrics)
             state.stop_values.append(state.metrics[self._early_stopping.metric])
@@ -817,10 +822,10 @@ class Run:
     # ---- the end
 
     def finish(self) -> None:
-        """The last checkpoint committed and verified; then test sets, export and report, unless the run was interrupted.
+        """Wait until the last checkpoint is committed and verified; then test, export and report, unless the run was interrupted.
 
         Raises:
-            FaultError: the run was stopped by a fault, a failed save for example.
+            FaultError: the run was stopped by a fault, for example a failed save.
         """
         step, total, report = self.state.step, self.sizes.total_steps, self.report
         if self._profile is not None and (told := self._profile.end()):
@@ -838,7 +843,7 @@ class Run:
                 report.note(LAUNCHERS_TRACEBACK)
             self._ending, self.exit_code = ("saved", reason), self._verdict.exit_code
             return
-        stopped = self._stop_early if step < total else None  # at the last step nothing is cut short
+        stopped = self._stop_early if step < total else None  # at the last step it is not early any more
         if stopped is not None:
             report.note(f"stopped early at step {step:,} of {total:,}: {stopped}")
         reason = stopped or "reached train.duration"
@@ -858,7 +863,7 @@ class Run:
         self._ending, self.exit_code = ("finished", reason), EXIT_FINISHED
 
     def _finish_uploads(self) -> None:
-        """Exit code 0 only when the last checkpoint is in the bucket, too."""
+        """Wait for the uploads: the exit code is 0 only when the last checkpoint is in the bucket as well."""
         if self.bucket is None:
             return
         done = self.bucket.wait(
@@ -896,16 +901,16 @@ class Run:
             elif isinstance(error, RequestError | FaultError):
                 self._failed(error.exit_code, str(error), diverged=isinstance(error, DivergedError))
             elif isinstance(error, Exception):
-                # Asked of the launcher: the error may come while the processes meet, before there is an engine.
+                # From the launcher's variable, because the error may occur before there is an engine.
                 several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-                # The error may be that of a lost connection, whose traceback tells nothing once the reason is known.
+                # A lost connection's traceback is not printed if another rank has sent the reason.
                 known = report_reason_of_other_rank(error) if several else None
                 code = report_dead_rank() if several and known is None else known
                 if code is None:
                     code = EXIT_CRASHED
                     self._failed(code, f"{type(error).__name__}: {error}")
                 if several:
-                    # Leaving the process group may wait for the other ranks: the traceback must not wait for that.
+                    # Print the traceback first, because leaving the process group may wait for the other ranks.
                     if known is None:
                         sys.excepthook(type(error), error, trace)
                     self._close.close()
@@ -917,11 +922,11 @@ class Run:
             self._close.close()
 
     def _interrupted_early(self) -> None:
-        """A signal before the first step of this start: status.json, and a line that says what is kept."""
+        """After a signal before the first step of this process: write status.json, and a line that says what is kept."""
         self.exit_code = EXIT_SAVED
         signals = self.guard.signals if hasattr(self, "guard") else ""
         self._status.ended("saved", exit_code=EXIT_SAVED, reason="a signal before the first step")
-        if not signals:  # the launcher has died, and nobody reads this
+        if not signals:  # the launcher has died, so nobody would read the line
             return
         step = self._past.get("step", 0) if hasattr(self, "_found") else 0
         if step:
@@ -936,7 +941,7 @@ class Run:
 
     def _succeeded(self) -> None:
         state, reason = self._ending or ("failed", "left before the training was finished")
-        self.guard.close()  # signals first: a tracker that hangs must not look like a dead rank
+        self.guard.close()  # first, so that a tracker that hangs does not look like a dead rank
         if self.trackers:
             self.trackers.close()
         self.report.close()
@@ -944,13 +949,13 @@ class Run:
         self._status.ended(state, step=self.state.step, exit_code=self.exit_code, reason=reason)
 
     def _failure_of(self, error: BaseException) -> BaseException:
-        """What to end with: a running training of one process is saved first, and running out of memory gets advice."""
+        """The error to end with. A training in one process is saved first, and running out of memory gets advice."""
         failure: RequestError | FaultError | None
         if not self._training:
             if (failure := unusable_place(error)) is None:
                 return error
             engine = getattr(self, "engine", None)
-            if engine is not None and not engine.is_main:  # rank 0 does not know of it and cannot say it
+            if engine is not None and not engine.is_main:  # rank 0 does not know of this error
                 print(f"rank {engine.rank}: {failure}", file=sys.stderr)
         elif not isinstance(error, Exception) or isinstance(error, RequestError | FaultError):
             return error
@@ -969,9 +974,9 @@ class Run:
         return failure
 
     def _save_at_failure(self, error: BaseException) -> None:
-        """Save the steps that were whole before the error.
+        """Save the steps that were complete before the error.
 
-        Only for one process: of several, the others wait inside a collective that this one will never join.
+        Only with one process: with several, the others wait in a collective that this one will never join.
         """
         step = self.state.step
         if self.engine.world_size > 1 or self.engine.updating or step == 0:
@@ -982,13 +987,13 @@ class Run:
             self.saves.wait()
             self.report.note(f"saved step {step} after {type(error).__name__}")
         except Exception as second:
-            # A device that has failed fails again: the first error is the one to see.
+            # A device that has failed will fail again: report the first error.
             self.report.note(
                 f"step {step} could not be saved after {type(error).__name__}: {type(second).__name__}: {second}"
             )
 
     def _end_by_rank(self, line: str, code: int) -> None:
-        """Another rank is dead or stuck, or has refused; called on rank 0, or on rank 1 if rank 0 is the one."""
+        """Called when another rank is dead, stuck or has refused, on rank 0 (or rank 1 if it is rank 0): write the status."""
         self._status.take(self.folder)
         self._failed(code, line)
 
@@ -1004,7 +1009,7 @@ class Run:
 
     @property
     def epoch(self) -> float:
-        """Epochs that are behind, as rank 0 counts them."""
+        """The number of epochs trained so far, as this rank counts them."""
         return self._epoch
 
     def _describe_folder(self) -> str:
@@ -1012,20 +1017,20 @@ class Run:
         return f"{self.config.run_dir}, local copy {local}" if is_url(self.config.run_dir) else local
 
     def _weights(self) -> list[tuple[str, Tensor]]:
-        """Names and whole weights of the trained model (strategies that do not shard)."""
+        """Names and full weights of the trained parameters (for strategies that do not shard)."""
         return [(n, p) for n, p in self.module.model.named_parameters() if p.requires_grad]
 
     def _fingerprints_of_valid(self) -> dict[str, str]:
         return {name: dataset.fingerprint for name, dataset in self.data.valid.items()}
 
     def _is_kept(self, step: int) -> bool:
-        """Whether the checkpoint of a step is kept for ever. What was saved under another plan of the steps, or another
-        meaning of ``checkpoint.keep_every``, cannot be told any more, and stays."""
+        """Whether the checkpoint of a step is kept permanently. If it was saved under another plan of steps or another meaning
+        of ``checkpoint.keep_every``, this is no longer known, so it is kept."""
         before = step < self.sizes.steps.stretches[0].step or step <= self._kept_before
         return before or self._intervals.reached(step, self.config.checkpoint.keep_every)
 
     def _compare_replicas(self) -> None:
-        """Raises ``FaultError`` if a rank holds other weights than most: silent data corruption."""
+        """Raise ``FaultError`` if the weights of a rank differ from those of most ranks (silent data corruption)."""
         if self.engine.sharded:
             under = self.engine.strategy if self.engine.tensor_parallel == 1 else "train.tensor_parallel"
             self.report.warn_once(f"guard.hash_every: under {under} no rank holds all weights")

@@ -1,8 +1,8 @@
-"""Ends a run in which nothing moves any more, with the stacks of all threads.
+"""Ends a run that makes no more progress, and writes the stacks of all threads.
 
-The training loop calls :meth:`Watchdog.beat` at every step. Without a beat, and without large writes to the disk, for
-``stuck_seconds`` a rank raises the alarm. It ends with code 71 if no other rank moves either: a rank that waits for a
-long save or evaluation of another one is not stuck. Dead ranks are noticed by :mod:`lmcore.run.peers`.
+The training loop calls :meth:`Watchdog.beat` at every step. A rank without a beat and without large writes to the disk for
+``stuck_seconds`` raises an alarm. The run ends with code 71 if no other rank makes progress either: a rank that waits for a
+long save or evaluation of another one is not stuck. :mod:`lmcore.run.peers` detects dead ranks.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lmcore.errors import EXIT_STUCK
 from lmcore.run.peers import Peers, Standing
 
 FIRST_STEP_FACTOR = 2
-"""The first step may take this many times ``stuck_seconds``: a compiler may run in it."""
+"""The first step may take this many times ``stuck_seconds``, because it may include compilation."""
 
 
 def collective_seconds(stuck_seconds: float) -> int:
-    """The shortest limit of a collective operation with which the watchdog still acts first, at any step.
+    """The shortest timeout of a collective operation with which the watchdog still acts first, at any step.
 
-    NCCL aborts the process at its limit, and with it go the stacks of all threads. A minute is for the alarm itself: each
-    rank writes its stacks and answers.
+    NCCL aborts the process at its timeout, and the stacks of all threads are lost. One minute is added for the alarm itself,
+    in which each rank writes its stacks and answers.
 
     >>> collective_seconds(1800)
     3660
@@ -41,13 +41,13 @@ def collective_seconds(stuck_seconds: float) -> int:
 
 @final
 class Watchdog:
-    """One on each rank.
+    """The watchdog of one rank.
 
     Args:
         logs: folder for ``stacks-rank-*.txt``.
         stuck_seconds: how long a run may make no progress; :data:`FIRST_STEP_FACTOR` times that until the first beat.
         note: called with the line that says which rank is stuck.
-        on_end: called once, on one rank, with that line and code 71: writes ``status.json``, for example.
+        on_end: called once, on one rank, with that line and code 71; writes ``status.json``, for example.
         peers: the connections to the other ranks, or ``None`` for a single process.
         leave: ends the process.
     """
@@ -76,7 +76,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         DISK.makedirs(self._path.parent)
         self._stacks = open(self._path, "w")  # noqa: SIM115 - open as long as the process lives
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True, chain=False)
@@ -87,18 +87,18 @@ class Watchdog:
         self._thread.start()
 
     def beat(self, what: str, step: int) -> None:
-        """This rank has reached ``what`` in ``step``."""
+        """Record that this rank has reached ``what`` in ``step``."""
         self._what, self._step = what, step
         self._progress()
 
     def standing(self) -> Standing:
-        """How far this rank is, and how long ago it got there."""
+        """The progress of this rank, and how long ago it was made."""
         self._look_at_disk()
         seconds = max(0.0, time.monotonic() - self._moved)
         return Standing(count=self._count, what=self._what, step=self._step, seconds=seconds)
 
     def close(self) -> None:
-        """Stop watching. A second call does nothing."""
+        """Stop watching. A second call is a no-op."""
         if self._thread is None:
             return
         self._closed.set()
@@ -119,11 +119,11 @@ class Watchdog:
         self._deadline = self._moved + self._stuck_seconds
 
     def _wait_on(self, seconds: float) -> None:
-        """Another rank moves, and this one waits for it."""
+        """Extend the deadline, because another rank makes progress and this one waits for it."""
         self._deadline = max(self._deadline, time.monotonic() + seconds)
 
     def _look_at_disk(self) -> None:
-        """A checkpoint that is being written is progress, however long it takes."""
+        """Count large writes to the disk as progress: a checkpoint may take long to write."""
         if self._writes != Disk.large_writes:
             self._writes = Disk.large_writes
             self._progress()
@@ -131,8 +131,8 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(self._tick):
             self._look_at_disk()
-            # If C code keeps the interpreter to itself, this thread stands still as well; then this clock, which needs
-            # no interpreter, writes the stacks and ends the process.
+            # If C code holds the GIL, this thread is blocked as well. faulthandler's timer does not need the GIL: it then
+            # writes the stacks and ends the process.
             remaining = max(self._deadline - time.monotonic(), 0.0) + 2 * self._stuck_seconds + 10
             faulthandler.dump_traceback_later(remaining, exit=True, file=self._stacks or sys.stderr)
             if time.monotonic() <= self._deadline or self._closed.is_set():
