@@ -1,4 +1,4 @@
-"""What an option of another training program is called here, for the error message about an unknown option."""
+"""The names that options of other training programs have here, for the error message about an unknown option."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ NAMES = {**_FIELDS, **_GENERAL, **_LIGHTNING, **_NANOGPT, **_TRAINER}
 
 
 def foreign(name: str, dashes: str = "--") -> str | None:
-    """The hint for an option that another program has, or ``None``.
+    """The hint for an option of another program, or ``None``.
 
     >>> foreign("learning_rate")
     'here it is --optim.lr'

@@ -43,7 +43,7 @@ MAY_BE_SPACE = (*MAY_BE_EMPTY, "tokenizer.user_symbols")
 
 
 def check(config: RunConfig) -> None:
-    """Every check that needs no data, no model and no device. Raises :class:`RequestError`."""
+    """Run every check that needs no data, no model and no device. Raises :class:`RequestError`."""
     for key in keys().values():
         given = attrgetter(key.name)(config)
         value = list(values_of(given)) if Curve in typing.get_args(key.type) else plain(given)
@@ -69,7 +69,7 @@ def check(config: RunConfig) -> None:
 
 
 def _check_tensor_parallel(config: RunConfig) -> None:
-    """What has not been shown to be right with layers that are cut is refused."""
+    """Refuse options that have not been shown to work with tensor parallelism."""
     untested = "has not been tested with layers that are cut"
     for name, refused, reason in (
         ("train.context_parallel", config.train.context_parallel > 1, untested),
@@ -225,7 +225,7 @@ def _check_batch_and_duration(config: RunConfig) -> None:
 
 
 def _check_intervals(config: RunConfig) -> None:
-    """Intervals that would never come, or that end the run at its first step."""
+    """Refuse intervals that would never be reached, or that would end the run at its first step."""
     in_minutes = {"checkpoint.every": True, "evaluate.every": True, "report.every": True}
     streamed = config.data.mode == "stream" and config.data.factory is None
     for name, minutes in (in_minutes | {"checkpoint.keep_every": False, "guard.hash_every": False}).items():
@@ -233,7 +233,7 @@ def _check_intervals(config: RunConfig) -> None:
             others = f"{'' if streamed else ', epochs'}{', minutes' if minutes else ''}"
             units = f"give steps, tokens{others} or a share such as 10%"
             if interval.unit == "minutes" and not minutes:
-                # Whether a step is one of these must be known from its number, also after a resume.
+                # Whether a step is due must follow from its number, so that it is the same after a resume.
                 raise RequestError(f"{name} {interval} cannot be a time: {units}")
             if interval.unit == "epochs" and streamed:
                 raise RequestError(
@@ -268,7 +268,7 @@ def _check_optimizer(config: RunConfig) -> None:
                 f"optim.warmup {optim.warmup} and optim.decay {optim.decay} are more than 100% together"
             )
     lengths = [optim.warmup, optim.decay] if optim.schedule == "wsd" else [optim.warmup]
-    if isinstance(optim.schedule, Curve):  # which is all of the schedule
+    if isinstance(optim.schedule, Curve):  # the curve is the whole schedule
         lengths = []
     steps = sum(length.value for length in lengths if length.unit == "steps")
     if config.train.duration.unit == "steps" and steps > config.train.duration.value:
@@ -329,7 +329,7 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_architecture(config: RunConfig) -> None:
-    """What transformers would refuse after it is imported, for the fields that most models have."""
+    """Refuse what transformers would refuse later, after its import, for the fields that most models have."""
     fields, model = config.model.config, config.model
     for name, value in fields.items():
         if isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""A value from YAML or the command line, converted to the type of its option or refused with the reason.
+"""Converts a value from YAML or the command line to the type of its option, or refuses it with the reason.
 
 >>> convert("5e5", int, typed=True)
 500000
@@ -27,13 +27,13 @@ LARGEST_INTEGER = 2**63 - 1
 
 
 def convert(value: Any, kind: Any, *, typed: bool) -> Any:
-    """``value`` as ``kind``: a type of the schema.
+    """Convert ``value`` to ``kind``, a type of the schema.
 
     Args:
-        typed: it comes from the command line, where everything is text; there ``null`` means null.
+        typed: whether it comes from the command line, where every value is text and ``null`` means ``None``.
 
     Raises:
-        ValueError: with the reason; the caller knows the option's name.
+        ValueError: with the reason, but without the option's name, which the caller adds.
     """
     if kind in (Duration, Durations):
         try:
@@ -72,7 +72,7 @@ def _tuple(value: Any, items: tuple[Any, ...], typed: bool) -> tuple[Any, ...]:
 
 
 def _match(value: Any, kind: Any, *, strict: bool) -> tuple[bool, Any]:
-    """Whether ``value`` is of one plain type, and the converted value. ``strict``: text stays text."""
+    """Whether ``value`` is of the given plain type, and the converted value. ``strict``: text stays text."""
     if kind is type(None):
         return value is None, None
     if kind is Curve:
@@ -119,7 +119,7 @@ def _text(value: Any) -> tuple[bool, str]:
 
 
 def _number(text: str) -> Any:
-    """The number or boolean that ``text`` spells, else ``text``."""
+    """The number or boolean that ``text`` represents, otherwise ``text``."""
     try:
         value = yaml.load(text, "") if len(text) < 400 else text
     except RequestError:
@@ -134,7 +134,7 @@ def _hint(value: Any, alternatives: tuple[Any, ...]) -> str:
         if typing.get_origin(kind) is Literal
         for choice in typing.get_args(kind)
     ]
-    # By its spelling, 3M would be next to 350M
+    # Not for numbers: the choice with the most similar spelling to 3M is 350M.
     return did_you_mean(value, choices) if isinstance(value, str) and not value[:1].isdigit() else ""
 
 

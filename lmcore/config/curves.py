@@ -1,8 +1,8 @@
-"""Values that change in a run: ``0.1``, ``linear 0.1 0``, ``cosine 0.95 0.85`` or ``0: 32, 10%: 128, 1e9 tokens: 512``.
+"""Values that change during a run: ``0.1``, ``linear 0.1 0``, ``cosine 0.95 0.85`` or ``0: 32, 10%: 128, 1e9 tokens: 512``.
 
-One syntax for the learning rate (as a multiple of ``optim.lr``), the global batch, the momentum and the weight decay.
-A place is a position in the run: steps, tokens, epochs or a percentage of the run, counted by the blocks that were
-trained on. It is never a time, so that a run that is resumed, or trains on another machine, follows the same values.
+The learning rate (as a multiple of ``optim.lr``), the global batch, the momentum and the weight decay use the same syntax.
+A place is a position in the run in steps, tokens, epochs or percent of the run, counted by the blocks that were trained
+on. It is never a time, so that a resumed run, or a run on another machine, uses the same values.
 
 >>> str(Curve.parse("0: 32, 10%:128"))
 '0: 32, 10%: 128'
@@ -34,10 +34,10 @@ class Curve:
     """Values at places of the run.
 
     Attributes:
-        points: (place, value), the first at the start of the run; between two points the value goes in a straight line
-            (the global batch stays until the next point), after the last it stays.
-        shape: cosine: between the two points it follows half a cosine wave.
-        name: as it was written: ``linear`` or ``cosine``; empty for points.
+        points: (place, value), the first at the start of the run. Between two points the value is interpolated linearly (the
+            global batch is constant until the next point); after the last it is constant.
+        shape: for ``cosine``, the value between the two points follows half a cosine wave.
+        name: ``linear`` or ``cosine`` as written by the user; empty for points.
     """
 
     points: tuple[tuple[Duration, float], ...]
@@ -46,7 +46,7 @@ class Curve:
 
     @classmethod
     def parse(cls, text: Any) -> Curve:
-        """Read text, or a mapping of places to values as YAML has it. Raises :class:`RequestError`."""
+        """Parse text, or a mapping of places to values from YAML. Raises :class:`RequestError`."""
         if isinstance(text, Curve):
             return text
         if isinstance(text, dict):
@@ -96,7 +96,7 @@ def first_value(value: float | Curve) -> float:
 
 
 def values_of(value: float | Curve) -> tuple[float, ...]:
-    """The value, or all values that are named in a curve."""
+    """The value, or all values in a curve."""
     return value.values if isinstance(value, Curve) else (value,)
 
 

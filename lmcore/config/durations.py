@@ -33,12 +33,12 @@ _IN_MINUTES: dict[str, int | Fraction] = {
     "s": _SECOND, "sec": _SECOND, "second": _SECOND, "seconds": _SECOND,
 }  # fmt: skip
 SUFFIXES = {"": 1, "K": 10**3, "k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
-"""What a letter behind a number multiplies it by: ``1.5B tokens``."""
+"""Factors for the letter after a number, as in ``1.5B tokens``."""
 _PATTERN = re.compile(
     r"([0-9][0-9_]{0,30}(?:\.[0-9]{0,30})?(?:[eE][+-]?[0-9]{1,2})?)\s*([KkMBGT]?)(?:\s*([a-z]+|%))?"
 )
 LARGEST = 10**18
-"""Steps, tokens, epochs, percent or minutes that a duration may be."""
+"""Largest number of steps, tokens, epochs, percent or minutes in a duration."""
 EXAMPLES = "500, '500 steps', '1e9 tokens', '2 epochs', '10%', '30 min' or 'never'"
 
 
@@ -50,7 +50,7 @@ class Duration(NamedTuple):
 
     @classmethod
     def parse(cls, text: Any) -> Duration:
-        """Read a number or text; a bare number means steps. Raises :class:`RequestError`."""
+        """Parse a number or text; a bare number means steps. Raises :class:`RequestError`."""
         if isinstance(text, Duration):
             return text
         word = text.strip().lower() if isinstance(text, str) else ""
@@ -90,7 +90,7 @@ class Duration(NamedTuple):
         return f"{number} {self.unit}"
 
     def exact(self) -> Fraction:
-        """The value as the decimal number that was written: 0.1 is one tenth, not its nearest double."""
+        """The value as the exact decimal number that was written: 0.1 is one tenth, not the nearest double."""
         return Fraction(repr(self.value))
 
 
@@ -113,13 +113,13 @@ class Durations(tuple[Duration, ...]):
 
     @classmethod
     def parse(cls, value: Any) -> Durations:
-        """From a number, a string (commas separate several), or a list of them."""
+        """Parse a number, a string (several are separated by commas), or a list of them."""
         if isinstance(value, Durations):
             return value
         if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
             value = value[1:-1]
         elif isinstance(value, str) and (thousands := re.search(r"\b[0-9]{1,3}(,[0-9]{3})+(?![0-9])", value)):
-            # The 1 of "1,500" would be an interval of one step
+            # Otherwise "1,500" would include an interval of one step.
             number = thousands[0]
             raise RequestError(
                 f"{_shown(value)}: write {number.replace(',', '')} for one number, or [{number}] for several"
@@ -135,22 +135,22 @@ class Durations(tuple[Duration, ...]):
         return ", ".join(str(duration) for duration in self) or "never"
 
     def plain(self) -> str | list[str]:
-        """As it is written to YAML: a string, or a list of several."""
+        """The form for YAML: a string, or a list if there are several."""
         return [str(duration) for duration in self] if len(self) > 1 else str(self)
 
 
 Spans = Mapping[str, tuple[int | Fraction, int | Fraction]]
-"""Unit -> how much of it was behind before a step and after it; a unit that is not there is not known."""
+"""Unit -> the progress in this unit before and after a step. A missing unit is not known."""
 
 
 def is_reached(every: Iterable[Duration], spans: Spans) -> bool:
-    """Whether a step reaches a multiple of one of the intervals; an interval in minutes is not reached by steps.
+    """Whether a step reaches a multiple of one of the intervals. Intervals in minutes are ignored.
 
-    An interval that is not a whole number of steps is due at the first step that reaches each multiple, so that none
-    is lost and none comes twice.
+    An interval that is not a whole number of steps is due at the first step that reaches each multiple, so that no multiple
+    is lost or counted twice.
 
     Raises:
-        RequestError: a unit that is not known here.
+        RequestError: an interval has a unit that is not in ``spans``.
     """
     for duration in every:
         if duration.unit in ("never", "minutes"):

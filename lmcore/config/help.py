@@ -37,7 +37,7 @@ Defaults are in brackets.
 
 @functools.cache
 def docs() -> dict[str, str]:
-    """Dotted name -> the help of the option."""
+    """Dotted name -> help of the option, which is the string under its field."""
     lines: dict[tuple[str, str], str] = {}
     for node in ast.parse(inspect.getsource(schema)).body:
         body = node.body if isinstance(node, ast.ClassDef) else []
@@ -84,7 +84,7 @@ def help_text(section: str = "") -> str:
 
 
 def default_text(key: schema.Key) -> str:
-    """The default of an option as it would be typed: ``10%``, ``null``, ``[tensorboard]``."""
+    """The default of an option as a user would type it: ``10%``, ``null``, ``[tensorboard]``."""
     value = schema.plain(key.default)
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()

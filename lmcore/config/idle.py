@@ -1,8 +1,8 @@
-"""Options that another option leaves without effect: a table of which, when, and what to do.
+"""Options that have no effect because of another option: a table of which, when, and what to do.
 
-:func:`say_idle` is called by the parser after :func:`lmcore.config.checks.check`. They are said and not refused: a recipe
-serves several commands, a sweep over optimizers gives all of them the same options, and the ``config.yaml`` of a run names
-every option. A value that is the default, ``null`` or ``never`` is not said.
+The parser calls :func:`say_idle` after :func:`lmcore.config.checks.check`. Such options get a warning and are not refused,
+because a recipe is used by several commands, a sweep over optimizers gives all of them the same options, and the
+``config.yaml`` of a run has every option. There is no warning for a value that is the default, ``null`` or ``never``.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lmcore.config.schema import RunConfig, keys
 from lmcore.storage import is_url
 
 When = Callable[[RunConfig], str | None]
-"""What is wrong with an option beside the others, as the words after its value; ``None``: nothing is."""
+"""Why an option has no effect in a configuration, as the words after its value; ``None`` if it has one."""
 
 
 class Rule(NamedTuple):
-    """Options that do nothing in a certain case."""
+    """Options that have no effect in a certain case."""
 
     options: tuple[str, ...]
     when: When
@@ -31,7 +31,7 @@ class Rule(NamedTuple):
 
 
 def _with(name: str, *values: Any) -> When:
-    """Beside the option ``name``: with one of ``values``, or, without them, with any value but its default."""
+    """When the option ``name`` has one of ``values`` or, without ``values``, any value but its default."""
 
     def when(config: RunConfig) -> str | None:
         value = attrgetter(name)(config)
@@ -56,7 +56,7 @@ def _shown(value: Any) -> str:
 
 
 def _curve(name: str) -> When:
-    """Beside a curve as the option ``name``."""
+    """When the option ``name`` is a curve."""
     return lambda config: (
         f"has no effect with {name} {_shown(attrgetter(name)(config))}"
         if isinstance(attrgetter(name)(config), Curve)
@@ -115,7 +115,7 @@ TRAINED_TOKENIZER = (
     "tokenizer.model_type", "tokenizer.character_coverage", "tokenizer.byte_fallback", "tokenizer.split_digits",
     "tokenizer.normalization", "tokenizer.user_symbols", "tokenizer.sample_bytes",
 )  # fmt: skip
-"""Options of a tokenizer that is trained, beside ``tokenizer.vocab_size``."""
+"""Options of a trained tokenizer, in addition to ``tokenizer.vocab_size``."""
 
 RULES = (
     # data
@@ -261,7 +261,7 @@ RULES = (
 
 
 def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Name and sentence of every option that does nothing."""
+    """Name and warning of every option that has no effect."""
     for rule in RULES:
         for name in rule.options:
             value = attrgetter(name)(config)
@@ -276,7 +276,7 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
 def say_idle(
     config: RunConfig, *, typed: Collection[str], files: Mapping[str, str], note: Callable[[str], object]
 ) -> None:
-    """Say which options of the command line and of files do nothing.
+    """Warn about options of the command line and of files that have no effect.
 
     Args:
         typed: names of the options on the command line.

@@ -1,17 +1,17 @@
 """YAML files and the command line -> one frozen, checked :class:`~lmcore.config.schema.RunConfig`.
 
-Precedence: defaults < files in their order < command line, wherever on the line the files are named. An unknown option
-is an error with the nearest name; names are never abbreviated; every error is one line.
+Precedence: defaults < files in their order < command line, regardless of where on the line the files are named. An unknown
+option is an error that suggests the nearest name; names cannot be abbreviated; every error is one line.
 
     python train_lm.py --config recipes/gpt2_small.yaml --config mine.yaml --data.train a.txt b.txt --seed 2
 
-* Lists: ``--data.train a b``, ``--data.train a --data.train b`` and ``--data.train '[a, b]'`` are the same and replace
-  the list of the files; ``null`` is the empty one. ``--data.train '{path: a.txt, weight: 2}'`` is a weighted source.
-* Switches: ``--dry_run`` is ``--dry_run true``.
-* ``--model.config.n_layer 8`` adds to the dictionary ``model.config`` of the files.
-* Of options that exclude each other (``train.global_batch_blocks`` and ``_tokens``) the later layer wins.
+* Lists: ``--data.train a b``, ``--data.train a --data.train b`` and ``--data.train '[a, b]'`` are the same and replace the list
+  from the files; ``null`` is the empty list. ``--data.train '{path: a.txt, weight: 2}'`` is a weighted source.
+* Switches: ``--dry_run`` means ``--dry_run true``.
+* ``--model.config.n_layer 8`` adds to the dictionary ``model.config`` from the files.
+* If options exclude each other (``train.global_batch_blocks`` and ``_tokens``), the later layer wins.
 * A file that does not exist is looked up by name among the recipes of the package (``--config gpt2_small``).
-* ``run_dir`` of a file named ``config.yaml`` that lies in a run folder is the folder it lies in, also after a move.
+* In a file named ``config.yaml`` in a run folder, ``run_dir`` means this folder, even after the folder was moved.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ EXCLUSIVE = (
     ("data.valid", "data.valid_fraction"),
     MODELS,
 )
-"""Of each group one option has a value: the one that the latest layer sets."""
+"""In each group only one option has a value: the one that the latest layer sets."""
 
 OWN = ("data.train", "data.factory", "model.from_pretrained")
-"""With one of these, and without a file, it is not the demo that is trained."""
+"""If one of these is set, and no file is given, the demo is not used."""
 
 _WITHOUT_KEY = ("config", "help", "print_config")
 
 Layer = dict[str, Any]
-"""Dotted name -> value, as one file or the command line gives it."""
+"""Dotted name -> value, from one file or the command line."""
 OwnText = Callable[[Layer], tuple[Layer, list[str]]]
-"""The options that are set -> defaults for this text and the lines that explain them."""
+"""The options that are set -> defaults for this text, and the lines that explain them."""
 OwnEntries = Callable[[list[Any], str | None], tuple[list[Any], list[str]]]
-"""A list of texts as it was given, and ``data.store_dir`` -> the list as it is meant, and what was left out of it."""
+"""A list of texts as given, and ``data.store_dir`` -> the list without the files of runs, and what was left out."""
 
 
 PATHS = ("run_dir", "local_dir", "resume", "model.from_pretrained", "engine.deepspeed")
-"""Options in which ``~`` is the home folder: no shell replaces it in a file, nor behind ``--run_dir=``. Those of data and
-tokenizer know it where they are read."""
+"""Options in which ``~`` is expanded to the home folder: the shell does not expand it in a file or after ``--run_dir=``. Options
+of data and tokenizer are expanded where they are read."""
 
 
 def parse(
@@ -90,14 +90,14 @@ def parse(
         argv: default: ``sys.argv[1:]``. ``--help [SECTION]`` and ``--print_config`` print and raise
             ``SystemExit(0)``.
         note: called with one line for each choice that the user did not make.
-        default_recipe: used without ``--config`` when no text or dataset is named either.
-        own_text: gives defaults that fit the text, when text is named without ``--config``
+        default_recipe: used if there is no ``--config`` and no text or dataset is given.
+        own_text: returns defaults for the text, if text is given without ``--config``
             (:func:`lmcore.run.own_text.defaults`).
-        own_entries: leaves out of the command line's texts what runs have written beside the text
+        own_entries: removes files that runs have written next to the text from the command line's texts
             (:func:`lmcore.data.text.sources.without_run_files`).
-        allow_hidden: a saved configuration may hold ``<hidden>`` in the place of a secret, because the caller starts no
+        allow_hidden: a saved configuration may have ``<hidden>`` in place of a secret, because the caller does not start a
             run with it.
-        allow_idle: no warnings about options that have no effect on a run, because the caller starts none.
+        allow_idle: no warnings about options that have no effect on a run, because the caller does not start one.
 
     Raises:
         RequestError: one line, for anything that is wrong.
@@ -109,7 +109,7 @@ def parse(
     if request.help is not None:
         print(help_.help_text(request.help))
         raise SystemExit(0)
-    if request.print_config:  # the output is a file to be read again
+    if request.print_config:  # the output must be a valid configuration file
         note = _comment
     typed = _converted(request.layer, None)
     files = request.files
@@ -147,7 +147,7 @@ def parse(
         merged["report.trackers"] = []
     if merged["run_dir"] is None:
         name = Path(files[-1]).stem if files else _name_of_text(typed.get("data.train"))
-        # A test run must not leave its checkpoints where the real run will look for them.
+        # A test run must not leave checkpoints where the real run would resume from them.
         merged["run_dir"] = f"runs/{name}" + ("-fast_dev_run" if merged["fast_dev_run"] else "")
     for name in PATHS:
         if isinstance(merged[name], str):
@@ -191,15 +191,15 @@ class _Request(typing.NamedTuple):
     files: list[str]
     layer: Layer
     help: str | None
-    """The section after ``--help``; empty: all."""
+    """The section after ``--help``; empty for all sections."""
     print_config: bool
 
 
 def named_options(argv: Sequence[str]) -> Layer:
-    """The options that a command line sets, by itself and by its ``--config`` files, with the values as they are written.
+    """The options that a command line sets, directly and by its ``--config`` files, with the values as written.
 
     Raises:
-        RequestError: as :func:`parse`.
+        RequestError: as for :func:`parse`.
 
     >>> sorted(named_options(["--seed", "7", "--train.duration=10 steps"]))
     ['seed', 'train.duration']
@@ -210,7 +210,7 @@ def named_options(argv: Sequence[str]) -> Layer:
 
 
 def _split(argv: Iterable[str]) -> _Request:
-    """The command line as files and a layer of strings (lists of strings for options that are lists)."""
+    """Split the command line into files and a layer of strings (lists of strings for options that are lists)."""
     files: list[str] = []
     layer: Layer = {}
     help_section, print_config = None, False
@@ -266,7 +266,7 @@ def _items(text: str, name: str) -> list[Any]:
 
 
 def _find(name: str, dashes: str = "", where: str = "") -> Key:
-    """The option of a dotted name, those inside free-form dictionaries included. Raises :class:`RequestError`."""
+    """The option with a dotted name, also inside a free-form dictionary. Raises :class:`RequestError`."""
     known = keys()
     if name in known:
         return known[name]
@@ -282,7 +282,7 @@ def _find(name: str, dashes: str = "", where: str = "") -> Key:
     near = difflib.get_close_matches(name.replace("-", "_"), [*known, *_WITHOUT_KEY], 3, 0.6)
     hint = foreign(name, dashes)
     if hint is None and last in NAMES and not difflib.get_close_matches(name, near, 1, 0.85):
-        hint = foreign(last, dashes)  # --optim.learning_rate: a section of ours, an option of another program
+        hint = foreign(last, dashes)  # --optim.learning_rate: our section, another program's option
     if hint is None:
         near = [
             key for key in known if key.rpartition(".")[2] == last
@@ -299,7 +299,7 @@ def _find(name: str, dashes: str = "", where: str = "") -> Key:
 
 
 def _read(file: str, note: Callable[[str], object]) -> Layer:
-    """A YAML file as a layer. Raises :class:`RequestError` with the name of the file."""
+    """Read a YAML file as a layer. Raises :class:`RequestError` with the name of the file."""
     path = Path(file)
     try:
         shipped = RECIPES / f"{path.stem}.yaml"
@@ -326,7 +326,7 @@ def _read(file: str, note: Callable[[str], object]) -> Layer:
     layer: Layer = {}
     _collect(values or {}, "", f"{file}: ", layer)
     if not layer:
-        # What it was to say would be lost without a word, and without it the text is the demo's.
+        # An empty file would silently train the demo instead of what the user meant.
         raise RequestError(
             f"--config {file}: sets no option (it is empty, or all of its options are comments): write options into it, "
             "or leave out this --config"
@@ -374,7 +374,7 @@ def _put(layer: Layer, name: str, value: Any, where: str) -> None:
 
 
 def _converted(layer: Layer, source: str | None) -> Layer:
-    """The values with their types; ``source`` is a file, or ``None`` for the command line."""
+    """Convert the values to the types of their options; ``source`` is a file, or ``None`` for the command line."""
     converted: Layer = {}
     for name, value in layer.items():
         key = keys()[name]
@@ -392,7 +392,7 @@ def _converted(layer: Layer, source: str | None) -> Layer:
 
 
 def _merge(merged: Layer, layer: Layer, source: str, note: Callable[[str], object]) -> None:
-    """Put ``layer`` over ``merged``; of options that exclude each other, that of the later layer stays."""
+    """Merge ``layer`` into ``merged``; if options exclude each other, that of the later layer stays."""
     for group in EXCLUSIVE:
         for name in (name for name in group if layer.get(name)):
             for other in (other for other in group if other not in layer and merged[other]):
@@ -404,13 +404,13 @@ def _merge(merged: Layer, layer: Layer, source: str, note: Callable[[str], objec
         note(f"{kind[0][0]} of {source} is another model: model.config of the earlier file is not used")
         merged["model.config"] = {}
     if merged["model.preset"] is None and "model.size" not in layer:
-        merged["model.size"] = None  # a size is one of a preset
+        merged["model.size"] = None  # only presets have sizes
     for name, value in layer.items():
         merged[name] = _deep(merged[name], value) if keys()[name].is_free_form else value
 
 
 def _refuse_hidden(merged: Layer, typed: Layer, file: str) -> None:
-    """A secret that a saved configuration does not hold is never replaced by the word that stands for it."""
+    """Refuse a saved configuration's ``<hidden>`` as the value of a secret."""
     for name, value in merged.items():
         if name != "tokenizer.user_symbols" and _holds_hidden(value) and not _holds_hidden(typed.get(name)):
             raise RequestError(
@@ -436,7 +436,7 @@ def _deep(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set_by_both(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """The dotted name of a value that both have, where their dictionaries are taken as one."""
+    """The dotted name of a value that both nested dictionaries set, or ``None``."""
     for name in one.keys() & other.keys():
         if not (isinstance(one[name], dict) and isinstance(other[name], dict)):
             return name

@@ -1,8 +1,8 @@
-"""Models by name and size: what ``model.preset`` and ``model.size`` mean as a transformers type and its fields.
+"""Models by name and size: the transformers type and config fields for ``model.preset`` and ``model.size``.
 
 Every preset is a plain class of transformers, so that an export opens with ``AutoModelForCausalLM``:
 
-- ``gpt2``: learned positions, LayerNorm, GELU, embedding and head tied (Radford et al. 2019).
+- ``gpt2``: learned positions, LayerNorm, GELU, tied embedding and head (Radford et al. 2019).
 - ``modern``: transformers' ``nanochat``: rotary positions, RMSNorm also on queries and keys, ReLU squared, logits
   capped at 15, head not tied.
 - ``modern_gguf``: ``qwen3`` (rotary positions, RMSNorm also on queries and keys, SwiGLU), which llama.cpp reads too.
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 DEFAULT_SIZE = "5M"
 MODERN_PRESETS = ("modern", "modern_gguf", "modern_conv")
-"""Presets that normalize queries and keys and have a head of their own."""
+"""Presets that normalize queries and keys, and whose head is not tied."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A size: its name is about the number of parameters that gpt2 has with the vocabulary that fits it."""
+    """A size, named after the approximate number of parameters of gpt2 with a suitable vocabulary."""
 
     layers: int
     width: int
@@ -45,10 +45,10 @@ SHAPES = {
 
 
 def model_type_and_fields(config: RunConfig) -> tuple[str | None, dict[str, Any]]:
-    """The transformers type, and the fields of its config, that the options ask for.
+    """The transformers type, and the fields of its config, that the options select.
 
-    Without a preset these are ``model.type`` and ``model.config``. With one, ``model.config`` overrides single
-    fields, and the context is ``data.block_size`` where that is given.
+    Without a preset these are ``model.type`` and ``model.config``. With a preset, ``model.config`` overrides single fields,
+    and the context is ``data.block_size`` if that is given.
 
     Example::
 
@@ -59,7 +59,7 @@ def model_type_and_fields(config: RunConfig) -> tuple[str | None, dict[str, Any]
         return model.type, dict(model.config)
     shape = SHAPES[model.size or DEFAULT_SIZE]
     if isinstance(layers := model.config.get("num_hidden_layers"), int):
-        shape = replace(shape, layers=layers)  # there may be a field with an entry for each layer
+        shape = replace(shape, layers=layers)  # some types have a field with an entry per layer
     type, fields = fields_of(model.preset, shape, config.data.block_size or shape.context)
     return type, fields | model.config
 
@@ -77,7 +77,7 @@ def fields_of(preset: str, shape: Shape, context: int) -> tuple[str, dict[str, A
             "n_embd": shape.width,
             "n_head": shape.heads,
             "n_positions": context,
-            # In pretraining every token is seen once or a few times: there is nothing to regularize.
+            # No dropout: in pretraining every token is seen only once or a few times.
             "resid_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
@@ -92,10 +92,10 @@ def fields_of(preset: str, shape: Shape, context: int) -> tuple[str, dict[str, A
     }
     if preset == "modern":
         return "nanochat", fields | {"intermediate_size": 4 * shape.width}
-    gated = -(-8 * shape.width // (3 * 64)) * 64  # three matrices of 8/3 of the width cost what two of 4 do
+    gated = -(-8 * shape.width // (3 * 64)) * 64  # 3 matrices 8/3 wide have the size of 2 that are 4 wide
     if preset == "modern_gguf":
         return "qwen3", fields | {"intermediate_size": gated, "head_dim": shape.width // shape.heads}
-    # Normalized queries and keys of a head of 32 cannot look at one token alone (docs/log.md, 2026-11-29).
+    # With 32 dimensions per head, normalized queries and keys cannot attend to a single token (docs/log.md, 2026-11-29).
     heads = min(shape.heads, max(1, shape.width // 64))
     heads = max(count for count in range(1, heads + 1) if shape.width % (2 * count) == 0)
     return "lfm2", fields | {
@@ -104,7 +104,7 @@ def fields_of(preset: str, shape: Shape, context: int) -> tuple[str, dict[str, A
         "intermediate_size": gated,
         "block_auto_adjust_ff_dim": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-        # Attention in every other layer, and in the last
+        # Attention in every other layer, including the last.
         "layer_types": ["full_attention" if (shape.layers - i) % 2 else "conv" for i in range(shape.layers)],
     }
 
@@ -112,7 +112,7 @@ def fields_of(preset: str, shape: Shape, context: int) -> tuple[str, dict[str, A
 def zero_init(config: RunConfig) -> bool:
     """Whether output projections and head start at zero: ``model.zero_init``, by default for the modern presets with Muon.
 
-    With AdamW it costs up to 0.9 of loss in a short run (docs/log.md, 2026-11-30): it is what made ``modern`` worse than
+    With AdamW it raises the loss of a short run by up to 0.9 (docs/log.md, 2026-11-30), which made ``modern`` worse than
     ``gpt2`` there.
     """
     if config.model.zero_init is None:

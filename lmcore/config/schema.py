@@ -1,13 +1,14 @@
 # ruff: noqa: RUF009 -- option() gives an immutable dataclasses.field, which is what the rule cannot see.
-"""The schema: every option with its type, default, help, limits and its class for resume.
+"""The schema: every option with its type, default, help, limits and resume class.
 
 ``RunConfig`` is a tree of frozen dataclasses. ``build(to_dict(config)) == config``. The string under a field is its
 help. Units are in the names; a duration is ``500`` (steps), ``1e9 tokens``, ``2 epochs``, ``10%``, ``30 min`` or
-``never``; a value that changes in the run is a curve (:mod:`lmcore.config.curves`). Every option has a class for resume:
+``never``; a value that changes during the run is a curve (:mod:`lmcore.config.curves`). Every option has a resume class:
 
 * ``free``: may change at a resume.
 * ``warn``: may change; the run prints both values.
-* ``refuse``: would change what was trained so far: an error with both values, unless ``allow_changes`` names the key.
+* ``refuse``: a change would not fit what was trained so far; it is an error with both values, unless ``allow_changes`` names
+  the key.
 
 :mod:`lmcore.config.parse` reads files and the command line into a :class:`RunConfig`; :mod:`lmcore.config.checks` checks
 the relations between options.
@@ -46,7 +47,7 @@ def option(
     below: float | None = None,
     secret: bool = False,
 ) -> Any:
-    """A field with its class for resume and its limits. A ``secret`` value is never written to a file."""
+    """A field with its resume class and its limits. A ``secret`` value is never written to a file."""
     limits = {"above": above, "at_least": at_least, "at_most": at_most, "below": below}
     metadata = {"resume": resume, "limits": limits, "secret": secret}
     if isinstance(default, (list, dict)):
@@ -499,7 +500,7 @@ def keys(kind: type = RunConfig, prefix: str = "") -> dict[str, Key]:
 
 
 def to_dict(config: Any, *, secrets: bool = True) -> dict[str, Any]:
-    """Nested plain values, as YAML and JSON have them. With ``secrets=False`` secret values are ``None``."""
+    """Nested plain values for YAML and JSON. With ``secrets=False`` secret values are ``None``."""
     values: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -523,7 +524,7 @@ def plain(value: Any) -> Any:
 
 
 def build(values: dict[str, Any], kind: type = RunConfig) -> Any:
-    """The inverse of :func:`to_dict`; missing keys have their defaults. The types are not checked here."""
+    """The inverse of :func:`to_dict`; missing keys get their defaults. The types are not checked here."""
     arguments: dict[str, Any] = {}
     types_by_name = typing.get_type_hints(kind)
     for name, value in values.items():
@@ -541,7 +542,7 @@ def build(values: dict[str, Any], kind: type = RunConfig) -> Any:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration; ``--config`` with this text repeats the run. Secrets are left out."""
+    """The whole configuration as YAML; ``--config`` with this text repeats the run. Secrets are left out."""
     return yaml.dump(to_dict(config, secrets=False))
 
 
@@ -576,17 +577,17 @@ def ranges(texts: list[str], key: str) -> list[tuple[int, int]]:
 
 
 def batch_points(config: RunConfig, block_size: int) -> list[tuple[Duration, int]]:
-    """The global batch in blocks from each place on, whether it was given in blocks or in tokens; the first at 0.
+    """(place, global batch in blocks from there on); the first place is 0. The option may be in blocks or in tokens.
 
     ``linear 8 64`` grows in multiples of 8 at equal distances: 8, 16, ..., 64.
 
     Raises:
-        RequestError: no whole number of blocks; the numbers are named.
+        RequestError: a batch is not a whole number of blocks; the message has the numbers.
     """
     in_tokens = config.train.global_batch_tokens is not None
     name = "train.global_batch_tokens" if in_tokens else "train.global_batch_blocks"
     given = config.train.global_batch_tokens if in_tokens else config.train.global_batch_blocks
-    assert given is not None  # check() has seen to it
+    assert given is not None  # guaranteed by check()
     blocks = [_whole_blocks(name, value, block_size if in_tokens else 1) for value in values_of(given)]
     if not isinstance(given, Curve):
         return [(START, blocks[0])]
@@ -608,7 +609,7 @@ def batch_points(config: RunConfig, block_size: int) -> list[tuple[Duration, int
 
 
 def global_batches(config: RunConfig, block_size: int) -> list[int]:
-    """The global batches of a run in blocks: one, or each that its curve names."""
+    """The global batches of a run in blocks: one, or all that its curve has."""
     return list(dict.fromkeys(batch for _, batch in batch_points(config, block_size)))
 
 

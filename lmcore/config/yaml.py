@@ -14,9 +14,9 @@ import yaml
 from lmcore.errors import RequestError
 
 MAX_VALUES = 100_000
-"""Values in a document after its aliases are expanded. A few lines of aliases can expand to billions."""
+"""Most values in a document after its aliases are expanded. A few lines of aliases can expand to billions."""
 
-# YAML 1.2's core schema. PyYAML follows 1.1, where 1e-3 is text, off is false and 1:20 is eighty.
+# YAML 1.2's core schema. PyYAML follows YAML 1.1, in which 1e-3 is text, off is false and 1:20 is eighty.
 _SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
@@ -32,9 +32,10 @@ _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "
 
 class _Loader(yaml.SafeLoader):
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merge (``<<``): the keys of the mapping itself count, then the first mapping of several that has a key.
+        """Merge (``<<``): the mapping's own keys take precedence, then the first of several merged mappings that has the key.
 
-        Not PyYAML's: which of two values it takes differs between its versions, and in 6.0.4 by the identity of a string.
+        PyYAML's own method is not used: which of two values it keeps differs between its versions, and in 6.0.4 depends on the
+        identity of a string.
         """
         own: list[tuple[yaml.Node, yaml.Node]] = []
         merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
@@ -63,17 +64,17 @@ _Loader.yaml_implicit_resolvers = {
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _name, (_pattern, _first) in _SCALARS.items():
-    for _kind in (_Loader, _Dumper):  # the dumper keeps 1.1's too, and so quotes what either would misread
+    for _kind in (_Loader, _Dumper):  # the dumper also keeps 1.1's, so it quotes what either would misread
         _kind.add_implicit_resolver(
             f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first)
         )
 
 
 def load(text: str, where: str) -> Any:
-    """Plain values from YAML.
+    """Parse YAML into plain values.
 
     Args:
-        where: the file or option, with which the error message begins.
+        where: the file or option; error messages begin with it.
 
     Raises:
         RequestError: not valid YAML, a tag other than those of plain data, or too many values (an alias bomb).
@@ -96,12 +97,14 @@ def load(text: str, where: str) -> Any:
 
 
 def _check(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """Refuse duplicate keys, other tags and too many values under ``node``; the number of its values with aliases expanded.
+    """Refuse duplicate keys, other tags and too many values under ``node``. Returns the number of its values with aliases
+    expanded.
 
-    Before anything is built: building puts merged keys (``<<``) beside those of the mapping itself, which may replace them.
+    This happens before objects are built, because building adds merged keys (``<<``) to the mapping's own keys, which may
+    override them.
 
     Args:
-        known: the numbers of finished nodes.
+        known: the numbers of values of finished nodes.
     """
     if id(node) in known:
         count = known[id(node)]
