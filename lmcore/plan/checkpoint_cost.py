@@ -1,9 +1,9 @@
-"""What a checkpoint costs, by arithmetic: bytes, host memory and seconds, from the number of parameters and ranks.
+"""The cost of a checkpoint: bytes, host memory and seconds, computed from the number of parameters and ranks.
 
-The state is fp32 weights and Adam's two moments, 12 bytes a parameter, of which every rank writes one part of N. A rank copies
-its part to host memory once; its node writes the parts of its ranks and reads them back, each byte once.
+The state consists of fp32 weights and Adam's two moments, 12 bytes per parameter. Each of N ranks writes 1/N of it. A rank
+copies its part to host memory once; its node writes the parts of its ranks and reads them back, each byte once.
 
-docs/strategies.md prints a table of it; tests hold the bytes to checkpoints that were written.
+docs/strategies.md has a table of these costs; tests compare the bytes with written checkpoints.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from typing import Final, final
 
 STATE_BYTES: Final = 12
-"""Of a parameter: fp32 weight, exp_avg, exp_avg_sq."""
+"""Bytes per parameter: fp32 weight, exp_avg, exp_avg_sq."""
 PIECE_BYTES: Final = 28
-"""Of a piece in the manifest: three numbers in brackets."""
+"""Bytes per piece in the manifest: three numbers in brackets."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class CheckpointCost:
     """Attributes:
-    total_bytes: of all tensor files.
-    rank_bytes: that a rank writes, and of its host memory that the copy takes (kept from save to save).
-    manifest_bytes: of the pieces in the manifest, about.
-    write_seconds: until all parts are durable; the training goes on meanwhile.
-    readback_seconds: until they are verified after that.
+    total_bytes: size of all tensor files.
+    rank_bytes: bytes that a rank writes, and host memory for its copy (kept from save to save).
+    manifest_bytes: approximate size of the pieces in the manifest.
+    write_seconds: time until all parts are durable; the training continues meanwhile.
+    readback_seconds: additional time until they are verified.
     """
 
     total_bytes: int
@@ -41,9 +41,9 @@ def checkpoint_cost(
     """The cost of one checkpoint of sharded weights and moments.
 
     Args:
-        tensors: of the model; each has two moments, and each of these is cut into a piece for every rank.
-        node_bytes_per_second: that a node writes, and reads, as the lower of its disk and its hashing (sha256 0.7 to 1.5 GB/s
-            on one core, a core for each rank).
+        tensors: number of tensors in the model; each has two moments, and each of the three is split into a piece per rank.
+        node_bytes_per_second: rate at which a node writes and reads: the lower of its disk and its hashing (sha256: 0.7 to
+            1.5 GB/s per core, one core per rank).
 
     Example:
         >>> checkpoint_cost(parameters=8_000_000_000, tensors=291, ranks=8, ranks_per_node=8,

@@ -1,11 +1,11 @@
-"""What a run will need before it runs: parameters, steps, FLOPs, memory of each device, disk, time.
+"""What a run will need, computed before it starts: parameters, steps, FLOPs, memory per device, disk, time.
 
 Pure functions of counts and of one traced micro-batch (:class:`~lmcore.plan.trace.StepTrace`). Every number can be computed
-by hand from the formula beside it; :func:`memory` is the one place that knows what each strategy keeps where.
+by hand from the formula next to it; only :func:`memory` knows what each strategy keeps where.
 
-Sources: ZeRO's partitions, Rajbhandari et al. 2020, arXiv 1910.02054, section 5; what each strategy keeps beside them
-was read in DeepSpeed 0.19.8 and torch 2.13 and measured (tests/plan/test_plan.py); 6 N FLOPs a token, Kaplan et al. 2020,
-arXiv 2001.08361, and 12 L d T for the attention, Chowdhery et al. 2022, arXiv 2204.02311, appendix B; 20 tokens a
+Sources: ZeRO's partitions, Rajbhandari et al. 2020, arXiv 1910.02054, section 5; the other buffers of each strategy are from
+the code of DeepSpeed 0.19.8 and torch 2.13 and were measured (tests/plan/test_plan.py); 6 N FLOPs per token, Kaplan et al.
+2020, arXiv 2001.08361, and 12 L d T for the attention, Chowdhery et al. 2022, arXiv 2204.02311, appendix B; 20 tokens per
 parameter, Hoffmann et al. 2022, arXiv 2203.15556.
 """
 
@@ -40,13 +40,13 @@ from lmcore.plan.trace import (
 
 Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 LEAST_PARAMETERS = 70_000_000
-"""Of the smallest models of Hoffmann et al. 2022, on which :data:`~lmcore.plan.scaling.TOKENS_PER_PARAMETER` rests."""
+"""Size of the smallest models of Hoffmann et al. 2022, the basis of :data:`~lmcore.plan.scaling.TOKENS_PER_PARAMETER`."""
 USABLE = 0.92
-"""Share of a device's memory that tensors can have: the context, the kernels' workspace and fragments take the rest."""
+"""Share of a device's memory available to tensors: the context, the kernels' workspace and fragmentation take the rest."""
 ZERO_BUCKET = 500_000_000
-"""DeepSpeed's own default of reduce_bucket_size, in numbers; ds_configs/ take a tenth."""
+"""DeepSpeed's own default of reduce_bucket_size, in elements; ds_configs/ use a tenth of it."""
 WITHOUT_ATTENTION = "linear|conv|mamba|recurrent"
-"""In the names that ``config.layer_types`` has for layers that mix tokens in another way."""
+"""Pattern for the names in ``config.layer_types`` of layers without attention."""
 
 
 # ------------------------------------------------------------------------------------------------------- parameters
@@ -54,7 +54,7 @@ WITHOUT_ATTENTION = "linear|conv|mamba|recurrent"
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Counts of a model. ``groups`` add up to ``total``; a tied head counts once, with the embedding."""
+    """Parameter counts of a model. ``groups`` add up to ``total``; a tied head is counted once, with the embedding."""
 
     total: int
     trained: int
@@ -63,15 +63,15 @@ class Parameters:
     largest_layer: int
     layers: int
     attention_width: int
-    """``L d`` of the attention: heads times their dimensions, summed over the layers that have any."""
+    """``L d`` of the attention: heads times their dimensions, summed over the layers with attention."""
     buffer_bytes: int
     largest_tensor: int = 0
     idle: int = 0
-    """Of routed experts: those that a token is not sent to."""
+    """Parameters of routed experts that a token is not sent to."""
 
 
 def parameters(module: nn.Module) -> Parameters:
-    """Count a model, which may be of fake or meta tensors."""
+    """Count a model, which may consist of fake or meta tensors."""
     model = module.model if isinstance(module, ModelWithLoss) else module
     layers = decoder_layers(model)
     of_layer: dict[int, int] = {}
@@ -116,7 +116,7 @@ def parameters(module: nn.Module) -> Parameters:
 
 
 def _attention_width(config: Any, layers: int) -> int:
-    """See :class:`Parameters`. The dimensions of keys and of values may differ: their mean counts."""
+    """See :class:`Parameters`. If the dimensions of keys and values differ, their mean is used."""
     heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(width, int) or not heads:
         return 0
@@ -129,7 +129,7 @@ def _attention_width(config: Any, layers: int) -> int:
 
 
 def _routed_experts(model: nn.Module, config: Any) -> Iterator[tuple[nn.Parameter, int]]:
-    """The weights that hold all experts of a layer, (experts, out, in), with the number of experts of a token."""
+    """The weights that hold all experts of a layer, (experts, out, in), with the number of experts per token."""
     each = getattr(config, "num_experts_per_tok", None)
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((count for name in names if (count := getattr(config, name, None))), None)
@@ -138,11 +138,11 @@ def _routed_experts(model: nn.Module, config: Any) -> Iterator[tuple[nn.Paramete
 
 
 def flops_per_token(counted: Parameters, *, positions: int, block_size: int, tied: bool) -> int:
-    """``6 N + 12 L d T``: N without what is only looked up (positions; the embedding, unless it is the head too) and without
-    the experts that a token is not sent to.
+    """``6 N + 12 L d T``. N excludes parameters that are only looked up (positions, and the embedding unless it is also the
+    head) and the experts that a token is not sent to.
 
-    ``positions`` are the parameters of learned position embeddings. The attention is counted in full, not by half
-    for being causal, as in PaLM's and nanoGPT's MFU. A frozen weight costs 4: its own gradient is not computed.
+    ``positions`` is the number of parameters of learned position embeddings. As in PaLM's and nanoGPT's MFU, attention is
+    counted in full, not halved for being causal. A frozen weight costs 4 instead of 6, because its gradient is not computed.
     """
     looked_up = positions if tied else counted.groups.get("embeddings", 0)
     used = counted.total - looked_up - counted.idle
@@ -151,7 +151,7 @@ def flops_per_token(counted: Parameters, *, positions: int, block_size: int, tie
 
 
 def model_flops_per_token(module: nn.Module, block_size: int) -> int | None:
-    """:func:`flops_per_token` of a transformers model; ``None`` of a model whose shape is its own."""
+    """:func:`flops_per_token` of a transformers model; ``None`` for a model whose shape is not known."""
     model = module.model if isinstance(module, ModelWithLoss) else module
     if not hasattr(model, "get_output_embeddings"):
         return None
@@ -180,7 +180,7 @@ PEAK_FLOPS = {
     "RTX 4090$": 165e12,  # not the Laptop GPU
     "MI300X": 1307e12,
 }
-"""Dense bf16 matrix products a second by a pattern of the device's name, the first that fits; from the makers' data sheets:
+"""Dense bf16 matrix FLOP/s by a pattern for the device's name (the first match applies), from the vendors' data sheets:
 
 - NVIDIA H100 (SXM 1,979 TFLOP/s with sparsity, which is twice the dense rate; NVL 1,671; PCIe 1,513), H200 (SXM 1,979; NVL
   1,671), HGX B200 (144 PFLOP/s of fp4 for 8 GPUs, 4.5 of bf16 with sparsity for each);
@@ -189,7 +189,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """The device's peak, where it is known; there is no MFU otherwise."""
+    """The device's peak FLOP/s; ``None`` if it is not known, and then there is no MFU."""
     if precision not in ("bf16", "fp16"):
         return None
     return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
@@ -221,7 +221,7 @@ class Setting:
 
     @property
     def data_world_size(self) -> int:
-        """How many micro-batches are computed at a time: ranks, or groups of ranks that share blocks or layers."""
+        """Number of micro-batches computed in parallel: of ranks, or of groups of ranks that share blocks or layers."""
         return self.world_size // self.sharing
 
     @property
@@ -231,7 +231,7 @@ class Setting:
 
     @property
     def casts(self) -> tuple[torch.dtype | None, torch.dtype | None]:
-        """(autocast, type of the weights in forward) for :func:`lmcore.plan.trace.trace_step`."""
+        """(autocast dtype, dtype of the weights in forward) for :func:`lmcore.plan.trace.trace_step`."""
         compute = None if self.precision == "fp32" else torch_dtype(self.precision)
         if self.strategy in ("single", "ddp"):
             return compute, None if self.param_dtype == "fp32" else torch_dtype(self.param_dtype)
@@ -240,7 +240,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on each device at the fullest moment of a step, and beside it on its host (offload)."""
+    """Bytes on each device at the peak of a step, and on its host (offload)."""
 
     weights: int
     gradients: int
@@ -257,7 +257,7 @@ class Memory:
 
 
 def setting_of_part(setting: Setting) -> Setting:
-    """Under tensor parallelism over t ranks, how the ranks that hold one part of the layers train it."""
+    """Under tensor parallelism, the setting of the group of ranks that hold the same part of the layers."""
     if setting.tensor_parallel == 1:
         return setting
     ranks = setting.world_size // setting.tensor_parallel
@@ -266,9 +266,9 @@ def setting_of_part(setting: Setting) -> Setting:
 
 
 def memory(counted: Parameters, traced: StepTrace, setting: Setting, *, optimizer_bytes: int) -> Memory:
-    """The fullest moment of a step under a strategy.
+    """The memory at the peak of a step under a strategy.
 
-    With P parameters, N ranks, w and c bytes of a weight kept and computed with, O bytes of optimizer state:
+    With P parameters, N ranks, w bytes per stored weight, c bytes per weight in the computation, O bytes of optimizer state:
 
     ======== ================ ============================== ========= ==============================================
     strategy weights          gradients                      optimizer buffers
@@ -286,16 +286,16 @@ def memory(counted: Parameters, traced: StepTrace, setting: Setting, *, optimize
     zero3    c P / N          4 P / N                        (4P+O)/N  gathered weights (at most zero_live), 1 bucket
     ======== ================ ============================== ========= ==============================================
 
-    single and ddp with bf16 weights sum gradients in 4 P, and round them to another 2 P when activations are gone.
+    single and ddp with bf16 weights sum gradients in 4 P bytes, and round them to another 2 P once the activations are freed.
 
-    Under context parallelism over c ranks, activations are those of T / c tokens of each block, and of the keys and
+    Under context parallelism over c ranks, the activations are those of T / c tokens of each block, and of the keys and
     values of T (1 + 1 / 2c) tokens in each layer (:func:`lmcore.engine.context.keys_of_queries`).
 
-    Under tensor parallelism over t ranks, everything is that of the part of the model that a rank holds, and N is the number
-    of ranks that hold the same part (:func:`setting_of_part`).
+    Under tensor parallelism over t ranks, all terms refer to the part of the model that a rank holds, and N is the number of
+    ranks that hold the same part (:func:`setting_of_part`).
 
-    Under ZeRO the optimizer's part includes its fp32 weights. Offload moves that and the gradients' share to the
-    host; under stage 3 the weights too, if asked.
+    Under ZeRO the optimizer's part includes its fp32 weights. Offload moves it and the rank's share of the gradients to the
+    host; under stage 3 also the weights, if requested.
     """
     ranks, several = setting.world_size, setting.accumulation > 1
     total, trained = counted.total, counted.trained
@@ -308,7 +308,7 @@ def memory(counted: Parameters, traced: StepTrace, setting: Setting, *, optimize
         share = 0.0 if resident else 1.0
         moment = traced.peak(gradients=share, other_gradients=share)
         if wide and kept * trained > moment[ACTIVATIONS] + moment[LOGITS] + moment[COPIES]:
-            resident, moment = resident + kept * trained, (0,) * 5  # the fullest moment is the update
+            resident, moment = resident + kept * trained, (0,) * 5  # the peak is in the update
         return Memory(
             weights=kept * total + counted.buffer_bytes,
             gradients=resident or moment[LAYER_GRADIENTS] + moment[OTHER_GRADIENTS],
@@ -319,7 +319,7 @@ def memory(counted: Parameters, traced: StepTrace, setting: Setting, *, optimize
         )
     if setting.strategy == "fsdp2":
         return _memory_fsdp2(counted, traced, setting, optimizer_bytes, compute)
-    # ZeRO: gradients leave for their owner as soon as a bucket is full.
+    # ZeRO sends gradients to their owner as soon as a bucket is full.
     moment = traced.peak(gradients=0.0, other_gradients=0.0)
     state = (4 * trained + optimizer_bytes) // ranks
     gradients = all_gradients = 4 * trained // ranks
@@ -351,11 +351,11 @@ def memory(counted: Parameters, traced: StepTrace, setting: Setting, *, optimize
 def _backward_of_zero2(
     counted: Parameters, traced: StepTrace, setting: Setting, compute: int
 ) -> tuple[tuple[int, ...], int, int]:
-    """The fullest moment of ZeRO-2 without accumulation; the bytes of gradients and of buffers at it.
+    """The peak of ZeRO-2 without accumulation, and the bytes of gradients and of buffers at that moment.
 
-    DeepSpeed frees its share of the gradients after the update, and makes it anew in the next backward pass with the buckets: in
-    the head at the end of forward, where activations are the most, there is neither. In backward the largest tensor's gradient
-    is whole, and what is being reduced has a copy in fp32 where it is in 16 bits.
+    DeepSpeed frees its share of the gradients after the update, and allocates it again in the next backward pass, with the
+    buckets. So neither exists in the head at the end of forward, where activations are largest. In backward the gradient of
+    the largest tensor is complete, and what is being reduced has an fp32 copy if it is in 16 bits.
     """
     trained, bucket = counted.trained, setting.zero_bucket
     made_at_last = max(1, traced.moments[-1][LAYER_GRADIENTS] + traced.moments[-1][OTHER_GRADIENTS])
@@ -378,7 +378,7 @@ def _backward_of_zero2(
 def _memory_fsdp2(
     counted: Parameters, traced: StepTrace, setting: Setting, optimizer_bytes: int, compute: int
 ) -> Memory:
-    """Layers are gathered one after the other; what is outside of them stays gathered from forward to backward."""
+    """Memory of FSDP2: layers are gathered one after the other; the rest stays gathered from forward to backward."""
     ranks, layer = setting.world_size, counted.largest_layer
     reduce = torch_dtype(setting.reduce_dtype).itemsize
     outside = compute * counted.outside_layers
@@ -386,10 +386,10 @@ def _memory_fsdp2(
     of_layers = max(1, traced.moments[-1][LAYER_GRADIENTS])
 
     def at(moment: tuple[int, ...]) -> tuple[int, int]:
-        """(gradients, gathered) at a moment."""
+        """Bytes of (gradients, gathered weights) at a moment."""
         done = moment[LAYER_GRADIENTS] / of_layers
         gathered = outside + compute * layer
-        if done:  # the next layer comes, the last one's gradient leaves
+        if done:  # the next layer is gathered while the last one's gradient is reduced
             gathered = outside + (3 * compute + reduce) * layer
         return int(all_gradients * (1.0 if setting.accumulation > 1 else done)), gathered
 
@@ -409,7 +409,7 @@ def _memory_fsdp2(
 
 
 def remedies(setting: Setting) -> list[tuple[str, Setting]]:
-    """Changes that need less memory and keep the global batch, the cheapest in time first."""
+    """Changes that need less memory and keep the global batch; those that cost the least time come first."""
     found: list[tuple[str, Setting]] = []
     if setting.precision == "fp32":
         found.append(("--train.precision bf16", replace(setting, precision="bf16")))
@@ -432,7 +432,7 @@ def remedies(setting: Setting) -> list[tuple[str, Setting]]:
             offload_optimizer=True,
         )
         stage = offloaded.strategy[-1]
-        # A launcher that has set FSDP2 up takes no DeepSpeed beside it.
+        # A launcher that has configured FSDP2 does not accept DeepSpeed as well.
         by_launcher = f"accelerate_configs/zero{stage}_offload.yaml"
         by_option = f"--engine.deepspeed ds_configs/zero{stage}_offload.json"
         found.append((by_launcher if setting.strategy == "fsdp2" else by_option, offloaded))
@@ -445,10 +445,10 @@ def remedies(setting: Setting) -> list[tuple[str, Setting]]:
 def largest_micro_batch(share: int, capacity: int, needs: Callable[[int], int]) -> int:
     """The largest divisor of ``share`` (a rank's blocks of a step) that fits into ``capacity`` bytes; at least 1.
 
-    ``needs(blocks)`` is asked a few times only: memory grows with the micro-batch.
+    ``needs(blocks)`` is called only a few times, by bisection, because memory grows with the micro-batch.
     """
     divisors = [size for size in range(1, share + 1) if share % size == 0]
-    low, high = 0, len(divisors) - 1  # divisors[low] is taken to fit
+    low, high = 0, len(divisors) - 1  # divisors[low] is assumed to fit
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if needs(divisors[middle]) <= capacity else (low, middle - 1)
@@ -469,7 +469,7 @@ def fitting_micro_batch(
 
     Args:
         setting: strategy, world size and precision of the run; its micro-batch and accumulation are not used.
-        device_bytes: of the smallest device.
+        device_bytes: memory of the smallest device.
     """
     if setting.tensor_parallel > 1:
         if why_not(module.model, setting.tensor_parallel) is not None:  # refused when the run prepares it
@@ -504,7 +504,7 @@ def fitting_micro_batch(
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that is known about a run before it starts; ``None`` where it is not known."""
+    """Everything that is known about a run before it starts; ``None`` for what is not known."""
 
     parameters: Parameters
     setting: Setting
@@ -521,11 +521,11 @@ class Plan:
     checkpoints_kept: int
     tokens_per_second: float | None = None
     run_tokens: int | None = None
-    """Labels of the whole run; default: every step has :attr:`tokens_per_step`."""
+    """Number of labels of the whole run; default: every step has :attr:`tokens_per_step`."""
     batch_changes: str = ""
-    """Where the global batch changes in the run, in words."""
+    """The changes of the global batch during the run, in words."""
     uncounted: str | None = None
-    """Why the activations of a step could not be counted; then :attr:`memory` is a lower bound."""
+    """Why the activations of a step could not be counted; in that case :attr:`memory` is a lower bound."""
 
     @property
     def tokens(self) -> int:
@@ -542,11 +542,11 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """At the given rate of all devices together."""
+        """Duration at the given rate of all devices together."""
         return None if not self.tokens_per_second else self.tokens / self.tokens_per_second
 
     def rows(self) -> list[tuple[str, str]]:
-        """For the start table: what, how much and how it is computed."""
+        """Rows for the start table: name, value and how it is computed."""
         p, s, m = self.parameters, self.setting, self.memory
         groups = ", ".join(f"{name} {short(count)}" for name, count in p.groups.items())
         frozen = f"; {short(p.trained)} trained" if p.trained != p.total else ""
@@ -601,7 +601,7 @@ class Plan:
         return rows
 
     def _parts_of_the_peak(self) -> str:
-        """What is held when most is held: gradients, for example, may not exist yet at that moment."""
+        """What is in memory at the peak; for example, gradients may not exist yet at that moment."""
         m = self.memory
         parts = {
             "weights": m.weights,
@@ -617,7 +617,7 @@ class Plan:
         return " + ".join(words)
 
     def beside_the_budget(self) -> list[tuple[str, str]]:
-        """:meth:`rows` without those that a run's start table has of itself."""
+        """:meth:`rows` without those that the start table of a run has anyway."""
         return [
             row
             for row in self.rows()
@@ -625,7 +625,7 @@ class Plan:
         ]
 
     def _flops(self) -> str:
-        """By formula and counted, as far as each is known."""
+        """FLOPs per token by the formula and as counted, as far as each is known."""
         each = self.flops_per_token or self.flops_counted
         if each is None:
             return f"not counted ({self.uncounted})"
@@ -637,7 +637,7 @@ class Plan:
         return f"{', '.join(known)}; {short(self.tokens * each)} in all"
 
     def signature(self) -> list[Any]:
-        """What a rate that was measured depends on, beside the machine: of another one it says nothing."""
+        """What a measured rate depends on, apart from the machine. A rate with another signature does not apply."""
         s = self.setting
         how = [s.strategy, s.world_size, s.precision, s.micro_batch_blocks, s.accumulation]
         shared = [s.context_parallel] if s.context_parallel > 1 else []
@@ -645,7 +645,7 @@ class Plan:
         return [self.parameters.total, self.block_size, *how, s.activation_checkpointing, *shared, *cut]
 
     def numbers(self) -> dict[str, float]:
-        """What a report compares with what came about, under the names of ``metrics.jsonl``."""
+        """The numbers that a report compares with measured ones, under the names of ``metrics.jsonl``."""
         known = {
             "parameters": self.parameters.total,
             "memory_bytes": self.memory.total,
@@ -662,12 +662,12 @@ class Plan:
 def advise(
     setting: Setting, capacity: int, needs: Callable[[Setting], int], *, count: int = 3
 ) -> tuple[tuple[str, int], ...]:
-    """The first ``count`` changes that make it fit, each by itself; if none does, those that help most, together
-    (which may still be too much: the bytes beside them say so).
+    """The first ``count`` changes each of which is enough to fit. If none is, the most helpful ones combined, which may still
+    not fit, as the bytes next to them show.
     """
     tried = []
     for name, changed in remedies(setting):
-        with suppress(RequestError):  # a model without repeated layers has nothing to recompute
+        with suppress(RequestError):  # a model without repeated layers cannot recompute them
             tried.append((name, changed, needs(changed)))
     good = [(name, least) for name, _, least in tried if least <= USABLE * capacity]
     if good:
@@ -681,5 +681,5 @@ def advise(
 
 
 def checkpoint_bytes(counted: Parameters, *, optimizer_bytes: int) -> int:
-    """fp32 weights and the optimizer's state."""
+    """Size of a checkpoint: fp32 weights and the optimizer's state."""
     return 4 * counted.total + counted.buffer_bytes + optimizer_bytes

@@ -1,8 +1,8 @@
-"""Two real steps of a run, timed and measured: what a plan cannot know by arithmetic.
+"""Runs two real steps and measures time and memory, which a plan cannot compute.
 
-The steps are those of the run: its forward, backward, clipping and update, on this device, in its precision. The first one
-warms up, and only its memory counts. Of a step with many micro-batches :data:`MICRO_BATCHES` are run; its time is then
-computed from theirs and the update's. Nothing is written.
+The steps are those of the run: its forward, backward, clipping and update, on this device, in its precision. The first step is
+a warmup, of which only the memory is used. If a step has many micro-batches, only :data:`MICRO_BATCHES` of them are run, and
+the time of the step is computed from theirs and that of the update. Nothing is written to the disk.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 STEPS = 2
 MICRO_BATCHES = 4
-"""Of a step are run at most; two would do, to hold gradients as accumulation does, and more measure better."""
+"""Largest number of micro-batches that are run. Two would be enough to accumulate gradients; more measure better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
     """What was measured.
 
-    ``step_seconds`` is of a whole step, of whose micro-batches ``micro_batches`` were run; the slowest rank's.
-    ``peak_bytes`` is of tensors on a GPU; on a CPU of resident memory above what the process had before its model.
+    ``step_seconds`` is the time of a whole step on the slowest rank; ``micro_batches`` of its micro-batches were run.
+    ``peak_bytes`` is the peak of tensors on a GPU; on a CPU, of resident memory above that before the model was built.
     """
 
     step_seconds: float
@@ -53,10 +53,10 @@ def probe(
     micro_batch_blocks: int,
     clip_norm: float,
 ) -> Probe:
-    """Build, wrap and train for two steps. Collective: every rank calls it.
+    """Build and wrap the model and train for two steps. Collective.
 
     Args:
-        make_batch: a micro-batch of this rank for the module.
+        make_batch: returns a micro-batch of this rank for the module.
     """
     run = min(accumulation, MICRO_BATCHES)
     on_gpu = engine.device.type == "cuda"
@@ -106,7 +106,7 @@ def probe(
 def text_batch(
     vocab_size: int, micro_batch_blocks: int, block_size: int, context: Context | None = None
 ) -> dict[str, Any]:
-    """A micro-batch of random tokens: what they say changes neither time nor memory."""
+    """A micro-batch of random tokens: their values affect neither time nor memory."""
     context = context or Context()
     ids = np.random.default_rng(0).integers(vocab_size, size=(micro_batch_blocks, block_size + 1))
     positions = np.tile(np.arange(block_size), (micro_batch_blocks, 1))

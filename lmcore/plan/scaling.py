@@ -1,14 +1,14 @@
-"""Which model, learning rate and batch for a text, a machine and some hours: published laws, a fit, and the choice.
+"""Choosing model, learning rate and batch for a text, a machine and a time budget: published laws, a fit, and the choice.
 
 Pure functions of measured numbers; nothing here trains or reads a file. ``lmcore size`` (:mod:`lmcore.run.ladder`) measures
-short runs and asks these functions.
+short runs and calls these functions.
 
-Letters: ``N`` parameters that multiply (without an embedding that is only looked up), ``D`` tokens trained on, ``U`` tokens of
-the text, ``L`` validation loss in nats a token.
+Letters: ``N`` parameters in matrix products (without an embedding that is only looked up), ``D`` tokens trained on, ``U`` tokens
+of the text, ``L`` validation loss in nats per token.
 
 Sources:
-    ``L(N, D) = E + A / N^alpha + B / D^beta``: Hoffmann et al. 2022, arXiv 2203.15556, equation 10; its constants as fitted again
-    by Besiroglu et al. 2024, arXiv 2404.10102. ``L(N, D) = ((Nc / N)^(alpha / beta) + Dc / D)^beta``: Kaplan et al. 2020,
+    ``L(N, D) = E + A / N^alpha + B / D^beta``: Hoffmann et al. 2022, arXiv 2203.15556, equation 10, with the constants refitted by
+    Besiroglu et al. 2024, arXiv 2404.10102. ``L(N, D) = ((Nc / N)^(alpha / beta) + Dc / D)^beta``: Kaplan et al. 2020,
     arXiv 2001.08361, equation 1.5. Repeated text: Muennighoff et al. 2023, arXiv 2305.16264. Learning rate and batch:
     Li et al. 2025 ("Step Law"), arXiv 2503.04715; Porian et al. 2024, arXiv 2406.19146. Bootstrap of a penalized fit: each sample
     perturbs the data and the centre of the penalty, as in "randomize then optimize", Bardsley et al. 2014.
@@ -27,11 +27,12 @@ import numpy as np
 from lmcore.errors import RequestError
 
 REPEATS = 15.387756
-"""``R*`` of Muennighoff et al. 2023, appendix A: so many repetitions after the first epoch until a token is worth 1/e of a new one."""
+"""``R*`` of Muennighoff et al. 2023, appendix A: this many repetitions after the first epoch, a token is worth 1/e of a new
+one."""
 STOPS_HELPING = 0.1
-"""An epoch whose tokens are worth less than this share of new ones counts as one that does not help any more."""
+"""An epoch whose tokens are worth less than this share of new ones is considered useless."""
 TOKENS_PER_PARAMETER = 20.0
-"""About where compute is best spent, Hoffmann et al. 2022 (Chinchilla), table 3: 400 M with 8.0 B, 67 B with 1.5 T."""
+"""Approximate compute-optimal ratio, Hoffmann et al. 2022 (Chinchilla), table 3: 400 M with 8.0 B, 67 B with 1.5 T."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Law:
     """``E + ((A / N^alpha)^(1/s) + (B / D^beta)^(1/s))^s``, where ``s`` is :attr:`joint`.
 
     ``s = 1`` is the sum of Hoffmann et al.; ``s = beta`` with ``E = 0`` is the law of Kaplan et al., in which the larger of the
-    two parts hides the other.
+    two terms dominates the other.
     """
 
     E: float
@@ -50,7 +51,7 @@ class Law:
     joint: float = 1.0
 
     def loss(self, parameters: float, tokens: float) -> float:
-        """The loss of a model with so many parameters after so many (effective) tokens.
+        """The loss of a model with this many parameters after this many (effective) tokens.
 
         >>> round(CHINCHILLA.loss(70e9, 1.4e12), 3)
         1.974
@@ -70,7 +71,7 @@ CHINCHILLA = Law(E=1.8172, A=482.01, alpha=0.3478, B=2085.43, beta=0.3658)
 
 
 def effective_tokens(tokens: float, unique_tokens: float) -> float:
-    """What ``tokens`` are worth in new tokens where the text has only ``unique_tokens``.
+    """The number of new tokens that ``tokens`` are worth if the text has only ``unique_tokens``.
 
     ``D' = U + U R* (1 - exp(-R / R*))`` with ``R = D / U - 1`` repetitions; ``D`` itself within the first epoch.
 
@@ -84,7 +85,8 @@ def effective_tokens(tokens: float, unique_tokens: float) -> float:
 
 
 def worth_of_epoch(epoch: float) -> float:
-    """What a token of an epoch is worth beside a new one: the derivative of :func:`effective_tokens`; 1 in the first epoch."""
+    """The worth of a token in an epoch relative to a new token: the derivative of :func:`effective_tokens`; 1 in the first
+    epoch."""
     return 1.0 if epoch <= 1 else math.exp(-(epoch - 1) / REPEATS)
 
 
@@ -102,7 +104,7 @@ def last_useful_epoch(worth: float = STOPS_HELPING) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What a published law says for this case. ``None``: it says nothing of that."""
+    """What a published law recommends for a budget; ``None`` for what the law does not cover."""
 
     source: str
     measured: str
@@ -132,11 +134,11 @@ def porian(parameters: float) -> tuple[float, float]:
 def published(
     sizes: Sequence[float], tokens_of: Callable[[float], float], unique_tokens: float
 ) -> list[Published]:
-    """The laws side by side for a budget.
+    """What each published law recommends for a budget.
 
     Args:
         sizes: parameters of the models that can be chosen.
-        tokens_of: tokens that the budget allows a model of so many parameters.
+        tokens_of: maps a number of parameters to the tokens that the budget allows for such a model.
     """
     near = min(sizes, key=lambda n: abs(math.log(tokens_of(n) / (TOKENS_PER_PARAMETER * n))))
     fitted = min(sizes, key=lambda n: CHINCHILLA.loss(n, effective_tokens(tokens_of(n), unique_tokens)))
@@ -185,7 +187,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """An expected value and the range that holds it with a probability of 90%."""
+    """An expected value and the range that contains the actual value with a probability of 90%."""
 
     low: float
     middle: float
@@ -193,24 +195,24 @@ class Interval:
 
     @property
     def width(self) -> float:
-        """Of the whole range, as a share of the middle."""
+        """Width of the whole range, as a share of the middle."""
         return (self.high - self.low) / self.middle
 
 
 SEED_NOISE = 0.005
-"""Relative deviation of the loss between seeds that is assumed before anything is measured; it counts as much as
+"""Prior for the relative deviation of the loss between seeds, before anything is measured; its weight is that of
 :data:`SEED_RUNS` runs."""
 SEED_RUNS = 4
 EXPONENT, EXPONENT_SPREAD = 0.12, 0.5
-"""Where alpha and beta are expected, by a factor of exp(0.5): 0.076 and 0.095 where E is 0 (Kaplan et al.), 0.125 and 0.112 for small
+"""Prior for alpha and beta, within a factor of exp(0.5): 0.076 and 0.095 where E is 0 (Kaplan et al.), 0.125 and 0.112 for small
 models of Python source (docs/log.md); both grow with E."""
 FLOOR_SHARE, FLOOR_SPREAD = 0.1, 1.0
-"""``E`` is expected at this share of the lowest loss, by a factor of e: from nothing (Kaplan et al., and small models of Python
+"""Prior for ``E`` as a share of the lowest loss, within a factor of e: from nothing (Kaplan et al., and small models of Python
 source, docs/log.md) to more than half of it (Hoffmann et al.)."""
 FORM_ERROR = 0.01
-"""Relative deviation of a law that is only nearly of this form, for each factor of e by which a run is larger or longer than those
-that were fitted. For runs 12 times as long and twice as large the fit expected 0.8% and 4.6% too much (Python source and English,
-docs/log.md)."""
+"""Relative error because the law has only approximately this form, for each factor of e by which a run is larger or longer than
+the fitted ones. For runs 12 times as long and twice as large, the fit predicted 0.8% and 4.6% too much (Python source and
+English, docs/log.md)."""
 DRAWS = 200
 
 
@@ -218,7 +220,7 @@ DRAWS = 200
 class Fit:
     """A law fitted to runs on one text, with bootstrap samples of it.
 
-    ``noise`` is the relative deviation of a single run, ``residual`` the root of the mean square of those that were fitted.
+    ``noise`` is the relative deviation of a single run; ``residual`` is the root mean square of those that were fitted.
     """
 
     law: Law
@@ -229,12 +231,12 @@ class Fit:
     points: tuple[Point, ...]
 
     def predict(self, parameters: float, tokens: float) -> Interval:
-        """The expected loss of one more run, with the range of a run (not of the mean of many)."""
+        """The expected loss of one more run, with the range for a single run (not for the mean of many)."""
         worth = effective_tokens(tokens, self.unique_tokens)
         larger = max(1.0, parameters / max(p.parameters for p in self.points))
         longer = max(1.0, worth / max(effective_tokens(p.tokens, self.unique_tokens) for p in self.points))
         deviation = math.hypot(self.noise, FORM_ERROR * math.log(larger * longer))
-        # Noise by its quantiles, in a fixed shuffle
+        # Noise from its quantiles, in a fixed random order.
         steps = (np.arange(len(self.draws)) + 0.5) / len(self.draws)
         order = np.random.default_rng(0).permutation(len(steps))
         noise = deviation * np.array([NormalDist().inv_cdf(float(steps[i])) for i in order])
@@ -247,16 +249,16 @@ class Fit:
 def fit(points: Sequence[Point], unique_tokens: float, *, draws: int = DRAWS, seed: int = 0) -> Fit:
     """Fit :class:`Law` with ``s = beta`` to runs by penalized least squares of the logarithm of the loss.
 
-    Not the sum of Hoffmann et al., in which more tokens help a small model as much as a large one: small models stop improving long
-    before large ones. Fitted to three sizes on Python source, the sum expected 3.21 of a run twelve times as long as the longest of
-    them, which reached 2.73; this form expected 2.75 (docs/log.md).
+    The sum of Hoffmann et al. is not used because in it more tokens help a small model as much as a large one, although small
+    models stop improving long before large ones. Fitted to three sizes on Python source, the sum predicted 3.21 for a run twelve
+    times as long as the longest of them, which reached 2.73; this form predicted 2.75 (docs/log.md).
 
-    Five numbers from about nine runs: the exponents and ``E`` are held near published values by a penalty with the spread written
-    above, so that what the runs do not say is as wide as it is in the literature. Each bootstrap sample draws the losses anew with
-    the noise that was found, and the centres of the penalty with their spread.
+    The fit has five numbers from about nine runs. A penalty keeps the exponents and ``E`` near published values, with the spreads
+    above, so that what the runs do not determine is as uncertain as in the literature. Each bootstrap sample draws new losses with
+    the estimated noise, and new centres of the penalty with their spread.
 
     Raises:
-        RequestError: fewer than four finite runs, or of a single size or length; scipy is not installed.
+        RequestError: there are fewer than four finite runs, or all have the same size or length, or scipy is not installed.
     """
     known = [p for p in points if math.isfinite(p.loss) and p.loss > 0]
     sizes, lengths = {p.parameters for p in known}, {p.tokens for p in known}
@@ -284,7 +286,7 @@ def fit(points: Sequence[Point], unique_tokens: float, *, draws: int = DRAWS, se
     )
 
     def parts(theta: Any) -> tuple[Any, Any, Any]:
-        """E, what each run is above it, and how much of that is due to its size: between 0 and 1."""
+        """``E``, the loss of each run above ``E``, and the share of that which is due to its size, between 0 and 1."""
         log_e, log_a, log_b = theta[:3]
         alpha, beta = np.exp(theta[3:])
         of_size, of_length = (log_a - alpha * x_n) / beta, (log_b - beta * x_d) / beta
@@ -321,7 +323,7 @@ def fit(points: Sequence[Point], unique_tokens: float, *, draws: int = DRAWS, se
         for share in (0.2, 0.5, 0.8)
     ]
     noise = SEED_NOISE
-    for _ in range(3):  # the noise decides how much the penalty weighs, and is found from what the fit leaves
+    for _ in range(3):  # the noise sets the weight of the penalty, and is estimated from the residuals
         best = min((solve(y, centre, noise, start) for start in starts), key=lambda found: found.cost)
         left = model(best.x) - y
         noise = math.sqrt(
@@ -361,10 +363,11 @@ def _law(theta: Any, n0: float, d0: float) -> Law:
 
 
 def lowest_of_parabola(values: Sequence[float], losses: Sequence[float]) -> float:
-    """Where the loss is lowest, by the parabola through the best value and its two neighbours, in the logarithm of the value.
+    """The value with the lowest loss: the minimum of a parabola, in the logarithm of the value, through the best value and its two
+    neighbours.
 
-    At an edge of what was tried the edge itself: nothing is known beyond it. Values whose loss is not finite (a run that diverged)
-    are left out.
+    If the best is the lowest or highest value, it is returned itself, because nothing is known beyond it. Values whose loss is not
+    finite (a run that diverged) are left out.
 
     >>> lowest_of_parabola([1, 2, 4], [3.0, 2.0, 3.0])
     2.0
@@ -384,15 +387,15 @@ def lowest_of_parabola(values: Sequence[float], losses: Sequence[float]) -> floa
 
 
 SLOPE, SLOPE_SPREAD = -1 / 6, 1 / 6
-"""Of the logarithm of the best rate over that of the size: 0 where updates are scaled so that rates transfer (muP; Muon), -1/3
-(Porian et al.) for AdamW as it is."""
+"""Prior for the slope of the logarithm of the best rate against that of the size: 0 if updates are scaled so that rates transfer
+(muP; Muon), -1/3 (Porian et al.) for plain AdamW."""
 RATE_NOISE = 0.35
-"""Deviation of the logarithm of a best rate that was read off a grid of factors of two."""
+"""Standard deviation of the logarithm of a best rate that was found on a grid of factors of two."""
 
 
 def transferred_rate(best: Sequence[tuple[float, float]], parameters: float) -> tuple[float, float]:
-    """(learning rate for a size, slope): the best rates of smaller sizes on a line in logarithms, its slope held near
-    :data:`SLOPE` by a penalty. Ridge regression in closed form.
+    """(learning rate for a size, slope), from a line through the best rates of smaller sizes in logarithms. A penalty keeps its
+    slope near :data:`SLOPE`: ridge regression in closed form.
 
     Args:
         best: (parameters, best rate) of each size.
@@ -409,8 +412,8 @@ def transferred_rate(best: Sequence[tuple[float, float]], parameters: float) -> 
 
 
 BATCH_EXPONENT = 0.383
-"""How the best batch grows with the number of tokens: nanochat's rule (``2^19 (D / D_ref)^0.383``); 0.571 by Li et al. 2025 would
-leave the batch of the ladder by more."""
+"""Exponent of the best batch in the number of tokens: nanochat's rule (``2^19 (D / D_ref)^0.383``); with 0.571 by Li et al. 2025
+the batch would differ more from that of the ladder."""
 
 
 def scaled_batch(batch_blocks: int, tokens: float, for_tokens: float, *, at_most: int) -> int:
@@ -429,7 +432,7 @@ def scaled_batch(batch_blocks: int, tokens: float, for_tokens: float, *, at_most
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A model that can be trained: its name, parameters, and tokens a second on this machine."""
+    """A model that can be trained: its name, parameters, and tokens per second on this machine."""
 
     name: str
     parameters: float
@@ -438,7 +441,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A candidate with what the budget makes of it."""
+    """A candidate with its tokens and expected loss within the budget."""
 
     candidate: Candidate
     tokens: float
@@ -447,9 +450,9 @@ class Choice:
 
 
 def choices(candidates: Sequence[Candidate], fitted: Fit, seconds: float) -> list[Choice]:
-    """Every candidate with the loss that is expected of it after ``seconds``, the lowest first.
+    """Every candidate with its expected loss after ``seconds``, the lowest first.
 
-    A text that is repeated so often that the last epoch helps no more is not trained on for longer: the tokens end there.
+    The number of tokens is limited to the epochs that still help (:func:`last_useful_epoch`).
     """
     found = []
     for one in candidates:
@@ -462,11 +465,11 @@ def choices(candidates: Sequence[Candidate], fitted: Fit, seconds: float) -> lis
 
 
 def speeds(measured: Sequence[tuple[float, float]], flops: Sequence[float]) -> list[float]:
-    """Tokens a second for each of ``flops`` a token: straight lines in logarithms between what was measured, and the nearest
-    FLOPs a second beyond.
+    """Tokens per second for each number of FLOPs per token in ``flops``: linear interpolation in logarithms between the
+    measurements; outside their range, the FLOPs per second of the nearest one.
 
     Args:
-        measured: (FLOPs a token, tokens a second).
+        measured: (FLOPs per token, tokens per second).
 
     >>> [round(rate) for rate in speeds([(1e6, 1000), (4e6, 500)], [2e6, 8e6])]
     [707, 250]

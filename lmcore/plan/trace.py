@@ -1,12 +1,11 @@
-"""A training step traced without its arithmetic: what it holds in memory, tensor by tensor, and its FLOPs.
+"""Traces a training step without its arithmetic: what it holds in memory, tensor by tensor, and its FLOPs.
 
-The module is copied with *fake* tensors (torch's ``FakeTensorMode``: shapes and types, no numbers), and a real step of
-forward and backward runs over them while every storage is recorded from its creation to its end. Nothing is allocated,
-so that a model of any size can be planned on any machine, and the given module is not changed. Kernels, autocast,
-recomputation and the chunked head are those of the real run, because it is the run's own code.
+The module is copied with *fake* tensors (torch's ``FakeTensorMode``: shapes and dtypes without data), and the run's own code
+for forward and backward runs on them while every storage is recorded from its creation until it is freed. Nothing is
+allocated, so a model of any size can be planned on any machine, and the given module is not changed. Kernels, autocast,
+recomputation and the chunked head are those of the real run.
 
-Fake tensors are on the CPU unless torch was built for the planned device; the two then differ in the workspace of
-kernels only.
+Fake tensors are on the CPU unless torch was built for the planned device; then only the workspace of kernels differs.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ from lmcore.model.module import (
 )
 
 ACTIVATIONS, LOGITS, COPIES, LAYER_GRADIENTS, OTHER_GRADIENTS = range(5)
-"""Columns of a moment: activations; the vocabulary head; autocast's casts of weights; gradients of the repeated
-layers; gradients of the rest."""
+"""Columns of a moment: activations; the vocabulary head; autocast's copies of weights; gradients of the repeated
+layers; other gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTrace:
-    """What one micro-batch of a step holds, beside weights and optimizer, in bytes.
+    """What one micro-batch of a step holds in addition to weights and optimizer, in bytes.
 
-    ``moments`` are rows of five numbers, see :data:`ACTIVATIONS`. Gradients are there as torch makes them:
-    they grow during backward.
+    ``moments`` are rows of five numbers, see :data:`ACTIVATIONS`. Gradients are included as torch creates them, so they
+    grow during backward.
     """
 
     moments: tuple[tuple[int, ...], ...]
@@ -59,7 +58,7 @@ class StepTrace:
     def peak(
         self, *, gradients: float = 1.0, other_gradients: float = 1.0, copies: float = 1.0
     ) -> tuple[int, ...]:
-        """The moment at which activations, logits and these shares of the rest are the most."""
+        """The moment with the largest sum of activations, logits and these shares of the other columns."""
         shares = (1.0, 1.0, copies, gradients, other_gradients)
         return max(self.moments, key=lambda moment: sum(s * part for s, part in zip(shares, moment)))
 
@@ -78,15 +77,15 @@ def trace_step(
     device_bytes: int | None = None,
     context_parallel: int = 1,
 ) -> StepTrace:
-    """Run a micro-batch of ``micro_batch_blocks`` x ``block_size`` tokens over fake tensors, and note what is held when.
+    """Run a micro-batch of ``micro_batch_blocks`` x ``block_size`` tokens with fake tensors, and record what is in memory when.
 
     Args:
-        module: takes ``input_ids`` and ``labels``, returns (sum, count). Its tensors may be fake already.
-        batch: what it takes instead, if it takes anything else; shapes and types only are looked at.
-        activation_checkpointing: recompute the layers, every n-th if it is a number, as the run would.
-        autocast: the type of the matrix products, as the strategies without sharding compute.
-        weights: cast the weights to this type beforehand, as sharded strategies do.
-        narrow_stream: cast the residual stream to autocast's type, as ``train.residual_dtype`` does.
+        module: takes ``input_ids`` and ``labels``, returns (sum, count). Its tensors may already be fake.
+        batch: other inputs, if the module takes any; only their shapes and dtypes are used.
+        activation_checkpointing: recompute the layers as the run would; a number n: every n-th layer.
+        autocast: dtype of the matrix products, for strategies without sharding.
+        weights: cast the weights to this dtype beforehand, as sharded strategies do.
+        narrow_stream: cast the residual stream to autocast's dtype, as ``train.residual_dtype`` does.
         device_type: of the planned run; the head, attention and dropout run differently on a GPU.
         device_bytes: memory of the planned GPU, on which the head's chunk depends.
         context_parallel: how many ranks share the blocks; the part of one of them is traced.
@@ -124,9 +123,9 @@ def count_flops(
     device_type: str = "cpu",
     device_bytes: int | None = None,
 ) -> int:
-    """FLOPs of forward and backward of a micro-batch, without what recomputation adds. Arguments as of :func:`trace_step`.
+    """FLOPs of forward and backward of a micro-batch, without those of recomputation. Arguments as for :func:`trace_step`.
 
-    A pass of its own: the counter's hooks hold tensors that would have been freed.
+    This is a separate pass, because the counter's hooks hold tensors that would otherwise be freed.
     """
     with _fakes(module), _as_on(device_type, device_bytes):
         module = _fake_copy(module, weights)
@@ -139,7 +138,7 @@ def count_flops(
 
 
 def _fake_batch(given: Mapping[str, Tensor] | None, blocks: int, block_size: int) -> dict[str, Any]:
-    """A micro-batch of zeros of the same shapes, or one of tokens (blocks, block_size)."""
+    """A micro-batch of zeros with the given shapes, or one of tokens (blocks, block_size)."""
     if given is None:
         return {
             name: torch.zeros((blocks, block_size), dtype=torch.int64) for name in ("input_ids", "labels")
@@ -148,7 +147,7 @@ def _fake_batch(given: Mapping[str, Tensor] | None, blocks: int, block_size: int
 
 
 def part_of_rank(module: Any, size: int) -> Any:
-    """What each of ``size`` ranks holds of a module under tensor parallelism, of fake tensors; a copy."""
+    """A copy of a module, with fake tensors, as each of ``size`` ranks holds it under tensor parallelism."""
     with _fakes(module):
         part = _fake_copy(module, None)
         part_for_plan(part.model, size)
@@ -156,7 +155,8 @@ def part_of_rank(module: Any, size: int) -> Any:
 
 
 def _share_blocks(module: Any, size: int, block_size: int) -> dict[str, Any]:
-    """Let the first of ``size`` ranks be traced: what the batch has beside. The others' keys are of its own shape."""
+    """Prepare tracing the first of ``size`` ranks; its own keys stand in for those of the others. Returns additional entries for
+    the batch."""
     keys = context.keys_of_queries(size, 0, lambda x: torch.cat([x] * size))
     context.use_attention(module.model, keys, name=f"{context.CONTEXT_ATTENTION}_traced")
     lengths = torch.zeros(2, dtype=torch.int32)
@@ -176,9 +176,9 @@ def optimizer_bytes(
     *,
     weights: torch.dtype | None = None,
 ) -> int:
-    """What an optimizer keeps between updates: one update over fake tensors, then its state is counted.
+    """Bytes that an optimizer keeps between updates: its state after one update with fake tensors.
 
-    An optimizer that looks at numbers cannot be traced; it is counted as Adam, two float32 numbers a parameter.
+    An optimizer whose code reads values cannot be traced; it is counted like Adam, two float32 numbers per parameter.
     """
     with _fakes(module):
         module = _fake_copy(module, weights)
@@ -204,17 +204,17 @@ def build_on_meta(
     attention: str | None = None,
     adapt: Callable[[Any], None] = lambda model: None,
 ) -> tuple[Any, Any]:
-    """The model that a run would build, of fake tensors: any size, at once; no weight is read.
+    """The model that a run would build, with fake tensors, so that any size is built at once. No weights are read.
 
     Args:
-        adapt: changes the model in place, as the run does after its weights are read; what it adds may be on the
+        adapt: changes the model in place, as the run does after it has read the weights; what it adds may be on the
             meta device.
 
     Returns:
-        The model, and a small real one of the same kind, at whose head :class:`~lmcore.model.module.ModelWithLoss` looks.
+        The model, and a small real one of the same type, whose head :class:`~lmcore.model.module.ModelWithLoss` examines.
 
     Raises:
-        RequestError: unknown type, field or folder, as the run would.
+        RequestError: unknown type, field or folder, as in the run.
     """
     real = vocab_size
     if from_pretrained is not None:
@@ -224,22 +224,22 @@ def build_on_meta(
         for name in SPECIAL_IDS:  # as below
             setattr(config, name, None)
     else:
-        # The family's own special ids may lie outside of this vocabulary, and no FLOP depends on them.
+        # The family's own special ids may be outside this vocabulary, and they affect neither memory nor FLOPs.
         fields = {"vocab_size": pad_vocab(vocab_size), "use_cache": False, **dict.fromkeys(SPECIAL_IDS)}
         config = make_config(type or "", config_overrides, **fields)
-    if attention in ("eager", "sdpa"):  # the others have kernels for a GPU only, and hold what sdpa holds
+    if attention in ("eager", "sdpa"):  # the others have only GPU kernels, and need as much memory as sdpa
         config._attn_implementation = attention
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.vocab_size = 1, 64
     try:
         try:
             probe = model_class_of(small)(small)
-        except Exception:  # a family whose layers are listed one by one; then the whole of it must be probed
+        except Exception:  # a family whose config lists every layer: probe the whole model
             probe = model_class_of(config)(config)
         with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
             model = model_class_of(config)(config)
             model.tie_weights()
-    except Exception as error:  # constructors raise what they like
+    except Exception as error:  # constructors may raise anything
         named = from_pretrained or model_class_of(config).__name__
         raise RequestError(f"{named} refuses this configuration: {message_of(error)}") from error
     adapt(model)
@@ -248,7 +248,7 @@ def build_on_meta(
 
 
 def build_own_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model of the user's own code, made of fake tensors. Its code may raise anything that it asks of numbers."""
+    """A model of the user's own code, built with fake tensors. Code that reads values may raise any error."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         return make()
 
@@ -261,7 +261,7 @@ _CPU_ATTENTION = {
         lambda grad, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(grad, q, k, v)
     ),
 }
-"""torch counts the FLOPs of the kernels of GPUs only."""
+"""FLOP formulas for kernels of the CPU; torch has them only for those of GPUs."""
 
 
 def _fakes(module: nn.Module) -> FakeTensorMode:
@@ -273,7 +273,7 @@ def _fakes(module: nn.Module) -> FakeTensorMode:
 
 
 def _watch_head(module: nn.Module, ledger: _Ledger) -> None:
-    """Storages created inside the vocabulary head count as the head's."""
+    """Count storages that are created inside the vocabulary head as the head's."""
     head = module.get_output_embeddings() if isinstance(module, ModelWithLoss) else None
     if head is not None:
         head.register_forward_pre_hook(lambda *args: setattr(ledger, "in_head", True))
@@ -282,7 +282,7 @@ def _watch_head(module: nn.Module, ledger: _Ledger) -> None:
 
 
 def _fake_copy(module: nn.Module, weights: torch.dtype | None) -> nn.Module:
-    """The same structure over fake tensors; shared ones stay shared."""
+    """The same structure with fake tensors; shared tensors stay shared."""
 
     def like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty(tensor.shape, dtype=dtype, device="cpu")
@@ -297,18 +297,18 @@ def _fake_copy(module: nn.Module, weights: torch.dtype | None) -> nn.Module:
 
 
 def _of_experts(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
-    """The product of each row with the weight of its expert, of which the first has the shape: torch refuses fake tensors in
-    float32 here, which its kernels take. It has no autocast."""
+    """A stand-in for the product of each row with the weight of its expert: the first expert's weight gives the same shape. torch
+    refuses fake float32 tensors here, although its kernels accept float32. It has no autocast."""
     with torch.autocast("cpu", enabled=False):
         return rows.to(weights.dtype) @ weights[0]
 
 
 @contextlib.contextmanager
 def _as_on(device_type: str, device_bytes: int | None = None) -> Iterator[None]:
-    """Let the traced code take the paths that it takes on the planned device, with plain blocks."""
+    """Make the traced code take the paths that it takes on the planned device, with plain blocks."""
     with contextlib.ExitStack() as stack:
-        # Whether positions restart inside a block depends on values, which fake tensors do not have: they would be given a
-        # mask. In a plain block positions do not restart, and the real run passes no mask.
+        # Whether positions restart inside a block depends on values, which fake tensors do not have, so a mask would be made.
+        # In a plain block positions do not restart, and the real run passes no mask.
         stack.enter_context(
             unittest.mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
         )
@@ -316,8 +316,8 @@ def _as_on(device_type: str, device_bytes: int | None = None) -> Iterator[None]:
         if device_type != "cpu":
             from lmcore.model import loss
 
-            # The fused attention of a GPU drops units itself, and its dropout keeps a mask of one byte; on a CPU
-            # the one falls back to the whole matrix of scores, and the other keeps numbers.
+            # On a GPU fused attention applies its dropout itself, and dropout keeps a mask of one byte per element. On a CPU
+            # attention with dropout falls back to the whole matrix of scores, and dropout keeps a mask of full numbers.
             attention, functional = nn.functional.scaled_dot_product_attention, nn.functional
 
             def without_scores(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
@@ -347,12 +347,12 @@ def _as_on(device_type: str, device_bytes: int | None = None) -> Iterator[None]:
 
 
 class _Ledger(TorchDispatchMode):
-    """Records every storage that is created under it, by kind, until it is freed."""
+    """Records every storage that is created while it is active, by kind, until it is freed."""
 
     def __init__(self, constant: list[Tensor], *, weights: list[Tensor]) -> None:
         super().__init__()
         self._known = {t.untyped_storage()._cdata for t in constant}
-        self._keep = constant  # their addresses must not be taken by others
+        self._keep = constant  # kept alive, so that their addresses are not reused
         self._weights = {t.untyped_storage()._cdata for t in weights}
         self.vocabulary = -1
         self.in_head = False
@@ -386,7 +386,7 @@ class _Ledger(TorchDispatchMode):
         self._now[kind] -= size
 
     def is_gradient(self, parameter: Tensor, kind: int) -> None:
-        """From now on this parameter's ``grad`` is a gradient."""
+        """Count this parameter's ``grad`` as a gradient of this kind from now on."""
         key = None if parameter.grad is None else parameter.grad.untyped_storage()._cdata
         if key in self._live:
             before, size = self._live[key]
