@@ -1,9 +1,9 @@
 """What a run prints: a live display on a terminal, plain lines elsewhere, and a log file for every rank.
 
-Without a terminal that can move its cursor (a pipe, a file, Slurm, a notebook, ``TERM=dumb``, CI) every line is
-printed whole, without control characters. On a terminal all bars and numbers live in one display that is redrawn
-twice a second; lines are printed above it and stay. Output that fails (a closed pipe, a full disk) is given up with a
-note in ``train.log`` and never ends the program.
+Without a terminal that can move its cursor (a pipe, a file, Slurm, a notebook, ``TERM=dumb``, CI) every line is printed
+in full, without control characters. On a terminal all bars and numbers are in one display that is redrawn twice a second;
+lines are printed above it and stay. If the output fails (a closed pipe, a full disk), printing stops with a note in
+``train.log``; it never ends the program.
 
     >>> console = Console()
     >>> console.line("step 1/4000 loss 9.0108")
@@ -30,14 +30,14 @@ from lmcore.report.redact import hide_values, redact
 
 REFRESHES_PER_SECOND = 2
 PLAIN_TASK_SECONDS = 30.0
-"""Without a terminal a long task (tokenizing, evaluating) prints its progress this often."""
+"""How often a long task (tokenizing, evaluating) prints its progress without a terminal."""
 
 
 # ---- commands that can be pasted
 
 
 def shell_quote(word: str) -> str:
-    """``word`` as one word of a POSIX shell; one with control characters as ``$'...'`` (bash, zsh, ksh), on one line."""
+    """Quote ``word`` as one word for a POSIX shell; with control characters as ``$'...'`` (bash, zsh, ksh), on one line."""
     if not CONTROL.search(word) and "\n" not in word and "\t" not in word:
         return shlex.quote(word)
     escaped = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\t", "\\t")
@@ -54,15 +54,15 @@ MODULES = {
     "accelerate": "accelerate.commands.accelerate_cli",
     "torchrun": "torch.distributed.run",
 }
-"""Programs of an environment, and the modules that they run."""
+"""Programs that are installed in an environment, and the modules that they run."""
 
 
 def shell_command(*words: str | os.PathLike[str]) -> str:
-    """A command line for the shell that the user sits at, every word quoted as needed.
+    """A command line for the user's shell, with every word quoted as needed.
 
-    The first word may be ``python`` or one of :data:`MODULES`: it becomes the program of the environment that runs
-    now, with its path where that is not the one that the shell would find (``.venv/bin/lmcore``; a module of the
-    interpreter where the environment has no such script).
+    The first word may be ``python`` or one of :data:`MODULES`. It is replaced by the program of the running environment: with
+    its path if the shell would not find it (``.venv/bin/lmcore``), or as a module of the interpreter if the environment
+    has no such script.
 
         >>> shell_command("lmcore", "generate", "runs/my run")
         "lmcore generate 'runs/my run'"
@@ -80,19 +80,19 @@ def shell_command(*words: str | os.PathLike[str]) -> str:
 
 
 def training_command(*words: str | os.PathLike[str]) -> str:
-    """:func:`shell_command` for training with these options, started as this process was: by the same launcher with the
-    same options, or by python."""
+    """:func:`shell_command` for training with these options, started like this process: by the same launcher with the same
+    options, or by python."""
     script = sys.argv[0] if sys.argv[0].endswith(".py") else "train_lm.py"
     if not any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")):
         return shell_command("python", script, *words)
-    from lmcore.process import command_line_above  # lazily: psutil, which the help does without
+    from lmcore.process import command_line_above  # lazily: it imports psutil, which the help does not need
 
     launcher = launcher_of(command_line_above(script)) or ["accelerate", "launch"]
     return shell_command(*launcher, *([] if launcher[0] == "lmcore" else [script]), *words)
 
 
 def launcher_of(words: Sequence[str]) -> list[str]:
-    """A launcher's command line up to its script, as a person types it; empty if it is no launcher that is known.
+    """A launcher's command line up to its script, as a user would type it; empty if it is not a known launcher.
 
     >>> launcher_of(["/usr/bin/python", "/venv/bin/accelerate", "launch", "--config_file", "accelerate_configs/ddp.yaml"])
     ['accelerate', 'launch', '--config_file', 'accelerate_configs/ddp.yaml']
@@ -110,7 +110,8 @@ def launcher_of(words: Sequence[str]) -> list[str]:
 
 
 def _chosen_by_hand(words: Sequence[str]) -> list[str]:
-    """The options of ``lmcore train`` that give these of ``accelerate launch``; without those that it would choose itself."""
+    """The options of ``lmcore train`` that result in these options of ``accelerate launch``, without those that it would choose
+    itself."""
     names = {"--num_processes": "--processes"}
     options = dict(zip(words[::2], words[1::2]))
     if Path(file := options.get("--config_file", "")).parent.name == "accelerate_configs":
@@ -122,7 +123,7 @@ def _chosen_by_hand(words: Sequence[str]) -> list[str]:
 
 
 def _path_from_here(path: Path) -> str:
-    """Relative to the working directory where it lies below it."""
+    """The path relative to the working directory if it is inside; otherwise unchanged."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
@@ -136,11 +137,11 @@ def _is_on_path(program: str) -> bool:
 
 
 class SafeStream:
-    """A text stream that loses what it cannot write instead of raising.
+    """A text stream that drops what it cannot write instead of raising.
 
-    Characters that its encoding lacks are written as escapes (``\\u3042``). After the first failure (a closed pipe, a
-    full disk) nothing more is written; :attr:`failure` says why. ``change`` is applied to every text that is
-    written; ``unfiltered`` is the same stream without it, for a display that moves the cursor on purpose.
+    Characters that its encoding does not have are written as escapes (``\\u3042``). After the first failure (a closed pipe,
+    a full disk) nothing more is written; :attr:`failure` says why. ``change`` is applied to every text that is written;
+    ``unfiltered`` is the same stream without it, for a display that moves the cursor on purpose.
     """
 
     def __init__(self, stream: TextIO, change: Callable[[str], str] | None = None) -> None:
@@ -191,7 +192,7 @@ class SafeStream:
         except (OSError, ValueError, AttributeError):
             return
         if descriptor in (1, 2):
-            # What is still in buffers would fail again when the interpreter exits, and change the exit code.
+            # Data left in buffers would fail again when the interpreter exits, and change the exit code.
             with open(os.devnull, "wb") as nothing:
                 os.dup2(nothing.fileno(), descriptor)
 
@@ -203,17 +204,17 @@ class SafeStream:
 
 
 def protect_output() -> None:
-    """Make ``sys.stdout`` and ``sys.stderr`` safe: call it first in a program.
+    """Make ``sys.stdout`` and ``sys.stderr`` safe. Call this first in a program.
 
-    A descriptor that is closed is opened on ``/dev/null`` (the next file would get its number, and other people's
-    messages); both streams then never raise and pass no control characters from text, names or model output. Lines go
-    out as they are written, also into a pipe or a file: the reason of a refusal is its last line.
+    A closed descriptor is opened on ``/dev/null``; otherwise the next opened file would get its number and the messages for
+    it. Both streams then never raise, and do not pass control characters from text, names or model output. They are line
+    buffered, also into a pipe or a file, because the last line of a refusal is its reason.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+            os.open(os.devnull, os.O_RDWR)  # open() returns the lowest free number, which is this one
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -221,16 +222,16 @@ def protect_output() -> None:
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(line_buffering=True)
         if not isinstance(stream, SafeStream):
-            # Error messages quote what they were given, secrets included.
+            # Error messages quote their input, which may include secrets.
             change = printable if name == "stdout" else lambda text: printable(hide_values(text))
             setattr(sys, name, SafeStream(stream, change))
 
 
 def is_interactive(stream: Any) -> bool:
-    """Whether ``stream`` is a terminal that can move its cursor, with a person before it.
+    """Whether ``stream`` is an interactive terminal that can move its cursor.
 
-    ``LMCORE_CONSOLE=rich`` or ``plain`` overrides. A cell of a notebook runs on a pseudo-terminal but keeps every
-    line that was ever drawn, so it counts as plain.
+    ``LMCORE_CONSOLE=rich`` or ``plain`` overrides. A notebook cell runs on a pseudo-terminal but keeps every line that was
+    ever drawn, so it is plain.
     """
     environment = os.environ
     forced = environment.get("LMCORE_CONSOLE", "")
@@ -263,11 +264,11 @@ class _Task:
     started: float = field(default_factory=time.monotonic)
     printed: float = field(default_factory=time.monotonic)
     first: tuple[float, float] | None = None
-    """(time, done) of the first update: what an earlier start had done already is no rate."""
+    """(time, done) of the first update, so that the rate does not include what an earlier start had done."""
 
 
 class Console:
-    """One stream, written by one process: lines, tables, progress bars. Build it on rank 0 only."""
+    """Writes lines, tables and progress bars to one stream. Create it on rank 0 only."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         stream = stream or sys.stdout
@@ -292,7 +293,7 @@ class Console:
         return self.stream.failure
 
     def line(self, text: str, *, style: str = "") -> None:
-        """One permanent line; above the display on a terminal."""
+        """Print one permanent line; on a terminal above the display."""
         if self._rich is not None:
             from rich.text import Text
 
@@ -302,11 +303,11 @@ class Console:
             self.stream.flush()
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Names and values in two columns; the values are never cut."""
+        """Print names and values in two columns; the values are never truncated."""
         if self._rich is not None:
             from rich.text import Text
 
-            words = Text(printable(title), style="table.title")  # a string would be read as markup
+            words = Text(printable(title), style="table.title")  # rich would parse a string as markup
             self._rich.print(self._grid(rows, title=words, title_justify="left"))
             return
         width = max((columns(name) for name, _ in rows), default=0)
@@ -315,7 +316,7 @@ class Console:
             self.line(f"  {name}{' ' * (width - columns(name))}  {value}")
 
     def panel(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """The results at the end of a run."""
+        """Print the results at the end of a run."""
         if self._rich is None or not rows:
             self.table(title, rows)
             return
@@ -338,7 +339,7 @@ class Console:
         from rich.text import Text
 
         grid = Table(show_header=False, box=None, padding=(0, 2, 0, 0), **options)
-        # Names too, where half of the terminal is too narrow for them: one that keeps its width leaves none for the value.
+        # Names must fold as well, if half of the terminal is too narrow for them: otherwise no width is left for the value.
         grid.add_column(style="cyan", overflow="fold")
         grid.add_column(overflow="fold")
         for name, value in rows:
@@ -346,7 +347,7 @@ class Console:
         return grid
 
     def add(self, description: str, total: float | None, unit: str = "") -> int:
-        """A new bar; ``total`` None: without an end. Returns its key."""
+        """Add a bar; with ``total`` None its end is unknown. Returns its key."""
         key, self._next = self._next, self._next + 1
         self._tasks[key] = _Task(one_line(description), total, unit)
         if self._rich is not None and self._live is None:
@@ -364,9 +365,9 @@ class Console:
         also: str | None = None,
         quiet: bool = False,
     ) -> None:
-        """Move a bar to ``done``, of another ``total`` if given; ``also``: further words behind its own.
+        """Set a bar to ``done``, with a new ``total`` if given; ``also`` is text after the bar's own.
 
-        ``text`` replaces them all; ``quiet`` never prints a plain line (the caller prints its own).
+        ``text`` replaces all of its text; with ``quiet`` no plain line is printed (the caller prints its own).
         """
         task = self._tasks[key]
         if task.first is None or done < task.done or total not in (None, task.total):
@@ -381,13 +382,13 @@ class Console:
             self.line(f"{task.description}: {_progress(task)}, {duration(task.printed - task.started)}")
 
     def remove(self, key: int) -> None:
-        """Take a bar away."""
+        """Remove a bar."""
         self._tasks.pop(key, None)
         if not self._tasks:
             self.close()
 
     def close(self) -> None:
-        """Take the display down; lines may still be printed."""
+        """Remove the display; lines can still be printed."""
         self._tasks.clear()
         if self._live is not None:
             self._live.stop()
@@ -413,7 +414,7 @@ class Console:
         return lines
 
     def _cell_lines(self, width: int) -> list[str]:
-        """The numbers, packed into as few lines as the width allows; never broken inside a cell."""
+        """The numbers in as few lines as the width allows; a cell is never broken."""
         lines: list[str] = []
         for name, value in self.cells:
             cell = f"{name} {value}"
@@ -425,7 +426,7 @@ class Console:
 
 
 def _make_live(console: Any, lines: Callable[[int], list[Any]]) -> Any:
-    """rich's Live, which also erases its last frame completely after the terminal has become narrower."""
+    """rich's Live with a fix: it also erases its last frame completely after the terminal has become narrower."""
     from rich.control import Control
     from rich.live import Live
     from rich.segment import ControlType
@@ -435,7 +436,7 @@ def _make_live(console: Any, lines: Callable[[int], list[Any]]) -> Any:
         widths: Sequence[int] = ()
 
         def __rich_console__(self, console: Any, options: Any) -> Any:
-            # One column stays free: a line that fills the last one wraps in some terminals.
+            # One column stays empty: a line that fills the last column wraps in some terminals.
             texts = lines(max(8, options.max_width - 1))
             self.columns, self.widths = options.max_width, [text.cell_len for text in texts]
             yield from texts
@@ -445,7 +446,7 @@ def _make_live(console: Any, lines: Callable[[int], list[Any]]) -> Any:
             drawn = super().process_renderables(renderables)
             columns = self.console.width
             if frame.widths and columns < frame.columns:
-                # The terminal has broken the lines of the last frame: erase as many rows as they have become.
+                # The terminal has wrapped the lines of the last frame: erase as many rows as they take now.
                 rows = sum(max(1, -(-width // columns)) for width in frame.widths)
                 erase = ((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2))
                 drawn[0] = Control(
@@ -458,14 +459,14 @@ def _make_live(console: Any, lines: Callable[[int], list[Any]]) -> Any:
         frame,
         console=console,
         refresh_per_second=REFRESHES_PER_SECOND,
-        transient=True,  # what stays is the lines above and the panel at the end
+        transient=True,  # only the lines above and the panel at the end stay
         redirect_stdout=True,
         redirect_stderr=True,
     )
 
 
 def _progress(task: _Task) -> str:
-    """``1.2M/10.8M bytes 11%, 640k/s, left 0:00:15, 1,204 documents``: as much of it as is known."""
+    """``1.2M/10.8M bytes 11%, 640k/s, left 0:00:15, 1,204 documents``, without what is not known."""
     unit = f" {task.unit}" if task.unit else ""
     if not task.total:
         return f"{short(task.done)}{unit}" + (f", {task.also}" if task.also else "")
@@ -481,35 +482,35 @@ def _progress(task: _Task) -> str:
 
 
 class RankLog:
-    """Messages of one rank: rank 0 prints them and writes ``train.log``, others write ``logs/rank-*.log`` only.
+    """Messages of one rank: rank 0 prints them and writes ``train.log``; the others only write ``logs/rank-*.log``.
 
-    Secrets are hidden (:mod:`lmcore.report.redact`). Neither a stream nor a log file that cannot be written raises;
-    a lost line is reported where that is still possible.
+    Secrets are hidden (:mod:`lmcore.report.redact`). If a stream or log file cannot be written, nothing is raised; lost lines
+    are reported where that is still possible.
     """
 
     def __init__(self, run_dir: Path, rank: int, stream: TextIO | None = None) -> None:
         self.rank = rank
         self._console = Console(stream) if rank == 0 else None
         self._path = run_dir / "train.log" if rank == 0 else run_dir / "logs" / f"rank-{rank:05d}.log"
-        self._log_file: TextIO | None = None  # opened by the first line: most ranks never write one
+        self._log_file: TextIO | None = None  # opened at the first line: most ranks never write one
         self._lost_lines = 0
         self._warned: set[str] = set()
         self._handler: logging.Handler | None = None
-        self._lock = threading.RLock()  # trackers write from threads of their own
+        self._lock = threading.RLock()  # trackers write from their own threads
 
     def note(self, text: str) -> None:
         """One line."""
         self._say(text)
 
     def warn_once(self, text: str) -> None:
-        """A warning, printed once however often it is true."""
+        """A warning; repeated ones are printed only once."""
         with self._lock:
             if text not in self._warned:
                 self._warned.add(text)
                 self._say(f"warning: {text}", style="yellow")
 
     def error(self, text: str) -> None:
-        """A fault: every rank prints it on standard error too."""
+        """A fault, which every rank also prints on standard error."""
         text = redact(text)
         self.log(f"error: {text}")
         if self._console is not None and self._console.interactive:
@@ -532,7 +533,7 @@ class RankLog:
         """One line for the file only.
 
         Args:
-            names_decide: hide what follows a name that says secret; not in a sample, whose prompt "--password" is a text.
+            names_decide: hide what follows the name of a secret. Not for samples, in which "--password" is only a prompt.
         """
         with self._lock:
             failure = None if self._console is None else self._console.failure
@@ -561,14 +562,14 @@ class RankLog:
             self._lost_lines = 0
 
     def _drop_log_file(self) -> None:
-        """Close the file; one that cannot be written would raise here once more."""
+        """Close the file without raising: a file that cannot be written would raise again when it is closed."""
         if self._log_file is not None:
-            with contextlib.suppress(OSError):  # counted by the caller
+            with contextlib.suppress(OSError):  # the caller has counted the lost line
                 self._log_file.close()
             self._log_file = None
 
     def capture_logging(self, level: int = logging.WARNING) -> None:
-        """Send what other libraries log, and Python's warnings, through :meth:`warn_once`."""
+        """Pass log messages of other libraries, and Python's warnings, to :meth:`warn_once`."""
         log = self
 
         class Handler(logging.Handler):
@@ -584,7 +585,7 @@ class RankLog:
         logging.captureWarnings(True)
 
     def close(self) -> None:
-        """Close the display and the file, and stop capturing what others log."""
+        """Close the display and the file, and stop capturing log messages."""
         if self._handler is not None:
             logging.getLogger().removeHandler(self._handler)
             logging.captureWarnings(False)
@@ -596,18 +597,18 @@ class RankLog:
 
 
 def now() -> str:
-    """Local time, as logs have it."""
+    """The local time, formatted for logs."""
     return time.strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def silence_other_bars() -> None:
-    """Switch off the progress bars of other libraries: only one display can live on a terminal.
+    """Switch off the progress bars of other libraries, because a terminal can have only one display.
 
-    Call it before transformers, datasets and huggingface_hub are imported; those already here are told too.
+    Call this before transformers, datasets and huggingface_hub are imported; it also works for those already imported.
     """
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         os.environ.setdefault(name, "1")
-    # Each library reads its variable at import; one that is here already has a switch of its own.
+    # Each library reads its variable at import. If it is already imported, use its own function.
     for module, switch in (
         ("transformers.utils.logging", "disable_progress_bar"),
         ("datasets.utils.logging", "disable_progress_bar"),

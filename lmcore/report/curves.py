@@ -1,7 +1,7 @@
-"""A run folder as curves: what the pictures of ``report.html`` and of the model card are drawn from.
+"""Reads a run folder into curves, from which the pictures of ``report.html`` and of the model card are drawn.
 
-Reading takes memory for a few hundred stretches of the run, however long it is: a stretch keeps the lowest, the highest
-and the mean of each number, so that no spike is lost. What a resume or a rewind threw away is not drawn.
+The run is divided into a few hundred stretches, so the memory does not depend on its length. A stretch keeps the minimum, the
+maximum and the mean of each number, so that no spike is lost. What a resume or a rewind discarded is not drawn.
 
     >>> svg = loss_picture([read_run("runs/a"), read_run("runs/b")], by="tokens")
 """
@@ -30,15 +30,15 @@ from lmcore.report.redact import redact
 Points = list[tuple[float, float]]
 
 CAN_DRAW = importlib.util.find_spec("matplotlib") is not None
-"""matplotlib is optional: without it there are tables and texts, but no pictures."""
+"""matplotlib is optional; without it there are tables and text, but no pictures."""
 STRETCHES = 300
-"""At least this many, at most twice as many stretches are kept; a picture has no more columns."""
+"""Between this many and twice as many stretches are kept; a picture has no more columns."""
 SAMPLED_STEPS = 24
-"""Samples of so many steps are kept at least, of at most twice as many."""
+"""Samples of between this many and twice as many steps are kept."""
 SHOWN_EVENTS = 200
 COLOURS = ("#1f6feb", "#d1570a", "#2da44e", "#8250df", "#bf3989", "#0a7ea4", "#9a6700", "#6e7781")
 INK, GRID = "#0a0b0c", "#0a0b0d"
-"""Colours of text and of grid lines; in a page, :func:`lmcore.report.html.figure` makes variables of all of them."""
+"""Colours of text and grid lines; for a page, :func:`lmcore.report.html.figure` replaces all colours by CSS variables."""
 MARKS = {"resume": "#6e7781", "rewind": "#cf222e", "skip": "#d1570a", "signal": "#9a6700"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -47,13 +47,13 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a number that can be drawn: no bool, not infinite, not NaN."""
+    """Whether ``value`` is a number that can be drawn: not a bool, infinity or NaN."""
     return type(value) in (int, float) and -1e300 < value < 1e300
 
 
 @dataclass
 class _Stretch:
-    """Of consecutive records: for each key the lowest and highest (value, step, tokens), the sum and the count."""
+    """Consecutive records: for each key the lowest and highest (value, step, tokens), the sum and the count."""
 
     step: float
     tokens: float
@@ -83,7 +83,7 @@ class _Stretch:
 
 
 class Curves:
-    """The numbers of records over step and tokens, thinned while they are added."""
+    """The numbers of records over step and tokens, reduced to stretches while they are added."""
 
     def __init__(self, records: Iterable[dict[str, Any]] = ()) -> None:
         self.last: dict[str, Any] = {}
@@ -95,7 +95,7 @@ class Curves:
             self.add(record)
 
     def add(self, record: dict[str, Any]) -> None:
-        """The next record; one of the same step as the last replaces it."""
+        """Add the next record; if it has the same step as the last one, it replaces that one."""
         if self._waiting and self._waiting[-1].get("step") == record.get("step"):
             self._waiting.pop()
         elif len(self._waiting) > self._size:
@@ -121,11 +121,11 @@ class Curves:
         return bool(self.last)
 
     def keys(self) -> set[str]:
-        """Names of all numbers that were seen."""
+        """The names of all numbers so far."""
         return {key for stretch in self._all() for key in stretch.numbers}
 
     def points(self, key: str, by: str = "step") -> Points:
-        """(x, value) of the lowest and the highest of each stretch; ``by`` is ``step`` or ``tokens``."""
+        """(x, value) of the minimum and the maximum of each stretch; ``by`` is ``step`` or ``tokens``."""
         column = 1 if by == "step" else 2
         found: Points = []
         for stretch in self._all():
@@ -149,7 +149,7 @@ class Evaluations:
 
     curve: Curves = field(default_factory=Curves)
     best: dict[str, Any] | None = None
-    """The record of the lowest loss."""
+    """The record with the lowest loss."""
 
     def add(self, record: dict[str, Any]) -> None:
         self.curve.add(record)
@@ -164,7 +164,7 @@ class Evaluations:
 @final
 @dataclass
 class Run:
-    """What one run folder says; as large for a long run as for a short one."""
+    """The content of one run folder; its size in memory does not depend on the length of the run."""
 
     name: str
     path: Path
@@ -173,20 +173,20 @@ class Run:
     train: Curves = field(default_factory=Curves)
     evaluations: dict[str, Evaluations] = field(default_factory=dict)
     start: dict[str, Any] | None = None
-    """The newest ``start`` or ``resume`` event with a table of rows: what the run was asked for in the end."""
+    """The newest ``start`` or ``resume`` event with a table of rows: the final request."""
     events: list[dict[str, Any]] = field(default_factory=list)
-    """The first events but for checkpoints, and the last one."""
+    """The first events except checkpoints, and the last one."""
     counts: Counter[str] = field(default_factory=Counter)
     """How often each event happened."""
     saved_steps: list[int] = field(default_factory=list)
     samples: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     sampled_steps: int = 0
-    """Steps that were sampled; ``samples`` holds some of them, evenly spread, and the newest."""
+    """Number of steps with samples; ``samples`` holds some of them, evenly spread, and the newest."""
     _sample_every: int = 1
     _save_every: int = 1
 
     def add(self, record: dict[str, Any]) -> None:
-        """The next record of metrics.jsonl."""
+        """Add the next record of metrics.jsonl."""
         match record["kind"]:
             case "train":
                 self.train.add(record)
@@ -213,7 +213,7 @@ class Run:
 
     def _add_event(self, record: dict[str, Any]) -> None:
         name, step = str(record.get("event")), record.get("step")
-        if name == "start":  # over again: what happened before is not of this run
+        if name == "start":  # a new start: what happened before does not belong to this run
             self.counts.clear()
         if name in ABANDONING_EVENTS and type(step) is int:
             self.saved_steps = [saved for saved in self.saved_steps if saved <= step]
@@ -237,10 +237,10 @@ class Run:
 
 
 def plain_yaml(text: str, where: str) -> Any:
-    """Values of YAML as lmcore writes it: no tags, and no aliases, of which a few lines can stand for terabytes.
+    """Parse YAML in the form that lmcore writes: without tags and aliases (a few lines of aliases can expand to terabytes).
 
     Raises:
-        RequestError: not such YAML; the message begins with ``where``.
+        RequestError: the text is not such YAML; the message begins with ``where``.
     """
     import yaml  # lazily: only a comparison needs it
 
@@ -257,10 +257,10 @@ def plain_yaml(text: str, where: str) -> Any:
 
 
 def read_settings(run_dir: Path) -> Any:
-    """The values of a run's ``config.yaml``, as they are.
+    """The values of a run's ``config.yaml``, without conversion.
 
     Raises:
-        RequestError: it cannot be read, or is no YAML as lmcore writes it.
+        RequestError: it cannot be read, or is not YAML in the form that lmcore writes.
     """
     path = run_dir / "config.yaml"
     try:
@@ -271,10 +271,10 @@ def read_settings(run_dir: Path) -> Any:
 
 
 def read_run(path: str | PathLike[str]) -> Run:
-    """Read a run folder, in time and memory that grow with the number of records and not at all, respectively.
+    """Read a run folder. The time grows with the number of records; the memory does not.
 
     Raises:
-        RequestError: no metrics there.
+        RequestError: the folder has no metrics, or a file cannot be read.
     """
     folder = Path(path)
     metrics = folder / "metrics.jsonl"
@@ -302,13 +302,14 @@ def read_run(path: str | PathLike[str]) -> Run:
 
 
 def name_apart(runs: Sequence[Run]) -> None:
-    """Give runs whose folders have one name (``/a/x``, ``/b/x``) as many folders above as tell them apart (``a/x``, ``b/x``)."""
+    """Extend equal names of runs (``/a/x``, ``/b/x``) by as many parent folders as are needed to distinguish them (``a/x``,
+    ``b/x``)."""
     by_name: dict[str, list[Run]] = {}
     for run in runs:
         by_name.setdefault(run.name, []).append(run)
     for same in by_name.values():
         parts = [run.path.resolve().parts for run in same]
-        if len(set(parts)) == 1:  # one run, or the same one again
+        if len(set(parts)) == 1:  # a single run, or the same run repeated
             continue
         depth = 1
         while len({one[-depth:] for one in parts}) < len(set(parts)):
@@ -321,14 +322,14 @@ def name_apart(runs: Sequence[Run]) -> None:
 
 
 FEWEST_SMOOTHED = 50
-"""Points: of fewer, 4% are not even two."""
+"""Least number of points to smooth: 4% of fewer are less than two."""
 
 
 def smoothed(points: Points) -> Points:
-    """A mean over about 4% of the curve around each point, over fewer near its ends; the points themselves below 50.
+    """A moving average over about 4% of the curve, with a smaller window near its ends; fewer than 50 points are not smoothed.
 
-    The window lies evenly around the point, so the mean neither lags behind a falling loss nor leads it. A wider one would
-    show the steep beginning of a run higher than it was.
+    The window is centred on the point, so that the mean neither lags behind a falling loss nor leads it. A wider window would
+    show the steep beginning of a run too high.
     """
     half = len(points) // FEWEST_SMOOTHED
     if half == 0:
@@ -344,7 +345,7 @@ def smoothed(points: Points) -> Points:
 
 @functools.cache
 def _fonts() -> list[str]:
-    """DejaVu, which matplotlib brings, and then an installed font with Chinese, Japanese and Korean characters."""
+    """DejaVu, which comes with matplotlib, and an installed font with Chinese, Japanese and Korean characters, if any."""
     from matplotlib import font_manager
 
     installed = set(font_manager.get_font_names())
@@ -356,7 +357,7 @@ def _fonts() -> list[str]:
 
 
 def drawing(draw: Callable[..., bytes]) -> Callable[..., bytes]:
-    """Run a drawing function with the fonts and colours of a report; names are text, never formulas."""
+    """Decorate a drawing function to use the fonts and colours of a report; names are text, never parsed as formulas."""
 
     @functools.wraps(draw)
     def wrapper(*arguments: Any, **options: Any) -> bytes:
@@ -366,7 +367,7 @@ def drawing(draw: Callable[..., bytes]) -> Callable[..., bytes]:
         style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor"), INK)
         style |= {"xtick.color": INK, "ytick.color": INK, "grid.color": GRID, "svg.hashsalt": "lmcore"}
         with matplotlib.rc_context(rc=style), warnings.catch_warnings():
-            # Characters that no installed font has: in a page the browser draws the text, with its own fonts.
+            # Characters that no installed font has are fine: in a page the browser draws the text with its own fonts.
             warnings.filterwarnings("ignore", message="(?s).*[Gg]lyph .* missing from")
             return draw(*arguments, **options)
 
@@ -396,19 +397,19 @@ def new_axes(
 
 
 def tick(value: float, _: float = 0) -> str:
-    """The label of a tick, as matplotlib asks for it."""
+    """The label of a tick; has the signature of a matplotlib formatter."""
     return short(value) if abs(value) >= 10_000 else f"{value:.6g}"
 
 
 def _label(name: str) -> str:
-    """A name for a legend; one that begins with ``_`` would be left out there."""
+    """A name for a legend, which would leave out a name that begins with ``_``."""
     name = one_line(name)
     name = name if len(name) <= 48 else f"{name[:47]}…"
     return f" {name}" if name.startswith("_") else name
 
 
 def finished(figure: Any, axes: Any, *, format: str = "svg") -> bytes:
-    """A figure with its legend, as ``svg`` (for a page, whose background shows) or in another ``format`` of matplotlib."""
+    """A figure with its legend, as ``svg`` (with a transparent background, for a page) or in another format of matplotlib."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         axes.legend(handles, labels, fontsize=8, frameon=False)
@@ -419,7 +420,7 @@ def finished(figure: Any, axes: Any, *, format: str = "svg") -> bytes:
     figure.savefig(out, format=format, metadata={"Date": None} if format == "svg" else None, dpi=150)
     if format != "svg":
         return out.getvalue()
-    # Ids are made of the drawing's content: equal clip paths of two pictures of one page must not share one.
+    # Ids are derived from the content, so equal clip paths of two pictures on one page would have the same id: make them unique.
     return re.sub(
         rb'(id="|url\(#|href="#)', rb"\g<1>" + f"p{next(_PICTURE_NUMBERS)}-".encode(), out.getvalue()
     )
@@ -429,7 +430,8 @@ _PICTURE_NUMBERS = itertools.count()
 
 
 def loss_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
-    """All losses, from the first one on; a spike beyond twice that range runs out of the picture."""
+    """The limits of the loss axis: they include 98% of the losses and each curve's first one, and all losses unless that more
+    than doubles the range, as a spike does. ``None`` for fewer than 8 losses."""
     curves = [run.train for run in runs] + [known.curve for run in runs for known in run.evaluations.values()]
     points = [curve.points("loss") for curve in curves]
     values = sorted(y for curve in points for _, y in curve)
@@ -521,7 +523,7 @@ PICTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def pictures(runs: Sequence[Run]) -> Iterator[bytes]:
-    """Every number of the runs but the loss, the user's own metrics included, as SVG."""
+    """Every number of the runs except the loss, including the user's own metrics, as SVG."""
     known = set().union(*[run.train.keys() for run in runs])
     own = sorted(known - RECORD_KEYS)
     for key in own[:24]:

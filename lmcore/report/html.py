@@ -1,8 +1,8 @@
 """``report.html``: one or several runs on one page that opens offline and loads nothing.
 
-The page is a template (``templates/report.html.j2``) that escapes every value: what a run wrote (samples, names, configuration)
-is shown as text and never runs as HTML. Pictures are SVG inside the page; their colours follow the reader's light or
-dark mode.
+The page is a template (``templates/report.html.j2``) that escapes every value, so that what a run wrote (samples, names,
+configuration) is shown as text and never interpreted as HTML. Pictures are SVG inside the page; their colours follow the
+reader's light or dark mode.
 
     >>> write_report([read_run("runs/a"), read_run("runs/b")], "comparison.html")
 """
@@ -38,7 +38,7 @@ from lmcore.report.redact import redact
 __all__ = ["facts", "leaves", "page", "read_run", "write_report"]
 
 DARK_COLOURS = ("#58a6ff", "#ff9b57", "#3fb950", "#bc8cff", "#ff7bb0", "#39c5cf", "#d4a72c", "#9198a1")
-"""Of :data:`lmcore.report.curves.COLOURS`, on a dark page."""
+"""The colours that replace :data:`lmcore.report.curves.COLOURS` on a dark page."""
 _VARIABLES = {colour: f"var(--c{index})" for index, colour in enumerate(COLOURS)} | {
     INK: "var(--fg)",
     GRID: "var(--muted)",
@@ -47,7 +47,7 @@ _VARIABLES = {colour: f"var(--c{index})" for index, colour in enumerate(COLOURS)
 
 
 def write_report(runs: Sequence[Run], path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Path:
-    """Write the page; it replaces an older one at once, since someone may have that open."""
+    """Write the page. It replaces an older one atomically, because someone may have that open."""
     text = page(runs)
     for target in map(Path, (path, *more)):
         DISK.makedirs(target.parent)
@@ -86,7 +86,7 @@ def page(runs: Sequence[Run]) -> str:
         versions_of=lambda start: _items(start.get("versions")),
         plan_rows=plan_rows,
     )
-    return printable(text)  # no character that HTML forbids, whatever a model has written
+    return printable(text)  # removes characters that HTML forbids, which a model may have written
 
 
 @functools.cache
@@ -96,7 +96,7 @@ def _template() -> Any:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
-        finalize=lambda value: redact(value) if type(value) is str else value,  # older runs hid less
+        finalize=lambda value: redact(value) if type(value) is str else value,  # older runs redacted less
     )
     return environment.get_template("report.html.j2")
 
@@ -106,7 +106,7 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def figure(svg: bytes) -> str:
-    """A picture for the page: no size of its own, and colours that are variables of the style sheet."""
+    """A picture for the page: without its own size, and with colours that are variables of the style sheet."""
     text = svg.decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     head, tag_end, body = text.partition(">")
@@ -160,11 +160,11 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def expected_loss(run: Run) -> str | None:
-    """``report.expected_loss`` beside the last loss of the first validation set; ``None`` where nothing was expected."""
+    """``report.expected_loss`` and the last loss of the first validation set; ``None`` if ``report.expected_loss`` is not set."""
     try:
         asked = run.settings().get("report") or {}
         low, middle, high = (asked.get(f"expected_loss{end}") for end in ("_low", "", "_high"))
-    except (RequestError, AttributeError):  # a config.yaml that somebody damaged: the page shows it as it is
+    except (RequestError, AttributeError):  # a damaged config.yaml: the page shows it as it is
         return None
     if not is_number(middle):
         return None
@@ -184,7 +184,7 @@ def _format(value: Any, form: str) -> str:
 
 
 def _differences(runs: Sequence[Run]) -> list[dict[str, str]] | None:
-    """Of several runs: the settings that are not the same in all; ``None`` if they are not known."""
+    """The settings that differ between several runs; ``None`` if they are not known."""
     if len(runs) < 2 or not all(run.config for run in runs):
         return None
     columns = [{name: str(value) for name, value in leaves(run.settings())} for run in runs]
@@ -194,7 +194,7 @@ def _differences(runs: Sequence[Run]) -> list[dict[str, str]] | None:
 
 
 def leaves(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """A nested configuration as (dotted name, value)."""
+    """A nested configuration as a list of (dotted name, value)."""
     if not isinstance(values, dict):
         return [(prefix, values)]
     return [leaf for k, v in values.items() for leaf in leaves(v, f"{prefix}.{k}" if prefix else str(k))]
@@ -207,14 +207,14 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "tokens": ("tokens", short),
     "steps": ("steps", lambda count: f"{count:,.0f}"),
 }
-"""Numbers of a plan: what they are called and how they are written."""
+"""Numbers of a plan: their names and formats."""
 
 
 def _measured(run: Run) -> dict[str, float]:
-    """What came about, under the names of the plan's numbers."""
+    """The measured values, under the names of the plan's numbers."""
     if not run.train:
         return {}
-    # Runs of older versions have no tensor_bytes; resident memory holds Python and torch too.
+    # Runs of older versions have no tensor_bytes; resident memory includes Python and torch.
     memory = run.train.points("tensor_bytes") or run.train.points("memory_bytes")
     rates = [rate for _, rate in run.train.means("tokens_per_second")]
     last = run.train.last
@@ -229,7 +229,7 @@ def _measured(run: Run) -> dict[str, float]:
 
 
 def plan_rows(run: Run) -> list[tuple[str, list[str]]]:
-    """Planned, measured, and the one as a share of the other, by name; nothing without a plan."""
+    """Planned and measured values and their ratio, by name; an empty list without a plan."""
     plan = (run.start or {}).get("plan")
     if not isinstance(plan, dict) or not plan:
         return []

@@ -1,4 +1,4 @@
-"""The picture of a ladder of short runs, the law fitted to them, and what is expected of the run that was chosen."""
+"""The picture of a ladder of short runs, the law fitted to them, and the expected loss of the chosen run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lmcore.report.curves import COLOURS, MARKERS, Points, drawing, finished, ne
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of one size: what was measured and what the fit says, both as (tokens, loss)."""
+    """One model size: the measured losses and those of the fit, both as (tokens, loss)."""
 
     name: str
     measured: Points
@@ -24,8 +24,8 @@ def ladder_picture(
     """A PNG: loss over tokens, both on logarithmic axes.
 
     Args:
-        chosen: what the run is that the last point stands for.
-        expected: (low, middle, high) of its loss.
+        chosen: name of the chosen run, which the last point represents.
+        expected: (low, middle, high) of its expected loss.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -35,7 +35,7 @@ def ladder_picture(
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(
             tick
-        )  # a logarithmic axis has formulas for labels, which are not drawn as such here
+        )  # the default labels of a logarithmic axis are formulas, which are not rendered here
         axis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8), numticks=12))

@@ -1,6 +1,6 @@
 """Sums over the steps between two log lines, the time of steps, and peak memory.
 
-Adding to a sum never waits for the device; reading one does. Sums that are saved and loaded continue exactly.
+Adding to a sum never waits for the device; reading a sum does. Sums can be saved and loaded, and then continue exactly.
 
     >>> sums = Sums()
     >>> sums.add(loss_sum, count, applied, {"accuracy": (correct, count)})
@@ -21,20 +21,20 @@ from typing import TYPE_CHECKING, Any
 from lmcore.errors import RequestError
 from lmcore.process import forget_peak, resident_bytes
 
-if TYPE_CHECKING:  # torch costs seconds to import; the caller who hands in a tensor has it already
+if TYPE_CHECKING:  # importing torch takes seconds; a caller that passes a tensor has already imported it
     from torch import Tensor
 
     Number = float | Tensor
     Metrics = Mapping[str, "Number | tuple[Number, Number]"]
 
 CHUNK_SECONDS = 2.0
-"""Steps are timed in groups of at least this long: on a GPU the host runs ahead of the device, so that
-single steps look too short and the one that waits too long."""
+"""Steps are timed in groups of at least this duration. On a GPU the host runs ahead of the device, so that most single steps
+would seem too short, and the one that waits too long."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over steps and ranks. ``nonfinite`` and ``skipped`` count once for each rank that saw it."""
+    """Sums over steps and ranks. ``nonfinite`` and ``skipped`` are counted once per rank on which they occurred."""
 
     loss_sum: float = 0.0
     count: float = 0.0
@@ -50,7 +50,7 @@ class Totals:
 
     @property
     def metric_means(self) -> dict[str, float]:
-        """The user's own numbers as means; NaN where nothing finite was added."""
+        """The means of the user's own numbers; NaN if nothing finite was added."""
         return {
             name: total / count if count else float("nan") for name, (total, count) in self.metrics.items()
         }
@@ -73,7 +73,7 @@ class Sums:
         applied: Tensor | bool | None,
         metrics: Metrics | None = None,
     ) -> None:
-        """Add one step. What is not finite is counted, not summed: it would hide everything else."""
+        """Add one step. Values that are not finite are counted instead of added, because they would make the sum useless."""
         import torch  # lazily: reading a report needs no torch
 
         device = loss_sum.device
@@ -118,10 +118,10 @@ class Sums:
             )
 
     def total(self, reduce: Callable[[Tensor], Tensor], *, is_main: bool) -> Totals:
-        """Collective: the sums over all ranks; they are folded into rank 0 and zeroed elsewhere.
+        """The sums over all ranks. Collective. The result is kept on rank 0, and the sums of the other ranks are set to zero.
 
-        Folding makes a run that saves here and goes on equal, bit for bit, to one that resumes from here:
-        both continue from the same number on the same rank.
+        So a run that saves here and continues is bit for bit the same as one that resumes from here: both continue from the
+        same number on the same rank.
 
         Raises:
             RequestError: on every rank, if the ranks do not have the same names of metrics.
@@ -131,8 +131,9 @@ class Sums:
         import torch  # lazily, as above
 
         names = sorted(self._metrics)
-        # Ranks with other names would reduce tensors of other lengths and hang. All of ``mark`` are equal if and only
-        # if (sum of mark)^2 = ranks * sum of mark^2; small integers, so exact, and every rank sees the same sums.
+        # Ranks with different names would reduce tensors of different lengths and hang. The values of ``mark`` are equal on all
+        # ranks if and only if (sum of mark)^2 = ranks * sum of mark^2. They are small integers, so this is exact, and every
+        # rank sees the same sums.
         mark = zlib.crc32("\n".join(names).encode()) % 4093 if names else 0
         check = torch.tensor([1.0, mark, mark**2], dtype=self._held.dtype, device=self._held.device)
         base = reduce(torch.cat([self._held, check]))
@@ -154,20 +155,20 @@ class Sums:
         return Totals(loss_sum, count, nonfinite, skipped, pairs)
 
     def zero(self) -> None:
-        """Start again."""
+        """Set the sums to zero."""
         self._carry = None
         self._metrics.clear()
         if self._held is not None:
             self._held.zero_()
 
     def load(self, totals: Totals) -> None:
-        """Go on from ``totals``: on rank 0 all of it, elsewhere zeros under the same names of metrics."""
+        """Continue from ``totals``: all of it on rank 0; the other ranks pass zeros with the same names of metrics."""
         self._held, self._carry = None, totals
         self._metrics.clear()
 
 
 class Timer:
-    """Seconds of steps, without the pauses in which the run evaluates and saves."""
+    """Measures the seconds of steps, without the pauses in which the run evaluates and saves."""
 
     def __init__(self) -> None:
         self.total_seconds = 0.0
@@ -180,12 +181,12 @@ class Timer:
         self._depth = 0
 
     def start(self) -> None:
-        """The loop begins now; the first step warms up (compiles, allocates) and is not in the estimate."""
+        """Start timing. The first step is a warmup (it compiles and allocates) and is excluded from the estimate."""
         self._last, self._paused, self._warm = time.perf_counter(), 0.0, False
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What runs inside is not step time. Pauses may lie inside each other."""
+        """In this context time does not count as step time. Pauses may be nested."""
         started = time.perf_counter()
         self._depth += 1
         try:
@@ -196,7 +197,7 @@ class Timer:
                 self._paused += time.perf_counter() - started
 
     def step(self, waited: float) -> None:
-        """A step has ended; ``waited`` seconds of it went into waiting for data."""
+        """Call after each step; ``waited`` is how many of its seconds were spent waiting for data."""
         seconds = self._lap()
         if self._warm:
             self._chunk_seconds += seconds
@@ -231,12 +232,12 @@ class Timer:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Median over the last groups of steps, so that one slow moment does not move the estimate."""
+        """Median over the last groups of steps, so that a single slow group does not change the estimate."""
         return statistics.median(self._chunks) if self._chunks else None
 
 
 class PeakMemory:
-    """The most memory of this process since the loop began: of a GPU if ``device`` is one, else of the host.
+    """The peak memory of this process since the loop began: of the GPU if ``device`` is one, otherwise of the host.
 
     Args:
         bytes_before: resident memory of the process before it built its model.
@@ -245,7 +246,7 @@ class PeakMemory:
     def __init__(self, device: Any = None, bytes_before: int = 0) -> None:
         self._device, self._before = device, bytes_before
         self._on_gpu = getattr(device, "type", "") == "cuda"
-        # That of reading text, of building the model and of a run before in this process is not this training's.
+        # Peaks of reading text, building the model, or an earlier run in this process do not belong to this training.
         forget_peak()
         if self._on_gpu:
             import torch  # lazily, as above
@@ -254,7 +255,7 @@ class PeakMemory:
 
     @property
     def peak_bytes(self) -> int:
-        """What others cannot have: reserved on the GPU, or resident."""
+        """Peak of the memory that other processes cannot use: reserved on the GPU, or resident on the host."""
         if self._on_gpu:
             import torch  # lazily, as above
 
@@ -263,7 +264,7 @@ class PeakMemory:
 
     @property
     def tensor_bytes(self) -> int:
-        """What a plan counts: allocated on the GPU, or resident above what was there before the model."""
+        """Peak of the memory that a plan counts: allocated on the GPU, or resident above that before the model was built."""
         if self._on_gpu:
             import torch  # lazily, as above
 

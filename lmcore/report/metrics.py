@@ -1,8 +1,8 @@
-"""``metrics.jsonl``: the record of a run, one JSON object a line.
+"""``metrics.jsonl``: the record of a run, one JSON object per line.
 
-The file is only ever appended to. Every number keeps all its digits (Python's ``repr``), so that two runs can be
-compared exactly; NaN and infinity, which JSON does not have, are written as null. After a resume or a rewind the
-reader drops what the run threw away. A line that a kill has torn is skipped, and never glued to the next record.
+The file is append-only. Every number keeps all its digits (Python's ``repr``), so that two runs can be compared exactly;
+NaN and infinity, which JSON does not have, are written as null. The reader drops what a resume or a rewind discarded. A line
+that was cut off by a kill is skipped, and never joined with the next record.
 
     >>> write = MetricsFile("runs/demo/metrics.jsonl")
     >>> write({"kind": "train", "step": 1, "loss": 9.0108})
@@ -27,7 +27,7 @@ from typing import Any
 from lmcore.disk import DISK
 
 ABANDONING_EVENTS = frozenset({"start", "resume", "rewound"})
-"""Events after which the records of later steps belong to a past that was given up."""
+"""Events after which earlier records of later steps are discarded."""
 RECORD_KEYS = frozenset(
     {
         "kind",
@@ -51,15 +51,15 @@ RECORD_KEYS = frozenset(
         "set",
     }
 )
-"""Keys of a train record; the user's own metrics have other names."""
+"""Keys of a train record, which the user's own metrics cannot have."""
 WAITING_RECORDS = 100_000
-"""Records that wait in memory while the file cannot be written; beyond that the oldest are lost."""
+"""How many records wait in memory while the file cannot be written; with more, the oldest are lost."""
 
 
 class MetricsFile:
-    """Appends records. Calling it never raises ``OSError``: what cannot be written waits and is written later.
+    """Appends records. A call never raises ``OSError``: what cannot be written is kept in memory and written later.
 
-    ``unwritten`` counts the records that wait, ``lost`` those that waited too long, ``problem`` says why.
+    ``unwritten`` is the number of waiting records, ``lost`` the number of dropped ones, and ``problem`` the last error.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -67,7 +67,7 @@ class MetricsFile:
         self.path = Path(path)
         DISK.makedirs(self.path.parent)
         self._torn = self.path.exists() and self.path.stat().st_size > 0 and self._last_byte() != b"\n"
-        # Without a buffer: after a failed write it is known what is in the file.
+        # Unbuffered, so that it is known what is in the file after a failed write.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
         self._waiting: deque[bytes] = deque()
         self.lost = 0
@@ -83,7 +83,7 @@ class MetricsFile:
             return file.read(1)
 
     def __call__(self, record: dict[str, Any]) -> None:
-        """Write one record and hand it to the operating system at once."""
+        """Write one record and pass it to the operating system at once."""
         line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
         self._waiting.append(line.encode("utf-8", "backslashreplace"))
         if len(self._waiting) > WAITING_RECORDS:
@@ -96,9 +96,9 @@ class MetricsFile:
             while self._waiting:
                 line = self._waiting[0]
                 if self._torn:
-                    line = b"\n" + line  # the torn line spoils nothing but itself
+                    line = b"\n" + line  # so that only the torn line is lost
                 written = self._file.write(line) or 0
-                if written != len(line):  # the last page of a full disk
+                if written != len(line):  # the disk became full within the line
                     self._torn = self._torn or written > 0
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 self._torn = False
@@ -107,14 +107,14 @@ class MetricsFile:
             self.problem = error.strerror or str(error)
 
     def close(self) -> None:
-        """Try once more what waits, and close."""
+        """Try once more to write the waiting records, and close the file."""
         self._write_waiting()
         with suppress(OSError):
             self._file.close()
 
 
 def plain(value: Any) -> Any:
-    """The value without NaN and infinity: they become null, which every reader of JSON understands."""
+    """The value with NaN and infinity replaced by ``None``, which every JSON reader understands (null)."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -125,11 +125,11 @@ def plain(value: Any) -> Any:
 
 
 def iterate_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The records of a run one by one, in the order of the file, without those that the run threw away.
+    """The records of a run one by one, in the order of the file, without those that the run discarded.
 
-    A ``start``, ``resume`` or ``rewound`` event at step S drops earlier records of steps beyond S; events always
-    stay. Lines that are no record (torn, no JSON object, a step that is no number) are skipped. The file is read
-    twice and never held: memory does not grow with it, except for one number for each such event.
+    A ``start``, ``resume`` or ``rewound`` event at step S drops earlier records of steps beyond S; events are always
+    kept. Lines that are not records (torn, not a JSON object, a step that is not a number) are skipped. The file is read
+    twice and not kept in memory, except for two numbers per such event.
 
     Args:
         path: ``metrics.jsonl`` or the run folder that holds it.
@@ -147,15 +147,15 @@ def iterate_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 if record and record["kind"] == "event" and str(record.get("event")) in ABANDONING_EVENTS:
                     step = record.get("step")
                     if type(step) is int:
-                        # A later event that reaches further back covers it
+                        # A later event with a lower step makes earlier limits redundant.
                         while limits and limits[-1][1] >= step:
                             limits.pop()
                         limits.append((lines, step))
-    # What remains has rising steps: the first limit after a line is the strictest of all that follow it.
+    # The steps of the remaining limits increase, so the first limit after a line is the strictest of all that follow.
     ahead = deque(limits)
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if number > lines:  # written meanwhile: its events have not been seen
+            if number > lines:  # appended after the first pass, which has not seen its events
                 return
             record = _parse(line)
             if record is None:
@@ -167,13 +167,13 @@ def iterate_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
-    """All records of a run as a list; :func:`iterate_metrics` takes no memory for them.
+    """All records of a run as a list; :func:`iterate_metrics` does not keep them in memory.
 
     Args:
         path: ``metrics.jsonl`` or the run folder that holds it.
         kind: only ``train``, ``eval``, ``epoch``, ``event`` or ``sample`` records.
 
-    Of two records of one kind, set and step the last is kept.
+    If two records have the same kind, set and step, the last one is kept.
     """
     kept: dict[tuple[Any, ...], dict[str, Any]] = {}
     for number, record in enumerate(iterate_metrics(path)):
@@ -182,7 +182,7 @@ def read_metrics(path: str | os.PathLike[str], kind: str | None = None) -> list[
         key: tuple[Any, ...] = ("event", number)
         if record["kind"] != "event":
             key = (record["kind"], record.get("set"), record.get("step", record.get("epoch")))
-        kept.pop(key, None)  # so that the order stays that of the last writing
+        kept.pop(key, None)  # so that the replaced record moves to the end
         kept[key] = record
     return list(kept.values())
 
@@ -203,7 +203,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that decide what a run computes; those that are not installed are left out."""
+    """The versions of Python and the packages that affect what a run computes, without those that are not installed."""
     found = {"python": platform.python_version()}
     for package in ("torch", "transformers", "accelerate", "deepspeed", "sentencepiece", "tokenizers"):
         with suppress(PackageNotFoundError):

@@ -1,15 +1,15 @@
 """Hides secrets in everything that a run writes.
 
-What is hidden is decided by names, places and exact values, never by the look of a text: a path that happens to contain
-``sk-`` stays as it is. Hidden are
+What is hidden depends on names, positions and exact values, never on what a text looks like: a path that happens to contain
+``sk-`` stays as it is. The following is hidden:
 
-- the value of an option, key or variable whose name says secret (``db_pass``, ``api_key``, ``HF_TOKEN=...``), be it a text,
-  a whole number, or a list or mapping of these,
-- the value, of at least 8 characters, of every environment variable whose name says secret, wherever it occurs,
-- the value of every such option on the command line, likewise,
-- the password of a URL (``https://user:password@host``), and the user of a web address that has no password, or none but
-  ``x-oauth-basic``: a token stands there (``https://ghp_...@github.com/x``),
-- in the query of a URL, the value of a name that says secret or signature (``?X-Amz-Signature=...``, ``&sig=...``),
+- the value of an option, key or variable with the name of a secret (``db_pass``, ``api_key``, ``HF_TOKEN=...``): text, an
+  integer, or a list or mapping of these,
+- the value, if it has at least 8 characters, of every environment variable with the name of a secret, wherever it occurs,
+- likewise, the value of every such option on the command line,
+- the password in a URL (``https://user:password@host``), and the user of a web address without a password, or with the
+  password ``x-oauth-basic``, because it is a token (``https://ghp_...@github.com/x``),
+- in the query of a URL, the value of a name of a secret or signature (``?X-Amz-Signature=...``, ``&sig=...``),
 - what follows ``Authorization: Bearer`` (or ``Basic``, ``Token`` and so on).
 
     >>> redact({"data.train": "corpus/task-adaptive/x.txt", "report.webhook": "https://..."})
@@ -28,7 +28,7 @@ from typing import Any, Final
 from lmcore.conventions import HIDDEN
 
 LEAST_CHARACTERS: Final = 8
-"""Shorter values are not searched for in texts: they would hide parts of ordinary words and numbers."""
+"""Shorter values are not searched for in texts, because this would hide parts of ordinary words and numbers."""
 
 
 def _words(*lines: str) -> frozenset[str]:
@@ -51,7 +51,7 @@ _NO_SECRET_TOKENS: Final = _words(  # "eos_token", but not "hub_token"
 )
 _NO_SECRET_PASSES: Final = _words("backward first forward low high band multi n num one second single two")
 _IN_VARIABLES: Final = _words("pass pat pwd token key keys auth dsn private") | _ALWAYS
-_NO_SECRET_ENDS: Final = _words(  # "SSH_AUTH_SOCK", "HF_TOKEN_PATH": where it is, not what it is
+_NO_SECRET_ENDS: Final = _words(  # "SSH_AUTH_SOCK", "HF_TOKEN_PATH": the place of a secret, not its value
     "algorithm binary bits column command count dir directory enabled expiry field file files folder format length",
     "limit max method min mode name names parallelism path paths port prefix size sock socket suffix timeout ttl type",
     "user username version",
@@ -62,12 +62,12 @@ _NO_SECRET_PAIRS: Final = frozenset(
         *((word, "key") for word in _words("public sort primary foreign partition")),
     ]
 )
-"""Ends of variables: a tokenizer's, and keys that are no secrets."""
+"""Last words of variables that are not secrets: of a tokenizer, and certain keys."""
 _NO_SECRET_VARIABLES: Final = _words("PWD OLDPWD XAUTHORITY GPG_KEY")
-"""The working directory, a file, and the fingerprint by which Docker images of Python were signed."""
+"""The working directory, the name of a file, and the fingerprint of the key that signed Python in Docker images."""
 _NO_SECRET_WORDS: Final = _words("askpass bypass compass surpass")
 _NOTHING: Final = frozenset(("null", "none", "~", "true", "false", "''", '""', "[]", "{}", "", HIDDEN))
-"""Values that hold no secret; hidden, a ``null`` of config.yaml would be read back as a value."""
+"""Values that are not secrets; if ``null`` in config.yaml were hidden, it would be read back as a value."""
 
 _VALUE: Final = r"\"(?:[^\"\\]|\\.)*\"|'[^']*'"
 _ASSIGNMENTS: Final = (
@@ -80,13 +80,13 @@ _ASSIGNMENTS: Final = (
     ),
 )
 _URL_PASSWORD: Final = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.\-]*://[^/\s:@]*:)[^/\s]+(?=@)")
-# Web addresses only: ssh://git@host is a login, abfss://container@account a place.
+# Web addresses only: in ssh://git@host it is a login name, in abfss://container@account a container.
 _URL_TOKEN: Final = re.compile(
     r"(?P<before>https?://)[^/\s:@\"'<>,;?#]+(?=(?::(?:x-oauth-basic)?)?@)", re.IGNORECASE
 )
 _QUERY: Final = re.compile(r"(?P<before>[?&](?:amp;)?(?P<name>[\w.\-]+)=)(?P<value>[^&#\s\"'<>]+)")
 _SIGNATURES: Final = ("sig", "signature")
-"""Last words of names that give away access in a query: ``X-Goog-Signature``, and ``sig`` of Azure."""
+"""Last words of query parameters that grant access: ``X-Goog-Signature``, and Azure's ``sig``."""
 _AUTHORIZATION: Final = re.compile(
     r"(?P<before>\bauthorization[\"']?\s*[:=]\s*[\"']?"
     r"(?:(?:bearer|basic|token|apikey|negotiate)\s+|(?=(?:aws4-|digest\s))))"
@@ -99,8 +99,8 @@ _AUTHORIZATION: Final = re.compile(
 def is_secret_name(name: str) -> bool:
     """Whether an option, key or variable of this name holds a secret.
 
-    Names in capitals are environment variables, where any word counts (``GITHUB_PAT``, ``TOKEN_OF_X``); of other names
-    the last word after the last dot does (``data.config.db_pass``; not ``sort_key``, not ``eos_token``).
+    Names in capitals are environment variables, in which any word counts (``GITHUB_PAT``, ``TOKEN_OF_X``). In other names only
+    the last word after the last dot counts (``data.config.db_pass``; not ``sort_key`` or ``eos_token``).
     """
     name = name.lstrip("-").rpartition(".")[2]
     if name.isupper():
@@ -122,9 +122,9 @@ def is_secret_name(name: str) -> bool:
     return last in _ALWAYS or last.endswith(_ALWAYS_ENDS)
 
 
-@functools.cache  # asked at every record that is written
+@functools.cache  # called for every record that is written
 def _is_secret_variable(name: str) -> bool:
-    # DB_PASS2 is one as well
+    # Ignore digits at the end: DB_PASS2 is a secret as well.
     words = [word.rstrip("0123456789") or word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
     if name.upper() in _NO_SECRET_VARIABLES or not words or words[-1] in _NO_SECRET_ENDS:
         return False
@@ -138,7 +138,7 @@ def _is_secret_variable(name: str) -> bool:
 
 
 def secret_values(environ: Mapping[str, str] | None = None, argv: Sequence[str] | None = None) -> list[str]:
-    """What :func:`redact` searches for in texts: values of variables and options whose name says secret."""
+    """The values that :func:`redact` searches for in texts: those of variables and options with the name of a secret."""
     environ = os.environ if environ is None else environ
     found = {value for name, value in environ.items() if _is_secret_variable(name) and not _is_path(value)}
     words = sys.argv if argv is None else argv
@@ -155,10 +155,10 @@ def _is_path(value: str) -> bool:
 
 
 def redact(value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
-    """The same mapping, argument list or text without its secrets; structure and everything else unchanged.
+    """The same mapping, argument list or text without its secrets; structure and everything else are unchanged.
 
     Args:
-        environ: variables whose values are searched for; by default those of this process, and its command line.
+        environ: variables whose values are searched for; default: those of this process, and its command line.
     """
     return _redact(value, secret_values(environ, None if environ is None else ()))
 
@@ -166,8 +166,8 @@ def redact(value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
 def redact_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings without their secrets: by the names of the settings, by exact values, in URLs and in headers.
 
-    Unlike :func:`redact` it does not search texts for assignments: a prompt that reads ``token=x`` stays as it is, so
-    that the settings repeat the run.
+    Unlike :func:`redact` it does not search texts for assignments: a prompt ``token=x`` is unchanged, so that the settings
+    repeat the run.
     """
     secrets = secret_values()
 
@@ -189,7 +189,7 @@ def redact_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hide_values(text: str) -> str:
-    """``text`` without the values of secret variables and options; names in it decide nothing."""
+    """``text`` without the values of secret variables and options; names inside the text have no effect."""
     for secret in secret_values():
         text = text.replace(secret, HIDDEN)
     return text
@@ -225,7 +225,7 @@ def _names_secret(key: Any, item: Any) -> bool:
 
 
 def _hidden(item: Any) -> Any:
-    """What stands under the name of a secret, hidden: all values of a list or a mapping."""
+    """The value of a secret, hidden; in a list or mapping, all values are hidden."""
     if isinstance(item, Mapping):
         return {key: _hidden(inner) for key, inner in item.items()}
     if isinstance(item, list | tuple):
@@ -234,8 +234,8 @@ def _hidden(item: Any) -> Any:
 
 
 def _is_value(item: Any) -> bool:
-    """Whether ``item`` can be a secret: a text, or a number that was typed (a PIN is read as an int). No secret is a switch,
-    or a fraction, as the user's own metrics are."""
+    """Whether ``item`` can be a secret: text, or an integer (a PIN is parsed as an int). Not a bool, and not a float, because the
+    user's own metrics are floats."""
     if isinstance(item, str):
         return item.lower() not in _NOTHING
     return type(item) is int
@@ -251,7 +251,7 @@ def _redact_text(text: str, secrets: list[str]) -> str:
 
 
 def _hide_places(text: str) -> str:
-    """``text`` without what stands in the place of a secret: in a URL, or in a header that grants access."""
+    """``text`` without what is in the position of a secret: in a URL, or in a header that grants access."""
     if "://" in text:
         text = _URL_TOKEN.sub(rf"\g<before>{HIDDEN}", text)
         text = _URL_PASSWORD.sub(rf"\g<before>{HIDDEN}", text)

@@ -1,8 +1,8 @@
 """What a run records and shows: steps, evaluations, samples and events go to metrics.jsonl, console and trackers.
 
-Every rank builds a :class:`Report` and calls the same methods; rank 0 writes. The logged loss is the exact mean over
-all labels of all ranks since the last log line, never smoothed. The device is asked for numbers only when a line is
-due, and the time of evaluating and saving is not step time.
+Every rank creates a :class:`Report` and calls the same methods; rank 0 writes. The logged loss is the exact mean over all
+labels of all ranks since the last log line, never smoothed. Numbers are read from the device only when a line is due, and
+the time of evaluating and saving does not count as step time.
 
     >>> with Report("runs/demo") as report:
     ...     report.begin(step=0, total_steps=4000)
@@ -31,7 +31,7 @@ from lmcore.report.meters import PeakMemory, Sums, Timer, Totals
 from lmcore.report.metrics import RECORD_KEYS, MetricsFile, read_metrics, versions
 from lmcore.report.redact import redact
 
-if TYPE_CHECKING:  # torch costs seconds to import, and this module only calls methods of tensors it is handed
+if TYPE_CHECKING:  # importing torch takes seconds, and this module only calls methods of given tensors
     from torch import Tensor
 
     from lmcore.report.meters import Metrics
@@ -40,12 +40,12 @@ __all__ = ["Report", "read_metrics", "silence_other_bars"]
 
 DISPLAY_SECONDS = 0.25
 PLAIN_STEP_SECONDS = 30.0
-"""Without a terminal the latest step is printed this often between two log lines; metrics.jsonl does not get it."""
+"""How often the latest step is printed between two log lines without a terminal; it is not written to metrics.jsonl."""
 
 
 class Report(RankLog):
-    """The record and the display of a run, with :class:`~lmcore.report.console.RankLog`'s ``note``, ``warn_once`` and
-    ``error`` for messages.
+    """Records and displays a run. For messages it has ``note``, ``warn_once`` and ``error`` of
+    :class:`~lmcore.report.console.RankLog`.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Report(RankLog):
         self._timer = Timer()
         self._tokens_logged = 0
         self.logged: dict[str, float | None] = {}
-        """Of the last log line (rank 0), as ``train/NAME``: what a checkpoint can be the best by."""
+        """The numbers of the last log line (on rank 0), as ``train/NAME``, by which the best checkpoint can be chosen."""
         self._evaluations: dict[str, dict[str, Any]] = {}
         self._drawn = self._printed = time.monotonic()
         self._latest: tuple[int, float] | None = None
@@ -114,7 +114,7 @@ class Report(RankLog):
     # ---- tables and records
 
     def start(self, rows: Sequence[tuple[str, str]], *, title: str = "lmcore") -> None:
-        """The table of what is about to happen; it is also kept with the ``start`` or ``resume`` event."""
+        """Print the start table; it is also saved with the ``start`` or ``resume`` event."""
         rows = redact(rows)
         self._start_rows = dict(rows)
         if self._console is None:
@@ -130,7 +130,7 @@ class Report(RankLog):
         *,
         commands: Sequence[tuple[str, str]] = (),
     ) -> None:
-        """The last panel: :meth:`results`, then ``rows``; below it ``commands`` (name, command line) to continue with."""
+        """Print the last panel: :meth:`results`, then ``rows``; below it ``commands`` (name, command line) to continue with."""
         if self._console is None:
             return
         self._console.close()
@@ -138,14 +138,14 @@ class Report(RankLog):
         rows, commands = redact([*self.results(), *rows]), redact(commands)
         self._console.panel(title, rows)
         width = max((len(name) for name, _ in commands), default=0)
-        for name, command in commands:  # outside of the frame: a broken line could not be copied
+        for name, command in commands:  # outside the frame, because a wrapped line could not be copied
             self._console.line(f"  {name:<{width}}  {command}")
         self.log(title)
         for name, value in [*rows, *commands]:
             self.log(f"{name}: {value}")
 
     def results(self) -> list[tuple[str, str]]:
-        """What was reached, as (name, value): training loss, the loss of every set, time, tokens per second."""
+        """The results as (name, value): training loss, the loss of every set, time, tokens per second."""
         rows: list[tuple[str, str]] = []
         loss = self.logged.get("train/loss")
         if self._latest is not None and self._latest[0] > self._logged_step:
@@ -165,7 +165,7 @@ class Report(RankLog):
 
     @property
     def failed(self) -> bool:
-        """Whether the run has to stop: metrics.jsonl cannot be written and ``on_full_disk`` is ``stop``."""
+        """Whether the run must stop because metrics.jsonl cannot be written and ``on_full_disk`` is ``stop``."""
         return self._stop_on_full_disk and self._unwritten > 0
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -189,15 +189,15 @@ class Report(RankLog):
     # ---- time
 
     def pause(self) -> AbstractContextManager[None]:
-        """What runs inside is not step time. Pauses may lie inside each other."""
+        """In this context time does not count as step time. Pauses may be nested."""
         return self._timer.pause()
 
     @contextmanager
     def task(
         self, description: str, total: float | None = None, unit: str = ""
     ) -> Iterator[Callable[..., None]]:
-        """A bar of its own in the same display; yields ``advance(n=1)`` (adds) or ``advance(done=n)`` (sets),
-        each with ``total`` and ``also`` (further words) where they have changed.
+        """Show another bar in the same display. Yields a function: ``advance(n=1)`` adds, ``advance(done=n)`` sets; ``total`` and
+        ``also`` (additional text) can be passed when they change.
         """
         key = self._console.add(redact(description), total, unit) if self._console is not None else -1
         position = 0.0
@@ -232,16 +232,16 @@ class Report(RankLog):
         device: Any = None,
         bytes_before: int = 0,
     ) -> None:
-        """Right before the loop: the timers start.
+        """Call right before the loop; starts the timers.
 
         Args:
-            step, tokens: what is already done (resume).
-            progress: steps done -> the share of the run that is behind, and how many steps like the present one are left;
-                default: every step is as long as every other.
+            step, tokens: steps and tokens that are already done (after a resume).
+            progress: maps steps done to the completed fraction of the run, and to the number of remaining steps of the
+                current length; default: all steps are equally long.
             reduce: sums a tensor over ranks; collective, called on every rank when a line is due.
-            summed_ranks: how many ranks' tensors that sum is of; default: all.
+            summed_ranks: number of ranks whose tensors are summed; default: all.
             trackers: :class:`lmcore.report.trackers.Trackers` on rank 0, or ``None``.
-            flops_per_token, peak_flops_per_device: for the share of the device's peak (MFU); left out if unknown.
+            flops_per_token, peak_flops_per_device: for the share of the device's peak (MFU), which is left out if unknown.
             bytes_before: resident memory of the process before it built its model.
         """
         self._memory = PeakMemory(device, bytes_before)
@@ -258,13 +258,13 @@ class Report(RankLog):
             self._console.update(self._bar, self._place(step), quiet=True)
 
     def _share(self, step: int) -> float:
-        """The share of the run that is behind."""
+        """The completed fraction of the run."""
         if self._progress is not None:
             return self._progress(step)[0]
         return step / self._total_steps if self._total_steps else 0.0
 
     def _place(self, step: int) -> int:
-        """Where the bar of all steps stands."""
+        """The position of the bar of all steps."""
         return round(self._share(step) * self._total_steps) if self._total_steps else step
 
     def step(
@@ -283,26 +283,27 @@ class Report(RankLog):
         due: bool = False,
         metrics: Metrics | None = None,
     ) -> dict[str, Any] | None:
-        """Add a step; every rank, every step. Collective when a line is due.
+        """Add a step. Call it on every rank for every step. Collective when a line is due.
 
         Args:
-            step: updates done, this one included (the first is 1); ``tokens`` and ``position`` likewise.
-            loss_sum, count: sums of this rank's micro-batches; tensors stay on the device.
-            norm: gradient norm of the update. applied: whether the update reached the weights.
+            step: number of updates including this one (the first is 1); ``tokens`` and ``position`` likewise.
+            loss_sum, count: sums over this rank's micro-batches; tensors stay on the device.
+            norm: gradient norm of the update.
+            applied: whether the update was applied to the weights.
             wait_seconds: how long the step waited for its data.
             due: write a record and a line; must be equal on all ranks. The first and the last step of a run are
                 always logged.
-            metrics: numbers of your own: for each name a number or a 0-d tensor of this rank and step, or a tuple
-                (sum, count) of two. They are summed over the steps since the last line and over the ranks like the
-                loss, and logged as sum / count (a single number counts 1); tensors stay on the device. Every rank
-                gives the same names. They appear under their names in metrics.jsonl, on the console and, as
-                ``train/NAME``, in the trackers.
+            metrics: your own numbers: for each name a number or 0-d tensor of this rank and step, or a tuple (sum, count)
+                of two. They are summed over the steps since the last line and over the ranks like the loss, and logged as
+                sum / count (a single number has the count 1); tensors stay on the device. Every rank must pass the same
+                names. They appear under their names in metrics.jsonl and on the console, and as ``train/NAME`` in the
+                trackers.
 
         Returns:
-            The record that was written, on rank 0 and when one was due.
+            The record that was written, on rank 0 if one was due; otherwise ``None``.
 
         Raises:
-            RequestError: a metric has the name of a key of the record, or the ranks give different names.
+            RequestError: a metric has the name of a key of the record, or the ranks pass different names.
 
         Example:
             ``report.step(..., metrics={"accuracy": (correct, labels), "temperature": 0.7})``
@@ -320,7 +321,7 @@ class Report(RankLog):
         return record
 
     def latest(self, *, step: int, loss: float) -> None:
-        """The loss of one step, when the host has it anyway: the display shows it, nothing records it."""
+        """Show the loss of one step on the display, when the host has it anyway. It is not recorded."""
         self._latest = (step, loss)
 
     def _record(
@@ -328,7 +329,7 @@ class Report(RankLog):
     ) -> dict[str, Any] | None:
         totals = self._interval.total(self._reduce, is_main=self.is_main)
         self._interval.zero()
-        # Reading the sums has waited for the device: only now is the time of the interval known.
+        # The time of the interval is known only now, because reading the sums has waited for the device.
         seconds, waited, steps = self._timer.interval()
         rate = (tokens - self._tokens_logged) / seconds if seconds > 0 else math.nan
         self._tokens_logged = tokens
@@ -353,7 +354,7 @@ class Report(RankLog):
         if self._flops_per_token and self._peak_flops:
             record["mfu"] = rate * self._flops_per_token / (self._peak_flops * self.world_size)
         if totals.nonfinite:
-            # Counted per rank: a step in which one of eight ranks saw NaN counts once.
+            # Counted per rank: a step with NaN on one of eight ranks counts once.
             record["nonfinite_losses"] = int(totals.nonfinite)
         if totals.skipped:
             record["skipped_steps"] = round(totals.skipped / self._summed_ranks)
@@ -376,7 +377,7 @@ class Report(RankLog):
         return record
 
     def _print_step(self, record: dict[str, Any], own: dict[str, float]) -> None:
-        """One line for the log and the console; a shorter one on a terminal, where it stays above the display."""
+        """Write a line to the log and the console; on a terminal a shorter one, which stays above the display."""
         self._cells = step_cells(record, own, self.world_size)
         step = record["step"]
         share = f"/{self._total_steps} {100 * self._share(step):.1f}%" if self._total_steps else ""
@@ -428,7 +429,7 @@ class Report(RankLog):
 
     @property
     def train_seconds(self) -> float:
-        """Seconds spent in steps, over all restarts; evaluating and saving not included."""
+        """Seconds spent in steps over all restarts, without evaluating and saving."""
         return self._timer.total_seconds
 
     @property
@@ -450,10 +451,10 @@ class Report(RankLog):
         bits_per_byte: float | None,
         **more: Any,
     ) -> None:
-        """The result on one validation or test set; ``set`` is its name, or ``test`` or ``test/NAME``, with ``-ema`` of the
-        averaged weights.
+        """Record the result on one validation or test set. ``set`` is its name, or ``test`` or ``test/NAME``, with the suffix
+        ``-ema`` for the averaged weights.
 
-        Trackers get it as ``valid/loss``, ``valid/NAME/loss``, ``test/loss`` or ``test/NAME/loss``.
+        Trackers receive it as ``valid/loss``, ``valid/NAME/loss``, ``test/loss`` or ``test/NAME/loss``.
         """
         if not self.is_main:
             return
@@ -469,9 +470,9 @@ class Report(RankLog):
         self.note(f"step {step} {set} loss {loss:.4f} perplexity {perplexity:.4g}{bits}")
 
     def end_epoch(self, *, epoch: int, step: int) -> float | None:
-        """An epoch ended with this step; collective. Returns its exact mean training loss (rank 0).
+        """Call when an epoch has ended with this step. Collective. Returns its exact mean training loss on rank 0.
 
-        It is told by :meth:`epoch`; a checkpoint that is made in between keeps it.
+        :meth:`epoch` records it later; a checkpoint that is saved in between includes it.
         """
         totals = self._epoch.total(self._reduce, is_main=self.is_main)
         self._epoch.zero()
@@ -481,7 +482,7 @@ class Report(RankLog):
         return totals.loss
 
     def epoch(self, *, valid_loss: float | None = None, valid_step: int | None = None) -> None:
-        """Tell of the epoch that has ended, if one has. ``valid_loss`` is the last one that is known, that of ``valid_step``."""
+        """Record the epoch that has ended, if one has. ``valid_loss`` is the last known one, from step ``valid_step``."""
         if self._ended is None:
             return
         (epoch, step, loss), self._ended = self._ended, None
@@ -490,14 +491,14 @@ class Report(RankLog):
         if self._trackers is not None:
             values = {"epoch": epoch, "train_loss": loss}
             values |= {} if valid_loss is None else {"valid_loss": valid_loss}
-            # By the step: a resume or a rewind hides later steps, and would keep epochs, which are smaller numbers.
+            # By the step, not by the epoch: a resume or a rewind hides later steps, but epochs are smaller numbers.
             self._trackers.log("epoch", values, step)
         words = "" if valid_loss is None else f" valid loss {valid_loss:.4f}"
         words += f" (of step {valid_step})" if words and valid_step not in (None, step) else ""
         self.note(f"epoch {epoch} ended at step {step}: train loss {loss:.4f}{words}")
 
     def event(self, event: str, *, step: int | None = None, **fields: Any) -> None:
-        """Something happened: start, resume, checkpoint, skip, rewind, signal, end. Recorded, not printed."""
+        """Record an event without printing it: start, resume, checkpoint, skip, rewind, signal, end."""
         if not self.is_main:
             return
         record = {"kind": "event", "event": event, **({} if step is None else {"step": step})}
@@ -509,10 +510,10 @@ class Report(RankLog):
             self._held_cells["checkpoint"] = f"{step:,}"
 
     def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
-        """What the model writes; (prompt, continuation) pairs."""
+        """Record samples of the model: (prompt, continuation) pairs."""
         if not self.is_main:
             return
-        # A prompt may hold anything. Each text alone: as a list, a prompt "--password" would hide its continuation.
+        # A prompt may contain anything. Redact each text alone: in a list, a prompt "--password" would hide its continuation.
         samples = [(redact(prompt), redact(text)) for prompt, text in samples]
         for prompt, text in samples:
             self._write({"kind": "sample", "step": step, "set": prompt, "prompt": prompt, "text": text})
@@ -525,7 +526,7 @@ class Report(RankLog):
     # ---- resume
 
     def state(self) -> dict[str, Any]:
-        """Collective: what :meth:`load_state` needs to go on with the same means. JSON without NaN."""
+        """What :meth:`load_state` needs to continue with the same means, as JSON without NaN. Collective."""
         return {
             "interval": asdict(self._interval.total(self._reduce, is_main=self.is_main)),
             "epoch": asdict(self._epoch.total(self._reduce, is_main=self.is_main)),
@@ -536,7 +537,7 @@ class Report(RankLog):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`; before the first step."""
+        """Continue from the result of :meth:`state`. Call it before the first step."""
         for sums, name in ((self._interval, "interval"), (self._epoch, "epoch")):
             totals = Totals(**state[name])
             names = {metric: [0.0, 0.0] for metric in totals.metrics}  # equal on all ranks
@@ -550,7 +551,7 @@ class Report(RankLog):
         self._timer.total_seconds = state["train_seconds"]
 
     def _was_told(self, epoch: int, step: int) -> bool:
-        """Whether the end of an epoch stands in metrics.jsonl: it is told after the save of its step."""
+        """Whether metrics.jsonl already has the end of an epoch, which is recorded only after the save of its step."""
         path = self.run_dir / "metrics.jsonl"
         records = read_metrics(path, kind="epoch") if path.exists() else []
         return any((record["epoch"], record["step"]) == (epoch, step) for record in records)
@@ -558,11 +559,12 @@ class Report(RankLog):
     def rewind(
         self, *, step: int, tokens: int, state: dict[str, Any], total_steps: int | None = None
     ) -> None:
-        """Training goes on from an earlier checkpoint, whose :meth:`state` this is; the time spent stays spent.
+        """Call when training continues from an earlier checkpoint. The time spent so far is kept.
 
         Args:
             step, tokens: of the checkpoint.
-            total_steps: of the run from here on: what is skipped can make a run of epochs shorter.
+            state: :meth:`state` as saved in the checkpoint.
+            total_steps: new length of the run, because skipped positions can make a run of epochs shorter.
         """
         self._total_steps = total_steps or self._total_steps
         spent = self.train_seconds
@@ -571,12 +573,12 @@ class Report(RankLog):
         self.event("rewound", step=step)
         if self._trackers is not None:
             self._trackers.rewind(step)
-        self._timer.start()  # reading the checkpoint was no step
-        self._timer.interval()  # the time of what was thrown away is in no speed
+        self._timer.start()  # reading the checkpoint was not a step
+        self._timer.interval()  # exclude the time of discarded steps from the speed
         self._tokens_logged = tokens
 
     def close(self) -> None:
-        """Take the display down and close the files; the trackers of a run that fails get what they were told."""
+        """Remove the display and close the files; also lets the trackers of a failed run finish."""
         if self._trackers is not None:
             self._trackers.close()
         if self._file is not None:
@@ -592,7 +594,7 @@ class Report(RankLog):
 
 
 def step_cells(record: dict[str, Any], own: dict[str, float], world_size: int) -> dict[str, str]:
-    """The numbers of a train record and the user's ``own``, in words; what is not known is left out."""
+    """The numbers of a train record and the user's ``own`` as text, without those that are not known."""
     rate, norm = record["tokens_per_second"], record["grad_norm"]
     cells = {
         "loss": f"{record['loss']:.4f}",
@@ -611,7 +613,7 @@ def step_cells(record: dict[str, Any], own: dict[str, float], world_size: int) -
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has neither NaN nor infinity."""
+    """``value``, or ``None`` for NaN and infinity, which JSON does not have."""
     return value if value is not None and math.isfinite(value) else None
 
 

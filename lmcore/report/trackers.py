@@ -1,9 +1,9 @@
 """TensorBoard, Weights & Biases and the other trackers of accelerate, and a webhook.
 
-Each tracker runs in a thread of its own behind a bounded queue: one that hangs or fails loses its own values and
-nothing else, and a failure is noted once. After a resume a tracker continues the run that it had. What was logged beyond
-the step that is resumed, or that a rewind goes back to, TensorBoard hides; the others keep it, so that a step has two
-values there (metrics.jsonl has both as well, and its readers take the last).
+Each tracker runs in its own thread behind a bounded queue: if it hangs or fails, only its own values are lost, and the failure
+is reported once. After a resume a tracker continues the same run. TensorBoard hides what was logged beyond the step of a resume
+or rewind; the other trackers keep it, so that a step has two values there (metrics.jsonl has both as well, and its readers use
+the last).
 
 TensorBoard and Weights & Biases are tested; mlflow, trackio, comet_ml, aim, clearml, dvclive and swanlab are passed
 through untested.
@@ -43,15 +43,15 @@ if TYPE_CHECKING:
     from lmcore.config.schema import ReportConfig
 
 QUEUE_RECORDS = 1000
-"""Values that wait for a slow tracker; more are dropped, and counted."""
+"""How many values wait for a slow tracker; further ones are dropped and counted."""
 CLOSE_SECONDS = 20.0
-"""How long the end of a run waits for its trackers, all together."""
+"""How long the end of a run waits for all its trackers together."""
 WEBHOOK_SECONDS = 10.0
 WEBHOOK_VARIABLE = "LMCORE_WEBHOOK"
 
 
 def flat_scalars(values: Mapping[str, Any]) -> dict[str, int | float | str | bool]:
-    """Hyper-parameters as every tracker takes them: one level, plain scalars, the rest as text."""
+    """Hyper-parameters in a form that every tracker accepts: one level, plain scalars, everything else as text."""
     flat: dict[str, int | float | str | bool] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -78,7 +78,7 @@ def code_version(folder: str | os.PathLike[str] = ".") -> str:
 
 
 class Trackers:
-    """All trackers of a run, and its webhook. Build it on rank 0 only."""
+    """All trackers of a run, and its webhook. Create it on rank 0 only."""
 
     def __init__(
         self,
@@ -92,14 +92,14 @@ class Trackers:
     ) -> None:
         """
         Args:
-            options: the trackers (names of accelerate's ``log_with``), what the run is called there, and the webhook
-                (a URL that takes a JSON object with ``text``: Slack, Mattermost, Discord's ``/slack``; by default the
-                variable ``LMCORE_WEBHOOK``).
+            options: the trackers (names of accelerate's ``log_with``), the name of the run in them, and the webhook (a URL
+                that accepts a JSON object with ``text``: Slack, Mattermost, Discord's ``/slack``; default: the variable
+                ``LMCORE_WEBHOOK``).
             hyper_parameters: nested or flat; the version of the code is added.
-            resume_step: the step of the checkpoint that was resumed, ``None`` at a new start; TensorBoard hides what was
+            resume_step: the step of the checkpoint that was resumed, or ``None`` for a new start; TensorBoard hides what was
                 written beyond it.
             run_ids: :meth:`state` of the run that is resumed.
-            note: gets one line for each tracker that fails.
+            note: called with one line for each tracker that fails.
 
         Raises:
             RequestError: see :func:`check`.
@@ -118,7 +118,7 @@ class Trackers:
         for tracker in dict.fromkeys(options.trackers):
             own: dict[str, Any] = {}
             if tracker == "tensorboard":
-                # Hides what an abandoned past wrote beyond the step; all of it where a run starts anew in its folder.
+                # Hides what was written beyond the step before the resume; for a new start in the same folder, everything.
                 own = {"purge_step": 0 if resume_step is None else resume_step + 1}
             elif tracker == "wandb":
                 run_id = self._ids["wandb"] = (run_ids or {}).get("wandb") or secrets.token_hex(4)
@@ -134,7 +134,7 @@ class Trackers:
             self._workers.append(_Worker(tracker, opener, note))
 
     def log(self, group: str, values: Mapping[str, Any], step: int) -> None:
-        """Numbers of one group at one step; returns at once. What is not a finite number is left out."""
+        """Log the numbers of one group at one step; returns at once. Values that are not finite numbers are left out."""
         numbers = {
             redact(f"{group}/{key}"): float(value)
             for key, value in values.items()
@@ -144,21 +144,21 @@ class Trackers:
             worker.put("log", numbers, step)
 
     def text(self, key: str, text: str, step: int) -> None:
-        """Samples, for trackers that show text. Names in them hide nothing: a prompt "--password" is a text."""
+        """Log samples, for trackers that show text. Names in them are not redacted: "--password" is only a prompt."""
         for worker in self._workers:
             worker.put("text", key, hide_values(text), step)
 
     def rewind(self, step: int) -> None:
-        """Training goes on from an earlier step: TensorBoard hides what was written beyond it."""
+        """Call when training continues from an earlier step: TensorBoard then hides what was written beyond it."""
         for worker in self._workers:
             worker.put("rewind", step)
 
     def state(self) -> dict[str, str]:
-        """Run ids, for ``state.json``; give them back as ``run_ids``."""
+        """The run ids, for ``state.json``; pass them as ``run_ids`` after a resume."""
         return dict(self._ids)
 
     def notify(self, text: str) -> None:
-        """Tell the webhook: at the end, on a rewind; :func:`tell` on failure. Returns at once."""
+        """Send a message to the webhook, at the end and on a rewind; returns at once. For a failure use :func:`tell`."""
         if self._webhook is None:
             return
         thread = threading.Thread(target=_post, args=(self._webhook, redact(text), self._note), daemon=True)
@@ -166,7 +166,7 @@ class Trackers:
         self._posts.append(thread)
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
-        """A thread of a tracker's own, such as TensorBoard's writer on a full disk: a line instead of its traceback."""
+        """Print a line instead of the traceback if a tracker's own thread fails, such as TensorBoard's writer on a full disk."""
         frame, files = failed.exc_traceback, list[str]()
         while frame is not None:
             files.append(frame.tb_frame.f_code.co_filename)
@@ -180,7 +180,7 @@ class Trackers:
         self._excepthook(failed)
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Wait until the trackers have finished, ``seconds`` at most; one that hangs is left behind with a note."""
+        """Wait at most ``seconds`` until the trackers have finished; a tracker that hangs is abandoned with a note."""
         deadline = time.monotonic() + seconds
         for worker in self._workers:
             worker.put("finish")
@@ -194,8 +194,8 @@ class Trackers:
 
 
 def tell(webhook: str | None, text: str, *, note: Callable[[str], None] = print) -> None:
-    """Send ``text`` to the webhook (or that of ``LMCORE_WEBHOOK``), if there is one, and wait until it is delivered,
-    ``WEBHOOK_SECONDS`` at most.
+    """Send ``text`` to the webhook (or that of ``LMCORE_WEBHOOK``), if there is one, and wait at most ``WEBHOOK_SECONDS`` until
+    it is delivered.
     """
     address = webhook or os.environ.get(WEBHOOK_VARIABLE) or ""
     if _is_web(address):
@@ -205,7 +205,8 @@ def tell(webhook: str | None, text: str, *, note: Callable[[str], None] = print)
 
 
 class _Worker:
-    """One tracker, its queue and its thread. A daemon: a tracker that hangs cannot keep the process alive."""
+    """One tracker with its queue and its thread. It is a daemon thread, so that a tracker that hangs cannot keep the process
+    alive."""
 
     def __init__(self, name: str, opener: Callable[[], TrackerAdapter], note: Callable[[str], None]) -> None:
         self.name = name
@@ -226,7 +227,7 @@ class _Worker:
                 self._note(f"warning: {self.name} does not keep up: values are dropped from now on")
             if method != "finish":
                 return
-            with contextlib.suppress(queue.Empty):  # the thread was faster
+            with contextlib.suppress(queue.Empty):  # the thread may have emptied it meanwhile
                 self._queue.get_nowait()  # drop the oldest: the final record must arrive
 
     def join(self, deadline: float) -> bool:
@@ -237,7 +238,7 @@ class _Worker:
         tracker: TrackerAdapter | None = None
         try:
             tracker = self._opener()
-        except BaseException as error:  # wandb raises what is not an Exception (its own interrupts) too
+        except BaseException as error:  # wandb may raise what is not an Exception (its own interrupts)
             self._fail(error)
         while True:
             method, arguments = self._queue.get()
@@ -246,7 +247,7 @@ class _Worker:
                     getattr(tracker, method)(*arguments)
                 except BaseException as error:
                     self._fail(error)
-                    tracker = None  # and go on emptying the queue
+                    tracker = None  # but continue to empty the queue
             if method == "finish":
                 return
 
@@ -256,7 +257,7 @@ class _Worker:
 
 
 class TrackerAdapter:
-    """One tracker of accelerate, opened, with what accelerate leaves to its user. Lives in its worker's thread."""
+    """One opened tracker of accelerate, with what accelerate does not do itself. Used only in its worker's thread."""
 
     def __init__(
         self,
@@ -274,7 +275,7 @@ class TrackerAdapter:
         if name == "tensorboard":
             self._tracker = make("tensorboard", logging_dir=os.fspath(folder), **options)
             self._tracker.start()
-            # Its own store_init_configuration would add a second run to TensorBoard's list at every start.
+            # accelerate's store_init_configuration would add a second run to TensorBoard's list at every start.
             rows = "".join(f"| {_cell(key)} | {_cell(value)} |\n" for key, value in settings.items())
             self._tracker.log({"config": f"| name | value |\n|---|---|\n{rows}"}, step=first_step)
         elif name == "wandb":
@@ -284,12 +285,12 @@ class TrackerAdapter:
                 silent=True,
                 console="off",
                 finish_timeout=CLOSE_SECONDS,
-                # What it finds out by itself about machine and code comes with the command line, secrets included.
+                # The metadata that wandb collects about machine and code includes the command line with its secrets.
                 x_disable_meta=redact(sys.argv) != sys.argv,
             )
             self._tracker = make(project, settings=quiet, **options)
             self._tracker.start()
-            # The step is a value, not wandb's own counter: that one refuses to go back after a rewind.
+            # The step is logged as a value, because wandb's own step counter cannot go back after a rewind.
             self._tracker.tracker.define_metric("step")
             self._tracker.tracker.define_metric("*", step_metric="step")
         else:
@@ -306,19 +307,19 @@ class TrackerAdapter:
             self._tracker.log(values, step=step)
 
     def text(self, key: str, text: str, step: int) -> None:
-        if self._name == "tensorboard":  # Markdown: indented, it is shown as it is
+        if self._name == "tensorboard":  # which renders Markdown: indented text is shown verbatim
             self.log({key: "    " + text.replace("\n", "\n    ")}, step)
         elif self._name == "wandb":
             import wandb  # lazily: optional
 
             self.log({key: wandb.Html(f"<pre>{escape(text)}</pre>")}, step)
-        # The others share no way to log text.
+        # There is no common way to log text with the other trackers.
 
     def rewind(self, step: int) -> None:
-        if self._name == "tensorboard":  # the others share no way to take values back
+        if self._name == "tensorboard":  # there is no common way to withdraw values from the others
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # lazily: optional
 
-            start = SessionLog(status=SessionLog.START)  # as a new writer with purge_step begins
+            start = SessionLog(status=SessionLog.START)  # what a new writer with purge_step writes first
             self._tracker.tracker.file_writer.add_event(Event(step=step + 1, session_log=start))
 
     def finish(self) -> None:
@@ -326,16 +327,16 @@ class TrackerAdapter:
 
 
 def _cell(value: Any) -> str:
-    """Text inside a Markdown table: one line, and nothing in it that ends the cell or is taken for HTML."""
+    """Text for a cell of a Markdown table: on one line, without characters that would end the cell or start HTML."""
     text = " ".join(str(value).splitlines()).replace("\\", "\\\\").replace("|", "\\|")
     return escape(text, quote=False)
 
 
 def check(names: Sequence[str], webhook: str | None = None) -> None:
-    """What :class:`Trackers` would refuse, as soon as it can be known.
+    """Check early what :class:`Trackers` would refuse.
 
     Raises:
-        RequestError: a tracker that accelerate does not know or whose package is missing, or a webhook that is no
+        RequestError: a tracker that accelerate does not know, one whose package is missing, or a webhook that is not an
             http(s) address.
     """
     _check_webhook(webhook or os.environ.get(WEBHOOK_VARIABLE) or None)
@@ -373,7 +374,7 @@ def _post(url: str, text: str, note: Callable[[str], None]) -> None:
         with urllib.request.urlopen(request, timeout=WEBHOOK_SECONDS) as answer:
             answer.read(1024)
     except OSError as error:  # URLError and timeouts are OSErrors
-        # The address holds a secret (Slack's carries the token): it is not repeated here.
+        # The address may contain a secret (Slack's has the token), so the message does not include it.
         note(f"warning: the webhook was not reached ({type(error).__name__}: {error})")
     except (HTTPException, ValueError) as error:
         # An answer that is no HTTP, or an address that cannot be one, which these errors quote
