@@ -1,7 +1,7 @@
-"""The model card of an export, and the files beside it: curve, configuration, a task file for lm-eval.
+"""The model card of an export, and the files next to it: curve, configuration, a task file for lm-eval.
 
-The card says what the run has recorded: base model, data, tokens, method, results. It names no host and no path of the
-machine. What nobody recorded (licence, language, intended use) is listed for a person to fill in.
+The card contains what the run has recorded: base model, data, tokens, method, results. It does not contain a host or a path
+of the machine. What is not recorded (licence, language, intended use) is listed for a person to fill in.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lmcore.report.redact import redact_settings
 from lmcore.saved import load
 
 _SETS = 100
-"""Sets that a card lists."""
+"""Largest number of sets that a card lists."""
 
 LM_EVAL_TASK = """\
 # Scores your own text: one JSON object a line with a field "text", in held_out.jsonl where you start lm-eval.
@@ -143,10 +143,10 @@ def write(
     adapter: Mapping[str, Any] | None = None,
     disk: Disk = DISK,
 ) -> None:
-    """Write the card and the files beside it into an export.
+    """Write the card and the files next to it into an export.
 
     Args:
-        run_dir: whose ``metrics.jsonl`` and ``config.yaml`` are read.
+        run_dir: the run folder, whose ``metrics.jsonl`` and ``config.yaml`` are read.
         record: content of ``lmcore_export.json``.
         adapter: ``method`` and number of ``parameters`` of a low-rank adapter.
     """
@@ -172,13 +172,13 @@ def write(
 
 @dataclass
 class Results:
-    """What the records of a run say about one of its steps; as large for a long run as for a short one."""
+    """The recorded results of a run up to one of its steps; the size in memory does not depend on the length of the run."""
 
     run: curves.Run
     train: dict[str, Any] = field(default_factory=dict)
-    """The last record of a step up to that one."""
+    """The last train record up to that step."""
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The last record of each set up to that step."""
+    """The last eval record of each set up to that step."""
 
 
 def read_results(metrics: Path, step: int) -> Results:
@@ -192,7 +192,7 @@ def read_results(metrics: Path, step: int) -> Results:
             and curves.is_number(record.get("step"))
             and record["step"] >= step
         ):
-            continue  # with what it went on then, this step has not seen
+            continue  # what the run continued with later does not concern this step
         results.run.add(record)
         if record["kind"] not in ("train", "eval") or record.get("step", 0) > step:
             continue
@@ -214,8 +214,8 @@ def markdown(
     curve: bool,
     adapter: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of the card, with the metadata that the Hub reads."""
-    from huggingface_hub import ModelCard, ModelCardData  # only an export needs it
+    """The text of the card, including the metadata that the Hub reads."""
+    from huggingface_hub import ModelCard, ModelCardData  # lazily: only an export needs it
 
     step, last = record["step"], results.train
     seconds: Any = last.get("train_seconds")
@@ -230,7 +230,7 @@ def markdown(
         metadata,
         template_str=TEMPLATE,
         name=_cell(record["run"]),
-        quoted=json.dumps(record["run"], ensure_ascii=False),  # a string of Python, too
+        quoted=json.dumps(record["run"], ensure_ascii=False),  # also a valid Python string
         parameters=parameters,
         base=f"`{base}`" if base else None,
         lmcore=record["lmcore"],
@@ -269,7 +269,7 @@ def markdown(
 
 
 def base_model(opened: Checkpoint) -> str | None:
-    """The pretrained model that a run continued: its Hub id, or the name of its folder; ``None`` from scratch."""
+    """The pretrained model that a run started from: its Hub id or the name of its folder; ``None`` if from scratch."""
     named = (opened.state.get("config") or {}).get("model.from_pretrained")
     if not isinstance(named, str) or not named:
         return None
@@ -286,7 +286,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _data(start: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(set, source, size) of the texts that the run's first record tells of; names only, no paths."""
+    """(set, source, size) of the texts in the run's first record; only names, no paths."""
     rows = []
     for key, value in (start.get("rows") or {}).items():
         found = re.fullmatch(r"(text|training text|held out|validation|test)[ :]*\(?(.*?)\)?", str(key))
@@ -326,21 +326,21 @@ def _procedure(opened: Checkpoint, adapter: Mapping[str, Any] | None) -> list[tu
 
 
 def _without_paths(settings: Any) -> str:
-    """A configuration as YAML without secrets, in which paths of this machine are cut to their last part."""
-    values = redact_settings(settings)  # an older run hid less
+    """A configuration as YAML without secrets; paths of this machine are shortened to their last part."""
+    values = redact_settings(settings)  # an older run redacted less
     return yaml.safe_dump(_cut(values), sort_keys=False, allow_unicode=True, width=110)
 
 
 _LOCAL: Final = r"(?:(?:file|local):(?://[^/\s]*)?(?=/))"
-"""What a URL of a local file has before its path; a host may stand in it."""
+"""The part of a local file's URL before the path; it may include a host."""
 _WHOLE_PATH: Final = re.compile(
     rf"(?P<before>[\w.\-]+=)?(?:{_LOCAL}|(?=(?:~(?:[A-Za-z_][\w.\-]*)?|\.\.?)?/))(?P<path>.*)", re.DOTALL
 )
-"""A value that is a path, or NAME=PATH; blanks are part of it."""
+"""A value that is a path, or NAME=PATH; it may contain spaces."""
 _PATH_INSIDE: Final = re.compile(
     rf"(?<![\w/.~*$)\]}}])(?:{_LOCAL}/|(?:~(?:[A-Za-z_][\w.\-]*)?|\.\.?)/|/[^/\s\"'`<>|;,:()]+/)[^\s\"'`<>|;,:()]*"
 )
-"""A path within a longer text: from the root of at least two parts, so that "/" and "and/or" stay."""
+"""An absolute path within a longer text, of at least two parts, so that "/" and "and/or" are unchanged."""
 
 
 def _cut(value: Any) -> Any:
@@ -360,7 +360,7 @@ def _last_part(path: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text inside a Markdown table or heading: one line, and nothing in it that ends the cell or opens HTML."""
+    """Text for a Markdown table cell or heading: on one line, without characters that would end the cell or start HTML."""
     text = re.sub(r"\s+", " ", str(value))
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 

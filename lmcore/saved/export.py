@@ -1,15 +1,14 @@
 """Exporting a checkpoint to a folder that transformers, lm-eval and vLLM open.
 
-The folder holds ``config.json``, ``model.safetensors`` (in pieces above a size), ``generation_config.json``, the
-tokenizer's files, a model card ``README.md`` with its curve, the run's configuration, and a task file with which lm-eval
-scores the user's own text; of a LoRA run also the adapter, in ``adapter/``. The padding of the vocabulary is cut off.
-Before the folder appears under its name it is opened by transformers, and its logits are compared with the trainer's.
-It opens in transformers 5 and 4.57.
+The folder contains ``config.json``, ``model.safetensors`` (split above a size), ``generation_config.json``, the tokenizer's
+files, a model card ``README.md`` with its curve, the run's configuration, and a task file with which lm-eval scores the user's
+own text; for a LoRA run also the adapter, in ``adapter/``. The padding of the vocabulary is removed. Before the folder appears
+under its name, transformers opens it, and its logits are compared with the trainer's. It opens in transformers 5 and 4.57.
 
-Weights go from the checkpoint to the files one at a time, and the trainer's logits are computed with one decoder layer in
-memory at a time, so that no memory has to hold the model. What transformers opens it maps into memory where the file has the
-form that it computes in; a file in bf16, or of a mixture of experts, takes 4 bytes a parameter, and the logits are only compared
-where these are free. A LoRA run is merged in memory.
+Weights are copied from the checkpoint to the files one at a time, and the trainer's logits are computed with one decoder layer
+in memory at a time, so that the model need not fit into memory. transformers maps the files into memory if they have the dtype
+and layout of the computation. Files in bf16, or of a mixture of experts, need 4 bytes per parameter instead, and the logits are
+compared only if that much memory is free. A LoRA run is merged in memory.
 
 Example::
 
@@ -46,10 +45,10 @@ from lmcore.saved.load import EXPORT_RECORD
 from lmcore.saved.weights import Read, layer_by_layer
 
 LOGITS_TOLERANCE = 1e-4
-"""Largest difference of logits, as a share of the largest logit. Both sides are float32 of the same weights;
-only the shape of the last product differs (the padding is gone), and with it the order of its sums."""
+"""Largest difference of logits, as a share of the largest logit. Both are computed in float32 from the same weights; only
+the shape of the last product differs (without the padding), and with it the order of its sums."""
 MOST_OF_MEMORY = 0.8
-"""Of what is free; the check of an export that would take more is left out."""
+"""Largest share of the free memory for the check of an export; if it would need more, the check is skipped."""
 ADAPTER_FOLDER = "adapter"
 
 
@@ -64,24 +63,24 @@ def export(
     note: Callable[[str], None] = lambda text: None,
     disk: Disk = DISK,
 ) -> Path:
-    """Write the export of a checkpoint; an older export of this name is replaced at the very end.
+    """Write the export of a checkpoint. An existing export of this name is replaced at the very end.
 
     Args:
         opened: an open checkpoint of a transformers model.
-        folder: where the export appears.
-        run_dir: whose tokenizer, configuration and metrics go with the weights.
-        dtype: ``fp32`` or ``bf16`` of the weights in the file.
+        folder: the folder of the export.
+        run_dir: the run folder, whose tokenizer, configuration and metrics are exported with the weights.
+        dtype: dtype of the weights in the file: ``fp32`` or ``bf16``.
         weights: ``model``, or ``ema`` for the moving average.
         max_shard_bytes: a larger model is split into files of this size.
-        note: gets one line on what was written.
+        note: called with one line about what was written.
 
     Returns:
         ``folder``.
 
     Raises:
-        RequestError: a model that transformers does not know, another tokenizer than the one trained with, or a folder
-            that is something else than an export.
-        FaultError: the written folder does not give the trainer's logits (nothing appears under its name).
+        RequestError: transformers does not know the model, the tokenizer is not the one trained with, or ``folder`` exists
+            and is not an export.
+        FaultError: the written folder does not produce the trainer's logits (nothing appears under its name).
     """
     if dtype not in ("fp32", "bf16"):
         raise RequestError(f"export dtype {dtype!r} must be fp32 or bf16")
@@ -155,11 +154,11 @@ def export(
 
 
 def refuse_foreign_folder(target: Path) -> None:
-    """Refuse to replace anything that is not an export of lmcore. Called before the training, too.
+    """Refuse to replace anything that is not an export of lmcore. Also called before the training.
 
     Raises:
-        RequestError: ``target`` is a file, a link, a folder with other content, or an export to which somebody has
-            added files: a conversion to another format, notes.
+        RequestError: ``target`` is a file, a link, a folder with other content, or an export to which somebody has added
+            files, such as notes or a conversion to another format.
     """
     if target.is_symlink():
         raise RequestError(
@@ -180,13 +179,13 @@ def refuse_foreign_folder(target: Path) -> None:
 
 
 def _names_in(folder: Path) -> list[str]:
-    """The files of an export, by their paths in it; hidden ones aside, which programs of the system leave."""
+    """The relative paths of the files in an export, except hidden ones, which programs of the system leave."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
 
 
 def _added(target: Path) -> list[str]:
-    """Files in an export that lmcore did not write; an export of an older version does not know."""
+    """Files in an export that lmcore did not write. For an export of an older version this is not known."""
     record = target / EXPORT_RECORD
     try:
         written = json.loads(record.read_bytes())["names"] if record.is_file() else None
@@ -196,7 +195,7 @@ def _added(target: Path) -> list[str]:
 
 
 def _remove_leftovers(target: Path, disk: Disk) -> None:
-    """Remove what exports that were killed have left beside the target; each is as large as the model."""
+    """Remove what killed exports have left next to the target; each is as large as the model."""
     if not target.parent.is_dir():
         return
     for path in target.parent.glob(f".{glob.escape(target.name)}.*"):
@@ -211,7 +210,7 @@ def _remove_leftovers(target: Path, disk: Disk) -> None:
 
 
 def _replace(aside: Path, target: Path, disk: Disk) -> None:
-    """Put the new folder in the place of the old one; killed in between, the old one is still beside it."""
+    """Replace the old folder by the new one. After a kill in between, the old one still exists next to it."""
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     if target.exists():
         disk.rename(target, old)
@@ -235,7 +234,7 @@ def _merge(trained: Any) -> None:
 
 
 def _write_adapter(trained: Any, folder: Path, opened: Checkpoint) -> dict[str, Any]:
-    """The adapter as peft saves it, to be applied to the base model by ``PeftModel.from_pretrained``.
+    """Write the adapter in peft's format, so that ``PeftModel.from_pretrained`` can apply it to the base model.
 
     Returns:
         What the model card says about it.
@@ -250,7 +249,7 @@ def _write_adapter(trained: Any, folder: Path, opened: Checkpoint) -> dict[str, 
     config.task_type = "CAUSAL_LM"
     config.inference_mode = True
     config.save_pretrained(os.fspath(folder))
-    # The vocabulary keeps its size here; to find that out peft would ask the Hub for the base model.
+    # The vocabulary keeps its size here. peft would ask the Hub for the base model to find that out.
     tensors = {
         f"base_model.model.{name}": tensor.detach().contiguous()
         for name, tensor in get_peft_model_state_dict(trained, save_embedding_layers=False).items()
@@ -262,14 +261,14 @@ def _write_adapter(trained: Any, folder: Path, opened: Checkpoint) -> dict[str, 
 def _write_model(
     trained: Any, read: Read, folder: Path, dtype: torch.dtype, max_shard_bytes: int, disk: Disk
 ) -> dict[str, dict[str, Any]]:
-    """Weights, ``config.json`` and ``generation_config.json``, with the vocabulary cut back, in the layout of
-    ``save_pretrained``; one weight (of a mixture of experts: one layer) in memory at a time.
+    """Write the weights, ``config.json`` and ``generation_config.json`` in the layout of ``save_pretrained``, without the
+    padding of the vocabulary. One weight (for a mixture of experts: one layer) is in memory at a time.
 
     Args:
         trained: its parameters may be empty.
 
     Returns:
-        ``bytes`` and ``sha256`` of the files of weights by name.
+        ``bytes`` and ``sha256`` of the weight files by name.
     """
     with without_weights():
         small = trained.__class__(module.export_config(trained))
@@ -285,7 +284,7 @@ def _write_model(
 
     buffers = dict(trained.named_buffers())
     kept = set(small.state_dict()) - set(small._keys_to_ignore_on_save or ())
-    own = dict(small.named_parameters()) | dict(small.named_buffers())  # a tied weight once
+    own = dict(small.named_parameters()) | dict(small.named_buffers())  # a tied weight appears once
     groups = _converted_together(small, [name for name in own if name in kept])
 
     def type_of(tensor: Tensor) -> torch.dtype:
@@ -322,8 +321,8 @@ def _write_model(
 
 
 def _converted_together(model: Any, names: list[str]) -> list[list[str]]:
-    """The names in groups that transformers converts to the layout of its files: alone, or by decoder layer where a family
-    keeps several weights as one (mixtures of experts)."""
+    """The names in groups that transformers converts together to the layout of its files: alone, or by decoder layer if a
+    family stores several weights as one (mixtures of experts)."""
     if not _is_converted(model):
         return [[name] for name in names]
     layers = {id(layer): name for name, layer in model.named_modules()}
@@ -335,33 +334,33 @@ def _converted_together(model: Any, names: list[str]) -> list[list[str]]:
 
 
 def _is_converted(model: Any) -> bool:
-    """Whether transformers keeps weights in another layout in memory than in files."""
+    """Whether transformers uses different layouts of the weights in memory and in files."""
     nothing: dict[str, Tensor] = {}
     return _as_in_files(model, nothing) is not nothing
 
 
 def _as_in_files(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    from transformers.core_model_loading import revert_weight_conversion  # seconds
+    from transformers.core_model_loading import revert_weight_conversion  # lazily: the import takes seconds
 
     found: dict[str, Tensor] = revert_weight_conversion(model, tensors)
     return found
 
 
 def opening_bytes(trained: Any, dtype: torch.dtype) -> int:
-    """The memory that the weights of an export take when transformers opens it as float32: none if they are mapped."""
+    """The memory for the weights of an export when transformers opens it in float32; 0 if they are mapped."""
     mapped = dtype is torch.float32 and not _is_converted(trained)
     return 0 if mapped else 4 * module.parameter_counts(trained)["total"]
 
 
 def both_versions(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json of transformers 5 with the names that transformers 4, vLLM and llama.cpp look for too.
+    """A config.json of transformers 5 with the additional names that transformers 4, vLLM and llama.cpp read.
 
-    Version 5 keeps rotary settings in ``rope_parameters``; version 4 ignores that and silently uses its default base
-    of 10,000.
+    Version 5 stores rotary settings in ``rope_parameters``; version 4 ignores them and silently uses its default base of
+    10,000.
     """
     config = dict(config)
     rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:  # not the nested form by kind of layer
+    if isinstance(rope, dict) and "rope_theta" in rope:  # not the form that is nested by layer type
         config["rope_theta"] = rope["rope_theta"]
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
@@ -372,23 +371,23 @@ def both_versions(config: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def verify(folder: Path, trained: nn.Module, read: Read, dtype: torch.dtype) -> float:
-    """Open the folder as a user will and compare its logits with the trainer's; the largest difference.
+    """Open the folder as a user would, and compare its logits with the trainer's. Returns the largest difference.
 
     Args:
         trained: its parameters may be empty; they get their weights layer by layer.
-        read: the weights.
+        read: reads a weight by name.
 
     Raises:
         FaultError: they differ by more than :data:`LOGITS_TOLERANCE`.
     """
     opened: Any = load.open_export(folder)
-    # As in training; not every family takes the cache
+    # As in training; not every family supports the cache.
     opened.config.use_cache = opened.config.get_text_config().use_cache = False
     vocabulary = opened.config.get_text_config().vocab_size
     reference: Any = trained.eval()
     length = min(64, context_length(trained) or 64)
     ids = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
-    # The same rounding as in the file: of parameters. Buffers (rotary frequencies) are not in it.
+    # Round the parameters as in the file. Buffers (rotary frequencies) are not in the file.
     with layer_by_layer(reference, lambda name: read(name).detach().to(dtype).float()):
         expected = reference(input_ids=ids).logits[..., :vocabulary]
     got = opened.eval()(input_ids=ids).logits
@@ -401,10 +400,10 @@ def verify(folder: Path, trained: nn.Module, read: Read, dtype: torch.dtype) -> 
 
 
 def push(folder: str | os.PathLike[str], repository: str, *, private: bool = True) -> str:
-    """Upload an export to the Hugging Face Hub; the address of the model.
+    """Upload an export to the Hugging Face Hub. Returns the address of the model.
 
     Raises:
-        RequestError: no such repository, no token, or no connection.
+        RequestError: there is no such repository, no token, or no connection.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

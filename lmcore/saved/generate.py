@@ -1,8 +1,8 @@
 """Generating text from any module that returns logits.
 
-The same seed gives the same text on any device with the same logits. Characters are never shown half (a piece of a
-byte-fallback tokenizer may be one byte of three), ids that only pad the vocabulary are never drawn, and the model's
-training mode is left as it was.
+The same seed gives the same text on any device with the same logits. Incomplete characters are never shown (a piece of a
+byte-fallback tokenizer may be one byte of three), ids that only pad the vocabulary are never sampled, and the model's
+training mode is restored.
 
 Example::
 
@@ -33,7 +33,7 @@ from lmcore.saved.weights import device_of
 
 _HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _MOST_HELD_TOKENS = 8
-"""A UTF-8 character has at most 4 bytes; what is still incomplete after more tokens is shown as it is."""
+"""A UTF-8 character has at most 4 bytes; text that is still incomplete after this many tokens is shown as it is."""
 
 
 def generate(
@@ -51,7 +51,7 @@ def generate(
     forward: Callable[..., Any] | None = None,
     agree: Callable[[Callable[[], int]], int] = lambda choice: choice(),
 ) -> list[str]:
-    """The continuation of each prompt. Arguments, errors as for :func:`stream`.
+    """The continuation of each prompt. Arguments and errors are those of :func:`stream`.
 
     A prompt's continuation does not depend on the other prompts.
 
@@ -94,23 +94,23 @@ def stream(
         model: a transformers model, a :class:`~lmcore.model.module.ModelWithLoss`, or any module that takes
             ``input_ids`` (1, T) and returns logits (1, T, V), alone or as ``.logits`` or first field.
         tokenizer: :class:`lmcore.data.tokenizer.tokenizer.Tokenizer`.
-        prompt: empty: the start of a document.
-        max_tokens: of the continuation.
+        prompt: empty for the start of a document.
+        max_tokens: largest number of tokens in the continuation.
         temperature: 0 is greedy: always the most probable token.
-        top_k: draw from the k most probable tokens; 0: from all.
-        top_p: draw from the fewest tokens that hold this much probability (Holtzman et al. 2019,
+        top_k: sample from the k most probable tokens; 0: from all.
+        top_p: sample from the smallest set of tokens with at least this probability (Holtzman et al. 2019,
             arXiv:1904.09751); 1: from all.
         repetition_penalty: positive logits of tokens in the window are divided by it, negative ones multiplied
             (Keskar et al. 2019, arXiv:1909.05858); 1: none.
-        seed: of the draws. The prompt enters too, so that a prompt is continued alike in any list of prompts.
-        stop_at_eos: end with the document.
-        forward: called instead of ``model``, whose weights several ranks hold together.
-        agree: gets the choice of the next token, and returns the token; where ranks compute together it must be the same on
-            all of them, so that they stop together.
+        seed: seed for sampling. It is combined with the prompt, so that a continuation does not depend on other prompts.
+        stop_at_eos: stop at the end of the document.
+        forward: called instead of ``model`` if several ranks share its weights.
+        agree: called with a function that chooses the next token; returns the token. If ranks compute together, it must
+            return the same on all of them, so that they stop together.
 
     Raises:
-        RequestError: at once for a setting out of range or a prompt that is not valid Unicode; later for
-            logits that are not finite.
+        RequestError: immediately for a setting out of range or a prompt that is not valid Unicode; later for logits that
+            are not finite.
     """
     if tokenizer is None:
         raise RequestError("this model has no tokenizer: generate tokens with the model itself")
@@ -138,7 +138,7 @@ def stream(
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """How the next token is chosen from logits. Arguments as for :func:`stream`.
+    """How the next token is chosen from logits. The arguments are those of :func:`stream`.
 
     Raises:
         RequestError: a setting out of range.
@@ -168,8 +168,8 @@ def _continued(
 ) -> Iterator[str]:
     ids = list(tokenizer.encode(prompt)) or [tokenizer.eos_id]  # every document begins after an EOS
     start = len(ids)
-    shown = start  # ids before it have been shown
-    # Decoding starts here: a piece may depend on its neighbours, not on the far past
+    shown = start  # ids before this index have been shown
+    # Decoding starts here: a piece may depend on its neighbours, but not on distant ones.
     anchor = max(0, start - 4)
     for token in tokens(ids):
         if stop_at_eos and token == tokenizer.eos_id:
@@ -193,12 +193,12 @@ def _tokens(
     agree: Callable[[Callable[[], int]], int],
     prompt: Sequence[int],
 ) -> Iterator[int]:
-    """Token after token, by :func:`choose`. When the model's context is full, the older half is dropped."""
+    """Yield token after token, chosen by :func:`choose`. When the model's context is full, the older half is dropped."""
     if isinstance(model, ModelWithLoss):
         model = model.model
     device = device_of(model)
     context = context_length(model)
-    cached = hasattr(model, "prepare_inputs_for_generation")  # a transformers model: keys and values are kept
+    cached = hasattr(model, "prepare_inputs_for_generation")  # transformers models keep keys and values
     window = list(prompt)
     fresh = window
     memory: Any = None
@@ -217,13 +217,14 @@ def _tokens(
             except ValueError:
                 if not cached or memory is not None:
                     raise
-                # A family may refuse a cache, one of linear attention alone does; without, it says what else is wrong
+                # A family may not support a cache, such as one with only linear attention: try again without it. If the cache
+                # was not the problem, this raises again.
                 cached = False
                 outputs = (forward or model)(input_ids=inputs["input_ids"])
         memory = getattr(outputs, "past_key_values", None)
         cached = cached and memory is not None  # a family without a cache: the whole window each time
         logits = _logits(outputs)[0, -1].float().cpu()
-        # Pretrained weights may have more ids than their tokenizer
+        # Pretrained weights may have more ids than their tokenizer.
         logits = logits[: getattr(model, "real_vocab_size", None)][:vocab_size]
         token = agree(functools.partial(choose, logits, draw, window))
         yield token
@@ -233,7 +234,7 @@ def _tokens(
 
 @contextmanager
 def _inference_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients or compilation (each length would compile again); undone afterwards."""
+    """Context with evaluation mode, and without gradients and compilation (every new length would compile again)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -251,7 +252,7 @@ def choose(logits: Tensor, draw: Draw, window: Sequence[int] = ()) -> int:
         window: ids that the repetition penalty applies to.
 
     Raises:
-        RequestError: no finite logit.
+        RequestError: there is no finite logit.
     """
     if not bool(torch.isfinite(logits.max())):
         raise RequestError(
@@ -269,13 +270,13 @@ def choose(logits: Tensor, draw: Draw, window: Sequence[int] = ()) -> int:
     else:
         kept, order = logits.sort(descending=True)
     scaled = kept / draw.temperature
-    # A tiny temperature: relative to the largest logit nothing overflows
+    # With a tiny temperature this overflows; relative to the largest logit it does not.
     if not bool(torch.isfinite(scaled[0])):
         scaled = ((kept - kept[0]).double() / draw.temperature).float()
     probabilities = torch.softmax(scaled, 0)
     if draw.top_p < 1:
         before = probabilities.cumsum(0) - probabilities
-        probabilities[before >= draw.top_p] = 0  # the first one always stays
+        probabilities[before >= draw.top_p] = 0  # the most probable token always stays
     return int(order[torch.multinomial(probabilities, 1, generator=draw.generator)])
 
 

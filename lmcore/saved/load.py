@@ -1,7 +1,7 @@
 """Opening what a run has saved: a run folder, one of its checkpoints, or an export.
 
-Every tensor is compared with its hash before it is used, the tokenizer with the fingerprint in the checkpoint. Nothing
-is unpickled, no code that a folder names is run, and nothing on disk changes.
+The hash of every tensor is verified before it is used, and the tokenizer's fingerprint is compared with that in the checkpoint.
+Nothing is unpickled, code that a folder names is never run, and nothing on the disk changes.
 
 Example::
 
@@ -39,9 +39,9 @@ from lmcore.process import available_bytes
 from lmcore.saved.weights import Read, fitting, give_weights, layer_by_layer, own_tensors
 
 EXPORT_RECORD: Final = "lmcore_export.json"
-"""Marks an export of lmcore (only such a folder is ever replaced) and holds the hashes of its files."""
+"""This file marks an export of lmcore (only such a folder is ever replaced) and contains the hashes of its files."""
 _MOST_LAYERS: Final = 2_000
-"""A model with more layers than this and than tensors in its files is refused before it is built."""
+"""A model with more layers than this, and more layers than tensors in its files, is refused before it is built."""
 _LARGEST_JSON_BYTES: Final = 64 << 20
 
 
@@ -52,12 +52,12 @@ class Saved:
 
     Attributes:
         model: on its device, in evaluation mode.
-        tokenizer: ``None`` for a run of the user's own data that has none.
+        tokenizer: ``None`` for a run on the user's own data without a tokenizer.
         path: the folder of the checkpoint or export.
         kind: ``checkpoint`` or ``export``.
         step: ``None`` for an export.
-        run_dir: ``None`` for an export that has left its run folder.
-        eos: whether the texts it was trained on had the end-of-sequence token after each document.
+        run_dir: ``None`` for an export outside its run folder.
+        eos: whether every document of the training text ended with the end-of-sequence token.
         document_mask: whether it was trained without attention between the documents of a block.
     """
 
@@ -85,20 +85,20 @@ def load_model(
 
     Args:
         path: a run folder, a checkpoint folder, or an export.
-        checkpoint: of a run folder: ``auto`` (the newest good one), ``best``, or a step.
-        device: default: the first GPU, else the CPU.
+        checkpoint: for a run folder: ``auto`` (the newest good one), ``best``, or a step.
+        device: default: the first GPU, or the CPU if there is none.
         dtype: of the parameters.
-        weights: ``model``, or ``ema`` for the moving average where the run kept one (checkpoints only).
-        factory: for a model of your own: the function, or its ``module:function``. A checkpoint only says which
-            one it was; what is in a file must not decide which code runs.
-        note: gets one line for each damaged checkpoint that was skipped.
+        weights: ``model``, or ``ema`` for the moving average if the run kept one (checkpoints only).
+        factory: for your own model: the function, or its ``module:function``. A checkpoint only names it, because the
+            content of a file must not decide which code runs.
+        note: called with one line for each damaged checkpoint that was skipped.
 
-    A checkpoint of several ranks whose weights together need more memory than is free on the device stays in its files:
-    each decoder layer is read from them whenever it computes, which is slow, and said by ``note``.
+    If the weights of a checkpoint of several ranks need more memory than is free on the device, they stay in the files, and
+    each decoder layer is read whenever it computes. This is slow, and reported by ``note``.
 
     Raises:
-        RequestError: nothing usable there, damaged files, another tokenizer than the one trained with, or a model
-            that cannot be built again.
+        RequestError: there is nothing usable, files are damaged, the tokenizer is not the one trained with, or the model
+            cannot be built.
 
     Example::
 
@@ -116,7 +116,7 @@ def load_model(
     step: int | None = None
     run_dir: Path | None = folder.parent
     if kind == "checkpoint":
-        # A checkpoint that was found in a run folder has just been verified; one given by its path has not.
+        # A checkpoint that was found in a run folder has just been verified; one that was given by its path has not.
         given = Path(os.path.abspath(path)) == folder
         with contextlib.ExitStack() as stack:
             opened = stack.enter_context(reader.open_checkpoint(folder, verify_bytes=given))
@@ -137,7 +137,7 @@ def load_model(
                 f"{folder} is an export, which has one set of weights: leave --weights {weights} out"
             )
         model, tokenizer = open_export(folder).to(device=device, dtype=dtype), _tokenizer(folder)
-        # A folder of transformers, from anywhere, has no record
+        # A transformers folder from another program has no record.
         record = _json_object(folder / EXPORT_RECORD) if (folder / EXPORT_RECORD).is_file() else {}
         reading = _reading(record.get("data"))
         if not (folder.parent / "metrics.jsonl").exists():
@@ -163,14 +163,14 @@ def load_model(
 
 
 def reading_of(opened: Checkpoint) -> dict[str, bool]:
-    """``data.eos`` and ``data.document_mask`` of the run, by their last names: how its model expects to be given text."""
+    """The run's ``data.eos`` and ``data.document_mask`` (as ``eos`` and ``document_mask``): how the model expects its input."""
     config = opened.state.get("config")
     found = config if isinstance(config, Mapping) else {}
     return _reading({name: found.get(f"data.{name}") for name in ("eos", "document_mask")})
 
 
 def _reading(found: Any) -> dict[str, bool]:
-    """With the defaults of a training in place of what an older version did not write down."""
+    """The two options; what an older version did not record gets the default of a training."""
     known = found if isinstance(found, Mapping) else {}
     return {"eos": known.get("eos") is not False, "document_mask": known.get("document_mask") is True}
 
@@ -181,12 +181,12 @@ def resolve(
     """(``checkpoint`` or ``export``, its folder) for a run folder, a checkpoint or an export.
 
     Args:
-        checkpoint: of a run folder: ``auto`` (the newest good one), ``best``, or a step.
+        checkpoint: for a run folder: ``auto`` (the newest good one), ``best``, or a step.
 
     Raises:
-        RequestError: nothing usable there.
+        RequestError: there is nothing usable.
     """
-    folder = Path(os.path.abspath(path))  # links stay: what is beside a linked checkpoint is beside the link
+    folder = Path(os.path.abspath(path))  # links are kept: a linked checkpoint belongs to the run of the link
     if not folder.is_dir():
         raise RequestError(
             f"{path}: no such folder; give a run folder, a checkpoint or an export{runs_near(path)}"
@@ -210,7 +210,7 @@ def resolve(
     except RequestError:
         if checkpoint != "best":
             raise
-        # The run was not told to keep the best: the validation loss of its checkpoints decides.
+        # The run did not keep the best checkpoints, so choose by the validation loss.
         found = reader.find(checkpoints, checkpoint, metric="loss", mode="min", repair=False, note=note)
     if found is not None:
         found.close()
@@ -227,7 +227,7 @@ def resolve(
 def describe(
     model: nn.Module, *, factory: str | None = None, arguments: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What :func:`model_of` needs to build this model again: JSON, kept in every checkpoint as ``model``.
+    """What :func:`model_of` needs to rebuild this model, as JSON; every checkpoint stores it as ``model``.
 
     Args:
         model: as built by :func:`lmcore.model.build.build_model`.
@@ -241,7 +241,7 @@ def describe(
     return {
         "kind": "transformers",
         "class": model.__class__.__name__,
-        # to_dict leaves out nothing that from_dict needs; its JSON form turns dtypes into strings.
+        # to_dict has everything that from_dict needs; its JSON form turns dtypes into strings.
         "config": json.loads(config.to_json_string(use_diff=False)),  # type: ignore[union-attr, operator]
         "real_vocab_size": getattr(model, "real_vocab_size", None),
         **({"lora": model.lora} if hasattr(model, "lora") else {}),
@@ -249,11 +249,11 @@ def describe(
 
 
 def _too_large(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> str:
-    """Why the weights cannot all be in the memory of the device; empty if they can, or need none."""
+    """Why the weights do not fit into the memory of the device; empty if they do, or need none."""
     description = opened.state.get("model")
     if not isinstance(description, Mapping) or description.get("kind") == "factory":
         return ""
-    mapped = device.type == "cpu" and dtype is torch.float32  # what lies whole in a file needs no memory
+    mapped = device.type == "cpu" and dtype is torch.float32  # whole tensors in a file are then only mapped
     needed = sum(
         math.prod(stored.shape) * dtype.itemsize
         for name in opened.keys("model")
@@ -268,7 +268,7 @@ def _too_large(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> 
 def _layered(
     opened: Checkpoint, stack: contextlib.ExitStack, *, weights: str, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """The model with its layers in the files, as long as ``stack`` is open."""
+    """The model, whose layers are read from the files as long as ``stack`` is open."""
     model = structure_of(opened)
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -288,9 +288,8 @@ def model_of(
 ) -> nn.Module:
     """The model of an open checkpoint, with its padded vocabulary, in evaluation mode.
 
-    A weight that lies in one file whole is a view of that file; one that several ranks have written is put together in
-    memory. The model of a factory gets copies. With ``device`` the weights are moved there one by one (not those of a
-    factory).
+    A weight that is stored in one file is a view of that file; one that several ranks have written is assembled in memory. The
+    model of a factory gets copies. With ``device`` the weights are moved there one by one (except those of a factory).
 
     Raises:
         RequestError: the model cannot be built, or does not fit the tensors.
@@ -302,7 +301,7 @@ def model_of(
     where = str(opened.path)
     model = empty_model(dict(description), shapes=opened.shapes("model"), factory=factory, where=where)
     if description.get("kind") == "factory":
-        # Copied: the model may hold its tensors elsewhere, too.
+        # Copied in place, because the model may also refer to its tensors elsewhere.
         load_weights(model, tensors_of(opened, weights=weights), where)
     else:
         tensors = ((name, tensor.to(device)) for name, tensor in tensors_of(opened, weights=weights))
@@ -334,7 +333,7 @@ def _refuse_no_average(opened: Checkpoint, weights: str) -> None:
 
 
 def reader_of(opened: Checkpoint, model: nn.Module, *, weights: str = "model") -> Read:
-    """Reads the weights of ``model`` from a checkpoint, one at a time, as float32.
+    """A function that reads the weights of ``model`` from a checkpoint, one at a time, as float32.
 
     Raises:
         RequestError: a weight is missing, or there is no moving average.
@@ -360,16 +359,16 @@ def empty_model(
     factory: str | Callable[..., nn.Module] | None = None,
     where: str = "this checkpoint",
 ) -> nn.Module:
-    """The model that :func:`describe` described, with empty parameters (the meta device) and buffers on the CPU; that of a
-    factory with the weights that it gives.
+    """The model that :func:`describe` described, with empty parameters (on the meta device) and buffers on the CPU. A model of
+    a factory has the weights that the factory gives it.
 
     Args:
-        shapes: name and shape of the weights that will be loaded. They are compared with the model's before any
-            memory is allocated for it: a configuration may ask for anything.
+        shapes: names and shapes of the weights that will be loaded. They are compared with the model's before any memory is
+            allocated for it, because a configuration could request any size.
         factory: as in :func:`load_model`.
 
     Raises:
-        RequestError: it is of a factory that the caller has not named, or cannot be built, or does not fit.
+        RequestError: the model is of a factory that the caller has not named, cannot be built, or does not fit the weights.
     """
     if description.get("kind") == "factory":
         named = description.get("factory")
@@ -395,7 +394,7 @@ def empty_model(
             return _transformers_model(description)
     except RequestError:
         raise
-    except Exception as error:  # a configuration from a file may break any line of transformers
+    except Exception as error:  # a configuration from a file may cause any error in transformers
         _cannot_build(where, f"{type(error).__name__}: {_one_line(error)}")
 
 
@@ -404,7 +403,7 @@ def _cannot_build(where: str, why: str) -> NoReturn:
 
 
 def _transformers_model(description: dict[str, Any]) -> nn.Module:
-    """Called where nothing has weights."""
+    """Build the transformers model. Called in a context in which parameters are created without memory."""
     from transformers import CONFIG_MAPPING
 
     values = dict(description["config"])
@@ -420,7 +419,7 @@ def _transformers_model(description: dict[str, Any]) -> nn.Module:
 
 
 def _refuse_deep(config: Any, tensors: int, where: str) -> None:
-    """Millions of layers take hours to build even without memory for their weights."""
+    """Refuse a model with too many layers: millions would take hours to build even without memory for their weights."""
     if not isinstance(config, Mapping):
         _cannot_build(where, "its configuration is no JSON object")
     for key, value in config.items():
@@ -439,7 +438,7 @@ def _refuse_misfit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], wher
 
 
 def tensors_of(opened: Checkpoint, *, weights: str = "model") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the weights; of ``ema`` those that have an average, and the others as they are."""
+    """(name, tensor) of the weights. For ``ema``, weights without an average are those of the model."""
     for name in opened.keys("model"):
         yield name, _weight(opened, name, weights)
 
@@ -453,10 +452,10 @@ def _weight(opened: Checkpoint, name: str, weights: str) -> Tensor:
 
 
 def load_weights(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], where: str) -> None:
-    """Copy named tensors into a model. Tied weights come once, under any of their names.
+    """Copy named tensors into a model. Tied weights are given once, under any of their names.
 
     Raises:
-        RequestError: a tensor has no place in the model, or a weight of the model is missing.
+        RequestError: the model has no weight for a tensor, or a weight of the model is missing.
     """
     own = own_tensors(model)
     missing = {id(p): name for name, p in model.named_parameters()}
@@ -476,7 +475,7 @@ def tokenizer_of(opened: Checkpoint, run_dir: Path, *, note: Callable[[str], Non
     """The tokenizer of a checkpoint's run, or ``None`` if the run has none (the user's own data).
 
     Args:
-        note: gets a line if it is not known which tokenizer the checkpoint was trained with.
+        note: called with a line if it is not known which tokenizer the checkpoint was trained with.
 
     Raises:
         RequestError: it is missing, or not the one that the checkpoint was trained with.
@@ -504,15 +503,15 @@ def tokenizer_of(opened: Checkpoint, run_dir: Path, *, note: Callable[[str], Non
 
 
 def _tokenizer_of_stores(opened: Checkpoint, run_dir: Path) -> str | None:
-    """The fingerprint of the tokenizer of a checkpoint of version 0.1.0, from the token stores that it read; ``None``
-    where they are not there any more."""
+    """The fingerprint of the tokenizer of a checkpoint of version 0.1.0, from the token stores that it used; ``None`` if they no
+    longer exist."""
     config, cursor = opened.state.get("config"), opened.state.get("cursor")
     if not isinstance(config, Mapping) or not isinstance(cursor, Mapping):
         return None
     stores = str(config.get("data.store_dir"))
     for start in re.findall(r":([0-9a-f]{16})(?=,|$)", str(cursor.get("fingerprint"))):
         for place in (Path(stores), run_dir / stores):
-            # No store there, or a damaged one
+            # There may be no store, or a damaged one.
             with contextlib.suppress(RequestError, OSError, ValueError, StopIteration):
                 return str(read_manifest(next(place.glob(f"*-{start}")))["identity"]["tokenizer"])
     return None
@@ -523,7 +522,7 @@ def _tokenizer(folder: Path) -> Any:
         return load_tokenizer(folder)
     except RequestError:
         raise
-    except Exception as error:  # files of a stranger may break any line of the libraries that read them
+    except Exception as error:  # untrusted files may cause any error in the libraries that read them
         raise RequestError(
             f"{folder}: its tokenizer cannot be opened: {type(error).__name__}: {_one_line(error)}"
         ) from error
@@ -559,7 +558,7 @@ def open_export(folder: Path) -> nn.Module:
         return _from_folder(folder)
     except RequestError:
         raise
-    except Exception as error:  # files of a stranger may break any line of transformers
+    except Exception as error:  # untrusted files may cause any error in transformers
         raise RequestError(
             f"{folder}: transformers cannot open it: {type(error).__name__}: {_one_line(error)}"
         ) from error
@@ -584,14 +583,14 @@ def _from_folder(folder: Path) -> nn.Module:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files of an export that decide what the model computes, by name."""
+    """SHA-256 of the files of an export that affect what the model computes, by name."""
     names = [path.name for path in folder.glob("*.safetensors")] + ["config.json", "tokenizer.json"]
     return {name: manifest.digest(folder / name) for name in sorted(names) if (folder / name).is_file()}
 
 
 def _compare_with_record(folder: Path) -> None:
     if not (folder / EXPORT_RECORD).is_file():
-        return  # a folder of transformers, from anywhere
+        return  # a transformers folder from another program
     listed = _json_object(folder / EXPORT_RECORD).get("files")
     if not isinstance(listed, Mapping):
         return  # an export of lmcore 0.1.0
@@ -605,7 +604,7 @@ def _compare_with_record(folder: Path) -> None:
 
 
 def _refuse_too_large(folder: Path, config: Mapping[str, Any]) -> None:
-    """Compare the size of the model with that of its files before memory is allocated for it."""
+    """Refuse a model that is larger than its files, before memory is allocated for it."""
     from transformers import CONFIG_MAPPING
     from transformers.initialization import no_init_weights
 

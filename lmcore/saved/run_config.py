@@ -1,4 +1,4 @@
-"""The configuration of a run folder, read as data: code that it names runs only if the user names it too."""
+"""Reads the configuration of a run folder as data: code that it names is run only if the user names it as well."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def read_run_config(
 ) -> RunConfig:
     """The configuration that a run was started with.
 
-    A run folder may come from somebody else, and ``os:system`` is an import path too. ``--config FILE`` is the other
-    case: a file that the user hands to lmcore to be followed.
+    A run folder may come from somebody else, and ``os:system`` is a valid import path. ``--config FILE`` is different, because
+    the user explicitly asks lmcore to follow that file.
 
     Args:
         trusted: import paths (``package.module:function``) that the user has named.
-        uses: options of :data:`CODE` whose code the caller is about to run; the others may name anything.
+        uses: options of :data:`CODE` whose code the caller will run; the others may name anything.
 
     Raises:
-        RequestError: no valid configuration there, or it names code that is not in ``trusted``.
+        RequestError: there is no valid configuration, or it names code that is not in ``trusted``.
     """
     path = run_dir / "config.yaml"
     if not path.is_file():

@@ -1,8 +1,7 @@
-"""Scoring a saved model on text: loss, perplexity and bits per byte, without a training.
+"""Scoring a saved model on text: loss, perplexity and bits per byte, without training.
 
-The arithmetic is that of the evaluation inside a run: every token once, tails included, sums first and one division; and
-text is given to the model as in its training (``data.eos``, ``data.document_mask``).
-Nothing stays on disk.
+The arithmetic is that of an evaluation during a run: every token is counted once, including tails, and sums are divided once at
+the end. The text is given to the model as in its training (``data.eos``, ``data.document_mask``). No files are left on the disk.
 
 Example::
 
@@ -41,23 +40,23 @@ class SingleProcess:
     """The part of an engine that :func:`lmcore.model.evaluate.evaluate` uses, for one process without training."""
 
     def __init__(self, module: ModelWithLoss, device: torch.device, precision: str) -> None:
-        # Not moved if it is there: layers that are read when they compute are nowhere until then
+        # Not moved if it is already there: layers that are read when they compute have no weights that could be moved.
         self.module = (module if device_of(module) == device else module.to(device)).eval()
         self.device = device
         self._precision = precision
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(loss_sum, count) of one micro-batch, tensors of one number each."""
+        """(loss_sum, count) of one micro-batch, both 0-d tensors."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
             return self.module(**batch)
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """The module is in evaluation mode anyway."""
+        """A no-op, because the module is always in evaluation mode."""
         yield
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """There is one rank."""
+        """The tensor itself, because there is only one rank."""
         return tensor
 
 
@@ -78,13 +77,13 @@ def score(
 
     Args:
         sets: name -> entries as in ``data.train``; the sources of one set are scored together.
-        block_size: tokens that the model sees at once; default: its context, at most 1,024, as in training.
+        block_size: number of tokens that the model sees at once; default: its context, at most 1,024, as in training.
         blocks: number of blocks to score of each set, spread over it; default: all.
         precision: ``fp32`` or ``bf16`` (autocast).
         task: makes a progress bar (:meth:`lmcore.report.report.Report.task`).
 
     Raises:
-        RequestError: no such text, blocks longer than the model's context, or a model without a tokenizer.
+        RequestError: a text does not exist, blocks are longer than the model's context, or the model has no tokenizer.
     """
     if saved.tokenizer is None:
         raise RequestError(

@@ -1,12 +1,11 @@
-"""Giving weights to a model that was built without them: all at once, or layer by layer while it computes.
+"""Loading weights into a model that was built without them: all at once, or layer by layer while it computes.
 
-The model has its parameters on the meta device and its buffers in memory
-(:func:`lmcore.model.build.without_weights`). A tensor that is a view of a file stays one: its pages are read when they are
-computed with, and the system can drop them again.
+The model has its parameters on the meta device and its buffers in memory (:func:`lmcore.model.build.without_weights`). A tensor
+that is a view of a file stays a view: its pages are read when they are used, and the system can drop them again.
 
 Example::
 
-    give_weights(model, tensors_of(opened), "runs/demo")      # all: as much memory as the files of a sharded run need
+    give_weights(model, tensors_of(opened), "runs/demo")      # all at once: memory only for weights in several files
     with layer_by_layer(model, read):                         # one decoder layer at a time
         logits = model(input_ids=ids).logits
 """
@@ -25,17 +24,17 @@ from lmcore.errors import RequestError
 from lmcore.model.module import decoder_layers
 
 Read = Callable[[str], Tensor]
-"""The whole weight of a name, as ``named_parameters`` of the model has it."""
+"""Returns the whole weight with a name, as in ``named_parameters`` of the model."""
 _Places = list[tuple[nn.Module, str, nn.Parameter]]
 
 
 def give_weights(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], where: str) -> None:
-    """Put named tensors in the place of a model's parameters, without a copy; buffers are copied into.
+    """Replace a model's parameters by named tensors without a copy; buffers are copied in place.
 
-    Tied weights come once, under any of their names. A tensor of another type than the parameter is converted.
+    Tied weights are given once, under any of their names. A tensor with another dtype than the parameter is converted.
 
     Raises:
-        RequestError: a tensor has no place in the model, or a weight of the model is missing.
+        RequestError: the model has no weight for a tensor, or a weight of the model is missing.
     """
     own = own_tensors(model)
     places: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -57,21 +56,21 @@ def give_weights(model: nn.Module, tensors: Iterator[tuple[str, Tensor]], where:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model computes: of its weights that are there, also while its layers have none."""
+    """The device on which the model computes: that of its loaded weights, even while its layers have none."""
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters under all of their names, and buffers."""
+    """The parameters, each under all its names, and the buffers."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
 
 def fitting(own: dict[str, Tensor], name: str, shape: Sequence[int], where: str) -> Tensor:
-    """The tensor of a model that a stored one of this name and shape belongs to.
+    """The tensor of a model that corresponds to a stored one with this name and shape.
 
     Raises:
-        RequestError: there is none of this name, or it has another shape.
+        RequestError: the model has no tensor with this name, or it has another shape.
     """
     target = own.get(name)
     if target is None or tuple(target.shape) != tuple(shape):
@@ -82,9 +81,9 @@ def fitting(own: dict[str, Tensor], name: str, shape: Sequence[int], where: str)
 
 @contextlib.contextmanager
 def layer_by_layer(model: nn.Module, read: Read) -> Iterator[None]:
-    """Inside, the model computes although its parameters are empty: each decoder layer gets its weights before it computes
-    and loses them afterwards. What is outside of the layers (embedding, head) has its weights all the time, as has a
-    model that has no layers.
+    """Context in which a model with empty parameters can compute: each decoder layer gets its weights before it computes and
+    loses them afterwards. Weights outside the layers (embedding, head) are loaded all the time, and so are all weights of a
+    model without decoder layers.
 
     Args:
         read: called again whenever a layer computes.
