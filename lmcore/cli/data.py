@@ -1,6 +1,6 @@
 """The commands about the data of a run: ``prepare``, ``inspect``, ``tokenizer``, ``order``, ``stores``.
 
-The first three take the options of ``train_lm.py``, so that they read exactly the text of that run.
+The first three accept the options of ``train_lm.py``, so that they read exactly the text of that run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lmcore.config.schema import RunConfig
 
 MOST_POSITIONS = 1_000_000
-"""Positions that ``order`` shows at once."""
+"""Largest number of positions that ``order`` shows at once."""
 
 
 def prepare(words: list[str]) -> None:
@@ -60,14 +60,14 @@ def prepare(words: list[str]) -> None:
 
 
 def _one_at_a_time(lock: Path, work: Callable[[], Any]) -> Any:
-    """Run ``work`` under a lock: the second process finds the tokenizer trained."""
+    """Run ``work`` under a lock, so that a second process finds the tokenizer already trained."""
     from lmcore.disk import DISK
 
     DISK.makedirs(lock.parent)
-    # A link there could lead anywhere
+    # O_NOFOLLOW, because a link could lead anywhere.
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
-        with contextlib.suppress(OSError):  # no locks there: two at once train it twice
+        with contextlib.suppress(OSError):  # if locks are not supported, two processes train it twice
             fcntl.lockf(descriptor, fcntl.LOCK_EX)
         return work()
     finally:
@@ -111,15 +111,16 @@ def inspect(words: list[str]) -> None:
 
 
 _TRIAL_BYTES = 4_000_000
-"""Text for the tokenizer that ``inspect`` counts with: it is trained in seconds, also on text without spaces."""
+"""Amount of text for the tokenizer that ``inspect`` counts with, so that training it takes seconds even for text without
+spaces."""
 
 
 def _trial_tokenizer(config: RunConfig) -> tuple[Any, str]:
-    """A tokenizer like the run's, trained on a sample and not saved; and a note about it."""
+    """A tokenizer like the run's, trained on a sample and not saved, and a note about it."""
     from lmcore.run import setup
 
     small = min(config.tokenizer.sample_bytes, _TRIAL_BYTES)
-    forgiving = replace(config.data, on_error="skip")  # broken records are counted and shown below
+    forgiving = replace(config.data, on_error="skip")  # inspect itself counts and shows broken records
     try:
         made = setup.train_tokenizer(
             replace(config, data=forgiving, tokenizer=replace(config.tokenizer, sample_bytes=small)),
@@ -143,9 +144,9 @@ def tokenizer(words: list[str]) -> None:
         raise RequestError("tokenizer needs a subcommand: lmcore tokenizer train --data.train ...")
     words = words[1:]
     out = taken(words, "out")
-    if out == "":  # a variable of the shell that is not set
+    if out == "":  # for example an unset shell variable
         raise RequestError("--out must not be empty: give a folder, or leave it out")
-    # A tokenizer is trained here whatever the run would use.
+    # This command trains a tokenizer regardless of which one the run would use.
     config = configured(
         words, "tokenizer train [--out FOLDER]", "Validation text is not used.", allow_idle=True
     )
@@ -227,7 +228,7 @@ def order(words: list[str]) -> None:
 
 
 def _states(run: Path) -> list[tuple[Any, dict[str, Any]]]:
-    """The cursors and states of the checkpoints, oldest first; the last cursor knows all skipped positions.
+    """The cursors and states of the checkpoints, oldest first; the last cursor has all skipped positions.
 
     Raises:
         RequestError: a checkpoint has no valid cursor.
@@ -249,7 +250,7 @@ def _states(run: Path) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def _sizes_of(config: Any, data: Any, cursor: Any, state: dict[str, Any]) -> Any:
-    """The blocks of every step, as the run plans them at its newest checkpoint."""
+    """The number of blocks of every step, according to the run's plan at its newest checkpoint."""
     from lmcore.run.budget import horizon
 
     return horizon(
@@ -266,10 +267,10 @@ def _sizes_of(config: Any, data: Any, cursor: Any, state: dict[str, Any]) -> Any
 
 
 def _logged_positions(run: Path, step: int) -> tuple[int, int]:
-    """Where a step began and ended, by the lines of metrics.jsonl for it and the step before it.
+    """The positions at which a step began and ended, from the records in metrics.jsonl of this step and the one before.
 
     Raises:
-        RequestError: they were not logged.
+        RequestError: one of the two steps was not logged.
     """
     from lmcore.report.metrics import read_metrics
 
@@ -308,7 +309,7 @@ def _positions(asked: argparse.Namespace, run: Path, sizes: Any, skips: Any) -> 
     position = _position_after(steps.blocks_before(asked.step - 1), skips)
     found = next_positions(position, steps.batch_of(asked.step - 1), skips)[0]
     end = sizes.end_position
-    read = found if end is None else found[found < end]  # what fills up the last step has no labels
+    read = found if end is None else found[found < end]  # blocks that fill up the last step have no labels
     return read if len(read) else found
 
 

@@ -1,6 +1,6 @@
 """``lmcore doctor``: check this machine and name the remedy for each problem.
 
-It changes nothing and needs no GPU and no network. A check that cannot be made says so instead of failing.
+It changes nothing and needs neither a GPU nor a network. A check that cannot be made reports this instead of failing.
 
     >>> for finding in examine():
     ...     print(finding.line())
@@ -41,7 +41,7 @@ FLOORS = {  # package -> (lowest version, why)
 @final
 @dataclass(frozen=True)
 class Finding:
-    """``state``: ``ok``, ``note`` (good to know), ``warn`` (may hurt), ``bad`` (will not work)."""
+    """The result of a check. ``state``: ``ok``, ``note`` (information), ``warn`` (may cause problems), ``bad`` (will not work)."""
 
     state: Literal["ok", "note", "warn", "bad"]
     name: str
@@ -49,13 +49,13 @@ class Finding:
     remedy: str = ""
 
     def line(self) -> str:
-        """One line for a person."""
+        """The finding as one line of text."""
         mark = {"ok": "ok  ", "note": "note", "warn": "WARN", "bad": "BAD "}[self.state]
         return f"{mark}  {self.name:<22} {self.value}" + (f"\n      -> {self.remedy}" if self.remedy else "")
 
 
 EXIT_COMPLAINTS = 1
-"""``doctor`` has found something that will not work."""
+"""Exit code if ``doctor`` has found something that will not work."""
 
 
 def doctor(words: list[str]) -> int:
@@ -73,7 +73,7 @@ def doctor(words: list[str]) -> int:
 
 
 def examine(folder: str | os.PathLike[str] = ".") -> list[Finding]:
-    """All findings; ``folder`` is where runs and token stores will be written."""
+    """All findings; ``folder`` is the folder for runs and token stores."""
     checks: list[Callable[[Path], Iterator[Finding]]] = [
         _python, _packages, _gpu, _distributed, _compilers, _processor, _memory, _disk, _limits, _launcher,
     ]  # fmt: skip
@@ -81,7 +81,7 @@ def examine(folder: str | os.PathLike[str] = ".") -> list[Finding]:
     for check in checks:
         try:
             found += check(Path(folder))
-        # A broken installation breaks in its own way; the other checks still count.
+        # A broken installation may raise anything; the other checks are still useful.
         except Exception as error:
             name = check.__name__.removeprefix("_")
             found.append(Finding("warn", name, f"could not be checked: {type(error).__name__}: {error}"))
@@ -151,8 +151,8 @@ def _gpu(folder: Path) -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         one = torch.cuda.get_device_properties(index)
         yield Finding("ok", f"GPU {index}", f"{one.name}, {one.total_memory / GIB:.0f} GiB")
-        # A build runs on its own and on newer minor versions; what is newer than all, or older, it cannot
-        # serve.
+        # A build for a compute capability also runs on newer minor versions, but not on GPUs that are older or newer than
+        # all capabilities it was built for.
         if built_for and not min(built_for) <= 10 * one.major + one.minor <= max(built_for) + 9:
             value = f"compute capability {one.major}.{one.minor}, torch is built for {built_for}"
             yield Finding("bad", f"GPU {index}", value, "install another build of torch")
@@ -187,7 +187,7 @@ def _distributed(folder: Path) -> Iterator[Finding]:
 
 
 def _compilers(folder: Path) -> Iterator[Finding]:
-    """What torch.compile and DeepSpeed's native operators are built with at run time."""
+    """The tools with which torch.compile and DeepSpeed's native operators are built at run time."""
     from lmcore.engine.launch import cpp_compiler, python_header
 
     compiler = cpp_compiler()
@@ -321,7 +321,7 @@ def _run(*command: str) -> str:
 
 
 def _file_system(place: Path) -> str:
-    """The type of the file system that holds ``place``: the longest mount point above it counts."""
+    """The type of the file system of ``place``, which is that of the longest mount point above it."""
     best, kind = "", "unknown"
     for line in Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines():
         point, name = line.split()[1:3]

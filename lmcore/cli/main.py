@@ -1,8 +1,9 @@
 """The command ``lmcore`` (also ``python -m lmcore``): everything around a training run.
 
 Each command imports only what it needs, so that ``--help`` appears at once. ``train``, ``prepare``, ``inspect``,
-``tokenizer`` and ``plan`` take the options of ``train_lm.py``. Exit codes: 0; 2 for a wrong request or a place
-that cannot be read or written; 70 for a fault of data or disk. Errors are one line without a traceback (``--debug`` shows it).
+``tokenizer``, ``plan`` and ``size`` accept the options of ``train_lm.py``. Exit codes: 0; 2 for a wrong request, or a file or
+folder that cannot be read or written; 70 for a fault of data or disk. Errors are one line without a traceback (``--debug``
+shows it).
 
     lmcore generate runs/demo --prompt 'def '
 """
@@ -47,7 +48,7 @@ COMMANDS = {
     "schema": ("options", "print the JSON schema of the configuration, for editors"),
     "completion": ("options", "print a completion script for bash or zsh"),
 }
-"""Command -> the module of ``lmcore.cli`` with the function of that name, and a line for the overview."""
+"""Command -> the module of ``lmcore.cli`` with the function of the same name, and a line for the overview."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,11 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return EXIT_FINISHED
         module = importlib.import_module(f"lmcore.cli.{COMMANDS[words[0]][0]}")
-        # The run is a process of its own, which must be told.
+        # train starts another process, which needs the option as well.
         passed_on = ["--debug"] if debug and words[0] == "train" else []
         with _clearing_up() if COMMANDS[words[0]][0] == "saved" else nullcontext():
             code: int | None = getattr(module, words[0])([*words[1:], *passed_on])
-        if words[0] not in ("train", "size"):  # these go on without; what they find is in files
+        if words[0] not in ("train", "size"):  # these write their results to files
             _require_output()
         return code or EXIT_FINISHED
     except (RequestError, FaultError) as error:
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except OSError as error:  # a folder of somebody else, a file system that is full or read-only
+    except OSError as error:  # no permission, or a file system that is full or read-only
         if debug:
             raise
         failure = of_disk(error)
@@ -102,12 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _clearing_up() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP end this process as Ctrl-C does: half an export and temporary token stores are removed."""
+    """Context in which SIGTERM and SIGHUP end this process by an exception, like Ctrl-C, so that an incomplete export and
+    temporary token stores are removed."""
 
     def leave(number: int, _frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    # Under nohup SIGHUP is ignored, and stays so
+    # Under nohup SIGHUP is ignored, and must stay ignored.
     taken = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is signal.SIG_DFL]
     for number in taken:
         signal.signal(number, leave)
@@ -119,7 +121,7 @@ def _clearing_up() -> Iterator[None]:
 
 
 def _require_output() -> None:
-    """Raises ``FaultError`` if standard output took only a part, as on a full disk; what a reader left (`... | head`) is no loss."""
+    """Raise ``FaultError`` if standard output is incomplete, as on a full disk. A closed pipe (`... | head`) is not an error."""
     sys.stdout.flush()
     lost = getattr(sys.stdout, "failure", None)
     if lost and not lost.startswith("BrokenPipeError"):

@@ -1,4 +1,4 @@
-"""Commands about the options themselves, and what other commands share that take the options of ``train_lm.py``."""
+"""Commands about the options themselves, and helpers for the commands that accept the options of ``train_lm.py``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def configured(words: list[str], command: str, summary: str, *, allow_idle: bool = False) -> RunConfig:
-    """The configuration of the command line, as ``train_lm.py`` would read it. ``--help`` prints and exits.
+    """The configuration from the command line, as ``train_lm.py`` would read it. ``--help`` prints and exits.
 
     Args:
         allow_idle: as in :func:`lmcore.config.parse.parse`.
@@ -145,7 +145,7 @@ def _type_schema(kind: Any) -> dict[str, Any]:
 
 
 TRAINING = ("train", "inspect", "tokenizer", "prepare", "plan", "size")
-"""Commands that take the options of ``train_lm.py``, too."""
+"""Commands that accept the options of ``train_lm.py``."""
 
 
 def completion(words: list[str]) -> None:
@@ -197,7 +197,7 @@ complete -F _lmcore lmcore
 
 
 def own_options(command: str) -> list[str]:
-    """The options that the help of a command names, beside those of ``train_lm.py``."""
+    """The options in the help of a command, in addition to those of ``train_lm.py``."""
     from lmcore.cli.main import COMMANDS
 
     if command in ("schema", "completion"):

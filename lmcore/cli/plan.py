@@ -1,7 +1,7 @@
 """``lmcore plan`` and ``--dry_run``: parameters, steps, memory and time of a run from its configuration alone.
 
-No weights are allocated and no text is read; ``--tokenize`` counts the tokens of the text, and only ``--probe`` trains:
-two steps that leave nothing but their numbers.
+No weights are allocated and no text is read, except that ``--tokenize`` counts the tokens of the text and ``--probe`` trains
+two steps, of which only the measurements are kept.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def plan(words: list[str]) -> None:
         config,
         processes=int(processes) if processes.isdecimal() and len(processes) < 10 and int(processes) else 1,
     )
-    display = tasks()  # first: it tells the libraries to be quiet
+    display = tasks()  # first, because it silences the libraries
     from lmcore.run import setup
 
     opened = partial(
@@ -64,7 +64,7 @@ def plan(words: list[str]) -> None:
     rows_of = probe_rows if probed else plan_rows
     rows = rows_of(config, given, open_data=opened, note=display.note)
     display.close()
-    if rows:  # under a launcher one process speaks
+    if rows:  # under a launcher only one process prints
         print(table([*rows, disk(run_dir_of(config))]))
 
 
@@ -79,7 +79,7 @@ def plan_rows(
 
     Args:
         given: the options of :data:`USAGE` with their values as text.
-        open_data: opens the data of the run; called with ``--tokenize`` and for a dataset of the user's own.
+        open_data: opens the data of the run; called for ``--tokenize`` and for the user's own dataset.
 
     Raises:
         RequestError: the run itself would be refused.
@@ -95,9 +95,9 @@ def probe_rows(
     open_data: Callable[[], Any],
     note: Callable[[str], None] = print,
 ) -> Rows:
-    """:func:`plan_rows` with what two real steps on this machine say; under a launcher every rank calls it.
+    """:func:`plan_rows` with the measurements of two real steps on this machine. Under a launcher every rank calls it.
 
-    Their numbers are kept in the run folder, for the run's report.
+    The measurements are saved in the run folder, for the run's report.
     """
     from lmcore.plan import probe
     from lmcore.run import setup
@@ -222,12 +222,12 @@ class _PlannedRun:
                 config, self.module, setting, block_size=self.block_size, device_bytes=self.device_bytes
             ),
         )
-        schedules_of(config, self.sizes)  # one that does not fit is refused as in the run
+        schedules_of(config, self.sizes)  # refuses a schedule that does not fit, as the run would
         self.setting = planning.with_micro_batch(setting, self.sizes)
         self.batch = planning.first_batch(config, data, self.sizes.micro_batch_blocks) if data else None
 
     def _estimated_epoch(self, note: Callable[[str], None]) -> int:
-        """Blocks in an epoch by the size of the text, which is neither read nor tokenized."""
+        """The number of blocks in an epoch, estimated from the size of the files without reading them."""
         from lmcore.run import own_text
 
         data = self.config.data
@@ -242,7 +242,7 @@ class _PlannedRun:
         return blocks
 
     def plan(self, *, setting: Any = None, device_type: str | None = None, **known: Any) -> Any:
-        """The plan, for another setting or device if given."""
+        """The plan, with another setting or device if given."""
         from lmcore.run import planning
 
         return planning.plan_of(
@@ -258,7 +258,7 @@ class _PlannedRun:
         )
 
     def setting_here(self, micro_batches: int) -> Any:
-        """The setting of the probe: strategy and processes of the engine, at most ``micro_batches`` in a step."""
+        """The setting of the probe: the engine's strategy and processes, and at most ``micro_batches`` per step."""
         from lmcore.run import planning
 
         engine = self.engine
@@ -275,7 +275,7 @@ class _PlannedRun:
         )
 
     def build(self, *, note: Callable[[str], None]) -> Any:
-        """The model with its weights, as the run would build it."""
+        """Build the model with its weights, as the run would."""
         from lmcore.run import setup
 
         return setup.build_model(
@@ -288,7 +288,7 @@ class _PlannedRun:
         )
 
     def batch_for(self, module: Any) -> Any:
-        """A micro-batch: of the user's own data, or of random tokens that the model knows."""
+        """A micro-batch of the user's own data, or of random tokens from the model's vocabulary."""
         from lmcore.plan import probe
         from lmcore.run import setup
 
@@ -314,7 +314,7 @@ def _number(given: dict[str, str], name: str, default: float) -> float:
 
 
 def disk(folder: str | os.PathLike[str]) -> tuple[str, str]:
-    """Free space where the checkpoints will go."""
+    """A row with the free space on the disk of the checkpoints."""
     place = Path(folder).resolve()
     while not place.exists():
         place = place.parent

@@ -1,4 +1,4 @@
-"""A run folder in a bucket for the commands that read one: what they need is downloaded to a copy in the cache."""
+"""A run folder in a bucket, for the commands that read one: what they need is downloaded to a copy in the cache."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lmcore.storage import Store, StoreError, cache_dir, is_url, local_name
 def local_copy(path: str, checkpoint: str | None = None, *, note: Callable[[str], None]) -> str:
     """``path`` itself, or for a URL a local folder with the small files of the run and one checkpoint.
 
-    The training that may be going on is not touched: the copy is another folder than that of the run, and nothing is
-    written to the bucket.
+    A training that may be running is not affected: the copy is not in the run's local folder, and nothing is written to the
+    bucket.
 
     Args:
         checkpoint: ``None`` for no checkpoint, ``auto`` for the newest good one, ``best``, or a step.
 
     Raises:
-        RequestError: nothing is there, or no good checkpoint of that kind; or the store does not answer.
+        RequestError: there is no run, or no good checkpoint of that kind, or the store does not answer.
     """
     if not is_url(path):
         return path
-    from lmcore.run.bucket import bring_files  # imports torch, which a run on the disk may not need
+    from lmcore.run.bucket import bring_files  # lazily: it imports torch, which a local run may not need
 
     store = Store(path)
     folder = _own_copy(cache_dir() / "copies" / local_name(store.url))
@@ -88,7 +88,7 @@ def _bring_checkpoint(store: Store, folder: Path, which: str, note: Callable[[st
             if not _is_copy(here, there[step]):
                 DISK.remove_quietly(here)
                 remote.fetch(step, here.parent)
-            for other in here.parent.iterdir():  # one is enough: the newest of the copy is what was asked for
+            for other in here.parent.iterdir():  # keep only one, so that the newest one is the requested one
                 if other != here:
                     DISK.remove_quietly(other)
             return
@@ -99,7 +99,7 @@ def _bring_checkpoint(store: Store, folder: Path, which: str, note: Callable[[st
 
 
 def _is_copy(here: Path, manifest: dict[str, Any]) -> bool:
-    """Whether a folder of the cache is this checkpoint, to the last byte: damage there is not damage in the bucket."""
+    """Whether a folder in the cache is this checkpoint, byte for byte; if it is damaged, the one in the bucket need not be."""
     from lmcore.checkpoint.manifest import Damaged, verify
 
     try:

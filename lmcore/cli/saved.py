@@ -1,6 +1,6 @@
 """The commands that use what a run has saved: generate, evaluate, export, report, checkpoints.
 
-Nothing heavy is imported before the arguments have been parsed.
+No heavy library is imported before the arguments have been parsed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, like all errors of lmcore, and whose options are never abbreviated."""
+    """An argparse parser with one-line errors, like all errors of lmcore, and without abbreviations of options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -46,18 +46,18 @@ def given_path(text: str) -> str:
 
 
 def quiet_libraries() -> None:
-    """No progress bars and no advice of other libraries between the lines of lmcore; their errors still show."""
+    """Silence progress bars and advice of other libraries; their errors are still shown."""
     from lmcore.report.console import silence_other_bars
 
     silence_other_bars()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not os.path.exists("/dev/nvidiactl"):
-        # Transformers imports DeepSpeed, which says what it chose
+        # transformers imports DeepSpeed, which prints the accelerator that it has chosen unless this is set.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def tasks() -> Report:
-    """A display for progress bars outside of a run; its files go to a temporary folder."""
+    """A display for progress bars outside a run; its files are written to a temporary folder."""
     from lmcore.disk import temporary_folder
     from lmcore.report.report import Report
 
@@ -70,7 +70,7 @@ def tasks() -> Report:
 
 
 def _opened(parser: Parser, words: list[str]) -> tuple[argparse.Namespace, Any]:
-    """Add the options that say which model, parse, and open it."""
+    """Add the options that select a model, parse the arguments, and open the model."""
     parser.add_argument("path", help="a run folder, a checkpoint, or an export")
     parser.add_argument(
         "--checkpoint", default="auto", help="of a run: best, or a step (default: the newest)"
@@ -109,7 +109,7 @@ _OPTIONS_OF_A_TRAINING = re.compile(
 
 @contextlib.contextmanager
 def _own_options() -> Iterator[None]:
-    """Remedies inside name the options of these commands, which a training calls otherwise."""
+    """In this context error messages name the options of these commands, which have other names in a training."""
     try:
         yield
     except (RequestError, FaultError) as error:
@@ -118,7 +118,7 @@ def _own_options() -> Iterator[None]:
 
 
 def to_stderr(line: str) -> None:
-    """A line about the result, beside it: standard output holds the result alone."""
+    """Print a line about the result to standard error: standard output contains only the result."""
     from lmcore.humanize import printable
 
     print(f"lmcore: {printable(line)}", file=sys.stderr)
@@ -165,7 +165,7 @@ def generate(words: list[str]) -> None:
     )
     parser.add_argument("--no_stop", action="store_true", help="continue after the end of a document")
     for place, word in enumerate(words[:-1]):
-        # argparse takes it for an option
+        # argparse would take such a prompt for an option.
         if word == "--prompt" and words[place + 1].startswith("-") and words[place + 1] != "-":
             words = [*words[:place], f"--prompt={words[place + 1]}", *words[place + 2 :]]
             break
@@ -185,11 +185,11 @@ def generate(words: list[str]) -> None:
 
 
 _MOST_PROMPT_BYTES = 64 << 20
-"""More than the context of any model, and little enough to hold."""
+"""More than the context of any model, and little enough to keep in memory."""
 
 
 def _continue(asked: argparse.Namespace, saved: Any, prompt: str, *, echo: bool = True) -> None:
-    """Write all samples of one prompt to standard output, as they come."""
+    """Write all samples of one prompt to standard output while they are generated."""
     from lmcore.humanize import printable
     from lmcore.saved.generate import stream
 
@@ -215,7 +215,7 @@ def _continue(asked: argparse.Namespace, saved: Any, prompt: str, *, echo: bool 
 
 
 def _prompt_loop(asked: argparse.Namespace, saved: Any) -> None:
-    """Ask for a prompt, continue it, and again, until the input ends. A wrong prompt does not end the loop."""
+    """Ask for prompts and continue them until the input ends. An invalid prompt does not end the loop."""
     print(
         "Type a prompt and Enter; \\n in it is a line end. Ctrl-C stops a continuation, Ctrl-D ends.",
         file=sys.stderr,
@@ -243,7 +243,7 @@ def _prompt(given: str) -> str:
 
 
 def _bounded(stream: IO[Any], where: str) -> Any:
-    """All of a stream, which may be one without an end (``/dev/zero``, ``yes |``)."""
+    """Read all of a stream, with a limit because it may be endless (``/dev/zero``, ``yes |``)."""
     data = stream.read(_MOST_PROMPT_BYTES + 1)
     if len(data) > _MOST_PROMPT_BYTES:
         raise RequestError(f"{where}: more than {_MOST_PROMPT_BYTES:,} bytes: that is no prompt")
@@ -256,7 +256,7 @@ def _prompts_of_file(name: str) -> list[str]:
             text = _bounded(file, f"--prompts {name}").decode("utf-8", "surrogateescape")
     except OSError as error:
         raise RequestError(f"--prompts {name}: {error.strerror}") from None
-    # Not splitlines(): a form feed or U+2028 may stand inside a prompt.
+    # Not splitlines(), because a prompt may contain a form feed or U+2028.
     numbered = [
         (number, line.removesuffix("\r"))
         for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1)
@@ -282,7 +282,7 @@ def _prompt_of_json(line: str, where: str) -> str:
 
 
 def _utf8(text: str) -> str:
-    """``text`` with what is not UTF-8 replaced, and a line that says so: a tokenizer reads Unicode only."""
+    """``text`` with invalid UTF-8 replaced, because a tokenizer reads only Unicode; prints a line if there was any."""
     data = text.encode("utf-8", "surrogateescape" if not _has_pairs(text) else "surrogatepass")
     clean = data.decode("utf-8", "replace")
     if clean != text:
@@ -297,7 +297,7 @@ def _has_pairs(text: str) -> bool:
 
 
 def _store_dir_of(run_dir: Path | None) -> str | None:
-    """Where a run has put its token stores, if its configuration can be read."""
+    """The folder of a run's token stores, if its configuration can be read."""
     from lmcore.report.curves import read_settings
 
     if run_dir is None:
@@ -305,7 +305,7 @@ def _store_dir_of(run_dir: Path | None) -> str | None:
     try:
         place = read_settings(run_dir)["data"]["store_dir"]
     except (KeyError, TypeError, RequestError):
-        return None  # which stores are meant is all that hangs on it
+        return None  # this affects only which token stores are used
     return place if isinstance(place, str) else None
 
 
@@ -345,10 +345,10 @@ def evaluate(words: list[str]) -> None:
     sets: dict[str, list[str]] = {}
     for entry in data:
         name, equals, path = entry.partition("=")
-        # What is before the first = may be part of a path: lang=en/part.parquet
+        # The part before the first = may belong to a path: lang=en/part.parquet
         if not equals or "/" in name or os.path.exists(entry):
             name, path = Path(entry).name or entry, entry
-            if name in sets:  # only names that somebody wrote join files
+            if name in sets:  # files are joined into one set only by a name that the user has given
                 name = entry
         sets.setdefault(name, []).append(path)
     report = tasks()
@@ -427,7 +427,7 @@ def export(words: list[str]) -> None:
         kind, path = resolve(asked.path, asked.checkpoint, note=to_stderr)
     if kind == "checkpoint":
         run_dir = path.parent.parent
-        # What was found in a run folder has just been verified
+        # A checkpoint that was found in a run folder has just been verified.
         given = Path(os.path.abspath(asked.path)) == path
         with _own_options(), open_checkpoint(path, verify_bytes=given) as opened:
             path = exporting.export(
@@ -457,7 +457,7 @@ def export(words: list[str]) -> None:
 
 
 def report(words: list[str]) -> None:
-    """`report RUN [RUN ...]`: report.html of one run, or several over one another."""
+    """`report RUN [RUN ...]`: report.html of one run, or a comparison of several."""
     parser = Parser(prog="lmcore report")
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument(
@@ -502,7 +502,7 @@ def report(words: list[str]) -> None:
 
 
 def _matching(runs: list[list[tuple[str, Any]]], wish: str) -> list[bool]:
-    """Which configurations have ``key=value``; a key may leave its sections out, and older runs may not have it."""
+    """Which configurations have ``key=value``. The sections of the key may be omitted, and older runs may not have it."""
     key, equals, value = wish.partition("=")
     if not equals:
         raise RequestError(f"--where {wish}: write KEY=VALUE, such as optim.lr=1e-4")
@@ -514,7 +514,7 @@ def _matching(runs: list[list[tuple[str, Any]]], wish: str) -> list[bool]:
 
 def _same(item: Any, value: str) -> bool:
     try:
-        return float(item) == float(value)  # 1e-4 and 0.0001 are one number; YAML gives some as text
+        return float(item) == float(value)  # 1e-4 equals 0.0001; YAML returns some numbers as text
     except (TypeError, ValueError):
         return str(item).lower() == value.lower()
 

@@ -1,4 +1,4 @@
-"""``lmcore size``: model, learning rate, batch and epochs for this text, this machine and these hours, measured by short runs."""
+"""``lmcore size``: choose model, learning rate, batch and epochs for a text, a machine and a time budget, by short runs."""
 
 from __future__ import annotations
 
@@ -49,13 +49,14 @@ CHOSEN = (
     "train.global_batch_blocks", "train.global_batch_tokens", "train.max_minutes", "evaluate.every", "evaluate.blocks", "resume",
     "report.expected_loss",
 )  # fmt: skip
-"""Options that are chosen here, or that make another model than one of the family."""
+"""Options that this command chooses, or that would make a model outside the family."""
 WIDE, MISSED = 0.2, 0.025
-"""An interval wider than this share of the loss, or a fit that misses its own runs by more than this share, does not hold."""
+"""If the interval is wider than this share of the loss, or the fit misses its own runs by more than this share, it is not
+reliable."""
 UNSTEADY = 0.25
 """Difference between the fastest and the slowest rung of one size, as a share, above which a warning is printed."""
 WRITTEN = "Written by lmcore size"
-"""How a recipe begins that may be written anew."""
+"""First words of a recipe that this command may overwrite."""
 
 
 def size(words: list[str]) -> int:
@@ -136,7 +137,7 @@ def size(words: list[str]) -> int:
             display.close()
             raise
         except OSError as error:
-            # main() says it in one line; the status would be "running" for ever
+            # main() prints the error in one line, but the status would stay "running" forever.
             failure = of_disk(error)
             with contextlib.suppress(OSError):  # the disk may be full
                 folder.write_status("failed", exit_code=failure.exit_code, reason=str(failure))
@@ -189,7 +190,7 @@ def requested(words: Sequence[str]) -> RunConfig:
     if not given("data.block_size") and data.block_size is None:
         data = replace(data, block_size=fits.context)
     if not data.valid and not given("data.valid_fraction") and found < 2e7:
-        data = replace(data, valid_fraction=0.03)  # 1% of a small text would hardly be a measurement
+        data = replace(data, valid_fraction=0.03)  # 1% of a small text is too little to measure with
     if tokenizer.path is None and not given("tokenizer.vocab_size"):
         tokenizer = replace(tokenizer, vocab_size=fits.vocabulary)
     if optim.name not in START_RATES:
@@ -202,7 +203,7 @@ def requested(words: Sequence[str]) -> RunConfig:
 # ---------------------------------------------------------------------------------------- the search, with its rows
 
 Say = Callable[[str, str], None]
-"""Shows a row of the progress: a label and what was found."""
+"""Prints a row of the progress: a label and a result."""
 
 
 def measure(search: Search, say: Say, *, note: Callable[[str], None]) -> None:
@@ -232,7 +233,7 @@ def measure(search: Search, say: Say, *, note: Callable[[str], None]) -> None:
 
 
 def climb(search: Search, say: Say) -> None:
-    """Run the ladder, as far as a tenth of the budget goes."""
+    """Run the ladder, for at most a tenth of the budget."""
     for rung, result in search.climb():
         speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else ""
         loss = "diverged" if result.loss is None or math.isinf(result.loss) else f"{result.loss:.4f}"
@@ -244,11 +245,11 @@ def climb(search: Search, say: Say) -> None:
 
 
 def write_choice(search: Search, out: Path, *, complete: bool) -> str:
-    """Choose, and write recipe and picture. Returns what to print."""
+    """Choose, and write the recipe and the picture. Returns the text to print."""
     recipe = Recipe(search, search.choose(), complete=complete)
     DISK.makedirs(out.parent)
     DISK.write_text(out, recipe.text())
-    parse(["--config", str(out)])  # what is written can be read
+    parse(["--config", str(out)])  # check that the recipe can be read
     picture = search.draw(recipe.chosen) or "none: pip install matplotlib"
     search.keep_choice(recipe.chosen)
     rows = [*recipe.rows(), ("recipe", str(out)), ("picture", str(picture))]
@@ -257,7 +258,7 @@ def write_choice(search: Search, out: Path, *, complete: bool) -> str:
 
 
 def script_name() -> Path:
-    """``train_lm.py`` where it lies here, as the documentation writes it; else its path."""
+    """``train_lm.py`` if it is in the current folder, as in the documentation; otherwise its path."""
     return Path("train_lm.py") if Path("train_lm.py").exists() else script()
 
 
@@ -266,7 +267,7 @@ def script_name() -> Path:
 
 @dataclass
 class Recipe:
-    """What was chosen, as a recipe with the reason beside each number, and as rows."""
+    """The choice as a recipe with the reason next to each number, and as rows."""
 
     search: Search
     chosen: Chosen
@@ -277,7 +278,7 @@ class Recipe:
         self.warnings = [f"WARNING: {line}" for line in self._doubts()]
 
     def _doubts(self) -> list[str]:
-        """What the user must know before trusting the numbers."""
+        """What the user should know before trusting the numbers."""
         found = []
         search, fitted, choice = self.search, self.chosen.fitted, self.chosen.choice
         interval = choice.expected
@@ -335,7 +336,7 @@ class Recipe:
         ]  # fmt: skip
 
     def text(self) -> str:
-        """The recipe."""
+        """The recipe as YAML."""
         search, chosen, choice = self.search, self.chosen, self.chosen.choice
         values = ladder.changed(search.config)
         values.pop("run_dir", None)
@@ -359,7 +360,7 @@ class Recipe:
             },
         }  # fmt: skip
         if repeated:
-            # What the user has set of these stays.
+            # Options that the user has set are kept.
             own["checkpoint"] = ladder.merged(
                 {"keep_best": {"k": 1}, "export": "best"}, values.get("checkpoint", {})
             )

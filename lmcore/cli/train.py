@@ -33,7 +33,7 @@ lmcore train --help all lists the options of train_lm.py.
 
 
 def script() -> Path:
-    """``train_lm.py``: installed as a module beside the package, or in the repository."""
+    """Path of ``train_lm.py``: installed as a module next to the package, or in the repository."""
     beside = PACKAGE.parent / "train_lm.py"
     if beside.is_file():
         return beside
@@ -52,11 +52,11 @@ def launch_command(
         words: options of ``train_lm.py``, passed on as they are.
         gpus: number of GPUs of this machine.
         config_file: a configuration of accelerate, by path or by its name in ``accelerate_configs/``.
-        processes: default: as many as GPUs; with ``config_file`` those that it names, but no more than GPUs where it is for
-            one machine: the files in ``accelerate_configs/`` name 8.
+        processes: default: the number of GPUs; with ``config_file`` the number in it, but for a single machine at most the
+            number of GPUs, because the files in ``accelerate_configs/`` have 8.
 
     Raises:
-        RequestError: no such configuration, or more processes than GPUs.
+        RequestError: there is no such configuration, or there are more processes than GPUs.
 
     >>> launch_command(["--seed", "1"], gpus=0)[:2]
     ['--config_file', '.../accelerate_configs/cpu.yaml']
@@ -83,7 +83,7 @@ def launch_command(
 
 
 def _processes_of(file: Path) -> int:
-    """The processes that a configuration of accelerate starts on this machine alone; 0 where it is for several, or not plain."""
+    """``num_processes`` of an accelerate configuration; 0 if it is for several machines or does not set it."""
     fields = dict(
         re.findall(r"^(num_machines|num_processes):\s*(\d+)", file.read_text(encoding="utf-8"), re.MULTILINE)
     )
@@ -92,7 +92,7 @@ def _processes_of(file: Path) -> int:
 
 def train(words: list[str]) -> int:
     """Train, on all GPUs of this machine or on the CPU; all options of train_lm.py."""
-    from lmcore.cli.options import taken  # shared by the commands that take options of train_lm.py
+    from lmcore.cli.options import taken  # shared by the commands that accept options of train_lm.py
 
     if words in (["-h"], ["--help"]):
         print(USAGE, end="")
@@ -102,13 +102,13 @@ def train(words: list[str]) -> int:
     config_file, number = taken(words, "config_file"), taken(words, "processes")
     if number is not None and not (number.isdecimal() and len(number) < 10 and 0 < int(number) < 100_000):
         raise RequestError(f"--processes must be a number of at least 1 (got {number})")
-    # A wrong option is refused before anything is started
+    # Refuse a wrong option before anything is started.
     config = parse(words, own_text=own_text.defaults, own_entries=without_run_files)
     processes = None if number is None else int(number)
     checked = config_file is None and not config.fast_dev_run
     if checked and processes is not None:
         preflight(config, processes=processes)
-    import torch  # lazily, and after all refusals that do without: counting the GPUs needs it
+    import torch  # lazily, to count the GPUs, after all checks that do not need it
 
     arguments = launch_command(
         words, gpus=torch.cuda.device_count(), config_file=config_file, processes=processes
@@ -117,7 +117,7 @@ def train(words: list[str]) -> int:
         here = arguments.index("--num_processes") if "--num_processes" in arguments else -1
         preflight(config, processes=int(arguments[here + 1]) if here >= 0 else 1)
     print(f"accelerate launch {shlex.join(arguments)}", flush=True)
-    # Ctrl-C waits until the launcher can handle it: a new interpreter would show a traceback.
+    # Block Ctrl-C until the launcher can handle it, because a starting interpreter would print a traceback.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    # The launcher as it is, but that it ends with the exit code of the run and without a traceback of its own.
+    # accelerate's launcher, except that it ends with the run's exit code and without its own traceback.
     os.execv(sys.executable, [sys.executable, "-m", "lmcore.engine.launcher", *arguments])
