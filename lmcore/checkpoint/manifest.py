@@ -112,7 +112,7 @@ def verify(path: Path, *, content: bool, hashes: Hashes = hashes_here) -> dict[s
     """
     if not path.is_dir():
         raise Damaged(
-            f"a link to {os.readlink(path)}, which is no folder" if path.is_symlink() else "no folder"
+            f"a link to {os.readlink(path)}, which is not a folder" if path.is_symlink() else "no folder"
         )
     manifest = read_manifest(path)
     listed = manifest["files"]
@@ -125,7 +125,7 @@ def verify(path: Path, *, content: bool, hashes: Hashes = hashes_here) -> dict[s
     for name, entry in listed.items():
         info = os.lstat(path / name)
         if not stat.S_ISREG(info.st_mode):
-            raise Damaged(f"{name} is no regular file")
+            raise Damaged(f"{name} is not a regular file")
         if info.st_size != entry["bytes"]:
             raise Damaged(f"{name} has {info.st_size:,} bytes instead of {entry['bytes']:,}")
     if content:
@@ -342,7 +342,7 @@ def _content(path: Path) -> bytes:
         with open(fd, "rb") as file:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):
-                raise Damaged(f"{path.name} is no regular file")
+                raise Damaged(f"{path.name} is not a regular file")
             if info.st_size > _MAX_JSON_BYTES:
                 raise Damaged(
                     f"{path.name} has {info.st_size:,} bytes, more than the allowed {_MAX_JSON_BYTES:,}"
@@ -350,7 +350,7 @@ def _content(path: Path) -> bytes:
             return file.read()
     except OSError as error:
         if path.is_symlink():
-            raise Damaged(f"{path.name} is no regular file") from None
+            raise Damaged(f"{path.name} is not a regular file") from None
         raise Damaged(f"{path.name}: {error.strerror}") from None
 
 

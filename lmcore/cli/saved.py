@@ -140,7 +140,7 @@ def generate(words: list[str]) -> None:
         help="a file with a prompt per line; of .jsonl: JSON strings, or objects with a field prompt",
     )
     parser.add_argument(
-        "--interactive", action="store_true", help="the loop, also where input is no terminal"
+        "--interactive", action="store_true", help="the loop, also where input is not a terminal"
     )
     parser.add_argument(
         "--max_tokens", "--max_new_tokens", type=int, default=200, help="length of a continuation"

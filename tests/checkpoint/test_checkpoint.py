@@ -445,7 +445,7 @@ def test_linked_file_inside_a_checkpoint_is_refused(two: Path) -> None:
     model = next((two / "step-00000002").glob("model*.safetensors"))
     os.rename(model, two / "elsewhere")
     model.symlink_to(two / "elsewhere")
-    with pytest.raises(RequestError, match="no regular file"):
+    with pytest.raises(RequestError, match="not a regular file"):
         open_checkpoint(two / "step-00000002", verify_bytes=True)
 
 
@@ -529,9 +529,9 @@ def test_fifo_in_a_checkpoint_is_damage(two: Path, name: str) -> None:
     path.unlink()
     os.mkfifo(path)  # opening it would wait for ever
     heard: list[str] = []
-    assert [row["problem"] for row in listing(two)][1] == f"{name} is no regular file"
+    assert [row["problem"] for row in listing(two)][1] == f"{name} is not a regular file"
     check(find(two, note=heard.append), 1)
-    assert f"{name} is no regular file" in heard[0]
+    assert f"{name} is not a regular file" in heard[0]
 
 
 def test_numbers_that_json_lacks_survive_in_strict_json(tmp_path: Path) -> None:
