@@ -50,7 +50,7 @@ CHOSEN = (
     "report.expected_loss",
 )  # fmt: skip
 """Options that this command chooses, or that would make a model outside the family."""
-WIDE, MISSED = 0.2, 0.025
+WIDE, MISSED = 0.25, 0.025
 """If the interval is wider than this share of the loss, or the fit misses its own runs by more than this share, it is not
 reliable."""
 UNSTEADY = 0.25
