@@ -387,8 +387,8 @@ def few_imports(monkeypatch: pytest.MonkeyPatch) -> None:
 SLEEPER = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("started", flush=True)
 open(sys.argv[1], "w").close()
-print("started")
 time.sleep(60)
 """
 
