@@ -69,8 +69,8 @@ class DataConfig:
     test: Entries = option([], "free")
     """Test text, evaluated once after training."""
     valid_fraction: float | None = option(0.01, "refuse", at_least=0, below=1)
-    """Share of the training documents that is held out for validation, by a hash of their content; used without
-    data.valid, and not with mode stream, which holds nothing out."""
+    """Share of the training documents that is held out for validation, by a hash of their content; only with
+    mode store and without data.valid."""
     mode: Literal["store", "stream"] = option("store", "refuse")
     """store: tokenize once into a memory-mapped token store; stream: tokenize during training."""
     block_size: int | None = option(None, "refuse", at_least=1, at_most=2**31)
@@ -125,7 +125,7 @@ class TokenizerConfig:
     revision: str | None = option(None, "refuse")
     """Commit, branch or tag of a Hub tokenizer."""
     train: bool = option(False, "refuse")
-    """Train a new tokenizer for model.from_pretrained, whose weights know other ids; default: use its own."""
+    """Train a new tokenizer for model.from_pretrained, although its weights were trained with other ids; default: use its own."""
     vocab_size: int | None = option(32_000, "refuse", at_least=1, at_most=2**24)
     """Vocabulary size of the tokenizer to train."""
     model_type: Literal["bpe", "unigram", "char"] = option("bpe", "refuse")
@@ -200,11 +200,11 @@ class LrMultipliersConfig:
     matrices: float = option(1.0, "warn", at_least=0, at_most=10**6)
     """Learning rate of the matrices inside the network, as a multiple of optim.lr."""
     embedding: float = option(1.0, "warn", at_least=0, at_most=10**6)
-    """The same of the embeddings (and of a head that is tied to them)."""
+    """The same for the embeddings (and a head that is tied to them)."""
     head: float = option(1.0, "warn", at_least=0, at_most=10**6)
-    """The same of a vocabulary head of its own."""
+    """The same for an untied vocabulary head."""
     vectors: float = option(1.0, "warn", at_least=0, at_most=10**6)
-    """The same of biases and norms."""
+    """The same for biases and norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,7 +337,7 @@ class CheckpointConfig:
     on_full_disk: Literal["continue", "stop"] = option("continue", "free")
     """What to do when a checkpoint cannot be written because the disk is full."""
     on_upload_failure: Literal["warn", "stop"] = option("warn", "free")
-    """What to do when nothing can be uploaded to a run_dir that is a URL; the local copy stands."""
+    """What to do when nothing can be uploaded to a run_dir that is a URL; the local copy stays."""
     upload_wait_seconds: float = option(90.0, "free", at_least=0, at_most=10**6)
     """How long a run that stops at a signal or deadline waits for its last upload; less before the end of a Slurm job."""
     export: Literal["last", "best"] = option("last", "free")
