@@ -343,7 +343,6 @@ class Run:
         )
         if self.bucket is not None:
             self.bucket.keeps = self._is_kept
-        self._measured_after = -1
         self._skips = merge_skips(ranges(config.data.skip_positions, "data.skip_positions"))
         self._model = describe(self.module.model, factory=config.model.factory, arguments=config.model.config)
         self._topology = topology(
@@ -396,8 +395,7 @@ class Run:
         with state_of(path):
             valid = self._fingerprints_of_valid()
             other_data = measured_otherwise(kept, self.config, valid)
-            self._measured_after = kept["step"] if other_data else kept.get("measured_after", -1)
-            self.saves.measured_after = self._measured_after
+            self.saves.measured_after = kept["step"] if other_data else kept.get("measured_after", -1)
             if other_data and kept["stop_values"]:
                 self.report.warn_once(
                     f"evaluations up to step {kept['step']} were of other data than those from now on: they are not compared, "
@@ -786,7 +784,7 @@ class Run:
                     "micro_batch_blocks": self.sizes.micro_batch_blocks,
                     "planned_from": self.sizes.steps.stretches[0][:2],
                     "kept_before": self._kept_before,
-                    "measured_after": self._measured_after,
+                    "measured_after": self.saves.measured_after,
                     "valid": self._fingerprints_of_valid(),
                     "guard": self.guard.state_dict(),
                     "model": self._model,
@@ -812,8 +810,8 @@ class Run:
         if self.data.valid:
             state.metrics = self._evaluator.validate(state, self.epoch)
             state.metrics_step = state.step
-            if state.step == self._measured_after:  # the checkpoint's own step was evaluated again
-                self._measured_after = self.saves.measured_after = state.step - 1
+            if state.step == self.saves.measured_after:  # the checkpoint's own step was evaluated again
+                self.saves.measured_after = state.step - 1
             self.saves.record(state.step, state.metrics)
             state.stop_values.append(state.metrics[self._early_stopping.metric])
         self._evaluator.samples(state.step)
