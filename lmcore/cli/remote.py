@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -50,9 +49,10 @@ def _own_copy(folder: Path) -> Path:
     """``folder``, or ``folder-2``, ... while another process reads it: each copy has the one checkpoint that was asked for."""
     if folder in _copies:
         return _copies[folder][0]
-    for copy in itertools.chain(
-        [folder], (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
-    ):
+    number = 1
+    while True:
+        copy = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        number += 1
         DISK.makedirs(copy)
         lock = os.open(copy / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
@@ -64,7 +64,6 @@ def _own_copy(folder: Path) -> Path:
             pass  # no locks on this file system: two at once may disturb each other
         _copies[folder] = copy, lock
         return copy
-    raise AssertionError("not reached")
 
 
 def _bring_checkpoint(store: Store, folder: Path, which: str, note: Callable[[str], None]) -> None:
