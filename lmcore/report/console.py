@@ -576,7 +576,9 @@ class RankLog:
             def emit(self, record: logging.LogRecord) -> None:
                 try:
                     text = record.getMessage()
-                except Exception:  # the library gives other arguments than its text has places for
+                except (
+                    Exception
+                ):  # wrong arguments for its text, or a broken __str__: formatting runs the library's code
                     text = f"{record.msg} {record.args}"
                 log.warn_once(f"{record.name}: {text.strip()}")
 

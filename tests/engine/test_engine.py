@@ -816,8 +816,9 @@ def scaled_steps(optimizer: str) -> dict[str, Any]:
 def test_gradient_scale_of_fp16_goes_on_after_a_resume_and_a_rewind(optimizer: str) -> None:
     [found] = run_ranks(scaled_steps, 1, optimizer)
     applied = [good for _, _, good in found["before"] + found["whole"]]
-    assert False in applied
-    assert True in applied
+    assert set(applied) == {True, False}, (
+        "the scale overflows at first, and is halved until updates are applied"
+    )
     assert len({scale for scale, _, _ in found["whole"]}) > 1  # it moves after the checkpoint
     for way in ("rewound", "resumed"):
         assert str(found[way]) == str(found["whole"])  # NaN equals itself here
