@@ -165,6 +165,9 @@ def test_losses_of_another_validation_text_are_not_compared(text: Path) -> None:
     assert max(losses) == 16  # nor was it stopped by the losses of before
     assert (run_dir / "checkpoints" / "best").readlink() == Path(f"step-{best:08d}")
     assert "evaluations up to step 8 were of other data" in (run_dir / "train.log").read_text()
+    # The checkpoint of step 8 was evaluated again, on the new text: it can be compared, and those before it cannot.
+    manifest = json.loads((run_dir / "checkpoints" / "step-00000016" / "manifest.json").read_text())
+    assert manifest["measured_after"] == 7
 
 
 def test_allowed_changes_of_data_and_seed_are_enough(tmp_path: Path, text: Path) -> None:
