@@ -30,6 +30,7 @@ from typing import Any
 from common import machine
 
 from lmcore.config.parse import parse
+from lmcore.humanize import short
 from lmcore.run import ladder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -245,6 +246,7 @@ def draw(results: list[dict[str, Any]], asked: argparse.Namespace) -> None:
                 axes.plot([p[column] for p in points], [p[2] for p in points], color=f"C{index}", linewidth=0.8,
                           label=f"{variant}, {best[1]:g}" if best and not number else None)  # fmt: skip
         axes.set_xlabel(label)
+        axes.xaxis.set_major_formatter(lambda value, _: short(value))  # 150k: six digits run into each other
         axes.grid(alpha=0.2)
     figure.axes[0].set_ylabel("validation loss")
     figure.axes[0].legend(fontsize=7, frameon=False)
