@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lmcore.errors import RequestError
+from lmcore.model.products import use_faster_products
 from lmcore.model.varlen import varlen_attention
 
 ATTENTION = "lmcore"
@@ -67,6 +68,7 @@ def use_faster_kernels(model: Any) -> None:
         for name, child in parent.named_children():
             if type(child) in (NewGELUActivation, GELUTanh):
                 setattr(parent, name, TanhGELU())
+    use_faster_products(model)
     chosen = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if chosen == "sdpa" and not asks_for_sdpa(model):
         AttentionInterface.register(ATTENTION, attention)

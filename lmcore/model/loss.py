@@ -31,6 +31,7 @@ from torch import Tensor
 
 from lmcore.conventions import IGNORED_LABEL
 from lmcore.errors import RequestError
+from lmcore.model.products import onednn_is_faster, product, sum_of_outer_products
 
 CHUNK_BYTES = 128 * 2**20
 """Size of one chunk's logits under ``chunk="auto"`` on a CPU: the chunked head keeps one such buffer."""
@@ -417,12 +418,13 @@ class _ChunkedHead(torch.autograd.Function):
             w = weight.to(compute)
             b = None if bias is None else bias.to(compute)
             # Allocated once: on a virtual machine the page faults of fresh large buffers cost more than the
-            # arithmetic.
-            buffer = torch.empty(min(rows, n), weight.shape[0], dtype=compute, device=hidden.device)
+            # arithmetic. oneDNN's product makes a tensor of its own.
+            buffer: Tensor | None = None
+            if not (onednn_is_faster() and hidden.device.type == "cpu" and compute == torch.float32):
+                buffer = torch.empty(min(rows, n), weight.shape[0], dtype=compute, device=hidden.device)
             for start in range(0, n, rows):
                 h = hidden[start : start + rows].to(compute)
-                logits = buffer[: h.shape[0]]
-                torch.mm(h, w.t(), out=logits)
+                logits = product(h, w.t(), out=None if buffer is None else buffer[: h.shape[0]])
                 if b is not None:
                     logits.add_(b)
                 y = labels[start : start + rows]
@@ -431,14 +433,15 @@ class _ChunkedHead(torch.autograd.Function):
                 # Ignored rows are zeroed on the narrow side of the products, which is D wide instead of V.
                 ignored = (y == IGNORED_LABEL).unsqueeze(1)
                 if grad_hidden is not None:
-                    grad_hidden[start : start + rows] = torch.mm(logits, w).masked_fill_(ignored, 0.0)
+                    grad_hidden[start : start + rows] = product(logits, w).masked_fill_(ignored, 0.0)
                 if need_weight:
                     # Sums in float32 internally and rounds once per chunk, like the product of the plain head.
-                    product = torch.mm(logits.t(), h.masked_fill(ignored, 0.0))
-                    grad_weight = product.to(accumulate) if grad_weight is None else grad_weight.add_(product)
+                    made = sum_of_outer_products(logits, h.masked_fill(ignored, 0.0))
+                    grad_weight = made.to(accumulate) if grad_weight is None else grad_weight.add_(made)
                 if need_bias:
                     column_sums = torch.mv(logits.t(), (~ignored[:, 0]).to(compute)).to(accumulate)
                     grad_bias = column_sums if grad_bias is None else grad_bias.add_(column_sums)
+                del logits  # before the next chunk's, where those are not in the buffer
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.lift = lift
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
