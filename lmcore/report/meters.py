@@ -80,8 +80,10 @@ class Sums:
         real = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
         def scalar(value: Any) -> Tensor:
-            value = value.detach() if isinstance(value, torch.Tensor) else value
-            return torch.as_tensor(value, device=device).to(real)
+            if isinstance(value, torch.Tensor):
+                return value.detach().to(device=device, dtype=real)
+            # Filled on the device: the host would wait for a copy of its own number.
+            return torch.full((), float(value), dtype=real, device=device)
 
         loss_sum, count = scalar(loss_sum), scalar(count)
         finite = torch.isfinite(loss_sum)

@@ -17,6 +17,7 @@ from lmcore.model import module as m
 from lmcore.model import optim
 from lmcore.model.build import build_model
 from lmcore.model.evaluate import evaluate
+from lmcore.report.meters import Sums
 
 V, T = 100, 16
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -154,6 +155,17 @@ def test_no_mode_of_compilation_records_cuda_graphs(mode: str, monkeypatch: pyte
     graphs = [torch._inductor.list_mode_options(one).get("triton.cudagraphs", False) for one in asked]
     assert graphs
     assert not any(graphs)
+
+
+def test_own_metrics_of_a_step_do_not_wait_for_the_device() -> None:
+    """torch.as_tensor of a number copies it from unpinned memory: each step with a metric waited for the GPU's whole queue."""
+    sums, loss, count = Sums(), torch.tensor(6.0), torch.tensor(3)
+    metrics: dict[str, Any] = {"mean": torch.tensor(2.0), "number": 5, "pair": (torch.tensor(1.0), 4)}
+    with Waits() as waits:
+        sums.add(loss, count, True, metrics)
+    assert not waits.seen, waits.seen
+    means = sums.total(lambda tensor: tensor, is_main=True).metric_means
+    assert means == {"mean": 2.0, "number": 5.0, "pair": 0.25}
 
 
 def test_evaluation_waits_once_however_long_it_is(engine: Engine) -> None:
