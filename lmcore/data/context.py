@@ -79,6 +79,12 @@ def check_divides(block_size: int, size: int) -> None:
         )
 
 
+_EMPTY_COSTS = 128
+"""Tokens that an empty sequence costs. FlashAttention's backward keeps 128 rows of float32 for each sequence beside those of the
+tokens, and every kernel starts its blocks for it; many tokens need few empty sequences, because the number of documents in them
+varies little."""
+
+
 def sequence_lengths(
     pieces: list[tuple[int, int]], position_ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -94,8 +100,8 @@ def sequence_lengths(
 
     Returns:
         Two (S + 1,) int32 arrays. Empty sequences are appended, so that S is the same for all micro-batches whose
-        documents have 16 tokens or more on average (compiled layers then see only one shape), and a multiple of that
-        for others.
+        documents are longer than a number of tokens on average (compiled layers then see only one shape), and a multiple
+        of that for others. This number is 16 up to 4,096 tokens in the micro-batch and 128 from 32,768 on.
 
     Example:
         >>> sequence_lengths([(2, 4), (4, 6)], np.arange(8)[None])
@@ -116,7 +122,9 @@ def sequence_lengths(
             keys += [offset + border for border in borders]
     size = sum(end - first for first, end in pieces)
     borders_of_pieces = 2 * len(pieces) if size < position_ids.shape[1] else 0
-    unit = len(position_ids) * (max(size // 16, 1) + borders_of_pieces)
+    tokens = len(position_ids) * size
+    unit = max(tokens // _EMPTY_COSTS, min(tokens // 16, 256), len(position_ids))
+    unit += len(position_ids) * borders_of_pieces
     count = -(-(len(queries) - 1) // unit) * unit + 1
     filled = [np.full(count, line[-1], dtype=np.int32) for line in (queries, keys)]
     for array, line in zip(filled, (queries, keys)):

@@ -69,3 +69,20 @@ def test_lengths_have_one_shape_for_documents_of_16_tokens_on_average() -> None:
             assert given["max_length_k"] == 128
             shapes.add(np.shape(given["cu_seq_lens_q"]))
     assert len(shapes) == 1
+
+
+def test_empty_sequences_of_a_large_micro_batch_cost_no_more_than_its_tokens() -> None:
+    """FlashAttention's backward holds 128 rows for each of them: it held nine times the rows of the tokens."""
+    blocks, tokens, draw = 64, 1024, np.random.default_rng(0)
+    counts = set()
+    for average in (150, 300, 1000):
+        lengths = draw.geometric(1 / average, 4 * blocks * tokens // average)
+        stream = np.concatenate([np.arange(length) for length in lengths])[: blocks * tokens]
+        positions = stream.reshape(blocks, tokens).copy()
+        for row in positions:  # a block begins a document
+            first = int(np.argmax(row == 0)) or tokens
+            row[:first] = np.arange(first)
+        given = Context(sequence_lengths=True).lengths(positions)
+        counts.add(len(given["cu_seq_lens_q"]) - 1)  # type: ignore[arg-type]
+    assert len(counts) == 1, "compiled layers see more than one shape"
+    assert 128 * counts.pop() <= blocks * tokens
