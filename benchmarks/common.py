@@ -88,11 +88,18 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def write(name: str, result: Mapping[str, Any], text: str, folder: Path | None = None) -> None:
-    """Print the table, and keep it with all numbers as ``results/<name>.json``."""
+def write(
+    name: str, result: Mapping[str, Any], text: str, folder: Path | None = None, *, show: bool = True
+) -> None:
+    """Print the table, and keep it with all numbers as ``results/<name>.json``, which is replaced as a whole."""
     folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **result, "table": text}, indent=1) + "\n")
-    print(text)
-    print(f"\n{path}")
+    part = path.with_suffix(".part")
+    part.write_text(
+        json.dumps({**result, "machine": result.get("machine") or machine(), "table": text}, indent=1) + "\n"
+    )
+    part.replace(path)
+    if show:
+        print(text)
+        print(f"\n{path}")

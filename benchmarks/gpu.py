@@ -11,8 +11,11 @@ graph, which turns off the fast kernels: here both go without, as nanoGPT does.
 Correctness: documents by variable lengths against each document alone, the softcapped head, Muon's update, FSDP2 with its
 state on the host, ZeRO-2, a resume bit for bit, and the peak of the memory against the plan of the run.
 
-The order is that of importance. What does not fit into --seconds is listed as not measured. FLOPs of a token, forward and
-backward: 6 N + 12 L d T (lmcore/plan/plan.py); the peak is that of the data sheet for dense bfloat16 products.
+The order is that of importance: train_lm.py on the first model, the checks (side by side, because nothing in them is timed),
+train_lm.py on the other models, the rest. After each row the results so far are written, so that nothing is lost if the call is
+ended from outside. A row is ended after --row_seconds, and what does not fit into --seconds is listed as not measured. FLOPs of
+a token, forward and backward: 6 N + 12 L d T (lmcore/plan/plan.py); the peak is that of the data sheet for dense bfloat16
+products.
 """
 
 from __future__ import annotations
@@ -21,14 +24,17 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,15 +157,31 @@ class Workplace:
     def __init__(self, folder: Path, seconds: float, *, cuda: bool, gpus: int) -> None:
         self.folder, self.cuda, self.gpus = folder, cuda, gpus
         self._end = time.monotonic() + seconds
-        self._runs = 0
+        self._of_thread = threading.local()
+        self._runs = itertools.count(1)
+        self.preparing = threading.Lock()
 
     @property
     def seconds_left(self) -> float:
-        return self._end - time.monotonic()
+        """Of the whole call, or of the row that this thread runs if that ends earlier."""
+        return min(self._end, getattr(self._of_thread, "end", math.inf)) - time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        """Whether the time of the whole call is up."""
+        return self._end < time.monotonic()
+
+    @contextlib.contextmanager
+    def row(self, seconds: float, **variables: str) -> Iterator[None]:
+        """In this context what this thread calls has these environment variables and is ended after ``seconds``."""
+        self._of_thread.__dict__.update(end=time.monotonic() + seconds, variables=variables)
+        try:
+            yield
+        finally:
+            self._of_thread.__dict__.clear()
 
     def run_dir(self) -> Path:
-        self._runs += 1
-        return self.folder / f"run-{self._runs}"
+        return self.folder / f"run-{next(self._runs)}"
 
     def call(self, command: list[str], until: Callable[[], bool] | None = None, **variables: str) -> str:
         """What a process prints; raises with its last lines, or when the time is up. ``until``: it is killed as soon as this holds."""
@@ -171,6 +193,7 @@ class Workplace:
                 "PYTHONPATH": str(ROOT),
                 "HF_HUB_OFFLINE": "1",
                 "TOKENIZERS_PARALLELISM": "false",
+                **getattr(self._of_thread, "variables", {}),
                 **variables,
             },
             stdout=subprocess.PIPE,
@@ -188,8 +211,10 @@ class Workplace:
                         return ""
                     if self.seconds_left < 0:
                         raise
-        except BaseException:
-            kill_all(process)
+        except BaseException as error:
+            said = kill_all(process)
+            if isinstance(error, subprocess.TimeoutExpired):
+                error.output = said
             raise
         if process.returncode:
             text = stdout + stderr
@@ -207,18 +232,26 @@ class Workplace:
         return json.loads(self.call(command, CUDA_VISIBLE_DEVICES=first).splitlines()[-1])
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """A launcher and all that it has started: that would go on, on the GPU and in the folder that is removed in the end."""
+def kill_all(process: subprocess.Popen[str]) -> str:
+    """A launcher and all that it has started: that would go on, on the GPU and in the folder that is removed in the end.
+
+    Returns what it has printed."""
     started = psutil.Process(process.pid).children(recursive=True)
     for one in [*started, process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
-    process.communicate()
+    stdout, stderr = process.communicate()
     psutil.wait_procs(started)  # their memory on the GPU is given back
+    return stdout + stderr
 
 
 def launcher(work: Workplace, name: str, processes: int = 1, *more: str) -> list[str]:
-    """``accelerate launch`` with this file of accelerate_configs/; on a CPU with cpu.yaml instead of those for GPUs."""
+    """``accelerate launch`` with this file of accelerate_configs/; on a CPU with cpu.yaml instead of those for GPUs.
+
+    On one GPU without a launcher, which would import torch only to start one process that does so again.
+    """
+    if work.cuda and name == "gpu":
+        return [sys.executable]
     if not work.cuda and name in ("gpu", "fsdp2"):
         name, more = "cpu", ()
     file = ROOT / "accelerate_configs" / f"{name}.yaml"
@@ -240,11 +273,12 @@ def train_lm(
     import numpy as np
 
     tokenizer = work.folder / f"tokenizer-{case.vocab}"
-    if not tokenizer.exists():
-        write_tokenizer(tokenizer, case.vocab)
     data = work.folder / f"tokens-{case.vocab}-{case.tokens}.npy"
-    if not data.exists():
-        np.save(data, sequences(case.vocab, case.tokens, max(64, 4_000_000 // case.tokens)))
+    with work.preparing:  # checks run side by side
+        if not tokenizer.exists():
+            write_tokenizer(tokenizer, case.vocab)
+        if not data.exists():
+            np.save(data, sequences(case.vocab, case.tokens, max(64, 4_000_000 // case.tokens)))
     run_dir = run_dir or work.run_dir()
     words = {
         "run_dir": run_dir,
@@ -297,7 +331,8 @@ def measure_train_lm(work: Workplace, case: Case, **options: Any) -> dict[str, A
     assert len(measured) == INTERVALS, [line["step"] for line in lines]
     found = {
         "tokens_per_second": common.spread(measured),
-        "peak_bytes": max(line["memory_bytes"] for line in lines),
+        # Of tensors, as the plan and the others count it, not what the allocator has reserved
+        "peak_bytes": max(line["tensor_bytes"] for line in lines),
         "planned_bytes": begun["plan"].get("memory_bytes"),
         "losses": [line["loss"] for line in lines],
         "seconds_in_all": time.monotonic() - start,
@@ -477,20 +512,24 @@ def child_device(argument: dict[str, Any]) -> dict[str, Any]:
         "peak_flops": plan.peak_flops(name, "bf16"),
         "cudnn": torch.backends.cudnn.version(),
         "attention_priority": [int(one) for one in torch._C._get_sdp_priority_order()],
+        "machine": common.machine(),  # not in the parent, which would hold memory of the GPU
     }
 
 
-def child_flops(argument: dict[str, Any]) -> int:
-    """FLOPs of a token of a case."""
+def child_flops(argument: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """FLOPs of a token of each case."""
     from lmcore.model.module import ModelWithLoss
     from lmcore.plan import plan, trace
 
-    case = Case(**argument)
-    bare, probe = trace.build_on_meta(
-        type=case.type, config_overrides=config_fields(case), vocab_size=case.vocab
-    )
-    found = plan.model_flops_per_token(ModelWithLoss(bare, probe=probe), case.tokens)
-    assert found is not None
+    found = {}
+    for name, fields in argument.items():
+        case = Case(**fields)
+        bare, probe = trace.build_on_meta(
+            type=case.type, config_overrides=config_fields(case), vocab_size=case.vocab
+        )
+        counted = plan.model_flops_per_token(ModelWithLoss(bare, probe=probe), case.tokens)
+        assert counted is not None
+        found[name] = counted
     return found
 
 
@@ -608,11 +647,17 @@ def child_muon(_argument: Any) -> dict[str, Any]:
     return {"update": apart, "passed": apart < 2e-2}  # five iterations in bf16, in a batch and one by one
 
 
-def check_strategy(work: Workplace, case: Case, alone: list[float], launch: list[str]) -> dict[str, Any]:
+def check_strategy(
+    work: Workplace, case: Case, alone: Future[list[float]], launch: list[str]
+) -> dict[str, Any]:
     """Losses of ten steps under a strategy against those of one process."""
     run_dir = train_lm(work, case, steps=10, launch=launch, report__every=1)
     losses = [line["loss"] for line in records(run_dir)]
-    apart = max(abs(a / b - 1) for a, b in zip(losses, alone, strict=True))
+    try:
+        expected = alone.result(timeout=max(0.0, work.seconds_left))
+    except TimeoutError:
+        raise subprocess.TimeoutExpired("the run with one process", 0) from None
+    apart = max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True))
     status = json.loads((run_dir / "status.json").read_text())["state"]
     # Two ways to compute in bf16: docs/strategies.md.
     return {"losses apart": apart, "passed": apart < 5e-3 and status == "finished"}
@@ -650,18 +695,23 @@ def arguments_of(case: Case, compiled: bool) -> dict[str, Any]:
 
 def checks_of(work: Workplace, case: Case) -> dict[str, Callable[[], Any]]:
     """The checks in the order in which they run; ``case`` is a small one."""
-    alone: list[float] = []
+    alone: Future[list[float]] = Future()
 
     def one_process() -> dict[str, Any]:
-        run_dir = train_lm(work, case, steps=10, report__every=1)
-        alone[:] = [line["loss"] for line in records(run_dir)]
-        return {"last loss": alone[-1], "passed": len(alone) == 10 and alone[-1] < alone[0]}
+        try:
+            run_dir = train_lm(work, case, steps=10, report__every=1)
+            losses = [line["loss"] for line in records(run_dir)]
+        except BaseException:
+            alone.set_exception(RuntimeError("one process, with which it is compared, gave no losses"))
+            raise
+        alone.set_result(losses)
+        return {"last loss": losses[-1], "passed": len(losses) == 10 and losses[-1] < losses[0]}
 
     def zero() -> dict[str, Any]:
         try:
-            import deepspeed  # noqa: F401  # only whether it imports
-        except Exception as error:  # it raises what it likes where the machine does not suit it
-            return {"passed": None, "why": f"deepspeed does not import: {type(error).__name__}"}
+            work.call([sys.executable, "-c", "import deepspeed"])
+        except RuntimeError as error:  # it raises what it likes where the machine does not suit it
+            return {"passed": None, "why": f"deepspeed does not import: {str(error).splitlines()[-1]}"}
         return check_strategy(work, case, alone, launcher(work, "zero2"))
 
     def offloaded() -> dict[str, Any]:
@@ -669,14 +719,15 @@ def checks_of(work: Workplace, case: Case) -> dict[str, Callable[[], Any]]:
         found = check_strategy(work, case, alone, launch)
         return found if work.cuda else {**found, "not sharded": "one process on a CPU instead"}
 
+    # Those that take longest first, and the one process before what is compared with it.
     return {
-        "documents by lengths against each alone": lambda: work.child("documents", None),
-        "softcapped head against float64": lambda: work.child("softcap", None),
-        "Muon against torch.optim.Muon": lambda: work.child("muon", None),
         "one process learns": one_process,
         "FSDP2 with CPU offload follows": offloaded,
         "ZeRO-2 follows": zero,
         "resume bit for bit": lambda: check_resume(work, case),
+        "documents by lengths against each alone": lambda: work.child("documents", None),
+        "softcapped head against float64": lambda: work.child("softcap", None),
+        "Muon against torch.optim.Muon": lambda: work.child("muon", None),
     }
 
 
@@ -693,8 +744,8 @@ def speeds_of(
         rows[name, "nanoGPT-style loop"] = lambda c=case: work.child("nanogpt", arguments_of(c, compiled))
         rows[name, "Trainer"] = lambda c=case: work.child("trainer", arguments_of(c, compiled))
     several = min(work.gpus, 8)
-    if several > 1:
-        llama = next(case for case in cases.values() if case.type == "llama")
+    llama = next((case for case in cases.values() if case.type == "llama"), None)
+    if several > 1 and llama is not None:
         long = Case(**{**vars(llama), "tokens": llama.tokens * 2 * several, "blocks": 1, "goal": None})
         shared = launcher(work, "ddp" if work.cuda else "cpu_2", several)
         context = {"train__context_parallel": several, "train__global_batch_blocks": 1}
@@ -710,21 +761,40 @@ def speeds_of(
     return rows
 
 
-def attempt(work: Workplace, what: str, run: Callable[[], Any]) -> Any:
-    """Its result, or why there is none."""
+def attempt(
+    work: Workplace, what: str, run: Callable[[], Any], seconds: float = math.inf, **variables: str
+) -> Any:
+    """Its result, or why there is none; as in :meth:`Workplace.row`."""
     if work.seconds_left < 5:
         return {"not_measured": "out of time"}
     begin = time.monotonic()
     try:
-        found = run()
-    except subprocess.TimeoutExpired:
+        with work.row(seconds, **variables):
+            found = run()
+    except subprocess.TimeoutExpired as error:
         found = {"not_measured": "out of time"}
+        if not work.over:  # it hangs, or compiles for long
+            found = {"not_measured": f"not done in {seconds:.0f} s", "error": (error.output or "")[-2000:]}
     except Exception as error:  # the others are still to be measured
         text = str(error) or traceback.format_exc()
         memory = "out of memory" if "out of memory" in text.lower() else None
         found = {"not_measured": memory or "failed", "error": text[:3000]}
     print(f"{what}: {time.monotonic() - begin:.0f} s, {work.seconds_left:.0f} s left", flush=True)
     return found
+
+
+def side_by_side(
+    work: Workplace, runs: Mapping[str, Callable[[], Any]], seconds: float
+) -> Iterator[tuple[str, Any]]:
+    """What does not disturb each other, on two cores each: yields (name, result) as soon as there is one."""
+    # Otherwise each of them would start a compiler for every core.
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
+        begun = {
+            pool.submit(attempt, work, name, run, seconds, **threads): name for name, run in runs.items()
+        }
+        for one in as_completed(begun):
+            yield begun[one], one.result()
 
 
 def row_of(found: dict[str, Any], case: Case | None, flops: int | None, device: dict[str, Any]) -> list[str]:
@@ -748,6 +818,7 @@ def row_of(found: dict[str, Any], case: Case | None, flops: int | None, device: 
 
 DEVICE: dict[str, Any] = {"name": "unknown device", "matrix_flops": 0.0, "peak_flops": None}
 """What is known of a device that could not be asked."""
+NOT_REACHED = {"not_measured": "not reached"}
 CHILDREN: dict[str, Callable[[Any], Any]] = {
     "nanogpt": child_nanogpt,
     "trainer": child_trainer,
@@ -765,7 +836,8 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="tiny models, on any device")
     parser.add_argument("--models", nargs="*", default=None, help="some of the names in the table")
-    parser.add_argument("--seconds", type=float, default=460, help="after this nothing new is begun")
+    parser.add_argument("--seconds", type=float, default=460, help="of the whole call")
+    parser.add_argument("--row_seconds", type=float, default=120, help="most of them for one row or check")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--out", type=Path, default=None, help="folder of the JSON")
     parser.add_argument("--child", nargs=2, default=None, help=argparse.SUPPRESS)
@@ -774,74 +846,132 @@ def main() -> None:
         name, argument = options.child
         print(json.dumps(CHILDREN[name](json.loads(argument))))
         return
+    begin = time.monotonic()  # importing torch may take ten seconds
     import torch
 
     cuda = torch.cuda.is_available()
     if not options.tiny and not cuda:
         parser.error("no CUDA device: --tiny proves the script without one")
     cases = TINY if options.tiny else FULL
-    small = TINY["GPT-2 tiny"]
     if options.models:
         cases = {name: cases[name] for name in options.models}
-    with tempfile.TemporaryDirectory(prefix="benchmark-gpu-") as folder:
+    # A process that was killed may still write there
+    with tempfile.TemporaryDirectory(prefix="benchmark-gpu-", ignore_cleanup_errors=True) as folder:
         gpus = torch.cuda.device_count() if cuda else 2
-        work = Workplace(Path(folder), options.seconds, cuda=cuda, gpus=gpus)
-        begin = time.monotonic()
-        size = {"size": 256 if options.tiny else 8192}
-        device = DEVICE | attempt(work, "device", lambda: work.child("device", size))
-        speeds: dict[str, Any] = {}
-        checks: dict[str, Any] = {}
-        rows = []
-        planned = speeds_of(work, cases, compiled=not options.no_compile)
-        own = [key for key in planned if key[1] == "train_lm.py"]
-        flops: dict[str, int] = {}
-        for name, case in cases.items():
-            counted = attempt(work, f"{name} / FLOPs", lambda case=case: work.child("flops", vars(case)))
-            flops |= {name: counted} if isinstance(counted, int) else {}
-        # train_lm.py first, then whether it is right, then the others.
-        for key in own:
-            speeds[" / ".join(key)] = attempt(work, " / ".join(key), planned[key])
-        for name, check in checks_of(work, small).items():
-            checks[name] = attempt(work, name, check)
-        for key in (key for key in planned if key not in own):
-            speeds[" / ".join(key)] = attempt(work, " / ".join(key), planned[key])
-        for key in planned:
-            found = speeds[" / ".join(key)]
-            rows.append([*key, *row_of(found, cases.get(key[0]), flops.get(key[0]), device)])
-        seconds = time.monotonic() - begin
-    header = ["model", "way", "tokens/s", "goal", "of the goal", "MFU", "of the measured rate", "peak memory"]
-    rate, peak = device["matrix_flops"] / 1e12, device["peak_flops"]
-    verdicts = {None: "not run", True: "passed", False: "FAILED"}
-    said = []
-    for name, found in checks.items():
-        passed = found.get("passed") if "not_measured" not in found else None
-        numbers = ", ".join(
-            f"{key} {value:.1e}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in found.items()
-            if key not in ("passed", "error")
+        left = options.seconds - (time.monotonic() - begin)
+        work = Workplace(Path(folder), left, cuda=cuda, gpus=gpus)
+        found = Found(
+            begin=begin, name="gpu-tiny" if options.tiny else "gpu", folder=options.out, cases=cases
         )
-        said.append((name, verdicts[passed], numbers))
-    text = "\n".join(
-        [
-            f"{device['name']}: {rate:.3g} TFLOP/s in a bf16 product in this call; peak by data sheet {peak or '-'}; "
-            f"{seconds:.0f} s in all; goals are for one H200",
-            *(f"{name}: {value:,} FLOPs a token" for name, value in flops.items()),
-            "",
-            common.table(rows, [*header, "plan over peak"]),
-            "",
-            common.table(said, ["check", "result", "numbers"]),
-        ]
-    )
-    result = {
-        "device": device,
-        "speeds": speeds,
-        "checks": checks,
-        "flops_per_token": flops,
-        "seconds": seconds,
-    }
-    common.write("gpu-tiny" if options.tiny else "gpu", result, text, options.out)
-    failed = [name for name, found in checks.items() if found.get("passed") is False or "error" in found]
+        measure(work, found, options)
+    found.write(show=True)
+    failed = [name for name, one in found.checks.items() if one.get("passed") is False or "error" in one]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+def measure(work: Workplace, found: Found, options: argparse.Namespace) -> None:
+    """Everything, the most important first."""
+    limit = options.row_seconds
+    speeds = speeds_of(work, found.cases, compiled=not options.no_compile)
+    checks = checks_of(work, TINY["GPT-2 tiny"])
+    found.speeds = {" / ".join(key): NOT_REACHED for key in speeds}
+    found.checks = dict.fromkeys(checks, NOT_REACHED)
+    size = {"size": 256 if options.tiny else 8192}
+    asked = {name: vars(case) for name, case in found.cases.items()}
+    before = {"device": lambda: work.child("device", size), "FLOPs": lambda: work.child("flops", asked)}
+    for name, one in side_by_side(work, before, limit):
+        if "not_measured" in one:
+            found.unknown[name] = one
+        elif name == "device":
+            found.machine = one.pop("machine", {})
+            found.device = DEVICE | one
+        else:
+            found.flops = one
+    own = [key for key in speeds if key[1] == "train_lm.py"]
+    found.write()
+
+    def measure_rows(keys: list[tuple[str, str]]) -> None:
+        for key in keys:
+            name = " / ".join(key)
+            found.speeds[name] = attempt(work, name, speeds[key], limit)
+            found.write()
+
+    measure_rows(own[:1])
+    for name, one in side_by_side(work, checks, limit):
+        found.checks[name] = one
+        found.write()
+    measure_rows(own[1:])
+    measure_rows([key for key in speeds if key not in own])
+
+
+@dataclass(kw_only=True)
+class Found:
+    """The results so far. ``begin``: when the call began; ``unknown``: what could not be asked, and why; ``machine``: empty
+    if it could not be asked."""
+
+    begin: float
+    name: str
+    folder: Path | None
+    cases: dict[str, Case]
+    machine: dict[str, Any] = field(default_factory=dict)
+    device: dict[str, Any] = field(default_factory=lambda: dict(DEVICE))
+    flops: dict[str, int] = field(default_factory=dict)
+    speeds: dict[str, Any] = field(default_factory=dict)
+    checks: dict[str, Any] = field(default_factory=dict)
+    unknown: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, *, show: bool = False) -> None:
+        """Write the JSON with the tables in it; ``show``: print them as well."""
+        seconds = time.monotonic() - self.begin
+        result = {
+            "machine": self.machine,
+            "device": self.device,
+            "speeds": self.speeds,
+            "checks": self.checks,
+            "flops_per_token": self.flops,
+            "unknown": self.unknown,
+            "seconds": seconds,
+        }
+        common.write(self.name, result, self._tables(seconds), self.folder, show=show)
+
+    def _tables(self, seconds: float) -> str:
+        device = self.device
+        rows = []
+        for name, one in self.speeds.items():
+            model, _, way = name.partition(" / ")
+            rows.append([model, way, *row_of(one, self.cases.get(model), self.flops.get(model), device)])
+        verdicts = {None: "not run", True: "passed", False: "FAILED"}
+        said = []
+        for name, one in self.checks.items():
+            passed = one.get("passed") if "not_measured" not in one else None
+            numbers = ", ".join(
+                f"{key} {value:.1e}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in one.items()
+                if key not in ("passed", "error")
+            )
+            said.append((name, verdicts[passed], numbers))
+        rate, peak = device["matrix_flops"] / 1e12, device["peak_flops"]
+        header = [
+            "model",
+            "way",
+            "tokens/s",
+            "goal",
+            "of the goal",
+            "MFU",
+            "of the measured rate",
+            "peak memory",
+        ]
+        return "\n".join(
+            [
+                f"{device['name']}: {rate:.3g} TFLOP/s in a bf16 product in this call; peak by data sheet "
+                f"{peak or '-'}; {seconds:.0f} s in all; goals are for one H200",
+                *(f"{name}: {value:,} FLOPs a token" for name, value in self.flops.items()),
+                "",
+                common.table(rows, [*header, "plan over peak"]),
+                "",
+                common.table(said, ["check", "result", "numbers"]),
+            ]
+        )
 
 
 if __name__ == "__main__":

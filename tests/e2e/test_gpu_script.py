@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,92 @@ def test_device_that_cannot_be_asked_costs_no_other_result(
     assert json.loads((tmp_path / "gpu-tiny.json").read_text())["checks"] == {"one": {"passed": True}}
 
 
+def test_row_that_hangs_takes_no_more_than_its_own_time(gpu: Any, tmp_path: Path) -> None:
+    work = gpu.Workplace(tmp_path, 60.0, cuda=False, gpus=2)
+    begin = time.monotonic()
+    found = gpu.attempt(work, "x", lambda: work.call(["sh", "-c", "echo compiling; sleep 100"]), 1.0)
+    assert time.monotonic() - begin < 30
+    assert found["not_measured"] == "not done in 1 s"
+    assert "compiling" in found["error"], "what it said last"
+    assert gpu.attempt(work, "y", lambda: {"passed": True}, 1.0) == {"passed": True}, (
+        "the next has its own time"
+    )
+
+
+def test_rows_that_were_reached_are_written_however_the_call_ends(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a call is ended from outside, at a limit of the machine's, and all results were written at its end."""
+    speed = {"tokens_per_second": {"median": 55.0}, "peak_bytes": None}
+
+    def ends() -> None:
+        raise KeyboardInterrupt
+
+    rows = {("A", "train_lm.py"): lambda: speed, ("B", "train_lm.py"): ends, ("A", "Trainer"): lambda: speed}
+    monkeypatch.setattr(gpu.Workplace, "child", lambda *arguments: {})
+    monkeypatch.setattr(gpu, "speeds_of", lambda *args, **options: rows)
+    monkeypatch.setattr(gpu, "checks_of", lambda *args: {"one": lambda: {"passed": True}})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main()
+    found = json.loads((tmp_path / "gpu-tiny.json").read_text())
+    assert found["speeds"]["A / train_lm.py"] == speed
+    assert found["checks"] == {"one": {"passed": True}}, "before the second model"
+    assert "| A | train_lm.py | 55 |" in found["table"]
+    assert "| A | Trainer | not reached |" in found["table"]
+
+
+def test_checks_run_side_by_side(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after another they took three minutes of eight."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    work = gpu.Workplace(tmp_path, 60.0, cuda=False, gpus=1)
+    together = threading.Barrier(3)
+    runs = {name: lambda: together.wait(30) for name in "abc"}
+    assert dict(gpu.side_by_side(work, runs, 60.0)).keys() == {"a", "b", "c"}
+    variable = "TORCHINDUCTOR_COMPILE_THREADS"
+    said = dict(gpu.side_by_side(work, {"x": lambda: work.call(["sh", "-c", f"echo ${variable}"])}, 60.0))
+    assert said == {"x": "2\n"}
+
+
+def test_strategy_is_not_compared_with_a_run_that_failed(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = gpu.Workplace(tmp_path, 60.0, cuda=False, gpus=1)
+
+    def train_lm(work: Any, case: Any, *, launch: Any = None, **options: Any) -> Path:
+        if launch is None:
+            raise RuntimeError("out of memory")
+        (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "loss": 1.0}\n')
+        return tmp_path
+
+    monkeypatch.setattr(gpu, "train_lm", train_lm)
+    checks = gpu.checks_of(work, gpu.TINY["GPT-2 tiny"])
+    names = ("one process learns", "FSDP2 with CPU offload follows")
+    found = [gpu.attempt(work, name, checks[name]) for name in names]
+    assert found[0]["not_measured"] == "out of memory"
+    assert "gave no losses" in found[1]["error"]
+
+
+def test_peak_is_what_the_plan_counts(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that the allocator has only reserved was compared with the plan, and with the tensors of the others."""
+    lines = [{"kind": "event", "event": "start", "plan": {"memory_bytes": 90}}]
+    for step in range(5, 26, 5):
+        numbers = {"tokens_per_second": 1.0, "memory_bytes": 150, "tensor_bytes": 100, "loss": 1.0}
+        lines.append({"kind": "train", "step": step, **numbers})
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(gpu, "train_lm", lambda *args, **options: run_dir)
+    work = gpu.Workplace(tmp_path, 60.0, cuda=False, gpus=1)
+    assert gpu.measure_train_lm(work, gpu.TINY["GPT-2 tiny"])["peak_bytes"] == 100
+
+
+def test_models_without_a_llama_can_be_chosen_on_several_gpus(gpu: Any, tmp_path: Path) -> None:
+    work = gpu.Workplace(tmp_path, 60.0, cuda=False, gpus=2)
+    rows = gpu.speeds_of(work, {"GPT-2 tiny": gpu.TINY["GPT-2 tiny"]}, compiled=False)
+    assert {model for model, _ in rows} == {"GPT-2 tiny"}
+
+
 @pytest.mark.parametrize("name", ["GPT-2 tiny", "Llama tiny"])
 def test_compiled_loop_beside_has_no_mask_in_its_graph(
     gpu: Any, name: str, monkeypatch: pytest.MonkeyPatch
@@ -118,7 +205,7 @@ def test_compiled_loop_beside_has_no_mask_in_its_graph(
 def test_script_measures_and_checks_everything(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--no-compile"]
     done = subprocess.run(
-        [*command, "--seconds", "1200", "--out", str(tmp_path)],
+        [*command, "--seconds", "1200", "--row_seconds", "600", "--out", str(tmp_path)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
