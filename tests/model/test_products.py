@@ -77,7 +77,8 @@ def test_numbers_and_gradients_are_those_of_float64(
     )
     assert len(amd) == 3
     for name, one, other in zip(("output", "x", "weight", "bias"), made, wide, strict=False):
-        assert one.shape == other.shape and one.is_contiguous(), name
+        assert one.shape == other.shape, name
+        assert one.is_contiguous(), name
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=TOLERANCE, msg=name)
 
 
