@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from lmcore.data.corpus import Reading, sample_texts, source_changes, tokenizer_source
 from lmcore.data.text.documents import Source, resolve_sources
-from lmcore.data.tokenizer import tokenizer, training, word_cache
+from lmcore.data.tokenizer import huggingface, tokenizer, training, word_cache
 from lmcore.data.tokenizer.huggingface import TEST_TEXTS
 from lmcore.data.tokenizer.tokenizer import (
     SentencePieceTokenizer,
@@ -494,6 +494,22 @@ def test_load_transformers_folder(byte_level: Path, tmp_path: Path) -> None:
     saved = AutoTokenizer.from_pretrained(tmp_path)
     assert (saved.model_max_length, saved.encode(NEKO)) == (512, loaded.encode(NEKO))
     assert not (tmp_path / "config.json").exists()
+
+
+def test_loading_a_tokenizer_describes_it_no_more_often_than_needed(
+    byte_level: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time takes a second with 128,000 pieces, and every rank loads it at every start."""
+    made: list[str] = []
+    fingerprint_of = huggingface.fingerprint_of
+
+    def counted(*args: Any, **options: Any) -> str:
+        made.append(fingerprint_of(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(huggingface, "fingerprint_of", counted)
+    loaded = load_tokenizer(byte_level)
+    assert made == [loaded.fingerprint] * 3, "the folder's, its copy's and that of what was opened"
 
 
 def test_text_beyond_the_context_gives_no_warning_of_transformers(

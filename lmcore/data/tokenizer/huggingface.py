@@ -466,10 +466,15 @@ def _options(tokenizer: Any) -> dict[str, str]:
 
 def _without_defaults(value: Any) -> Any:
     """Leave out fields that are null, false or empty: other versions of the library write more or fewer of them."""
+    # No call for a number or a text: a vocabulary of 128,000 pieces with its merges has half a million.
     if isinstance(value, dict):
-        kept = {key: _without_defaults(one) for key, one in value.items()}
+        kept = {
+            k: _without_defaults(one) if isinstance(one, dict | list) else one for k, one in value.items()
+        }
         return {key: one for key, one in kept.items() if one is not None and one is not False and one != ""}
-    return [_without_defaults(one) for one in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_without_defaults(one) if isinstance(one, dict | list) else one for one in value]
+    return value
 
 
 _FORMER_FILES = (

@@ -340,7 +340,9 @@ class TransformersTokenizer(Tokenizer):
             tokens, {role: getattr(self._tokenizer, f"{role}_token_id") for role in tokens}
         )
         self.fingerprint = huggingface.fingerprint_of(self._tokenizer, files)
-        before = huggingface.fingerprint_of(self._tokenizer, files, with_options=False)
+        before = self.fingerprint
+        if self._backend is None:  # only that of a Python tokenizer has options
+            before = huggingface.fingerprint_of(self._tokenizer, files, with_options=False)
         if before != self.fingerprint:
             self.former_fingerprints = tuple(dict.fromkeys([*self.former_fingerprints, before]))
 
