@@ -169,6 +169,15 @@ def test_peak_is_what_the_plan_counts(gpu: Any, tmp_path: Path, monkeypatch: pyt
     assert gpu.measure_train_lm(work, gpu.TINY["GPT-2 tiny"])["peak_bytes"] == 100
 
 
+def test_one_gpu_needs_no_launcher(gpu: Any, tmp_path: Path) -> None:
+    """It imports torch for seconds, in each row, to start one process that does so again."""
+    work = gpu.Workplace(tmp_path, 60.0, cuda=True, gpus=1)
+    assert gpu.launcher(work, "gpu") == [sys.executable]
+    assert "accelerate.commands.launch" in gpu.launcher(work, "fsdp2")
+    work = gpu.Workplace(tmp_path, 60.0, cuda=False, gpus=2)
+    assert any("cpu.yaml" in word for word in gpu.launcher(work, "gpu"))
+
+
 def test_models_without_a_llama_can_be_chosen_on_several_gpus(gpu: Any, tmp_path: Path) -> None:
     work = gpu.Workplace(tmp_path, 60.0, cuda=False, gpus=2)
     rows = gpu.speeds_of(work, {"GPT-2 tiny": gpu.TINY["GPT-2 tiny"]}, compiled=False)
