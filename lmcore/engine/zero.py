@@ -45,8 +45,8 @@ def read(env: Mapping[str, str], path: str | None) -> dict[str, Any]:
     """The content of the JSON file that the run or the launcher names, or the launcher's own fields.
 
     Raises:
-        RequestError: no such file, invalid JSON, two different files, a stage other than 1, 2 or 3, or a section for an
-            optimizer or a scheduler.
+        RequestError: no such file, invalid JSON, two different files, a stage other than 1, 2 or 3, no gradient norm, or a
+            section for an optimizer or a scheduler.
     """
     launched = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     launched = "" if launched.lower() == "none" else launched
@@ -75,6 +75,11 @@ def read(env: Mapping[str, str], path: str | None) -> dict[str, Any]:
     if section.get("stage") not in (1, 2, 3):
         raise RequestError(
             f"{path}: zero_optimization.stage is {section.get('stage')}: use 1, 2 or 3 (0 is DDP: leave DeepSpeed out)"
+        )
+    if section.get("compute_grad_norm", True) is not True:
+        raise RequestError(
+            f"{path}: zero_optimization.compute_grad_norm is {section['compute_grad_norm']}: remove it; the run needs the "
+            "norm of every step, to log it and to find faults"
         )
     for part in ("optimizer", "param"):
         device = env.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none").lower()

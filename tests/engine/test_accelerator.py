@@ -61,6 +61,7 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
         ({}, {"zero_optimization": {"stage": 0}}, "stage is 0: use 1, 2 or 3"),
         ({}, {}, "stage is None: use 1, 2 or 3"),
         ({}, {"zero_optimization": {"stage": 1}, "scheduler": {}}, "section 'scheduler': remove it"),
+        ({}, {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm is False: remove it"),
         ({}, "{", "is not valid JSON"),
     ],
 )  # fmt: skip
