@@ -192,7 +192,10 @@ def requested(words: Sequence[str]) -> RunConfig:
     if not data.valid and not given("data.valid_fraction") and found < 2e7:
         data = replace(data, valid_fraction=0.03)  # 1% of a small text is too little to measure with
     if tokenizer.path is None and not given("tokenizer.vocab_size"):
-        tokenizer = replace(tokenizer, vocab_size=fits.vocabulary)
+        vocabulary, _ = own_text.vocabulary_for(
+            config.data.train or ["stdlib"], fits, flatten(config), unit="line", **reading
+        )
+        tokenizer = replace(tokenizer, vocab_size=vocabulary)
     if optim.name not in START_RATES:
         raise RequestError(f"optim.name must be one of {', '.join(START_RATES)} here (got {optim.name})")
     if model.preset is None:

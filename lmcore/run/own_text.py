@@ -1,8 +1,8 @@
 """Defaults for training on a text without a recipe: model, vocabulary, steps and learning rate by the size of the text.
 
 The defaults depend on the text, the options and whether DeepSpeed is used (Muon does not run under ZeRO), never on the
-machine or the number of processes, so that the same command resumes the same run anywhere. Neither torch nor the text
-itself is loaded; only the sizes of the files are read.
+machine or the number of processes, so that the same command resumes the same run anywhere. torch is not loaded. Only the
+sizes of the files are read, and the characters of a text of up to SMALL_BYTES, because a vocabulary must hold them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lmcore.config.curves import values_of
 from lmcore.config.presets import MODERN_PRESETS, SHAPES
 from lmcore.conventions import LONGEST_DEFAULT_BLOCK_TOKENS, context_in, flag
 from lmcore.data.text import listing, sources
+from lmcore.errors import RequestError
 from lmcore.humanize import short
 from lmcore.humanize import size as human_size
 from lmcore.plan.scaling import Published, published
@@ -61,6 +63,8 @@ per parameter if the text has that many. For four passes over a small text see d
 MUON_RATE_FACTOR = 2
 """Ratio of Muon's peak rate to AdamW's (the update of a matrix has the same root mean square as AdamW's, ``match_rms_adamw``).
 Measured at widths 128 and 192 (docs/log.md, 2026-11-28); assumed, but not measured, for larger widths."""
+OTHER_PIECES = 256 + 4 + 1
+"""Pieces besides the characters: bytes, special tokens, and one for a space in text without spaces."""
 SMALL_BYTES = 1e6
 ADAMW_PASSES_FACTOR = 4
 """On a text of up to SMALL_BYTES, AdamW needs about four times as many passes for the same validation loss."""
@@ -98,6 +102,44 @@ def text_bytes(entries: list[Any], **reading: Any) -> int:
                     packed = BYTES_PER_TOKEN / token_bytes(path)
                 total += 0 if found is None else found.st_size * packed
     return int(total)
+
+
+def vocabulary_for(
+    entries: list[Any], size: Size, options: dict[str, Any], **reading: Any
+) -> tuple[int, int]:
+    """The size of the vocabulary, and the number of characters that raise it above the table's (0 if none do).
+
+    Japanese and Chinese have thousands of characters, and SentencePiece refuses a vocabulary that cannot hold those of the
+    text. Then it is the next multiple of the table's. Text that cannot be read is left to the run, which says what is wrong.
+
+    Args:
+        options: the options that the user has set, by dotted name.
+    """
+    if size.bytes > SMALL_BYTES or options.get("tokenizer.model_type") == "char":
+        return size.vocabulary, 0
+    from lmcore.config.schema import TokenizerConfig  # lazily, as the readers of the text
+    from lmcore.data import corpus
+
+    counts: Counter[str] = Counter()
+    with contextlib.suppress(RequestError, OSError):
+        texts = corpus.sample_texts(
+            sources.resolve_sources(entries, **reading),
+            max_bytes=int(4 * SMALL_BYTES),
+            bad=lambda record: None,
+        )
+        for text in texts:
+            counts.update(text)
+    del counts["\n"]  # the trainer sees single lines
+    coverage = options.get("tokenizer.character_coverage") or TokenizerConfig.character_coverage
+    total, covered, characters = counts.total(), 0, 0
+    for _, count in counts.most_common():
+        if covered >= coverage * total:
+            break
+        covered, characters = covered + count, characters + 1
+    needed = OTHER_PIECES + len(options.get("tokenizer.user_symbols") or []) + characters
+    if needed <= size.vocabulary:
+        return size.vocabulary, 0
+    return size.vocabulary * math.ceil(needed / size.vocabulary), characters
 
 
 def token_bytes(path: str) -> float:
@@ -156,7 +198,13 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         )
     else:
         if "tokenizer.path" not in given:
-            choose("tokenizer.vocab_size", size.vocabulary, f"for {human_size(found)} of text")
+            vocabulary, characters = vocabulary_for(
+                given.get("data.train") or ["stdlib"], size, given, unit="line", **reading
+            )
+            many = (
+                f", whose {characters:,} characters need more than {size.vocabulary:,}" if characters else ""
+            )
+            choose("tokenizer.vocab_size", vocabulary, f"for {human_size(found)} of text{many}")
         if optimizer == "muon" and "optim.name" not in given:
             choose(
                 "optim.name", "muon", "learns more from each token than adamw (docs/models_and_optimizers.md)"

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lmcore.cli.size import requested
 from lmcore.config.parse import parse
 from lmcore.config.schema import RunConfig
+from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.errors import RequestError
 from lmcore.report.metrics import read_metrics
 from lmcore.run import own_text
@@ -244,3 +246,22 @@ def test_rest_of_the_model_follows_the_width_and_heads_that_the_user_sets(text: 
     assert config.model.config["intermediate_size"] == 4 * 256
     assert config.model.config["num_key_value_heads"] == 4
     assert any("the model is 256 wide" in note for note in notes)
+
+
+def test_text_with_more_characters_than_the_tables_vocabulary_gets_a_larger_one(text: Path) -> None:
+    """Japanese of less than 1 MB was refused with the default: SentencePiece gives each character a piece first."""
+    characters = [chr(0x4E00 + number) for number in range(1_500)]
+    lines = ("".join(characters[number % 100 :: 100]) + "。\n" for number in range(600))
+    (text / "a.txt").write_text("".join(lines), encoding="utf-8")
+    config, notes = configure(text)
+    assert config.tokenizer.vocab_size == 2_000
+    assert any("whose 1,501 characters need more than 1,000" in note for note in notes)
+    assert (
+        train_tokenizer([(text / "a.txt").read_text(encoding="utf-8")], vocab_size=2_000).vocab_size > 1_501
+    )
+    assert configure(text, "--tokenizer.vocab_size", "1000")[0].tokenizer.vocab_size == 1_000
+    assert configure(text, "--tokenizer.character_coverage", "0.98")[0].tokenizer.vocab_size == 2_000
+    assert configure(text, "--tokenizer.model_type", "char")[0].tokenizer.vocab_size == 1_000
+    assert requested(["--data.train", str(text / "a.txt")]).tokenizer.vocab_size == 2_000, "lmcore size"
+    (text / "a.txt").write_bytes("漢字".encode("cp932") * 1_000)
+    assert configure(text)[0].tokenizer.vocab_size == 1_000, "the run says what is wrong with the text"
