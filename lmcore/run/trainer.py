@@ -1024,8 +1024,10 @@ class Run:
     def _is_kept(self, step: int) -> bool:
         """Whether the checkpoint of a step is kept permanently. If it was saved under another plan of steps or another meaning
         of ``checkpoint.keep_every``, this is no longer known, so it is kept."""
-        before = step < self.sizes.steps.stretches[0].step or step <= self._kept_before
-        return before or self._intervals.reached(step, self.config.checkpoint.keep_every)
+        every = self.config.checkpoint.keep_every
+        if step <= self._kept_before or not every:
+            return step <= self._kept_before
+        return step < self.sizes.steps.stretches[0].step or self._intervals.reached(step, every)
 
     def _compare_replicas(self) -> None:
         """Raise ``FaultError`` if the weights of a rank differ from those of most ranks (silent data corruption)."""

@@ -97,6 +97,7 @@ def test_stream_grows_too(text: Path) -> None:
 def test_another_batch_at_a_resume_keeps_the_horizon_in_tokens(text: Path) -> None:
     """After 80 of 112 blocks in steps of 16, steps of 8: the run still sees 112 blocks."""
     asked: dict[str, Any] = {"train__duration": f"{112 * 16} tokens", "optim__schedule": "linear_to_zero"}
+    asked |= {"checkpoint__every": "2 steps", "checkpoint__keep": 1}
     run_dir = text / "changed"
     first = request(text, run_dir, **CURVES | asked | {"train__global_batch_blocks": 16})
     assert train(first, kill_before_step=4) == [EXIT_SAVED]
@@ -106,3 +107,7 @@ def test_another_batch_at_a_resume_keeps_the_horizon_in_tokens(text: Path) -> No
     found = records(run_dir, "train")
     assert max(found) == 5 + 4
     assert found[9]["position"] == 112
+    left = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
+    assert left == ["step-00000009"], (
+        "without checkpoint.keep_every none from before the change is kept for ever"
+    )
