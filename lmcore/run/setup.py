@@ -823,7 +823,8 @@ def describe_optimizer(config: RunConfig, sizes: Sizes) -> list[tuple[str, str]]
         words = f"{momentum(sizes.total_steps):g}"
         if isinstance(asked.momentum, Curve):
             words = str(asked.momentum)
-        elif momentum(0) != asked.momentum:
+        # After a resume with another batch, the plan begins at that step and does not know the length of earlier steps.
+        elif momentum(sizes.steps.stretches[0].step) != asked.momentum:
             words = f"{momentum(0):g} to {words} over {amount(sizes.steps_of(asked.momentum_warmup), 'step')}"
         rows.append(("momentum", words))
     if isinstance(asked.weight_decay, Curve):

@@ -11,7 +11,7 @@ from lmcore.config import parse
 from lmcore.config.durations import Duration, Durations, is_reached
 from lmcore.errors import RequestError
 from lmcore.run.budget import Sizes, horizon
-from lmcore.run.setup import learning_rates, momenta, weight_decays
+from lmcore.run.setup import describe_optimizer, learning_rates, momenta, weight_decays
 from lmcore.run.state import differences, topology
 from tests.support.intervals import is_due
 
@@ -304,3 +304,16 @@ def test_few_steps_are_told_with_a_remedy_that_helps() -> None:
     config = parse.parse(["--data.train", "x", "--train.duration", "0.5 epochs"], default_recipe=None)
     [line] = sizes("--train.duration", "0.5 epochs").warnings(config, validated=True)
     assert "reduce --train.global_batch_blocks" in line
+
+
+def test_momentum_of_a_resumed_run_with_another_batch_is_described_by_its_own_steps() -> None:
+    """Its plan begins at the resume; "0.85 to 0.95 over 35 steps" stood there for the 10 steps before it."""
+    words = ("--optim.name", "muon", "--train.duration", "80 steps")
+    config = parse.parse(["--data.train", "x", "--run_dir", "x", *words], default_recipe=None)
+
+    def row(**past: Any) -> str:
+        return dict(describe_optimizer(config, sizes(*words, **past)))["momentum"]
+
+    assert row() == "0.85 to 0.95 over 8 steps"
+    assert row(step=60, blocks=300, position=300, planned_from=(60, 300)) == "0.95"
+    assert row(step=4, blocks=20, position=20, planned_from=(4, 20)) == "0.85 to 0.95 over 10 steps"
