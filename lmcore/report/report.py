@@ -103,6 +103,7 @@ class Report(RankLog):
         self._cells: dict[str, str] = {}
         self._held_cells: dict[str, str] = {}
         self._rates: list[float] = []
+        self._is_resumed = False
         self._ended: tuple[int, int, float] | None = None
 
     def __enter__(self) -> Report:
@@ -160,7 +161,8 @@ class Report(RankLog):
         if self.train_seconds > 0:
             rows.append(("time in steps", duration(self.train_seconds)))
         if self.tokens_per_second is not None:
-            rows.append(("tokens/s", f"{short(self.tokens_per_second)} (median)"))
+            since = " since the resume" if self._is_resumed else ""
+            rows.append(("tokens/s", f"{short(self.tokens_per_second)} (median{since})"))
         return rows
 
     @property
@@ -549,6 +551,7 @@ class Report(RankLog):
         if self.is_main and ended is not None and not self._was_told(ended[0], ended[1]):
             self._ended = (ended[0], ended[1], math.nan if ended[2] is None else ended[2])
         self._timer.total_seconds = state["train_seconds"]
+        self._is_resumed = True
 
     def _was_told(self, epoch: int, step: int) -> bool:
         """Whether metrics.jsonl already has the end of an epoch, which is recorded only after the save of its step."""
@@ -567,8 +570,9 @@ class Report(RankLog):
             total_steps: new length of the run, because skipped positions can make a run of epochs shorter.
         """
         self._total_steps = total_steps or self._total_steps
-        spent = self.train_seconds
+        spent, resumed = self.train_seconds, self._is_resumed
         self.load_state({**state, "train_seconds": spent})
+        self._is_resumed = resumed
         self._latest, self._logged_step = None, step
         self.event("rewound", step=step)
         if self._trackers is not None:

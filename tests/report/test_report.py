@@ -165,6 +165,9 @@ def test_resumed_run_logs_what_the_uninterrupted_one_logs(tmp_path: Path) -> Non
         report.load_state(states["killed"])
         report.event("resume", step=14)
         feed(report, 15, 40, every=5)
+        assert report.results()[-1][1].endswith("(median since the resume)"), (
+            "report.html has that of the run"
+        )
         report.end_epoch(epoch=1, step=40)
         report.epoch()
     assert trained(tmp_path / "killed") == trained(tmp_path / "whole")
@@ -205,6 +208,9 @@ def test_rewind_is_no_step_time_and_leaves_the_newest_loss(
         report.latest(step=5, loss=0.125)
         assert report.train_seconds == 1
         assert report.results()[0] == ("training loss", "0.1250  (step 5)")
+        clock[0] += 1
+        feed(report, 6, 6)
+        assert report.results()[-1][1].endswith("(median)")
 
 
 def test_nonfinite_loss_is_shown_in_the_report(tmp_path: Path) -> None:
