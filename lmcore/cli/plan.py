@@ -195,7 +195,7 @@ class _PlannedRun:
         wanted = not own_data or config.tokenizer.path is not None
         self.encoder = setup.given_tokenizer(config) if wanted else None
         in_epochs = config.train.duration.unit == "epochs"
-        data = open_data() if own_data or (in_epochs and "tokenize" in given) else None
+        data = open_data() if own_data or "tokenize" in given else None
         self.encoder = data.encoder if data else self.encoder
         self.vocab_size = None if own_data else config.tokenizer.vocab_size
         if self.encoder is not None:

@@ -397,3 +397,14 @@ def test_advice_is_what_the_run_accepts(name: str) -> None:
     rows = dict(plan_rows(config, {"processes": "2", "device_gib": "0.00001"}, open_data=lambda: None))
     said = " ".join(rows.values())
     assert ("zero" in said) == (name == "adamw"), said
+
+
+def test_tokenize_counts_the_epochs_of_a_run_in_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was ignored without a word unless the duration was in epochs, which it never is without a recipe."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text(words(400, 0), encoding="utf-8")
+    asked = ["--data.train", "a.txt", "--data.valid_fraction", "0", *SMALL, "--tokenizer.vocab_size", "300"]
+    assert "epochs" not in planned(capsys, *asked)["budget"]
+    assert planned(capsys, "--tokenize", *asked)["budget"].endswith(" epochs")
