@@ -321,7 +321,12 @@ def evaluate(words: list[str]) -> None:
     )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--text_field", default="text")
-    parser.add_argument("--unit", default="auto", choices=("auto", "line", "paragraph", "file"))
+    parser.add_argument(
+        "--unit",
+        default=None,
+        choices=("auto", "line", "paragraph", "file"),
+        help="default: the run's data.unit",
+    )
     parser.add_argument("--encoding", default="utf-8")
     parser.add_argument("--on_error", default="raise", choices=("raise", "skip"))
     parser.add_argument(

@@ -59,6 +59,7 @@ class Saved:
         run_dir: ``None`` for an export outside its run folder.
         eos: whether every document of the training text ended with the end-of-sequence token.
         document_mask: whether it was trained without attention between the documents of a block.
+        unit: ``data.unit`` of the run: what one document of a plain text is.
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class Saved:
     run_dir: Path | None
     eos: bool = True
     document_mask: bool = False
+    unit: str = "auto"
 
 
 def load_model(
@@ -159,20 +161,26 @@ def load_model(
         run_dir=run_dir,
         eos=reading["eos"],
         document_mask=reading["document_mask"],
+        unit=reading["unit"],
     )
 
 
-def reading_of(opened: Checkpoint) -> dict[str, bool]:
-    """The run's ``data.eos`` and ``data.document_mask`` (as ``eos`` and ``document_mask``): how the model expects its input."""
+def reading_of(opened: Checkpoint) -> dict[str, Any]:
+    """The run's ``data.eos``, ``data.document_mask`` and ``data.unit`` (without ``data.``): how the model expects its input."""
     config = opened.state.get("config")
     found = config if isinstance(config, Mapping) else {}
-    return _reading({name: found.get(f"data.{name}") for name in ("eos", "document_mask")})
+    return _reading({name: found.get(f"data.{name}") for name in ("eos", "document_mask", "unit")})
 
 
-def _reading(found: Any) -> dict[str, bool]:
-    """The two options; what an older version did not record gets the default of a training."""
+def _reading(found: Any) -> dict[str, Any]:
+    """The three options; what an older version did not record gets the default of a training."""
     known = found if isinstance(found, Mapping) else {}
-    return {"eos": known.get("eos") is not False, "document_mask": known.get("document_mask") is True}
+    unit = known.get("unit")
+    return {
+        "eos": known.get("eos") is not False,
+        "document_mask": known.get("document_mask") is True,
+        "unit": unit if unit in ("line", "paragraph", "file") else "auto",
+    }
 
 
 def resolve(

@@ -1,7 +1,8 @@
 """Scoring a saved model on text: loss, perplexity and bits per byte, without training.
 
 The arithmetic is that of an evaluation during a run: every token is counted once, including tails, and sums are divided once at
-the end. The text is given to the model as in its training (``data.eos``, ``data.document_mask``). No files are left on the disk.
+the end. The text is given to the model as in its training (``data.eos``, ``data.document_mask``, ``data.unit``). No files are left
+on the disk.
 
 Example::
 
@@ -68,7 +69,7 @@ def score(
     blocks: int | None = None,
     precision: str = "fp32",
     text_field: str = "text",
-    unit: str = "auto",
+    unit: str | None = None,
     encoding: str = "utf-8",
     on_error: str = "raise",
     task: Task = lambda *_, **__: nullcontext(lambda *_, **__: None),
@@ -80,6 +81,7 @@ def score(
         block_size: number of tokens that the model sees at once; default: its context, at most 1,024, as in training.
         blocks: number of blocks to score of each set, spread over it; default: all.
         precision: ``fp32`` or ``bf16`` (autocast).
+        unit: what one document of a plain text is; default: ``data.unit`` of the run.
         task: makes a progress bar (:meth:`lmcore.report.report.Report.task`).
 
     Raises:
@@ -98,7 +100,7 @@ def score(
     results: dict[str, Evaluation] = {}
     for name, entries in sets.items():
         sources = documents.resolve_sources(
-            list(entries), text_field=text_field, unit=unit, encoding=encoding
+            list(entries), text_field=text_field, unit=unit or saved.unit, encoding=encoding
         )
         with temporary_folder("lmcore-score-") as folder:
             stores = [

@@ -542,9 +542,9 @@ def test_configuration_beside_the_card_of_an_older_run_holds_no_secret() -> None
     assert "cAnArY" not in card._without_paths({"a": "https://h/x?sig=cAnArY", "data": {"api_key": "cAnArY"}})
 
 
-@pytest.mark.parametrize("data", [{}, {"eos": False, "document_mask": True}])
+@pytest.mark.parametrize("data", [{}, {"eos": False, "document_mask": True, "unit": "line"}])
 def test_how_a_model_was_trained_is_known_from_its_checkpoint_and_its_export(
-    data: dict[str, bool], tmp_path: Path
+    data: dict[str, Any], tmp_path: Path
 ) -> None:
     make_run(tmp_path, config={f"data.{name}": value for name, value in data.items()})
     with newest(tmp_path) as opened:
@@ -553,6 +553,7 @@ def test_how_a_model_was_trained_is_known_from_its_checkpoint_and_its_export(
         saved = load.load_model(path, device="cpu")
         assert saved.eos is data.get("eos", True)
         assert saved.document_mask is data.get("document_mask", False)
+        assert saved.unit == data.get("unit", "auto")
     text = (tmp_path / "export" / "README.md").read_text()
     assert ("Documents were separated by the end-of-text token" in text) is saved.eos
     assert ("Documents followed each other without a token" in text) is not saved.eos

@@ -52,7 +52,7 @@ def test_text_is_scored_as_the_model_was_trained(tmp_path: Path) -> None:
             parameter.mul_(4)
     (tmp_path / "text.txt").write_text("def g(y):\n\nreturn y * 2\n\n" * 4)
 
-    def scored(**trained: Any) -> Evaluation:
+    def scored(asked: str | None = "paragraph", **trained: Any) -> Evaluation:
         saved = Saved(
             model=model.eval(),
             tokenizer=words,
@@ -62,9 +62,12 @@ def test_text_is_scored_as_the_model_was_trained(tmp_path: Path) -> None:
             run_dir=None,
             **trained,
         )
-        return score(saved, {"held": [str(tmp_path / "text.txt")]}, unit="paragraph")["held"]
+        return score(saved, {"held": [str(tmp_path / "text.txt")]}, unit=asked)["held"]
 
     usual, without_eos, masked = scored(), scored(eos=False), scored(document_mask=True)
     assert without_eos.tokens == usual.tokens - 8, "each of the 8 documents ends with one"
     assert masked.tokens == usual.tokens
+    of_the_run = scored(None, unit="file")
+    assert of_the_run == scored("file") == scored("file", unit="line")
+    assert of_the_run.tokens != scored(None).tokens, "data.unit of the run"
     assert masked.loss != pytest.approx(usual.loss, rel=1e-3)
