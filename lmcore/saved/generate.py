@@ -260,9 +260,10 @@ def choose(logits: Tensor, draw: Draw, window: Sequence[int] = ()) -> int:
         )
     if draw.repetition_penalty != 1:
         seen = torch.tensor(sorted({token for token in window if token < len(logits)}), dtype=torch.long)
-        values = logits[seen]
-        penalty = draw.repetition_penalty
-        logits = logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
+        values, penalty, most = logits[seen].double(), draw.repetition_penalty, torch.finfo(logits.dtype).max
+        # In float32 a penalty near 0 would be 0, and a large one infinite.
+        values = torch.where(values > 0, values / penalty, values * penalty).clamp(-most, most)
+        logits = logits.index_copy(0, seen, values.to(logits.dtype))
     if draw.temperature == 0:
         return int(logits.argmax())
     if draw.top_k:

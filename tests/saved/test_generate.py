@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -201,6 +202,21 @@ def test_repetition_penalty_lowers_what_was_there() -> None:
     assert choose(logits, draw, [0, 0, 7]) == 1, "ids beyond the logits (padding) are ignored"
     assert choose(logits[2:], draw, [0]) == 1, "a negative logit becomes more negative"
     assert logits.tolist() == pytest.approx([2.0, 1.9, -1.0, -1.05]), "the model's logits are not changed"
+
+
+def test_any_repetition_penalty_above_zero_is_finite() -> None:
+    """A logit divided by 1e-300 is infinite, and 1e300 itself is so in float32."""
+    logits = torch.tensor([2.0, 0.0, -1.0])
+    for penalty, temperature in itertools.product((1e-300, 1e-40, 1e300), (0.0, 1e-40, 0.8)):
+        draw = Draw(
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=penalty,
+            generator=torch.Generator(),
+        )
+        # Divided by a huge penalty the first logit is 0, like the second.
+        assert choose(logits, draw, [0, 1, 2]) in ({0} if penalty < 1 else {0, 1})
 
 
 def test_repetition_penalty_ends_loops(words: Any) -> None:
