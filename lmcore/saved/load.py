@@ -110,7 +110,7 @@ def load_model(
     kind, folder = resolve(path, checkpoint, note=note)
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # fails on a device without memory (meta), too
     except (RuntimeError, AssertionError, ValueError) as error:
         raise RequestError(
             f"device {device}: {_one_line(error)}; use cpu or one of this machine's GPUs"

@@ -640,6 +640,12 @@ def test_export_does_not_remove_files_that_were_added_to_an_older_one(tmp_path: 
     assert (folder / "model.gguf").read_text() == "an hour of converting"
 
 
+def test_device_without_memory_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    with pytest.raises(RequestError, match=r"device meta: .*; use cpu or one of this machine's GPUs"):
+        load.load_model(tmp_path, device="meta")
+
+
 def test_changed_export_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path)
     with newest(tmp_path) as opened:
