@@ -39,9 +39,16 @@ class Parser(argparse.ArgumentParser):
 
 def given_path(text: str) -> str:
     """The value of an option that names a file or folder. An empty one, of a variable of the shell that is not set, is refused:
-    the default would be written, or nothing."""
+    the default would be written, or nothing, or the current folder be taken for a checkpoint."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty: give a path, or leave it out")
+    return text
+
+
+def given_file(text: str) -> str:
+    """:func:`given_path` of a file that is written. ``.`` and ``/`` are folders without a name to write beside."""
+    if os.path.isdir(given_path(text)):
+        raise argparse.ArgumentTypeError(f"{text} is a folder: give the name of a file")
     return text
 
 
@@ -73,7 +80,10 @@ def _opened(parser: Parser, words: list[str]) -> tuple[argparse.Namespace, Any]:
     """Add the options that select a model, parse the arguments, and open the model."""
     parser.add_argument("path", help="a run folder, a checkpoint, or an export")
     parser.add_argument(
-        "--checkpoint", default="auto", help="of a run: best, or a step (default: the newest)"
+        "--checkpoint",
+        type=given_path,
+        default="auto",
+        help="of a run: best, or a step (default: the newest)",
     )
     parser.add_argument(
         "--weights", choices=("model", "ema"), default="model", help="ema: the moving average"
@@ -331,7 +341,7 @@ def evaluate(words: list[str]) -> None:
     parser.add_argument("--on_error", default="raise", choices=("raise", "skip"))
     parser.add_argument(
         "--json",
-        type=given_path,
+        type=given_file,
         default=None,
         metavar="FILE",
         help="write the results there too; -: only them",
@@ -405,7 +415,10 @@ def export(words: list[str]) -> None:
     parser = Parser(prog="lmcore export")
     parser.add_argument("path", help="a run folder or a checkpoint")
     parser.add_argument(
-        "--checkpoint", default="auto", help="of a run: best, or a step (default: the newest)"
+        "--checkpoint",
+        type=given_path,
+        default="auto",
+        help="of a run: best, or a step (default: the newest)",
     )
     parser.add_argument("--out", type=given_path, default=None, help="default: RUN/export")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
@@ -467,7 +480,7 @@ def report(words: list[str]) -> None:
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument(
         "--out",
-        type=given_path,
+        type=given_file,
         default=None,
         help="default: RUN/report.html, or RUN/comparison.html in each of several runs",
     )

@@ -152,11 +152,27 @@ def test_folder_of_runs_and_mistyped_run_name_the_runs(
         call(*words, "--debug")
 
 
-@pytest.mark.parametrize("words", ["evaluate RUN --data x --json", "export RUN --out", "report RUN --out"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate RUN --data x --json",
+        "export RUN --out",
+        "report RUN --out",
+        "generate RUN --checkpoint",
+        "export RUN --checkpoint",
+    ],
+)
 def test_empty_name_of_a_file_is_not_the_default(words: str, capsys: Any) -> None:
     """A variable of the shell that is not set: ``--out "$folder"`` replaced the export of the run."""
     assert call(*words.split(), "") == 2
     assert "must not be empty: give a path, or leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["evaluate RUN --data x --json", "report RUN --out"])
+@pytest.mark.parametrize("folder", [".", "..", "/"])
+def test_folder_in_place_of_a_file_is_refused_in_one_line(words: str, folder: str, capsys: Any) -> None:
+    assert call(*words.split(), folder) == 2
+    assert f": {folder} is a folder: give the name of a file; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("word", ["", " ", "=x", "= --json"])
