@@ -204,7 +204,7 @@ class SafeStream:
 
 
 def protect_output() -> None:
-    """Make ``sys.stdout`` and ``sys.stderr`` safe. Call this first in a program.
+    """Make ``sys.stdout`` and ``sys.stderr`` safe, and ``sys.stdin`` empty if it is closed. Call this first in a program.
 
     A closed descriptor is opened on ``/dev/null``; otherwise the next opened file would get its number and the messages for
     it. Both streams then never raise, and do not pass control characters from text, names or model output. They are line
@@ -215,6 +215,8 @@ def protect_output() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # open() returns the lowest free number, which is this one
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 - for the life of the process
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -623,6 +623,7 @@ PROGRAM = """
 import sys
 from lmcore.report.console import protect_output
 protect_output()
+sys.stdin.isatty() or sys.stdin.readline()
 for number in range(20_000):
     print(f"line {number} \\x1b]0;pwned\\x07\\x1b[2J 日本")
 print("error \\x1b[31m", file=sys.stderr)
@@ -635,7 +636,11 @@ def test_training_survives_any_failing_output(shell: str, tmp_path: Path) -> Non
     command = f"set -o pipefail; {sys.executable} -c \"$0\" '{tmp_path}/done' {shell}"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        ["bash", "-c", command, PROGRAM], capture_output=True, cwd=Path(__file__).parents[2], env=environment
+        ["bash", "-c", command, PROGRAM],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        cwd=Path(__file__).parents[2],
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "done").read_text() == "reached the end"
