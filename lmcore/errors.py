@@ -90,6 +90,14 @@ def require_docstrings(optimize: int | None = None) -> None:
         )
 
 
+def require_output() -> None:
+    """Raise ``FaultError`` if standard output is incomplete, as on a full disk. A closed pipe (`... | head`) is not an error."""
+    sys.stdout.flush()
+    lost = getattr(sys.stdout, "failure", None)
+    if lost and not lost.startswith("BrokenPipeError"):
+        raise FaultError(f"standard output is not complete ({lost})")
+
+
 def require_readable_arguments(argv: Sequence[str] | None = None, encoding: str | None = None) -> None:
     """Refuse arguments that Python could not decode because the system encoding is not UTF-8.
 

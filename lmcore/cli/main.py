@@ -25,6 +25,7 @@ from lmcore.errors import (
     RequestError,
     of_disk,
     require_docstrings,
+    require_output,
     require_readable_arguments,
 )
 from lmcore.humanize import did_you_mean
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _clearing_up() if COMMANDS[words[0]][0] == "saved" else nullcontext():
             code: int | None = getattr(module, words[0])([*words[1:], *passed_on])
         if words[0] not in ("train", "size"):  # these write their results to files
-            _require_output()
+            require_output()
         return code or EXIT_FINISHED
     except (RequestError, FaultError) as error:
         if debug:
@@ -118,14 +119,6 @@ def _clearing_up() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
-
-
-def _require_output() -> None:
-    """Raise ``FaultError`` if standard output is incomplete, as on a full disk. A closed pipe (`... | head`) is not an error."""
-    sys.stdout.flush()
-    lost = getattr(sys.stdout, "failure", None)
-    if lost and not lost.startswith("BrokenPipeError"):
-        raise FaultError(f"standard output is not complete ({lost})")
 
 
 def overview() -> str:

@@ -38,7 +38,7 @@ from lmcore.config.durations import Durations
 from lmcore.config.idle import say_idle
 from lmcore.config.schema import Key, RunConfig, keys
 from lmcore.conventions import HIDDEN
-from lmcore.errors import RequestError
+from lmcore.errors import RequestError, require_output
 from lmcore.storage import is_url
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -155,6 +155,7 @@ def parse(
     config: RunConfig = schema.build(_nested(merged))
     if request.print_config:
         print(help_.commented_yaml(config), end="")
+        require_output()
         raise SystemExit(0)
     check(config)
     if not allow_idle:
