@@ -399,7 +399,8 @@ def probe_head(model: nn.Module) -> HeadForm | str:
     def logits_of(hidden: Tensor) -> tuple[Tensor, Tensor]:
         body.forward = lambda *args, **kwargs: _ProbeOutput(last_hidden_state=hidden)
         ids = torch.zeros(1, 4, dtype=torch.int64, device=head.weight.device)
-        return model(input_ids=ids).logits, nn.functional.linear(hidden, head.weight, head.bias)
+        # By the head's own forward: another product would round otherwise, by more than is allowed below.
+        return model(input_ids=ids).logits, head(hidden)
 
     try:
         # A head without weights, or of zeros, gets random ones: with zeros the probe would see nothing.

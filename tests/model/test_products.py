@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import lmcore.model.products as products
 from lmcore.model.build import build_model
 from lmcore.model.loss import causal_lm_loss
-from lmcore.model.module import ModelWithLoss
+from lmcore.model.module import HeadForm, ModelWithLoss
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -187,6 +187,18 @@ def test_a_model_has_the_loss_and_gradients_of_before(
         again = module(input_ids=ids[:, :-1], labels=ids[:, 1:])[0].item()
         other = twin(input_ids=ids[:, :-1], labels=ids[:, 1:])[0].item()
     assert again == loss != other  # the copy's layers use the copy's weights
+
+
+def test_the_form_of_a_large_head_is_recognized(amd: list[Any]) -> None:
+    """Its probe of four tokens is large enough for oneDNN, whose rounding is another than that of torch's own product."""
+    fields = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 256, "intermediate_size": 64}
+    model = build_model(
+        type="nanochat", config_overrides=fields, vocab_size=8000, block_size=16, seed=0, zero_init=True
+    )
+    module = ModelWithLoss(model)
+    assert module.head_path == "chunked"
+    assert module.head_form == HeadForm(softcap=15.0)
+    assert amd
 
 
 @pytest.mark.parametrize("chunk", [256, 100])
