@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lmcore.data.cursor import Cursor
+from lmcore.model.products import onednn_is_faster
 
 
 @dataclass(kw_only=True)
@@ -44,7 +45,7 @@ def topology(
     micro_batch_blocks: int,
 ) -> dict[str, Any]:
     """What must be the same for a bit-exact continuation (law 13). The keys are words for a message."""
-    return {
+    found = {
         "world size": world_size,
         "strategy": strategy,
         "precision": precision,
@@ -57,10 +58,21 @@ def topology(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+    if device == "cpu":
+        by_onednn = precision == "fp32" and not compiled and onednn_is_faster()
+        found["CPU instructions"] = torch.backends.cpu.get_cpu_capability()
+        found[PRODUCTS] = "oneDNN" if by_onednn else PRODUCTS_OF_TORCH
+    return found
+
+
+PRODUCTS, PRODUCTS_OF_TORCH = "library of float32 products", "torch's choice"
+"""A key of :func:`topology` (:mod:`lmcore.model.products`), and its value in CPU runs from before it was recorded."""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The differences between the topology and that of the checkpoint, one phrase each."""
+    if old.get("device") == "cpu":
+        old = {PRODUCTS: PRODUCTS_OF_TORCH, **old}
     return [
         f"{name} was {old[name]}, is {new[name]}" for name in new if name in old and old[name] != new[name]
     ]

@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+import torch
 
 from lmcore.config import parse
 from lmcore.config.durations import Duration, Durations, is_reached
@@ -128,6 +129,28 @@ def test_another_topology_is_named() -> None:
     assert differences(old, topology(**same)) == []
     other = topology(**{**same, "world_size": 4})
     assert differences(old, other) == ["world size was 2, is 4"]
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "from before"])
+def test_another_library_of_products_is_named(monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
+    """On an AMD CPU float32 products are rounded differently than on an Intel one, and than before they were by oneDNN."""
+    same: dict[str, Any] = {
+        "world_size": 1, "strategy": "single", "residual_dtype": "fp32", "device": "cpu", "compiled": False,
+        "context_parallel": 1, "tensor_parallel": 1, "micro_batch_blocks": 4,
+    }  # fmt: skip
+    monkeypatch.setattr("lmcore.run.state.onednn_is_faster", lambda: False)
+    old = {"fp32": topology(**same, precision="fp32"), "bf16": topology(**same, precision="bf16")}
+    if not recorded:
+        for one in old.values():
+            del one["library of float32 products"], one["CPU instructions"]
+    monkeypatch.setattr("lmcore.run.state.onednn_is_faster", lambda: True)
+    assert differences(old["fp32"], topology(**same, precision="fp32")) == [
+        "library of float32 products was torch's choice, is oneDNN"
+    ]
+    assert differences(old["bf16"], topology(**same, precision="bf16")) == []
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "an older CPU")
+    named = differences(old["bf16"], topology(**same, precision="bf16"))
+    assert [line.split(" was ")[0] for line in named] == (["CPU instructions"] if recorded else [])
 
 
 # ---- a global batch that changes
