@@ -198,7 +198,16 @@ def _probe(argv: list[str]) -> str:
 
 
 def test_probe_trains_two_steps_and_prints_its_assumptions(tmp_path: Path) -> None:
-    argv = ["plan", "--probe", *SMALL, "--run_dir", str(tmp_path / "run"), "--debug"]
+    argv = [
+        "plan",
+        "--probe",
+        *SMALL,
+        "--train.precision",
+        "fp32",
+        "--run_dir",
+        str(tmp_path / "run"),
+        "--debug",
+    ]
     (said,) = run_ranks(_probe, 1, argv)
     assert "2 steps of 2 micro-batches on 1 x CPU, single, fp32" in said
     spoken = re.search(r" at ([\d,]+) tokens/s", said)
