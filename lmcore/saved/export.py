@@ -378,7 +378,7 @@ def verify(folder: Path, trained: nn.Module, read: Read, dtype: torch.dtype) -> 
         read: reads a weight by name.
 
     Raises:
-        FaultError: they differ by more than :data:`LOGITS_TOLERANCE`.
+        FaultError: they differ by more than :data:`LOGITS_TOLERANCE`, or the trainer's are not finite.
     """
     opened: Any = load.open_export(folder)
     # As in training; not every family supports the cache.
@@ -390,6 +390,11 @@ def verify(folder: Path, trained: nn.Module, read: Read, dtype: torch.dtype) -> 
     # Round the parameters as in the file. Buffers (rotary frequencies) are not in the file.
     with layer_by_layer(reference, lambda name: read(name).detach().to(dtype).float()):
         expected = reference(input_ids=ids).logits[..., :vocabulary]
+    if not bool(expected.isfinite().all()):
+        raise FaultError(
+            "export: the trained model's own logits are not finite: its weights diverged. Train with a lower optim.lr, or export "
+            "an earlier checkpoint (lmcore export RUN/checkpoints/step-...)"
+        )
     got = opened.eval()(input_ids=ids).logits
     if got.shape != expected.shape:
         raise FaultError(f"export: logits of shape {tuple(got.shape)}, the trainer's {tuple(expected.shape)}")

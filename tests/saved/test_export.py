@@ -429,6 +429,26 @@ def test_loaded_model_is_mapped_and_its_file_never_changes(tmp_path: Path) -> No
     assert path.read_bytes() == before
 
 
+def test_export_of_weights_that_diverged_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a rate of 1e30: finite weights whose logits are not."""
+    make_run(tmp_path)
+    original = exporting._write_model
+
+    def diverged(trained: Any, read: Callable[[str], torch.Tensor], *arguments: Any) -> Any:
+        return original(trained, lambda name: read(name) * 1e30, *arguments)
+
+    real = exporting.verify
+
+    def verify(folder: Path, trained: Any, read: Callable[[str], torch.Tensor], *more: Any) -> float:
+        return real(folder, trained, lambda name: read(name) * 1e30, *more)
+
+    monkeypatch.setattr(exporting, "_write_model", diverged)
+    monkeypatch.setattr(exporting, "verify", verify)
+    with newest(tmp_path) as opened, pytest.raises(FaultError, match=r"not finite: its weights diverged"):
+        export(opened, tmp_path / "export", run_dir=tmp_path)
+    assert not (tmp_path / "export").exists()
+
+
 def test_export_with_wrong_logits_raises_and_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
