@@ -197,9 +197,8 @@ def defaults(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             "optim.lr", FINE_TUNING_RATE, "a tenth of a usual peak, so that a pretrained model forgets less"
         )
     else:
-        if (
-            "tokenizer.path" not in given and "tokenizer.vocab_size" not in given
-        ):  # else nothing to read the text for
+        # With either of them given, there is no reason to read the text.
+        if "tokenizer.path" not in given and "tokenizer.vocab_size" not in given:
             vocabulary, characters = vocabulary_for(
                 given.get("data.train") or ["stdlib"], size, given, unit="line", **reading
             )

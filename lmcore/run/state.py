@@ -11,6 +11,9 @@ import torch
 from lmcore.data.cursor import Cursor
 from lmcore.model.products import onednn_is_faster
 
+PRODUCTS, PRODUCTS_OF_TORCH = "library of float32 products", "torch's choice"
+"""A key of :func:`topology` (:mod:`lmcore.model.products`), and its value in CPU runs from before it was recorded."""
+
 
 @dataclass(kw_only=True)
 class State:
@@ -63,10 +66,6 @@ def topology(
         found["CPU instructions"] = torch.backends.cpu.get_cpu_capability()
         found[PRODUCTS] = "oneDNN" if by_onednn else PRODUCTS_OF_TORCH
     return found
-
-
-PRODUCTS, PRODUCTS_OF_TORCH = "library of float32 products", "torch's choice"
-"""A key of :func:`topology` (:mod:`lmcore.model.products`), and its value in CPU runs from before it was recorded."""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

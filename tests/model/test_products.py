@@ -18,8 +18,7 @@ from lmcore.model.loss import causal_lm_loss
 from lmcore.model.module import HeadForm, ModelWithLoss
 
 pytestmark = pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
-    reason="this torch has no oneDNN",
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN, as on a Mac"
 )
 
 # Sums of K products of normal numbers in float32: K**0.5 times the rounding of one (6e-8) times their size (K**0.5 at most
