@@ -300,6 +300,9 @@ def _data(start: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _procedure(opened: Checkpoint, adapter: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     config: Mapping[str, Any] = opened.state.get("config") or {}
+    used = (opened.state.get("topology") or {}).get("precision")
+    if used and config.get("train.precision") == "auto":
+        config = {**config, "train.precision": f"{used} (auto)"}
     rows: list[tuple[str, str]] = []
 
     def add(label: str, *keys: str) -> None:

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -556,6 +557,18 @@ def test_damaged_configuration_is_named_with_its_path(content: bytes, tmp_path: 
 def test_configuration_beside_the_card_names_no_path_of_the_machine(value: Any, kept: Any) -> None:
     written = yaml.safe_load(card._without_paths({"data": {"train": [value]}}))
     assert written == {"data": {"train": [kept]}}
+
+
+@pytest.mark.parametrize(("asked", "said"), [("auto", "bf16 (auto)"), ("fp32", "fp32")])
+def test_card_names_the_precision_that_auto_was(asked: str, said: str) -> None:
+    opened: Any = SimpleNamespace(
+        state={
+            "config": {"train.precision": asked},
+            "topology": {"precision": "bf16" if asked == "auto" else asked},
+        },
+        manifest={},
+    )
+    assert dict(card._procedure(opened, None))["precision"] == f"precision {said}"
 
 
 def test_configuration_beside_the_card_of_an_older_run_holds_no_secret() -> None:
