@@ -166,7 +166,7 @@ class _PlannedRun:
     ) -> None:
         import torch
 
-        from lmcore.engine.launch import cpu_bf16
+        from lmcore.model.products import cpu_bf16
         from lmcore.run import planning, setup
         from lmcore.run.budget import horizon
         from lmcore.run.setup import schedules_of

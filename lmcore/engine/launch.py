@@ -24,6 +24,7 @@ from lmcore.config.schema import TrainConfig
 from lmcore.conventions import flag
 from lmcore.engine import zero
 from lmcore.errors import RequestError
+from lmcore.model.products import cpu_bf16, has_native_bf16
 
 SEVERAL_ON_CPU = "accelerate launch --config_file accelerate_configs/cpu_2.yaml --num_processes N train_lm.py"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -130,7 +131,7 @@ def resolve_precision(asked: str, env: Mapping[str, str], *, cuda: bool) -> str:
 
     Args:
         asked: ``train.precision``; "auto" is the launcher's precision if it sets one, else bf16 on GPUs
-            (:func:`has_native_bf16`) and CPUs (:func:`cpu_bf16`) with hardware support for it, else fp32.
+            and CPUs with hardware support for it (:mod:`lmcore.model.products`), else fp32.
         cuda: whether the run uses GPUs.
 
     Raises:
@@ -189,28 +190,6 @@ def residual_dtype(asked: str, *, strategy: str, precision: str, param_dtype: st
     return found
 
 
-def has_native_bf16() -> bool:
-    """Whether every visible GPU supports bf16 in hardware (NVIDIA: compute capability 8.0, Ampere, or newer).
-
-    Older GPUs (T4, V100) emulate it without tensor cores, which ``torch.cuda.is_bf16_supported()`` counts as support.
-    All GPUs are checked, so that every rank gets the same answer.
-    """
-    if torch.version.hip is not None:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    devices = range(torch.cuda.device_count())
-    return len(devices) > 0 and all(torch.cuda.get_device_capability(index) >= (8, 0) for index in devices)
-
-
-def cpu_bf16() -> str:
-    """The instructions by which this CPU multiplies bf16 matrices: AMX, AVX512-BF16, or none (an empty string).
-
-    Without either, bf16 is emulated and slower than fp32.
-    """
-    if torch.cpu._is_amx_tile_supported():
-        return "AMX"
-    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else ""
-
-
 def check_param_dtype(param_dtype: str, strategy: str) -> None:
     """Refuse 16-bit weights (``RequestError``) under a strategy that keeps fp32 weights itself."""
     if param_dtype != "fp32" and strategy not in ("single", "ddp"):
@@ -221,10 +200,14 @@ def check_param_dtype(param_dtype: str, strategy: str) -> None:
 
 
 def describe_precision(asked: str, precision: str, *, cuda: bool) -> str:
-    """The precision in words, with the reason if it was chosen automatically."""
-    if asked == "auto" and precision == "bf16" and not cuda:
-        return f"bf16 (this CPU has {cpu_bf16()}; --train.precision fp32 for fp32)"
-    return precision
+    """The precision in words: with the reason if it was chosen automatically, and that it is slow where it is emulated."""
+    if precision != "bf16" or cuda:
+        return precision
+    if not cpu_bf16():
+        return "bf16 (this CPU has no instructions for it: --train.precision fp32 is faster)"
+    return (
+        f"bf16 (this CPU has {cpu_bf16()}; --train.precision fp32 for fp32)" if asked == "auto" else precision
+    )
 
 
 def uses_cuda(env: Mapping[str, str]) -> bool:

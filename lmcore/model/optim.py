@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from lmcore.conventions import OPTIMIZERS
 from lmcore.errors import RequestError
 from lmcore.humanize import did_you_mean, message_of
+from lmcore.model.products import multiplies_bf16
 from lmcore.plugins import import_path
 
 KINDS = ("matrices", "embedding", "head", "vectors")
@@ -388,10 +389,15 @@ def _by_shape(matrices: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _orthogonalized(matrices: list[Any]) -> list[Any]:
-    """Apply :func:`orthogonalize` to matrices of one shape, (a, b) or (b, a) with a <= b; sharded ones are gathered."""
+    """Apply :func:`orthogonalize` to matrices of one shape, (a, b) or (b, a) with a <= b; sharded ones are gathered.
+
+    In bfloat16 where the device multiplies it in hardware, else in float32. The emulation of a CPU with AVX2 is so slow that a
+    step of Muon took 8 s instead of 0.7 s (docs/log.md, 2026-12-01).
+    """
     whole = [m.full_tensor() if hasattr(m, "full_tensor") else m for m in matrices]
     wide = [m if m.shape[0] <= m.shape[1] else m.mT for m in whole]
-    batch = wide[0].new_empty(len(wide), *wide[0].shape, dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if multiplies_bf16(wide[0].device) else torch.float32
+    batch = wide[0].new_empty(len(wide), *wide[0].shape, dtype=dtype)
     torch._foreach_copy_(list(batch.unbind()), wide)  # one launch, which rounds as well
     made = orthogonalize(batch).to(whole[0].dtype)
     results: list[Any] = []

@@ -17,6 +17,7 @@ from lmcore.engine import launch
 from lmcore.engine.engine import Engine
 from lmcore.engine.ranks import Ranks
 from lmcore.errors import RequestError
+from lmcore.model import products
 from tests.support import engine_runs
 from tests.support.engine_runs import Job
 from tests.support.fork_server import run_ranks
@@ -58,7 +59,7 @@ def test_auto_precision_takes_bf16_only_where_the_gpu_computes_in_it(
 ) -> None:
     pretend_cuda(monkeypatch, *capabilities)
     assert launch.resolve_precision("auto", {}, cuda=True) == precision
-    assert launch.has_native_bf16() == (precision == "bf16")
+    assert products.has_native_bf16() == (precision == "bf16")
 
 
 @pytest.mark.parametrize(("amx", "avx512", "has"), [(0, 0, ""), (0, 1, "AVX512-BF16"), (1, 1, "AMX")])
@@ -71,6 +72,8 @@ def test_auto_precision_takes_bf16_only_on_cpus_that_compute_in_it(
     assert precision == ("bf16" if has else "fp32")
     assert launch.resolve_precision("fp32", {}, cuda=False) == "fp32"
     assert (has or "fp32") in launch.describe_precision("auto", precision, cuda=False)
+    # Asked for where it is emulated, it says so: such a run takes several times as long as in fp32.
+    assert ("fp32 is faster" in launch.describe_precision("bf16", "bf16", cuda=False)) == (not has)
 
 
 def test_auto_precision_is_the_launchers_where_it_says_one() -> None:
