@@ -325,7 +325,7 @@ def evaluate(words: list[str]) -> None:
     parser.add_argument(
         "--data", nargs="+", required=True, help="files, folders, globs; NAME=PATH names a set"
     )
-    parser.add_argument("--block_size", type=int, default=None, help="default: the context, at most 1,024")
+    parser.add_argument("--block_size", type=int, default=None, help="default: as in training")
     parser.add_argument(
         "--blocks", type=int, default=None, help="number of blocks of each set (default: all)"
     )

@@ -60,6 +60,7 @@ class Saved:
         eos: whether every document of the training text ended with the end-of-sequence token.
         document_mask: whether it was trained without attention between the documents of a block.
         unit: ``data.unit`` of the run: what one document of a plain text is.
+        block_size: ``data.block_size`` of the run; ``None`` if it was not given, so that blocks were as long as the context.
     """
 
     model: nn.Module
@@ -71,6 +72,7 @@ class Saved:
     eos: bool = True
     document_mask: bool = False
     unit: str = "auto"
+    block_size: int | None = None
 
 
 def load_model(
@@ -162,24 +164,30 @@ def load_model(
         eos=reading["eos"],
         document_mask=reading["document_mask"],
         unit=reading["unit"],
+        block_size=reading["block_size"],
     )
 
 
 def reading_of(opened: Checkpoint) -> dict[str, Any]:
-    """The run's ``data.eos``, ``data.document_mask`` and ``data.unit`` (without ``data.``): how the model expects its input."""
+    """The run's :data:`_READING` options (without ``data.``): how the model expects its input."""
     config = opened.state.get("config")
     found = config if isinstance(config, Mapping) else {}
-    return _reading({name: found.get(f"data.{name}") for name in ("eos", "document_mask", "unit")})
+    return _reading({name: found.get(f"data.{name}") for name in _READING})
+
+
+_READING = ("eos", "document_mask", "unit", "block_size")
+"""Options of ``data`` that say how a text becomes the input of the model."""
 
 
 def _reading(found: Any) -> dict[str, Any]:
-    """The three options; what an older version did not record gets the default of a training."""
+    """The options of :data:`_READING`; what an older version did not record gets the default of a training."""
     known = found if isinstance(found, Mapping) else {}
-    unit = known.get("unit")
+    unit, block_size = known.get("unit"), known.get("block_size")
     return {
         "eos": known.get("eos") is not False,
         "document_mask": known.get("document_mask") is True,
         "unit": unit if unit in ("line", "paragraph", "file") else "auto",
+        "block_size": block_size if type(block_size) is int and block_size > 0 else None,
     }
 
 

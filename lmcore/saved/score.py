@@ -1,7 +1,8 @@
 """Scoring a saved model on text: loss, perplexity and bits per byte, without training.
 
 The arithmetic is that of an evaluation during a run: every token is counted once, including tails, and sums are divided once at
-the end. The text is given to the model as in its training (``data.eos``, ``data.document_mask``, ``data.unit``). No files are left
+the end. The text is given to the model as in its training (``data.eos``, ``data.document_mask``, ``data.unit``,
+``data.block_size``). No files are left
 on the disk.
 
 Example::
@@ -78,7 +79,8 @@ def score(
 
     Args:
         sets: name -> entries as in ``data.train``; the sources of one set are scored together.
-        block_size: number of tokens that the model sees at once; default: its context, at most 1,024, as in training.
+        block_size: number of tokens that the model sees at once; default: as in training, which is ``data.block_size`` of the
+            run, or the model's context, at most 1,024. Positions beyond the blocks of the training were never trained.
         blocks: number of blocks to score of each set, spread over it; default: all.
         precision: ``fp32`` or ``bf16`` (autocast).
         unit: what one document of a plain text is; default: ``data.unit`` of the run.
@@ -92,7 +94,7 @@ def score(
             f"{saved.path}: this run has no tokenizer (data.factory made its batches), so no text can be scored; its own "
             "validation data are scored in training"
         )
-    size = _block_size(saved.model, block_size)
+    size = _block_size(saved, block_size)
     encoder = saved.tokenizer
     device = device_of(saved.model)
     engine = SingleProcess(ModelWithLoss(saved.model), device, precision)
@@ -127,10 +129,11 @@ def score(
     return results
 
 
-def _block_size(model: Any, asked: int | None) -> int:
-    context = context_length(model)
+def _block_size(saved: Saved, asked: int | None) -> int:
+    context = context_length(saved.model)
     if asked is None:
-        return min(context or LONGEST_DEFAULT_BLOCK_TOKENS, LONGEST_DEFAULT_BLOCK_TOKENS)
+        trained = saved.block_size or LONGEST_DEFAULT_BLOCK_TOKENS
+        return min(context or trained, trained)
     if context is not None and asked > context:
         raise RequestError(f"--block_size {asked} is more than the model's context of {context} tokens")
     return asked

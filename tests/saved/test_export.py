@@ -575,7 +575,7 @@ def test_configuration_beside_the_card_of_an_older_run_holds_no_secret() -> None
     assert "cAnArY" not in card._without_paths({"a": "https://h/x?sig=cAnArY", "data": {"api_key": "cAnArY"}})
 
 
-@pytest.mark.parametrize("data", [{}, {"eos": False, "document_mask": True, "unit": "line"}])
+@pytest.mark.parametrize("data", [{}, {"eos": False, "document_mask": True, "unit": "line", "block_size": 8}])
 def test_how_a_model_was_trained_is_known_from_its_checkpoint_and_its_export(
     data: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -587,6 +587,7 @@ def test_how_a_model_was_trained_is_known_from_its_checkpoint_and_its_export(
         assert saved.eos is data.get("eos", True)
         assert saved.document_mask is data.get("document_mask", False)
         assert saved.unit == data.get("unit", "auto")
+        assert saved.block_size == data.get("block_size")
     text = (tmp_path / "export" / "README.md").read_text()
     assert ("Documents were separated by the end-of-text token" in text) is saved.eos
     assert ("Documents followed each other without a token" in text) is not saved.eos

@@ -71,3 +71,32 @@ def test_text_is_scored_as_the_model_was_trained(tmp_path: Path) -> None:
     assert of_the_run == scored("file") == scored("file", unit="line")
     assert of_the_run.tokens != scored(None).tokens, "data.unit of the run"
     assert masked.loss != pytest.approx(usual.loss, rel=1e-3)
+
+
+def test_blocks_are_as_long_as_in_training(tmp_path: Path) -> None:
+    """A run with ``data.block_size`` below the model's context never trained the positions after it."""
+    words = train_tokenizer(["def f(x):\n    return x + 1\n"] * 40, vocab_size=300)
+    model = build_model(
+        type="gpt2",
+        config_overrides={"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 64},
+        vocab_size=words.vocab_size,
+        block_size=16,
+        seed=0,
+    )
+    lengths: list[int] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: lengths.append(inputs[0].shape[1])
+    )
+    (tmp_path / "text.txt").write_text("def g(y):\n    return y * 2\n" * 60)
+    saved = Saved(
+        model=model.eval(),
+        tokenizer=words,
+        path=tmp_path,
+        kind="export",
+        step=None,
+        run_dir=None,
+        block_size=16,
+    )
+    score(saved, {"held": [str(tmp_path / "text.txt")]}, blocks=1)
+    score(saved, {"held": [str(tmp_path / "text.txt")]}, blocks=1, block_size=32)
+    assert lengths == [16, 32]
