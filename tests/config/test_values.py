@@ -233,6 +233,16 @@ def test_usual_spellings_are_accepted(argv: list[str], values: dict[str, Any]) -
         ("--tokeniser.model_type", "did you mean --tokenizer.model_type"),  # not --model.type
         ("--train.lr", "--optim.lr"),  # in the wrong section
         ("--train.seed", "did you mean --seed"),
+        ("--batch", "here it is --train.global_batch_blocks"),  # not --tokenizer.path
+        ("--out", "here it is --run_dir"),  # not --model.lora.dropout
+        ("--epsilon", "here it is --optim.eps"),  # not --tokenizer.revision
+        ("--optimizer", "here it is --optim.name"),  # not --optim.freeze
+        ("--train_data", "here it is --data.train"),  # not --train.duration
+        ("--num_epochs", "here it is --train.duration 'N epochs'"),
+        ("--num_steps", "here it is --train.duration"),
+        ("--mixed_precision", "here it is --train.precision"),  # not --model.revision
+        ("--config_file", "launcher"),  # not --config
+        ("--num_processes", "launcher"),  # not --data.processes
     ],
 )
 def test_options_of_other_programs_get_a_hint(word: str, option: str) -> None:
