@@ -97,6 +97,11 @@ class Duration(NamedTuple):
 NEVER = Duration(0, "never")
 
 
+def is_unit(word: str) -> bool:
+    """Whether ``word`` is a unit alone, such as ``epochs`` or ``min``."""
+    return word in _UNITS or word in _IN_MINUTES
+
+
 def unit_of(word: str, text: Any) -> str:
     """The unit that ``word`` of ``text`` means, such as ``minutes`` for ``h``. Raises :class:`RequestError`."""
     if word in _IN_MINUTES:

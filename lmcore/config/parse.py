@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -34,7 +35,8 @@ from lmcore.config import schema, yaml
 from lmcore.config.aliases import NAMES, foreign
 from lmcore.config.checks import OPTIMIZERS, check
 from lmcore.config.convert import convert, shown
-from lmcore.config.durations import Durations
+from lmcore.config.curves import Curve
+from lmcore.config.durations import Duration, Durations, is_unit
 from lmcore.config.idle import say_idle
 from lmcore.config.schema import Key, RunConfig, keys
 from lmcore.conventions import HIDDEN
@@ -216,10 +218,14 @@ def _split(argv: Iterable[str]) -> _Request:
     layer: Layer = {}
     help_section, print_config = None, False
     waiting = deque(argv)
+    single: tuple[str, str] | None = None  # the option before, if its value may have spaces, and the value
     while waiting:
         word = waiting.popleft()
         name, equals, value = word[2:].partition("=") if word != "-h" else ("help", "", "")
         if not (word.startswith("--") and name) and word != "-h":
+            if single is not None and not word.startswith("-"):
+                words = [word, *itertools.takewhile(lambda one: not one.startswith("-"), waiting)]
+                raise _not_quoted(*single, words)
             key_of, sign, rest = word.lstrip("-").partition("=")
             hint = foreign(key_of) if sign or word.startswith("-") else None
             given = rest if sign else waiting[0] if waiting else "VALUE"
@@ -232,6 +238,7 @@ def _split(argv: Iterable[str]) -> _Request:
         values = [value] if equals else []
         while waiting and not equals and not waiting[0].startswith("--") and (several or not values):
             values.append(waiting.popleft())
+        single = (name, values[0]) if values and key is not None and _may_have_spaces(key) else None
         if key is None and name != "config":
             help_section = "".join(values) if name == "help" else help_section
             print_config |= name == "print_config"
@@ -247,8 +254,24 @@ def _split(argv: Iterable[str]) -> _Request:
         elif key.is_list:
             layer.setdefault(name, []).extend(item for text in values for item in _items(text, name))
         else:
+            if several and len(values) == 2 and is_unit(values[1]):
+                raise _not_quoted(name, values[0], values[1:])
             layer[name] = ", ".join(values) if several else values[0]
     return _Request(files, layer, help_section, print_config)
+
+
+def _may_have_spaces(key: Key) -> bool:
+    """Whether the option takes one value, and that may be several words."""
+    return not key.secret and not {str, Duration, Curve}.isdisjoint((key.type, *typing.get_args(key.type)))
+
+
+def _not_quoted(name: str, value: str, rest: Sequence[str]) -> RequestError:
+    """The error about ``--train.duration 2 epochs``, which the shell passes on as three words."""
+    whole = shlex.quote(" ".join([value, *rest]))
+    return RequestError(
+        f"unexpected {shown(rest[0])} after --{name} {value[:60]}: a value with spaces is written in quotes"
+        + (f": --{name} {whole}" if len(whole) <= 60 else "")
+    )
 
 
 def _items(text: str, name: str) -> list[Any]:
