@@ -58,6 +58,8 @@ class Curve:
                     raise RequestError(f"{text!r}: {words[0]} takes two values, such as '{words[0]} 1 0'")
                 first, last = (_value(word, text) for word in words[1:])
                 return cls(((START, first), (END, last)), shape=words[0].lower(), name=words[0].lower())
+            if ":" not in str(text):
+                raise RequestError(f"{str(text)[:60]!r} is not a curve: write {EXAMPLES}")
             items = [item for item in str(text).strip().strip("{}").split(",") if item.strip()]
             pairs = [(place, value) for place, _, value in (item.partition(":") for item in items)]
         points = tuple((_place(place, text), _value(value, text)) for place, value in pairs)

@@ -46,6 +46,7 @@ def test_curves_are_written_as_they_are_read(text: str, written: str) -> None:
         ("0 bananas: 1", "'0 bananas': unknown unit 'bananas'"),
         ("0 epoks: 1, 2 epochs: 2", "epochs"),
         ("linear 1", "takes two values"),
+        ("constant 1", "'constant 1' is not a curve: write '0: 1, 20%: 1, 100%: 0'"),
         ("linear a b", "is not a number"),
         ("0: 1, 1e3 tokens: 1e30", "1e18"),
     ],
