@@ -40,6 +40,8 @@ _PATTERN = re.compile(
 LARGEST = 10**18
 """Largest number of steps, tokens, epochs, percent or minutes in a duration."""
 EXAMPLES = "500, '500 steps', '1e9 tokens', '2 epochs', '10%', '30 min' or 'never'"
+LENGTHS = "500, '500 steps', '1e9 tokens' or '2 epochs' (train.max_minutes limits the time)"
+""":data:`EXAMPLES` for the length of a run."""
 
 
 class Duration(NamedTuple):

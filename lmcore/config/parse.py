@@ -36,7 +36,7 @@ from lmcore.config.aliases import NAMES, foreign
 from lmcore.config.checks import OPTIMIZERS, check
 from lmcore.config.convert import convert, shown
 from lmcore.config.curves import Curve
-from lmcore.config.durations import Duration, Durations, is_unit
+from lmcore.config.durations import EXAMPLES, LENGTHS, Duration, Durations, is_unit
 from lmcore.config.idle import say_idle
 from lmcore.config.schema import Key, RunConfig, keys
 from lmcore.conventions import HIDDEN
@@ -411,6 +411,8 @@ def _converted(layer: Layer, source: str | None) -> Layer:
             if name == "model.preset" and isinstance(value, str) and "did you mean" not in str(error):
                 error = ValueError(f"{error}; a model family of transformers is given as model.type")
             reason = "is not valid (its value is secret)" if key.secret else str(error)
+            if name == "train.duration":  # the whole run cannot be a share of itself, a time, or nothing
+                reason = reason.partition("; write 'never'")[0].replace(EXAMPLES, LENGTHS)
             raise RequestError(f"{where}{'' if reason.startswith('must') else ':'} {reason}") from error
     return converted
 

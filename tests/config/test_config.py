@@ -459,6 +459,12 @@ def test_wrong_file_is_refused_with_its_name(text: str, words: list[str], tmp_pa
     assert all(word in message for word in [str(file), *words]), message
 
 
+@pytest.mark.parametrize("text", ["3 days", "1,000", "0", "long"])
+def test_message_about_a_length_of_a_run_names_only_what_is_allowed(text: str) -> None:
+    message = refused("--train.duration", text)
+    assert all(word not in message for word in ("'10%'", "'30 min'", "'never'")), message
+
+
 def test_config_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8" in refused("--config", str(tmp_path / "x.yaml"))
