@@ -338,7 +338,7 @@ def _read(file: str, note: Callable[[str], object]) -> Layer:
             raise RequestError(f"--config {file}: larger than {MAX_FILE_BYTES:,} bytes")
         text = raw.decode("utf-8")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        reason = getattr(error, "strerror", None) or "not UTF-8 text: save it as UTF-8"
         recipes = sorted(f"recipes/{recipe.name}" for recipe in RECIPES.glob("*.yaml"))
         near = [recipe for recipe in recipes if Path(recipe).stem == path.stem]
         near = near or difflib.get_close_matches(file, recipes, 1)
@@ -346,7 +346,11 @@ def _read(file: str, note: Callable[[str], object]) -> Layer:
         raise RequestError(f"--config {shown(file)[1:-1]}: {reason}{hint}") from error
     values = yaml.load(text, file)
     if not isinstance(values, dict) and values is not None:
-        raise RequestError(f"--config {file}: must be sections with options (got a {type(values).__name__})")
+        got = "a list" if isinstance(values, list) else f"only the value {shown(values)}"
+        raise RequestError(
+            f"--config {file}: must be sections with options, such as 'optim: {{lr: 1e-3}}' (got {got}); a colon is an ASCII "
+            "one, with a space after it"
+        )
     layer: Layer = {}
     _collect(values or {}, "", f"{file}: ", layer)
     if not layer:

@@ -93,7 +93,25 @@ def load(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise RequestError(f"{where}{line}: not valid YAML: {reason}") from error
+        raise RequestError(f"{where}{line}: not valid YAML: {reason}{_remedy(error, reason)}") from error
+
+
+def _remedy(error: Exception, reason: str) -> str:
+    """What to do about the usual mistakes, which PyYAML names by its own grammar."""
+    context = str(getattr(error, "context", None))
+    if "undefined alias" in reason or context.startswith(
+        ("while scanning an alias", "while scanning an anchor")
+    ):
+        return "; text that begins with * or & must be in quotes: '*.txt'"
+    if "cannot start any token" in reason:
+        return (
+            "; indent with spaces" if r"'\t'" in reason else "; text that begins with this must be in quotes"
+        )
+    if context.startswith("while scanning a double-quoted scalar"):
+        return r"; text with a backslash must be in single quotes: 'a\b'"
+    if "mapping values are not allowed" in reason:
+        return "; text that holds ': ' must be in quotes, and options of one section must begin in one column"
+    return ""
 
 
 def _check(node: yaml.Node, known: dict[int, int | None]) -> int:
