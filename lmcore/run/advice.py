@@ -81,3 +81,21 @@ def repetition_warning(
         f"one (Muennighoff et al. 2023, arXiv 2305.16264: hardly less up to {GOOD_PASSES} passes; 7M to 9B parameters), and "
         f"the model may learn it by heart: {remedy}"
     )
+
+
+def context_warning(config: RunConfig, *, context: int | None, block_size: int) -> str | None:
+    """What the positions after the first ``block_size`` of a new model are worth; ``None`` if there are none.
+
+    Args:
+        context: the context length of the model; ``None`` if it has no limit.
+    """
+    named = config.model
+    if context is None or context <= block_size or config.fast_dev_run:
+        return None
+    if named.from_pretrained is not None or named.factory is not None or config.data.factory is not None:
+        return None
+    return (
+        f"blocks of {block_size:,} tokens never train the model's positions after {block_size:,}, although its context is "
+        f"{context:,}: longer text is continued badly. Give --data.block_size {context}, or a model with a context of "
+        f"{block_size:,} (--model.config.max_position_embeddings {block_size})"
+    )

@@ -43,6 +43,7 @@ from lmcore.errors import (
     RequestError,
     launcher_adds_traceback,
 )
+from lmcore.model.config import context_length
 from lmcore.model.module import multiplied_parameters, parameter_counts
 from lmcore.plan import plan
 from lmcore.process import resident_bytes
@@ -475,6 +476,9 @@ class Run:
         lines = sizes.warnings(config, validated=bool(self.data.valid), step=state.step)
         if repeated is not None and state.step < sizes.total_steps:
             lines.append(repeated)
+        context = context_length(self.module.model)
+        beyond = advice.context_warning(config, context=context, block_size=self.data.block_size)
+        lines += [beyond] if beyond is not None else []
         for line in lines:
             report.warn_once(line)
         report.begin(

@@ -62,3 +62,12 @@ def test_laws_are_shown_beside_the_rate_with_their_range() -> None:
     assert ": inside its range" not in words
     assert advice.law_row(options("--optim.name", "muon"), **sizes) == []  # a table
     assert advice.law_row(options("--data.factory", "a:b"), **sizes) == [], "no text"
+
+
+def test_positions_that_are_never_trained_are_named() -> None:
+    line = advice.context_warning(options(), context=256, block_size=32) or ""
+    assert "positions after 32" in line
+    assert "--data.block_size 256" in line
+    for context in (None, 32):
+        assert advice.context_warning(options(), context=context, block_size=32) is None
+    assert advice.context_warning(options("--model.from_pretrained", "x"), context=256, block_size=32) is None
