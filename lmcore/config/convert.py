@@ -111,7 +111,10 @@ def _curve(value: Any) -> tuple[bool, Any]:
 
 
 def _text(value: Any) -> tuple[bool, str]:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, float):
+        # YAML reads 1.10 as 1.1 and 1e5 as 100000.0; what was written is not known any more.
+        raise ValueError(f"must be text (got the number {shown(value)}): write it in quotes")
+    if isinstance(value, int) and not isinstance(value, bool):
         return True, str(value)  # a run that is named 2026, a skipped position
     if isinstance(value, str) and "\0" in value:
         raise ValueError("must not contain a zero byte")

@@ -450,6 +450,7 @@ def test_text_in_brackets_is_quoted_as_the_message_says() -> None:
         ("data:\n\ttrain: mine\n", ["line 2", "spaces"]),
         ('data:\n  train: "C:\\x"\n', ["line 2", "single quotes"]),
         ("report:\n  name: a: b\n", ["line 2", "in quotes"]),
+        ("report:\n  tags: [a, 1.10]\n", ["report.tags", "in quotes"]),  # not the tag 1.1
         ("seed\uff1a3\n", ["'seed\uff1a3'", "colon"]),
         ("model:\n  config: 3\n", ["model.config", "3"]),
         ("optim:\n  learning_rate: 3\n", ["optim.learning_rate"]),
