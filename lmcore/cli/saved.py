@@ -201,8 +201,11 @@ _MOST_PROMPT_BYTES = 64 << 20
 def _continue(asked: argparse.Namespace, saved: Any, prompt: str, *, echo: bool = True) -> None:
     """Write all samples of one prompt to standard output while they are generated."""
     from lmcore.humanize import printable
-    from lmcore.saved.generate import stream
+    from lmcore.saved.generate import stream, tokens_seen
 
+    seen, tokens = tokens_seen(saved.model, saved.tokenizer, prompt)
+    if seen < tokens:
+        to_stderr(f"the prompt has {tokens:,} tokens, the model sees its last {seen:,}: its context is full")
     for number in range(asked.samples):
         pieces = stream(
             saved.model,

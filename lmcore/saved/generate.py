@@ -184,6 +184,17 @@ def _continued(
         yield tokenizer.decode(ids[anchor:])[len(tokenizer.decode(ids[anchor:shown])) :]
 
 
+def _kept(context: int | None, tokens: int) -> int:
+    """How many of the last ``tokens`` the model sees: all that fit, otherwise half of the context, so that the next ones fit."""
+    return tokens if context is None or tokens <= context else context // 2 + 1
+
+
+def tokens_seen(model: nn.Module, tokenizer: Any, prompt: str) -> tuple[int, int]:
+    """How many tokens of the prompt the model sees when it chooses the first token, and how many there are."""
+    tokens = len(tokenizer.encode(prompt)) if tokenizer is not None else 0
+    return _kept(context_length(model), tokens), tokens
+
+
 def _tokens(
     model: nn.Module,
     vocab_size: int,
@@ -203,8 +214,8 @@ def _tokens(
     fresh = window
     memory: Any = None
     for _ in range(max_tokens):
-        if context is not None and len(window) > context:
-            window = window[-(context + 1) // 2 :]
+        if len(window) > _kept(context, len(window)):
+            window = window[-_kept(context, len(window)) :]
             fresh, memory = window, None
         if not cached:
             fresh = window

@@ -407,6 +407,8 @@ def test_generate_from_run_checkpoint_and_export(
     assert text(run_dir, "--greedy") == text(run_dir, "--temperature", 0)
     monkeypatch.setattr(sys, "stdin", io.StringIO("吾輩は"))
     assert text(run_dir, "--prompt", "-") == newest
+    assert call("generate", run_dir, "--prompt", "吾輩は" * 200, "--max_tokens", 1, "--device", "cpu") == 0
+    assert "the model sees its last 17: its context is full" in capsys.readouterr().err
     assert call("generate", run_dir, "--temperature", -1, "--device", "cpu") == 2
     said = capsys.readouterr()
     assert (said.out, "temperature must be 0 or more (got -1.0)" in said.err) == ("", True)

@@ -14,7 +14,7 @@ from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.errors import RequestError
 from lmcore.model.build import build_model
 from lmcore.model.module import ModelWithLoss
-from lmcore.saved.generate import Draw, choose, generate, stream
+from lmcore.saved.generate import Draw, choose, generate, stream, tokens_seen
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,17 @@ def test_generation_beyond_the_context(words: Any) -> None:
     assert len(words.encode("".join(pieces))) >= 30
     loss_module = ModelWithLoss(model)
     assert list(stream(loss_module, words, "def f(x):\n    return", 60, stop_at_eos=False)) == pieces
+
+
+@pytest.mark.parametrize("letters", [15, 16, 17, 40])
+def test_tokens_of_a_prompt_that_the_model_sees_are_counted(words: Any, letters: int) -> None:
+    model, prompt = build(words, context=16), "§" * letters
+    lengths: list[int] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: lengths.append(inputs[0].shape[1])
+    )
+    list(stream(model, words, prompt, 1))
+    assert tokens_seen(model, words, prompt) == (lengths[0], len(words.encode(prompt)))
 
 
 def test_empty_prompt_starts_a_document(words: Any) -> None:
