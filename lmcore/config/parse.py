@@ -236,7 +236,7 @@ def _split(argv: Iterable[str]) -> _Request:
         key = None if name in _WITHOUT_KEY else _find(name, "--")
         several = name == "config" or (key is not None and (key.is_list or key.type is Durations))
         values = [value] if equals else []
-        while waiting and not equals and not waiting[0].startswith("--") and (several or not values):
+        while waiting and not equals and not _is_option(waiting[0], bool(values)) and (several or not values):
             values.append(waiting.popleft())
         single = (name, values[0]) if values and key is not None and _may_have_spaces(key) else None
         if key is None and name != "config":
@@ -258,6 +258,12 @@ def _split(argv: Iterable[str]) -> _Request:
                 raise _not_quoted(name, values[0], values[1:])
             layer[name] = ", ".join(values) if several else values[0]
     return _Request(files, layer, help_section, print_config)
+
+
+def _is_option(word: str, has_value: bool) -> bool:
+    """Whether a word begins another option: also ``-seed``, after a value. A file or a prompt may begin with one dash."""
+    name = word.lstrip("-").partition("=")[0]
+    return word.startswith("--") or (has_value and word.startswith("-") and (name in keys() or name in NAMES))
 
 
 def _may_have_spaces(key: Key) -> bool:

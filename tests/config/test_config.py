@@ -404,6 +404,8 @@ def test_switch_needs_no_value() -> None:
         (["--qqqqqq", "3"], ["unknown option", "--help"]),
         (["a.txt"], ["unexpected 'a.txt'", "--data.train a.txt"]),
         (["--"], ["unexpected '--'"]),
+        (["--data.train", "a", "-lr", "3"], ["unexpected '-lr'", "--optim.lr"]),
+        (["--data.train", "a", "-dry_run"], ["unexpected '-dry_run'", "--dry_run"]),
         (["--train.duration", "2", "epochs"], ["unexpected 'epochs'", "--train.duration '2 epochs'"]),
         (["--report.name", "my", "first", "run"], ["unexpected 'first'", "--report.name 'my first run'"]),
         (["--evaluate.every", "30", "min"], ["unexpected 'min'", "--evaluate.every '30 min'"]),
