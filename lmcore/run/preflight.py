@@ -150,9 +150,13 @@ def _check_deepspeed(config: RunConfig) -> None:
 def _check_trackers(config: RunConfig) -> None:
     for name in config.report.trackers:
         if name not in TRACKERS:
+            remedy = did_you_mean(name, TRACKERS)
+            if "," in name:
+                remedy = f"; several are given as separate words: --report.trackers {name.replace(',', ' ')}"
+            elif name.lower() in ("none", "no", "off", "false"):
+                remedy = "; for none give --report.trackers '[]'"
             raise RequestError(
-                f"report.trackers: unknown tracker {name!r}; choose from {', '.join(TRACKERS)}"
-                f"{did_you_mean(name, TRACKERS)}"
+                f"report.trackers: unknown tracker {name!r}; choose from {', '.join(TRACKERS)}{remedy}"
             )
         if importlib.util.find_spec(name) is None:
             raise RequestError(

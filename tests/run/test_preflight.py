@@ -61,6 +61,8 @@ def test_checkpoint_to_resume_is_named_by_its_folder_alone(tmp_path: Path) -> No
         (["--engine.deepspeed", "zero9.json"], "no such file"),
         (["--engine.deepspeed", "ds_config/zero3.json"], "did you mean 'ds_configs/zero3.json'"),
         (["--report.trackers", "wandbb"], "did you mean 'wandb'"),
+        (["--report.trackers", "wandb,trackio"], "--report.trackers wandb trackio"),
+        (["--report.trackers", "none"], "'[]'"),
         (["--report.trackers", "clearml"], "pip install clearml"),
         (["--data.train", "no/such/file.txt"], "no such file"),
         (["--data.valid", "no/such/file.txt"], "no such file"),
