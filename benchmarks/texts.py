@@ -90,6 +90,8 @@ def manual(folder: Path) -> Iterator[str]:
 
 
 def main() -> None:
+    if [*sys.argv[1:2], len(sys.argv)] not in (["docstrings", 3], ["manual", 4]):
+        sys.exit(__doc__)
     kind, out, *folder = sys.argv[1:]
     with open(out, "w", encoding="utf-8") as file:
         for text in manual(Path(*folder)) if kind == "manual" else docstrings_of_libraries():
