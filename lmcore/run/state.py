@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lmcore.data.cursor import Cursor
-from lmcore.model.products import onednn_is_faster
+from lmcore.model.products import cpu_bf16, onednn_is_faster
 
 PRODUCTS, PRODUCTS_OF_TORCH = "library of float32 products", "torch's choice"
 """A key of :func:`topology` (:mod:`lmcore.model.products`), and its value in CPU runs from before it was recorded."""
@@ -64,6 +64,8 @@ def topology(
     if device == "cpu":
         by_onednn = precision == "fp32" and not compiled and onednn_is_faster()
         found["CPU instructions"] = torch.backends.cpu.get_cpu_capability()
+        # In fp32, too: Muon multiplies in bf16 wherever there are any.
+        found["bf16 instructions"] = cpu_bf16() or "none"
         found[PRODUCTS] = "oneDNN" if by_onednn else PRODUCTS_OF_TORCH
     return found
 

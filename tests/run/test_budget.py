@@ -153,6 +153,21 @@ def test_another_library_of_products_is_named(monkeypatch: pytest.MonkeyPatch, r
     assert [line.split(" was ")[0] for line in named] == (["CPU instructions"] if recorded else [])
 
 
+def test_a_cpu_with_other_bf16_instructions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Muon multiplies in bf16 where the CPU does, and in float32 elsewhere, whatever the precision of the run."""
+    same: dict[str, Any] = {
+        "world_size": 1, "strategy": "single", "residual_dtype": "fp32", "device": "cpu", "compiled": False,
+        "context_parallel": 1, "tensor_parallel": 1, "micro_batch_blocks": 4, "precision": "fp32",
+    }  # fmt: skip
+    monkeypatch.setattr("lmcore.run.state.cpu_bf16", lambda: "AMX")
+    old = topology(**same)
+    assert differences(old, topology(**same)) == []
+    monkeypatch.setattr("lmcore.run.state.cpu_bf16", lambda: "")
+    assert differences(old, topology(**same)) == ["bf16 instructions was AMX, is none"]
+    del old["bf16 instructions"]  # a checkpoint from before they were recorded
+    assert differences(old, topology(**same)) == []
+
+
 # ---- a global batch that changes
 
 
