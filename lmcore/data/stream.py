@@ -211,16 +211,17 @@ class StreamDataset:
     def epoch_of(self, cursor: Cursor) -> float:
         """The epochs of lane 0, which always belongs to rank 0; on other ranks the average over the rank's lanes.
 
-        A part counts as a whole when it begins."""
+        A part counts as a whole when it begins. With weights a lane reads the parts of each source separately; as with a
+        token store an epoch is then as much text as all sources have together."""
         total = sum(len(parts) for parts in self._parts)
-        if "0" in cursor.stream:
-            return float(cursor.stream["0"][0][0] * self.lanes / total)
-        begun = [
-            (int(lane) + state[0][0] * self.lanes) / total
-            for lane, state in cursor.stream.items()
+        begun = {
+            lane: sum(ordinal for ordinal, _, _ in feeds) * self.lanes
+            for lane, feeds in cursor.stream.items()
             if lane != "lanes"
-        ]
-        return float(np.mean(begun)) if begun else 0.0
+        }
+        if "0" in begun:
+            return begun["0"] / total
+        return float(np.mean([int(lane) + parts for lane, parts in begun.items()])) / total if begun else 0.0
 
     # ---- reading ----
 

@@ -92,6 +92,24 @@ def test_resume_in_later_epochs(tmp_path: Path) -> None:
         assert np.array_equal(found, expected[first + 1 :])
 
 
+@pytest.mark.parametrize("weights", [None, (1.0, 1.0), (1.0, 3.0), (3.0, 1.0)])
+def test_epoch_of_a_mixture_counts_the_text_of_all_sources(
+    tmp_path: Path, weights: tuple[float, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a token store: an epoch is as many blocks as all sources have together, whatever is drawn from each."""
+    monkeypatch.setattr("lmcore.data.stream._MIN_PART_BYTES", 256)
+    line = "a line of text\n"
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "text.txt").write_text(line * 1000)
+    dataset = stream(*folders, tokenizer=Bytes(), phases=(Phase(weights=weights),))
+    blocks = 2 * 1000 * len(line) // SIZE  # a byte is a token, and EOS takes the place of the line end
+    _, _, ranks = run(dataset, count=blocks // 16)
+    # A part counts when it begins: with 8 lanes and about 118 parts that is up to 0.07 for each source.
+    assert ranks[0][-1].epoch == pytest.approx(1, abs=0.15)
+
+
 def test_resume_tokenizes_at_most_one_window_per_lane(corpus: Path) -> None:
     _, cursors, _ = run(stream(corpus), count=40)
     for step in (9, 22, 39):
