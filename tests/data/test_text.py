@@ -135,6 +135,13 @@ def test_parts_of_small_and_large_files(tmp_path: Path) -> None:
     assert read_all(lines, part_bytes=16) == read_all(lines)
 
 
+@pytest.mark.parametrize("part_bytes", [2**26, 65_536, 150_000, 200_000])
+def test_paragraph_after_a_long_line_of_white_space_is_kept(tmp_path: Path, part_bytes: int) -> None:
+    (tmp_path / "a.txt").write_text("one\n\n" + " " * 300_000 + "\ntwo\n\nthree\n")
+    source = source_of(tmp_path / "a.txt", unit="paragraph")
+    assert texts_of(source, part_bytes=part_bytes) == ["one", "two", "three"]
+
+
 # --- formats ---
 
 

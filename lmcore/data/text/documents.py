@@ -74,6 +74,8 @@ __all__ = [
 
 _CHANGED = "the file was changed after it was listed"
 _VANISHED = "the file vanished after it was listed"
+_STRETCH_BYTES = 2**16
+"""A line is read this far at once, to see whether it is blank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +343,7 @@ def _blank_line_before(piece: Piece) -> bool:
     """Whether the last line that begins before ``piece.start`` is blank."""
     with open_file(piece.path) as file:
         # Find the beginning of that line backwards, then read to its end, which may be after start.
-        begin = end = piece.start - 1
+        begin = piece.start - 1
         while begin > 0:
             step = max(begin - 2**12, 0)
             file.seek(step)
@@ -353,6 +355,10 @@ def _blank_line_before(piece: Piece) -> bool:
             if len(before.strip()) > len(codecs.BOM_UTF8):
                 return False
         file.seek(begin)
-        # A longer line of white space counts as text.
-        line = file.readline(end - begin + 2**16)
-        return line.endswith(b"\n") and is_blank(line)
+        # In stretches, because a line may be long; all but the first are without a byte order mark.
+        stretch = file.readline(_STRETCH_BYTES)
+        blank = is_blank(stretch)
+        while blank and not stretch.endswith(b"\n"):
+            stretch = file.readline(_STRETCH_BYTES)
+            blank = bool(stretch) and not stretch.strip()
+        return blank
