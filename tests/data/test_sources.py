@@ -462,6 +462,33 @@ def test_folder_of_save_to_disk_is_named_as_one(tmp_path: Path, folder: str) -> 
         resolve_sources([str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        (
+            "a.csv",
+            "id;text\n1;a\n",
+            "separated by ';', not by a comma: write it with commas, or as JSON lines",
+        ),
+        ("a.csv", "text|id\na|1\n", r"separated by '\|', not by a comma"),
+        ("a.csv", "id\ttext\n1\ta\n", r"give it a name that ends in \.tsv"),
+        ("a.tsv", "id,text\n1,a\n", r"give it a name that ends in \.csv"),
+        ("a.csv", "sep=,\nid,text\n1,a\n", "remove its first line"),
+        ("a.csv", "sep=;\nid;text\n1;a\n", "remove its first line"),
+    ],
+)
+def test_csv_with_another_separator_is_named_as_one(
+    tmp_path: Path, name: str, content: str, remedy: str
+) -> None:
+    """The whole header was offered as data.text_field, with which whole rows would be trained on."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RequestError, match=remedy):
+        resolve_sources([str(tmp_path / name)])
+    (tmp_path / "0.csv").write_text("text,id\na,1\n")  # the first file is right
+    _, bad, _ = read_all(resolve_sources([str(tmp_path)])[0])
+    assert re.search(remedy, bad[0].reason)
+
+
 def test_field_missing_in_some_records_is_allowed(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"title": "a"}\n{"text": "b"}\n')
     documents, bad, _ = read_all(resolve_sources([str(tmp_path / "a.jsonl")])[0])

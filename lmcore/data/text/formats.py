@@ -381,6 +381,9 @@ def _json_values(pieces: Iterable[bytes | Damage], encoding: str, head: bytes) -
 # ---- CSV ----
 
 
+_SEPARATORS = {"csv": ",", "tsv": "\t"}
+
+
 class _CsvLines:
     """The lines of a file for ``csv.reader``; keeps track of where the current row began."""
 
@@ -423,7 +426,7 @@ def csv_records(
     """
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     source = _CsvLines(numbered, encoding)
-    reader = csv.reader(source, delimiter="\t" if kind == "tsv" else ",", strict=True)
+    reader = csv.reader(source, delimiter=_SEPARATORS[kind], strict=True)
     while True:
         source.start_row()
         row: list[str] | Damage
@@ -468,7 +471,9 @@ def csv_rows(numbered: Numbered, encoding: str, field: str, kind: str) -> Texts:
             yield offset, Damage(reason, n_bytes=n_bytes)
         elif field not in header:
             names = ", ".join(map(repr, header[:8]))
-            yield offset, Damage(f"no column {field!r} (the header has {names})", n_bytes=n_bytes)
+            hint = wrong_separator(header, kind)
+            reason = f"no column {field!r} (the header has {names}{f'; {hint}' if hint else ''})"
+            yield offset, Damage(reason, n_bytes=n_bytes)
         elif header.count(field) > 1:
             yield offset, Damage(several_columns(header, field), n_bytes=n_bytes)
         else:
@@ -478,6 +483,25 @@ def csv_rows(numbered: Numbered, encoding: str, field: str, kind: str) -> Texts:
 def several_columns(names: list[str], field: str) -> str:
     """The error message if several columns have the name of the text field."""
     return f"{names.count(field)} columns are called {field!r}: rename all but the one that holds the text"
+
+
+def wrong_separator(header: list[str], kind: str) -> str:
+    """What to do if the columns of a CSV or TSV file appear to be separated by another character; empty if they do not.
+
+    A spreadsheet writes semicolons where a comma separates decimals."""
+    if header[0].startswith("sep=") and kind in _SEPARATORS:
+        return (
+            "remove its first line, which is not the header but a note of a spreadsheet about the separator"
+        )
+    if kind not in _SEPARATORS or len(header) != 1:
+        return ""
+    found = next((one for one in ";\t|," if one in header[0]), None)
+    if found is None:
+        return ""
+    right = next((other for other, separator in _SEPARATORS.items() if separator == found), None)
+    if right is not None:
+        return f"its columns are separated as in a .{right} file: give it a name that ends in .{right}"
+    return f"its columns are separated by {found!r}, not by a comma: write it with commas, or as JSON lines"
 
 
 # ---- parquet ----

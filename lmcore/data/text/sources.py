@@ -764,14 +764,17 @@ def _check_field(source: Source) -> None:
     path = next((p for p in source.paths if file_kind(p)), None)
     if path is None:
         return
+    kind = file_kind(path) or ""
     try:
-        names = formats.field_names(path, file_kind(path) or "", source.encoding)
+        names = formats.field_names(path, kind, source.encoding)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
     if names and source.text_field not in names:
+        remedy = formats.wrong_separator(names, kind) or (
+            f"set data.text_field{did_you_mean(source.text_field, names)}"
+        )
         raise RequestError(
-            f"{path}: the records have no field {source.text_field!r}, but {', '.join(map(repr, names[:12]))}: set "
-            f"data.text_field{did_you_mean(source.text_field, names)}"
+            f"{path}: the records have no field {source.text_field!r}, but {', '.join(map(repr, names[:12]))}: {remedy}"
         )
     if names.count(source.text_field) > 1:
         raise RequestError(f"{path}: {formats.several_columns(names, source.text_field)}")
