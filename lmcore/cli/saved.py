@@ -23,10 +23,20 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser with one-line errors, like all errors of lmcore, and without abbreviations of options."""
+    """An argparse parser with one-line errors, like all errors of lmcore, without abbreviations of options, and without options
+    that are given twice, of which argparse keeps the last without a word."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        options = words[: words.index("--")] if "--" in words else words
+        given = [word.partition("=")[0] for word in options if word.startswith("--")]
+        for name in self._option_string_actions:
+            if given.count(name) > 1:
+                self.error(f"{name} is given {given.count(name)} times, where it can be given once")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         from lmcore.humanize import did_you_mean

@@ -105,6 +105,9 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["generate", "nowhere"], "no such folder"),
         (["generate"], "arguments are required: path"),
         (["generate", "x", "--tempratur", "1"], "--tempratur 1; did you mean '--temperature'?"),
+        (["generate", "x", "--prompt", "a", "--prompt=b"], "--prompt is given 2 times"),
+        (["evaluate", "x", "--data", "a", "--data", "b"], "--data is given 2 times"),
+        (["generate", "x", "--prompt=--seed", "--seed", "1"], "x: no such folder"),  # a value, not an option
         (["generate", "x", "--max_token=3"], "did you mean '--max_tokens'?"),  # no abbreviations
         (["export", "."], "neither a checkpoint nor an export"),
         (["report", "."], "no metrics.jsonl"),
