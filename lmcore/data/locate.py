@@ -10,6 +10,7 @@ are in ``metrics.jsonl`` and in every warning about a step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,8 @@ def locate(
         RequestError: positions cannot be looked up in this data.
     """
     if isinstance(data, StreamDataset):
-        found = _streamed(data, positions, cursors)
+        data, first = _resumed_before(data, min(positions), cursors)
+        found = _streamed(data, positions, first)
         for position in positions:
             lane, block = position % data.lanes, position // data.lanes
             yield f"position {position}: block {block} of lane {lane}", found[position]
@@ -70,24 +72,23 @@ def _stored(data: StoreBlocks, positions: Sequence[int]) -> Iterator[tuple[str, 
         yield one_line(place), rows.ids[row, :-1].tolist()
 
 
-def _streamed(
-    data: StreamDataset, positions: Sequence[int], cursors: Sequence[Cursor]
-) -> dict[int, list[int]]:
+def _resumed_before(
+    data: StreamDataset, position: int, cursors: Sequence[Cursor]
+) -> tuple[StreamDataset, int]:
+    """A stream that is read from the last cursor before a position, or from its beginning; and the position there."""
+    if not cursors:
+        return data, 0
+    # The lanes are those with which the run began; the options may say others (train.global_batch_blocks was changed).
+    newest = cursors[-1]
+    start = replace(newest, position=0, stream={"lanes": newest.stream.get("lanes", data.lanes)}, skips=())
+    for cursor in cursors:
+        if cursor.position <= position:  # the newest cursor has every phase, also one that was added later
+            start = replace(cursor, phases=newest.phases)
+    return data.resumed(start), start.position
+
+
+def _streamed(data: StreamDataset, positions: Sequence[int], first: int) -> dict[int, list[int]]:
     """Position -> ids of its block, for a stream: each lane is read block by block up to the positions."""
-    before = [cursor for cursor in cursors if cursor.position <= min(positions)]
-    if cursors:
-        start = (
-            before[-1]
-            if before
-            else Cursor(
-                fingerprint=data.fingerprint,
-                seed=data.seed,
-                phases=cursors[-1].phases,
-                stream={"lanes": data.lanes},
-            )
-        )
-        data = data.resumed(start)
-    first = before[-1].position if before else 0
     found = {}
     for lane in sorted({position % data.lanes for position in positions}):
         wanted = {position for position in positions if position % data.lanes == lane}

@@ -15,6 +15,7 @@ import pytest
 
 from lmcore.data.batches import Batches, StepBatch, merge_cursors
 from lmcore.data.cursor import Cursor
+from lmcore.data.locate import locate
 from lmcore.data.order import Phase
 from lmcore.data.stream import StreamDataset
 from lmcore.data.text import documents, hub
@@ -108,6 +109,34 @@ def test_epoch_of_a_mixture_counts_the_text_of_all_sources(
     _, _, ranks = run(dataset, count=blocks // 16)
     # A part counts when it begins: with 8 lanes and about 118 parts that is up to 0.07 for each source.
     assert ranks[0][-1].epoch == pytest.approx(1, abs=0.15)
+
+
+def test_positions_are_those_of_the_run_though_its_batch_was_changed_later(corpus: Path) -> None:
+    """The lanes stay those with which the run began; by default they would follow train.global_batch_blocks."""
+    steps, cursors, _ = run(stream(corpus), count=6, size=16)
+    blocks = steps[:, :, 0].reshape(-1, SIZE).tolist()
+    later = stream(corpus, lanes=16, window_blocks=4 * 8)
+    positions = [5, 20, 70]
+    for kept in (cursors[3:], cursors[:1] + cursors[3:]):
+        found = list(locate(later, positions, kept))
+        assert [list(ids or []) for _, ids in found] == [blocks[position] for position in positions]
+        assert [place for place, _ in found] == [
+            f"position {position}: block {position // 8} of lane {position % 8}" for position in positions
+        ]
+
+
+def test_positions_follow_a_phase_that_was_added_after_a_checkpoint(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+        tagged_text(folder, n=40)
+    dataset = stream(*folders, phases=(Phase(weights=(1.0, 3.0)),))
+    _, before, _ = run(dataset, count=3)
+    changed = replace(before[-1], phases=(*dataset.phases, Phase(position=64, weights=(1.0, 0.0))))
+    steps, after, _ = run(dataset, changed, count=4)
+    blocks = steps[:, :, 0].reshape(-1, SIZE).tolist()
+    found = list(locate(dataset, [90, 95], [before[-1], after[-1]]))
+    assert [list(ids or []) for _, ids in found] == [blocks[90 - 48], blocks[95 - 48]]
 
 
 def test_resume_tokenizes_at_most_one_window_per_lane(corpus: Path) -> None:
