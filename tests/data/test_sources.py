@@ -395,7 +395,7 @@ def test_long_and_undecodable_file_names(tmp_path: Path) -> None:
         ("x" * 300, "cannot be read: File name too long|no such file"),
         (
             {"path": "a.jsonl", "text_field": "txt"},
-            r"no field 'txt', but 'text', 'url': set data.text_field; did you mean 'text'\?",
+            r"no field 'txt', but 'text', 'url': set text_field of this source; did you mean 'text'\?$",
         ),
         ({"path": "a.csv", "text_field": "body"}, "no field 'body', but 'id', 'text'"),
         ({"path": "a.parquet", "text_field": "texts"}, "no field 'texts'.*'text'"),
@@ -487,6 +487,16 @@ def test_csv_with_another_separator_is_named_as_one(
     (tmp_path / "0.csv").write_text("text,id\na,1\n")  # the first file is right
     _, bad, _ = read_all(resolve_sources([str(tmp_path)])[0])
     assert re.search(remedy, bad[0].reason)
+
+
+def test_remedy_for_a_field_of_one_source_does_not_break_the_others(tmp_path: Path) -> None:
+    """data.text_field alone was offered, though the training text has its field."""
+    (tmp_path / "valid.jsonl").write_text('{"body": "x"}\n')
+    path = str(tmp_path / "valid.jsonl")
+    with pytest.raises(RequestError, match=r"for this source alone '\{path: \.\.\., text_field: NAME\}'"):
+        resolve_sources([path])
+    [source] = resolve_sources([{"path": path, "text_field": "body"}])
+    assert [document.text for document in read_all(source)[0]] == ["x"]
 
 
 def test_field_missing_in_some_records_is_allowed(tmp_path: Path) -> None:

@@ -361,7 +361,7 @@ def _source(entry: Entry, text_field: str, unit: str, encoding: str) -> Source:
         ignored=ignored,
         notes=tuple(dict.fromkeys(notes)),
     )
-    _check_field(source)
+    _check_field(source, own=bool(options.get("text_field")))
     return source
 
 
@@ -759,8 +759,12 @@ def _has_paragraphs(lines: Sequence[str]) -> bool:
     return any(not lines[i].strip(" \t\r") and lines[i - 1].strip() for i in range(1, last))
 
 
-def _check_field(source: Source) -> None:
-    """Raise ``RequestError``, before anything is built, if the first records do not have the text field."""
+def _check_field(source: Source, own: bool) -> None:
+    """Raise ``RequestError``, before anything is built, if the first records do not have the text field.
+
+    Args:
+        own: the entry itself has set the field, so that data.text_field does not apply to it.
+    """
     path = next((p for p in source.paths if file_kind(p)), None)
     if path is None:
         return
@@ -770,8 +774,11 @@ def _check_field(source: Source) -> None:
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
     if names and source.text_field not in names:
+        near = did_you_mean(source.text_field, names)
         remedy = formats.wrong_separator(names, kind) or (
-            f"set data.text_field{did_you_mean(source.text_field, names)}"
+            f"set text_field of this source{near}"
+            if own
+            else f"set data.text_field, or for this source alone '{{path: ..., text_field: NAME}}'{near}"
         )
         raise RequestError(
             f"{path}: the records have no field {source.text_field!r}, but {', '.join(map(repr, names[:12]))}: {remedy}"
