@@ -45,6 +45,8 @@ _SAMPLED_BYTES = 2**20
 _COMPARED_CHARACTERS = 2**15
 """Characters at one place of a source that are encoded and decoded, to see what a tokenizer loses."""
 _LOST_SHARE = 0.01
+_MANY_SETS = 10
+"""With more validation or test sets than this, probably a shell has listed the files of one."""
 _SHOWN_TOKENS = 40
 """Tokens, and characters, of a document that are shown in a message."""
 
@@ -427,6 +429,11 @@ def open_corpus(
         for line in dict.fromkeys(line for source in every for line in source.notes):
             note(line)
         for option, sets in (("data.valid", valid_sources), ("data.test", test_sources)):
+            if len(sets) > _MANY_SETS:
+                note(
+                    f"{option} gives {len(sets):,} sets, each with a loss of its own and a last block that is padded; for one set "
+                    f"of many files put the glob in quotes: --{option} 'FOLDER/*.txt'"
+                )
             for source, line in _training_files_in(option, sets, every):
                 note(line)
                 said.add(f"{option} {source.name}")

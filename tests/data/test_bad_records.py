@@ -261,6 +261,23 @@ def test_validation_file_inside_the_training_glob_is_said(tmp_path: Path) -> Non
     assert opened(tmp_path, [f"{tmp_path}/*.txt"], [str(tmp_path / "elsewhere" / "own.txt")])[1] == []
 
 
+def test_validation_files_that_a_shell_has_listed_are_said(tmp_path: Path) -> None:
+    """Each is a set of its own, which takes long to evaluate, and no line was the loss of all of them."""
+    (tmp_path / "train.txt").write_text("text to train on")
+    held = [tmp_path / "held" / f"{number}.txt" for number in range(11)]
+    held[0].parent.mkdir()
+    for path in held:
+        path.write_text(f"held out in {path.name}")
+    made, notes = opened(tmp_path, [str(tmp_path / "train.txt")], list(map(str, held)))
+    assert len(made.valid) == 11
+    [note] = notes
+    assert "data.valid gives 11 sets" in note
+    assert "--data.valid 'FOLDER/*.txt'" in note
+    made, notes = opened(tmp_path, [str(tmp_path / "train.txt")], [f"{tmp_path}/held/*.txt"])
+    assert (len(made.valid), notes) == (1, [])
+    assert opened(tmp_path, [str(tmp_path / "train.txt")], list(map(str, held[:3])))[1] == []
+
+
 def test_validation_documents_inside_the_training_text_are_counted(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("".join(f"line number {n} of the text\n" for n in range(200)))
     (tmp_path / "held.txt").write_text(
