@@ -18,7 +18,7 @@ from typing import Any
 
 from lmcore.data.text.documents import BadRecord, Document, Source, parts, read, resolve_sources
 from lmcore.data.tokenizer.tokenizer import Tokenizer
-from lmcore.humanize import one_line, size
+from lmcore.humanize import amount, one_line, size
 
 _BATCH_CHARACTERS = 2**20
 _ENCODED_CHARACTERS = 2**22
@@ -203,7 +203,7 @@ def report_lines(reports: Iterable[SourceReport], *, width: int = 100) -> list[s
 
 
 def _lines(report: SourceReport, width: int) -> list[str]:
-    files = f"{report.files:,} file{'s' * (report.files != 1)}"
+    files = amount(report.files, "file")
     if report.ignored_files:
         files += f", {report.ignored_files:,} of no known kind left out"
     rows = [("files", files), ("unit of text", report.unit), ("encoding", report.encoding)]
@@ -232,7 +232,7 @@ def _lines(report: SourceReport, width: int) -> list[str]:
             )
         if report.unknown_tokens:
             rows.append(
-                ("unknown", f"{report.unknown_tokens:,} tokens stand for text that the tokenizer loses")
+                ("unknown", f"{amount(report.unknown_tokens, 'token')} for text that the tokenizer loses")
             )
     at_least = "at least " if report.bad_unknown else ""
     rows.append(("bad records", f"{at_least}{report.bad:,}"))

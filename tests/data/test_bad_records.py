@@ -18,6 +18,7 @@ from lmcore.data.store import build
 from lmcore.data.store.store import TokenStore
 from lmcore.data.stream import StreamDataset
 from lmcore.data.text import documents
+from lmcore.data.tokenizer.training import train_tokenizer
 from lmcore.errors import FaultError, RequestError
 from tests.support.data import Bytes, open_bytes_corpus
 
@@ -259,6 +260,16 @@ def test_validation_file_inside_the_training_glob_is_said(tmp_path: Path) -> Non
     assert "data.valid_fraction" in note
     (tmp_path / "elsewhere" / "own.txt").write_text("other text")
     assert opened(tmp_path, [f"{tmp_path}/*.txt"], [str(tmp_path / "elsewhere" / "own.txt")])[1] == []
+
+
+def test_one_bad_record_and_one_byte_are_said_in_the_singular(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"good\n\xff\n")
+    [source] = documents.resolve_sources([{"path": str(tmp_path / "a.txt"), "unit": "line"}])
+    notes: list[str] = []
+    options: dict[str, Any] = {"store_dir": tmp_path / "stores", "on_error": "skip", "max_bad_fraction": 0.5}
+    build.build_store(source, Bytes(), note=notes.append, **options)
+    assert notes[0] == "a: 1 bad record is left out"
+    assert train_tokenizer(["a"], vocab_size=300).notes[0] == "trained on 1 document, 1 line, 1 byte"
 
 
 def test_validation_files_that_a_shell_has_listed_are_said(tmp_path: Path) -> None:

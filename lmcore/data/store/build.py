@@ -523,7 +523,8 @@ def _left_out(manifest: dict[str, Any], folder: Path) -> Iterator[str]:
     if not manifest["bad"]:
         return
     at_least = "at least " if manifest.get("bad_unknown") else ""
-    yield f"{manifest['name']}: {at_least}{manifest['bad']:,} bad records are left out"
+    verb = "is" if manifest["bad"] == 1 else "are"
+    yield f"{manifest['name']}: {at_least}{amount(manifest['bad'], 'bad record')} {verb} left out"
     records = list(_bad_records(manifest))
     for record in records[:_LISTED_RECORDS]:
         yield f"  {record}"

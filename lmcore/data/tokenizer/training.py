@@ -74,7 +74,7 @@ class TrainingLines:
 
     def notes(self) -> list[str]:
         notes = [
-            f"trained on {amount(self.documents, 'document')}, {amount(self.lines, 'line')}, {self.bytes:,} bytes"
+            f"trained on {amount(self.documents, 'document')}, {amount(self.lines, 'line')}, {amount(self.bytes, 'byte')}"
         ]
         if self.cut:
             notes.append(
